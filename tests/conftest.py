@@ -1,0 +1,139 @@
+"""Fixtures that every folder of tests shares: the real stores, the people, and a running studio."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests import services
+from tests.factories import make_user
+
+ROOT = services.ROOT
+
+
+@pytest.fixture(scope="session")
+def folder() -> Path:
+    return Path(os.environ["LLMTUNER_TEST_DIR"])
+
+
+@pytest.fixture(scope="session")
+def dynamodb(folder: Path) -> Iterator[services.Service]:
+    service = services.dynamodb(folder, int(os.environ["DYNAMODB_PORT"])).start()
+    from jobs.tables import create_tables
+
+    create_tables()
+    yield service
+    service.kill()
+
+
+@pytest.fixture(scope="session")
+def redis(folder: Path) -> Iterator[services.Service]:
+    service = services.redis(folder, int(os.environ["REDIS_PORT"])).start()
+    yield service
+    service.kill()
+
+
+@pytest.fixture(scope="session")
+def stores(dynamodb: services.Service, redis: services.Service) -> None:
+    """Real DynamoDB with our tables, and real Redis."""
+
+
+@pytest.fixture
+def alice(db: None):
+    """Alice owns things."""
+    return make_user("alice")
+
+
+@pytest.fixture
+def bob(db: None):
+    """Bob is another customer."""
+    return make_user("bob")
+
+
+@pytest.fixture
+def sam(db: None):
+    """Sam is staff."""
+    return make_user("sam", is_staff=True, is_superuser=True)
+
+
+@dataclass
+class Studio:
+    """Web and workers as they run for people, as processes of their own over the test's stores."""
+
+    url: str
+    folder: Path
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, name: str, *argv: str) -> subprocess.Popen[bytes]:
+        log = (self.folder / f"{name}.log").open("ab")
+        environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.settings"}
+        self.processes[name] = subprocess.Popen(
+            [sys.executable, "-m", *argv],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=services._die_with_parent,
+        )
+        return self.processes[name]
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def start_worker(self, queue: str) -> subprocess.Popen[bytes]:
+        from llmtuner.studio import worker_argv
+
+        return self.start(queue, *worker_argv(queue))
+
+    def start_web(self) -> subprocess.Popen[bytes]:
+        port = self.url.rsplit(":", 1)[1]
+        process = self.start(
+            "web", "uvicorn", "llmtuner.asgi:application", "--host", "127.0.0.1", "--port", port, "--log-level", "warning"
+        )
+        for _ in range(200):
+            try:
+                urllib.request.urlopen(f"{self.url}/healthz", timeout=2)
+            except OSError:
+                assert process.poll() is None, self.log("web")
+                time.sleep(0.1)
+            else:
+                return process
+        raise RuntimeError(self.log("web"))
+
+    def stop(self, *names: str) -> None:
+        processes = [self.processes.pop(name) for name in names or list(self.processes)]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            try:
+                process.wait(40)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="session")
+def web(stores: None, django_db_setup: None, folder: Path) -> Iterator[Studio]:
+    """A running web process. Users made in tests must be committed: use `transactional_db`."""
+    studio = Studio(os.environ["PUBLIC_URL"], folder)
+    studio.start_web()
+    yield studio
+    studio.stop()
+
+
+@pytest.fixture(scope="session")
+def studio(web: Studio) -> Studio:
+    """The whole studio: web and the three kinds of worker."""
+    for queue in ("checks", "training", "inference"):
+        if queue not in web.processes:
+            web.start_worker(queue)
+    return web

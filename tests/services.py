@@ -1,0 +1,103 @@
+"""The real stores that tests run against: DynamoDB (dynalite), Redis, S3 (rclone). Each is a child of the test process
+that dies with it, on a port of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REDIS_PASSWORD = "test-redis-password"
+PR_SET_PDEATHSIG = 1
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@dataclass
+class Service:
+    """A store process that can be killed and started again on the same port and data."""
+
+    name: str
+    port: int
+    argv: list[str]
+    is_up: Callable[[], bool]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self, timeout: float = 20) -> Service:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent
+            )
+        deadline = time.monotonic() + timeout
+        while not self.is_up():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{self.name} did not start:\n{self.log.read_text()[-2000:]}")
+            time.sleep(0.05)
+        return self
+
+    def kill(self, sig: int = signal.SIGKILL) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(sig)
+            self.process.wait(10)
+
+
+def _answers_http(port: int) -> bool:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2)
+    except urllib.error.HTTPError:
+        return True  # any answer will do: S3 refuses an unsigned one with 403
+    except OSError:
+        return False
+    return True
+
+
+def _answers_redis(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as s:
+            s.sendall(f"AUTH {REDIS_PASSWORD}\r\nPING\r\n".encode())
+            return b"+OK" in s.recv(64)
+    except OSError:
+        return False
+
+
+def dynamodb(folder: Path, port: int | None = None, *, on_disk: bool = False) -> Service:
+    port = port or free_port()
+    argv = [str(ROOT / ".tools/node"), str(ROOT / ".tools/node_modules/dynalite/cli.js")]
+    argv += ["--host", "127.0.0.1", "--port", str(port), "--createTableMs", "0", "--deleteTableMs", "0"]
+    if on_disk:
+        argv += ["--path", str(folder / "dynamodb")]
+    return Service("dynamodb", port, argv, lambda: _answers_http(port), folder / "dynamodb.log")
+
+
+def redis(folder: Path, port: int | None = None) -> Service:
+    port = port or free_port()
+    argv = [str(ROOT / ".tools/redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
+    argv += ["--save", "", "--appendonly", "yes", "--requirepass", REDIS_PASSWORD]
+    return Service("redis", port, argv, lambda: _answers_redis(port), folder / "redis.log")
+
+
+def s3(folder: Path, key: str, secret: str, port: int | None = None) -> Service:
+    """rclone's S3 server, which really verifies signatures. Buckets are the folders under `folder/s3`."""
+    port = port or free_port()
+    data = folder / "s3"
+    data.mkdir(parents=True, exist_ok=True)
+    argv = [str(ROOT / ".venv/bin/rclone"), "serve", "s3", str(data), "--addr", f"127.0.0.1:{port}"]
+    argv += ["--auth-key", f"{key},{secret}", "--vfs-cache-mode", "off", "--config", os.devnull]
+    return Service("s3", port, argv, lambda: _answers_http(port), folder / "s3.log")
