@@ -1,0 +1,37 @@
+"""Every page's address. The live stream `/jobs/<id>/stream` is no Django view: see `jobs.views.live`."""
+
+from __future__ import annotations
+
+from django.urls import path
+
+from jobs.views import datasets, jobs, live, models, playground
+
+app_name = "jobs"
+
+urlpatterns = [
+    path("datasets/", datasets.index, name="datasets"),
+    path("datasets/upload/", datasets.upload, name="upload"),
+    path("datasets/<str:dataset_id>/", datasets.detail, name="dataset"),
+    path("datasets/<str:dataset_id>/report/", datasets.report, name="dataset_report"),
+    path("datasets/<str:dataset_id>/delete/", datasets.delete, name="delete_dataset"),
+    path("jobs/", jobs.index, name="jobs"),
+    path("jobs/new/", jobs.new, name="new_job"),
+    path("jobs/new/estimate/", jobs.estimate, name="estimate"),
+    path("jobs/<str:job_id>/", jobs.detail, name="job"),
+    path("jobs/<str:job_id>/actions/", jobs.actions, name="job_actions"),
+    path("jobs/<str:job_id>/pause/", jobs.pause, name="pause_job"),
+    path("jobs/<str:job_id>/resume/", jobs.resume, name="resume_job"),
+    path("jobs/<str:job_id>/cancel/", jobs.cancel, name="cancel_job"),
+    path("jobs/<str:job_id>/retry/", jobs.retry, name="retry_job"),
+    path("jobs/<str:job_id>/rename/", jobs.rename, name="rename_job"),
+    path("jobs/<str:job_id>/delete/", jobs.delete, name="delete_job"),
+    path("jobs/<str:job_id>/live", live.poll, name="job_live"),
+    path("jobs/<str:job_id>/metrics.csv", jobs.metrics_csv, name="job_csv"),
+    path("jobs/<str:job_id>/log.txt", jobs.log_text, name="job_log"),
+    path("models/", models.index, name="models"),
+    path("models/<str:model_id>/", models.detail, name="model"),
+    path("models/<str:model_id>/download.zip", models.download, name="download_model"),
+    path("models/<str:model_id>/delete/", models.delete, name="delete_model"),
+    path("playground/", playground.page, name="playground"),
+    path("playground/stream", playground.stream, name="playground_stream"),
+]
