@@ -1,0 +1,14 @@
+FROM python:3.11-slim-bookworm
+# Chooses PyTorch's build: the default is the CPU one; --build-arg TORCH_INDEX_URL="" takes the CUDA build.
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 VAR_DIR=/var/lib/llmtuner
+WORKDIR /app
+COPY requirements.txt constraints.txt ./
+RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -c constraints.txt "$(grep '^torch==' requirements.txt)" \
+ && pip install -c constraints.txt -r requirements.txt
+COPY . .
+RUN useradd --system --create-home --home-dir /var/lib/llmtuner tuner \
+ && SECRET_KEY=only-to-collect-static-files-during-the-build python manage.py collectstatic --noinput
+USER tuner
+EXPOSE 8420
+CMD ["uvicorn", "llmtuner.asgi:application", "--host", "0.0.0.0", "--port", "8420", "--timeout-graceful-shutdown", "5", "--limit-concurrency", "4000"]
