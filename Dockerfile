@@ -1,6 +1,6 @@
 FROM python:3.11-slim-bookworm
-# Chooses PyTorch's build: the default is the CPU one; --build-arg TORCH_INDEX_URL="" takes the CUDA build.
-ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+# --build-arg TORCH_INDEX_URL=… takes PyTorch from another index: its CPU wheels, or another CUDA.
+ARG TORCH_INDEX_URL=
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 VAR_DIR=/var/lib/llmtuner
 WORKDIR /app
 COPY requirements.txt constraints.txt ./
