@@ -1,0 +1,133 @@
+"""API keys: made on a page, shown once, stored as a hash, found by a prefix, revoked at once.
+
+A key reads `sk-llmt-<prefix>-<secret>`. The prefix is public and indexed; the secret has 256 random bits, so a plain
+sha256 of the whole key is enough (there is nothing to guess, and each request can afford it). Every request reads the
+row again: a revoked key is dead at the next request, in every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from datetime import datetime, timedelta
+
+from django.contrib import messages
+from django.contrib.auth.decorators import login_required
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import get_object_or_404, redirect, render
+from django.utils import timezone
+from django.views.decorators.cache import never_cache
+from django.views.decorators.http import require_POST
+
+from accounts.models import ApiKey, User
+
+SCOPES = {
+    "read": "See files, jobs and models, and download them",
+    "write": "Upload, start, change and delete",
+    "inference": "Generate text with models",
+}
+PATTERN = re.compile(r"sk-llmt-([a-z0-9]{12})-[A-Za-z0-9_-]{43}")
+LIFETIMES = {"30": "30 days", "90": "90 days", "365": "A year", "": "No end"}
+MAX_KEYS = 50
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+_LAST_USE_EVERY = timedelta(minutes=1)  # one write a minute is news enough
+
+
+def create(
+    user: User, name: str, scopes: list[str] | tuple[str, ...], expires_at: datetime | None = None
+) -> tuple[ApiKey, str]:
+    """Make a key. The second value is the key itself, and this is the only time it exists outside the caller."""
+    prefix = "".join(secrets.choice(_ALPHABET) for _ in range(12))
+    secret = f"sk-llmt-{prefix}-{secrets.token_urlsafe(32)}"
+    key = ApiKey.objects.create(
+        user=user,
+        name=name.strip()[:80] or "Key",
+        prefix=prefix,
+        digest=_digest(secret),
+        scopes=" ".join(scope for scope in SCOPES if scope in scopes),
+        expires_at=expires_at,
+    )
+    return key, secret
+
+
+def verify(secret: str) -> ApiKey | None:
+    """The living key behind this text, or None: unknown, wrong, revoked, expired, or its owner shut out."""
+    found = PATTERN.fullmatch(secret)
+    if found is None:
+        return None
+    key = ApiKey.objects.select_related("user").filter(prefix=found[1]).first()
+    if key is None or not hmac.compare_digest(key.digest, _digest(secret)):
+        return None
+    if not key.alive or not key.user.is_active:
+        return None
+    now = timezone.now()
+    if key.last_used_at is None or now - key.last_used_at > _LAST_USE_EVERY:
+        ApiKey.objects.filter(pk=key.pk).update(last_used_at=now)
+    return key
+
+
+def revoke(user: User, pk: int) -> None:
+    key = get_object_or_404(ApiKey, pk=pk, user=user)
+    if key.revoked_at is None:
+        ApiKey.objects.filter(pk=key.pk).update(revoked_at=timezone.now())
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+# ---- the page ----------------------------------------------------------------------------------
+
+
+@login_required
+@never_cache
+def page(request: HttpRequest) -> HttpResponse:
+    """GET lists the keys; POST makes one and answers with the only sight of it (no redirect, so it is stored nowhere)."""
+    assert isinstance(request.user, User)
+    secret, errors, form = None, {}, {"name": "", "days": "90", "scopes": list(SCOPES)}
+    if request.method == "POST":
+        form = {
+            "name": request.POST.get("name", "").strip(),
+            "days": request.POST.get("days", ""),
+            "scopes": [scope for scope in SCOPES if scope in request.POST.getlist("scopes")],
+        }
+        errors = _errors(request.user, form)
+        if not errors:
+            days = str(form["days"])
+            expires_at = timezone.now() + timedelta(days=int(days)) if days else None
+            _, secret = create(request.user, str(form["name"]), list(form["scopes"]), expires_at)
+    keys = ApiKey.objects.filter(user=request.user).order_by("-created_at")[: MAX_KEYS * 2]
+    context = {
+        "keys": keys,
+        "secret": secret,
+        "errors": errors,
+        "form": form,
+        "scopes": SCOPES,
+        "lifetimes": LIFETIMES,
+        "base_url": request.build_absolute_uri("/v1"),
+    }
+    return render(request, "accounts/api_keys.html", context, status=400 if errors else 200)
+
+
+def _errors(user: User, form: dict[str, object]) -> dict[str, str]:
+    errors = {}
+    if not form["name"] or len(str(form["name"])) > 80:
+        errors["name"] = "Give the key a name of at most 80 characters, so that you know it again."
+    if not form["scopes"]:
+        errors["scopes"] = "Choose at least one thing the key may do."
+    if form["days"] not in LIFETIMES:
+        errors["days"] = "Choose how long the key lives."
+    if sum(key.alive for key in ApiKey.objects.filter(user=user)) >= MAX_KEYS:
+        errors["name"] = f"You have {MAX_KEYS} living keys. Revoke one you no longer use first."
+    return errors
+
+
+@login_required
+@require_POST
+def revoke_page(request: HttpRequest, pk: int) -> HttpResponse:
+    assert isinstance(request.user, User)
+    revoke(request.user, pk)
+    messages.success(request, "The key is revoked: it is refused from now on.")
+    return redirect("accounts:api_keys")

@@ -1,0 +1,77 @@
+"""The door of every operation: who calls, may they do this, and not too often."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from django.conf import settings
+from django.core.cache import cache
+from django.http import HttpRequest
+from ninja.security import HttpBearer
+
+from accounts.auth import Caller, authenticate
+from jobs.api.errors import ApiError
+
+WINDOW_S = 60
+
+
+class CallerRequest(HttpRequest):
+    """A request that came through the door (for the type checker; ninja sets `auth`)."""
+
+    auth: Caller
+
+
+class Bearer(HttpBearer):
+    """`auth=READ` on a router or an operation. Runs in a thread also for async operations."""
+
+    def __init__(self, scope: str) -> None:
+        super().__init__()
+        self.scope = scope
+
+    def __call__(self, request: HttpRequest) -> Caller | None:
+        caller = authenticate(request)
+        if caller is None:
+            return None
+        if self.scope not in caller.scopes:
+            raise ApiError(
+                403,
+                f"This key may not do that: it lacks the scope '{self.scope}'. Make one that has it on your account's page.",
+                code="insufficient_scope",
+            )
+        check_rate(caller.owner)
+        return caller
+
+    def authenticate(self, request: HttpRequest, token: str) -> Any:
+        raise NotImplementedError("__call__ reads the credential itself")
+
+
+def check_rate(owner: str) -> None:
+    """At most so many requests a minute and person, over all processes. Without Redis nobody is counted."""
+    limit = int(getattr(settings, "API_REQUESTS_PER_MINUTE", 1200))
+    now = time.time()
+    key = f"v1:{owner}:{int(now // WINDOW_S)}"
+    try:
+        cache.add(key, 0, WINDOW_S * 2)
+        count = cache.incr(key)
+    except Exception:  # noqa: BLE001  the counter is a courtesy; work goes on when its store is down
+        return
+    if count > limit:
+        wait = WINDOW_S - now % WINDOW_S
+        raise ApiError(429, f"More than {limit} requests in a minute.", code="rate_limit_exceeded", retry_after=wait)
+
+
+# A class each, because the OpenAPI document names a security scheme after its class.
+class ReadKey(Bearer):
+    pass
+
+
+class WriteKey(Bearer):
+    pass
+
+
+class InferenceKey(Bearer):
+    pass
+
+
+READ, WRITE, INFERENCE = ReadKey("read"), WriteKey("write"), InferenceKey("inference")

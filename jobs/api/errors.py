@@ -1,0 +1,136 @@
+"""What `/v1` says when it says no: OpenAI's error shape, made in one place from our own exceptions."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from django.http import HttpRequest, HttpResponse
+from django.http.multipartparser import MultiPartParserError
+from django.core.exceptions import RequestDataTooBig, SuspiciousOperation
+from ninja.errors import AuthenticationError, HttpError, Throttled, ValidationError
+from pynamodb.exceptions import PynamoDBException
+
+from accounts.auth import TwoCredentials
+from jobs import access, datasets, inference, lifecycle
+
+log = logging.getLogger(__name__)
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "invalid_request_error",
+    405: "invalid_request_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+# The official client sends a POST up to twice more on these, which helps nobody when nothing will have changed.
+FINAL = {409, 413, 501}
+
+
+class ApiError(Exception):
+    """A refusal with its status, the parameter it is about and a code a program can test."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+
+
+def bad(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def not_found(kind: str, id: str) -> ApiError:
+    """The same words for what never was and for what belongs to somebody else."""
+    if kind == "model":
+        return ApiError(404, f"The model '{id}' does not exist.", param="model", code="model_not_found")
+    return ApiError(404, f"No such {kind}: {id}", param="id", code="not_found")
+
+
+def body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def respond(error: ApiError) -> HttpResponse:
+    payload = json.dumps(body(error.message, error.status, error.param, error.code))
+    response = HttpResponse(payload, status=error.status, content_type="application/json")
+    if error.status == 401:
+        response["WWW-Authenticate"] = "Bearer"
+    if error.retry_after is not None:
+        response["Retry-After"] = str(max(1, round(error.retry_after)))
+    if error.status in FINAL:
+        response["x-should-retry"] = "false"
+    return response
+
+
+def translate(exc: Exception) -> ApiError:
+    """Our exceptions, the framework's and the store's, as one kind."""
+    match exc:
+        case ApiError():
+            return exc
+        case AuthenticationError():
+            return ApiError(401, "Incorrect API key or token provided.", code="invalid_api_key")
+        case TwoCredentials():
+            return bad("Send one credential, in the Authorization header.", "authorization", "two_credentials")
+        case Throttled():
+            return ApiError(429, "Too many requests. Try again soon.", code="rate_limit_exceeded", retry_after=exc.wait)
+        case ValidationError():
+            return _invalid(exc)
+        case access.NotFound():
+            return ApiError(404, str(exc) or "Not found.", param="id", code="not_found")
+        case datasets.Rejected():
+            return bad(str(exc), "file", "invalid_file")
+        case lifecycle.OverQuota():
+            return ApiError(429, str(exc), code="quota_exceeded", retry_after=60)
+        case lifecycle.Refused():
+            return bad(exc.message, exc.field)
+        case lifecycle.LostRace():
+            return ApiError(503, "Something else changed this at the same moment. Try again.", code="busy", retry_after=1)
+        case inference.Busy():
+            return ApiError(429, str(exc) or "All generators are busy.", code="busy", retry_after=exc.retry_after)
+        case RequestDataTooBig():
+            return too_large()
+        case MultiPartParserError() | SuspiciousOperation():
+            return bad("The request's body could not be read.", None, "invalid_body")
+        case HttpError():
+            cause = exc.__cause__
+            return cause if isinstance(cause, ApiError) else ApiError(exc.status_code, str(exc))
+        case PynamoDBException():
+            log.warning("store: %s", exc)
+            return ApiError(503, "The store is not reachable. Try again soon.", code="unavailable", retry_after=5)
+    log.exception("unexpected error in /v1", exc_info=exc)
+    return ApiError(500, "Something went wrong on our side. The request id tells the operator where to look.")
+
+
+def too_large(limit: int | None = None) -> ApiError:
+    more = f" The limit is {limit:,} bytes." if limit else ""
+    return ApiError(413, f"The request's body is too large.{more}", code="request_too_large")
+
+
+def _invalid(exc: ValidationError) -> ApiError:
+    """The first thing wrong, in words, with the name of the parameter as the caller wrote it."""
+    first = exc.errors[0]
+    places = [str(part) for part in first["loc"]]
+    # ninja's place is (source, argument, field, …); the caller knows only the field.
+    places = places[2:] if places[0] == "body" and len(places) > 2 else places[1:]
+    param = ".".join(part for part in places if not part.startswith(("function-", "constrained-", "literal["))) or None
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return bad(f"Invalid '{param}': {message}." if param else f"{message}.", param, str(first["type"]))
+
+
+def handle(request: HttpRequest, exc: Exception) -> HttpResponse:
+    return respond(translate(exc))

@@ -1,0 +1,355 @@
+"""The shapes of `/v1`: OpenAI's fields by OpenAI's names, and ours under `llmtuner`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from ninja import Schema
+from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, field_validator
+
+MAX_SEED = 2**31 - 1
+T = TypeVar("T")
+
+
+class Request(Schema):
+    """What callers send: strict about the types of what we know, silent about fields that only others know."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class ErrorDetail(Schema):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(Schema):
+    error: ErrorDetail
+
+
+class Page(Schema, Generic[T]):
+    object: Literal["list"] = "list"
+    data: list[T]
+    has_more: bool
+    first_id: str | None = None
+    last_id: str | None = None
+
+
+class Deleted(Schema):
+    id: str
+    object: str
+    deleted: bool = True
+
+
+# ---- files and uploads -------------------------------------------------------------------------
+
+
+class File(Schema):
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["uploaded", "processed", "error"]
+    expires_at: int | None = None
+    status_details: str | None = None
+    llmtuner: dict[str, Any] = Field(default={}, description="The data report: rows, tokens, format, findings.")
+
+
+class UploadCreate(Request):
+    bytes: Annotated[StrictInt, Field(ge=1)]
+    filename: Annotated[StrictStr, Field(min_length=1, max_length=255)]
+    mime_type: StrictStr = "application/jsonl"
+    purpose: StrictStr
+
+
+class UploadComplete(Request):
+    part_ids: Annotated[list[StrictStr], Field(min_length=1, max_length=10_000)]
+    md5: StrictStr | None = None
+
+
+class Upload(Schema):
+    id: str
+    object: Literal["upload"] = "upload"
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: Literal["pending", "completed", "cancelled", "expired"]
+    file: File | None = None
+
+
+class UploadPart(Schema):
+    id: str
+    object: Literal["upload.part"] = "upload.part"
+    created_at: int
+    upload_id: str
+
+
+# ---- fine-tuning -------------------------------------------------------------------------------
+
+Auto = Literal["auto"]
+
+
+class Hyperparameters(Request):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)  # a misspelt one must not be trained without
+
+    n_epochs: Auto | Annotated[StrictInt, Field(ge=1, le=50)] | None = None
+    batch_size: Auto | Annotated[StrictInt, Field(ge=1, le=256)] | None = None
+    learning_rate_multiplier: Auto | Annotated[StrictFloat | StrictInt, Field(gt=0, le=1000)] | None = None
+
+
+class Supervised(Request):
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(Request):
+    type: Literal["supervised", "dpo", "reinforcement"]
+    supervised: Supervised | None = None
+
+
+class JobCreate(Request):
+    model: Annotated[StrictStr, Field(min_length=1, max_length=300)]
+    training_file: Annotated[StrictStr, Field(min_length=1, max_length=100)]
+    validation_file: Annotated[StrictStr, Field(max_length=100)] | None = None
+    suffix: Annotated[StrictStr, Field(min_length=1, max_length=64)] | None = None
+    seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = None
+    metadata: dict[StrictStr, StrictStr] | None = None
+    hyperparameters: Hyperparameters | None = Field(None, description="Deprecated by OpenAI in favour of `method`.")
+    method: Method | None = None
+    integrations: list[Any] | None = None
+    llmtuner: dict[str, Any] | None = Field(
+        None, description="Any setting of ours by its own name, for instance `method`, `lora_rank`, `sequence_length`."
+    )
+
+    @field_validator("metadata")
+    @classmethod
+    def _within_limits(cls, pairs: dict[str, str] | None) -> dict[str, str] | None:
+        if pairs is None:
+            return None
+        if len(pairs) > 16:
+            raise ValueError("at most 16 pairs")
+        if any(not 1 <= len(key) <= 64 or len(value) > 512 for key, value in pairs.items()):
+            raise ValueError("keys have 1 to 64 characters, values at most 512")
+        return pairs
+
+
+class JobError(Schema):
+    code: str
+    message: str
+    param: str | None = None
+
+
+class JobHyperparameters(Schema):
+    n_epochs: Auto | int | None = None
+    batch_size: Auto | int | None = None
+    learning_rate_multiplier: Auto | float | None = None
+
+
+class JobSupervised(Schema):
+    hyperparameters: JobHyperparameters
+
+
+class JobMethod(Schema):
+    type: Literal["supervised"] = "supervised"
+    supervised: JobSupervised
+
+
+class Job(Schema):
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: int
+    error: JobError | None = None
+    fine_tuned_model: str | None = None
+    finished_at: int | None = None
+    hyperparameters: JobHyperparameters
+    model: str
+    organization_id: str
+    result_files: list[str]
+    seed: int
+    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    trained_tokens: int | None = None
+    training_file: str
+    validation_file: str | None = None
+    estimated_finish: int | None = None
+    integrations: list[Any] | None = None
+    metadata: dict[str, str] | None = None
+    method: JobMethod
+    llmtuner: dict[str, Any] = Field(
+        default={}, description="Name, phase, progress, latest metrics, estimate, verdict, fidelity, all settings."
+    )
+
+
+class JobEvent(Schema):
+    id: str
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, Any] | None = None
+
+
+class CheckpointMetrics(Schema):
+    step: float | None = None
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
+
+
+class Checkpoint(Schema):
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: int
+    fine_tuned_model_checkpoint: str
+    fine_tuning_job_id: str
+    metrics: CheckpointMetrics
+    step_number: int
+
+
+# ---- models and generation ---------------------------------------------------------------------
+
+
+class Model(Schema):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    llmtuner: dict[str, Any] = {}
+
+
+class StreamOptions(Request):
+    include_usage: StrictBool = False
+    include_obfuscation: StrictBool | None = None
+
+
+Temperature = Annotated[StrictFloat | StrictInt, Field(ge=0, le=2)]
+TopP = Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)]
+MaxTokens = Annotated[StrictInt, Field(ge=1, le=1_000_000)]
+Stop = Annotated[StrictStr, Field(min_length=1, max_length=500)]
+Stops = Stop | Annotated[list[Stop], Field(max_length=16)]
+Seed = Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)]
+Text = Annotated[StrictStr, Field(max_length=1_000_000)]
+
+
+class Generation(Request):
+    model: Annotated[StrictStr, Field(min_length=1, max_length=300)]
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=8)] | None = None
+    stop: Stops | None = None
+    seed: Seed | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    presence_penalty: StrictFloat | StrictInt | None = None
+    frequency_penalty: StrictFloat | StrictInt | None = None
+    logit_bias: dict[str, Any] | None = None
+    user: StrictStr | None = None
+    llmtuner: dict[str, Any] | None = Field(None, description="`top_k`: sample from the k likeliest tokens only.")
+
+
+class CompletionCreate(Generation):
+    # Lists of token ids are OpenAI's third form; they would bind callers to one tokenizer, so text only.
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=16)]
+    max_tokens: MaxTokens | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    echo: StrictBool | None = None
+    suffix: StrictStr | None = None
+    best_of: StrictInt | None = None
+
+
+class TextPart(Request):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Request):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
+
+    def plain(self) -> dict[str, str]:
+        """The form training rows have. OpenAI renamed system to developer; templates know only system."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatCreate(Generation):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1_000)]
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    tools: list[Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+
+class Usage(Schema):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TextLogprobs(Schema):
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class CompletionChoice(Schema):
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: TextLogprobs | None = None
+
+
+class Completion(Schema):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TopLogprob(Schema):
+    token: str
+    bytes: list[int] | None = None
+    logprob: float
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Schema):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class ChatMessage(Schema):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Schema):
+    index: int
+    message: ChatMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(Schema):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage

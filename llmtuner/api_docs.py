@@ -1,0 +1,75 @@
+"""The OpenAPI document as a page of ours: rendered here, without a script and without a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import render
+from ninja import NinjaAPI
+from ninja.openapi.docs import DocsBase
+
+SCOPES = {"ReadKey": "read", "WriteKey": "write", "InferenceKey": "inference"}
+
+
+class Docs(DocsBase):
+    def render_page(self, request: HttpRequest, api: NinjaAPI, **kwargs: Any) -> HttpResponse:
+        document = api.get_openapi_schema()
+        schemas = document["components"]["schemas"]
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for path, methods in document["paths"].items():
+            for method, details in methods.items():
+                operation = {
+                    "method": method.upper(),
+                    "path": path,
+                    "summary": details["summary"],
+                    "description": details.get("description", ""),
+                    "needs": ", ".join(SCOPES.get(name, name) for entry in details.get("security", []) for name in entry),
+                    "tables": _tables(details, schemas),
+                }
+                groups.setdefault(details.get("tags", ["Other"])[0], []).append(operation)
+        context = {"groups": groups, "base_url": request.build_absolute_uri("/v1")}
+        return render(request, "api/docs.html", context)
+
+
+def _tables(details: dict[str, Any], schemas: dict[str, Any]) -> list[dict[str, Any]]:
+    tables = []
+    parameters = [_row(entry["name"], entry["schema"], entry.get("required", False)) for entry in details["parameters"]]
+    if parameters:
+        tables.append({"title": "Parameters", "rows": parameters})
+    for kind, content in details.get("requestBody", {}).get("content", {}).items():
+        tables.append({"title": f"Body ({kind})", "rows": _fields(content["schema"], schemas)})
+    for status, response in details["responses"].items():
+        content = response.get("content", {}).get("application/json")
+        if content and str(status) == "200":
+            tables.append({"title": "Answer", "rows": _fields(content["schema"], schemas)})
+    return tables
+
+
+def _fields(schema: dict[str, Any], schemas: dict[str, Any]) -> list[dict[str, Any]]:
+    if "$ref" in schema:
+        schema = schemas[schema["$ref"].rsplit("/", 1)[1]]
+    needed = schema.get("required", [])
+    return [_row(name, field, name in needed) for name, field in schema.get("properties", {}).items()]
+
+
+def _row(name: str, schema: dict[str, Any], required: bool) -> dict[str, Any]:
+    return {"name": name, "kind": _kind(schema), "words": schema.get("description", ""), "required": required}
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        return schema["$ref"].rsplit("/", 1)[1]
+    if "const" in schema:
+        return repr(schema["const"])
+    if "enum" in schema:
+        return " | ".join(map(repr, schema["enum"]))
+    for key in ("anyOf", "oneOf"):
+        if key in schema:
+            return " | ".join(dict.fromkeys(_kind(option) for option in schema[key]))
+    kind = str(schema.get("type", "anything"))
+    if kind == "array":
+        return f"list of {_kind(schema.get('items', {}))}"
+    low, high = schema.get("minimum"), schema.get("maximum")
+    bounds = f" {low if low is not None else '…'}–{high if high is not None else '…'}" if (low, high) != (None, None) else ""
+    return kind + bounds
