@@ -1,0 +1,344 @@
+"""What one record means: chat, prompt and completion, instruction, ShareGPT or plain text, told by its keys."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+JSON_HINT = "Every line must be one whole JSON object; check it with any JSON tool."
+SHAPE_HINT = 'An example is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}.'
+ROLES = ("system", "user", "assistant")
+SAME_ROLE = {
+    "developer": "system",
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+MAX_MESSAGES = 2000
+
+# Which names a column may have for what a row needs, the best first.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "conversations": ("conversations", "conversation"),
+    "instruction": ("instruction",),
+    "prompt": ("prompt", "question", "query", "input", "source", "user"),
+    "completion": ("completion", "answer", "response", "output", "target", "reply", "label", "assistant"),
+    "text": ("text", "document", "content", "body"),
+}
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on: its line (0 = the whole file), the reason, and what to do about it."""
+
+    def __init__(self, line: int, reason: str, fix: str = "") -> None:
+        super().__init__(f"line {line}: {reason}" if line else reason)
+        self.line, self.reason, self.fix = line, reason, fix
+
+
+class BadFile(BadRow):
+    """Nothing behind this point can be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example as its author wrote it. `kind` says which fields are filled: chat, completion or text."""
+
+    line: int
+    kind: str
+    messages: tuple[dict[str, Any], ...] = ()  # {"role", "content", "weight"?}
+    prompt: str = ""
+    completion: str = ""
+    text: str = ""
+
+    @property
+    def preview(self) -> str:
+        """The row as one string, to show or to compare."""
+        if self.kind == "chat":
+            return "\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
+        return self.text if self.kind == "text" else self.prompt + self.completion
+
+
+def recognise(record: Mapping[str, Any], forgiving: bool = False) -> tuple[str, dict[str, str]] | None:
+    """(shape, columns) by the record's keys, or None. `forgiving` also takes other capitals, as in CSV headers."""
+    names = {(key.strip().lower() if forgiving else key): key for key in record}
+
+    def first(need: str) -> str | None:
+        return next((names[alias] for alias in ALIASES[need] if alias in names), None)
+
+    if column := first("messages"):
+        return "chat", {"messages": column}
+    if column := first("conversations"):
+        return "sharegpt", {"conversations": column}
+    answer = first("completion")
+    if "instruction" in names and answer:
+        columns = {"instruction": names["instruction"], "completion": answer}
+        return "instruction", columns | (
+            {"input": names["input"]} if "input" in names and names["input"] != answer else {}
+        )
+    if (prompt := first("prompt")) and answer and prompt != answer:
+        return "completion", {"prompt": prompt, "completion": answer}
+    if column := first("text"):
+        return "text", {"text": column}
+    return None
+
+
+class Reader:
+    """Turns records into rows; all rows of a file have the shape of its first."""
+
+    def __init__(self, shape: str, columns: Mapping[str, str]) -> None:
+        self.shape, self.columns = shape, dict(columns)
+
+    def __call__(self, line: int, record: Mapping[str, Any]) -> Row:
+        if not self.shape:
+            found = recognise(record)
+            if found is None:
+                _refuse_shape(line, record)
+            self.shape, self.columns = found
+        missing = [name for need, name in self.columns.items() if need != "input" and name not in record]
+        if missing:
+            _refuse_missing(line, record, missing, self.shape)
+        if self.shape in ("chat", "sharegpt"):
+            return Row(line, "chat", _messages(line, record[next(iter(self.columns.values()))]))
+        if self.shape == "text":
+            text = _string(line, record, self.columns["text"])
+            if not text.strip():
+                raise BadRow(line, f"{self.columns['text']!r} is empty", "Fill it in or drop the row.")
+            return Row(line, "text", text=text)
+        answer = _string(line, record, self.columns["completion"])
+        if self.shape == "instruction":
+            return Row(line, "chat", _instruction(line, record, self.columns, answer))
+        prompt = _string(line, record, self.columns["prompt"])
+        if not prompt.strip() and not answer.strip():
+            raise BadRow(line, "prompt and completion are both empty", "Fill them in or drop the row.")
+        return Row(line, "completion", prompt=prompt, completion=answer)
+
+
+def _instruction(
+    line: int, record: Mapping[str, Any], columns: Mapping[str, str], answer: str
+) -> tuple[dict[str, Any], ...]:
+    question = _string(line, record, columns["instruction"])
+    more = _string(line, record, columns["input"]) if record.get(columns.get("input", "")) else ""
+    if not (question + more).strip() and not answer.strip():
+        raise BadRow(line, "instruction and output are both empty", "Fill them in or drop the row.")
+    asked = f"{question}\n\n{more}" if more else question
+    return {"role": "user", "content": asked}, {"role": "assistant", "content": answer}
+
+
+def _messages(line: int, value: Any) -> tuple[dict[str, Any], ...]:
+    if isinstance(value, str):  # a CSV cell or Parquet column may hold them as JSON
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(
+                line, "the messages are text that is not JSON", 'Write [{"role": ..., "content": ...}, ...].'
+            ) from error
+    if not isinstance(value, list):
+        raise BadRow(
+            line,
+            f"messages is {kind_of(value)}, not a list",
+            'Write "messages": [{"role": ..., "content": ...}, ...].',
+        )
+    if not value:
+        raise BadRow(
+            line,
+            "messages is an empty list",
+            "Give it at least a user and an assistant message, or drop the row.",
+        )
+    if len(value) > MAX_MESSAGES:
+        raise BadRow(
+            line, f"{len(value)} messages; at most {MAX_MESSAGES} are read", "Split the conversation."
+        )
+    return tuple(_message(line, number, message) for number, message in enumerate(value, 1))
+
+
+def _message(line: int, number: int, message: Any) -> dict[str, Any]:
+    where = f"message {number}"
+    if not isinstance(message, dict):
+        raise BadRow(
+            line, f"{where} is {kind_of(message)}, not an object", 'Write {"role": ..., "content": ...}.'
+        )
+    said = message.get("role", message.get("from"))
+    role = SAME_ROLE.get(said, said) if isinstance(said, str) else said
+    if role is None:
+        raise BadRow(line, f"{where} has no role", "Give it the role system, user or assistant.")
+    if role not in ROLES:
+        raise BadRow(
+            line, f"{where} has the role {str(said)[:40]!r}", "Roles are system, user and assistant."
+        )
+    content = message.get("content", message.get("value"))
+    if content is None:
+        extra = (
+            "; tool calls are not trained"
+            if message.get("tool_calls") or message.get("function_call")
+            else ""
+        )
+        raise BadRow(line, f"{where} has no content{extra}", "Give it a text as content, or drop the row.")
+    if isinstance(content, list):
+        content = _parts(line, where, content)
+    result: dict[str, Any] = {"role": role, "content": _text(line, f"the content of {where}", content)}
+    if "weight" in message:
+        weight = message["weight"]
+        if role != "assistant":
+            raise BadRow(
+                line,
+                f"{where} has a weight but is not the assistant's",
+                "Only assistant messages have a weight.",
+            )
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise BadRow(
+                line, f"the weight of {where} is {weight!r}"[:120], "A weight is 0 (not trained) or 1."
+            )
+        result["weight"] = int(weight)
+    return result
+
+
+def _parts(line: int, where: str, parts: list[Any]) -> str:
+    """OpenAI's content parts: text only."""
+    texts = []
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise BadRow(
+                line,
+                f"{where} holds a part that is not text",
+                "Only text can be trained on; drop pictures and files.",
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _string(line: int, record: Mapping[str, Any], name: str) -> str:
+    return _text(line, repr(name), record[name])
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _text(line: int, name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise BadRow(line, f"{name} is {kind_of(value)}, not text", "Put the value in quotes.")
+    # isascii is one look at a flag; only then the search
+    if not value.isascii() and SURROGATE.search(value):
+        raise BadRow(
+            line,
+            f"{name} holds half of a character (a lone surrogate)",
+            "Write the whole character; emoji are two \\u escapes together.",
+        )
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """How a person calls a JSON value."""
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return "empty (null)" if value is None else names.get(type(value), type(value).__name__)
+
+
+def deeper_than(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [
+            v
+            for item in level
+            for v in (item.values() if isinstance(item, dict) else item)
+            if isinstance(v, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _refuse_shape(line: int, record: Mapping[str, Any]) -> NoReturn:
+    if not record:
+        raise BadRow(line, "the object is empty", SHAPE_HINT)
+    close = next(
+        (
+            k
+            for k in record
+            if recognise({k.strip().lower(): ""}) or k.strip().lower() in ("prompt", "completion")
+        ),
+        None,
+    )
+    if close is not None and recognise({k.strip().lower(): "" for k in record}):
+        raise BadRow(
+            line,
+            f"the keys are {_names(record)}",
+            "Write the keys in small letters: messages, prompt, completion, text.",
+        )
+    for need, other in (("prompt", "completion"), ("completion", "prompt")):
+        if any(alias in record for alias in ALIASES[need]):
+            raise BadRow(line, f"there is a {need} but no {other} (keys: {_names(record)})", SHAPE_HINT)
+    raise BadRow(line, f"no messages, prompt and completion, or text (keys: {_names(record)})", SHAPE_HINT)
+
+
+def _refuse_missing(line: int, record: Mapping[str, Any], missing: list[str], shape: str) -> NoReturn:
+    other = recognise(record)
+    if other and other[0] != shape:
+        raise BadRow(
+            line,
+            f"this row is {other[0]}, the rows before it are {shape}",
+            "Keep one kind of example in a file.",
+        )
+    raise BadRow(line, f"{' and '.join(map(repr, missing))} missing (keys: {_names(record)})", SHAPE_HINT)
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    shown = [str(key)[:30] for key in list(record)[:6]]
+    return ", ".join(shown) + (", …" if len(record) > 6 else "") if shown else "none"
+
+
+def explain_json(text: str, error: json.JSONDecodeError) -> tuple[str, str]:
+    """(reason, what to do) for a line that is not JSON, in the words of the usual mistake."""
+    where = f"broken JSON at character {error.pos + 1}: "
+    stripped = text.strip()
+    rest = text[error.pos :].lstrip()
+    if error.msg == "Extra data":
+        if "\r" in text.strip("\r\n"):
+            return where + "lines end with CR alone", "Save the file with ordinary (LF) line ends."
+        if rest.startswith("{"):
+            return where + "two objects stand on one line", "Write each object on its own line."
+        if rest.startswith(("//", "#", "/*")):
+            return where + "JSON has no comments", "Remove the comment."
+        return (
+            where + f"something follows the value ({rest[:20]!r})",
+            "Keep one object on the line and nothing else.",
+        )
+    if stripped in ("{", "[") or (
+        stripped.startswith("{") and not stripped.endswith("}") and error.pos >= len(text.rstrip())
+    ):
+        return (
+            where + "the object does not end on this line",
+            "Write each object whole on one line (not pretty-printed); the file may be cut off.",
+        )
+    if rest.startswith(("//", "#", "/*")):
+        return where + "JSON has no comments", "Remove the comment."
+    if rest.startswith("'"):
+        return where + "single quotes", 'JSON wants double quotes: {"prompt": "…"}.'
+    if rest.startswith(("}", "]")) or "trailing comma" in error.msg:
+        return where + "a comma before the closing bracket, or a value missing", "Remove the last comma."
+    if "property name" in error.msg:
+        return where + "a key without double quotes", 'Put keys in double quotes: {"prompt": "…"}.'
+    if "control character" in error.msg:
+        return (
+            where + "a raw line break or control character inside a text",
+            "Write it as \\n, \\t or \\u00XX.",
+        )
+    if "escape" in error.msg:
+        return where + "a backslash that starts no known escape", "Write a backslash as \\\\."
+    if "Unterminated" in error.msg:
+        return where + "a text is never closed", 'Close it with a double quote; a quote inside a text is \\".'
+    if "delimiter" in error.msg:
+        return (
+            where + error.msg.lower(),
+            'A comma, colon or quote is missing here; a quote inside a text is \\".',
+        )
+    return where + f"no JSON begins with {rest[:20]!r}", JSON_HINT
