@@ -1,0 +1,281 @@
+"""The few operations that make the loop fast, each beside the plain formula it equals (tests/training/test_engine.py).
+
+What they share: a trained parameter owns `main_grad`, a piece of one flat buffer (see `optimizer.py`), and backward
+adds into it in place. No gradient tensor is made, summed and copied; autograd only carries activations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def main_grad(p: Tensor) -> Tensor:
+    """Where the gradient of a parameter is collected: fp32, shape of p."""
+    grad = getattr(p, "main_grad", None)
+    if grad is None:
+        grad = p.main_grad = torch.zeros_like(p, dtype=torch.float32)  # type: ignore[attr-defined]  # ours
+    return grad
+
+
+def add_product(grad: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """grad += scale * a @ b, in the multiplication itself where the types allow it."""
+    if grad.dtype == a.dtype:
+        grad.addmm_(a, b, alpha=scale)
+    else:
+        grad.add_(a @ b, alpha=scale)
+
+
+class Linear(torch.autograd.Function):
+    """y = x @ w + b.  x (T, in), w (in, out) as GPT-2 stores it, b (out,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        ctx.w, ctx.b = w, b
+        ctx.save_for_backward(x if w.requires_grad else None)  # a frozen weight needs no memory of its input
+        return torch.addmm(b, x, w)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dy,), (x,), w, b = grads, ctx.saved_tensors, ctx.w, ctx.b
+        if w.requires_grad:
+            add_product(main_grad(w), x.t(), dy)
+            main_grad(b).add_(dy.sum(0))
+        return dy @ w.t() if ctx.needs_input_grad[0] else None, None, None
+
+
+class LayerNorm(torch.autograd.Function):
+    """y = (x - mean) / std * w + b over the last dimension.  x (T, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, w.shape, w, b, eps)
+        ctx.w, ctx.b = w, b
+        ctx.save_for_backward(x, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dy,), (x, mean, rstd), w, b = grads, ctx.saved_tensors, ctx.w, ctx.b
+        wanted = [ctx.needs_input_grad[0], w.requires_grad, w.requires_grad]
+        dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, x, w.shape, mean, rstd, w, b, wanted)
+        if w.requires_grad:
+            main_grad(w).add_(dw)
+            main_grad(b).add_(db)
+        return dx, None, None, None
+
+
+class Embedding(torch.autograd.Function):
+    """Token and position vectors: wte[ids] + wpe[positions].  (T,), (T,) -> (T, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, wte: Tensor, wpe: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
+        ctx.wte, ctx.wpe = wte, wpe
+        ctx.save_for_backward(ids, positions)
+        return wte[ids].add_(wpe[positions])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dx,), (ids, positions) = grads, ctx.saved_tensors
+        dx = dx.float()
+        main_grad(ctx.wte).index_add_(0, ids, dx)
+        main_grad(ctx.wpe).index_add_(0, positions, dx)
+        return None, None, None, None
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def attention(qkv: Tensor, bounds: list[tuple[int, int]], offsets: Tensor, longest: int, heads: int, dropout: float) -> Tensor:  # fmt: skip
+    """Causal attention inside each document of a packed row.  qkv (T, 3D) -> (T, D)."""
+    T, D = qkv.shape[0], qkv.shape[1] // 3
+    if qkv.device.type == "cpu":
+        if dropout:
+            return DroppedAttention.apply(qkv, bounds, heads, dropout)
+        return DocumentAttention.apply(qkv, bounds, heads)
+    q, k, v = qkv.view(T, 3, heads, D // heads).unbind(1)  # (T, H, d) each
+    if qkv.dtype == torch.float32:  # the kernel for several documents knows half precision only
+        outs = []
+        for s, e in bounds:
+            one, two, three = (t[s:e].transpose(0, 1)[None] for t in (q, k, v))  # (1, H, t, d)
+            o = F.scaled_dot_product_attention(one, two, three, dropout_p=dropout, is_causal=True)
+            outs.append(o[0].transpose(0, 1))
+        return torch.cat(outs).reshape(T, D)
+    # What torch.nn.attention.varlen calls, here with dropout, which its front does not take.
+    out = torch.ops.aten._flash_attention_forward(
+        q, k, v, offsets, offsets, longest, longest, dropout, True, False
+    )[0]
+    return out.reshape(T, D)
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class DocumentAttention(torch.autograd.Function):
+    """One flash kernel a document; reads queries, keys and values where the projection left them."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bounds: list[tuple[int, int]], heads: int) -> Tensor:
+        T, D = qkv.shape[0], qkv.shape[1] // 3
+        z = qkv.view(T, 3, heads, D // heads)
+        out, kept = qkv.new_empty(T, D), []
+        for s, e in bounds:
+            q, k, v = (z[s:e, j].transpose(0, 1)[None] for j in range(3))  # (1, H, t, d)
+            o, lse = _flash(q, k, v, 0.0, True)
+            out[s:e].view(e - s, heads, D // heads).copy_(o[0].transpose(0, 1))
+            kept.append((o, lse))
+        ctx.save_for_backward(qkv)
+        ctx.kept, ctx.bounds, ctx.heads = kept, bounds, heads
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (do,), (qkv,), heads = grads, ctx.saved_tensors, ctx.heads
+        T, D = do.shape
+        z, dqkv = qkv.view(T, 3, heads, D // heads), torch.empty_like(qkv)
+        dz = dqkv.view(T, 3, heads, D // heads)
+        for (s, e), (o, lse) in zip(ctx.bounds, ctx.kept, strict=True):
+            q, k, v = (z[s:e, j].transpose(0, 1)[None] for j in range(3))
+            d = do[s:e].view(e - s, heads, D // heads).transpose(0, 1)[None]
+            for j, g in enumerate(_flash_backward(d, q, k, v, o, lse, 0.0, True)):
+                dz[s:e, j].copy_(g[0].transpose(0, 1))
+        ctx.kept = None
+        return dqkv, None, None
+
+
+class DroppedAttention(torch.autograd.Function):
+    """The same with dropout on the probabilities, which the CPU's flash kernel does not know.
+
+    Keeps one number a pair of tokens: the probability, negative where it was dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bounds: list[tuple[int, int]], heads: int, p: float) -> Tensor:
+        T, D = qkv.shape[0], qkv.shape[1] // 3
+        z = qkv.view(T, 3, heads, D // heads)
+        out, kept = qkv.new_empty(T, D), []
+        for s, e in bounds:
+            q, k, v = (z[s:e, j].transpose(0, 1) for j in range(3))  # (H, t, d)
+            scores = torch.bmm(q * (D // heads) ** -0.5, k.transpose(1, 2))  # (H, t, t)
+            scores.masked_fill_(_future(e - s), float("-inf"))
+            probs = torch.softmax(scores, -1)
+            signed = torch.where(keep_mask(probs, p), probs, -probs)
+            o = torch.bmm(signed.clamp(min=0), v).mul_(1 / (1 - p))
+            out[s:e].view(e - s, heads, D // heads).copy_(o.transpose(0, 1))
+            kept.append(signed)
+        ctx.save_for_backward(qkv, out)
+        ctx.kept, ctx.bounds, ctx.heads, ctx.p = kept, bounds, heads, p
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (do,), (qkv, out), heads, p = grads, ctx.saved_tensors, ctx.heads, ctx.p
+        T, D = do.shape
+        shape = (T, 3, heads, D // heads)
+        z, dqkv = qkv.view(shape), torch.empty_like(qkv)
+        dz = dqkv.view(shape)
+        scale = (D // heads) ** -0.5
+        delta = (do * out).view(T, heads, D // heads).sum(-1).t()  # (H, T): sum of dP * P over each row of P
+        for (s, e), signed in zip(ctx.bounds, ctx.kept, strict=True):
+            q, k, v = (z[s:e, j].transpose(0, 1) for j in range(3))  # (H, t, d)
+            d = do[s:e].view(e - s, heads, D // heads).transpose(0, 1)
+            dropped = signed.clamp(min=0).mul_(1 / (1 - p))
+            dz[s:e, 2].copy_(torch.bmm(dropped.transpose(1, 2), d).transpose(0, 1))
+            ds = torch.bmm(d, v.transpose(1, 2)).mul_(dropped)  # gradient of the scores: dP * P - P * delta
+            ds.addcmul_(signed.abs(), delta[:, s:e, None], value=-1).mul_(scale)
+            dz[s:e, 0].copy_(torch.bmm(ds, k).transpose(0, 1))
+            dz[s:e, 1].copy_(torch.bmm(ds.transpose(1, 2), q).transpose(0, 1))
+        ctx.kept = None
+        return dqkv, None, None, None
+
+
+def _future(t: int) -> Tensor:
+    """(t, t) True where a key stands after its query."""
+    return torch.ones(t, t, dtype=torch.bool).triu_(1)
+
+
+def keep_mask(like: Tensor, p: float) -> Tensor:
+    """Random True with probability 1 - p, shape of `like`."""
+    return torch.empty_like(like, dtype=torch.float32).bernoulli_(1 - p).bool()
+
+
+# ---- head and loss -------------------------------------------------------------------------------------------------
+
+ROWS = 512  # tokens whose logits exist at once
+COLUMNS = 4096  # of the vocabulary, so that a block stays in the processor's cache
+
+
+def head_loss(h: Tensor, targets: Tensor, w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of softmax(h @ w.T), summed over tokens and times `scale`, and how many tokens argmax would hit.
+
+    h (N, D), targets (N,), w (V, D) -> two scalars. Logits exist for 512 tokens at a time; gradients are made at once,
+    while they do, so `scale` must already hold whatever the loss is divided by."""
+    learning = torch.is_grad_enabled()  # inside a Function it always reads False
+    return HeadLoss.apply(h, targets, w, scale, learning and h.requires_grad, learning and w.requires_grad)
+
+
+class HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, targets: Tensor, w: Tensor, scale: float, wants_dh: bool, wants_dw: bool
+    ) -> tuple[Tensor, Tensor]:
+        N, V = h.shape[0], w.shape[0]
+        gw = main_grad(w) if wants_dw else None
+        dh = torch.zeros_like(h) if wants_dh else None
+        loss = torch.zeros((), dtype=torch.float64, device=h.device)
+        hits = torch.zeros((), dtype=torch.int64, device=h.device)
+        on_cpu = h.device.type == "cpu"
+        rows, columns = (ROWS, COLUMNS) if on_cpu else (8 * ROWS, V)
+        blocks = [(v, min(V, v + columns)) for v in range(0, V, columns)]
+        store = torch.empty(min(rows, N) * V, dtype=h.dtype, device=h.device)
+        for s in range(0, N, rows):
+            hc, yc = h[s : s + rows], targets[s : s + rows]
+            n = hc.shape[0]
+            # 1. logits, their largest and the target's
+            logits, top, own = [], hc.new_full((n,), float("-inf"), dtype=torch.float32), 0.0
+            for v0, v1 in blocks:
+                lg = torch.mm(hc, w[v0:v1].t(), out=store[n * v0 : n * v1].view(n, v1 - v0))
+                lg = lg if on_cpu else lg.float()
+                logits.append(lg)
+                top = torch.maximum(top, lg.amax(1))
+                place, inside = _place(yc, v0, v1)
+                own = own + lg.gather(1, place).squeeze(1) * inside
+            # 2. exp in place, the sum of each row
+            total = 0.0
+            for lg in logits:
+                total = total + lg.sub_(top[:, None]).exp_().sum(1)
+            assert isinstance(total, Tensor)
+            loss += (total.log() + top - own).sum(dtype=torch.float64)
+            hits += (own >= top).sum()
+            if dh is None:
+                continue
+            # 3. gradients; p - 1 at the target before the products, or it would drown in their rounding
+            weight = (scale / total)[:, None]  # turns exp into probability / count
+            scaled = hc * weight if on_cpu else None
+            for (v0, v1), lg in zip(blocks, logits, strict=True):
+                place, inside = _place(yc, v0, v1)
+                lg.scatter_add_(1, place, -(total * inside)[:, None])
+                if not on_cpu:
+                    lg = lg.mul_(weight).to(h.dtype)  # bf16 cannot hold the large exponentials' differences
+                dh[s : s + rows].addmm_(lg, w[v0:v1])
+                if gw is not None:
+                    add_product(gw[v0:v1], lg.t(), hc if scaled is None else scaled)
+            if on_cpu:
+                dh[s : s + rows].mul_(weight)
+        ctx.save_for_backward(dh)
+        ctx.mark_non_differentiable(hits)
+        return (loss * scale).float(), hits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """The gradients are made; nobody may scale the loss afterwards (the weight's part is already added)."""
+        return ctx.saved_tensors[0], None, None, None, None, None
+
+
+def _place(targets: Tensor, v0: int, v1: int) -> tuple[Tensor, Tensor]:
+    """Where each target stands in a block of the vocabulary: a legal index (n, 1), and whether it is really there (n,)."""
+    inside = (targets >= v0) & (targets < v1)
+    return (targets - v0).clamp(0, v1 - v0 - 1)[:, None], inside.float()
