@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmtuner.env import kept_secret
+
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / ".tools"
 STOP_WORKERS_S = 45  # a worker checkpoints and gives its job back within 30 s
@@ -51,8 +53,20 @@ def programs() -> Iterator[tuple[str, int, list[str], int]]:
         yield "redis", 1, [str(TOOLS / "redis-server"), f"{var}/redis/redis.conf"], 10
     if "LLMTUNER_OWN_DYNAMODB" in os.environ:
         dynalite = [str(TOOLS / "node"), str(TOOLS / "node_modules/dynalite/cli.js"), "--host", "127.0.0.1"]
-        yield "dynamodb", 1, [*dynalite, "--port", os.environ["DYNAMODB_PORT"], "--path", f"{var}/dynamodb"], 10
-    web = ["uvicorn", "llmtuner.asgi:application", "--host", os.environ["WEB_HOST"], "--port", os.environ["WEB_PORT"]]
+        yield (
+            "dynamodb",
+            1,
+            [*dynalite, "--port", os.environ["DYNAMODB_PORT"], "--path", f"{var}/dynamodb"],
+            10,
+        )
+    web = [
+        "uvicorn",
+        "llmtuner.asgi:application",
+        "--host",
+        os.environ["WEB_HOST"],
+        "--port",
+        os.environ["WEB_PORT"],
+    ]
     web += ["--log-level", "warning", "--timeout-graceful-shutdown", "5", "--limit-concurrency", "4000"]
     yield "web", 10, [sys.executable, "-m", *web], 15
     for queue in ("checks", "training", "inference"):
@@ -64,8 +78,8 @@ def write_configuration(var: Path) -> Path:
     redis = var / "redis"
     redis.mkdir(parents=True, exist_ok=True)
     (redis / "redis.conf").write_text(
-        f"bind 127.0.0.1\nport {os.environ['REDIS_PORT']}\ndir {redis}\nappendonly yes\nsave \"\"\n"
-        f"requirepass {redis_password(var)}\n"
+        f'bind 127.0.0.1\nport {os.environ["REDIS_PORT"]}\ndir {redis}\nappendonly yes\nsave ""\n'
+        f"requirepass {kept_secret(var / 'redis-password')}\n"
     )
     (redis / "redis.conf").chmod(0o600)
     logs = var / "logs"
@@ -115,15 +129,6 @@ def socket_path(var: Path) -> Path:
     if len(str(path).encode()) < 100:
         return path
     return Path("/tmp") / f"llmtuner-{os.getuid()}-{abs(hash(str(var)))}.sock"  # noqa: S108  0700, made by supervisor
-
-
-def redis_password(var: Path) -> str:
-    path = var / "redis" / "password"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_urlsafe(24))
-    return path.read_text().strip()
 
 
 # ---- starting and stopping -----------------------------------------------------------------------------------------
@@ -228,7 +233,7 @@ def set_environment() -> Path:
         env.setdefault(name, port)
     if "REDIS_URL" not in env:
         env["LLMTUNER_OWN_REDIS"] = "1"
-        env["REDIS_URL"] = f"redis://:{redis_password(var)}@127.0.0.1:{env['REDIS_PORT']}/0"
+        env["REDIS_URL"] = f"redis://:{kept_secret(var / 'redis-password')}@127.0.0.1:{env['REDIS_PORT']}/0"
     if "DYNAMODB_ENDPOINT" not in env:
         env["LLMTUNER_OWN_DYNAMODB"] = "1"
         env["DYNAMODB_ENDPOINT"] = f"http://127.0.0.1:{env['DYNAMODB_PORT']}"
@@ -259,7 +264,9 @@ OWNER_EMAIL = "owner@localhost.localdomain"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/up", description="Run the whole studio on this machine.")
-    parser.add_argument("--check", action="store_true", help="start, fine-tune the sample, stop; exit 0 if all worked")
+    parser.add_argument(
+        "--check", action="store_true", help="start, fine-tune the sample, stop; exit 0 if all worked"
+    )
     parser.add_argument("--no-sample", action="store_true", help="don't fine-tune the bundled sample")
     options = parser.parse_args()
 
@@ -291,7 +298,9 @@ def main() -> int:
         url = os.environ["PUBLIC_URL"]
         print(f"\n  LLM Tuner is up at \033[1m{url}\033[0m  ({time.monotonic() - started:.0f} s)")
         if password:
-            print(f"  Sign in as {OWNER_EMAIL} with the password {password}  (shown once; change it on your account page)")
+            print(
+                f"  Sign in as {OWNER_EMAIL} with the password {password}  (shown once; change it on your account page)"
+            )
         else:
             print(f"  Forgot the password? {Path(sys.executable)} manage.py changepassword {OWNER_EMAIL}")
         sys.stdout.flush()
@@ -302,7 +311,9 @@ def main() -> int:
 
             worked = run_sample(url)
         if options.check:
-            print(f"\n  bin/up --check: {'all worked' if worked else 'FAILED'} in {time.monotonic() - started:.0f} s")
+            print(
+                f"\n  bin/up --check: {'all worked' if worked else 'FAILED'} in {time.monotonic() - started:.0f} s"
+            )
             return 0 if worked else 1
         print("\n  Serving. Ctrl-C stops everything.", flush=True)
         supervisor.process.wait()
