@@ -36,7 +36,7 @@ def resolve(
     batch = _batch(summary)[0] if settings.batch_tokens else choose("batch_size", *_batch(summary))
     if settings.max_steps is None:
         choose("epochs", *_epochs(summary, base, batch))
-    choose("learning_rate", *_rate(settings.method, base))
+    choose("learning_rate", *learning_rate(settings.method, base))
     choose("dropout", *_dropout(summary, base))
     choose("micro_batch_tokens", *_micro(settings, summary, base, machine, length, batch))
     return replace(settings, **values), reasons
@@ -78,7 +78,7 @@ def _epochs(summary: Summary, base: BaseModel, batch: int) -> tuple[float, str]:
     return 3.0, f"3, because {n} examples"
 
 
-def _rate(method: str, base: BaseModel) -> tuple[float, str]:
+def learning_rate(method: str, base: BaseModel) -> tuple[float, str]:
     """Smaller models bear larger steps; adapters bear ten times what full weights do."""
     rate = 5e-5 * (124e6 / max(1, base.parameters)) ** 0.5
     if method == "lora":
