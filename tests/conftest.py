@@ -97,7 +97,15 @@ class Studio:
     def start_web(self) -> subprocess.Popen[bytes]:
         port = self.url.rsplit(":", 1)[1]
         process = self.start(
-            "web", "uvicorn", "llmtuner.asgi:application", "--host", "127.0.0.1", "--port", port, "--log-level", "warning"
+            "web",
+            "uvicorn",
+            "llmtuner.asgi:application",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            port,
+            "--log-level",
+            "warning",
         )
         for _ in range(200):
             try:

@@ -88,7 +88,15 @@ def dynamodb(folder: Path, port: int | None = None, *, on_disk: bool = False) ->
 
 def redis(folder: Path, port: int | None = None) -> Service:
     port = port or free_port()
-    argv = [str(ROOT / ".tools/redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
+    argv = [
+        str(ROOT / ".tools/redis-server"),
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--dir",
+        str(folder),
+    ]
     argv += ["--save", "", "--appendonly", "yes", "--requirepass", REDIS_PASSWORD]
     return Service("redis", port, argv, lambda: _answers_redis(port), folder / "redis.log")
 

@@ -32,7 +32,7 @@ if "LLMTUNER_TEST_DIR" not in os.environ:
         os.environ.pop(name, None)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
-from llmtuner.settings import *  # noqa: E402, F403  the environment above must be set first
+from llmtuner.settings import *  # noqa: F403  the environment above must be set first
 
 # A file, so that web and workers started by a test see the rows of the test's own process.
 DATABASES["default"]["TEST"] = {"NAME": os.environ["LLMTUNER_TEST_DIR"] + "/db.sqlite3"}  # noqa: F405

@@ -36,7 +36,12 @@ def files(folder: str) -> list[Path]:
 
 
 def offenders(folder: str, is_wrong) -> list[str]:
-    return [f"{path.relative_to(ROOT)}: {name}" for path in files(folder) for name in imports_of(path) if is_wrong(name)]
+    return [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files(folder)
+        for name in imports_of(path)
+        if is_wrong(name)
+    ]
 
 
 def test_training_knows_nothing_of_the_rest():
@@ -78,7 +83,14 @@ def test_web_and_celery_processes_import_no_torch(module: str, stores: None):
 
 
 def test_nothing_loads_pickles_or_foreign_code():
-    forbidden = ("torch.load(", "import pickle", "from pickle", "joblib", "trust_remote_code=True", "shell=True")
+    forbidden = (
+        "torch.load(",
+        "import pickle",
+        "from pickle",
+        "joblib",
+        "trust_remote_code=True",
+        "shell=True",
+    )
     found = [
         f"{path.relative_to(ROOT)}: {word}"
         for folder in ("llmtuner", "accounts", "jobs", "training")
