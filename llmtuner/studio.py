@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from supervisor.xmlrpc import SupervisorTransport
+
 from llmtuner.env import kept_secret
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,12 +144,15 @@ class Supervisor:
         argv = [*wrapper, sys.executable, "-m", "supervisor.supervisord", "-c", str(configuration), "-n"]
         # A session of its own, so that Ctrl-C reaches only us and the stop is in our order.
         self.process = subprocess.Popen(argv, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
-        from supervisor.xmlrpc import SupervisorTransport
-
-        transport = SupervisorTransport(None, None, f"unix://{socket_path(var)}")
-        self.rpc: Any = xmlrpc.client.ServerProxy("http://127.0.0.1", transport).supervisor
+        self.socket = socket_path(var)
         wait_for("supervisor", self.is_up, 15, var)
         self.names = [name for name, *_ in programs()]
+
+    @property
+    def rpc(self) -> Any:
+        """A connection of its own for each call: a broken one would stay broken."""
+        transport = SupervisorTransport(None, None, f"unix://{self.socket}")
+        return xmlrpc.client.ServerProxy("http://127.0.0.1", transport).supervisor
 
     def is_up(self) -> bool:
         try:
