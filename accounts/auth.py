@@ -60,7 +60,9 @@ def _credential(request: HttpRequest) -> str | None:
     if scheme.lower() == "bearer" and value.strip():
         given.add(value.strip())
     # Tools written for other vendors send the key under these names.
-    given |= {request.META[name].strip() for name in ("HTTP_X_API_KEY", "HTTP_API_KEY") if request.META.get(name)}
+    given |= {
+        request.META[name].strip() for name in ("HTTP_X_API_KEY", "HTTP_API_KEY") if request.META.get(name)
+    }
     if len(given) > 1 or "," in header:
         raise TwoCredentials
     secret = given.pop() if given else None
@@ -75,7 +77,12 @@ def _user_of_token(token: str) -> User | None:
     if answer is None:
         return None
     user, payload = answer
-    if set(payload) != CLAIMS or not _times_are_sane(payload) or not isinstance(user, User) or not user.is_active:
+    if (
+        set(payload) != CLAIMS
+        or not _times_are_sane(payload)
+        or not isinstance(user, User)
+        or not user.is_active
+    ):
         return None
     return user
 

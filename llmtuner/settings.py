@@ -26,7 +26,9 @@ PUBLIC_URL = env.text("PUBLIC_URL", f"http://localhost:{WEB_PORT}").rstrip("/")
 HTTPS = PUBLIC_URL.startswith("https://")
 PUBLIC_HOST = urlsplit(PUBLIC_URL).hostname or "localhost"
 LOOPBACK = PUBLIC_HOST in {"localhost", "127.0.0.1", "::1"}
-ALLOWED_HOSTS = env.words("ALLOWED_HOSTS", [PUBLIC_HOST, *(["localhost", "127.0.0.1", "[::1]"] if LOOPBACK else [])])
+ALLOWED_HOSTS = env.words(
+    "ALLOWED_HOSTS", [PUBLIC_HOST, *(["localhost", "127.0.0.1", "[::1]"] if LOOPBACK else [])]
+)
 CSRF_TRUSTED_ORIGINS = [PUBLIC_URL]
 # How many reverse proxies stand before us. 0: X-Forwarded-For and X-Forwarded-Proto are believed from nobody.
 TRUSTED_PROXY_COUNT = env.number("TRUSTED_PROXY_COUNT", 0)
@@ -199,7 +201,9 @@ SIGNUP_OPEN = env.flag("SIGNUP_OPEN", True)
 
 # Google: one button, shown when the operator has registered the studio there.
 GOOGLE_CLIENT_ID = env.text("GOOGLE_CLIENT_ID")
-GOOGLE_ENDPOINTS = env.pairs("GOOGLE_ENDPOINTS")  # id_token_issuer, authorize, access_token, certs, identity: for tests
+GOOGLE_ENDPOINTS = env.pairs(
+    "GOOGLE_ENDPOINTS"
+)  # id_token_issuer, authorize, access_token, certs, identity: for tests
 SOCIALACCOUNT_ADAPTER = "accounts.adapters.SocialAccountAdapter"
 SOCIALACCOUNT_LOGIN_ON_GET = False
 SOCIALACCOUNT_STORE_TOKENS = False
@@ -298,8 +302,19 @@ LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
     "filters": {"request_id": {"()": "llmtuner.middleware.RequestIdFilter"}},
-    "formatters": {"line": {"()": "llmtuner.middleware.OneLine", "format": "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"}},
-    "handlers": {"console": {"class": "logging.StreamHandler", "filters": ["request_id"], "formatter": "line"}},
+    "formatters": {
+        "line": {
+            "()": "llmtuner.middleware.OneLine",
+            "format": "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s",
+        }
+    },
+    "handlers": {
+        "console": {"class": "logging.StreamHandler", "filters": ["request_id"], "formatter": "line"}
+    },
     "root": {"handlers": ["console"], "level": env.text("LOG_LEVEL", "INFO")},
-    "loggers": {"botocore": {"level": "WARNING"}, "boto3": {"level": "WARNING"}, "urllib3": {"level": "WARNING"}},
+    "loggers": {
+        "botocore": {"level": "WARNING"},
+        "boto3": {"level": "WARNING"},
+        "urllib3": {"level": "WARNING"},
+    },
 }

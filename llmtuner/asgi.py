@@ -1,0 +1,26 @@
+"""What uvicorn runs: Django, and before it the live stream, which holds no thread and no SQL connection."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from django.core.asgi import get_asgi_application
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "llmtuner.settings")
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+django = get_asgi_application()
+
+from jobs.views import live  # noqa: E402  needs the settings that were loaded above
+
+
+async def application(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "http" and live.PATH.match(scope["path"]):
+        await live.stream(scope, receive, send)
+    else:
+        await django(scope, receive, send)

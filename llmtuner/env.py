@@ -1,0 +1,125 @@
+"""Typed readers of the environment, for settings.py."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+Number = TypeVar("Number", int, float)
+
+
+class BadEnvironment(Exception):
+    """A variable that cannot be read as what it should be; the message names it."""
+
+
+def text(name: str, default: str = "") -> str:
+    return os.environ.get(name, default).strip()
+
+
+def flag(name: str, default: bool = False) -> bool:
+    value = text(name).lower()
+    if value in {"1", "true", "yes", "on"}:
+        return True
+    if value in {"0", "false", "no", "off"}:
+        return False
+    if value:
+        raise BadEnvironment(f"{name}={value!r}: write 1 or 0")
+    return default
+
+
+def words(name: str, default: list[str]) -> list[str]:
+    """A list separated by commas."""
+    value = text(name)
+    return [word.strip() for word in value.split(",") if word.strip()] if value else default
+
+
+def number(name: str, default: Number) -> Number:
+    """A number of the default's own kind."""
+    value = text(name)
+    try:
+        return type(default)(value) if value else default
+    except ValueError as e:
+        raise BadEnvironment(f"{name}={value!r} is no {type(default).__name__}") from e
+
+
+def pairs(name: str) -> dict[str, str]:
+    """`a=b,c=d` as a mapping."""
+    found = {}
+    for word in words(name, []):
+        key, separator, value = word.partition("=")
+        if not separator:
+            raise BadEnvironment(f"{name}: {word!r} should read NAME=VALUE")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def numbers(prefix: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Each default, or the variable PREFIX_NAME where it is set."""
+    return {name: number(f"{prefix}_{name.upper()}", value) for name, value in defaults.items()}
+
+
+def kept_secret(path: Path) -> str:
+    """A random secret that is made once and kept in a file only we can read.
+
+    Several processes may start at once: the first to link its file wins, and all read the winner's.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mine = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+        mine.touch(mode=0o600)
+        mine.write_text(secrets.token_urlsafe(64))
+        try:
+            os.link(mine, path)
+        except FileExistsError:
+            pass  # another process was first
+        finally:
+            mine.unlink()
+    return path.read_text().strip()
+
+
+def database(url: str) -> dict[str, Any]:
+    """Django's DATABASES entry for sqlite:///path or postgres://user:password@host:port/name?option=value."""
+    parts = urlsplit(url)
+    if parts.scheme == "sqlite":
+        # Writers wait for one another instead of failing; readers never wait (write-ahead log).
+        options = {
+            "timeout": 20,
+            "transaction_mode": "IMMEDIATE",
+            "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
+        }
+        name = unquote(parts.path).removeprefix("/")
+        return {"ENGINE": "django.db.backends.sqlite3", "NAME": name or ":memory:", "OPTIONS": options}
+    if parts.scheme in {"postgres", "postgresql"}:
+        return {
+            "ENGINE": "django.db.backends.postgresql",
+            "NAME": unquote(parts.path).strip("/"),
+            "USER": unquote(parts.username or ""),
+            "PASSWORD": unquote(parts.password or ""),
+            "HOST": parts.hostname or "",
+            "PORT": str(parts.port or ""),
+            "OPTIONS": dict(parse_qsl(parts.query)),
+            # A pool instead of lasting connections: async views hop between threads.
+            "CONN_HEALTH_CHECKS": True,
+        }
+    raise BadEnvironment(f"DATABASE_URL: {parts.scheme or 'nothing'}:// is not sqlite:// or postgres://")
+
+
+def mail(url: str) -> dict[str, Any]:
+    """Django's EMAIL_* settings for smtp://, smtp+tls:// (STARTTLS) or smtp+ssl://user:password@host:port."""
+    parts = urlsplit(url)
+    if parts.scheme not in {"smtp", "smtp+tls", "smtp+ssl"} or not parts.hostname:
+        raise BadEnvironment("EMAIL_URL should read smtp+tls://user:password@host:587")
+    ports = {"smtp": 25, "smtp+tls": 587, "smtp+ssl": 465}
+    return {
+        "EMAIL_BACKEND": "django.core.mail.backends.smtp.EmailBackend",
+        "EMAIL_HOST": parts.hostname,
+        "EMAIL_PORT": parts.port or ports[parts.scheme],
+        "EMAIL_HOST_USER": unquote(parts.username or ""),
+        "EMAIL_HOST_PASSWORD": unquote(parts.password or ""),
+        "EMAIL_USE_TLS": parts.scheme == "smtp+tls",
+        "EMAIL_USE_SSL": parts.scheme == "smtp+ssl",
+        "EMAIL_TIMEOUT": 10,
+    }

@@ -1,0 +1,178 @@
+"""What every request passes first. Each works without a thread under ASGI: a held stream must cost none."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import re
+import secrets
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import lru_cache
+
+from asgiref.sync import iscoroutinefunction, sync_to_async
+from django.conf import settings
+from django.http import HttpRequest, HttpResponse, HttpResponseBase
+from django.utils.cache import patch_vary_headers
+from django.utils.decorators import sync_and_async_middleware
+from whitenoise.middleware import WhiteNoiseMiddleware
+
+Handler = Callable[[HttpRequest], HttpResponseBase]
+
+# ---- request ids -------------------------------------------------------------------------------
+
+current_request_id: ContextVar[str] = ContextVar("request_id", default="-")
+
+
+def around(wrap: Callable[[HttpRequest, HttpResponseBase], None], get_response: Handler) -> Handler:
+    """A middleware that only looks at the answer, in both worlds."""
+    if iscoroutinefunction(get_response):
+
+        async def async_middleware(request: HttpRequest) -> HttpResponseBase:
+            response = await get_response(request)
+            wrap(request, response)
+            return response
+
+        return async_middleware  # type: ignore[return-value]  # Django knows which of the two it holds
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        response = get_response(request)
+        wrap(request, response)
+        return response
+
+    return middleware
+
+
+@sync_and_async_middleware
+def request_id(get_response: Handler) -> Handler:
+    """A number for each request: in its answer, in its log lines, on the page that says something broke."""
+
+    def begin(request: HttpRequest) -> None:
+        request.request_id = "req_" + secrets.token_hex(12)  # type: ignore[attr-defined]
+        current_request_id.set(request.request_id)  # type: ignore[attr-defined]
+
+    def end(request: HttpRequest, response: HttpResponseBase) -> None:
+        response.headers.setdefault("X-Request-ID", request.request_id)  # type: ignore[attr-defined]
+
+    inner = around(end, get_response)
+    if iscoroutinefunction(get_response):
+
+        async def async_middleware(request: HttpRequest) -> HttpResponseBase:
+            begin(request)
+            return await inner(request)  # type: ignore[misc]  # async here
+
+        return async_middleware  # type: ignore[return-value]
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        begin(request)
+        return inner(request)
+
+    return middleware
+
+
+class RequestIdFilter(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.request_id = current_request_id.get()
+        return True
+
+
+class OneLine(logging.Formatter):
+    """Line ends inside a message are written out, so that nobody can forge a log line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return super().formatMessage(record).replace("\r", "\\r").replace("\n", "\\n")
+
+
+# ---- headers -----------------------------------------------------------------------------------
+
+CONTENT_SECURITY_POLICY = "; ".join(
+    [
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self' data:",  # daisyUI draws its ticks as data: images
+        "connect-src 'self'",
+        "font-src 'self'",
+        # Browsers also apply form-action to where the answer to a form redirects: the Google button is such a form.
+        "form-action 'self' {google}",
+        "base-uri 'none'",
+        "frame-ancestors 'none'",
+        "object-src 'none'",
+        "manifest-src 'self'",
+    ]
+)
+
+
+def _google_origin() -> str:
+    authorize = settings.GOOGLE_ENDPOINTS.get("authorize")
+    return "/".join(authorize.split("/")[:3]) if authorize else "https://accounts.google.com"
+
+
+@sync_and_async_middleware
+def security_headers(get_response: Handler) -> Handler:
+    policy = CONTENT_SECURITY_POLICY.format(google=_google_origin())
+
+    def add(request: HttpRequest, response: HttpResponseBase) -> None:
+        response.headers.setdefault("Content-Security-Policy", policy)
+        response.headers.setdefault(
+            "Permissions-Policy", "camera=(), geolocation=(), microphone=(), payment=(), usb=()"
+        )
+        response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
+        if not request.path_info.startswith(settings.STATIC_URL):
+            # Pages belong to one person: no cache may keep them, not even the browser's once signed out.
+            response.headers.setdefault("Cache-Control", "no-store, private")
+
+    return around(add, get_response)
+
+
+# ---- static files ------------------------------------------------------------------------------
+
+_TEXT = re.compile(r"\.(css|js|svg|json|txt)$")
+
+
+@sync_and_async_middleware
+def static_files(get_response: Handler) -> Handler:
+    """WhiteNoise finds the file; we answer it whole, because its streamed answer would need a thread under ASGI."""
+    noise = WhiteNoiseMiddleware(lambda request: None)
+
+    def serve(request: HttpRequest) -> HttpResponseBase | None:
+        found = noise(request)
+        if found is None or found.status_code != 200 or not found.streaming:
+            return found
+        body = b"".join(found.streaming_content)
+        found.close()
+        headers = dict(found.headers)
+        if (
+            _TEXT.search(request.path_info)
+            and "Content-Encoding" not in headers
+            and "Range" not in request.headers
+        ):
+            if "gzip" in request.headers.get("Accept-Encoding", ""):
+                body = _compressed(body)
+                headers |= {"Content-Encoding": "gzip", "Content-Length": str(len(body))}
+            answer = HttpResponse(body, headers=headers)
+            patch_vary_headers(answer, ["Accept-Encoding"])
+            return answer
+        return HttpResponse(body, headers=headers)
+
+    if iscoroutinefunction(get_response):
+
+        async def async_middleware(request: HttpRequest) -> HttpResponseBase:
+            if request.path_info.startswith(settings.STATIC_URL):
+                found = await sync_to_async(serve, thread_sensitive=False)(request)
+                if found is not None:
+                    return found
+            return await get_response(request)
+
+        return async_middleware  # type: ignore[return-value]
+
+    def middleware(request: HttpRequest) -> HttpResponseBase:
+        found = serve(request) if request.path_info.startswith(settings.STATIC_URL) else None
+        return found or get_response(request)
+
+    return middleware
+
+
+@lru_cache(maxsize=64)
+def _compressed(body: bytes) -> bytes:
+    return gzip.compress(body, 6, mtime=0)

@@ -1,0 +1,38 @@
+"""Every address. The live stream `/jobs/<id>/stream` is mounted in asgi.py, before Django."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from allauth.account.decorators import secure_admin_login
+from django.contrib import admin
+from django.urls import include, path
+
+from llmtuner import health
+
+# The admin signs in by the same door as everybody: same rate limits, same second factor.
+admin.autodiscover()
+admin.site.login = secure_admin_login(admin.site.login)  # type: ignore[method-assign]  # allauth's documented way
+admin.site.site_header = admin.site.site_title = "LLM Tuner"
+admin.site.index_title = "Oversight"
+
+urlpatterns = [
+    path("healthz", health.alive),
+    path("readyz", health.ready),
+    path("admin/", admin.site.urls),
+    path("accounts/", include("allauth.urls")),
+    path("account/", include("accounts.urls")),
+    path("_allauth/", include("allauth.headless.urls")),
+]
+# Until each part has landed.
+with suppress(ImportError):
+    from llmtuner.api import api
+
+    urlpatterns += [path("v1/", api.urls)]
+with suppress(ImportError):
+    urlpatterns += [path("", include("jobs.urls"))]
+
+handler400 = "llmtuner.errors.bad_request"
+handler403 = "llmtuner.errors.forbidden"
+handler404 = "llmtuner.errors.not_found"
+handler500 = "llmtuner.errors.server_error"
