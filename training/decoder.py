@@ -1,0 +1,185 @@
+"""One token after another, quickly: the key/value cache and the weights laid out for reading.
+
+Writing a token reads every weight once, so its speed is the memory's. On a CPU the weights are repacked for oneDNN
+(measured on 2 cores, one row: the MLP's matrix 0.28 ms as it lies, 0.08 ms repacked; GPT-2's head 11.7 ms and 6.1 ms).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Linear = Callable[[Tensor], Tensor]
+
+
+class Decoder(Protocol):
+    """What generation needs of a model. A cache belongs to one sequence; a step moves several sequences at once."""
+
+    context: int
+
+    def prefill(self, ids: Sequence[int], room: int, every: bool = False) -> tuple[Any, Tensor]:
+        """Read a prompt into a new cache with room for `room` tokens: (cache, logits (V,), or (T, V) if `every`)."""
+        ...
+
+    def fork(self, cache: Any) -> Any:
+        """A second sequence that starts from the same prompt."""
+        ...
+
+    def step(self, caches: Sequence[Any], ids: Sequence[int]) -> Tensor:
+        """Append one token to each sequence: logits (B, V)."""
+        ...
+
+
+def linear(weight: Tensor, bias: Tensor | None, act: str = "none", pack: bool = True) -> Linear:
+    """x (N, in) -> act(x @ weight.T + bias) (N, out), for weight (out, in); `act` is "none" or "gelu" (tanh form)."""
+    if (
+        pack
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+    ):
+        # The operators torch.compile itself emits for frozen weights; the repacked copy replaces the plain one.
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+        run = torch.ops.mkldnn._linear_pointwise
+        algorithm = "tanh" if act == "gelu" else ""
+        return lambda x: run(x, packed, bias, act, [], algorithm)
+    if act == "gelu":
+        return lambda x: F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    return lambda x: F.linear(x, weight, bias)
+
+
+@dataclass
+class Cache:
+    """Keys and values of one sequence, a tensor (room, 2, heads, head size) for each layer."""
+
+    layers: list[Tensor]
+    length: int
+
+
+@dataclass
+class Layer:
+    norm1: tuple[Tensor, Tensor]
+    qkv: Linear
+    proj: Linear
+    norm2: tuple[Tensor, Tensor]
+    up: Linear
+    down: Linear
+
+
+class GPT2Decoder:
+    """GPT-2 from its Hugging Face weights by name (`wte.weight`, `h.0.attn.c_attn.weight` of shape (in, out), …).
+
+    pack=True copies the weights for speed: for models that will write much. pack=False reads them where they lie, so
+    a model that is still being trained can write a sample at no cost in memory."""
+
+    @torch.inference_mode()
+    def __init__(
+        self, weights: Mapping[str, Tensor], heads: int, eps: float = 1e-5, pack: bool = True
+    ) -> None:
+        w = {name.removeprefix("transformer."): tensor.detach() for name, tensor in weights.items()}
+        self.wte, self.wpe = w["wte.weight"], w["wpe.weight"]  # (V, D), (C, D)
+        self.context, self.width = self.wpe.shape
+        self.heads, self.eps = heads, eps
+        self.norm = (w["ln_f.weight"], w["ln_f.bias"])
+        self.head = linear(w.get("lm_head.weight", self.wte), None, pack=pack)
+
+        def conv1d(name: str, act: str = "none") -> Linear:
+            return linear(w[f"{name}.weight"].t(), w[f"{name}.bias"], act, pack)
+
+        def norm(name: str) -> tuple[Tensor, Tensor]:
+            return w[f"{name}.weight"], w[f"{name}.bias"]
+
+        count = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("h."))
+        self.layers = [
+            Layer(
+                norm(f"h.{i}.ln_1"),
+                conv1d(f"h.{i}.attn.c_attn"),
+                conv1d(f"h.{i}.attn.c_proj"),
+                norm(f"h.{i}.ln_2"),
+                conv1d(f"h.{i}.mlp.c_fc", "gelu"),
+                conv1d(f"h.{i}.mlp.c_proj"),
+            )
+            for i in range(count)
+        ]
+
+    @torch.inference_mode()
+    def prefill(self, ids: Sequence[int], room: int, every: bool = False) -> tuple[Cache, Tensor]:
+        room = min(max(room, len(ids)), self.context)
+        shape = (room, 2, self.heads, self.width // self.heads)
+        cache = Cache([self.wte.new_empty(shape) for _ in self.layers], 0)
+        tokens = torch.tensor(ids, device=self.wte.device)
+        x = self._run(tokens, torch.arange(len(ids), device=self.wte.device), [cache], len(ids))  # (T, D)
+        logits = self.head(x if every else x[-1:])
+        return cache, logits if every else logits[0]
+
+    @torch.inference_mode()
+    def fork(self, cache: Cache) -> Cache:
+        return Cache([layer.clone() for layer in cache.layers], cache.length)
+
+    @torch.inference_mode()
+    def step(self, caches: Sequence[Cache], ids: Sequence[int]) -> Tensor:
+        device = self.wte.device
+        positions = torch.tensor([cache.length for cache in caches], device=device)
+        return self.head(self._run(torch.tensor(ids, device=device), positions, caches, 1))  # (B, V)
+
+    def _run(self, ids: Tensor, positions: Tensor, caches: Sequence[Cache], new: int) -> Tensor:
+        """`new` tokens for each cache, their rows one cache after the other: ids (B * new,) -> (B * new, D)."""
+        x = self.wte[ids] + self.wpe[positions]
+        shape = (self.width,)
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(F.layer_norm(x, shape, *layer.norm1, self.eps))  # (B * new, 3D)
+            x = x + layer.proj(self._attend(qkv.view(len(x), 3, self.heads, -1), i, caches, new))
+            x = x + layer.down(layer.up(F.layer_norm(x, shape, *layer.norm2, self.eps)))
+        for cache in caches:
+            cache.length += new
+        return F.layer_norm(x, shape, *self.norm, self.eps)
+
+    def _attend(self, qkv: Tensor, layer: int, caches: Sequence[Cache], new: int) -> Tensor:
+        """Each sequence attends to its own past: no padding and no mask, whatever their lengths. (N, 3, H, d) -> (N, D)"""
+        outs = []
+        for b, cache in enumerate(caches):
+            rows, end = qkv[b * new : (b + 1) * new], cache.length + new
+            past = cache.layers[layer]
+            past[cache.length : end] = rows[:, 1:]
+            k, v = past[:end].permute(1, 2, 0, 3).unsqueeze(1).unbind(0)  # (1, H, end, d) each
+            q = rows[:, 0].transpose(0, 1).unsqueeze(0)  # (1, H, new, d)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=new > 1)
+            outs.append(out[0].transpose(0, 1).reshape(new, self.width))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: float) -> int:
+    """The token that `uniform` (0 ≤ u < 1) points at among the likeliest; the first of the likeliest at temperature 0."""
+    if temperature <= 0:
+        return int(logits.argmax())
+    logits = logits.float() / temperature
+    size = logits.numel()
+    if top_k <= 0 and top_p >= 1:
+        return _pick(torch.softmax(logits, -1), uniform)
+    total = torch.logsumexp(logits, -1)
+    wanted = (
+        min(top_k, size) if top_k > 0 else min(512, size)
+    )  # sorting all 50,257 costs more than the model's head
+    while True:
+        values, ids = torch.topk(logits, wanted)
+        # Nucleus after top-k, as transformers does: the probabilities are those among the top_k.
+        probs = torch.softmax(values, -1) if top_k > 0 else (values - total).exp()
+        mass = torch.cumsum(probs.double(), 0)
+        if top_p >= 1 or top_k > 0 or float(mass[-1]) >= top_p or wanted == size:
+            break
+        wanted = min(size, wanted * 8)
+    if top_p < 1:
+        keep = int(torch.searchsorted(mass, torch.tensor(top_p, dtype=mass.dtype, device=mass.device))) + 1
+        probs = probs[:keep]
+    return int(ids[_pick(probs, uniform)])
+
+
+def _pick(weights: Tensor, uniform: float) -> int:
+    mass = torch.cumsum(weights.double(), 0)
+    point = torch.as_tensor(uniform * float(mass[-1]), dtype=mass.dtype, device=mass.device)
+    return min(int(torch.searchsorted(mass, point, right=True)), weights.numel() - 1)
