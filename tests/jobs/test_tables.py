@@ -1,0 +1,52 @@
+"""The ways to read and write rows, against the real engine."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs import tables
+from jobs.tables import Job, Usage, new_id, time_of
+
+pytestmark = pytest.mark.usefixtures("stores")
+
+
+def test_ids_sort_by_time_and_tell_it():
+    first, second = new_id("file"), new_id("file")
+    assert first[:15] <= second[:15]
+    assert len(first) == len("file-") + 26
+    assert abs(time_of(second) - __import__("time").time()) < 5
+
+
+def test_a_second_put_of_the_same_row_is_refused():
+    row = Usage(new_id("user"), "x", body_hash="a")
+    assert tables.put_new(row) is row
+    other = Usage(row.owner, "x", body_hash="b")
+    assert tables.put_new(other, lambda found: found.body_hash == "b") is None
+    found = tables.put_new(other, lambda found: found.body_hash == "a")
+    assert found is not None
+    assert found.body_hash == "a"
+
+
+def test_an_update_answers_with_the_row_as_it_then_is():
+    job = Job(new_id("user"), new_id("ftjob"), status="queued", settings={"epochs": 1.5})
+    tables.put_new(job)
+    moved = tables.update(job, [Job.status.set("running"), Job.version.add(1)], Job.status == "queued")
+    assert moved is not None
+    assert (moved.status, moved.version, moved.settings) == ("running", 1, {"epochs": 1.5})
+    assert job.status == "queued"
+    assert tables.update(job, [Job.status.set("running")], Job.status == "queued") is None
+
+
+def test_a_refused_update_that_was_ours_is_taken_as_done():
+    job = Job(new_id("user"), new_id("ftjob"), holder="me")
+    tables.put_new(job)
+    found = tables.update(job, [Job.epoch.set(1)], Job.epoch == 9, lambda found: found.holder == "me")
+    assert found is not None
+    assert found.epoch == 0
+
+
+def test_calls_are_counted():
+    with tables.counted() as calls:
+        assert tables.get(Job, "nobody", "nothing") is None
+        list(tables.rows(Job, "nobody"))
+    assert tables.reads(calls) == 2
