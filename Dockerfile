@@ -11,4 +11,4 @@ RUN useradd --system --create-home --home-dir /var/lib/llmtuner tuner \
  && SECRET_KEY=only-to-collect-static-files-during-the-build python manage.py collectstatic --noinput
 USER tuner
 EXPOSE 8420
-CMD ["uvicorn", "llmtuner.asgi:application", "--host", "0.0.0.0", "--port", "8420", "--timeout-graceful-shutdown", "5", "--limit-concurrency", "4000"]
+CMD ["uvicorn", "llmtuner.asgi:application", "--host", "0.0.0.0", "--port", "8420", "--no-proxy-headers", "--timeout-graceful-shutdown", "5", "--limit-concurrency", "4000"]

@@ -48,7 +48,8 @@ def request_id(get_response: Handler) -> Handler:
     """A number for each request: in its answer, in its log lines, on the page that says something broke."""
 
     def begin(request: HttpRequest) -> None:
-        request.request_id = "req_" + secrets.token_hex(12)  # type: ignore[attr-defined]
+        # `/v1` has taken the caller's own id by now, see llmtuner/api.py.
+        request.request_id = request.META.get("llmtuner.request_id") or "req_" + secrets.token_hex(12)  # type: ignore[attr-defined]
         current_request_id.set(request.request_id)  # type: ignore[attr-defined]
 
     def end(request: HttpRequest, response: HttpResponseBase) -> None:

@@ -69,7 +69,7 @@ def programs() -> Iterator[tuple[str, int, list[str], int]]:
         "--port",
         os.environ["WEB_PORT"],
     ]
-    web += ["--log-level", "warning", "--timeout-graceful-shutdown", "5", "--limit-concurrency", "4000"]
+    web += ["--log-level", "warning", "--no-proxy-headers", "--timeout-graceful-shutdown", "5", "--limit-concurrency", "4000"]
     yield "web", 10, [sys.executable, "-m", *web], 15
     for queue in ("checks", "training", "inference"):
         yield queue, 20, [sys.executable, "-m", *worker_argv(queue)], STOP_WORKERS_S
