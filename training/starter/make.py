@@ -35,8 +35,12 @@ HELD_OUT = 0.02
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--wordnet", type=Path, required=True, help="the folder that holds wordnet/ and doc/")
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument(
+        "--wordnet", type=Path, required=True, help="the folder that holds wordnet/ and doc/"
+    )
     options.add_argument("--out", type=Path, default=MODEL)
     options.add_argument("--steps", type=int, default=2400)
     options.add_argument("--seed", type=int, default=0)
@@ -52,9 +56,11 @@ def main() -> None:
     tokenizer = Tokenizer.load(given.out)
     held = texts[: round(len(texts) * HELD_OUT)]
     train_rows, held_rows = rows(texts[len(held) :], tokenizer), rows(held, tokenizer)
-    print(f"{len(texts)} documents, {train_rows.size} training tokens, {held_rows.size} held-out tokens", flush=True)
-    model, loss = train(train_rows, held_rows, given.steps, given.seed)
-    model.save(given.out, torch.float16)
+    print(
+        f"{len(texts)} documents, {train_rows.size} training tokens, {held_rows.size} held-out tokens",
+        flush=True,
+    )
+    loss = train(train_rows, held_rows, given.steps, given.seed, given.out)
     licence = (given.wordnet / "doc" / "wordnet-base" / "copyright").read_text(encoding="utf-8")
     write_card(given.out, loss, len(texts), train_rows.size, given.steps, given.seed, licence)
 
@@ -87,7 +93,9 @@ def make_tokenizer(texts: list[str], folder: Path) -> None:
 
 def rows(texts: list[str], tokenizer: Tokenizer) -> np.ndarray:
     """All documents end to end, cut into rows of one more than CONTEXT tokens.  (rows, CONTEXT + 1)"""
-    ids = np.concatenate([np.asarray([*part, tokenizer.eos_id], np.int32) for part in tokenizer.encode_batch(texts)])
+    ids = np.concatenate(
+        [np.asarray([*part, tokenizer.eos_id], np.int32) for part in tokenizer.encode_batch(texts)]
+    )
     count = (len(ids) - 1) // CONTEXT
     starts = np.arange(count)[:, None] * CONTEXT
     return ids[starts + np.arange(CONTEXT + 1)]
@@ -98,7 +106,8 @@ def batch_of(part: np.ndarray) -> Batch:
     return pack([(row[:CONTEXT], np.ones(CONTEXT, np.uint8)) for row in part])
 
 
-def train(train_rows: np.ndarray, held_rows: np.ndarray, steps: int, seed: int) -> tuple[GPT2, float]:
+def train(train_rows: np.ndarray, held_rows: np.ndarray, steps: int, seed: int, folder: Path) -> float:
+    """Returns the held-out loss; the weights lie in `folder`, written at each evaluation."""
     torch.manual_seed(seed)
     model = GPT2.new(
         GPT2Config(
@@ -114,7 +123,9 @@ def train(train_rows: np.ndarray, held_rows: np.ndarray, steps: int, seed: int) 
     momentum = [torch.zeros_like(p) for p in matrices]
     adam = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
     rng = np.random.default_rng(seed)
-    order = np.concatenate([rng.permutation(len(train_rows)) for _ in range(1 + steps * BATCH // len(train_rows))])
+    order = np.concatenate(
+        [rng.permutation(len(train_rows)) for _ in range(1 + steps * BATCH // len(train_rows))]
+    )
     began, loss = time.time(), math.nan
     for step in range(steps):
         batch = batch_of(train_rows[order[step * BATCH : (step + 1) * BATCH]])
@@ -126,7 +137,9 @@ def train(train_rows: np.ndarray, held_rows: np.ndarray, steps: int, seed: int) 
             grad = kernels.main_grad(p)
             memory.lerp_(grad, 0.05)
             update = orthogonal(grad.lerp(memory, 0.95))
-            p.data.mul_(1 - 0.01 * 0.02 * rate).add_(update, alpha=-0.02 * rate * max(1, p.shape[1] / p.shape[0]) ** 0.5)
+            p.data.mul_(1 - 0.01 * 0.02 * rate).add_(
+                update, alpha=-0.02 * rate * max(1, p.shape[1] / p.shape[0]) ** 0.5
+            )
             grad.zero_()
         for p in others:
             p.grad = kernels.main_grad(p)
@@ -138,8 +151,9 @@ def train(train_rows: np.ndarray, held_rows: np.ndarray, steps: int, seed: int) 
             print(f"step {step} loss {value.item():.4f} {time.time() - began:.0f} s", flush=True)
         if step % 400 == 399 or step == steps - 1:
             loss = evaluate(model, held_rows)
+            model.save(folder, torch.float16)
             print(f"step {step} held-out loss {loss:.4f}", flush=True)
-    return model, loss
+    return loss
 
 
 @torch.no_grad()
@@ -163,7 +177,9 @@ def orthogonal(g: Tensor) -> Tensor:
     return x.T if g.shape[0] > g.shape[1] else x
 
 
-def write_card(folder: Path, loss: float, texts: int, tokens: int, steps: int, seed: int, copyright: str) -> None:
+def write_card(
+    folder: Path, loss: float, texts: int, tokens: int, steps: int, seed: int, copyright: str
+) -> None:
     licence = re.search(r"License: WordNet3\.0\n(.*?)\n\n", copyright, re.DOTALL)
     words = re.sub(r"^ \.?", "", licence[1], flags=re.MULTILINE) if licence else copyright
     (folder / "README.md").write_text(

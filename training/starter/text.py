@@ -78,7 +78,9 @@ def sentences(m: Meaning, rng: random.Random) -> Iterator[str]:
             yield f"What is {subject}?"
         yield _sentence(f"{subject} is {definition}")
     elif m.pos == "noun":
-        yield _sentence(f"{word} {'was' if re.search(r'[0-9]{4}-[0-9]{4}', definition) else 'is'} {definition}")
+        yield _sentence(
+            f"{word} {'was' if re.search(r'[0-9]{4}-[0-9]{4}', definition) else 'is'} {definition}"
+        )
     elif m.pos == "verb":
         yield _sentence(rng.choice((f"to {word} is to {definition}", f"to {word} means to {definition}")))
     elif m.pos == "adj":
@@ -86,7 +88,9 @@ def sentences(m: Meaning, rng: random.Random) -> Iterator[str]:
     else:
         yield _sentence(f"{word} means {definition}")
     if m.kind_of and rng.random() < 0.4:
-        yield _sentence(f"{'it' if m.instance else _a(word)} is {'' if m.instance else 'a kind of '}{m.kind_of if not m.instance else _a(m.kind_of)}")
+        yield _sentence(
+            f"{'it' if m.instance else _a(word)} is {'' if m.instance else 'a kind of '}{m.kind_of if not m.instance else _a(m.kind_of)}"
+        )
     if len(m.words) > 1 and rng.random() < 0.6:
         yield f"Another word for {word} is {' or '.join(m.words[1:3])}."
     if m.examples:
