@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from training import kernels
+from training import kernels, lora
 from training.events import Failure
 from training.packing import Batch
 
@@ -157,6 +158,7 @@ class GPT2(nn.Module):
     """Language model with tied embeddings. Parameters live under Hugging Face's names (`transformer.h.0.…`)."""
 
     gradient_checkpointing = False
+    lora: dict[str, Any] | None = None  # rank, alpha, dropout, targets, once adapters are there
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -176,6 +178,16 @@ class GPT2(nn.Module):
 
     def set_dropout(self, p: float) -> None:
         self.config.embd_pdrop = self.config.attn_pdrop = self.config.resid_pdrop = p
+
+    def add_lora(
+        self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
+    ) -> None:
+        """Freezes the weights and puts adapters beside them (in place)."""
+        lora.add(self, rank, alpha, dropout, targets, seed)
+
+    def merged_weights(self) -> dict[str, Tensor]:
+        """Every weight under its Hugging Face name, adapters folded in."""
+        return lora.merged_weights(self)
 
     def hidden(self, batch: Batch, every: bool = False) -> Tensor:
         """Final states where the loss is taken, (N, D); of every token, (T, D), if `every`."""
@@ -239,9 +251,9 @@ class GPT2(nn.Module):
         return model
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes config.json and model.safetensors as transformers would."""
+        """Writes config.json and model.safetensors as transformers would, adapters folded in."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        weights = {name: p.detach().to("cpu", dtype).contiguous() for name, p in self.named_parameters()}
+        weights = {name: p.to("cpu", dtype).contiguous() for name, p in self.merged_weights().items()}
         save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
         values = self.config.as_json() | {"dtype": str(dtype).removeprefix("torch.")}
         values.pop("torch_dtype", None)

@@ -1,0 +1,350 @@
+"""Checkpoints: everything a run needs to go on bit for bit, written whole or not at all, believed only when verified.
+
+    e<epoch>-s<step>/
+        weights.safetensors    trained parameters by name, fp32 (LoRA: the adapters)
+        optimizer.safetensors  AdamW's means and step, by parameter name
+        random.safetensors     every generator's state
+        state.json             counters: step, cursor in examples, tokens, seconds, best loss, …
+        manifest.json          last: name, size and sha256 of the others, what this belongs to, where it was made
+
+Writing: into a folder beside, each file flushed to the disk, the manifest last, then one rename. Reading: the manifest's
+own sha256 (if the caller knows it), sizes, hashes, names and shapes, finite numbers, the same job, settings and data.
+safetensors and JSON only, never pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+FORMAT = 1
+FILES = ("weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
+KEEP_LAST = 2
+
+
+class Unreadable(Exception):
+    """This checkpoint must not be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint belongs to. One of another job, other settings or other data is a stranger's."""
+
+    job: str | None
+    settings: str  # hash of the settings as asked for
+    data: str  # hash of the encoded examples
+    base: str  # hash of the base model's configuration and trained shapes
+
+
+@dataclass
+class Snapshot:
+    """The state at a step's end. The tensors are copies: training goes on while they are written."""
+
+    step: int
+    epoch: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+    state: dict[str, Any]
+    identity: Identity
+    environment: dict[str, Any]
+    settings: dict[str, Any]  # resolved, so that an attempt on another machine computes the same
+    best: bool = False
+    final: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"e{self.epoch}-s{self.step}"
+
+
+@dataclass
+class Restored:
+    folder: Path
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+    state: dict[str, Any]
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def write(snapshot: Snapshot, parent: Path) -> tuple[Path, dict[str, Any], str]:
+    """Writes one checkpoint under `parent`. Returns its folder, its manifest and the manifest's sha256.
+
+    After a crash at any moment there is either the whole checkpoint or a `tmp-…` folder that nobody reads."""
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = parent / f"tmp-{uuid.uuid4().hex}"
+    temporary.mkdir()
+    try:
+        manifest = _write_files(snapshot, temporary)
+        text = json.dumps(manifest, indent=1, sort_keys=True).encode()
+        sha256 = _write_bytes(temporary / "manifest.json", [text])
+        _sync_folder(temporary)
+        target = parent / snapshot.name
+        if target.exists():  # an earlier try at the same step under the same lease
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _sync_folder(parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target, manifest, sha256
+
+
+def _write_files(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
+    tensors = {
+        "weights.safetensors": snapshot.weights,
+        "optimizer.safetensors": snapshot.optimizer,
+        "random.safetensors": snapshot.random,
+    }
+    hashes = {name: write_tensors(folder / name, values) for name, values in tensors.items()}
+    state = json.dumps(snapshot.state, indent=1, sort_keys=True, allow_nan=False).encode()
+    hashes["state.json"] = _write_bytes(folder / "state.json", [state])
+    return {
+        "format": FORMAT,
+        "step": snapshot.step,
+        "epoch": snapshot.epoch,
+        "best": snapshot.best,
+        "final": snapshot.final,
+        "identity": vars(snapshot.identity),
+        "environment": snapshot.environment,
+        "settings": snapshot.settings,
+        "tensors": {
+            name: {k: list(t.shape) for k, t in sorted(values.items())} for name, values in tensors.items()
+        },
+        "files": [
+            {"name": name, "bytes": (folder / name).stat().st_size, "sha256": sha256}
+            for name, sha256 in hashes.items()
+        ],
+    }
+
+
+_NAMES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.uint8: "U8",
+}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """A safetensors file, hashed while it is written and flushed to the disk. Returns its sha256.
+
+    (The library's own writer would have to be followed by reading the file again.)"""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, t in tensors.items():
+        size = t.numel() * t.element_size()
+        header[name] = {
+            "dtype": _NAMES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    parts = (t.detach().contiguous().view(-1).view(torch.uint8).numpy().data for t in tensors.values())
+    return _write_bytes(path, (struct.pack("<Q", len(text)) + text, *parts))
+
+
+def _write_bytes(path: Path, parts: Any) -> str:
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for part in parts:
+            view = memoryview(part)
+            for at in range(0, len(view), 1 << 24):  # 16 MB: still in the cache when it is hashed
+                piece = view[at : at + (1 << 24)]
+                digest.update(piece)
+                while piece:
+                    piece = piece[file.write(piece) :]
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def read(
+    folder: Path, identity: Identity, shapes: Mapping[str, list[int]], sha256: str | None = None
+) -> Restored:
+    """Everything, once all of it is proven. `shapes` are the model's trained parameters. Raises Unreadable."""
+    try:
+        return _read(Path(folder), identity, shapes, sha256)
+    except Unreadable:
+        raise
+    except Exception as error:  # a damaged file may fail anywhere in a parser
+        raise Unreadable(f"{type(error).__name__}: {error}") from error
+
+
+def _read(folder: Path, identity: Identity, shapes: Mapping[str, list[int]], sha256: str | None) -> Restored:
+    manifest = verify_files(folder, sha256)
+    mine, theirs = vars(identity), manifest["identity"]
+    for what in ("job", "settings", "data", "base"):
+        if mine[what] != theirs.get(what):
+            raise Unreadable(f"it belongs to another run: its {what} differs")
+    match = folder.name.split("-s")
+    if folder.name.startswith("e") and match[-1] != str(manifest["step"]):
+        raise Unreadable("its folder's name tells another step")
+    weights, optimizer, random = (load_file(folder / name) for name in FILES[:3])
+    state = json.loads((folder / "state.json").read_text())
+    if {name: list(t.shape) for name, t in weights.items()} != dict(shapes):
+        raise Unreadable("its parameters are not this model's")
+    wanted = {f"{kind}.{name}": shape for kind in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
+    if {name: list(t.shape) for name, t in optimizer.items()} != wanted | {"step": []}:
+        raise Unreadable("its optimizer is not this model's")
+    for name, t in (weights | optimizer).items():
+        if t.dtype != torch.float32 or not bool(torch.isfinite(t).all()):
+            raise Unreadable(f"{name} holds numbers that are not finite")
+    if state["step"] != manifest["step"] or int(optimizer["step"]) != state["step"]:
+        raise Unreadable("its files are of different steps")
+    return Restored(
+        folder,
+        manifest["step"],
+        weights,
+        optimizer,
+        random,
+        state,
+        manifest["environment"],
+        manifest["settings"],
+    )
+
+
+def verify_files(folder: Path, sha256: str | None = None) -> dict[str, Any]:
+    """The manifest, once every file is exactly as it says. Raises Unreadable."""
+    try:
+        text = (folder / "manifest.json").read_bytes()
+    except OSError as error:
+        raise Unreadable("it has no manifest: it was not written to its end") from error
+    if sha256 is not None and hashlib.sha256(text).hexdigest() != sha256:
+        raise Unreadable("its manifest is not the one that was written")
+    manifest: dict[str, Any] = json.loads(text)
+    if manifest["format"] != FORMAT:
+        raise Unreadable(f"it has format {manifest['format']}, this program reads {FORMAT}")
+    if sorted(f["name"] for f in manifest["files"]) != sorted(FILES):
+        raise Unreadable("its manifest names other files")
+    if {path.name for path in folder.iterdir()} != {*FILES, "manifest.json"}:
+        raise Unreadable("files are missing or do not belong there")
+    for entry in manifest["files"]:
+        path = folder / entry["name"]
+        if path.is_symlink() or path.stat().st_size != entry["bytes"]:
+            raise Unreadable(f"{path.name} has the wrong size")
+        if file_sha256(path) != entry["sha256"]:
+            raise Unreadable(f"{path.name} was changed: its sha256 differs")
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def candidates(pointer: Path, parents: list[Path]) -> list[Path]:
+    """The checkpoint that was asked for, then older ones beside it, the latest step first."""
+    step = _step(pointer)
+    older = {
+        path
+        for parent in {pointer.parent, *parents}
+        if parent.is_dir()
+        for path in parent.iterdir()
+        if path.is_dir() and 0 <= _step(path) < step
+    }
+    return [pointer, *sorted(older, key=_step, reverse=True)]
+
+
+def _step(folder: Path) -> int:
+    try:
+        return int(folder.name.split("-s")[1]) if folder.name.startswith("e") else -1
+    except (IndexError, ValueError):
+        return -1
+
+
+# ---- in the background -----------------------------------------------------------------------------------------------
+
+Written = Callable[[Snapshot, Path, dict[str, Any], str], None]
+
+
+@dataclass
+class Writer:
+    """Writes checkpoints beside the training, at most one at a time, and removes those nobody needs.
+
+    An error in the thread is raised by the next `submit` or `wait`, in the training's own thread."""
+
+    parent: Path
+    written: Written
+    protected: set[str] = field(default_factory=set)  # names never removed: the best one
+    last_seconds: float = 0.0
+    _thread: threading.Thread | None = None
+    _error: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def submit(self, snapshot: Snapshot) -> None:
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, snapshot: Snapshot) -> None:
+        import time
+
+        begun = time.perf_counter()
+        try:
+            folder, manifest, sha256 = write(snapshot, self.parent)
+            if snapshot.best:
+                self.protected = {folder.name}
+            self.written(snapshot, folder, manifest, sha256)
+            prune(self.parent, self.protected | {folder.name})
+        except BaseException as error:
+            self._error = error
+        self.last_seconds = time.perf_counter() - begun
+
+
+def prune(parent: Path, keep: set[str]) -> None:
+    """Removes all but the last two and those in `keep`; the manifest first, so that half a folder is never believed."""
+    whole = sorted((p for p in parent.iterdir() if p.is_dir() and _step(p) >= 0), key=_step)
+    for path in whole[:-KEEP_LAST]:
+        if path.name not in keep:
+            (path / "manifest.json").unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sweep(parent: Path) -> None:
+    """Removes what a crash in the middle of writing left behind."""
+    if parent.is_dir():
+        for path in parent.glob("tmp-*"):
+            shutil.rmtree(path, ignore_errors=True)

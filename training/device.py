@@ -1,0 +1,155 @@
+"""What we compute on: the device and its number format, its speed and memory, and what must be the same for exact bits."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.config import Settings
+from training.memory import peak_rss
+
+
+@dataclass(frozen=True)
+class Device:
+    device: torch.device
+    dtype: torch.dtype  # of weights and activations; masters, gradients and means are always fp32
+    deterministic: bool
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def peak_memory(self) -> int:
+        """Bytes: the GPU's where there is one, else this process's."""
+        return torch.cuda.max_memory_allocated() if self.on_gpu else peak_rss()
+
+    def environment(self) -> dict[str, Any]:
+        """What decides the bits of a result. Another machine may resume a run, but says that it is not exact."""
+        found: dict[str, Any] = {
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "deterministic": self.deterministic,
+        }
+        if self.on_gpu:
+            found |= {
+                "gpu": torch.cuda.get_device_name(),
+                "cuda": torch.version.cuda,
+                "cudnn": torch.backends.cudnn.version(),
+                "tf32": torch.backends.cuda.matmul.allow_tf32,
+            }
+        return found
+
+
+def pick(settings: Settings) -> Device:
+    """The first GPU (its own for each local process), else the processor."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    half = settings.precision == "bf16" or (
+        settings.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()
+    )
+    # On a processor bf16 is slower than fp32 by far (1.4 against 90 GFLOP/s without bf16 units), so it stays fp32.
+    dtype = torch.bfloat16 if half and on_gpu else torch.float32
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return Device(device, dtype, settings.deterministic)
+
+
+# ---- speed ---------------------------------------------------------------------------------------------------------
+
+
+def gemm_rate(device: Device, seconds: float = 0.08) -> float:
+    """Matrix-multiplication rate of this machine, FLOP/s: the median of a few products of a GPT-2 block's shape."""
+    rows = 8192 if device.on_gpu else 512
+    a = torch.randn(rows, 768, device=device.device).to(device.dtype)
+    b = torch.randn(768, 3072, device=device.device).to(device.dtype)
+    out = torch.mm(a, b)
+    rates: list[float] = []
+    begun = time.perf_counter()
+    while len(rates) < 3 or (time.perf_counter() - begun < seconds and len(rates) < 50):
+        device.synchronize()
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        device.synchronize()
+        rates.append(2 * rows * 768 * 3072 / (time.perf_counter() - start))
+    return sorted(rates)[len(rates) // 2]
+
+
+def step_flops(lengths: list[int], trained: int, model: Any, lora: bool) -> float:
+    """Useful floating-point operations of one optimizer step: weights, causal attention (half the square), head.
+
+    A frozen weight needs two thirds of the work: no gradient of its own."""
+    head = model.head()
+    vocabulary = int(head.numel()) if head is not None else 0
+    matrices: int = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    inner = matrices - vocabulary - _position_weights(model)
+    width = head.shape[1] if head is not None else getattr(model.config, "hidden_size", 0)
+    layers = getattr(model.config, "n_layer", None) or getattr(model.config, "num_hidden_layers", 0)
+    factor = 4 if lora else 6
+    attention = sum(6 * layers * width * n * (n + 1) for n in lengths)
+    return factor * inner * sum(lengths) + attention + factor * vocabulary * trained
+
+
+def _position_weights(model: Any) -> int:
+    """Rows that are looked up, not multiplied with."""
+    sizes: list[int] = [p.numel() for name, p in model.named_parameters() if name.endswith("wpe.weight")]
+    return sum(sizes)
+
+
+# ---- randomness ----------------------------------------------------------------------------------------------------
+
+
+def random_state() -> dict[str, Tensor]:
+    """The state of every generator that could matter, as tensors."""
+    version, internal, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *internal], dtype=torch.int64),
+        "python_gauss": torch.tensor([float("inf") if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.tensor(np.asarray(keys).astype(np.int64)),
+        "numpy_place": torch.tensor([int(position), int(has_gauss)], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([float(cached)], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def restore_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, *internal = state["python"].tolist()
+    gauss = float(state["python_gauss"])
+    random.setstate((version, tuple(internal), None if gauss == float("inf") else gauss))
+    place, has_gauss = state["numpy_place"].tolist()
+    keys = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, place, has_gauss, float(state["numpy_gauss"])))
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"cuda.{i}" in state:
+                torch.cuda.set_rng_state(state[f"cuda.{i}"], i)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
