@@ -142,7 +142,7 @@ def _records(path: Path, format: Format, limits: Limits) -> Iterator[tuple[int, 
     if format.container == "parquet":
         from training import parquet
 
-        yield from parquet.records(path, limits.decoded_bytes)
+        yield from parquet.records(path, format.columns, limits.decoded_bytes)
         return
     with path.open("rb") as file:
         if format.container == "jsonl":

@@ -198,7 +198,8 @@ class Tokenizer:
         """Swap contents that spell a control token for a mark, so that rendering cannot turn them into one.
 
         Only such contents are touched: every other conversation is encoded exactly as the template wrote it."""
-        pattern, hidden, guarded = self.special_pattern, {}, []
+        pattern, guarded = self.special_pattern, []
+        hidden: dict[str, str] = {}
         for message in messages:
             message = dict(message)
             content = message.get("content")
