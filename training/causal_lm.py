@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from training.events import Failure
@@ -125,8 +126,10 @@ class CausalLM(nn.Module):
 
     # ---- adapters ------------------------------------------------------------------------------------------------
 
-    def add_lora(self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None) -> None:
-        """Freezes the weights and puts peft's adapters beside them (in place; the names below stay)."""
+    def add_lora(
+        self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
+    ) -> None:
+        """Freezes the weights and puts peft's adapters beside them (in place)."""
         import peft
 
         config = peft.LoraConfig(
@@ -139,7 +142,9 @@ class CausalLM(nn.Module):
         for p in self.lm.parameters():
             p.requires_grad_(False)
         try:
-            peft.inject_adapter_in_model(config, self.lm)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                peft.inject_adapter_in_model(config, self.lm)
         except ValueError as error:
             raise Failure("bad_settings", f"lora_targets do not fit this model: {error}") from error
         self.lora = {
@@ -149,6 +154,18 @@ class CausalLM(nn.Module):
             "targets": sorted(config.target_modules or []),
         }
         collect_gradients(self)
+
+    def save_adapter(self, folder: str | Path, base: str) -> None:
+        """peft's two files, for `PeftModel.from_pretrained(base_model, folder)`."""
+        config = copy.copy(self.lm.peft_config["default"])
+        config.base_model_name_or_path, config.inference_mode = base, True
+        config.save_pretrained(folder)
+        tensors = {
+            f"base_model.model.{name.replace('.default.', '.')}": p.detach().cpu().contiguous()
+            for name, p in self.lm.named_parameters()
+            if ".lora_" in name
+        }
+        save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def merged(self) -> Any:
         """The transformers model with its adapters folded into the weights (a copy), or as it is without adapters."""

@@ -127,7 +127,7 @@ def decoder_for(model: Any, pack: bool = True) -> Decoder:
     if own is not None:
         decoder: Decoder = own()
         return decoder
-    return GPT2Decoder(model.state_dict(), model.config.n_head, model.config.layer_norm_epsilon, pack)
+    return GPT2Decoder(model.merged_weights(), model.config.n_head, model.config.layer_norm_epsilon, pack)
 
 
 # --- sequences -------------------------------------------------------------------------------------
