@@ -122,7 +122,7 @@ def detect(path: str | Path, limits: Limits = Limits()) -> Format:
         if not table.shape:
             _refuse_header(text, table)
         return table
-    return Format("text", "text", encoding)
+    return Format("text", "text", encoding, columns={"text": "text"})
 
 
 def _with_shape(path: Path, format: Format, limits: Limits) -> Format:

@@ -40,12 +40,14 @@ def records(path: Path, columns: dict[str, str], limit: int) -> Iterator[tuple[i
     number = decoded = 0
     try:
         for batch in file.iter_batches(BATCH, columns=wanted or None, use_threads=False):
-            decoded += batch.nbytes
+            found = batch.to_pylist()
+            # What repeats is small in the file and in Arrow, but not once it is text.
+            decoded += max(batch.nbytes, sum(len(v) for r in found for v in r.values() if isinstance(v, str)))
             if decoded > limit:
                 raise BadFile(
                     number, f"it decodes to more than {limit >> 20} MB", "Split it into smaller files."
                 )
-            for record in batch.to_pylist():
+            for record in found:
                 number += 1
                 yield number, record
     except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:

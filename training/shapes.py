@@ -93,7 +93,7 @@ class Reader:
         self.shape, self.columns = shape, dict(columns)
 
     def __call__(self, line: int, record: Mapping[str, Any]) -> Row:
-        if not self.shape:
+        if not self.shape or not self.columns:
             found = recognise(record)
             if found is None:
                 _refuse_shape(line, record)
@@ -180,7 +180,7 @@ def _message(line: int, number: int, message: Any) -> dict[str, Any]:
     if isinstance(content, list):
         content = _parts(line, where, content)
     result: dict[str, Any] = {"role": role, "content": _text(line, f"the content of {where}", content)}
-    if "weight" in message:
+    if message.get("weight") is not None:  # Parquet fills what a message leaves out with nothing
         weight = message["weight"]
         if role != "assistant":
             raise BadRow(
