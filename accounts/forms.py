@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from allauth.account.forms import SignupForm as AllauthSignupForm
+from typing import Any
+
+from django import forms
 
 
-class SignupForm(AllauthSignupForm):
-    """E-mail and one password, which can be shown while it is typed."""
+class DeleteAccountForm(forms.Form):
+    email = forms.CharField(
+        label="Type your e-mail address to confirm", widget=forms.TextInput({"autocomplete": "off"})
+    )
+
+    def __init__(self, *args: Any, email: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.expected = email
+
+    def clean_email(self) -> str:
+        typed: str = self.cleaned_data["email"]
+        if typed.strip().lower() != self.expected.lower():
+            raise forms.ValidationError("That is not the address of this account.")
+        return typed

@@ -36,8 +36,8 @@ class UserManager(BaseUserManager["User"]):
 class User(AbstractUser):
     """A person, known by e-mail address. `owner_id` never changes, whatever the address becomes."""
 
-    username = None  # type: ignore[assignment]  # removes the inherited field
-    first_name = None  # type: ignore[assignment]  # likewise: we ask for no names
+    username = None  # removes the inherited field
+    first_name = None  # likewise: we ask for no names
     last_name = None  # type: ignore[assignment]
     email = models.EmailField("e-mail address", unique=True)
     owner_id = models.CharField(max_length=64, unique=True, default=new_owner_id, editable=False)

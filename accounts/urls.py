@@ -12,6 +12,7 @@ urlpatterns = [
     path("", views.overview, name="overview"),
     path("keys/", api_keys.page, name="api_keys"),
     path("keys/<int:pk>/revoke/", api_keys.revoke_page, name="revoke_api_key"),
+    path("devices/<int:pk>/sign-out/", views.sign_out_device, name="sign_out_device"),
     path("export/", views.export, name="export"),
     path("delete/", views.delete, name="delete"),
 ]

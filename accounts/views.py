@@ -2,21 +2,147 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+from allauth.account.decorators import reauthentication_required
+from allauth.account.models import EmailAddress
+from allauth.mfa.models import Authenticator
+from allauth.socialaccount.models import SocialAccount
+from allauth.usersessions.models import UserSession
+from django.conf import settings
+from django.contrib import messages
+from django.contrib.auth import logout
 from django.contrib.auth.decorators import login_required
-from django.http import HttpRequest, HttpResponse
-from django.shortcuts import render
+from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.shortcuts import get_object_or_404, redirect, render
+from django.urls import reverse
+from django.utils import timezone
+from django.views.decorators.http import require_http_methods, require_POST, require_safe
+
+from accounts.forms import DeleteAccountForm
+from accounts.models import ApiKey, User
+from accounts.signals import exporting, leaving
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    value: str
+    note: str
+    action: str
+    href: str
 
 
 @login_required
+@require_safe
 def overview(request: HttpRequest) -> HttpResponse:
-    return render(request, "accounts/overview.html")
+    return render(request, "accounts/overview.html", {"rows": _rows(_user(request))})
+
+
+def _user(request: HttpRequest) -> User:
+    assert isinstance(request.user, User)  # login_required came first
+    return request.user
+
+
+def _rows(user: User) -> list[Row]:
+    address = EmailAddress.objects.filter(user=user, primary=True).first()
+    kinds = set(Authenticator.objects.filter(user=user).values_list("type", flat=True))
+    names = [name for kind, name in _FACTORS.items() if kind in kinds]
+    devices = len(UserSession.objects.purge_and_list(user))
+    keys = sum(key.alive for key in ApiKey.objects.filter(user=user))
+    has_password = user.has_usable_password()
+    password = "account_change_password" if has_password else "account_set_password"
+    verified = "" if not settings.ACCOUNT_EMAIL_VERIFICATION_BY_CODE_ENABLED else "verified"
+    rows = [
+        Row(
+            "E-mail",
+            user.email,
+            verified if address and address.verified else "",
+            "Change",
+            reverse("account_email"),
+        ),
+        Row(
+            "Password",
+            "Set" if has_password else "None",
+            "",
+            "Change" if has_password else "Set",
+            reverse(password),
+        ),
+        Row("Two-step sign-in", " and ".join(names) or "Off", "", "Manage", reverse("mfa_index")),
+        Row("Devices", f"{devices} signed in", "", "See", reverse("usersessions_list")),
+        Row("API keys", f"{keys} in use" if keys else "None", "", "Manage", reverse("accounts:api_keys")),
+    ]
+    if settings.GOOGLE_CLIENT_ID:
+        connected = SocialAccount.objects.filter(user=user, provider="google").exists()
+        state = "Connected" if connected else "Not connected"
+        rows.insert(3, Row("Google", state, "", "Manage", reverse("socialaccount_connections")))
+    rows.append(Row("Name in model ids", user.slug, "", "Models", "/models/"))
+    return rows
+
+
+_FACTORS = {Authenticator.Type.TOTP: "Authenticator app", Authenticator.Type.WEBAUTHN: "Passkeys"}
 
 
 @login_required
+@require_POST
+def sign_out_device(request: HttpRequest, pk: int) -> HttpResponse:
+    session = get_object_or_404(UserSession, pk=pk, user=_user(request))
+    session.end()
+    messages.success(request, "That device is signed out.")
+    return redirect("usersessions_list")
+
+
+@login_required
+@require_safe
+@reauthentication_required
 def export(request: HttpRequest) -> HttpResponse:
-    return render(request, "accounts/overview.html")
+    user = _user(request)
+    content: dict[str, Any] = {"exported_at": timezone.now(), "account": _account_of(user)}
+    for _, part in exporting.send(sender=User, owner=user.owner_id):
+        content |= part
+    response = JsonResponse(content, json_dumps_params={"indent": 2, "ensure_ascii": False})
+    response["Content-Disposition"] = 'attachment; filename="llm-tuner-data.json"'
+    return response
+
+
+def _account_of(user: User) -> dict[str, Any]:
+    """Everything in SQL about a person but what would let somebody else sign in as them."""
+    keys = ApiKey.objects.filter(user=user)
+    return {
+        "email": user.email,
+        "addresses": list(EmailAddress.objects.filter(user=user).values("email", "verified", "primary")),
+        "id": user.owner_id,
+        "slug": user.slug,
+        "joined_at": user.date_joined,
+        "last_signed_in_at": user.last_login,
+        "google": list(SocialAccount.objects.filter(user=user).values("uid", "extra_data", "date_joined")),
+        "second_factors": list(
+            Authenticator.objects.filter(user=user).values("type", "created_at", "last_used_at")
+        ),
+        "devices": list(
+            UserSession.objects.filter(user=user).values("ip", "user_agent", "created_at", "last_seen_at")
+        ),
+        "api_keys": list(
+            keys.values("name", "prefix", "scopes", "created_at", "last_used_at", "expires_at", "revoked_at")
+        ),
+    }
 
 
 @login_required
+@require_http_methods(["GET", "POST"])
+@reauthentication_required
 def delete(request: HttpRequest) -> HttpResponse:
-    return render(request, "accounts/overview.html")
+    """What belongs to the person goes first and the person last: a crash between leaves somebody who can ask again."""
+    user = _user(request)
+    form = DeleteAccountForm(request.POST or None, email=user.email)
+    if not form.is_valid():
+        return render(request, "accounts/delete.html", {"form": form}, status=400 if form.is_bound else 200)
+    ApiKey.objects.filter(user=user).update(revoked_at=timezone.now())  # no new work through the other door
+    leaving.send(sender=User, owner=user.owner_id)
+    for session in UserSession.objects.filter(user=user):
+        session.end()
+    logout(request)
+    user.delete()
+    messages.success(request, "Your account is deleted.")
+    return redirect("account_login")

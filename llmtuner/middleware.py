@@ -33,7 +33,7 @@ def around(wrap: Callable[[HttpRequest, HttpResponseBase], None], get_response: 
             wrap(request, response)
             return response
 
-        return async_middleware  # type: ignore[return-value]  # Django knows which of the two it holds
+        return async_middleware
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
         response = get_response(request)
@@ -49,20 +49,20 @@ def request_id(get_response: Handler) -> Handler:
 
     def begin(request: HttpRequest) -> None:
         # `/v1` has taken the caller's own id by now, see llmtuner/api.py.
-        request.request_id = request.META.get("llmtuner.request_id") or "req_" + secrets.token_hex(12)  # type: ignore[attr-defined]
-        current_request_id.set(request.request_id)  # type: ignore[attr-defined]
+        request.request_id = request.META.get("llmtuner.request_id") or "req_" + secrets.token_hex(12)
+        current_request_id.set(request.request_id)
 
     def end(request: HttpRequest, response: HttpResponseBase) -> None:
-        response.headers.setdefault("X-Request-ID", request.request_id)  # type: ignore[attr-defined]
+        response.headers.setdefault("X-Request-ID", request.request_id)
 
     inner = around(end, get_response)
     if iscoroutinefunction(get_response):
 
         async def async_middleware(request: HttpRequest) -> HttpResponseBase:
             begin(request)
-            return await inner(request)  # type: ignore[misc]  # async here
+            return await inner(request)
 
-        return async_middleware  # type: ignore[return-value]
+        return async_middleware
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
         begin(request)
@@ -165,7 +165,7 @@ def static_files(get_response: Handler) -> Handler:
                     return found
             return await get_response(request)
 
-        return async_middleware  # type: ignore[return-value]
+        return async_middleware
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
         found = serve(request) if request.path_info.startswith(settings.STATIC_URL) else None
