@@ -66,12 +66,18 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def describe(self, path: str, body: bool) -> None:
-        name, _, revision = path.partition("/revision/")
+        name, kind, revision = next(
+            path.partition(k) for k in ("/tree/", "/revision/", "\0") if k in path + "\0"
+        )
         folder = self.server.repositories.get(name)
         if folder is None:
             return self.refuse("RepoNotFound")
         if revision not in ("", "main", COMMIT):
             return self.refuse("RevisionNotFound")
+        if kind == "/tree/":
+            files = [p for p in folder.rglob("*") if p.is_file()]
+            rows = [{"type": "file", "path": str(p.relative_to(folder)), "size": p.stat().st_size, "oid": "0"} for p in files]  # fmt: skip
+            return self.send(json.dumps(rows).encode(), {"Content-Type": "application/json"}, body)
         siblings = [{"rfilename": str(p.relative_to(folder))} for p in folder.rglob("*") if p.is_file()]
         answer = {
             "id": name,
