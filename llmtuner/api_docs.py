@@ -24,7 +24,9 @@ class Docs(DocsBase):
                     "path": path,
                     "summary": details["summary"],
                     "description": details.get("description", ""),
-                    "needs": ", ".join(SCOPES.get(name, name) for entry in details.get("security", []) for name in entry),
+                    "needs": ", ".join(
+                        SCOPES.get(name, name) for entry in details.get("security", []) for name in entry
+                    ),
                     "tables": _tables(details, schemas),
                 }
                 groups.setdefault(details.get("tags", ["Other"])[0], []).append(operation)
@@ -34,7 +36,9 @@ class Docs(DocsBase):
 
 def _tables(details: dict[str, Any], schemas: dict[str, Any]) -> list[dict[str, Any]]:
     tables = []
-    parameters = [_row(entry["name"], entry["schema"], entry.get("required", False)) for entry in details["parameters"]]
+    parameters = [
+        _row(entry["name"], entry["schema"], entry.get("required", False)) for entry in details["parameters"]
+    ]
     if parameters:
         tables.append({"title": "Parameters", "rows": parameters})
     for kind, content in details.get("requestBody", {}).get("content", {}).items():
@@ -71,5 +75,9 @@ def _kind(schema: dict[str, Any]) -> str:
     if kind == "array":
         return f"list of {_kind(schema.get('items', {}))}"
     low, high = schema.get("minimum"), schema.get("maximum")
-    bounds = f" {low if low is not None else '…'}–{high if high is not None else '…'}" if (low, high) != (None, None) else ""
+    bounds = (
+        f" {low if low is not None else '…'}–{high if high is not None else '…'}"
+        if (low, high) != (None, None)
+        else ""
+    )
     return kind + bounds

@@ -54,11 +54,13 @@ def check_rate(owner: str) -> None:
     try:
         cache.add(key, 0, WINDOW_S * 2)
         count = cache.incr(key)
-    except Exception:  # noqa: BLE001  the counter is a courtesy; work goes on when its store is down
+    except Exception:  # the counter is a courtesy: work goes on when its store is down
         return
     if count > limit:
         wait = WINDOW_S - now % WINDOW_S
-        raise ApiError(429, f"More than {limit} requests in a minute.", code="rate_limit_exceeded", retry_after=wait)
+        raise ApiError(
+            429, f"More than {limit} requests in a minute.", code="rate_limit_exceeded", retry_after=wait
+        )
 
 
 # A class each, because the OpenAPI document names a security scheme after its class.

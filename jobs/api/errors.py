@@ -6,14 +6,14 @@ import json
 import logging
 from typing import Any
 
+from django.core.exceptions import RequestDataTooBig, SuspiciousOperation
 from django.http import HttpRequest, HttpResponse
 from django.http.multipartparser import MultiPartParserError
-from django.core.exceptions import RequestDataTooBig, SuspiciousOperation
 from ninja.errors import AuthenticationError, HttpError, Throttled, ValidationError
 from pynamodb.exceptions import PynamoDBException
 
 from accounts.auth import TwoCredentials
-from jobs import access, datasets, inference, lifecycle
+from jobs import access, datasets, inference, lifecycle, limits
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,18 @@ TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
-# The official client sends a POST up to twice more on these, which helps nobody when nothing will have changed.
-FINAL = {409, 413, 501}
+# The official client sends a POST up to twice more on 409, 429 and 5xx, which helps nobody when nothing will have changed.
+FINAL_STATUS, FINAL_CODES = {409, 413, 501}, {"quota_exceeded"}
+# What our modules call a field, as callers know it.
+PARAMS = {
+    "dataset_id": "training_file",
+    "validation_dataset_id": "validation_file",
+    "base": "model",
+    "suffix": "suffix",
+    "name": "llmtuner.name",
+    "status": "status",
+    "idempotency_key": "idempotency-key",
+}
 
 
 class ApiError(Exception):
@@ -46,18 +56,25 @@ class ApiError(Exception):
         retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+        self.status, self.message, self.param, self.code, self.retry_after = (
+            status,
+            message,
+            param,
+            code,
+            retry_after,
+        )
 
 
 def bad(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
     return ApiError(400, message, param=param, code=code)
 
 
-def not_found(kind: str, id: str) -> ApiError:
-    """The same words for what never was and for what belongs to somebody else."""
+def not_found(kind: str) -> ApiError:
+    """The same bytes for what never was and for what belongs to somebody else."""
     if kind == "model":
-        return ApiError(404, f"The model '{id}' does not exist.", param="model", code="model_not_found")
-    return ApiError(404, f"No such {kind}: {id}", param="id", code="not_found")
+        message = "This model does not exist or you do not have access to it."
+        return ApiError(404, message, param="model", code="model_not_found")
+    return ApiError(404, f"There is no such {kind}.", param="id", code="not_found")
 
 
 def body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
@@ -72,7 +89,7 @@ def respond(error: ApiError) -> HttpResponse:
         response["WWW-Authenticate"] = "Bearer"
     if error.retry_after is not None:
         response["Retry-After"] = str(max(1, round(error.retry_after)))
-    if error.status in FINAL:
+    if error.status in FINAL_STATUS or error.code in FINAL_CODES:
         response["x-should-retry"] = "false"
     return response
 
@@ -85,23 +102,31 @@ def translate(exc: Exception) -> ApiError:
         case AuthenticationError():
             return ApiError(401, "Incorrect API key or token provided.", code="invalid_api_key")
         case TwoCredentials():
-            return bad("Send one credential, in the Authorization header.", "authorization", "two_credentials")
+            return bad(
+                "Send one credential, in the Authorization header.", "authorization", "two_credentials"
+            )
         case Throttled():
-            return ApiError(429, "Too many requests. Try again soon.", code="rate_limit_exceeded", retry_after=exc.wait)
+            return ApiError(
+                429, "Too many requests. Try again soon.", code="rate_limit_exceeded", retry_after=exc.wait
+            )
         case ValidationError():
             return _invalid(exc)
         case access.NotFound():
-            return ApiError(404, str(exc) or "Not found.", param="id", code="not_found")
+            return not_found("object")
         case datasets.Rejected():
             return bad(str(exc), "file", "invalid_file")
-        case lifecycle.OverQuota():
+        case limits.OverQuota():
             return ApiError(429, str(exc), code="quota_exceeded", retry_after=60)
         case lifecycle.Refused():
-            return bad(exc.message, exc.field)
+            return bad(exc.message, PARAMS.get(exc.field, f"llmtuner.{exc.field}"))
         case lifecycle.LostRace():
-            return ApiError(503, "Something else changed this at the same moment. Try again.", code="busy", retry_after=1)
+            return ApiError(
+                503, "Something else changed this at the same moment. Try again.", code="busy", retry_after=1
+            )
         case inference.Busy():
-            return ApiError(429, str(exc) or "All generators are busy.", code="busy", retry_after=exc.retry_after)
+            return ApiError(
+                429, str(exc) or "All generators are busy.", code="busy", retry_after=exc.retry_after
+            )
         case RequestDataTooBig():
             return too_large()
         case MultiPartParserError() | SuspiciousOperation():
@@ -111,7 +136,9 @@ def translate(exc: Exception) -> ApiError:
             return cause if isinstance(cause, ApiError) else ApiError(exc.status_code, str(exc))
         case PynamoDBException():
             log.warning("store: %s", exc)
-            return ApiError(503, "The store is not reachable. Try again soon.", code="unavailable", retry_after=5)
+            return ApiError(
+                503, "The store is not reachable. Try again soon.", code="unavailable", retry_after=5
+            )
     log.exception("unexpected error in /v1", exc_info=exc)
     return ApiError(500, "Something went wrong on our side. The request id tells the operator where to look.")
 
@@ -127,7 +154,10 @@ def _invalid(exc: ValidationError) -> ApiError:
     places = [str(part) for part in first["loc"]]
     # ninja's place is (source, argument, field, …); the caller knows only the field.
     places = places[2:] if places[0] == "body" and len(places) > 2 else places[1:]
-    param = ".".join(part for part in places if not part.startswith(("function-", "constrained-", "literal["))) or None
+    param = (
+        ".".join(part for part in places if not part.startswith(("function-", "constrained-", "literal[")))
+        or None
+    )
     message = str(first["msg"]).removeprefix("Value error, ")
     return bad(f"Invalid '{param}': {message}." if param else f"{message}.", param, str(first["type"]))
 

@@ -55,7 +55,9 @@ class File(Schema):
     status: Literal["uploaded", "processed", "error"]
     expires_at: int | None = None
     status_details: str | None = None
-    llmtuner: dict[str, Any] = Field(default={}, description="The data report: rows, tokens, format, findings.")
+    llmtuner: dict[str, Any] = Field(
+        default={}, description="The data report: rows, tokens, format, findings."
+    )
 
 
 class UploadCreate(Request):
@@ -95,7 +97,9 @@ Auto = Literal["auto"]
 
 
 class Hyperparameters(Request):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)  # a misspelt one must not be trained without
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False
+    )  # a misspelt one must not be trained without
 
     n_epochs: Auto | Annotated[StrictInt, Field(ge=1, le=50)] | None = None
     batch_size: Auto | Annotated[StrictInt, Field(ge=1, le=256)] | None = None
@@ -118,11 +122,14 @@ class JobCreate(Request):
     suffix: Annotated[StrictStr, Field(min_length=1, max_length=64)] | None = None
     seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = None
     metadata: dict[StrictStr, StrictStr] | None = None
-    hyperparameters: Hyperparameters | None = Field(None, description="Deprecated by OpenAI in favour of `method`.")
+    hyperparameters: Hyperparameters | None = Field(
+        None, description="Deprecated by OpenAI in favour of `method`."
+    )
     method: Method | None = None
     integrations: list[Any] | None = None
     llmtuner: dict[str, Any] | None = Field(
-        None, description="Any setting of ours by its own name, for instance `method`, `lora_rank`, `sequence_length`."
+        None,
+        description="Any setting of ours by its own name, for instance `method`, `lora_rank`, `sequence_length`.",
     )
 
     @field_validator("metadata")
@@ -179,7 +186,8 @@ class Job(Schema):
     metadata: dict[str, str] | None = None
     method: JobMethod
     llmtuner: dict[str, Any] = Field(
-        default={}, description="Name, phase, progress, latest metrics, estimate, verdict, fidelity, all settings."
+        default={},
+        description="Name, phase, progress, latest metrics, estimate, verdict, fidelity, all settings.",
     )
 
 
@@ -221,7 +229,7 @@ class Model(Schema):
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    llmtuner: dict[str, Any] = {}
+    llmtuner: dict[str, Any] = Field(default={}, description="What we know of it: base, job, metrics, verdict, fidelity.")
 
 
 class StreamOptions(Request):
@@ -251,7 +259,9 @@ class Generation(Request):
     frequency_penalty: StrictFloat | StrictInt | None = None
     logit_bias: dict[str, Any] | None = None
     user: StrictStr | None = None
-    llmtuner: dict[str, Any] | None = Field(None, description="`top_k`: sample from the k likeliest tokens only.")
+    llmtuner: dict[str, Any] | None = Field(
+        None, description="`top_k`: sample from the k likeliest tokens only."
+    )
 
 
 class CompletionCreate(Generation):

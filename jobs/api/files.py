@@ -1,0 +1,174 @@
+"""`/files`: datasets by OpenAI's names, and the result files of jobs, which are made when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from typing import Annotated, Any, BinaryIO, Literal
+from urllib.parse import quote
+
+from asgiref.sync import sync_to_async
+from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
+from ninja import File as Upload
+from ninja import Form, Query, Router, UploadedFile
+
+from jobs import access, datasets, storage
+from jobs.api import paging, results
+from jobs.api.caller import READ, WRITE, CallerRequest
+from jobs.api.errors import bad, not_found
+from jobs.api.schemas import Deleted, Error, File, Page
+
+router = Router(auth=READ)
+Json = dict[str, Any]
+STATUS = {"receiving": "uploaded", "checking": "uploaded", "ready": "processed", "rejected": "error"}
+PIECE = 256 * 1024
+MAX_NAME = 255
+
+
+@router.post("", response={200: File, 400: Error, 413: Error}, auth=WRITE, summary="Upload a file")
+def create_file(
+    request: CallerRequest,
+    purpose: Annotated[str, Form(description="`fine-tune`")],
+    file: UploadedFile = Upload(..., description="JSONL, CSV, TSV, Parquet or plain text"),  # noqa: B008  ninja's way
+) -> Json:
+    check_purpose(purpose)
+    check_name(file.name or "")
+    dataset = datasets.receive(request.auth.owner, file.name or "file", file, purpose=purpose)
+    return show(dataset)
+
+
+@router.get("", response={200: Page[File], 400: Error}, summary="List files")
+def list_files(
+    request: CallerRequest,
+    after: paging.After = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: Annotated[str | None, Query(max_length=64)] = None,
+) -> Json:
+    owner = request.auth.owner
+    if purpose == results.PURPOSE:
+        rows, has_more = results.list_files(owner, limit, after)
+        return paging.page(rows, has_more)
+    if order == "desc":
+        found, has_more = paging.collect(
+            lambda count, cursor: access.list_datasets(owner, count, cursor),
+            lambda row: row.dataset_id,
+            limit,
+            after,
+            keep=(lambda row: row.purpose == purpose) if purpose else None,
+        )
+        return paging.page([show(row) for row in found], has_more)
+    # Oldest first is rare: read what there is (quotas bound it) and turn it round.
+    every, _ = paging.collect(
+        lambda count, cursor: access.list_datasets(owner, count, cursor),
+        lambda row: row.dataset_id,
+        5000,
+        None,
+    )
+    rows = [
+        show(row)
+        for row in reversed(every)
+        if purpose in (None, row.purpose) and (after is None or row.dataset_id > after)
+    ]
+    return paging.page(rows[:limit], len(rows) > limit)
+
+
+@router.get("/{file_id}", response={200: File, 404: Error}, summary="Retrieve a file's description")
+def retrieve_file(request: CallerRequest, file_id: str) -> Json:
+    if results.is_result(file_id):
+        return results.describe(request.auth.owner, file_id)
+    return show(_find(request, file_id))
+
+
+@router.delete(
+    "/{file_id}", response={200: Deleted, 400: Error, 404: Error}, auth=WRITE, summary="Delete a file"
+)
+def delete_file(request: CallerRequest, file_id: str) -> Json:
+    if results.is_result(file_id):
+        results.describe(request.auth.owner, file_id)
+        raise bad("A result file belongs to its job and goes with it.", "file_id", "not_deletable")
+    dataset = _find(request, file_id)
+    datasets.delete(request.auth.owner, dataset.dataset_id)
+    return {"id": file_id, "object": "file", "deleted": True}
+
+
+@router.get(
+    "/{file_id}/content",
+    response={200: str, 404: Error},
+    openapi_extra={
+        "responses": {
+            200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+        }
+    },
+    summary="Download a file's bytes",
+)
+def file_content(request: CallerRequest, file_id: str) -> HttpResponseBase:
+    if results.is_result(file_id):
+        text = results.content(request.auth.owner, file_id)
+        return _attachment(HttpResponse(text, content_type="application/octet-stream"), f"{file_id}.csv")
+    dataset = _find(request, file_id)
+    if not dataset.key:
+        raise bad("The file is still being received.", "file_id", "not_ready")
+    response = StreamingHttpResponse(
+        _pieces(storage.open_file(dataset.key)), content_type="application/octet-stream"
+    )
+    if dataset.bytes:
+        response["Content-Length"] = str(int(dataset.bytes))
+    return _attachment(response, dataset.name)
+
+
+async def _pieces(source: BinaryIO) -> AsyncIterator[bytes]:
+    """The file in pieces; a thread is borrowed for each read only, and the whole never stands in memory."""
+    try:
+        while piece := await sync_to_async(source.read)(PIECE):
+            yield piece
+    finally:
+        source.close()
+
+
+def _attachment(response: HttpResponseBase, name: str) -> HttpResponseBase:
+    response["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(name, safe='')}"
+    response["X-Content-Type-Options"] = "nosniff"
+    return response
+
+
+def _find(request: CallerRequest, file_id: str) -> Any:
+    try:
+        return access.get_dataset_for(request.auth.owner, file_id)
+    except access.NotFound as missing:
+        raise not_found("File object") from missing
+
+
+def check_purpose(purpose: str) -> None:
+    if purpose != "fine-tune":
+        raise bad(f"The purpose '{purpose[:64]}' is not supported here: use 'fine-tune'.", "purpose")
+
+
+def check_name(name: str) -> None:
+    if not name or len(name) > MAX_NAME or any(ord(letter) < 32 for letter in name):
+        raise bad("Give the file a name of 1 to 255 characters without control characters.", "filename")
+
+
+def show(dataset: Any) -> Json:
+    extras: Json = {"status": dataset.status}
+    extras |= {name: value for name in ("format", "summary") if (value := getattr(dataset, name)) is not None}
+    if dataset.sha256:
+        extras["sha256"] = dataset.sha256
+    return {
+        "id": dataset.dataset_id,
+        "object": "file",
+        "bytes": int(dataset.bytes),
+        "created_at": int(dataset.created_at),
+        "filename": dataset.name,
+        "purpose": dataset.purpose,
+        "status": STATUS.get(dataset.status, "uploaded"),
+        "expires_at": int(dataset.expires_at) if dataset.expires_at else None,
+        "status_details": dataset.error or None,
+        "llmtuner": extras,
+    }
+
+
+def concatenated(sources: Iterable[BinaryIO]) -> Iterable[bytes]:
+    for source in sources:
+        with source:
+            while piece := source.read(PIECE):
+                yield piece

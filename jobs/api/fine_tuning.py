@@ -1,0 +1,385 @@
+"""`/fine_tuning/jobs`: OpenAI's words for `jobs.lifecycle`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from typing import Annotated, Any
+
+from asgiref.sync import sync_to_async
+from django.http import StreamingHttpResponse
+from ninja import Query, Router
+
+from accounts.auth import authenticate
+from jobs import access, feed, lifecycle, story, tables
+from jobs.api import events, models, paging, results
+from jobs.api.caller import READ, WRITE, CallerRequest
+from jobs.api.errors import bad, not_found
+from jobs.api.schemas import Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page
+from jobs.tables import Job as Row
+from training import auto, catalog, config
+
+router = Router(auth=READ)
+Json = dict[str, Any]
+STATUS = {"validating": "validating_files", "retrying": "queued", "void": "cancelled"}
+WINDOW_S = 600
+OURS = {"name", "prompts"}  # under `llmtuner`, beside the settings
+_METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+@router.post("", response={200: Job, 400: Error, 429: Error}, auth=WRITE, summary="Start fine-tuning")
+def create_job(request: CallerRequest, body: JobCreate) -> Json:
+    """Sent twice, it is one job: by its `Idempotency-Key`, else by its content within ten minutes."""
+    owner = request.auth.owner
+    _refuse_what_we_lack(body)
+    base = models.base_for_training(body.model)
+    asked = lifecycle.JobRequest(
+        name=str((body.llmtuner or {}).get("name") or body.suffix or ""),
+        base=base,
+        dataset_id=_file(owner, body.training_file, "training_file"),
+        validation_dataset_id=_file(owner, body.validation_file, "validation_file")
+        if body.validation_file
+        else None,
+        settings=_settings(body, base),
+        suffix=_suffix(body.suffix or ""),
+        seed=body.seed,
+        metadata=body.metadata or {},
+        prompts=_prompts(body),
+        api=_as_sent(body),
+    )
+    key = _idempotency(request, body)
+    return show(lifecycle.submit(owner, asked, idempotency_key=key, slug=request.auth.slug))
+
+
+@router.get("", response={200: Page[Job], 400: Error}, summary="List jobs")
+def list_jobs(
+    request: CallerRequest, after: paging.After = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
+) -> Json:
+    """`metadata[key]=value` keeps the jobs that carry it."""
+    wanted = {found[1]: value for name, value in request.GET.items() if (found := _METADATA.fullmatch(name))}
+    jobs, has_more = paging.collect(
+        lambda count, cursor: access.list_jobs(request.auth.owner, count, cursor),
+        lambda job: job.job_id,
+        limit,
+        after,
+        keep=(lambda job: wanted.items() <= (job.metadata or {}).items()) if wanted else None,
+    )
+    return paging.page([show(job) for job in jobs], has_more)
+
+
+@router.get("/{job_id}", response={200: Job, 404: Error}, summary="Retrieve a job")
+def retrieve_job(request: CallerRequest, job_id: str) -> Json:
+    return show(_find(request.auth.owner, job_id))
+
+
+@router.post(
+    "/{job_id}/cancel", response={200: Job, 400: Error, 404: Error}, auth=WRITE, summary="Cancel a job"
+)
+def cancel_job(request: CallerRequest, job_id: str) -> Json:
+    return _ask(request, job_id, "cancel")
+
+
+@router.post(
+    "/{job_id}/pause", response={200: Job, 400: Error, 404: Error}, auth=WRITE, summary="Pause a job"
+)
+def pause_job(request: CallerRequest, job_id: str) -> Json:
+    return _ask(request, job_id, "pause")
+
+
+@router.post(
+    "/{job_id}/resume", response={200: Job, 400: Error, 404: Error}, auth=WRITE, summary="Resume a job"
+)
+def resume_job(request: CallerRequest, job_id: str) -> Json:
+    return _ask(request, job_id, "run")
+
+
+@router.get(
+    "/{job_id}/events", response={200: Page[JobEvent], 400: Error, 404: Error}, summary="List a job's events"
+)
+async def list_events(
+    request: CallerRequest,
+    job_id: str,
+    after: paging.After = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+    stream: Annotated[
+        bool, Query(description="All events from the first as a stream, until the job ends.")
+    ] = False,
+) -> Any:
+    """The latest first."""
+    owner = request.auth.owner
+    job = await sync_to_async(_find)(owner, job_id)
+    if not stream:
+        rows, has_more = await sync_to_async(events.newest_first)(owner, job, limit, after)
+        return paging.page(rows, has_more)
+
+    async def still_allowed() -> bool:
+        return await sync_to_async(authenticate)(request) is not None
+
+    response = StreamingHttpResponse(
+        events.stream(owner, job_id, still_allowed), content_type="text/event-stream"
+    )
+    response["X-Accel-Buffering"] = "no"
+    return response
+
+
+@router.get(
+    "/{job_id}/checkpoints",
+    response={200: Page[Checkpoint], 400: Error, 404: Error},
+    summary="List a job's checkpoints",
+)
+def list_checkpoints(
+    request: CallerRequest,
+    job_id: str,
+    after: paging.After = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 10,
+) -> Json:
+    """The latest first. Each is a model one can generate with, by the name it carries."""
+    job = _find(request.auth.owner, job_id)
+    told = story.fold(feed.read(request.auth.owner, job_id)) if job.checkpoints else story.Story()
+    rows = [
+        _checkpoint(job, entry, told) for entry in sorted(job.checkpoints, key=lambda entry: -entry["step"])
+    ]
+    if after is not None:
+        ids = [row["id"] for row in rows]
+        if after not in ids:
+            raise bad("This is no checkpoint of this job.", "after")
+        rows = rows[ids.index(after) + 1 :]
+    return paging.page(rows[:limit], len(rows) > limit)
+
+
+# ---- reading what was asked --------------------------------------------------------------------
+
+
+def _refuse_what_we_lack(body: JobCreate) -> None:
+    if body.method is not None and body.method.type != "supervised":
+        raise bad(
+            f"This studio does not train by '{body.method.type}' yet; it would not be what you asked for. Use 'supervised'.",
+            "method.type",
+            "unsupported_method",
+        )
+    if body.integrations:
+        raise bad(
+            "Integrations are not supported; leave the field out.", "integrations", "unsupported_parameter"
+        )
+
+
+def _file(owner: str, file_id: str, param: str) -> str:
+    try:
+        return access.get_dataset_for(owner, file_id).dataset_id
+    except access.NotFound as missing:
+        raise bad(f"The file given as {param} does not exist.", param, "invalid_file") from missing
+
+
+def _hyperparameters(body: JobCreate) -> Hyperparameters:
+    if body.method and body.method.supervised and body.method.supervised.hyperparameters:
+        return body.method.supervised.hyperparameters
+    return body.hyperparameters or Hyperparameters()
+
+
+def _settings(body: JobCreate, base: str) -> Json:
+    """OpenAI's three hyperparameters and ours, checked together. Ours win where both are given."""
+    asked = _hyperparameters(body)
+    ours = {name: value for name, value in (body.llmtuner or {}).items() if name not in OURS}
+    settings: Json = {}
+    if isinstance(asked.n_epochs, int):
+        settings["epochs"] = asked.n_epochs
+    if isinstance(asked.batch_size, int) and "batch_tokens" not in ours:
+        settings["batch_size"] = asked.batch_size
+    if asked.learning_rate_multiplier not in (None, "auto"):
+        settings["learning_rate"] = _times(
+            float(asked.learning_rate_multiplier or 1), base, ours.get("method", "full")
+        )
+    if body.seed is not None:
+        settings["seed"] = body.seed
+    settings |= ours
+    try:
+        config.parse(settings)
+    except config.ConfigError as error:
+        raise bad(error.message, f"llmtuner.{error.field}") from error
+    return settings
+
+
+def _times(multiplier: float, base: str, method: Any) -> float:
+    """OpenAI multiplies a rate of its own choosing; we multiply the one we would choose."""
+    known = catalog.find(base)
+    if known is None:
+        raise bad(
+            "For a base from the Hub give llmtuner.learning_rate instead of a multiplier.",
+            "hyperparameters.learning_rate_multiplier",
+        )
+    return float(f"{multiplier * auto.learning_rate(str(method), known)[0]:.6g}")
+
+
+def _prompts(body: JobCreate) -> tuple[str, ...]:
+    prompts = (body.llmtuner or {}).get("prompts") or []
+    if (
+        not isinstance(prompts, list)
+        or len(prompts) > 8
+        or not all(isinstance(p, str) and len(p) <= 4000 for p in prompts)
+    ):
+        raise bad("Give at most 8 prompts, each a text of at most 4,000 characters.", "llmtuner.prompts")
+    return tuple(prompts)
+
+
+def _suffix(text: str) -> str:
+    """OpenAI takes any text; a model's name here is made of letters, digits, dots, dashes and underscores."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-")
+
+
+def _as_sent(body: JobCreate) -> Json:
+    """Kept with the job, to answer in the caller's own words."""
+    return {"model": body.model, "hyperparameters": _hyperparameters(body).model_dump(exclude_none=True)}
+
+
+def _idempotency(request: CallerRequest, body: JobCreate) -> str:
+    """Names the submission. Clients send a POST again when its answer was lost, most of them without a key: then the
+    same body within ten minutes is the same job, as long as that job has not ended."""
+    key = request.headers.get("idempotency-key", "")
+    if key:
+        if not _KEY.fullmatch(key):
+            raise bad("An Idempotency-Key has 1 to 255 visible ASCII characters.", "idempotency-key")
+        return f"key#{key}"
+    text = json.dumps(body.model_dump(), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    window = int(time.time() // WINDOW_S)
+    for key in (f"body#{digest}#{window - 1}", f"body#{digest}#{window}"):
+        # A chain: after a job that has ended, the same body may start another.
+        while (job := _submitted(request.auth.owner, key)) is not None:
+            if not job.ended and time.time() - job.created_at < WINDOW_S:
+                return key
+            key += f"#{job.job_id}"
+    return key
+
+
+def _submitted(owner: str, key: str) -> Row | None:
+    row = tables.get(tables.Usage, owner, "idem#" + hashlib.sha256(key.encode()).hexdigest())
+    return tables.get(Row, owner, row.job_id) if row is not None and row.job_id else None
+
+
+# ---- answering ---------------------------------------------------------------------------------
+
+
+def _find(owner: str, job_id: str) -> Row:
+    try:
+        return access.get_job_for(owner, job_id)
+    except access.NotFound as missing:
+        raise not_found("fine-tuning job") from missing
+
+
+def _ask(request: CallerRequest, job_id: str, desired: str) -> Json:
+    _find(request.auth.owner, job_id)
+    return show(lifecycle.ask(request.auth.owner, job_id, desired))
+
+
+def show(job: Row) -> Json:
+    succeeded = job.status == "succeeded"
+    hyperparameters = _shown_hyperparameters(job)
+    return {
+        "id": job.job_id,
+        "object": "fine_tuning.job",
+        "created_at": int(job.created_at),
+        "error": _error(job),
+        "fine_tuned_model": job.model_id if succeeded else None,
+        "finished_at": int(job.ended_at) if job.ended_at else None,
+        "hyperparameters": hyperparameters,
+        "model": (job.api or {}).get("model", job.base),
+        "organization_id": job.owner,
+        "result_files": [results.id_for(job.job_id)] if succeeded else [],
+        "seed": _seed(job),
+        "status": STATUS.get(job.status, job.status),
+        "trained_tokens": int((job.progress or {}).get("tokens") or 0) if succeeded else None,
+        "training_file": job.dataset_id,
+        "validation_file": job.validation_dataset_id or None,
+        "estimated_finish": _estimated_finish(job),
+        "integrations": [],
+        "metadata": job.metadata or {},
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "llmtuner": _extras(job),
+    }
+
+
+def _error(job: Row) -> Json | None:
+    if job.status != "failed":
+        return None
+    reason = job.reason or "unknown"
+    message = " ".join(part for part in (job.message, job.advice) if part) or "The job failed."
+    return {"code": reason, "message": message, "param": "training_file" if reason == "bad_data" else None}
+
+
+def _shown_hyperparameters(job: Row) -> Json:
+    """What was asked for; what automatic values became, once they are known."""
+    asked = (job.api or {}).get("hyperparameters", {})
+    resolved = (job.plan or {}).get("settings") or {}
+    values = {}
+    for theirs, ours in (("n_epochs", "epochs"), ("batch_size", "batch_size")):
+        given = (
+            job.settings.get(ours)
+            if job.settings.get(ours) not in (None, "auto")
+            else asked.get(theirs, "auto")
+        )
+        value = resolved.get(ours) if given == "auto" and resolved.get(ours) else given
+        values[theirs] = value if value == "auto" else max(1, round(float(value)))
+    return values | {"learning_rate_multiplier": asked.get("learning_rate_multiplier", "auto")}
+
+
+def _seed(job: Row) -> int:
+    seed = job.seed if job.seed is not None else (job.settings or {}).get("seed")
+    return int(seed or 0)
+
+
+def _estimated_finish(job: Row) -> int | None:
+    eta = (job.progress or {}).get("eta_s")
+    if job.status != "running" or eta is None:
+        return None
+    return int(time.time() + float(eta))
+
+
+def _extras(job: Row) -> Json:
+    result = job.result or {}
+    extras = {
+        "name": job.name,
+        "base": job.base,
+        "status": job.status,
+        "phase": job.phase,
+        "desired": job.desired,
+        "settings": job.settings,
+        "progress": job.progress,
+        "metrics": job.metrics,
+        "plan": job.plan,
+        "estimate": job.estimate,
+        "attempts": int(job.attempts),
+        "proof": job.proof,
+        "verdict": result.get("verdict"),
+        "fidelity": result.get("fidelity"),
+        "advice": job.advice,
+    }
+    return {name: value for name, value in extras.items() if value not in (None, "", {}, [])}
+
+
+def checkpoint_id(job: Row, step: int) -> str:
+    return f"ftckpt-{job.job_id.removeprefix('ftjob-')}-{step}"
+
+
+def _checkpoint(job: Row, entry: Json, told: story.Story) -> Json:
+    step = int(entry["step"])
+    metric, held_out = told.metrics.get(step, {}), told.evals.get(step, {})
+    return {
+        "id": checkpoint_id(job, step),
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": int(entry.get("time") or job.ended_at or job.created_at),
+        "fine_tuned_model_checkpoint": f"{job.model_id}:ckpt-step-{step}",
+        "fine_tuning_job_id": job.job_id,
+        "metrics": {
+            "step": step,
+            "train_loss": metric.get("loss"),
+            "train_mean_token_accuracy": metric.get("accuracy"),
+            "valid_loss": held_out.get("loss"),
+            "valid_mean_token_accuracy": held_out.get("accuracy"),
+            "full_valid_loss": held_out.get("loss"),
+            "full_valid_mean_token_accuracy": held_out.get("accuracy"),
+        },
+        "step_number": step,
+    }
