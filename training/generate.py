@@ -7,6 +7,8 @@ of many requests together.
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from training import hub
 from training.decoder import Decoder, GPT2Decoder, sample
 from training.model import GPT2, is_plain_gpt2, read_config
 from training.tokenizer import Tokenizer
@@ -303,3 +306,54 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+# --- command line ----------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a model folder, `starter`, or a name on the Hub")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", help="text to continue")
+    asked.add_argument("--messages", help='a conversation as JSON: [{"role": "user", "content": …}]')
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument(
+        "--stop", action="append", default=[], help="end before this text (may be given several times)"
+    )
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--n", type=int, default=1, help="how many completions")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a completion")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the text as it is written; several completions one after the other."""
+    folder = hub.locate(args.model)
+    tokenizer, decoder = Tokenizer.load(folder), decoder_for(load_model(folder))
+    prompt = prompt_ids(json.loads(args.messages) if args.messages else args.prompt, tokenizer)
+    options = GenerateOptions(
+        args.max_tokens, args.temperature, args.top_p, args.top_k, tuple(args.stop), args.seed, args.n
+    )
+    live = args.n == 1 and not args.json
+    show = (lambda token: print(token.text, end="", flush=True)) if live else None
+    for completion in generate(None, tokenizer, prompt, options, show, decoder=decoder):
+        if args.json:
+            row = {
+                "index": completion.index,
+                "text": completion.text,
+                "finish_reason": completion.finish_reason,
+            }
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            print("" if live else f"[{completion.index}] {completion.text}")
+    return 0
+
+
+def prompt_ids(prompt: str | list[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
+    """The tokens a model reads, put together as training put them together."""
+    if isinstance(prompt, list):
+        return tokenizer.encode_chat(prompt, add_generation_prompt=True)
+    ids = tokenizer.encode(prompt)
+    return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]

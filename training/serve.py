@@ -20,6 +20,7 @@ import os
 import queue
 import sys
 import threading
+import traceback
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,8 +38,9 @@ from training.generate import (
     decoder_for,
     load_model,
     open_sequences,
+    prompt_ids,
 )
-from training.tokenizer import Tokenizer
+from training.tokenizer import Tokenizer, TokenizerError
 
 MAX_LINE_BYTES = 4 * 1024 * 1024  # a request; a longer line is refused and skipped
 MAX_WAITING = 256  # requests that wait; more are refused as busy
@@ -233,6 +235,8 @@ class Server:
                 self._start(request, model)
             except GenerateError as error:
                 refuse(request.id, error)
+            except RuntimeError as error:  # torch's own, out of memory among them
+                refuse(request.id, GenerateError("failed", f"reading the prompt failed: {error}"))
             line.popleft()
             self.waiting.move_to_end(who)
             if not line:
@@ -243,7 +247,10 @@ class Server:
         return sum(s.finish_reason is None for r in requests for s in r.sequences)
 
     def _start(self, request: Request, model: Loaded) -> None:
-        ids = prompt_ids(request.prompt, model.tokenizer)
+        try:
+            ids = prompt_ids(request.prompt, model.tokenizer)
+        except TokenizerError as error:
+            raise GenerateError("bad_request", str(error)) from error
         request.sequences = open_sequences(model.decoder, model.tokenizer, ids, request.options)
         request.prompt_tokens = len(ids)
         model.users += 1
@@ -325,14 +332,6 @@ def _number(message: Mapping[str, Any], name: str, low: float, high: float) -> f
     return value
 
 
-def prompt_ids(prompt: str | list[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
-    """The tokens a model reads, put together as training put them together."""
-    if isinstance(prompt, list):
-        return tokenizer.encode_chat(prompt, add_generation_prompt=True)
-    ids = tokenizer.encode(prompt)
-    return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
-
-
 def say_token(request: Request, token: Token) -> None:
     line: dict[str, Any] = {"id": request.id, "t": "token", "index": token.index, "text": token.text}
     if request.options.logprobs is not None:
@@ -383,6 +382,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    status = 1
+    try:
+        status = run(args)
+    except Exception:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(status)  # a model may still be loading in its thread; nothing here needs to be put away
+
+
+def run(args: argparse.Namespace) -> int:
     global _out
     _out = os.dup(1)
     os.dup2(2, 1)
@@ -403,8 +412,6 @@ def main(args: argparse.Namespace) -> int:
                     server.take(line)
     except BrokenPipeError:
         return 0  # nobody listens any more
-    finally:
-        os._exit(0)  # a model may still be loading in its thread; nothing here needs to be put away
 
 
 def _read(inbox: queue.Queue[bytes | None]) -> None:

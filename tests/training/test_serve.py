@@ -1,0 +1,199 @@
+"""The server as its relay meets it: a process, JSON lines in and out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.tiny import write_model
+from training.generate import GenerateOptions, generate, load_model
+from training.tokenizer import Tokenizer
+
+PROMPT = "the cat sat on"
+START = "import argparse, sys; from training import serve; p = argparse.ArgumentParser(); serve.add_arguments(p); sys.exit(serve.main(p.parse_args()))"  # fmt: skip
+
+
+class Server:
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", START, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert self.read() == {"t": "ready"}
+
+    def send(self, **line: Any) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(line).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def read(self) -> dict[str, Any]:
+        assert self.process.stdout
+        return json.loads(self.process.stdout.readline())
+
+    def until(self, *ids: str) -> list[dict[str, Any]]:
+        """Everything said until each of these requests has ended."""
+        lines, open_ids = [], set(ids)
+        while open_ids:
+            lines.append(self.read())
+            if lines[-1]["t"] in ("done", "error", "loaded", "unloaded"):
+                open_ids.discard(lines[-1]["id"])
+        return lines
+
+    def ask(self, **line: Any) -> list[dict[str, Any]]:
+        self.send(id="r", op="generate", **line)
+        return self.until("r")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_model(tmp_path_factory.mktemp("model"), context=512))
+
+
+@pytest.fixture(scope="module")
+def server(folder: str) -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.process.kill()
+
+
+def text(lines: list[dict[str, Any]], id: str = "r", index: int = 0) -> str:
+    return "".join(
+        line["text"] for line in lines if line["t"] == "token" and (line["id"], line["index"]) == (id, index)
+    )
+
+
+def ends(lines: list[dict[str, Any]]) -> list[str]:
+    return [line["id"] for line in lines if line["t"] in ("done", "error")]
+
+
+def test_it_writes_what_generate_writes(server, folder):
+    tokenizer = Tokenizer.load(folder)
+    ids = tokenizer.encode(PROMPT)
+    [expected] = generate(load_model(folder), tokenizer, ids, GenerateOptions(max_tokens=20))
+    lines = server.ask(model=folder, prompt=PROMPT, max_tokens=20)
+    assert lines[0] == {"id": "r", "t": "start", "prompt_tokens": len(ids)}
+    assert text(lines) == expected.text
+    assert lines[-1]["choices"] == [{"index": 0, "finish_reason": expected.finish_reason}]
+    usage = lines[-1]["usage"]
+    assert usage["completion_tokens"] == len(expected.ids)
+    assert usage["total_tokens"] == len(ids) + len(expected.ids)
+
+
+def test_requests_written_together_get_their_own_texts(server, folder):
+    prompts = {"a": "the cat", "b": "the moon and the mat looked at", "c": "sat"}
+    alone = {id: text(server.ask(model=folder, prompt=p, max_tokens=15)) for id, p in prompts.items()}
+    for id, prompt in prompts.items():
+        server.send(id=id, op="generate", model=folder, prompt=prompt, max_tokens=15, who=id)
+    lines = server.until(*prompts)
+    assert {id: text(lines, id) for id in prompts} == alone
+
+
+def test_several_sequences_and_logprobs(server, folder):
+    lines = server.ask(model=folder, prompt=PROMPT, max_tokens=4, n=3, temperature=1.0, seed=5, logprobs=2)
+    assert [c["index"] for c in lines[-1]["choices"]] == [0, 1, 2]
+    tokens = [line for line in lines if line["t"] == "token"]
+    assert all(line["logprob"] <= 0 and len(line["top"]) == 2 for line in tokens)
+
+
+def test_a_conversation_is_rendered_with_the_models_template(server, folder):
+    tokenizer = Tokenizer.load(folder)
+    messages = [{"role": "user", "content": "the cat"}]
+    lines = server.ask(model=folder, messages=messages, max_tokens=1)
+    assert lines[0]["prompt_tokens"] == len(tokenizer.encode_chat(messages, add_generation_prompt=True))
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ({"prompt": "x", "model": "/no/such/folder"}, "model_not_found"),
+        ({"prompt": "x", "model": "relative"}, "model_not_found"),
+        ({"prompt": None}, "bad_request"),
+        ({"prompt": "x", "temperature": 9}, "bad_request"),
+        ({"prompt": "x", "n": 100}, "bad_request"),
+        ({"prompt": "x", "max_tokens": "many"}, "bad_request"),
+        ({"prompt": "x", "stop": ["y"] * 99}, "bad_request"),
+        ({"messages": [{"role": "user"}]}, "bad_request"),
+        ({"prompt": "the cat " * 600}, "prompt_too_long"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_with_a_code(server, folder, line, code):
+    lines = server.ask(**{"model": folder} | line)
+    assert [(x["t"], x.get("code")) for x in lines] == [("error", code)]
+    assert lines[0]["message"]
+
+
+def test_a_damaged_line_does_not_disturb_the_next(server, folder):
+    server.process.stdin.write(b'{"op": "gen\n[1]\n')
+    server.process.stdin.flush()
+    assert [server.read()["code"] for _ in range(2)] == ["bad_request"] * 2
+    assert server.ask(model=folder, prompt=PROMPT, max_tokens=2)[-1]["t"] == "done"
+
+
+def test_a_cancelled_request_ends_at_once(server, folder):
+    server.send(id="long", op="generate", model=folder, prompt="the", max_tokens=400, temperature=2, seed=1)
+    while server.read()["t"] != "token":
+        pass
+    server.send(id="long", op="cancel")
+    lines = server.until("long")
+    assert lines[-1]["choices"][0]["finish_reason"] == "cancelled"
+    assert lines[-1]["usage"]["completion_tokens"] < 390
+
+
+def test_nobodys_many_requests_stand_before_anothers_one(server, folder):
+    for i in range(24):
+        server.send(id=f"many-{i}", op="generate", model=folder, prompt="the", max_tokens=60, temperature=2, seed=i, who="alice")  # fmt: skip
+    server.send(
+        id="one", op="generate", model=folder, prompt="the", max_tokens=60, temperature=2, seed=1, who="bob"
+    )
+    order = ends(server.until("one", *(f"many-{i}" for i in range(24))))
+    assert order.index("one") < 12
+
+
+def test_models_are_loaded_and_the_one_unused_for_longest_leaves(folder, tmp_path):
+    others = [str(write_model(tmp_path / str(i), seed=i)) for i in range(2)]
+    server = Server("--max-models", "2")
+    for model in (folder, *others):
+        server.send(id=model, op="load", model=model)
+        assert server.until(model)[-1]["t"] == "loaded"
+    server.send(op="status")
+    assert [m["model"] for m in server.read()["models"]] == others
+    server.send(id="u", op="unload", model=others[0])
+    assert server.read()["done"] is True
+    server.process.kill()
+
+
+def test_it_ends_with_its_input_even_while_it_writes(folder):
+    server = Server()
+    server.send(id="x", op="generate", model=folder, prompt="the", max_tokens=400, temperature=2)
+    server.process.stdin.close()
+    assert server.process.wait(timeout=10) == 0
+
+
+def test_it_dies_with_the_process_that_started_it(tmp_path):
+    script = (
+        "import subprocess, sys, time\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {START!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
+        "p.stdout.readline(); print(p.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    until = time.monotonic() + 5
+    while Path(f"/proc/{child}").exists() and time.monotonic() < until:
+        if Path(f"/proc/{child}/stat").read_text().split()[2] == "Z":
+            break
+        time.sleep(0.02)
+    else:
+        assert not Path(f"/proc/{child}").exists()
