@@ -56,10 +56,22 @@ def examples(
 
     A plain text longer than the sequence length becomes several examples, one after the other; nothing is lost.
     A chat or completion loses its end. Raises BadRow at the first bad row, or hands it to `on_bad` and goes on."""
+    for _, parts in encoded_rows(path, tokenizer, settings, format, on_bad):
+        yield from parts
+
+
+def encoded_rows(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    settings: Wants,
+    format: Format | None = None,
+    on_bad: OnBad | None = None,
+) -> Iterator[tuple[Row, list[Example]]]:
+    """`examples`, each with the row it comes from."""
     for batch in batches(rows(path, format, on_bad=on_bad), BATCH_ROWS):
         for row, example in zip(batch, encode_batch(batch, tokenizer, settings), strict=True):
             if isinstance(example, Example):
-                yield from cut(example, settings.sequence_length, split=row.kind == "text")
+                yield row, cut(example, settings.sequence_length, split=row.kind == "text")
             elif on_bad is not None:
                 on_bad(example)
             else:

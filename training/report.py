@@ -1,12 +1,30 @@
-"""Everything worth knowing about a dataset before a second of training is spent on it."""
+"""Everything worth knowing about a dataset before a second of training is spent on it.
+
+`python -m training check FILE --tokenizer DIR` prints progress lines and, last, the report as one JSON line. It is a
+program of its own because files come from strangers: whoever starts it gives it limits on memory and time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from training.encode import Example
+from training.encode import Example, Plain, encode_batch, encoded_rows
+from training.findings import Findings, Twins, fingerprint, look_at, normal
+from training.formats import BadFile, BadRow, Format, Row, detect, rows
+from training.tokenizer import Tokenizer
+
+SAMPLES, PREVIEW, SAMPLE_TOKENS = 5, 150, 400
+FEW = 10
+CHARACTERS_PER_TOKEN = 2.0  # under this the tokenizer does not know the language
+
+Progress = Callable[[int, float], None]
 
 
 @dataclass
@@ -50,3 +68,266 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def report(
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    settings: Plain | None = None,
+    *,
+    format: Format | dict[str, Any] | None = None,
+    validation: str | Path | None = None,
+    progress: Progress = lambda rows, share: None,
+) -> dict[str, Any]:
+    """Reads every row of the file. Never raises for what the file holds: the verdict tells.
+
+    Without a tokenizer nothing is counted in tokens. `ready` says whether a job may train on it."""
+    path = Path(path)
+    run = _Report(tokenizer, settings or Plain())
+    try:
+        chosen = Format.of(format) if format else detect(path)
+        run.read(path, chosen, progress)
+        if validation is not None:
+            run.compare(Path(validation))
+    except BadRow as bad:
+        run.bad(bad)
+        chosen = Format.of(format) if format else Format("unknown")
+    return run.finish(chosen)
+
+
+class _Report:
+    """One reading of one file."""
+
+    def __init__(self, tokenizer: Tokenizer | None, settings: Plain) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        self.summary, self.findings = Summary(), Findings()
+        self.rows = self.characters = 0
+        self.samples: list[dict[str, Any]] = []
+        self.exact, self.near, self.prompts = Twins(), Twins(), Twins()
+        self.answers: set[int] = set()
+        self.problem: BadRow | None = None
+
+    def bad(self, bad: BadRow) -> None:
+        self.problem = self.problem or bad
+        self.findings.add("bad_row", bad.line, f"{bad.reason}. {bad.fix}")
+
+    def read(self, path: Path, format: Format, progress: Progress) -> None:
+        size, told = max(1, path.stat().st_size), time.monotonic()
+        for row, examples in self._rows(path, format):
+            self.rows += 1
+            self.characters += len(row.preview)
+            self.row(row, examples)
+            if self.rows % 256 == 0 and time.monotonic() - told > 0.5:
+                told = time.monotonic()
+                progress(self.rows, min(0.99, self.characters / size))
+        self.summary.kind = {"text": "text", "completion": "completion"}.get(format.shape, "chat")
+
+    def _rows(self, path: Path, format: Format) -> Iterable[tuple[Row, list[Example]]]:
+        if self.tokenizer is None:
+            return ((row, []) for row in rows(path, format, on_bad=self.bad))
+        return encoded_rows(path, self.tokenizer, self.settings, format, self.bad)
+
+    def row(self, row: Row, examples: list[Example]) -> None:
+        tokenizer = self.tokenizer
+        look_at(row, self.findings, tokenizer.special_pattern if tokenizer else None)
+        self._remember(row)
+        for example in examples:
+            self.summary.add(example)
+        if tokenizer is None:
+            if len(self.samples) < SAMPLES:
+                self.samples.append({"line": row.line, "preview": _preview(row)})
+            return
+        if any(example.truncated for example in examples):
+            self.findings.add("truncated", row.line, f"{examples[0].truncated} tokens lost")
+        if not any(any(example.mask) for example in examples):
+            self.findings.add("nothing_to_train", row.line)
+        elif row.kind == "chat" and not _ends(examples[0], tokenizer):
+            self.findings.add("missing_end", row.line)
+        if len(self.samples) < SAMPLES and examples:
+            self.samples.append(
+                {"line": row.line, "preview": _preview(row), **coloured(examples[0], tokenizer)}
+            )
+
+    def _remember(self, row: Row) -> None:
+        text = row.preview
+        self.exact.add(text, row.line)
+        self.near.add(normal(text), row.line)
+        asked, answer = question_and_answer(row)
+        if asked:
+            self.prompts.add(asked, row.line)
+        if len(self.answers) < 2:
+            self.answers.add(fingerprint(answer))
+
+    def compare(self, validation: Path) -> None:
+        """Which rows of the validation file stand in the training file, whole or by their question."""
+        rows_there, questions = Twins(), Twins()
+        for row in rows(validation, on_bad=lambda bad: None):
+            rows_there.add(normal(row.preview), row.line)
+            if asked := question_and_answer(row)[0]:
+                questions.add(asked, row.line)
+        for line in sorted({*self.near.common(rows_there), *self.prompts.common(questions)}):
+            self.findings.add("leak", line)
+
+    def finish(self, format: Format) -> dict[str, Any]:
+        exact = dict(self.exact.again())
+        for line, first in exact.items():
+            self.findings.add("duplicate", line, f"as line {first}")
+        near = dict(self.near.again())
+        for line, first in near.items():
+            if line not in exact:
+                self.findings.add("near_duplicate", line, f"as line {first}")
+        for line, first in self.prompts.again():
+            if line not in near:
+                self.findings.add("conflict", line, f"asked as in line {first}")
+        if self.rows > 3 and len(self.answers) == 1 and self.summary.kind != "text":
+            self.findings.add("same_answer", 0)
+        if 0 < self.rows < FEW and self.summary.kind != "text":
+            self.findings.add("few", 0, f"{self.rows} examples")
+        tokens = self.summary.tokens + self.summary.lost_tokens
+        if tokens > 200 and self.characters / tokens < CHARACTERS_PER_TOKEN:
+            self.findings.add("poor_fit", 0, f"{self.characters / tokens:.1f} characters a token")
+        if self.rows == 0 and self.problem is None:
+            self.bad(
+                BadFile(
+                    0, "there is no example in the file", "Upload a file with at least one example in it."
+                )
+            )
+        return {
+            **self.summary.as_dict(),
+            "rows": self.rows,
+            "characters": self.characters,
+            "format": format.as_dict(),
+            "sequence_length": self.settings.sequence_length,
+            **self._verdict(),
+            "findings": self.findings.as_list(),
+            "samples": self.samples,
+        }
+
+    def _verdict(self) -> dict[str, Any]:
+        """`ready` (may be trained on), `error` (why not, for whoever reads one line) and a plain `verdict`."""
+        counts = self.findings.counts
+        if self.problem is not None:
+            more = counts["bad_row"] - 1
+            also = f" {more} more {'row' if more == 1 else 'rows'} cannot be read." if more else ""
+            where = f"Line {self.problem.line}: " if self.problem.line else ""
+            words = f"{where}{self.problem.reason}. {self.problem.fix}{also}"
+            return {"ready": False, "error": words, "verdict": words}
+        if self.tokenizer is not None and not self.summary.trained_tokens:
+            words = "There is nothing to learn in any row. Give the rows answers."
+            return {"ready": False, "error": words, "verdict": words}
+        many = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
+        serious = [f for f in self.findings.as_list() if f["severity"] != "info"]
+        if not serious:
+            return {"ready": True, "error": "", "verdict": f"{many}, and nothing to complain about."}
+        worst = ", ".join(f"{f['title'][0].lower()}{f['title'][1:]} ({f['count']:,})" for f in serious[:3])
+        return {"ready": True, "error": "", "verdict": f"{many} that can be trained on. Look at: {worst}."}
+
+
+def question_and_answer(row: Row) -> tuple[str, str]:
+    """What is asked and what is answered, capitals and spaces not counted in the question; text has no question."""
+    if row.kind == "completion":
+        return normal(row.prompt), row.completion
+    if row.kind == "text":
+        return "", row.text
+    answers = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
+    last = answers[-1] if answers else len(row.messages)
+    asked = "\n".join(f"{m['role']}: {m['content']}" for m in row.messages[:last])
+    return normal(asked), row.messages[last]["content"] if answers else ""
+
+
+def coloured(example: Example, tokenizer: Tokenizer, limit: int = SAMPLE_TOKENS) -> dict[str, Any]:
+    """The tokens of an example as a page shows them: text, whether trained, whether a line ends there."""
+    texts = tokenizer.token_texts(example.ids[:limit])
+    return {
+        "tokens": [
+            {"text": text, "trained": bool(trained), "breaks": text.endswith("\n")}
+            for text, trained in zip(texts, example.mask, strict=False)
+        ],
+        "more": max(0, len(example.ids) - limit),
+    }
+
+
+def colour_row(
+    path: str | Path, line: int, tokenizer: Tokenizer, settings: Plain, format: Format | None = None
+) -> dict[str, Any]:
+    """The coloured tokens of the row at `line`. Raises KeyError if no row begins there."""
+    for row in rows(path, format, on_bad=lambda bad: None):
+        if row.line == line:
+            found = encode_batch([row], tokenizer, settings)[0]
+            if isinstance(found, BadRow):
+                raise found
+            return {"line": line, "preview": _preview(row), **coloured(found, tokenizer)}
+        if row.line > line:
+            break
+    raise KeyError(line)
+
+
+def _preview(row: Row) -> str:
+    text = " ".join(row.preview[: 4 * PREVIEW].split())
+    return text if len(text) <= PREVIEW else text[: PREVIEW - 1] + "…"
+
+
+def _ends(example: Example, tokenizer: Tokenizer) -> bool:
+    """Whether the last trained token is a control token: the end that a model learns to write."""
+    if example.truncated or tokenizer.special_pattern is None:
+        return True
+    last = len(example.mask) - 1 - example.mask[::-1].index(1)
+    return tokenizer.backend.id_to_token(example.ids[last]) in tokenizer.special_tokens
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit 0 when a report was made, whatever it says; 2 when called wrongly."""
+    options = argparse.ArgumentParser(prog="python -m training check", description="Report on a dataset.")
+    options.add_argument("file")
+    options.add_argument(
+        "--tokenizer", help="folder of the base model; without it nothing is counted in tokens"
+    )
+    options.add_argument(
+        "--format", help="how the file is written, as JSON; found out by itself if left away"
+    )
+    options.add_argument(
+        "--sequence-length", type=int, help="tokens the model reads; its own context if left away"
+    )
+    options.add_argument("--train-on", choices=("completion", "all"), default="completion")
+    options.add_argument("--validation", help="a validation file to look for leaks in")
+    options.add_argument("--limit-bytes", type=int, help="refuse a file larger than this")
+    given = options.parse_args(argv)
+
+    size = Path(given.file).stat().st_size
+    if given.limit_bytes and size > given.limit_bytes:
+        words = f"The file has {size:,} bytes; {given.limit_bytes:,} are allowed."
+        _say({"t": "report", "ready": False, "error": words, "verdict": words, "findings": [], "samples": []})
+        return 0
+    tokenizer = Tokenizer.load(given.tokenizer) if given.tokenizer else None
+    length = given.sequence_length or (_context(Path(given.tokenizer)) if given.tokenizer else None)
+    found = report(
+        given.file,
+        tokenizer,
+        Plain(length, given.train_on),
+        format=json.loads(given.format) if given.format else None,
+        validation=given.validation,
+        progress=lambda rows, share: _say({"t": "progress", "rows": rows, "share": round(share, 3)}),
+    )
+    _say({"t": "report", "bytes": size, **found})
+    return 0
+
+
+def _context(folder: Path) -> int | None:
+    from training.catalog import describe
+
+    try:
+        return describe(folder).context
+    except (OSError, ValueError):
+        return None  # a folder with a tokenizer alone
+
+
+def _say(line: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps({**line, "time": time.time()}, ensure_ascii=True) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
