@@ -5,40 +5,72 @@ Losing a message loses nothing: all unfinished work has a row in the store, and 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from celery import shared_task
+
+log = logging.getLogger(__name__)
 
 
 @shared_task(name="run_next", queue="training")
 def run_next() -> None:
     """An empty bell: claims and runs the best waiting job, until none is left that fits this worker."""
-    raise NotImplementedError
+    from jobs import lifecycle, runner, standby, worker
+
+    with worker.Busy():
+        while not worker.STOP.is_set():
+            claim = lifecycle.claim_next(
+                lifecycle.this_worker(memory=standby.machine_memory(), gpu=standby.has_gpu())
+            )
+            if claim is None:
+                return
+            runner.run(claim, worker.STOP)
+            if not worker.STOP.is_set():
+                standby.warm_up()
 
 
 @shared_task(name="check_dataset", queue="checks")
 def check_dataset(owner: str, dataset_id: str) -> None:
     """Reads the whole file in a limited child process; stores the report and says ready or rejected."""
-    raise NotImplementedError
+    from jobs import checking
+
+    checking.check(owner, dataset_id)
 
 
 @shared_task(name="after_end", queue="checks")
 def after_end(owner: str, job_id: str) -> None:
-    """What follows from a job's end (model row, notifications, quota): lifecycle's effects, safe to repeat."""
-    raise NotImplementedError
+    """What follows from a job's end (model row, notifications, quota), safe to repeat."""
+    from jobs import endings, tables
+
+    job = tables.get(tables.Job, owner, job_id)
+    if job is not None and job.ended:
+        endings.after_end(job)
 
 
 @shared_task(name="generate", queue="inference")
-def generate(request: dict[str, Any]) -> None:
+def generate(owner: str, rid: str, request: dict[str, Any]) -> None:
     """Relays one request for text to this worker's server. See `jobs.inference`."""
-    raise NotImplementedError
+    from jobs import relay
+
+    relay.serve(owner, rid, request)
 
 
 def ring_training(waiting: int) -> None:
     """Rings for training workers, unless as many bells lie in the list as jobs are `waiting`. Best effort: never raises."""
-    raise NotImplementedError
+    from jobs import bells
+
+    try:
+        lying = int(bells.client().llen("training"))  # type: ignore[arg-type]  # the sync client answers at once
+        if lying < waiting:
+            run_next.apply_async()
+    except Exception as error:
+        log.warning("no bell for training: %s", error)
 
 
 def ring(task: Any, *args: str) -> None:
     """Sends a task's message. Best effort: never raises and never waits long; the reconciler rings again."""
-    raise NotImplementedError
+    try:
+        task.apply_async(args=args)
+    except Exception as error:
+        log.warning("no bell for %s: %s", task.name, error)

@@ -1,4 +1,4 @@
-"""Loads the project's own system checks."""
+"""Loads the project's own system checks, and Celery, whose messages web and workers send."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ class LLMTunerConfig(AppConfig):
     name = "llmtuner"
 
     def ready(self) -> None:
-        from llmtuner import checks  # noqa: F401  registers itself
+        from llmtuner import celery, checks  # noqa: F401  both register themselves

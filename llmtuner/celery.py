@@ -1,13 +1,70 @@
-"""Celery: a doorbell over Redis, never the record (DynamoDB holds that)."""
+"""Celery: a doorbell over Redis, never the record (DynamoDB holds that).
+
+Messages are taken off at once (early ack) and one at a time; there are no results. A lost or doubled message changes
+nothing: the store decides who runs what, and the reconciler in every worker rings again.
+"""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
-from celery import Celery
+from celery import Celery, signals
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "llmtuner.settings")
 
+from django.conf import settings
+
 app = Celery("llmtuner")
-app.config_from_object("django.conf:settings", namespace="CELERY")
+app.conf.update(
+    broker_url=settings.REDIS_URL,
+    broker_connection_retry_on_startup=True,
+    broker_connection_max_retries=None,
+    broker_connection_timeout=3,
+    broker_transport_options={
+        "socket_timeout": 5,
+        "socket_connect_timeout": 3,
+        "socket_keepalive": True,
+        "health_check_interval": 10,
+        # Celery delivers what is unacknowledged for this long again, by the wall clock. We acknowledge on receipt, so
+        # never is right: a week.
+        "visibility_timeout": 7 * 24 * 3600,
+    },
+    task_ignore_result=True,
+    task_acks_late=False,
+    task_reject_on_worker_lost=False,
+    task_serializer="json",
+    accept_content=["json"],
+    task_default_queue="checks",
+    # A web request must not wait long for a bell: the reconciler rings again.
+    task_publish_retry=False,
+    worker_prefetch_multiplier=1,
+    worker_disable_prefetch=True,
+    worker_soft_shutdown_timeout=30,
+    worker_enable_remote_control=False,
+    worker_hijack_root_logger=False,
+    worker_send_task_events=False,
+    worker_cancel_long_running_tasks_on_connection_loss=False,
+)
 app.autodiscover_tasks(["jobs"])
+
+
+@signals.worker_ready.connect
+def _ready(sender: Any, **_: Any) -> None:
+    from jobs import worker
+
+    worker.start(set(app.amqp.queues.consume_from))
+
+
+@signals.worker_shutting_down.connect
+def _shutting_down(**_: Any) -> None:
+    from jobs import worker
+
+    worker.STOP.set()
+
+
+@signals.worker_shutdown.connect
+def _shutdown(**_: Any) -> None:
+    from jobs import worker
+
+    worker.finish()

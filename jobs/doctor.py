@@ -1,0 +1,70 @@
+"""The failure doctor: what an ending of the trainer means, what is done by itself, and what a person should do.
+
+A user's fault ends the job. Memory that ran out is cured in place: the micro-batch is halved, so a step is computed in
+more parts with the same result, and training goes on from the checkpoint. The rest is tried again by the lease's rules.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jobs.reasons import REASONS
+from training.events import EXIT, REASON_OF_EXIT
+
+Verdict = Literal["done", "stopped", "fault", "died", "smaller"]
+SMALLEST_MICRO_BATCH = 64  # tokens
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """`fault`: the job fails. `died`: try again, an attempt is charged. `smaller`: halve the micro-batch and go on."""
+
+    verdict: Verdict
+    reason: str = ""
+    message: str = ""
+    advice: str = ""
+
+
+def diagnose(
+    code: int, said: dict[str, Any] | None, *, killed_by_us: str = "", micro_batch: int = 0
+) -> Diagnosis:
+    """From the exit code (negative: a signal), the trainer's last words ("failed" line) and why we killed it, if so."""
+    if killed_by_us:
+        return _told(killed_by_us)
+    if code == EXIT["done"]:
+        return Diagnosis("done")
+    if code == EXIT["stopped"]:
+        return Diagnosis("stopped")
+    reason = REASON_OF_EXIT.get(code, "unexpected")
+    if code < 0:
+        reason = "time_limit" if -code == signal.SIGXCPU else "killed"
+    if reason == "out_of_memory" and micro_batch > SMALLEST_MICRO_BATCH:
+        return Diagnosis("smaller", reason, (said or {}).get("message", ""))
+    if said and said.get("reason") == reason:
+        return _told(reason, said.get("message", ""), said.get("advice", ""))
+    return _told(reason, f"The trainer ended by signal {signal.Signals(-code).name}." if code < 0 else "")
+
+
+def _told(reason: str, message: str = "", advice: str = "") -> Diagnosis:
+    known = REASONS[reason]
+    return Diagnosis(
+        "fault" if known.user_fault else "died", reason, message or known.sentence, advice or known.advice
+    )
+
+
+def halved(micro_batch: int) -> int:
+    return max(SMALLEST_MICRO_BATCH, micro_batch // 2)
+
+
+def told_smaller(micro_batch: int) -> dict[str, Any]:
+    """The event for the page."""
+    return {
+        "t": "doctor",
+        "level": "warning",
+        "cause": "out_of_memory",
+        "action": {"micro_batch_tokens": micro_batch},
+        "message": f"Memory ran out. Each step is now computed in parts of {micro_batch} tokens instead of larger ones: the "
+        "same result, less memory. Training goes on from the last checkpoint.",
+    }

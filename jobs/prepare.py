@@ -1,0 +1,145 @@
+"""What a trainer needs before it starts: the data, the base model, the checkpoint to go on from, and its run file.
+
+Everything is fetched to the attempt's own folder and verified by its sha256; the trainer itself reaches no store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+
+from jobs import access, proof, relay, storage
+from jobs.tables import Dataset, Job
+from training import catalog
+from training.events import Failure
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Prepared:
+    """`config` is the run file; `bad` are checkpoints that don't verify, `used` the one that did."""
+
+    config: dict[str, Any]
+    used: dict[str, Any] | None
+    bad: list[dict[str, Any]]
+    proof: proof.Proof | None
+
+
+def prepare(job: Job, folder: Path, gone_on: Callable[[], None]) -> Prepared:
+    """Fetches everything. `gone_on` is called between files and may raise to stop. Raises Failure for what is the user's
+    fault, OSError and the storage's errors for what may work the next time."""
+    config: dict[str, Any] = {
+        "base": base_of(job.base),
+        "work_dir": str(folder / "work"),
+        "settings": dict(job.settings or {}),
+        "prompts": list(job.prompts or []),
+        # Checkpoints belong to a job; a retry goes on from those of the job before it, under that one's name.
+        "job": job.start_from["key"].split("/")[1] if job.start_from else job.job_id,
+        "epoch": int(job.epoch),
+    }
+    if job.seed is not None:
+        config["settings"]["seed"] = int(job.seed)
+    micro_batch = (job.progress or {}).get(
+        "micro_batch_tokens"
+    )  # halved by the failure doctor in an earlier attempt
+    if micro_batch:
+        config["settings"]["micro_batch_tokens"] = int(micro_batch)
+    for name, dataset_id in (("train", job.dataset_id), ("validation", job.validation_dataset_id)):
+        if dataset_id:
+            gone_on()
+            dataset = _dataset(job.owner, dataset_id)
+            config[f"{name}_file"] = str(_fetch(dataset, folder / "data" / name))
+            config[f"{name}_format"] = dataset.format
+    gone_on()
+    used, bad = newest_good(job, folder, gone_on)
+    if used:
+        config["resume_from"] = used["folder"]
+    logged = (
+        proof.gather(job.job_id, int(job.last_seq), int(used["step"]) if used else 0)
+        if job.last_seq
+        else None
+    )
+    return Prepared(config, used, bad, logged)
+
+
+def base_of(base: str) -> str:
+    """A folder on this machine. Models of the Hub are fetched here, by us: the trainer has no network and no token."""
+    found = catalog.find(base)
+    if found is not None and found.folder:
+        return found.folder
+    try:
+        return str(relay.hub_folder(found.id if found else base))
+    except Exception as error:
+        raise Failure("base_model", f"The base model {base} could not be fetched: {error}") from error
+
+
+def _dataset(owner: str, dataset_id: str) -> Dataset:
+    try:
+        return access.get_dataset_for(owner, dataset_id)
+    except access.NotFound as error:
+        raise Failure(
+            "bad_data", "The dataset was deleted.", "Upload it again and start a new job."
+        ) from error
+
+
+def _fetch(dataset: Dataset, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ("data" + Path(dataset.name).suffix.lower()[:10])
+    storage.fetch(dataset.key, path, sha256=dataset.sha256)
+    return path
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def newest_good(
+    job: Job, folder: Path, gone_on: Callable[[], None]
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The checkpoint the pointer names, else the newest other one that verifies: ({… "folder"}, those that don't).
+
+    A storage that can't be reached is no bad checkpoint: that raises, and the attempt is tried again."""
+    known = {entry["key"]: entry for entry in job.checkpoints or []}
+    if job.start_from:  # a retry begins where another job stopped
+        known.setdefault(job.start_from["key"], job.start_from)
+    first = job.checkpoint_key or (job.start_from or {}).get("key")
+    order = sorted(known.values(), key=lambda entry: (entry["key"] == first, entry["step"]), reverse=True)
+    bad: list[dict[str, Any]] = []
+    for entry in order:
+        gone_on()
+        target = folder / "resume" / f"s{entry['step']}"
+        try:
+            fetch_checkpoint(entry, target)
+        except (storage.Missing, storage.Damaged, ValueError, KeyError, TypeError) as error:
+            log.warning("%s: checkpoint %s does not verify: %s", job.job_id, entry["key"], error)
+            bad.append(entry)
+            continue
+        return entry | {"folder": str(target)}, bad
+    return None, bad
+
+
+def fetch_checkpoint(entry: dict[str, Any], target: Path) -> None:
+    """Fetches by the manifest, whose own sha256 the pointer names; the manifest names all others'."""
+    target.mkdir(parents=True, exist_ok=True)
+    prefix = entry["key"].rstrip("/")
+    storage.fetch(f"{prefix}/manifest.json", target / "manifest.json", sha256=entry["sha256"])
+    manifest = json.loads((target / "manifest.json").read_text())
+    for file in manifest["files"]:
+        name = Path(file["name"]).name
+        storage.fetch(f"{prefix}/{name}", target / name, sha256=file["sha256"])
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def work_folder(job_id: str, epoch: int) -> Path:
+    return Path(settings.WORK_DIR) / job_id / f"e{epoch}"

@@ -1,0 +1,235 @@
+"""The inference worker's side: requests go to one `python -m training serve` child, its lines go to Redis.
+
+A single thread starts the child (and lives as long as the process, so the kernel doesn't kill the child before that),
+reads all that it says, and starts it again when it dies. Task threads only hand a request over and wait.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import selectors
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis.exceptions
+from django.conf import settings
+
+from jobs import access, bells, trainer_process, tuned_models
+from training import catalog
+
+log = logging.getLogger(__name__)
+MAX_LINE_BYTES = 1 << 20  # with many log probabilities a line grows
+STREAM_S = 120
+
+
+@dataclass
+class Waiting:
+    """A request that the child is working on."""
+
+    rid: str
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class Relay:
+    """The child and who waits for it."""
+
+    def __init__(self) -> None:
+        self.child: trainer_process.Child | None = None
+        self.ready = threading.Event()
+        self.waiting: dict[str, Waiting] = {}
+        self.lock = threading.Lock()
+        self.stopping = False
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="relay", daemon=True).start()
+
+    def stop(self) -> None:
+        self.stopping = True
+        if self.child:
+            self.child.kill()
+
+    # ---- task threads
+
+    def submit(self, rid: str, message: dict[str, Any]) -> Waiting:
+        """Raises TimeoutError when the child isn't up within 30 s."""
+        if not self.ready.wait(30):
+            raise TimeoutError("the server did not start")
+        waiting = Waiting(rid)
+        with self.lock:
+            self.waiting[rid] = waiting
+            sent = self.child is not None and self.child.send({**message, "id": rid})
+        if not sent:
+            self._fail(rid)
+        return waiting
+
+    def cancel(self, rid: str) -> None:
+        with self.lock:
+            if self.child and rid in self.waiting:
+                self.child.send({"id": rid, "op": "cancel"})
+
+    # ---- the relay's own thread
+
+    def _run(self) -> None:
+        while not self.stopping:
+            try:
+                self._serve_once()
+            except Exception:  # this thread is the child's life: it must go on
+                log.exception("relay")
+            self.ready.clear()
+            for rid in list(self.waiting):
+                self._fail(rid)
+            time.sleep(0.5)
+
+    def _serve_once(self) -> None:
+        models = str(settings.JOBS["max_warm_models"])
+        child = trainer_process.start("serve", "--max-models", models)
+        child.out.cap = MAX_LINE_BYTES
+        with self.lock:
+            self.child = child
+        with selectors.DefaultSelector() as selector:
+            selector.register(child.out.fd, selectors.EVENT_READ, child.out)
+            selector.register(child.err.fd, selectors.EVENT_READ, child.err)
+            while not child.out.ended:
+                for key, _ in selector.select(5):
+                    lines = key.data.lines()
+                    if key.data is child.out:
+                        self._pass_on(lines)
+                    else:
+                        for line in lines:
+                            log.warning("server: %s", line[:2000])
+                        if child.err.ended:
+                            selector.unregister(child.err.fd)
+        with self.lock:
+            self.child = None
+        child.kill()
+        if not self.stopping:
+            log.warning("the server ended with code %s and is started again", child.process.returncode)
+
+    def _pass_on(self, lines: list[str]) -> None:
+        by_request: dict[str, list[str]] = {}
+        ended: list[str] = []
+        for line in lines:
+            try:
+                said = json.loads(line)
+            except ValueError:
+                log.warning("server: %s", line[:2000])
+                continue
+            if said.get("t") == "ready":
+                self.ready.set()
+            rid = said.pop("id", None)
+            if rid in self.waiting:
+                by_request.setdefault(rid, []).append(json.dumps(said))
+                if said["t"] in ("done", "error"):
+                    ended.append(rid)
+        for rid, said_lines in by_request.items():
+            publish(rid, said_lines)
+        for rid in ended:
+            self._end(rid)
+
+    def _fail(self, rid: str) -> None:
+        publish(
+            rid,
+            [
+                json.dumps(
+                    ERROR | {"code": "server_died", "message": "The model's server stopped. Try again."}
+                )
+            ],
+        )
+        self._end(rid)
+
+    def _end(self, rid: str) -> None:
+        with self.lock:
+            waiting = self.waiting.pop(rid, None)
+        if waiting:
+            waiting.done.set()
+
+
+ERROR = {"t": "error"}
+RELAY = Relay()
+
+
+def publish(rid: str, lines: list[str]) -> None:
+    """Best effort: without Redis the reader can't be reached anyway, and its sign of life runs out."""
+    try:
+        pipe = bells.client().pipeline(transaction=False)
+        for line in lines:
+            pipe.xadd(f"tokens:{rid}", {"line": line})
+        pipe.expire(f"tokens:{rid}", STREAM_S)
+        pipe.execute()
+    except redis.exceptions.RedisError as error:
+        log.warning("tokens of a request are lost: %s", error)
+
+
+def serve(owner: str, rid: str, request: dict[str, Any]) -> None:
+    """One request from its message to its last line, in a thread of the worker's pool."""
+    if not is_read(rid):
+        return  # the reader left while the message lay in the queue
+    publish(rid, [json.dumps({"t": "taken"})])
+    try:
+        folder = model_folder(owner, request["model"])
+        message = {key: value for key, value in request.items() if value is not None}
+        waiting = RELAY.submit(rid, message | {"op": "generate", "model": str(folder), "who": owner})
+    except access.NotFound:
+        publish(rid, [json.dumps(ERROR | {"code": "model_not_found", "message": "There is no such model."})])
+        return
+    except Exception as error:
+        log.exception("request %s", rid)
+        publish(
+            rid,
+            [json.dumps(ERROR | {"code": "unavailable", "message": f"The model cannot be loaded: {error}"})],
+        )
+        return
+    until = time.monotonic() + settings.JOBS["generation_timeout_s"]
+    while not waiting.done.wait(0.5):
+        if time.monotonic() > until or not is_read(rid):
+            RELAY.cancel(rid)
+            waiting.done.wait(10)
+            RELAY._end(rid)
+            return
+
+
+def is_read(rid: str) -> bool:
+    try:
+        return bool(bells.client().exists(f"reading:{rid}"))
+    except redis.exceptions.RedisError:
+        return True  # not known: go on
+
+
+def is_base_model(model_id: str) -> bool:
+    return catalog.find(model_id) is not None
+
+
+def model_folder(owner: str, model_id: str) -> Path:
+    """Where the model lies on this machine, fetched if need be. Raises access.NotFound."""
+    base = catalog.find(model_id)
+    if base is not None:
+        return Path(base.folder) if base.folder else hub_folder(base.id)
+    return tuned_models.fetch(access.get_model_for(owner, model_id))
+
+
+def hub_folder(base: str, revision: str | None = None) -> Path:
+    """A base model of the Hub, downloaded once to this machine. Only safetensors and JSON: pickles are never read."""
+    from huggingface_hub import snapshot_download  # late: only workers that need the Hub pay for it
+
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    cache = Path(settings.MODEL_CACHE_DIR) / "hub"
+    try:
+        return Path(
+            snapshot_download(
+                base, revision=revision, allow_patterns=patterns, cache_dir=cache, local_files_only=True
+            )
+        )
+    except Exception:
+        return Path(
+            snapshot_download(
+                base,
+                revision=revision,
+                allow_patterns=patterns,
+                cache_dir=cache,
+                endpoint=settings.HF_ENDPOINT,
+            )
+        )

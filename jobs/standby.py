@@ -1,0 +1,79 @@
+"""A trainer that is warm: it has imported torch and waits for a run file, so a job starts at once.
+
+Only the main thread may start one: the trainer dies with the thread that started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from django.conf import settings
+
+from jobs import trainer_process
+from jobs.trainer_process import Child, Limits
+
+_child: Child | None = None
+
+
+def warm_up() -> None:
+    """Starts one, unless one is there. Returns at once; it needs some seconds to be warm."""
+    global _child
+    if _child is None or not _child.alive:
+        assert threading.current_thread() is threading.main_thread()
+        let_go()
+        _child = trainer_process.start("standby", limits=limits())
+
+
+def take() -> Child:
+    """The warm trainer (or one that still warms up): now the caller's."""
+    global _child
+    warm_up()
+    child, _child = _child, None
+    assert child
+    return child
+
+
+def let_go() -> None:
+    global _child
+    if _child:
+        _child.kill()
+        _child = None
+
+
+def limits() -> Limits:
+    """A trainer's own limits. Memory beyond the machine's would end in the kernel's choice of a victim instead."""
+    memory = int(settings.JOBS["max_trainer_bytes"]) or (0 if has_gpu() else machine_memory())
+    cores = os.cpu_count() or 1
+    return Limits(memory_bytes=memory, cpu_s=int(settings.JOBS["max_runtime_s"] * cores))
+
+
+@lru_cache(maxsize=1)
+def has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+@lru_cache(maxsize=1)
+def machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[bool]:
+    """Whether the folder is ours for the length of the block. The kernel frees the lock of a process that dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            file.write(f"{os.getpid()} {time.time():.0f}\n")
+            file.flush()
+            yield True

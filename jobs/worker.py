@@ -1,0 +1,107 @@
+"""What a Celery worker process has beside its tasks: the reconciler's thread, a warm trainer, or the relay to the server.
+
+A training worker runs one task at a time in its main thread (`-P solo`), since the trainer must be a child of a thread
+that lives as long as the process. It knows that it is asked to stop by STOP.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import threading
+import time
+from pathlib import Path
+
+from django.conf import settings
+
+from jobs import bells, relay, standby
+
+log = logging.getLogger(__name__)
+
+STOP = threading.Event()  # set by SIGTERM
+DEAF_S = 60.0  # idle for so long beside a bell that lies in the list: the subscription is broken
+_busy = threading.Event()  # run_next is at work
+
+
+def start(queues: set[str]) -> None:
+    """Called in the worker's main thread when it is ready."""
+    clear_leftovers()
+    if "training" in queues:
+        standby.warm_up()
+        ring_self()
+    if "inference" in queues:
+        relay.RELAY.start()
+    threading.Thread(target=_reconcile, args=(queues,), name="reconciler", daemon=True).start()
+
+
+def finish() -> None:
+    """The last act of a worker that was asked to stop."""
+    relay.RELAY.stop()
+    standby.let_go()
+
+
+class Busy:
+    """`with Busy():` around what a training worker does; the canary leaves it alone meanwhile."""
+
+    def __enter__(self) -> None:
+        _busy.set()
+
+    def __exit__(self, *_: object) -> None:
+        _busy.clear()
+
+
+def ring_self() -> None:
+    """A worker that starts looks for work without waiting for a bell."""
+    from jobs import tasks
+
+    tasks.ring_training(1)
+
+
+def _reconcile(queues: set[str]) -> None:
+    from jobs.reconciler import Reconciler
+
+    reconciler = Reconciler()
+    canary = _Canary(queues)
+    while not STOP.is_set():
+        try:
+            pause = reconciler.tick()
+        except Exception:  # the store is away, or a fault of ours: the next round comes
+            log.exception("reconciler")
+            pause = None
+        canary.look()
+        longest = settings.JOBS["reconcile_s"] * random.uniform(0.8, 1.2)  # noqa: S311  jitter needs no secrecy
+        STOP.wait(min(longest, pause) if pause is not None else longest)
+
+
+class _Canary:
+    """Finds out that a worker no longer hears its queue (a connection can die without a word), and ends it: what
+    watches over the workers starts it again."""
+
+    def __init__(self, queues: set[str]) -> None:
+        self.queue = "training" if "training" in queues else None
+        self.since: float | None = None
+
+    def look(self) -> None:
+        if self.queue is None:
+            return
+        try:
+            waiting = int(bells.client().llen(self.queue))  # type: ignore[arg-type]  # the sync client answers at once
+        except Exception:
+            waiting = 0
+        if not waiting or _busy.is_set():
+            self.since = None
+        elif self.since is None:
+            self.since = time.monotonic()
+        elif time.monotonic() - self.since > DEAF_S:
+            log.error("a bell lies in the queue and this idle worker doesn't hear it: starting again")
+            os._exit(1)
+
+
+def clear_leftovers() -> None:
+    """Work folders of attempts whose worker is gone. A running one holds its lock."""
+    for folder in Path(settings.WORK_DIR).glob("ftjob-*/e*"):
+        with standby.folder_lock(folder) as mine:
+            if mine:
+                shutil.rmtree(folder, ignore_errors=True)
