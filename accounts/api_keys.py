@@ -12,6 +12,7 @@ import hmac
 import re
 import secrets
 from datetime import datetime, timedelta
+from typing import Any
 
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
@@ -86,7 +87,9 @@ def _digest(secret: str) -> str:
 def page(request: HttpRequest) -> HttpResponse:
     """GET lists the keys; POST makes one and answers with the only sight of it (no redirect, so it is stored nowhere)."""
     assert isinstance(request.user, User)
-    secret, errors, form = None, {}, {"name": "", "days": "90", "scopes": list(SCOPES)}
+    secret: str | None = None
+    errors: dict[str, str] = {}
+    form: dict[str, Any] = {"name": "", "days": "90", "scopes": list(SCOPES)}
     if request.method == "POST":
         form = {
             "name": request.POST.get("name", "").strip(),
@@ -111,7 +114,7 @@ def page(request: HttpRequest) -> HttpResponse:
     return render(request, "accounts/api_keys.html", context, status=400 if errors else 200)
 
 
-def _errors(user: User, form: dict[str, object]) -> dict[str, str]:
+def _errors(user: User, form: dict[str, Any]) -> dict[str, str]:
     errors = {}
     if not form["name"] or len(str(form["name"])) > 80:
         errors["name"] = "Give the key a name of at most 80 characters, so that you know it again."

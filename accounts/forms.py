@@ -9,7 +9,7 @@ from django import forms
 
 class DeleteAccountForm(forms.Form):
     email = forms.CharField(
-        label="Type your e-mail address to confirm", widget=forms.TextInput({"autocomplete": "off"})
+        label="Type your email address to confirm", widget=forms.TextInput({"autocomplete": "off"})
     )
 
     def __init__(self, *args: Any, email: str, **kwargs: Any) -> None:

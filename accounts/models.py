@@ -38,7 +38,7 @@ class User(AbstractUser):
 
     username = None  # removes the inherited field
     first_name = None  # likewise: we ask for no names
-    last_name = None  # type: ignore[assignment]
+    last_name = None
     email = models.EmailField("e-mail address", unique=True)
     owner_id = models.CharField(max_length=64, unique=True, default=new_owner_id, editable=False)
     # In the names of the person's models: ft:<base>:<slug>:…

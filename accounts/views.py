@@ -56,7 +56,7 @@ def _rows(user: User) -> list[Row]:
     verified = "" if not settings.ACCOUNT_EMAIL_VERIFICATION_BY_CODE_ENABLED else "verified"
     rows = [
         Row(
-            "E-mail",
+            "Email",
             user.email,
             verified if address and address.verified else "",
             "Change",

@@ -39,7 +39,8 @@ PROBLEMS = {
 def respond(request: HttpRequest, status: int, advice: str = "") -> HttpResponse:
     problem = PROBLEMS[status]
     advice = advice or problem.advice
-    request_id = getattr(request, "request_id", "")
+    # Only where it helps to find the cause: a 404 must look the same for what never was and what is not yours.
+    request_id = getattr(request, "request_id", "") if status >= 500 else ""
     if request.path_info.startswith(("/v1/", "/_allauth/")):
         body = {"error": {"message": f"{problem.title}.", "type": problem.kind, "param": None, "code": None}}
         return HttpResponse(json.dumps(body), status=status, content_type="application/json")

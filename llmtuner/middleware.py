@@ -105,7 +105,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
 
 
 def _google_origin() -> str:
-    authorize = settings.GOOGLE_ENDPOINTS.get("authorize")
+    authorize = settings.GOOGLE_ENDPOINTS.get("AUTHORIZE_URL")
     return "/".join(authorize.split("/")[:3]) if authorize else "https://accounts.google.com"
 
 

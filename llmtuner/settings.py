@@ -92,7 +92,6 @@ TEMPLATES = [
         },
     }
 ]
-FORM_RENDERER = "django.forms.renderers.TemplatesSetting"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 MESSAGE_STORAGE = "django.contrib.messages.storage.session.SessionStorage"
 LANGUAGE_CODE = "en"
@@ -200,15 +199,13 @@ SIGNUP_OPEN = env.flag("SIGNUP_OPEN", True)
 
 # Google: one button, shown when the operator has registered the studio there.
 GOOGLE_CLIENT_ID = env.text("GOOGLE_CLIENT_ID")
-GOOGLE_ENDPOINTS = env.pairs(
-    "GOOGLE_ENDPOINTS"
-)  # id_token_issuer, authorize, access_token, certs, identity: for tests
+GOOGLE_ENDPOINTS = env.pairs("GOOGLE_ENDPOINTS")  # AUTHORIZE_URL=…,ACCESS_TOKEN_URL=…: another provider, for tests
 SOCIALACCOUNT_ADAPTER = "accounts.adapters.SocialAccountAdapter"
 SOCIALACCOUNT_LOGIN_ON_GET = False
 SOCIALACCOUNT_STORE_TOKENS = False
 SOCIALACCOUNT_AUTO_SIGNUP = True
 SOCIALACCOUNT_EMAIL_AUTHENTICATION = False
-SOCIALACCOUNT_PROVIDERS: dict[str, dict[str, object]] = {"google": {}}
+SOCIALACCOUNT_PROVIDERS = {"google": GOOGLE_ENDPOINTS}
 
 MFA_SUPPORTED_TYPES = ["totp", "webauthn", "recovery_codes"]
 MFA_PASSKEY_LOGIN_ENABLED = True
@@ -312,6 +309,7 @@ LOGGING = {
     },
     "root": {"handlers": ["console"], "level": env.text("LOG_LEVEL", "INFO")},
     "loggers": {
+        "django": {"handlers": [], "propagate": True, "level": "INFO"},
         "botocore": {"level": "WARNING"},
         "boto3": {"level": "WARNING"},
         "urllib3": {"level": "WARNING"},

@@ -15,12 +15,11 @@ register = template.Library()
 
 ACCOUNT_PAGES = {
     "accounts:overview": "Overview",
-    "account_email": "E-mail",
+    "account_email": "Email",
     "account_change_password": "Password",
     "mfa_index": "Two-step sign-in",
     "socialaccount_connections": "Google",
     "usersessions_list": "Devices",
-    "accounts:api_keys": "API keys",
 }
 PAGES = {
     "jobs:jobs": "Jobs",
