@@ -1,0 +1,165 @@
+"""What people type, checked. Forms validate; they do not write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from django import forms
+
+from training.auto import PRESETS
+from training.config import FIELDS, ConfigError, Field, Settings, parse
+
+NAME_LENGTH = 120
+
+
+class NewJobForm(forms.Form):
+    """Everything of a new job but its settings, which `SettingsForm` reads from the same POST."""
+
+    name = forms.CharField(max_length=NAME_LENGTH, required=False, strip=True)
+    dataset = forms.CharField(max_length=80, error_messages={"required": "Choose the dataset to learn from."})
+    validation_dataset = forms.CharField(max_length=80, required=False)
+    base = forms.CharField(max_length=200, error_messages={"required": "Choose the model to start from."})
+    prompts = forms.CharField(max_length=6000, required=False)
+    suffix = forms.RegexField(
+        r"^[a-z0-9][a-z0-9-]{0,39}$",
+        required=False,
+        error_messages={"invalid": "Use up to 40 lower-case letters, digits and hyphens."},
+    )
+
+
+class RenameForm(forms.Form):
+    name = forms.CharField(max_length=NAME_LENGTH, strip=True)
+
+
+class UploadForm(forms.Form):
+    """The file itself is checked by a worker, never here."""
+
+    file = forms.FileField(allow_empty_file=True, error_messages={"required": "Choose a file to upload."})
+
+
+class GenerateForm(forms.Form):
+    """What the playground asks of a model."""
+
+    model = forms.CharField(max_length=300)
+    prompt = forms.CharField(
+        max_length=100_000, strip=False, error_messages={"required": "Write something first."}
+    )
+    mode = forms.ChoiceField(choices=[("prompt", "Text"), ("chat", "Chat")], required=False)
+    temperature = forms.FloatField(min_value=0, max_value=2, required=False)
+    top_p = forms.FloatField(min_value=0.01, max_value=1, required=False)
+    max_tokens = forms.IntegerField(min_value=1, max_value=2048, required=False)
+    compare = forms.BooleanField(required=False)
+
+
+# ---- settings ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting as the page shows it."""
+
+    name: str
+    spec: Field
+    value: str  # as typed; empty = automatic or the default
+    automatic: str  # what it is when left empty
+    hint: str
+    error: str = ""
+
+    @property
+    def is_auto(self) -> bool:
+        return self.value == ""
+
+    @property
+    def fallback(self) -> str:
+        """The value it has when nothing is chosen."""
+        return shown(self.spec.default)
+
+    @property
+    def own(self) -> bool:
+        """A select always sends something; its default is nobody's choice."""
+        return self.value not in ("", self.fallback)
+
+    @property
+    def label(self) -> str:
+        return self.spec.label
+
+    @property
+    def is_number(self) -> bool:
+        return self.spec.kind in ("int", "float")
+
+    @property
+    def range(self) -> str:
+        if self.spec.minimum is None or self.spec.maximum is None:
+            return ""
+        return f"{shown(self.spec.minimum)} to {shown(self.spec.maximum)}"
+
+
+def settings_from(data: Mapping[str, Any]) -> tuple[Settings | None, dict[str, str], dict[str, str]]:
+    """(the settings, what was typed, errors by field) of a form's data. Empty fields are automatic.
+
+    A box that isn't ticked sends nothing, so booleans travel as yes and no."""
+    typed = {name: str(data.get(name, "")).strip() for name in FIELDS}
+    try:
+        return parse({name: value for name, value in typed.items() if value}), typed, {}
+    except ConfigError as error:
+        return None, typed, {error.field: error.message}
+
+
+def rows(
+    typed: Mapping[str, str], errors: Mapping[str, str], resolved: Settings | None, reasons: Mapping[str, str]
+) -> tuple[list[Setting], list[Setting]]:
+    """Every setting for the page, the basic ones apart."""
+    basic, advanced = [], []
+    for name, spec in FIELDS.items():
+        value = getattr(resolved, name, None) if resolved and not typed.get(name) else None
+        automatic = shown(spec.default if value is None else value)
+        setting = Setting(
+            name,
+            spec,
+            typed.get(name, ""),
+            automatic,
+            _hint(name, spec, typed, reasons),
+            errors.get(name, ""),
+        )
+        (basic if spec.group == "basic" else advanced).append(setting)
+    return basic, advanced
+
+
+def _hint(name: str, spec: Field, typed: Mapping[str, str], reasons: Mapping[str, str]) -> str:
+    reason = reasons.get(name, "")
+    if reason and not typed.get(name):
+        return f"{reason[0].upper()}{reason[1:]}."
+    return spec.help
+
+
+def shown(value: Any) -> str:
+    """A value as a person would type it."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(value)
+    if isinstance(value, float):
+        if value and not 0.001 <= abs(value) < 1e6:
+            mantissa, exponent = f"{value:.3e}".split("e")
+            return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+        return f"{value:g}"
+    return str(value)
+
+
+def with_preset(typed: Mapping[str, str], preset: str) -> dict[str, str]:
+    """The typed values with a preset's over them, and what other presets would have set back on automatic."""
+    of_presets = {name for values in PRESETS.values() for name in values}
+    kept = {name: "" if name in of_presets else value for name, value in typed.items()}
+    return kept | {name: shown(value) for name, value in PRESETS[preset].items()}
+
+
+def preset_of(typed: Mapping[str, str]) -> str:
+    """The preset whose values these are; empty when they are a person's own."""
+    for preset in PRESETS:
+        if with_preset(typed, preset) == dict(typed):
+            return preset
+    return ""

@@ -1,0 +1,14 @@
+"""Work is kept in DynamoDB (`jobs.tables`). This one unmanaged model has no table: it only gives Django's admin an entry
+and permissions for overseeing jobs; `jobs.admin` brings the views."""
+
+from __future__ import annotations
+
+from django.db import models
+
+
+class OverseenJob(models.Model):
+    class Meta:
+        managed = False
+        default_permissions = ("view", "change")
+        verbose_name = "job"
+        verbose_name_plural = "jobs"

@@ -1,0 +1,172 @@
+"""Datasets: the list, the upload, and the report of what the model will see."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from django.contrib import messages
+from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.shortcuts import redirect, render
+from django.urls import reverse
+from django.utils.http import urlencode
+from django.views.decorators.http import require_GET, require_POST
+
+from jobs import access, datasets, storage
+from jobs.forms import UploadForm
+from jobs.limits import OverQuota
+from jobs.tables import Dataset
+from jobs.templatetags.figures import count, size
+from jobs.views.doors import asks_for_part, for_people, owner_of
+
+PAGE = 20
+STATUS = {
+    "receiving": ("Receiving", "bg-warning"),
+    "checking": ("Checking", "bg-warning"),
+    "ready": ("Ready", "bg-success"),
+    "rejected": ("Rejected", "bg-error"),
+}
+KINDS = {"chat": "conversations", "completion": "prompt and answer pairs", "text": "texts"}
+
+
+@for_people
+@require_GET
+def index(request: HttpRequest) -> HttpResponse:
+    page = access.list_datasets(owner_of(request), PAGE, request.GET.get("after") or None)
+    rows = [{"dataset": d, **look(d)} for d in page]
+    waiting = any(d.status in ("receiving", "checking") for d in page)
+    template = "jobs/dataset_list.html#rows" if asks_for_part(request) else "jobs/dataset_list.html"
+    more = page.rows[-1].dataset_id if page.has_more else ""
+    return render(request, template, {"rows": rows, "more": more, "waiting": waiting, "form": UploadForm()})
+
+
+@for_people
+@require_POST
+def upload(request: HttpRequest) -> HttpResponse:
+    """Takes the file and shows its page, where the report appears. The script asks for JSON, a plain form is led on."""
+    form = UploadForm(request.POST, request.FILES)
+    if not form.is_valid():
+        return _refused(request, "; ".join(form.errors["file"]))
+    file = form.cleaned_data["file"]
+    try:
+        dataset = datasets.receive(owner_of(request), file.name, file)
+    except (datasets.Rejected, OverQuota) as error:
+        return _refused(request, str(error))
+    address = reverse("jobs:dataset", args=[dataset.dataset_id])
+    return JsonResponse({"url": address}, status=201) if _wants_json(request) else redirect(address)
+
+
+def _refused(request: HttpRequest, message: str) -> HttpResponse:
+    if _wants_json(request):
+        return JsonResponse({"error": message}, status=422)
+    messages.error(request, message)
+    return redirect("jobs:datasets")
+
+
+def _wants_json(request: HttpRequest) -> bool:
+    return request.headers.get("Accept", "").startswith("application/json")
+
+
+@for_people
+@require_GET
+def detail(request: HttpRequest, dataset_id: str) -> HttpResponse:
+    dataset = access.get_dataset_for(owner_of(request), dataset_id)
+    return render(request, "jobs/dataset_detail.html", report_of(dataset))
+
+
+@for_people
+@require_GET
+def report(request: HttpRequest, dataset_id: str) -> HttpResponse:
+    """The report alone: fetched again while the check runs. Without htmx it is the page."""
+    dataset = access.get_dataset_for(owner_of(request), dataset_id)
+    if not asks_for_part(request):
+        return redirect("jobs:dataset", dataset_id)
+    return render(request, "jobs/dataset_detail.html#report", report_of(dataset))
+
+
+@for_people
+@require_POST
+def delete(request: HttpRequest, dataset_id: str) -> HttpResponse:
+    dataset = access.get_dataset_for(owner_of(request), dataset_id)
+    datasets.delete(owner_of(request), dataset_id)
+    messages.success(request, f"{dataset.name} is deleted.")
+    return redirect("jobs:datasets")
+
+
+# ---- how it looks --------------------------------------------------------------------------------------------------
+
+
+def look(dataset: Dataset) -> dict[str, Any]:
+    word, dot = STATUS.get(dataset.status, (dataset.status, "bg-base-300"))
+    summary = dataset.summary if isinstance(dataset.summary, dict) else {}
+    return {
+        "word": word,
+        "dot": dot,
+        "summary": summary,
+        "kind": KINDS.get(str(summary.get("kind")), "examples"),
+        "checking": dataset.status in ("receiving", "checking"),
+    }
+
+
+def report_of(dataset: Dataset) -> dict[str, Any]:
+    """The report as the page shows it; what isn't known yet is left out."""
+    full = _full_report(dataset)
+    summary = full.get("summary") or (dataset.summary if isinstance(dataset.summary, dict) else {}) or {}
+    return {
+        "dataset": dataset,
+        **look(dataset),
+        "summary": summary,
+        "findings": [_finding(f) for f in full.get("findings", summary.get("findings", []))],
+        "samples": full.get("samples", summary.get("samples", [])),
+        "histogram": _histogram(summary.get("histogram") or []),
+        "full": full,
+        "file_rows": _file_rows(dataset, summary),
+        "new_job": f"{reverse('jobs:new_job')}?{urlencode({'dataset': dataset.dataset_id})}",
+    }
+
+
+def _full_report(dataset: Dataset) -> dict[str, Any]:
+    if not dataset.report_key or dataset.status not in ("ready", "rejected"):
+        return {}
+    with storage.open_file(dataset.report_key) as file:
+        full = json.load(file)
+    return full if isinstance(full, dict) else {}
+
+
+def _file_rows(dataset: Dataset, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    form = dataset.format if isinstance(dataset.format, dict) else {}
+    columns = form.get("columns")
+    found = [
+        ("Format", str(form.get("name") or form.get("format") or form.get("container") or "")),
+        ("Encoding", str(form.get("encoding") or "")),
+        (
+            "Columns",
+            ", ".join(f"{key}: {value}" for key, value in columns.items())
+            if isinstance(columns, dict)
+            else "",
+        ),
+        ("Rows cut", count(summary["truncated"]) if summary.get("truncated") else ""),
+        ("Size", size(dataset.bytes)),
+        ("sha256", dataset.sha256),
+    ]
+    return [row for row in found if row[1]]
+
+
+TONES = {"error": "bg-error/10", "warning": "bg-warning/10"}
+
+
+def _finding(finding: dict[str, Any]) -> dict[str, Any]:
+    return {**finding, "tone": TONES.get(str(finding.get("severity") or finding.get("level")), "bg-base-200")}
+
+
+def _histogram(counts: list[int]) -> list[dict[str, Any]]:
+    """Bars of examples by length; bucket i holds up to 16 · 2^i tokens."""
+    most = max(counts, default=0)
+    return (
+        [
+            {"upto": 16 << i, "count": n, "height": max(1, round(56 * n / most)) if n else 0, "x": 28 * i}
+            for i, n in enumerate(counts)
+        ]
+        if most
+        else []
+    )

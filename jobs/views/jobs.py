@@ -1,0 +1,211 @@
+"""Jobs: the list, the form of a new one, a job's page and what can be done to it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from django.contrib import messages
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import redirect, render
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
+
+from jobs import access, feed, lifecycle
+from jobs.forms import RenameForm
+from jobs.story import chart, fold, sentence, summary, thin
+from jobs.templatetags.figures import moment
+from jobs.views import new_job, showing
+from jobs.views.doors import asks_for_part, for_people, owner_of
+
+PAGE = 20
+
+
+@for_people
+@require_GET
+def index(request: HttpRequest) -> HttpResponse:
+    page = access.list_jobs(owner_of(request), PAGE, request.GET.get("after") or None)
+    rows = [{"job": job, "state": showing.state(job)} for job in page]
+    context = {
+        "rows": rows,
+        "more": page.rows[-1].job_id if page.has_more else "",
+        "alive": any(not job.ended for job in page),
+    }
+    if not rows and not request.GET.get("after"):
+        context["has_data"] = len(access.list_datasets(owner_of(request), 1)) > 0
+    template = "jobs/job_list.html#rows" if asks_for_part(request) else "jobs/job_list.html"
+    return render(request, template, context)
+
+
+# ---- a new one -----------------------------------------------------------------------------------------------------
+
+
+@for_people
+@require_http_methods(["GET", "POST"])
+def new(request: HttpRequest) -> HttpResponse:
+    """GET shows the form, filled from a dataset or from a job to clone. POST starts the job."""
+    owner = owner_of(request)
+    if request.method == "GET":
+        draft = new_job.Draft.open(owner, request.GET)
+        return render(request, "jobs/new_job.html", draft.context())
+    draft = new_job.Draft.of(owner, request.POST)
+    if draft.is_valid():
+        try:
+            job = lifecycle.submit(owner, draft.request(), slug=request.user.slug)  # type: ignore[union-attr]  # our User
+        except lifecycle.Refused as refused:
+            draft.refuse(refused.field, refused.message)
+        except lifecycle.OverQuota as over:
+            draft.refuse("", str(over))
+        else:
+            return redirect("jobs:job", job.job_id)
+    return render(request, "jobs/new_job.html", draft.context(), status=422)
+
+
+@for_people
+@require_POST
+def estimate(request: HttpRequest) -> HttpResponse:
+    """The form as typed so far: its estimate, reasons and warnings. htmx swaps those parts; without it, the whole page."""
+    draft = new_job.Draft.of(owner_of(request), request.POST)
+    draft.apply_buttons(request.POST)
+    template = "jobs/_new_job_parts.html" if asks_for_part(request) else "jobs/new_job.html"
+    return render(request, template, draft.context())
+
+
+# ---- one job -------------------------------------------------------------------------------------------------------
+
+
+@for_people
+@require_GET
+def detail(request: HttpRequest, job_id: str) -> HttpResponse:
+    """`?part=aside` is the column beside the curve alone, fetched again when samples and proofs arrive."""
+    job = access.get_job_for(owner_of(request), job_id)
+    story = fold(feed.read(job.owner, job_id))
+    context = showing.aside(job, story)
+    if request.GET.get("part") == "aside" and asks_for_part(request):
+        return render(request, "jobs/_job_aside.html", context)
+    curve = chart(story)
+    steps = thin(sorted(story.metrics), 100)
+    context |= {
+        "story": story,
+        "chart": curve,
+        "rows": [story.metrics[step] for step in steps],
+        "summary": summary(story),
+        "sparks": showing.sparks(story, curve),
+        "page_data": {"seq": story.seq, "chart": curve, "status": job.status, "ended": job.ended},
+    }
+    return render(request, "jobs/job_detail.html", context)
+
+
+@for_people
+@require_GET
+def actions(request: HttpRequest, job_id: str) -> HttpResponse:
+    job = access.get_job_for(owner_of(request), job_id)
+    if not asks_for_part(request):
+        return redirect("jobs:job", job_id)
+    return render(request, "jobs/_job_actions.html", {"job": job, "state": showing.state(job)})
+
+
+@for_people
+@require_POST
+def pause(request: HttpRequest, job_id: str) -> HttpResponse:
+    return _ask(request, job_id, "pause")
+
+
+@for_people
+@require_POST
+def resume(request: HttpRequest, job_id: str) -> HttpResponse:
+    return _ask(request, job_id, "run")
+
+
+@for_people
+@require_POST
+def cancel(request: HttpRequest, job_id: str) -> HttpResponse:
+    return _ask(request, job_id, "cancel")
+
+
+def _ask(request: HttpRequest, job_id: str, desired: Any) -> HttpResponse:
+    try:
+        lifecycle.ask(owner_of(request), job_id, desired)
+    except lifecycle.Refused as refused:
+        messages.warning(request, refused.message)
+    return redirect("jobs:job", job_id)
+
+
+@for_people
+@require_POST
+def retry(request: HttpRequest, job_id: str) -> HttpResponse:
+    """A new job with the same data and settings, from the last checkpoint where there is one."""
+    try:
+        job = lifecycle.retry(owner_of(request), job_id, slug=request.user.slug)  # type: ignore[union-attr]  # our User
+    except (lifecycle.Refused, lifecycle.OverQuota) as refused:
+        messages.warning(request, str(refused))
+        return redirect("jobs:job", job_id)
+    return redirect("jobs:job", job.job_id)
+
+
+@for_people
+@require_POST
+def rename(request: HttpRequest, job_id: str) -> HttpResponse:
+    access.get_job_for(owner_of(request), job_id)
+    form = RenameForm(request.POST)
+    if form.is_valid():
+        lifecycle.rename(owner_of(request), job_id, form.cleaned_data["name"])
+    else:
+        messages.error(request, "; ".join(form.errors["name"]))
+    return redirect("jobs:job", job_id)
+
+
+@for_people
+@require_POST
+def delete(request: HttpRequest, job_id: str) -> HttpResponse:
+    job = access.get_job_for(owner_of(request), job_id)
+    try:
+        lifecycle.delete(owner_of(request), job_id)
+    except lifecycle.Refused as refused:
+        messages.warning(request, refused.message)
+        return redirect("jobs:job", job_id)
+    messages.success(request, f"{job.name} is deleted.")
+    return redirect("jobs:jobs")
+
+
+# ---- to take away --------------------------------------------------------------------------------------------------
+
+CSV_COLUMNS = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory", "time")
+
+
+@for_people
+@require_GET
+def metrics_csv(request: HttpRequest, job_id: str) -> HttpResponse:
+    """Every step, all numbers: nothing in it is text, so nothing in it can be a formula."""
+    job = access.get_job_for(owner_of(request), job_id)
+    story = fold(feed.read(job.owner, job_id))
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(CSV_COLUMNS)
+    for step in sorted(story.metrics.keys() | story.evals.keys()):
+        row = {
+            **story.metrics.get(step, {}),
+            "step": step,
+            "eval_loss": story.evals.get(step, {}).get("loss", ""),
+        }
+        writer.writerow([row.get(name, "") for name in CSV_COLUMNS])
+    return _attachment(text.getvalue(), "text/csv", f"{job_id}.csv")
+
+
+@for_people
+@require_GET
+def log_text(request: HttpRequest, job_id: str) -> HttpResponse:
+    job = access.get_job_for(owner_of(request), job_id)
+    lines = []
+    for event in feed.read(job.owner, job_id):
+        text, level = sentence(event.data)
+        if text:
+            at = moment(event.data.get("time"))
+            lines.append(f"{at:%Y-%m-%d %H:%M:%S} {level:5} {text}\n" if at else f"{level:5} {text}\n")
+    return _attachment("".join(lines), "text/plain; charset=utf-8", f"{job_id}.log")
+
+
+def _attachment(text: str, content_type: str, name: str) -> HttpResponse:
+    return HttpResponse(
+        text, content_type=content_type, headers={"Content-Disposition": f'attachment; filename="{name}"'}
+    )

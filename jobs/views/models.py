@@ -1,0 +1,98 @@
+"""Tuned models: the list, a model's page, its files as one zip."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import quote
+
+from asgiref.sync import sync_to_async
+from django.contrib import messages
+from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.shortcuts import redirect, render
+from django.views.decorators.http import require_GET, require_POST
+
+from jobs import access, tuned_models
+from jobs.tables import TunedModel
+from jobs.templatetags.figures import count, size
+from jobs.views import playground
+from jobs.views.doors import for_people, for_people_async, owner_of
+
+PAGE = 20
+METRICS = (
+    ("eval_loss", "Held-out loss", "loss"),
+    ("base_eval_loss", "Held-out loss of the base", "loss"),
+    ("perplexity", "Perplexity", "loss"),
+    ("accuracy", "Token accuracy", "percent"),
+    ("exact_match", "Exact match", "percent"),
+    ("base_exact_match", "Exact match of the base", "percent"),
+    ("loss", "Training loss", "loss"),
+)
+
+
+@for_people
+@require_GET
+def index(request: HttpRequest) -> HttpResponse:
+    page = access.list_models(owner_of(request), PAGE, request.GET.get("after") or None)
+    rows = sorted(page, key=lambda model: -model.created_at)
+    more = page.rows[-1].model_id if page.has_more else ""
+    return render(request, "jobs/model_list.html", {"rows": rows, "more": more})
+
+
+@for_people
+@require_GET
+def detail(request: HttpRequest, model_id: str) -> HttpResponse:
+    model = access.get_model_for(owner_of(request), model_id)
+    numbers = model.metrics if isinstance(model.metrics, dict) else {}
+    metrics = [
+        (label, numbers[name], shape) for name, label, shape in METRICS if numbers.get(name) is not None
+    ]
+    context = {
+        "model": model,
+        "metrics": metrics,
+        "facts": _facts(model),
+        "fidelity": _fidelity(model.fidelity if isinstance(model.fidelity, dict) else {}),
+        "typed": {"mode": "prompt", **playground.DEFAULTS},
+    }
+    return render(request, "jobs/model_detail.html", context)
+
+
+def _facts(model: TunedModel) -> list[tuple[str, str]]:
+    facts = [
+        ("Id", model.model_id),
+        ("Base", model.base),
+        ("Method", "LoRA" if model.method == "lora" else "Full: every weight"),
+        ("Step", count(model.step) if model.step else ""),
+        ("Size", size(model.bytes)),
+        ("Other names", ", ".join(model.aliases or [])),
+    ]
+    return [fact for fact in facts if fact[1]]
+
+
+def _fidelity(found: dict[str, Any]) -> str:
+    """The export was loaded again and compared with the trained weights before anybody could have it."""
+    if not found:
+        return ""
+    told = found.get("sentence") or found.get("message")
+    return (
+        str(told)
+        if told
+        else "The exported files were loaded again and gave the same answers as the trained model."
+    )
+
+
+@for_people_async
+async def download(request: HttpRequest, model_id: str) -> HttpResponseBase:
+    """A zip of the Hugging Face files, made while it is sent: nothing of it is held in memory or on disk."""
+    model = await sync_to_async(access.get_model_for)(owner_of(request), model_id)
+    response = StreamingHttpResponse(tuned_models.archive(model), content_type="application/zip")
+    response["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(model_id.replace(':', '-'))}.zip"
+    response["X-Accel-Buffering"] = "no"
+    return response
+
+
+@for_people
+@require_POST
+def delete(request: HttpRequest, model_id: str) -> HttpResponse:
+    tuned_models.delete(owner_of(request), model_id)
+    messages.success(request, "The model and its files are deleted.")
+    return redirect("jobs:models")

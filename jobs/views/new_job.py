@@ -1,0 +1,209 @@
+"""A new job while it is being written: what was typed, what is automatic, what it would take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jobs import access, estimates
+from jobs.forms import NewJobForm, preset_of, rows, settings_from, shown, with_preset
+from jobs.lifecycle import JobRequest
+from jobs.tables import Dataset
+from training import catalog
+from training.auto import PRESETS, resolve
+from training.catalog import BaseModel
+from training.config import FIELDS, Settings
+from training.report import Summary
+
+WATCHED = 3  # prompts that are answered again and again while it learns
+CHOICES = 100  # datasets offered; older ones are reached from their own page
+
+
+@dataclass
+class Draft:
+    """One form as it stands. `values` are its other fields, `typed` the settings."""
+
+    owner: str
+    values: dict[str, str]
+    typed: dict[str, str]
+    datasets: list[Dataset]
+    errors: dict[str, str] = field(default_factory=dict)
+    settings: Settings | None = None
+
+    # ---- where it comes from ----
+
+    @classmethod
+    def open(cls, owner: str, query: Mapping[str, str]) -> Draft:
+        """A fresh form, or a clone of the job that `?clone=` names. Raises access.NotFound for another's job."""
+        if query.get("clone"):
+            return cls.of(owner, cls._cloned(owner, query["clone"]), check=False)
+        return cls.of(
+            owner, {"dataset": query.get("dataset", ""), "base": query.get("base", "")}, check=False
+        )
+
+    @staticmethod
+    def _cloned(owner: str, job_id: str) -> dict[str, str]:
+        job = access.get_job_for(owner, job_id)
+        asked = {
+            name: value
+            for name, value in (job.settings or {}).items()
+            if name in FIELDS and value != FIELDS[name].default
+        }
+        return {
+            "name": f"{job.name}, again"[:120],
+            "dataset": job.dataset_id,
+            "validation_dataset": job.validation_dataset_id or "",
+            "base": job.base,
+            "suffix": job.suffix or "",
+            "prompts": "\n".join(job.prompts or []),
+            **{name: shown(value) for name, value in asked.items()},
+        }
+
+    @classmethod
+    def of(cls, owner: str, data: Mapping[str, Any], *, check: bool = True) -> Draft:
+        datasets = [d for d in access.list_datasets(owner, CHOICES) if d.status != "rejected"]
+        values = {name: str(data.get(name, "")) for name in NewJobForm.base_fields}
+        usable = [d.dataset_id for d in datasets]
+        if not check:
+            values["dataset"] = values["dataset"] or (usable[0] if usable else "")
+            values["base"] = values["base"] or catalog.STARTER
+        settings, typed, errors = settings_from(data)
+        draft = cls(owner, values, typed, datasets, errors, settings)
+        if check:
+            form = NewJobForm(dict(values))
+            draft.errors |= {name: " ".join(texts) for name, texts in form.errors.items()}
+            for name in ("dataset", "validation_dataset"):
+                if values[name] and values[name] not in usable:
+                    draft.errors[name] = "This dataset is gone or was rejected. Choose another one."
+            if values["validation_dataset"] and values["validation_dataset"] == values["dataset"]:
+                draft.errors["validation_dataset"] = "Hold out other rows than those it learns from."
+        return draft
+
+    def apply_buttons(self, data: Mapping[str, str]) -> None:
+        """The buttons that only change the form: a preset, or one setting back to automatic."""
+        if data.get("preset") in PRESETS:
+            self.typed = with_preset(self.typed, data["preset"])
+        if data.get("automatic") in FIELDS:
+            self.typed[data["automatic"]] = ""
+        self.settings, self.typed, errors = settings_from(self.typed)
+        self.errors = {name: text for name, text in self.errors.items() if name not in FIELDS} | errors
+
+    # ---- where it goes ----
+
+    def is_valid(self) -> bool:
+        return not self.errors
+
+    def refuse(self, name: str, message: str) -> None:
+        self.errors[name] = message
+
+    def request(self) -> JobRequest:
+        given = {name: value for name, value in self.typed.items() if value}
+        settings = self.settings.as_dict() if self.settings else {}
+        return JobRequest(
+            name=self.values["name"].strip() or self._default_name(),
+            base=self.values["base"],
+            dataset_id=self.values["dataset"],
+            validation_dataset_id=self.values["validation_dataset"] or None,
+            settings={name: settings[name] for name in given},
+            suffix=self.values["suffix"],
+            prompts=tuple(self._prompts()),
+            metadata={"dataset_name": self.dataset.name if self.dataset else ""},
+        )
+
+    def _prompts(self) -> list[str]:
+        return [line.strip() for line in self.values["prompts"].splitlines() if line.strip()][:WATCHED]
+
+    def _default_name(self) -> str:
+        stem = (self.dataset.name if self.dataset else "data").rpartition("/")[2].rpartition(".")[0]
+        return stem.replace("-", " ").replace("_", " ").strip().capitalize() or "New job"
+
+    # ---- how it looks ----
+
+    @property
+    def dataset(self) -> Dataset | None:
+        return next((d for d in self.datasets if d.dataset_id == self.values["dataset"]), None)
+
+    def context(self) -> dict[str, Any]:
+        summary = self._summary()
+        base = catalog.find(self.values["base"])
+        machine = estimates.machine()
+        resolved, reasons = self.settings, {}
+        if summary and base and self.settings:
+            resolved, reasons = resolve(self.settings, summary, base, machine)
+        estimate = None
+        if summary and base and resolved and not self.errors:
+            estimate = estimates.estimate(base, resolved, summary, machine)
+        basic, advanced = rows(self.typed, self.errors, resolved, reasons)
+        method = resolved.method if resolved else "full"
+        return {
+            "values": self.values,
+            "errors": self.errors,
+            "datasets": self.datasets,
+            "dataset": self.dataset,
+            "summary": summary,
+            "warnings": _warnings(self.dataset, summary, resolved),
+            "sample": _sample(self.dataset),
+            "bases": [_choice(b, machine, method, self.values["base"]) for b in catalog.base_models()],
+            "machine": machine,
+            "basic": basic,
+            "advanced": [row for row in advanced if not row.spec.choices or row.name != "method"],
+            "advanced_open": any(row.error or row.value for row in advanced),
+            "presets": list(PRESETS),
+            "preset": preset_of(self.typed),
+            "estimate": estimate,
+            "other_errors": [
+                text for name, text in self.errors.items() if name not in FIELDS and name not in self.values
+            ],
+            "default_name": self._default_name(),
+        }
+
+    def _summary(self) -> Summary | None:
+        found = self.dataset.summary if self.dataset else None
+        return Summary.from_dict(found) if isinstance(found, dict) and found.get("examples") else None
+
+
+def _choice(base: BaseModel, machine: catalog.Machine, method: str, chosen: str) -> dict[str, Any]:
+    """A line of the model list: what it is, and whether the worker can train it."""
+    fit = catalog.fits(base, machine, method)
+    word, tone = ("fits", "text-success") if fit.fits else ("does not fit", "text-error")
+    if not fit.fits and method == "full" and catalog.fits(base, machine, "lora").fits:
+        word, tone = "LoRA only", "text-warning"
+    return {"model": base, "word": word, "tone": tone, "why": fit.why, "chosen": base.id == chosen}
+
+
+def _warnings(
+    dataset: Dataset | None, summary: Summary | None, settings: Settings | None
+) -> list[dict[str, str]]:
+    """What will happen that a person may not want. Errors are a different thing: they stop the start."""
+    found = []
+    if dataset and dataset.status in ("receiving", "checking"):
+        found.append(
+            {
+                "title": "This dataset is still being checked",
+                "text": "You can start already: the job waits for the check, and stops if the file is rejected.",
+            }
+        )
+    length = settings.sequence_length if settings else None
+    if summary and length and summary.longest > length and summary.kind != "text":
+        found.append(
+            {
+                "title": f"The longest example has {summary.longest:,} tokens and loses its end after {length:,}",
+                "text": "The model would learn not to finish. Raise the sequence length, or shorten the long rows.",
+            }
+        )
+    if summary and summary.untrained:
+        found.append(
+            {
+                "title": f"{summary.untrained:,} examples have nothing to learn from",
+                "text": "Their answers are empty; they are read and cost time, and teach nothing.",
+            }
+        )
+    return found
+
+
+def _sample(dataset: Dataset | None) -> dict[str, Any] | None:
+    samples = (
+        (dataset.summary or {}).get("samples") if dataset and isinstance(dataset.summary, dict) else None
+    )
+    return samples[0] if samples else None

@@ -1,0 +1,112 @@
+"""The playground: a prompt or a chat turn, the tuned model beside its base, token by token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.http import HttpRequest, HttpResponseBase, JsonResponse, StreamingHttpResponse
+from django.shortcuts import render
+from django.views.decorators.http import require_http_methods, require_POST
+
+from jobs import access, inference
+from jobs.forms import GenerateForm
+from jobs.inference import GenerateRequest
+from jobs.views.doors import for_people_async, owner_of
+from training import catalog
+
+DEFAULTS = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 128}
+
+
+@for_people_async
+@require_http_methods(["GET", "POST"])
+async def page(request: HttpRequest) -> HttpResponseBase:
+    """GET shows the form. POST is for people without JavaScript: it waits for the whole answer and shows it."""
+    owner = owner_of(request)
+    models = list(await sync_to_async(access.list_models)(owner, 50))
+    chosen = (
+        request.POST.get("model")
+        or request.GET.get("model")
+        or (models[0].model_id if models else catalog.STARTER)
+    )
+    context: dict[str, Any] = {
+        "models": models,
+        "chosen": chosen,
+        "base": next((m.base for m in models if m.model_id == chosen), ""),
+        "bases": [b for b in catalog.base_models() if b.id == catalog.STARTER or b.folder],
+        "typed": {"prompt": request.GET.get("prompt", ""), "mode": "prompt", **DEFAULTS},
+        "answers": [],
+        "form": GenerateForm(),
+    }
+    if request.method == "POST":
+        form = GenerateForm(request.POST)
+        context |= {"form": form, "typed": {**DEFAULTS, **request.POST.dict()}}
+        if form.is_valid():
+            context["answers"] = [
+                await _whole(owner, form.cleaned_data, model) for model in _beside(form, context["base"])
+            ]
+    return await sync_to_async(render)(request, "jobs/playground.html", context)
+
+
+def _beside(form: GenerateForm, base: str) -> list[str]:
+    model = form.cleaned_data["model"]
+    return [model, base] if form.cleaned_data.get("compare") and base and base != model else [model]
+
+
+async def _whole(owner: str, data: dict[str, Any], model: str) -> dict[str, str]:
+    try:
+        answer = await inference.complete(owner, _request(data, model))
+    except access.NotFound:
+        return {"model": model, "error": "There is no such model, or it was deleted. Choose another one."}
+    except (inference.Busy, inference.Failed) as error:
+        return {"model": model, "error": str(error)}
+    return {"model": model, "text": answer.texts[0] if answer.texts else ""}
+
+
+def _request(data: dict[str, Any], model: str) -> GenerateRequest:
+    given = {name: default if data.get(name) is None else data[name] for name, default in DEFAULTS.items()}
+    if data.get("mode") == "chat":
+        return GenerateRequest(model, messages=[{"role": "user", "content": data["prompt"]}], **given)
+    return GenerateRequest(model, prompt=data["prompt"], **given)
+
+
+@for_people_async
+@require_POST
+async def stream(request: HttpRequest) -> HttpResponseBase:
+    """One model's answer as lines of JSON while it is written. Closing the connection stops the model."""
+    form = GenerateForm(request.POST)
+    if not form.is_valid():
+        errors = [
+            f"{name.replace('_', ' ').capitalize()}: {text}"
+            for name, texts in form.errors.items()
+            for text in texts
+        ]
+        return JsonResponse({"error": " ".join(errors)}, status=422)
+    data = form.cleaned_data
+    tokens = inference.stream(owner_of(request), _request(data, data["model"]))
+    try:
+        first = await anext(tokens)  # a refusal is an answer with a status, not a broken stream
+    except access.NotFound:
+        return JsonResponse(
+            {"error": "There is no such model, or it was deleted. Choose another one."}, status=404
+        )
+    except inference.Busy as busy:
+        return JsonResponse({"error": str(busy)}, status=429, headers={"Retry-After": str(busy.retry_after)})
+    except inference.Failed as failed:
+        return JsonResponse({"error": failed.message}, status=502)
+    response = StreamingHttpResponse(_lines(first, tokens), content_type="application/x-ndjson")
+    response["X-Accel-Buffering"] = "no"
+    return response
+
+
+async def _lines(first: dict[str, Any], tokens: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    try:
+        yield json.dumps(first).encode() + b"\n"
+        async for line in tokens:
+            yield json.dumps(line).encode() + b"\n"
+    except inference.Failed as failed:
+        yield json.dumps({"t": "error", "message": failed.message}).encode() + b"\n"
+    finally:
+        await tokens.aclose()  # type: ignore[attr-defined]  # inference.stream is an async generator

@@ -1,0 +1,27 @@
+// The form of a new job. Without this script every button sends the form and the page comes back filled in.
+"use strict";
+
+(() => {
+  const form = document.getElementById("new-job");
+  if (!form) return;
+
+  // A placeholder is the automatic value; the hint that htmx swaps in carries the newest.
+  document.addEventListener("htmx:oobAfterSwap", (event) => {
+    const hint = event.detail.target;
+    if (!hint?.id?.startsWith("hint-")) return;
+    const input = document.getElementById(`id_${hint.id.slice(5)}`);
+    if (input && "placeholder" in input && input.type !== "select-one") input.placeholder = hint.dataset.automatic;
+  });
+
+  // "back to auto" empties the field in place.
+  form.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-clear]");
+    if (!button) return;
+    event.preventDefault();
+    const input = document.getElementById(button.dataset.clear);
+    if (input.tagName === "SELECT") input.value = button.dataset.fallback ?? input.options[0].value;
+    else input.value = "";
+    input.focus();
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  });
+})();

@@ -1,0 +1,97 @@
+// Streams answers token by token. Without this script the form is sent, and the page comes back with the whole answer.
+"use strict";
+
+(() => {
+  const form = document.getElementById("playground");
+  if (!form || !window.ReadableStream) return;
+  const answers = document.getElementById("answers");
+  const shape = document.getElementById("answer-shape");
+  const run = form.querySelector("[data-run]");
+  const stop = form.querySelector("[data-stop]");
+  let running = null;
+
+  function model() {
+    const field = form.elements.model;
+    const chosen = field.tagName === "SELECT" ? field.selectedOptions[0] : field;
+    return { id: field.value, base: chosen?.dataset.base || "" };
+  }
+
+  function box(name) {
+    const part = shape.content.firstElementChild.cloneNode(true);
+    part.querySelector("h3").textContent = name;
+    answers.append(part);
+    return { text: part.querySelector("[data-text]"), note: part.querySelector("[data-note]") };
+  }
+
+  function complain(place, message) {
+    place.note.textContent = message;
+    place.note.classList.add("text-error");
+  }
+
+  async function answer(name, place, signal) {
+    const data = new FormData(form);
+    data.set("model", name);
+    place.note.textContent = "Waiting for the model …";
+    const response = await fetch(form.dataset.stream, { method: "POST", body: data, signal });
+    if (!response.ok) {
+      const news = await response.json().catch(() => ({}));
+      complain(place, news.error || "That did not work. Reload the page and try again.");
+      return;
+    }
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    const started = performance.now();
+    let rest = "";
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      for (const line of lines) take(JSON.parse(line), place, started);
+    }
+  }
+
+  function take(event, place, started) {
+    if (event.t === "token") {
+      place.text.append(event.text);
+    } else if (event.t === "start") {
+      place.note.textContent = "";
+    } else if (event.t === "done") {
+      const seconds = (performance.now() - started) / 1000;
+      const tokens = event.usage?.completion_tokens ?? 0;
+      const reason = event.choices?.[0]?.finish_reason === "length" ? " · cut at the limit" : "";
+      place.note.textContent = `${tokens} tokens in ${seconds.toFixed(1)} s${reason}`;
+      if (!place.text.textContent) place.text.textContent = "(nothing)";
+    } else if (event.t === "error") {
+      complain(place, event.message);
+    }
+  }
+
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (running) return;
+    running = new AbortController();
+    run.disabled = true;
+    stop.disabled = false;
+    answers.replaceChildren();
+    const { id, base } = model();
+    const names = form.elements.compare.checked && base && base !== id ? [id, base] : [id];
+    const places = names.map((name, i) => [name, box(i ? `${name} · the base` : name)]);
+    try {
+      for (const [name, place] of places) await answer(name, place, running.signal); // one after the other: it is one machine
+    } catch (error) {
+      const place = places.find(([, p]) => !p.note.textContent.includes(" tokens in "))?.[1];
+      if (place && error.name === "AbortError") place.note.textContent = "Stopped.";
+      else if (place) complain(place, "The connection broke. Press Generate to try again.");
+    } finally {
+      running = null;
+      run.disabled = false;
+      stop.disabled = true;
+    }
+  });
+
+  stop.addEventListener("click", () => running?.abort());
+  addEventListener("pagehide", () => running?.abort());
+  form.elements.prompt.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+  });
+})();
