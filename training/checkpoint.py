@@ -30,6 +30,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from training.events import Failure
+
 FORMAT = 1
 FILES = ("weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
 KEEP_LAST = 2
@@ -62,6 +64,7 @@ class Snapshot:
     identity: Identity
     environment: dict[str, Any]
     settings: dict[str, Any]  # resolved, so that an attempt on another machine computes the same
+    base: str  # folder of the base model, for whoever exports this checkpoint
     best: bool = False
     final: bool = False
 
@@ -94,7 +97,7 @@ def write(snapshot: Snapshot, parent: Path) -> tuple[Path, dict[str, Any], str]:
     temporary.mkdir()
     try:
         manifest = _write_files(snapshot, temporary)
-        text = json.dumps(manifest, indent=1, sort_keys=True).encode()
+        text = seal(manifest)
         sha256 = _write_bytes(temporary / "manifest.json", [text])
         _sync_folder(temporary)
         target = parent / snapshot.name
@@ -126,6 +129,7 @@ def _write_files(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
         "identity": vars(snapshot.identity),
         "environment": snapshot.environment,
         "settings": snapshot.settings,
+        "base": snapshot.base,
         "tensors": {
             name: {k: list(t.shape) for k, t in sorted(values.items())} for name, values in tensors.items()
         },
@@ -134,6 +138,14 @@ def _write_files(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
             for name, sha256 in hashes.items()
         ],
     }
+
+
+def seal(manifest: dict[str, Any]) -> bytes:
+    """The manifest's text. It holds its own hash (taken with that entry empty), so a flipped bit shows even to a reader
+    who was not told the file's sha256."""
+    bare = json.dumps(manifest | {"self": ""}, indent=1, sort_keys=True).encode()
+    manifest["self"] = hashlib.sha256(bare).hexdigest()
+    return json.dumps(manifest, indent=1, sort_keys=True).encode()
 
 
 _NAMES = {
@@ -237,15 +249,7 @@ def _read(folder: Path, identity: Identity, shapes: Mapping[str, list[int]], sha
 
 def verify_files(folder: Path, sha256: str | None = None) -> dict[str, Any]:
     """The manifest, once every file is exactly as it says. Raises Unreadable."""
-    try:
-        text = (folder / "manifest.json").read_bytes()
-    except OSError as error:
-        raise Unreadable("it has no manifest: it was not written to its end") from error
-    if sha256 is not None and hashlib.sha256(text).hexdigest() != sha256:
-        raise Unreadable("its manifest is not the one that was written")
-    manifest: dict[str, Any] = json.loads(text)
-    if manifest["format"] != FORMAT:
-        raise Unreadable(f"it has format {manifest['format']}, this program reads {FORMAT}")
+    manifest = read_manifest(folder, sha256)
     if sorted(f["name"] for f in manifest["files"]) != sorted(FILES):
         raise Unreadable("its manifest names other files")
     if {path.name for path in folder.iterdir()} != {*FILES, "manifest.json"}:
@@ -259,6 +263,41 @@ def verify_files(folder: Path, sha256: str | None = None) -> dict[str, Any]:
     return manifest
 
 
+def read_manifest(folder: Path, sha256: str | None = None) -> dict[str, Any]:
+    """The manifest, once it is exactly as it was written. Raises Unreadable."""
+    try:
+        text = (folder / "manifest.json").read_bytes()
+    except OSError as error:
+        raise Unreadable("it has no manifest: it was not written to its end") from error
+    if sha256 is not None and hashlib.sha256(text).hexdigest() != sha256:
+        raise Unreadable("its manifest is not the one that was written")
+    try:
+        manifest = json.loads(text)
+        same = seal(dict(manifest)) == text
+    except (ValueError, TypeError) as error:
+        raise Unreadable("its manifest was changed") from error
+    if not same:
+        raise Unreadable("its manifest was changed")
+    if manifest["format"] != FORMAT:
+        raise Unreadable(f"it has format {manifest['format']}, this program reads {FORMAT}")
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def settings_of(folders: list[Path], job: str | None, settings: str) -> dict[str, Any] | None:
+    """The resolved settings of the first of these checkpoints whose manifest is whole and of this run.
+
+    An attempt must not find them anew: another machine would choose another micro-batch, and so other roundings."""
+    for folder in folders:
+        try:
+            manifest = read_manifest(folder)
+        except Unreadable:
+            continue
+        if manifest["identity"]["job"] == job and manifest["identity"]["settings"] == settings:
+            return dict(manifest["settings"])
+    return None
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -266,22 +305,51 @@ def file_sha256(path: Path) -> str:
 
 def candidates(pointer: Path, parents: list[Path]) -> list[Path]:
     """The checkpoint that was asked for, then older ones beside it, the latest step first."""
-    step = _step(pointer)
+    step = step_of(pointer)
     older = {
         path
         for parent in {pointer.parent, *parents}
         if parent.is_dir()
         for path in parent.iterdir()
-        if path.is_dir() and 0 <= _step(path) < step
+        if path.is_dir() and 0 <= step_of(path) < step
     }
-    return [pointer, *sorted(older, key=_step, reverse=True)]
+    return [pointer, *sorted(older, key=step_of, reverse=True)]
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
     try:
         return int(folder.name.split("-s")[1]) if folder.name.startswith("e") else -1
     except (IndexError, ValueError):
         return -1
+
+
+def load_for_export(folder: Path) -> tuple[Any, Path, dict[str, Any]]:
+    """The model as it was at a checkpoint, the folder of its base, and what is known of it. Raises Failure."""
+    from training.generate import load_model
+
+    try:
+        manifest = verify_files(folder)
+        weights = load_file(folder / "weights.safetensors")
+    except Exception as error:  # Unreadable, or whatever a damaged file does to a parser
+        raise Failure("checkpoint_unreadable", f"The checkpoint {folder} cannot be used: {error}.") from error
+    base, settings = Path(manifest["base"]), manifest["settings"]
+    model = load_model(base)
+    if settings["method"] == "lora":
+        model.add_lora(
+            settings["lora_rank"], settings["lora_alpha"], settings["lora_dropout"], settings["lora_targets"]
+        )
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            parameters[name].data = tensor
+    state = json.loads((folder / "state.json").read_text())
+    facts = {
+        "job": manifest["identity"]["job"],
+        "base": str(base),
+        "settings": settings,
+        "steps": manifest["step"],
+    }
+    return model.eval(), base, facts | {"metrics": state.get("metrics") or {}}
 
 
 # ---- in the background -----------------------------------------------------------------------------------------------
@@ -336,7 +404,7 @@ class Writer:
 
 def prune(parent: Path, keep: set[str]) -> None:
     """Removes all but the last two and those in `keep`; the manifest first, so that half a folder is never believed."""
-    whole = sorted((p for p in parent.iterdir() if p.is_dir() and _step(p) >= 0), key=_step)
+    whole = sorted((p for p in parent.iterdir() if p.is_dir() and step_of(p) >= 0), key=step_of)
     for path in whole[:-KEEP_LAST]:
         if path.name not in keep:
             (path / "manifest.json").unlink(missing_ok=True)

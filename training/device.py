@@ -6,6 +6,7 @@ import os
 import platform
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,19 +95,23 @@ def gemm_rate(device: Device, seconds: float = 0.08) -> float:
     return sorted(rates)[len(rates) // 2]
 
 
-def step_flops(lengths: list[int], trained: int, model: Any, lora: bool) -> float:
-    """Useful floating-point operations of one optimizer step: weights, causal attention (half the square), head.
+def flop_counter(model: Any, lora: bool) -> Callable[[list[int], int], float]:
+    """A function (lengths of the documents, trained tokens) -> useful floating-point operations of a step.
 
-    A frozen weight needs two thirds of the work: no gradient of its own."""
+    Weights, causal attention (half the square) and head; a frozen weight needs no gradient of its own: two thirds."""
     head = model.head()
     vocabulary = int(head.numel()) if head is not None else 0
     matrices: int = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     inner = matrices - vocabulary - _position_weights(model)
-    width = head.shape[1] if head is not None else getattr(model.config, "hidden_size", 0)
-    layers = getattr(model.config, "n_layer", None) or getattr(model.config, "num_hidden_layers", 0)
+    width = int(head.shape[1]) if head is not None else int(getattr(model.config, "hidden_size", 0))
+    layers = int(getattr(model.config, "n_layer", 0) or getattr(model.config, "num_hidden_layers", 0))
     factor = 4 if lora else 6
-    attention = sum(6 * layers * width * n * (n + 1) for n in lengths)
-    return factor * inner * sum(lengths) + attention + factor * vocabulary * trained
+
+    def count(lengths: list[int], trained: int) -> float:
+        attention = sum(6 * layers * width * n * (n + 1) for n in lengths)
+        return factor * inner * sum(lengths) + attention + factor * vocabulary * trained
+
+    return count
 
 
 def _position_weights(model: Any) -> int:

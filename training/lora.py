@@ -114,11 +114,8 @@ def add(
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return (
-        isinstance(getattr(module, "weight", None), nn.Parameter)
-        and module.weight.dim() == 2
-        and hasattr(module, "bias")
-    )
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 2 and hasattr(module, "bias")
 
 
 def _matches(name: str, wanted: Sequence[str]) -> bool:

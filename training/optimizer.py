@@ -7,7 +7,6 @@ With bf16 weights the flat weights are their fp32 masters, copied down after eac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -117,10 +116,9 @@ class AdamW:
         for buffer in (self.grads, self.mean, self.square, self.steps):
             buffer.zero_()
 
+    def shapes(self) -> dict[str, list[int]]:
+        return {name: list(p.shape) for name, p in self.params.items()}
+
     @property
     def parameters(self) -> int:
         return sum(end - start for start, end in self.spans.values())
-
-
-def finite(*numbers: float) -> bool:
-    return all(math.isfinite(n) for n in numbers)

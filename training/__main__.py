@@ -1,0 +1,44 @@
+"""`python -m training COMMAND …`: train, standby, generate, serve, export, check.
+
+Each command imports only what it needs: `check` and `--help` never wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "train": ("training.command", "train as a run file says; events on standard output"),
+    "standby": ("training.command", "be warm and wait for a run file on standard input"),
+    "generate": ("training.generate", "write text with a model"),
+    "serve": ("training.serve", "answer generation requests, JSON lines"),
+    "export": ("training.export", "turn a checkpoint into a model folder"),
+    "check": ("training.check", "read a dataset and report on it"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in COMMANDS:
+        width = max(map(len, COMMANDS))
+        print("usage: python -m training COMMAND …\n", file=sys.stderr)
+        print(
+            "\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()), file=sys.stderr
+        )
+        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    command = arguments[0]
+    if command in ("train", "standby"):
+        from training.memory import use_memory_well
+
+        use_memory_well()  # before torch is imported
+    module = importlib.import_module(COMMANDS[command][0])
+    parser = argparse.ArgumentParser(prog=f"python -m training {command}", description=COMMANDS[command][1])
+    module.add_arguments(parser)
+    parser.set_defaults(command=command)
+    code: int = module.main(parser.parse_args(arguments[1:]))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

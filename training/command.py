@@ -1,0 +1,174 @@
+"""`train` and `standby`: the program around the loop. Event lines out, orders in, one exit code for each reason."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import math
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from training.config import ConfigError, Run
+from training.events import EXIT, MAX_LINE_BYTES, REASONS, Failure
+
+LONGEST_TEXT = 4000  # characters of one text in an event
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    if "train" in parser.prog:
+        parser.add_argument("config", help="the run file (training/config.py: Run)")
+
+
+def main(args: argparse.Namespace) -> int:
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    if args.command == "standby":
+        path = _wait_warm(stop)
+        if path is None:
+            return EXIT["stopped"]
+    else:
+        path = args.config
+    speaker = Speaker()
+    try:
+        run = Run.load(path)
+        if args.command == "standby" or run.job is not None:
+            _die_with_parent()
+        speaker.spool(Path(run.work_dir))
+        _train(run, speaker, stop)
+    except BaseException as error:
+        return _fail(error, speaker)
+    return EXIT["done"]
+
+
+def _train(run: Run, speaker: Speaker, stop: threading.Event) -> None:
+    from training.loop import train
+
+    train(run, speaker.say, stop.is_set)
+
+
+def _fail(error: BaseException, speaker: Speaker) -> int:
+    """The one place where an error becomes a line, and an exit code."""
+    if type(error).__name__ == "Stopped" or isinstance(error, KeyboardInterrupt):
+        speaker.say("log", level="info", message=REASONS["stopped"].sentence)
+        return EXIT["stopped"]
+    failure = as_failure(error)
+    if failure.reason == "unexpected":
+        traceback.print_exception(error)
+        speaker.say("log", level="error", message="".join(traceback.format_exception(error))[-LONGEST_TEXT:])
+    speaker.say("failed", reason=failure.reason, message=failure.message, advice=failure.advice)
+    return EXIT[failure.reason]
+
+
+def as_failure(error: BaseException) -> Failure:
+    """Whatever went wrong, in the closed list of reasons."""
+    if isinstance(error, Failure):
+        return error
+    if isinstance(error, ConfigError):
+        return Failure("bad_settings", str(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return Failure("disk_full", f"The disk is full: {error.filename or 'a file'} could not be written.")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return Failure(
+            "not_writable", f"{error.filename or 'The work folder'} cannot be written: {error.strerror}."
+        )
+    if isinstance(error, MemoryError):
+        return Failure("out_of_memory")
+    return Failure("unexpected", f"{type(error).__name__}: {error}"[:1000])
+
+
+class Speaker:
+    """Writes event lines: each by one write on standard output, and into the spool file of the work folder.
+
+    Over the spool an attempt can be told again when the pipe was not read to its end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # the checkpoint writer speaks too
+        self._out = sys.stdout.fileno()
+        self._spool: int | None = None
+        self._silent = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
+
+    def spool(self, work: Path) -> None:
+        if not self._silent:
+            work.mkdir(parents=True, exist_ok=True)
+            self._spool = os.open(work / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def say(self, t: str, **values: Any) -> None:
+        if self._silent:
+            return
+        line = encode({"t": t, "time": time.time(), **values})
+        with self._lock:
+            if self._spool is not None:
+                try:
+                    os.write(self._spool, line)
+                except OSError:
+                    self._spool = None  # a full disk must not keep the last words from being heard
+            view = memoryview(line)
+            while view:
+                view = view[os.write(self._out, view) :]
+
+
+def encode(event: dict[str, Any]) -> bytes:
+    """One line of JSON: numbers finite or absent, at most 16 KB."""
+    clean = _clean(event)
+    line = json.dumps(clean, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    room = LONGEST_TEXT
+    while len(line) > MAX_LINE_BYTES:
+        room //= 2
+        clean = {k: v[:room] + "…" if isinstance(v, str) and len(v) > room else v for k, v in clean.items()}
+        clean = {k: v for k, v in clean.items() if room > 8 or isinstance(v, (str, int, float))}
+        line = json.dumps(clean, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    return line
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _clean(v) for k, v in value.items() if not (isinstance(v, float) and not math.isfinite(v))}
+    if isinstance(value, (list, tuple)):
+        return [_clean(v) for v in value if not (isinstance(v, float) and not math.isfinite(v))]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()  # half of a character pair cannot be written
+    return value
+
+
+# ---- orders ----------------------------------------------------------------------------------------------------------
+
+
+def _wait_warm(stop: threading.Event) -> str | None:
+    """Import torch, run a dummy step, and wait for `{"config": path}`. None at the end of input: nobody needs us."""
+    from training.warm import warm_up
+
+    warm_up()
+    os.write(sys.stdout.fileno(), encode({"t": "ready", "time": time.time()}))
+    for line in iter(sys.stdin.buffer.readline, b""):
+        try:
+            order = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(order, dict) and isinstance(order.get("config"), str):
+            return str(order["config"])
+        if stop.is_set():
+            break
+    return None
+
+
+def _die_with_parent() -> None:
+    """A trainer whose parent is gone has nobody to report to, and its lease will be given to another: end at once.
+
+    The parent holds our standard input open and writes a line at each heartbeat; its end is the parent's."""
+    if not stat.S_ISFIFO(os.fstat(0).st_mode) and not stat.S_ISSOCK(os.fstat(0).st_mode):
+        return  # started by hand
+
+    def watch() -> None:
+        while os.read(0, 1 << 16):
+            pass
+        os._exit(EXIT["stopped"])
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()

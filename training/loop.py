@@ -1,0 +1,414 @@
+"""The training loop, told top to bottom: prepare, resume, rehearse, train, finish.
+
+`train(run, say, stop)` is all of `python -m training train`; `say` takes event lines (events.py), `stop()` tells
+whether somebody asked for a checkpoint and an end.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from training import checkpoint, config, device, inputs
+from training.checkpoint import Identity, Restored, Snapshot, Writer
+from training.config import Run, Settings
+from training.evaluate import Evaluation, Interrupted, batch_loss, evaluate, verdict
+from training.events import Failure
+from training.export import write_folder
+from training.fidelity import compare
+from training.generate import GenerateError, GenerateOptions, generate, load_model
+from training.inputs import Inputs
+from training.optimizer import AdamW
+from training.packing import Batch, example_at, pack, plan_steps, split
+from training.rehearsal import out_of_memory, rehearse
+from training.schedule import learning_rate
+from training.team import Team
+
+Say = Callable[..., None]  # say("metric", step=1, …)
+SAMPLE_TOKENS = 32
+
+
+class Stopped(Exception):
+    """Ended as asked; the checkpoint is written."""
+
+
+@dataclass
+class State:
+    """What a step changes besides weights, optimizer and random numbers. All of it is in every checkpoint."""
+
+    step: int = 0
+    cursor: int = 0  # examples taken so far, counted over epochs
+    tokens: int = 0
+    seconds: float = 0.0  # spent training, over all attempts
+    evaluated: int = -1  # step of the last evaluation
+    base_losses: list[float] | None = None  # of each held-out example, before training
+    best_losses: list[float] | None = None
+    best_loss: float | None = None
+    best_step: int = -1
+    best_checkpoint: str = ""
+    worse: int = 0  # evaluations since the best
+    early: bool = False  # stopped early
+    metrics: dict[str, Any] | None = None  # of the best evaluation
+
+
+def train(run: Run, say: Say, stop: Callable[[], bool] = lambda: False) -> None:
+    """Trains as `run` says. Raises Failure with a reason of events.py, or Stopped."""
+    try:
+        _train(run, say, stop)
+    except Interrupted:
+        raise Stopped from None
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise Failure("out_of_memory", f"Memory ran out: {str(error).splitlines()[0][:200]}") from error
+        raise
+
+
+def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
+    # ---- prepare -------------------------------------------------------------------------------------------------
+    say("phase", phase="preparing")
+    team = Team.join()
+    work = Path(run.work_dir)
+    checkpoints = work / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    checkpoint.sweep(checkpoints)
+    asked = config.settings_hash(run.settings)
+    choices = checkpoint.candidates(Path(run.resume_from), [checkpoints]) if run.resume_from else []
+    earlier = checkpoint.settings_of(choices, run.job, asked)
+    found = inputs.read(run, config.parse(earlier) if earlier else None)
+    for note in found.notes:
+        say("log", level="warning", message=note)
+    settings, examples, held_out = found.settings, found.train, found.held_out
+    place = device.pick(settings)
+    device.seed_everything(settings.seed + 1_000_003 * team.rank)
+    model = _model(found, settings, place)
+    optimizer = AdamW(model, settings)
+    identity = Identity(
+        run.job,
+        asked,
+        inputs.fingerprint(examples.hash(), held_out.hash()),
+        inputs.fingerprint(found.model_config, optimizer.shapes()),
+    )
+    environment = place.environment() | {"processes": team.size}
+    ends = plan_steps(
+        examples.lengths, settings.seed, epochs=settings.epochs, max_steps=settings.max_steps,
+        batch_size=settings.batch_size, batch_tokens=settings.batch_tokens,
+    )  # fmt: skip
+    total, trained_tokens = len(ends), examples.trained()
+    evaluation_steps = _evaluation_steps(settings, ends, len(examples)) if len(held_out) else set()
+    state, saved_step, last_checkpoint = State(), -1, time.monotonic()
+
+    def snapshot(best: bool = False, final: bool = False) -> Snapshot:
+        weights = {name: t.detach().cpu().clone() for name, t in optimizer.weight_tensors().items()}
+        moments = {name: t.detach().cpu().clone() for name, t in optimizer.state_tensors().items()}
+        randoms = device.random_state()
+        return Snapshot(
+            state.step, run.epoch, weights, moments, randoms, asdict(state), identity, environment, settings.as_dict(), str(found.base), best, final
+        )  # fmt: skip
+
+    def written(shot: Snapshot, folder: Path, manifest: dict[str, Any], sha256: str) -> None:
+        files = [
+            {"name": "manifest.json", "bytes": (folder / "manifest.json").stat().st_size, "sha256": sha256}
+        ]
+        files = manifest["files"] + files
+        say(
+            "checkpoint", step=shot.step, path=str(folder), bytes=sum(f["bytes"] for f in files), files=files,
+            sha256=sha256, best=shot.best, final=shot.final,
+        )  # fmt: skip
+
+    writer = Writer(checkpoints, written)
+
+    # ---- resume --------------------------------------------------------------------------------------------------
+    if run.resume_from:
+        restored = _restore(choices, identity, optimizer, say)
+        optimizer.load(restored.weights, restored.optimizer)
+        state, saved_step = State(**restored.state), restored.step
+        device.restore_random_state(restored.random)
+        writer.protected = {state.best_checkpoint} - {""}
+        different = [name for name, value in environment.items() if restored.environment.get(name) != value]
+        say(
+            "resumed", step=state.step, from_step=checkpoint.step_of(Path(run.resume_from)), exact=not different,
+            why=f"made with another {', '.join(different)}" if different else "the same machine, program and data",
+        )  # fmt: skip
+        del restored
+
+    # ---- rehearse ------------------------------------------------------------------------------------------------
+    def rows_of(step: int, limit: int) -> list[list[int]]:
+        """The rows of a step, as numbers of examples."""
+        begin = int(ends[step - 1]) if step else 0
+        which = [example_at(at, settings.seed, len(examples)) for at in range(begin, int(ends[step]))]
+        lengths = [int(examples.lengths[i]) for i in which]
+        return [[which[i] for i in row] for row in split(lengths, limit, team.size)]
+
+    def worst_row(limit: int) -> Batch:
+        some = range(0, total, max(1, total // 500))
+        rows = (row for step in some for row in rows_of(step, limit))
+        return pack([examples[i] for i in max(rows, key=lambda row: sum(examples.lengths[i] for i in row))])
+
+    say("plan", **_plan(found, settings, total, model, optimizer))
+    model.train()
+    if run.rehearse and state.step == 0:
+        say("phase", phase="rehearsing")
+        settings, estimate = rehearse(
+            model, optimizer, worst_row, int(examples.lengths.max()), held_out, settings, place,
+            tokens_to_train=_tokens_until(examples.lengths, int(ends[-1])), steps=total,
+            evaluations=len(evaluation_steps) + bool(len(held_out)), snapshot=snapshot, folder=work,
+        )  # fmt: skip
+        say("estimate", **asdict(estimate))
+    limit = settings.micro_batch_tokens or int(examples.lengths.max())
+
+    # ---- train ---------------------------------------------------------------------------------------------------
+    def judge() -> bool:
+        """Evaluates this step and shows samples. True if it is the best so far. Changes no random number."""
+        say("phase", phase="evaluating")
+        result = evaluate(model, held_out, limit, place.device, stop if team.size == 1 else lambda: False)
+        say("eval", step=state.step, **result.line())
+        best = _note(state, result, settings)
+        show_samples()
+        say("phase", phase="training")
+        return best
+
+    def show_samples() -> None:
+        model.eval()
+        for prompt in found.prompts if team.leads else []:
+            say(
+                "sample",
+                step=state.step,
+                prompt=prompt.text[-2000:],
+                text=_sample(model, found, prompt, stop),
+            )
+        model.train()
+
+    def save(best: bool, final: bool) -> None:
+        nonlocal last_checkpoint, saved_step
+        last_checkpoint, saved_step = time.monotonic(), state.step
+        if best:
+            state.best_checkpoint = f"e{run.epoch}-s{state.step}"
+        if team.leads:
+            writer.submit(snapshot(best, final))
+
+    count_flops = device.flop_counter(model, lora=settings.method == "lora")
+    gemm_rate = evaluation_s = 0.0
+    recent: deque[float] = deque(maxlen=50)  # seconds of the last steps
+    must_stop = False
+    gc.collect()
+    gc.freeze()  # what lives now lives to the end: the collector need not look at it every few steps
+    say("phase", phase="training")
+
+    while True:
+        # Evaluate; step 0 is the base model.
+        best = False
+        if state.step in evaluation_steps and state.evaluated < state.step:
+            begun = time.perf_counter()
+            try:
+                best = judge()
+                evaluation_s = time.perf_counter() - begun
+            except Interrupted:
+                must_stop = True  # made up for after resuming
+        elif settings.sample_every and state.step and state.step % settings.sample_every == 0:
+            show_samples()
+
+        # Checkpoint, when it is time; end, when all is done or somebody asks.
+        ended = state.step == total or state.early
+        by_steps = (
+            settings.checkpoint_every_steps
+            and state.step
+            and state.step % settings.checkpoint_every_steps == 0
+        )
+        by_time = (
+            settings.checkpoint_every_s and time.monotonic() - last_checkpoint >= settings.checkpoint_every_s
+        )
+        keep = best and settings.keep_best and state.step > 0
+        if (
+            must_stop or ended or by_steps or keep or (by_time and not writer.busy)
+        ) and saved_step != state.step:
+            save(keep, ended)
+        if ended:
+            break
+        if must_stop:
+            writer.wait()
+            raise Stopped
+
+        # Forward and backward, a row at a time; gradients add up in the optimizer's flat buffer.
+        begun = time.perf_counter()
+        rows = rows_of(state.step, limit)
+        lengths = [int(examples.lengths[i]) for row in rows for i in row]
+        trained = int(sum(trained_tokens[i] for row in rows for i in row))
+        sums = torch.zeros(
+            3, dtype=torch.float64, device=place.device
+        )  # loss, hits, and whether somebody must stop
+        optimizer.zero_grad()
+        for row in rows[team.rank :: team.size]:
+            batch = pack([examples[i] for i in row]).to(place.device)
+            loss, hits = batch_loss(model, batch, 1.0 / trained)
+            loss.backward()
+            sums[:2] += torch.stack([loss.detach().double(), hits.double()])
+        sums[2] += stop()
+        team.add_up(sums)
+        team.add_up(optimizer.grads)
+
+        # Update, unless the numbers have gone astray.
+        lr = learning_rate(
+            state.step, total, settings.learning_rate or 0.0, settings.schedule, settings.warmup
+        )
+        norm = optimizer.grad_norm()
+        loss_value, hit_count, must_stop = sums.tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm)):
+            writer.wait()
+            raise Failure("not_finite", _astray(state.step + 1, loss_value, norm, lr))
+        optimizer.step(lr, norm)
+        place.synchronize()
+
+        # Count and tell.
+        state.step += 1
+        state.cursor = int(ends[state.step - 1])
+        state.tokens += sum(lengths)
+        seconds = time.perf_counter() - begun
+        state.seconds += seconds
+        recent.append(seconds)
+        gemm_rate = gemm_rate or device.gemm_rate(place)
+        ahead = (total - state.step) * statistics.median(recent) + 2 * writer.last_seconds
+        ahead += sum(step > state.step for step in evaluation_steps) * evaluation_s
+        say(
+            "metric", step=state.step, loss=loss_value, loss_hex=loss_value.hex(), lr=lr, grad_norm=norm,
+            tokens=state.tokens, tokens_per_s=sum(lengths) / seconds, epoch=state.cursor / len(examples),
+            accuracy=hit_count / trained, gemm_share=count_flops(lengths, trained) / seconds / gemm_rate / team.size,
+            memory=place.peak_memory(), eta_s=ahead,
+        )  # fmt: skip
+
+    # ---- finish --------------------------------------------------------------------------------------------------
+    writer.wait()
+    if settings.keep_best and state.best_step not in (-1, state.step):
+        _return_to_best(state, checkpoints, identity, optimizer, say)
+    say("phase", phase="exporting")
+    model.eval()
+    metrics = state.metrics or {"loss": loss_value}
+    facts = {
+        "job": run.job, "base": run.base, "settings": settings.as_dict(), "examples": len(examples),
+        "tokens": examples.tokens, "steps": state.step, "metrics": metrics,
+    }  # fmt: skip
+    if team.leads:
+        files = write_folder(model, work / "final", base=found.base, facts=facts)
+        fidelity = compare(model, work / "final", base=found.base)
+        if state.base_losses and state.best_losses:
+            say("verdict", **verdict(state.base_losses, state.best_losses))
+        say(
+            "done", step=state.step, path=str(work / "final"), files=files, metrics=metrics, fidelity=fidelity
+        )
+    team.leave()
+
+
+# ---- the pieces ------------------------------------------------------------------------------------------------------
+
+
+def _model(found: Inputs, settings: Settings, place: device.Device) -> Any:
+    """The base model where it is trained: adapters or not, dropout, number format."""
+    model = load_model(found.base)
+    model.set_dropout(settings.dropout or 0.0)
+    if settings.method == "lora":
+        model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    return model if place.device.type == "cpu" else model.to(place.device, place.dtype)
+
+
+def _restore(choices: list[Path], identity: Identity, optimizer: AdamW, say: Say) -> Restored:
+    """The checkpoint asked for, or the newest older one that verifies."""
+    shapes = optimizer.shapes()
+    why = ""
+    for folder in choices:
+        try:
+            return checkpoint.read(folder, identity, shapes)
+        except checkpoint.Unreadable as error:
+            why = why or str(error)
+            say("log", level="warning", message=f"The checkpoint {folder.name} cannot be used: {error}.")
+    raise Failure(
+        "checkpoint_unreadable", f"None of {len(choices)} checkpoints can be used; the one asked for: {why}."
+    )
+
+
+def _evaluation_steps(settings: Settings, ends: np.ndarray, count: int) -> set[int]:
+    """Before the first step, every `eval_every` steps or at the end of each epoch, and after the last step."""
+    total = len(ends)
+    if settings.eval_every:
+        return {0, *range(settings.eval_every, total, settings.eval_every), total}
+    whole = range(count, int(ends[-1]), count)  # cursors where an epoch ends
+    return {0, *(int(np.searchsorted(ends, end)) + 1 for end in whole), total}
+
+
+def _note(state: State, result: Evaluation, settings: Settings) -> bool:
+    """Remember an evaluation; True if it is the best so far. Decides about stopping early."""
+    if state.step == 0:
+        state.base_losses = result.losses
+    state.evaluated = state.step
+    if state.step == 0 or (
+        state.best_loss is not None and result.loss >= state.best_loss and settings.keep_best
+    ):
+        state.worse += state.step > 0
+        state.early = 0 < settings.early_stopping_patience <= state.worse
+        return False
+    better = state.best_loss is None or result.loss < state.best_loss
+    state.worse = 0 if better else state.worse + 1
+    state.early = 0 < settings.early_stopping_patience <= state.worse
+    state.best_loss, state.best_step = result.loss, state.step
+    state.best_losses, state.metrics = result.losses, result.line()
+    return better
+
+
+def _return_to_best(state: State, checkpoints: Path, identity: Identity, optimizer: AdamW, say: Say) -> None:
+    """Weights of the best evaluation, for the export."""
+    try:
+        restored = checkpoint.read(checkpoints / state.best_checkpoint, identity, optimizer.shapes())
+    except checkpoint.Unreadable as error:
+        say("log", level="warning", message=f"The best checkpoint ({state.best_checkpoint}) cannot be used ({error}); the last weights are kept.")  # fmt: skip
+        return
+    optimizer.load_weights(restored.weights)
+    say(
+        "log",
+        level="info",
+        message=f"The weights of step {state.best_step} had the lowest held-out loss and are kept.",
+    )
+
+
+def _sample(model: Any, found: Inputs, prompt: inputs.Prompt, stop: Callable[[], bool]) -> str:
+    """What the model answers to a pinned prompt, greedily."""
+    ids = prompt.ids[-max(1, model.context - SAMPLE_TOKENS) :]
+    try:
+        written = generate(
+            model, found.tokenizer, ids, GenerateOptions(max_tokens=SAMPLE_TOKENS), should_stop=stop
+        )
+    except GenerateError as error:
+        return f"({error})"
+    return written[0].text
+
+
+def _plan(found: Inputs, settings: Settings, total: int, model: Any, optimizer: AdamW) -> dict[str, Any]:
+    return {
+        "total_steps": total,
+        "examples": len(found.train),
+        "held_out": len(found.held_out),
+        "tokens": found.train.tokens,
+        "trained_tokens": found.train.trained_tokens,
+        "settings": settings.as_dict(),
+        "reasons": found.reasons,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": optimizer.parameters,
+    }
+
+
+def _tokens_until(lengths: np.ndarray, cursor: int) -> int:
+    """Tokens of the first `cursor` examples of the endless stream, epochs counted whole and the rest by the mean."""
+    epochs, rest = divmod(cursor, len(lengths))
+    return int(lengths.sum() * epochs + lengths.mean() * rest)
+
+
+def _astray(step: int, loss: float, norm: float, lr: float) -> str:
+    return f"At step {step} the loss was {loss:g} and the gradient's length {norm:g}, at a learning rate of {lr:g}. The last good checkpoint is kept."

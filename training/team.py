@@ -1,0 +1,58 @@
+"""Several processes as one: each computes its share of every step, and all hold the same weights.
+
+`torchrun --nproc-per-node 2 -m training train CONFIG.json`. Alone, every call here does nothing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Team:
+    rank: int = 0
+    size: int = 1
+
+    @staticmethod
+    def join() -> Team:
+        """The team torchrun made (WORLD_SIZE, RANK, …), or a team of one."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return Team()
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        return Team(dist.get_rank(), size)
+
+    @property
+    def leads(self) -> bool:
+        """One speaks, evaluates and writes for all."""
+        return self.rank == 0
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Everybody's tensor, by rank."""
+        if self.size == 1:
+            return [tensor]
+        import torch.distributed as dist
+
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor)
+        return parts
+
+    def leave(self) -> None:
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
