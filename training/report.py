@@ -1,16 +1,9 @@
-"""Everything worth knowing about a dataset before a second of training is spent on it.
-
-`python -m training check FILE --tokenizer DIR` prints progress lines and, last, the report as one JSON line. It is a
-program of its own because files come from strangers: whoever starts it gives it limits on memory and time.
-"""
+"""Everything worth knowing about a dataset before a second of training is spent on it."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -273,61 +266,3 @@ def _ends(example: Example, tokenizer: Tokenizer) -> bool:
         return True
     last = len(example.mask) - 1 - example.mask[::-1].index(1)
     return tokenizer.backend.id_to_token(example.ids[last]) in tokenizer.special_tokens
-
-
-# --- the program ----------------------------------------------------------------------------------
-
-
-def main(argv: Sequence[str]) -> int:
-    """Exit 0 when a report was made, whatever it says; 2 when called wrongly."""
-    options = argparse.ArgumentParser(prog="python -m training check", description="Report on a dataset.")
-    options.add_argument("file")
-    options.add_argument(
-        "--tokenizer", help="folder of the base model; without it nothing is counted in tokens"
-    )
-    options.add_argument(
-        "--format", help="how the file is written, as JSON; found out by itself if left away"
-    )
-    options.add_argument(
-        "--sequence-length", type=int, help="tokens the model reads; its own context if left away"
-    )
-    options.add_argument("--train-on", choices=("completion", "all"), default="completion")
-    options.add_argument("--validation", help="a validation file to look for leaks in")
-    options.add_argument("--limit-bytes", type=int, help="refuse a file larger than this")
-    given = options.parse_args(argv)
-
-    size = Path(given.file).stat().st_size
-    if given.limit_bytes and size > given.limit_bytes:
-        words = f"The file has {size:,} bytes; {given.limit_bytes:,} are allowed."
-        _say({"t": "report", "ready": False, "error": words, "verdict": words, "findings": [], "samples": []})
-        return 0
-    tokenizer = Tokenizer.load(given.tokenizer) if given.tokenizer else None
-    length = given.sequence_length or (_context(Path(given.tokenizer)) if given.tokenizer else None)
-    found = report(
-        given.file,
-        tokenizer,
-        Plain(length, given.train_on),
-        format=json.loads(given.format) if given.format else None,
-        validation=given.validation,
-        progress=lambda rows, share: _say({"t": "progress", "rows": rows, "share": round(share, 3)}),
-    )
-    _say({"t": "report", "bytes": size, **found})
-    return 0
-
-
-def _context(folder: Path) -> int | None:
-    from training.catalog import describe
-
-    try:
-        return describe(folder).context
-    except (OSError, ValueError):
-        return None  # a folder with a tokenizer alone
-
-
-def _say(line: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps({**line, "time": time.time()}, ensure_ascii=True) + "\n")
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))

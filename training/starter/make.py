@@ -44,6 +44,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=MODEL)
     options.add_argument("--steps", type=int, default=2400)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--start", type=Path, help="go on from the weights in this folder")
     options.add_argument("--tokenizer-only", action="store_true")
     given = options.parse_args()
 
@@ -60,7 +61,7 @@ def main() -> None:
         f"{len(texts)} documents, {train_rows.size} training tokens, {held_rows.size} held-out tokens",
         flush=True,
     )
-    loss = train(train_rows, held_rows, given.steps, given.seed, given.out)
+    loss = train(train_rows, held_rows, given.steps, given.seed, given.out, given.start)
     licence = (given.wordnet / "doc" / "wordnet-base" / "copyright").read_text(encoding="utf-8")
     write_card(given.out, loss, len(texts), train_rows.size, given.steps, given.seed, licence)
 
@@ -106,23 +107,23 @@ def batch_of(part: np.ndarray) -> Batch:
     return pack([(row[:CONTEXT], np.ones(CONTEXT, np.uint8)) for row in part])
 
 
-def train(train_rows: np.ndarray, held_rows: np.ndarray, steps: int, seed: int, folder: Path) -> float:
+def train(
+    train_rows: np.ndarray, held_rows: np.ndarray, steps: int, seed: int, folder: Path, start: Path | None
+) -> float:
     """Returns the held-out loss; the weights lie in `folder`, written at each evaluation."""
     torch.manual_seed(seed)
-    model = GPT2.new(
-        GPT2Config(
-            vocab_size=VOCAB, n_positions=CONTEXT, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
-            embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
-            extra={"bos_token_id": 0, "eos_token_id": 0},
-        ),
-        seed,
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
+        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+        extra={"bos_token_id": 0, "eos_token_id": 0},
     )  # fmt: skip
+    model = GPT2.load(start) if start else GPT2.new(config, seed)
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if p.ndim == 2 and ".h." in name]
     others = [p for p in named.values() if not any(p is m for m in matrices)]
     momentum = [torch.zeros_like(p) for p in matrices]
     adam = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, 1 if start else 0])  # going on, in another order
     order = np.concatenate(
         [rng.permutation(len(train_rows)) for _ in range(1 + steps * BATCH // len(train_rows))]
     )
