@@ -296,9 +296,9 @@ def collect_gradients(model: nn.Module) -> None:
 
 
 def _collect(p: Tensor) -> None:
-    assert p.grad is not None
-    main_grad(p).add_(p.grad)
-    p.grad = None
+    if p.grad is not None:  # the fused head writes its gradient itself, and tells autograd that there is none
+        main_grad(p).add_(p.grad)
+        p.grad = None
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,194 @@
+"""Any causal LM of transformers behind the loop's face: no leak between documents, the right loss, the right gradients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as t
+
+from tests.training.tiny import write_tokenizer
+from training.causal_lm import CausalLM
+from training.decoder import GPT2Decoder
+from training.evaluate import batch_loss
+from training.events import Failure
+from training.fidelity import logits_of
+from training.generate import GenerateOptions, decoder_for, generate, load_model
+from training.kernels import main_grad
+from training.packing import Batch, pack
+from training.tokenizer import Tokenizer
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+GROUPED: dict[str, Any] = SHAPE | {"num_key_value_heads": 1, "head_dim": 16}
+WINDOW: dict[str, Any] = GROUPED | {"sliding_window": 20}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: t.LlamaConfig(**GROUPED),
+    "mistral": lambda: t.MistralConfig(**WINDOW),
+    "qwen2": lambda: t.Qwen2Config(**SHAPE, num_key_value_heads=1),
+    "qwen3": lambda: t.Qwen3Config(**GROUPED),
+    "gpt_neox": lambda: t.GPTNeoXConfig(**SHAPE),
+    "opt": lambda: t.OPTConfig(vocab_size=300, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128, word_embed_proj_dim=32),
+    "gemma2": lambda: t.Gemma2Config(**WINDOW),
+    "gemma3": lambda: t.Gemma3TextConfig(**WINDOW),
+    "bloom": lambda: t.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=2),
+    "mamba": lambda: t.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4),
+}  # fmt: skip
+# What must be found out about them: (reads packed rows, its head is a plain product). The rest is (True, True).
+SPECIAL = {"gemma2": (True, False), "bloom": (False, True), "mamba": (False, True)}
+LENGTHS = (9, 40, 5)
+
+
+def make(name: str) -> CausalLM:
+    torch.manual_seed(0)
+    lm = t.AutoModelForCausalLM.from_config(CONFIGS[name]())
+    for p in lm.parameters():
+        p.data.normal_(0, 0.2)
+    return CausalLM(lm.eval())
+
+
+def documents(seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(1, 300, n), rng.integers(0, 2, n)) for n in LENGTHS]
+
+
+def separate_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
+    """Each document alone through transformers, its own cross-entropy: the reference."""
+    place = {int(w): int(y) for w, y in zip(batch.where, batch.targets, strict=True)}
+    total = torch.zeros(())
+    for start, end in batch.bounds:
+        logits = model.lm(input_ids=batch.ids[None, start:end], use_cache=False).logits[0]
+        for w in range(start, end):
+            if w in place:
+                total = total + F.cross_entropy(
+                    logits[w - start][None].float(), torch.tensor([place[w]]), reduction="sum"
+                )
+    return total / len(place)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_loss_and_gradients_are_those_of_each_document_alone(name):
+    model = make(name)
+    assert (model.packed, model.fused) == SPECIAL.get(name, (True, True)), model.why
+    batch = pack(documents())
+    ours, _ = batch_loss(model, batch, 1 / len(batch.where))
+    ours.backward()
+    grads = {n: main_grad(p).clone() for n, p in model.named_parameters() if p.requires_grad}
+    for p in model.parameters():
+        main_grad(p).zero_()
+    theirs = separate_loss(model, batch)
+    theirs.backward()
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+    longest = max(float(main_grad(p).norm()) for p in model.parameters())
+    for n, p in model.named_parameters():
+        assert float((grads[n] - main_grad(p)).norm()) <= 1e-4 * longest, n
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_token_of_one_document_cannot_move_anothers_states(name):
+    model = make(name)
+    docs, others = documents(0), documents(1)
+    with torch.no_grad():
+        one, two = (model.hidden(pack([first, *docs[1:]]), every=True) for first in (docs[0], others[0]))
+    assert torch.equal(one[LENGTHS[0] :], two[LENGTHS[0] :])
+    assert not torch.equal(one[: LENGTHS[0]], two[: LENGTHS[0]])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
+def test_saved_files_load_in_transformers_with_no_missing_or_unexpected_key(name, tmp_path):
+    model = make(name)
+    model.save(tmp_path)
+    lm, info = t.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = torch.arange(1, 30)
+    with torch.no_grad():
+        assert torch.equal(lm.eval()(ids[None]).logits, model.lm(ids[None]).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox"])
+def test_adapters_train_alone_and_fold_into_the_weights(name, tmp_path):
+    model = make(name)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    model.add_lora(rank=4, alpha=8.0, dropout=0.0, targets=None, seed=1)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(".lora_" in n for n in trained)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                p.normal_(0, 0.1)
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if n in before)
+    model.save(tmp_path)
+    ids = list(range(1, 30))
+    torch.testing.assert_close(
+        logits_of(CausalLM.load(tmp_path), ids), logits_of(model, ids), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_same_seed_draws_the_same_adapters():
+    one, two = make("llama"), make("llama")
+    for model in (one, two):
+        torch.rand(3)
+        model.add_lora(4, 8.0, 0.0, None, seed=7)
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_targets_that_fit_no_layer_are_refused():
+    with pytest.raises(Failure, match="lora_targets"):
+        make("llama").add_lora(4, 8.0, 0.0, ["no_such_layer"])
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma2", "mamba"])
+def test_greedy_text_is_that_of_transformers(name, tmp_path):
+    model = make(name)
+    write_tokenizer(tmp_path)
+    options = GenerateOptions(max_tokens=12, n=2, ignore_eos=True)
+    ours = generate(model, Tokenizer.load(tmp_path), [5, 6, 7], options)
+    whole = model.lm.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)  # fmt: skip
+    assert [c.ids for c in ours] == [whole[0, 3:].tolist()] * 2
+
+
+def test_a_gpt2_with_rarer_switches_goes_through_transformers(tmp_path):
+    config = t.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64, scale_attn_by_inverse_layer_idx=True)  # fmt: skip
+    t.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert isinstance(model, CausalLM)
+    assert not isinstance(decoder_for(model), GPT2Decoder)
+
+
+def test_code_that_comes_with_a_model_is_refused(tmp_path):
+    make("llama").save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {
+        "auto_map": {"AutoModelForCausalLM": "evil.Model"}
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text("raise SystemExit('run')")
+    with pytest.raises(Failure, match="never run"):
+        CausalLM.load(tmp_path)
+
+
+def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path):
+    make("llama").save(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(Failure, match="no safetensors"):
+        CausalLM.load(tmp_path)
+
+
+def test_dropout_reaches_every_kind_of_layer():
+    model = make("opt")
+    model.set_dropout(0.5)
+    model.train()
+    batch = pack(documents())
+    assert not torch.equal(model.hidden(batch), model.hidden(batch))
+    model.eval()
+    assert torch.equal(model.hidden(batch), model.hidden(batch))
