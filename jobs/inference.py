@@ -19,7 +19,7 @@ from typing import Any
 import redis.exceptions
 from django.conf import settings
 
-from jobs import access, bells
+from jobs import bells, tuned_models
 
 MAX_WAITING = 64  # requests in all, running ones included; more are told to come back
 PATIENCE_S = 5.0  # how long an owner's request waits for another of the same owner to end
@@ -103,7 +103,7 @@ def check_model(owner: str, model_id: str) -> None:
     from jobs.relay import is_base_model
 
     if not is_base_model(model_id):
-        access.get_model_for(owner, model_id)
+        tuned_models.get_for(owner, model_id)
 
 
 async def _take_place(redis_client: Any, owner: str, rid: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs import access, proof, relay, storage
+from jobs import access, datasets, proof, relay, storage
 from jobs.tables import Dataset, Job
 from training import catalog
 from training.events import Failure
@@ -58,6 +58,9 @@ def prepare(job: Job, folder: Path, gone_on: Callable[[], None]) -> Prepared:
             dataset = _dataset(job.owner, dataset_id)
             config[f"{name}_file"] = str(_fetch(dataset, folder / "data" / name))
             config[f"{name}_format"] = dataset.format
+            examples = (dataset.summary or {}).get("examples")
+            if name == "train" and examples:
+                config["expected"] = {"examples": int(examples)}
     gone_on()
     used, bad = newest_good(job, folder, gone_on)
     if used:
@@ -83,7 +86,7 @@ def base_of(base: str) -> str:
 
 def _dataset(owner: str, dataset_id: str) -> Dataset:
     try:
-        return access.get_dataset_for(owner, dataset_id)
+        return datasets.of_job(owner, dataset_id)
     except access.NotFound as error:
         raise Failure(
             "bad_data", "The dataset was deleted.", "Upload it again and start a new job."

@@ -208,7 +208,7 @@ def model_folder(owner: str, model_id: str) -> Path:
     base = catalog.find(model_id)
     if base is not None:
         return Path(base.folder) if base.folder else hub_folder(base.id)
-    return tuned_models.fetch(access.get_model_for(owner, model_id))
+    return tuned_models.fetch(tuned_models.get_for(owner, model_id))
 
 
 def hub_folder(base: str, revision: str | None = None) -> Path:

@@ -41,11 +41,17 @@ def check_dataset(owner: str, dataset_id: str) -> None:
 @shared_task(name="after_end", queue="checks")
 def after_end(owner: str, job_id: str) -> None:
     """What follows from a job's end (model row, notifications, quota), safe to repeat."""
-    from jobs import endings, tables
+    from jobs import endings
 
-    job = tables.get(tables.Job, owner, job_id)
-    if job is not None and job.ended:
-        endings.after_end(job)
+    endings.after_end(owner, job_id)
+
+
+@shared_task(name="errand", queue="checks")
+def errand(kind: str, owner: str, id: str, lease: str = "") -> None:
+    """A check, a deletion or a notice that stands in the list of unfinished work. See `jobs.errands`."""
+    from jobs import errands
+
+    errands.run(kind, owner, id, lease)
 
 
 @shared_task(name="generate", queue="inference")
@@ -61,7 +67,7 @@ def ring_training(waiting: int) -> None:
     from jobs import bells
 
     try:
-        lying = int(bells.client().llen("training"))  # type: ignore[arg-type]  # the sync client answers at once
+        lying = int(bells.client().llen("training"))
         if lying < waiting:
             run_next.apply_async()
     except Exception as error:

@@ -10,7 +10,7 @@ from typing import Any
 from jobs import storage
 
 STORAGE_ERRORS = (storage.StorageError,)
-ENTRY = ("key", "step", "epoch", "sha256", "bytes", "best")
+ENTRY = ("key", "step", "epoch", "sha256", "bytes", "best", "files")
 
 
 def set_aside(checkpoint: dict[str, Any], outbox: Path) -> dict[str, Any] | None:

@@ -87,7 +87,7 @@ class _Canary:
         if self.queue is None:
             return
         try:
-            waiting = int(bells.client().llen(self.queue))  # type: ignore[arg-type]  # the sync client answers at once
+            waiting = int(bells.client().llen(self.queue))
         except Exception:
             waiting = 0
         if not waiting or _busy.is_set():
