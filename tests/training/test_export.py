@@ -1,0 +1,191 @@
+"""What leaves the house: folders that transformers and peft open, equal to the trained model bit for bit."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from tests.training.tiny import END, gpt2, write_model
+from training import export, fidelity
+from training.causal_lm import CausalLM
+from training.events import Failure
+from training.generate import load_model
+from training.model import GPT2
+from training.tokenizer import Tokenizer
+
+IDS = list(range(3, 30))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_model(tmp_path_factory.mktemp("base"))
+    (folder / "LICENSE").write_text("Do as you like.")
+    return folder
+
+
+def adapted(base: Path) -> GPT2:
+    """The base with adapters that are no longer at their beginning."""
+    model = GPT2.load(base).eval()
+    model.add_lora(4, 8.0, 0.0, ["c_attn", "c_fc"], seed=1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+    return model
+
+
+def theirs(folder: Path) -> Any:
+    lm, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return lm.eval()
+
+
+def logits(lm: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return lm(torch.tensor([IDS])).logits[0]
+
+
+def test_a_trained_model_comes_back_equal_bit_for_bit(base, tmp_path):
+    model = gpt2(seed=5)
+    export.write_folder(model, tmp_path / "out", base=base)
+    found = fidelity.compare(model, tmp_path / "out", base=base)
+    assert found["exact"]
+    assert found["max_difference"] == 0
+    assert found["logits"] > 1000
+
+
+def test_a_changed_number_in_the_files_is_found(base, tmp_path):
+    model = gpt2(seed=5)
+    export.write_folder(model, tmp_path / "out", base=base)
+    other = GPT2.load(tmp_path / "out")
+    with torch.no_grad():
+        other.head()[40, 3] += 1e-3
+    other.save(tmp_path / "out")
+    assert not fidelity.compare(model, tmp_path / "out", base=base)["exact"]
+
+
+def test_transformers_opens_it_with_no_missing_or_unexpected_key(base, tmp_path):
+    model = gpt2(seed=5)
+    export.write_folder(model, tmp_path / "out", base=base)
+    torch.testing.assert_close(
+        logits(theirs(tmp_path / "out")), fidelity.logits_of(model, IDS), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_tokenizer_goes_along_with_the_chat_template(base, tmp_path):
+    export.write_folder(gpt2(), tmp_path / "out", base=base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    ours = Tokenizer.load(base)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == ours.render_chat(messages)
+    assert tokenizer("the cat sat")["input_ids"] == ours.encode("the cat sat")
+    assert tokenizer.eos_token == END
+
+
+def test_a_half_precision_folder_is_close_and_half_as_large(base, tmp_path):
+    model = gpt2(seed=5)
+    whole = export.write_folder(model, tmp_path / "fp32", base=base)
+    half = export.write_folder(model, tmp_path / "fp16", base=base, dtype="fp16")
+    found = fidelity.compare(model, tmp_path / "fp16", base=base)
+    assert (found["close"], found["exact"], found["dtype"]) == (True, False, "float16")
+    sizes = [next(f["bytes"] for f in files if f["name"] == "model.safetensors") for files in (whole, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+    theirs(tmp_path / "fp16")
+
+
+def test_adapters_are_folded_in(base, tmp_path):
+    model = adapted(base)
+    export.write_folder(model, tmp_path / "out", base=base, format="merged")
+    assert fidelity.compare(model, tmp_path / "out", base=base)["exact"]
+    torch.testing.assert_close(
+        logits(theirs(tmp_path / "out")), fidelity.logits_of(model, IDS), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_peft_opens_an_adapter(base, tmp_path, kind):
+    if kind == "gpt2":
+        model: Any = adapted(base)
+    else:
+        shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}  # fmt: skip
+        torch.manual_seed(0)
+        write_model(tmp_path / "base")
+        (tmp_path / "base" / "model.safetensors").unlink()
+        config = transformers.LlamaConfig(**shape, initializer_range=0.2)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+        base, model = tmp_path / "base", CausalLM.load(tmp_path / "base").eval()
+        model.add_lora(4, 8.0, 0.0, None, seed=1)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(0, 0.1)
+    files = export.write_folder(
+        model, tmp_path / "out", base=base, format="adapter", facts={"base": str(base)}
+    )
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= {f["name"] for f in files}
+    read = peft.PeftModel.from_pretrained(theirs(base), str(tmp_path / "out")).eval()
+    torch.testing.assert_close(logits(read), fidelity.logits_of(model, IDS), rtol=1e-4, atol=1e-4)
+    assert fidelity.compare(model, tmp_path / "out", base=base)["close"]
+
+
+def test_a_model_trained_whole_has_no_adapter_to_give(base, tmp_path):
+    with pytest.raises(Failure, match="no adapter"):
+        export.write_folder(gpt2(), tmp_path / "out", base=base, format="adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_list_of_files_is_true(base, tmp_path):
+    files = export.write_folder(gpt2(), tmp_path / "out", base=base)
+    listed = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
+    assert listed == files
+    assert {f["name"] for f in files} | {"manifest.json"} == {p.name for p in (tmp_path / "out").iterdir()}
+    for f in files:
+        content = (tmp_path / "out" / f["name"]).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (f["bytes"], f["sha256"])
+
+
+def test_a_failed_export_leaves_the_old_folder(base, tmp_path, monkeypatch):
+    export.write_folder(gpt2(seed=1), tmp_path / "out", base=base)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(export, "write_tokenizer", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        export.write_folder(gpt2(seed=2), tmp_path / "out", base=base)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_model_card_tells_where_it_comes_from(base, tmp_path):
+    facts = {"base": "gpt2", "name": "Orders", "examples": 480, "settings": {"learning_rate": 3e-4}, "metrics": {"loss": 1.25}, "licence": "mit", "fidelity": {"exact": True, "logits": 10}}  # fmt: skip
+    export.write_folder(gpt2(), tmp_path / "out", base=base, facts=facts)
+    text = (tmp_path / "out" / "README.md").read_text()
+    for piece in (
+        'base_model: "gpt2"',
+        'license: "mit"',
+        "# Orders",
+        "480 examples",
+        "| learning_rate | 0.0003 |",
+        "bit for bit",
+    ):
+        assert piece in text
+    assert (tmp_path / "out" / "LICENSE").is_file()
+
+
+def test_the_command_line_exports_a_folder(base, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    export.add_arguments(parser)
+    args = parser.parse_args(["--checkpoint", str(base), "--to", str(tmp_path / "out"), "--dtype", "fp16"])
+    assert export.main(args) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["fidelity"]["close"]
+    assert load_model(tmp_path / "out").config.n_layer == 2
