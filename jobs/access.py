@@ -5,7 +5,7 @@ Lists are newest first and cost one read, plus one for each page of deleted rows
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -27,7 +27,7 @@ class Page(Generic[Row]):
     rows: list[Row]
     has_more: bool
 
-    def __iter__(self):  # type: ignore[no-untyped-def]  an iterator of Row
+    def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
     def __len__(self) -> int:
@@ -55,8 +55,11 @@ def list_jobs(owner: str, limit: int = 20, after: str | None = None) -> Page[Job
 
 
 def list_models(owner: str, limit: int = 20, after: str | None = None) -> Page[TunedModel]:
-    """By id from the end of the alphabet: a model's id begins with its base, not with a time."""
-    return _list(TunedModel, owner, limit, after, lambda row: not row.gone)
+    """A model's id begins with its base, not with a time, so all of the owner's are read (the quota bounds them)."""
+    models = [row for row in tables.rows(TunedModel, owner) if not row.gone]
+    models.sort(key=lambda row: (row.created_at, row.model_id), reverse=True)
+    start = next((i + 1 for i, row in enumerate(models) if row.model_id == after), 0)
+    return Page(models[start : start + limit], len(models) > start + limit)
 
 
 def is_shown(job: Job) -> bool:
@@ -65,13 +68,15 @@ def is_shown(job: Job) -> bool:
 
 
 def _get(table: type[Row], owner: str, id: str, shown: Callable[[Row], bool], word: str) -> Row:
-    row = tables.get(table, owner, id) if owner and 0 < len(id.encode("utf-8", "replace")) <= 1024 else None
+    row = tables.get(table, owner, id) if id.isascii() and 0 < len(id) <= 1024 else None
     if row is None or not shown(row):
         raise NotFound(f"There is no {word} {id}.")
     return row
 
 
-def _list(table: type[Row], owner: str, limit: int, after: str | None, shown: Callable[[Row], bool]) -> Page[Row]:
+def _list(
+    table: type[Row], owner: str, limit: int, after: str | None, shown: Callable[[Row], bool]
+) -> Page[Row]:
     found: list[Row] = []
     for row in tables.newest(table, owner, limit + 1, after):
         if shown(row):

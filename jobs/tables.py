@@ -239,7 +239,7 @@ class HeartbeatJob(_JobAttributes):
 
 class JobIndex(Table):
     """Lists of jobs. `active#<shard>`: not ended. `all#2026-11` and `<end status>#2026-11`: for oversight.
-    `work#<shard>`: other unfinished work (`check#…`, `deliver#…`, `delete#…`), put before it and removed after it."""
+    `work`: other unfinished work (`check#…`, `deliver#…`, `delete#…`), put before it and removed after it."""
 
     class Meta(Where):
         table_name = _name("JobIndex")
@@ -249,6 +249,7 @@ class JobIndex(Table):
     owner = UnicodeAttribute()
     name = UnicodeAttribute(default="")
     base = UnicodeAttribute(default="")
+    lease = UnicodeAttribute(null=True)  # of who does this errand
 
 
 class EventChunk(Table):

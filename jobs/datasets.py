@@ -1,0 +1,163 @@
+"""Uploaded files: received, checked in a process of their own (`tasks.check_dataset`), deleted.
+
+receiving ──► checking ──► ready | rejected        deleted ones are tombstones
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import IO, Any
+
+from django.conf import settings
+
+from jobs import access, endings, errands, limits, storage, tables
+from jobs.limits import OverQuota
+from jobs.tables import Dataset, new_id
+
+__all__ = ["OverQuota", "Rejected", "delete", "finish_check", "receive"]
+
+BROKEN_OFF_S = 6 * 3600  # so long after its beginning an upload that never ended is given up
+MAX_SUMMARY = 64 * 1024  # bytes of the report that stand in the row; all of it is an object
+
+
+class Rejected(Exception):
+    """The file is refused; the message says why and what to do."""
+
+
+def receive(
+    owner: str,
+    filename: str,
+    file: IO[bytes] | Iterable[bytes],
+    *,
+    purpose: str = "fine-tune",
+    format: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """Stores the file and rings for its check. Raises Rejected, OverQuota; nothing stays behind then."""
+    limits.check(owner, "datasets")
+    dataset_id = new_id("file")
+    dataset = Dataset(owner, dataset_id, name=shown_name(filename), purpose=purpose, created_at=time.time())
+    dataset.format = dict(format) if format else None
+    errands.put("check", owner, dataset_id)
+    limits.take(owner, "datasets", dataset_id)
+    tables.put_new(dataset)
+    try:
+        stored = storage.put_file(
+            _key(owner, dataset_id), file, max_bytes=int(settings.JOBS["max_upload_bytes"])
+        )
+        if not stored.bytes:
+            raise Rejected("The file is empty. Choose one with a row for each example.")
+    except storage.TooLarge:
+        _forget(owner, dataset_id)
+        raise Rejected(
+            f"The file is larger than {settings.JOBS['max_upload_bytes']:,} bytes. Split it."
+        ) from None
+    except BaseException:
+        _forget(owner, dataset_id)
+        raise
+    actions = [
+        Dataset.status.set("checking"),
+        Dataset.key.set(stored.key),
+        Dataset.bytes.set(stored.bytes),
+        Dataset.sha256.set(stored.sha256),
+    ]
+    received = tables.update(
+        dataset, actions, Dataset.status == "receiving", lambda found: found.key == stored.key
+    )
+    if received is None:
+        raise Rejected("The upload took too long. Send it again.")
+    errands.ring("check", owner, dataset_id)
+    return received
+
+
+def finish_check(
+    owner: str,
+    dataset_id: str,
+    status: str,
+    *,
+    summary: Mapping[str, Any] | None = None,
+    format: Mapping[str, Any] | None = None,
+    report: Mapping[str, Any] | None = None,
+    error: str = "",
+) -> Dataset | None:
+    """ready or rejected, with the report. Then the jobs that wait for it move. None when it was deleted meanwhile."""
+    key = _key(owner, dataset_id)
+    actions = [Dataset.status.set(status), Dataset.error.set(error[:2000])]
+    if report is not None:
+        text = json.dumps(report, ensure_ascii=False).encode("utf-8", "replace")
+        actions.append(
+            Dataset.report_key.set(storage.put_file(_report_key(owner, dataset_id), io.BytesIO(text)).key)
+        )
+    if summary is not None:
+        actions.append(Dataset.summary.set(_small(summary)))
+    if format is not None:
+        actions.append(Dataset.format.set(dict(format)))
+    condition = (Dataset.status == "checking") & (Dataset.gone == False)  # noqa: E712  an expression
+    found = tables.update(Dataset(owner, dataset_id), actions, condition, lambda row: row.status == status)
+    if found and status == "rejected":
+        storage.delete_file(key)  # what can't be used isn't kept
+    if found:
+        _move_waiting_jobs(owner, dataset_id)
+    return found
+
+
+def give_up_broken(owner: str, dataset_id: str) -> None:
+    """An upload that broke off long ago leaves nothing behind. Called where a check finds it still receiving."""
+    if time.time() - tables.time_of(dataset_id) > BROKEN_OFF_S:
+        _forget(owner, dataset_id)
+
+
+def delete(owner: str, dataset_id: str) -> None:
+    """Gone at once for people; the bytes go when no job that was already checked needs them. Raises NotFound."""
+    access.get_dataset_for(owner, dataset_id)
+    _forget(owner, dataset_id)
+    _move_waiting_jobs(owner, dataset_id)
+
+
+def of_job(owner: str, dataset_id: str) -> Dataset:
+    """For the worker: also one that was deleted after the job was checked, whose bytes still stand."""
+    dataset = tables.get(Dataset, owner, dataset_id)
+    if dataset is None or not dataset.key:
+        raise access.NotFound(f"There is no dataset {dataset_id}.")
+    return dataset
+
+
+def _forget(owner: str, dataset_id: str) -> None:
+    errands.put("delete", owner, dataset_id)
+    tables.update(Dataset(owner, dataset_id), [Dataset.gone.set(True)], Dataset.dataset_id.exists())
+    limits.release(owner, "datasets", dataset_id)
+    errands.ring("delete", owner, dataset_id)
+
+
+def _move_waiting_jobs(owner: str, dataset_id: str) -> None:
+    from jobs import lifecycle  # it asks access about datasets
+
+    for job in endings.active_of(owner):
+        if job.status == "validating" and dataset_id in (job.dataset_id, job.validation_dataset_id):
+            lifecycle.validate(job)
+
+
+def _small(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows are read often: the largest entries of an unusual report stand in its object only."""
+    kept = dict(summary)
+    while len(json.dumps(kept)) > MAX_SUMMARY:
+        kept.pop(max(kept, key=lambda name: len(json.dumps(kept[name]))))
+    return kept
+
+
+def shown_name(filename: str) -> str:
+    """What people see; it is never a path."""
+    name = unicodedata.normalize("NFC", filename).replace("\\", "/").rpartition("/")[2]
+    name = "".join(letter for letter in name if unicodedata.category(letter)[0] != "C")
+    return name.strip()[:200] or "dataset"
+
+
+def _key(owner: str, dataset_id: str) -> str:
+    return f"datasets/{owner}/{dataset_id}/data"
+
+
+def _report_key(owner: str, dataset_id: str) -> str:
+    return f"datasets/{owner}/{dataset_id}/report.json"

@@ -1,0 +1,135 @@
+"""What follows from the end of a job, and from a deletion. Anybody may do it, any number of times: each step is
+harmless to repeat, and what would be lost by stopping half-way stands in a list until it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from jobs import errands, limits, queueing, storage, tables, tuned_models, webhooks
+from jobs.tables import ENDED, Dataset, EventChunk, Job, JobIndex, TunedModel, month_of
+
+
+def after_end(owner: str, job_id: str) -> None:
+    """The model's row, the notices, the quota, and last the job's place in the list of active ones."""
+    job = tables.get(Job, owner, job_id)
+    if job is None or not job.ended:
+        return
+    if job.status == "succeeded" and not job.gone:
+        tuned_models.create_from(job)
+    if job.status == "void":
+        tables.remove(JobIndex, f"all#{month_of(tables.time_of(job_id))}", job_id)
+    elif not job.gone:
+        partition = f"{job.status}#{month_of(job.ended_at or job.created_at)}"
+        JobIndex(partition, job_id, owner=owner, name=job.name, base=job.base).save()
+        webhooks.tell(job)
+    limits.release(owner, "jobs", job_id)
+    sweep(job)
+    tables.remove(JobIndex, queueing.shard(job_id), job_id)
+
+
+def make_void(owner: str, job_id: str) -> None:
+    """A submission that broke off: its late writer finds a job that never was. Then its rows go as those of any end."""
+    tables.put_new(Job(owner, job_id, status="void", ended_at=time.time()))
+    after_end(owner, job_id)
+
+
+# ---- bytes ---------------------------------------------------------------------------------------------------------
+
+
+def sweep(job: Job) -> int:
+    """Deletes what attempts left behind: bytes of epochs below the job's (of all, once it has ended) that neither job
+    nor model names. Returns how many objects."""
+    named = _named(job)
+    keys = storage.list_keys(f"jobs/{job.job_id}/e") if job.epoch else []
+    old = [key for key in keys if (_epoch(key) < job.epoch or job.ended) and not key.startswith(named)]
+    for key in old:
+        storage.delete_file(key)
+    return len(old)
+
+
+def _named(job: Job) -> tuple[str, ...]:
+    folders = [str(c["key"]) for c in job.checkpoints]
+    folders += [job.checkpoint_key] if job.checkpoint_key else []
+    folders += _of_model(job)
+    if job.result and not job.gone:
+        folders.append(str(job.result.get("prefix") or ""))
+    return tuple(folder.rstrip("/") + "/" for folder in folders if folder)
+
+
+def _of_model(job: Job) -> list[str]:
+    model = tables.get(TunedModel, job.owner, job.model_id) if job.model_id else None
+    return [model.prefix] if model and not model.gone else []
+
+
+def _epoch(key: str) -> int:
+    """Of jobs/<id>/e<epoch>/…"""
+    text = key.split("/")[2][1:]
+    return int(text) if text.isdigit() else 0
+
+
+# ---- deletions: the errand, then the tombstone, then the bytes -----------------------------------------------------
+
+
+def delete_job(job: Job, *, with_model: bool) -> None:
+    after_end(job.owner, job.job_id)
+    errands.put("delete", job.owner, job.job_id)
+    if with_model and job.model_id:
+        errands.put("delete", job.owner, job.model_id)
+        tuned_models.bury(job.owner, job.model_id)
+    actions = [Job.gone.set(True), Job.version.add(1), Job.checkpoints.set([]), Job.checkpoint_key.remove()]
+    tables.update(job, [*actions, Job.plan.remove(), Job.proof.remove()], Job.status.is_in(*sorted(ENDED)))
+    errands.ring("delete", job.owner, job.job_id)
+
+
+def delete_bytes(owner: str, id: str) -> bool:
+    """The errand of a deletion. False while something still needs the bytes."""
+    if id.startswith("file-"):
+        return _delete_dataset(owner, id)
+    if id.startswith("ftjob-"):
+        return _delete_job(owner, id)
+    model = tables.get(TunedModel, owner, id)
+    if model and model.gone and model.prefix:
+        storage.delete_prefix(model.prefix.rstrip("/") + "/")
+    return True
+
+
+def _delete_job(owner: str, job_id: str) -> bool:
+    job = tables.get(Job, owner, job_id)
+    if job is None or not job.gone:
+        return True  # the deletion broke off before it began
+    kept = tuple(folder.rstrip("/") + "/" for folder in _of_model(job))
+    for key in storage.list_keys(f"jobs/{job_id}/"):
+        if not key.startswith(kept):
+            storage.delete_file(key)
+    for chunk in tables.rows(EventChunk, job_id):
+        tables.remove(EventChunk, job_id, chunk.first_seq)
+    for partition in (
+        f"all#{month_of(job.created_at)}",
+        f"{job.status}#{month_of(job.ended_at or job.created_at)}",
+    ):
+        tables.remove(JobIndex, partition, job_id)
+    return True
+
+
+def _delete_dataset(owner: str, dataset_id: str) -> bool:
+    dataset = tables.get(Dataset, owner, dataset_id)
+    if dataset is None or not dataset.gone:
+        return True
+    if any(dataset_id in (job.dataset_id, job.validation_dataset_id) for job in _unended(owner)):
+        return False  # a job that was already checked still reads it
+    storage.delete_prefix(f"datasets/{owner}/{dataset_id}/")
+    return True
+
+
+def is_being_checked(owner: str, dataset_id: str) -> bool:
+    dataset = tables.get(Dataset, owner, dataset_id)
+    return dataset is not None and not dataset.gone and dataset.status in {"receiving", "checking"}
+
+
+def _unended(owner: str) -> Iterable[Job]:
+    return (job for job in active_of(owner) if not job.ended and job.status != "validating")
+
+
+def active_of(owner: str) -> list[Job]:
+    return queueing.active_jobs([row for row in queueing.index_rows() if row.owner == owner])

@@ -1,0 +1,93 @@
+"""Short work that must not be forgotten: checks of datasets, deletions, notices.
+
+An errand is a row in the list `work`, put before the work it stands for and removed after it. Whoever does it claims
+the row and renews its lease meanwhile; when a lease stands still for 30 s the reconciler rings for the errand again.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from django.conf import settings
+from pynamodb.exceptions import PynamoDBException
+
+from jobs import tables
+from jobs.tables import JobIndex
+
+log = logging.getLogger(__name__)
+
+PARTITION = "work"
+KINDS = ("check", "delete", "deliver")
+
+
+def put(kind: str, owner: str, id: str) -> None:
+    """Before the work begins. Again is harmless."""
+    tables.put_new(JobIndex(PARTITION, f"{kind}#{id}", owner=owner))
+
+
+def ring(kind: str, owner: str, id: str, lease: str = "") -> None:
+    """Best effort, after everything is written."""
+    from jobs import tasks  # it calls this module
+
+    tasks.ring(tasks.errand, kind, owner, id, lease)
+
+
+def run(kind: str, owner: str, id: str, lease: str) -> None:
+    """Does the errand if nobody does: `lease` is what the row said when the bell was rung."""
+    row = JobIndex(PARTITION, f"{kind}#{id}", owner=owner)
+    mine = secrets.token_hex(8)
+    unchanged = JobIndex.lease == lease if lease else JobIndex.lease.does_not_exist()
+    condition = JobIndex.owner.exists() & unchanged
+    if not tables.update(row, [JobIndex.lease.set(mine)], condition, lambda found: found.lease == mine):
+        return
+    with _renewed(row):
+        done = _worker(kind)(owner, id)
+    if done:
+        tables.remove(JobIndex, PARTITION, f"{kind}#{id}")
+
+
+def waiting() -> list[JobIndex]:
+    return list(tables.rows(JobIndex, PARTITION))
+
+
+def name_of(row: JobIndex) -> tuple[str, str, str]:
+    """(kind, owner, id), as `ring` wants them."""
+    kind, _, id = row.job_id.partition("#")
+    return kind, row.owner, id
+
+
+def _worker(kind: str) -> Callable[[str, str], bool]:
+    """Returns True when there is nothing left to do. They import what imports this module."""
+    from jobs import endings, tasks, webhooks
+
+    def check(owner: str, dataset_id: str) -> bool:
+        tasks.check_dataset(owner, dataset_id)
+        return not endings.is_being_checked(owner, dataset_id)
+
+    return {"check": check, "delete": endings.delete_bytes, "deliver": webhooks.deliver}[kind]
+
+
+@contextmanager
+def _renewed(row: JobIndex) -> Iterator[None]:
+    stop = threading.Event()
+    thread = threading.Thread(target=partial(_renew, row, stop), name="errand", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _renew(row: JobIndex, stop: threading.Event) -> None:
+    while not stop.wait(settings.JOBS["heartbeat_s"]):
+        try:
+            if not tables.update(row, [JobIndex.lease.set(secrets.token_hex(8))], JobIndex.owner.exists()):
+                return
+        except PynamoDBException:
+            log.warning("errand %s: the store is away", row.job_id)

@@ -1,0 +1,61 @@
+"""How much a person may have at once. A quota is a set of ids with its limit in the condition of the write: unlike a
+counter it stays right when a reply is lost and the write is sent again. An hourly audit removes ids of what has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from django.conf import settings
+from pynamodb.expressions.condition import size
+
+from jobs import tables
+from jobs.tables import Usage
+
+
+class OverQuota(Exception):
+    """The person has as many as they may; the message says of what, and what to do."""
+
+
+WORDS = {
+    "jobs": ("max_jobs_per_owner", "jobs that have not ended", "Wait for one to end, or cancel one."),
+    "datasets": ("max_datasets_per_owner", "datasets", "Delete some that are no longer needed."),
+}
+
+
+def take(owner: str, what: str, id: str) -> None:
+    """Counts `id` against the quota; again is harmless. Raises OverQuota."""
+    setting, _, _ = WORDS[what]
+    limit = int(settings.JOBS[setting])
+    free = Usage.ids.does_not_exist() | (size(Usage.ids) < limit) | Usage.ids.contains(id)
+    if not limit or not tables.update(
+        Usage(owner, what), [Usage.ids.add({id})], free, lambda row: id in (row.ids or ())
+    ):
+        raise over(what)
+
+
+def check(owner: str, what: str) -> None:
+    """Is there room for one more? Asked before anything is written; `take` is what decides."""
+    if len(held(owner, what)) >= int(settings.JOBS[WORDS[what][0]]):
+        raise over(what)
+
+
+def release(owner: str, what: str, id: str) -> None:
+    """Gives the place back; again is harmless."""
+    Usage(owner, what).update(actions=[Usage.ids.delete({id})])
+
+
+def held(owner: str, what: str) -> set[str]:
+    row = tables.get(Usage, owner, what)
+    return set(row.ids or ()) if row else set()
+
+
+def audit(owner: str, what: str, is_over: Callable[[str], bool]) -> None:
+    """Removes ids of what has ended. A submission puts the id before its job, so the caller asks twice, hours apart."""
+    for id in held(owner, what):
+        if is_over(id):
+            release(owner, what, id)
+
+
+def over(what: str) -> OverQuota:
+    setting, words, advice = WORDS[what]
+    return OverQuota(f"You have {settings.JOBS[setting]:,} {words}, the most at a time. {advice}")

@@ -1,0 +1,152 @@
+"""Finishes what others left: runs in every worker, idempotent, so there is no leader and nothing to elect.
+
+It trusts no clock but its own monotonic one. A lease is stale when *it* has seen it unchanged for 30 s; a gap in its own
+looking, or a store that didn't answer, starts every watch again, so an outage costs nobody a lease.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from django.conf import settings
+
+from jobs import endings, errands, lifecycle, limits, queueing, tables
+from jobs.tables import Job
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Watch:
+    """Since when each thing has been seen as it is now."""
+
+    clock: Any = time.monotonic
+    seen: dict[str, tuple[Any, float]] = field(default_factory=dict)
+    looked_at: float | None = None
+    next_due: float | None = None
+    _touched: set[str] = field(default_factory=set)
+
+    def look(self) -> None:
+        """A round begins."""
+        now = self.clock()
+        if self.looked_at is not None and now - self.looked_at > settings.JOBS["watch_gap_s"]:
+            self.seen.clear()
+        self.looked_at, self.next_due = now, None
+        for name in set(self.seen) - self._touched:
+            del self.seen[name]  # not met in the last round
+        self._touched.clear()
+
+    def unchanged(self, name: str, value: Any, seconds: float) -> bool:
+        """Has `name` been seen with this value for so long?"""
+        self._touched.add(name)
+        now = self.clock()
+        before, since = self.seen.get(name, (None, now))
+        if name not in self.seen or before != value:
+            self.seen[name], since = (value, now), now
+        due = since + seconds
+        if now >= due:
+            return True
+        self.next_due = min(due, self.next_due) if self.next_due is not None else due
+        return False
+
+    def again(self, name: str) -> None:
+        """Acted: wait as long before the next time."""
+        self.seen.pop(name, None)
+
+    def forget(self) -> None:
+        self.seen.clear()
+        self.looked_at = None
+
+
+class Reconciler:
+    """`tick()` again and again; it keeps nothing that matters."""
+
+    def __init__(self, clock: Any = time.monotonic) -> None:
+        self.watch = Watch(clock)
+
+    def tick(self) -> float | None:
+        """One round. Returns the seconds until a watch falls due (None: none runs). Raises when the store is away."""
+        try:
+            self.watch.look()
+            self._jobs()
+            self._errands()
+            self._hourly()
+        except Exception:
+            self.watch.forget()
+            raise
+        due = self.watch.next_due
+        return max(due - self.watch.clock(), 0.05) if due is not None else None
+
+    def _jobs(self) -> None:
+        rows = queueing.index_rows()
+        jobs = {job.job_id: job for job in queueing.active_jobs(rows)}
+        for row in rows:
+            job = jobs.get(row.job_id)
+            if job is None:
+                self._orphan(row.owner, row.job_id)
+            else:
+                self._job(job)
+        self._bells(list(jobs.values()))
+
+    def _orphan(self, owner: str, job_id: str) -> None:
+        if self.watch.unchanged(job_id, "none", settings.JOBS["void_after_s"]):
+            endings.make_void(owner, job_id)
+
+    def _job(self, job: Job) -> None:
+        if job.ended:
+            # Whoever ended it has rung for this; a round later it is ours to do.
+            if self.watch.unchanged(job.job_id, job.status, settings.JOBS["reconcile_s"]):
+                endings.after_end(job.owner, job.job_id)
+        elif job.status == "running":
+            if self.watch.unchanged(job.job_id, job.lease, settings.JOBS["lease_s"]):
+                self._said(job, "lost lease", lifecycle.lose_lease(job))
+        elif settled := lifecycle.settle(job):
+            self._said(job, "settled", settled)
+        elif job.status == "validating":
+            lifecycle.validate(job)
+        elif job.status == "retrying" and self.watch.unchanged(
+            job.job_id, job.version, lifecycle.backoff_s(job)
+        ):
+            lifecycle.requeue(job)
+
+    def _bells(self, jobs: list[Job]) -> None:
+        from jobs import tasks
+
+        if waiting := len(queueing.in_order(jobs)):
+            tasks.ring_training(waiting)
+
+    def _errands(self) -> None:
+        for row in errands.waiting():
+            if self.watch.unchanged(row.job_id, row.lease, settings.JOBS["lease_s"]):
+                errands.ring(*errands.name_of(row), row.lease or "")
+                self.watch.again(row.job_id)
+
+    def _hourly(self) -> None:
+        """Quotas: an id whose job has ended, twice seen an hour apart, goes. Bytes: what lost attempts left goes."""
+        for job in queueing.active_jobs() if self._falls_due("janitor", settings.JOBS["janitor_s"]) else ():
+            if job.epoch > 1:
+                endings.sweep(job)
+        if self._falls_due("audit", settings.JOBS["audit_s"]):
+            for owner in {row.owner for row in queueing.index_rows()}:
+                limits.audit(owner, "jobs", lambda id, owner=owner: is_over(owner, id))  # type: ignore[misc]
+
+    def _falls_due(self, name: str, seconds: float) -> bool:
+        """On a clock of its own, which no gap starts again."""
+        now = self.watch.clock()
+        due: dict[str, float] = self.__dict__.setdefault("_due", {})
+        if now < due.setdefault(name, now + seconds):
+            return False
+        due[name] = now + seconds
+        return True
+
+    def _said(self, job: Job, what: str, moved: Job | None) -> None:
+        if moved:
+            log.warning("%s: %s, now %s", job.job_id, what, moved.status)
+
+
+def is_over(owner: str, job_id: str) -> bool:
+    job = tables.get(Job, owner, job_id)
+    return job is not None and job.ended

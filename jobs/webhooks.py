@@ -1,0 +1,229 @@
+"""Telling people that a job ended or needs them: signed webhooks (standardwebhooks.com) and e-mail.
+
+One delivery is a row, put before the errand is rung; a sender moves its `tries` n → n + 1 and then posts, so a crash may
+send twice under the same `webhook-id`, never not at all. No redirects are followed, and the address that was checked is
+the one that is connected to.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import http.client
+import ipaddress
+import json
+import logging
+import secrets
+import socket
+import ssl
+import time
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+from django.conf import settings
+
+from jobs import errands, reasons, tables
+from jobs.tables import Job, WebhookDelivery, WebhookEndpoint, new_id
+
+log = logging.getLogger(__name__)
+
+SCHEDULE_S = (0, 5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 20 * 3600, 24 * 3600)
+TIMEOUT_S = 15
+MAX_ENDPOINTS = 10
+EVENTS = {"succeeded", "failed", "cancelled"}
+
+
+class BadAddress(Exception):
+    """The URL can't be posted to. The same words for every cause: it tells nobody what listens where."""
+
+
+# ---- endpoints -----------------------------------------------------------------------------------------------------
+
+
+def add_endpoint(owner: str, url: str) -> WebhookEndpoint:
+    """Raises BadAddress. The secret is shown to its owner, who verifies with it."""
+    split(url)
+    if len(list_endpoints(owner)) >= MAX_ENDPOINTS:
+        raise BadAddress(f"You have {MAX_ENDPOINTS} webhooks already. Delete one first.")
+    secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+    endpoint = WebhookEndpoint(owner, new_id("hook"), url=url, secret=secret)
+    tables.put_new(endpoint)
+    return endpoint
+
+
+def list_endpoints(owner: str) -> list[WebhookEndpoint]:
+    return list(tables.rows(WebhookEndpoint, owner))
+
+
+def remove_endpoint(owner: str, endpoint_id: str) -> None:
+    tables.remove(WebhookEndpoint, owner, endpoint_id)
+
+
+# ---- tell ----------------------------------------------------------------------------------------------------------
+
+
+def tell(job: Job) -> None:
+    """Puts a delivery for each place its owner wants to be told at. Again is harmless."""
+    if job.status not in EVENTS:
+        return
+    event = f"fine_tuning.job.{job.status}"
+    body = {"id": f"evt-{job.job_id}-{job.status}", "object": "event", "type": event}
+    payload = json.dumps(body | {"created_at": int(job.ended_at or 0), "data": {"id": job.job_id}})
+    for place in [endpoint.endpoint_id for endpoint in list_endpoints(job.owner) if endpoint.active] + [
+        "email"
+    ]:
+        _tell(job, place, event, payload)
+
+
+def _tell(job: Job, place: str, event: str, payload: str) -> None:
+    delivery = WebhookDelivery(job.owner, f"{job.job_id}#{job.status}#{place}")
+    delivery.event, delivery.job_id, delivery.payload = event, job.job_id, payload
+    errands.put("deliver", job.owner, delivery.delivery_id)
+    if tables.put_new(delivery):
+        errands.ring("deliver", job.owner, delivery.delivery_id)
+
+
+def deliver(owner: str, delivery_id: str) -> bool:
+    """The errand: one try if it is time. True when nothing is left to do."""
+    delivery = tables.get(WebhookDelivery, owner, delivery_id)
+    if delivery is None or delivery.status != "pending":
+        return True
+    if time.time() < delivery.next_at:
+        return False
+    tries = delivery.tries + 1
+    wait = SCHEDULE_S[tries] if tries < len(SCHEDULE_S) else 0
+    actions = [WebhookDelivery.tries.set(tries), WebhookDelivery.next_at.set(time.time() + wait)]
+    if not tables.update(delivery, actions, WebhookDelivery.tries == delivery.tries):
+        return False  # another sender was first
+    sent, result, final = _send(delivery)
+    over = final or tries >= len(SCHEDULE_S)
+    status = "sent" if sent else "given up" if over else "pending"
+    told = [WebhookDelivery.status.set(status), WebhookDelivery.last_result.set(result[:200])]
+    tables.update(delivery, told, WebhookDelivery.status == "pending")
+    return status != "pending"
+
+
+def _send(delivery: WebhookDelivery) -> tuple[bool, str, bool]:
+    """(sent, what came of it, no use in trying again)."""
+    place = delivery.delivery_id.rpartition("#")[2]
+    if place == "email":
+        return _mail(delivery)
+    endpoint = tables.get(WebhookEndpoint, delivery.owner, place)
+    if endpoint is None or not endpoint.active:
+        return False, "the webhook was removed", True
+    try:
+        status = post(endpoint.url, delivery.payload.encode(), signed(endpoint.secret, delivery))
+    except (BadAddress, OSError, http.client.HTTPException) as error:
+        log.info("webhook %s: %s", delivery.delivery_id, error)
+        return False, "could not be reached", False
+    if status == 410:
+        tables.update(endpoint, [WebhookEndpoint.active.set(False)], WebhookEndpoint.url.exists())
+    return 200 <= status < 300, f"answered {status}", status == 410
+
+
+def signed(secret: str, delivery: WebhookDelivery, now: float | None = None) -> dict[str, str]:
+    """The three headers of Standard Webhooks."""
+    id = "msg_" + hashlib.sha256(delivery.delivery_id.encode()).hexdigest()[:32]
+    timestamp = str(int(time.time() if now is None else now))
+    key = base64.b64decode(secret.removeprefix("whsec_"))
+    digest = hmac.new(key, f"{id}.{timestamp}.{delivery.payload}".encode(), hashlib.sha256).digest()
+    signature = "v1," + base64.b64encode(digest).decode()
+    return {"webhook-id": id, "webhook-timestamp": timestamp, "webhook-signature": signature}
+
+
+# ---- post ----------------------------------------------------------------------------------------------------------
+
+
+def split(url: str) -> SplitResult:
+    """The URL taken apart, once, for the check and the connection alike. Raises BadAddress."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise BadAddress("This is no address that can be posted to.") from None
+    schemes = {"https", "http"} if _allows_private() else {"https"}
+    odd = not url.isascii() or any(letter in url for letter in "\\ \t\r\n@") or port == 0 or len(url) > 2000
+    if parts.scheme not in schemes or not parts.hostname or odd:
+        raise BadAddress("Give an https:// address without user name or password.")
+    return parts
+
+
+def post(url: str, body: bytes, headers: dict[str, str]) -> int:
+    """Posts to the address that was checked; returns the status. Raises BadAddress, OSError."""
+    parts = split(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    host = str(parts.hostname)
+    sock = socket.create_connection((_checked_address(host, port), port), timeout=TIMEOUT_S)
+    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+    try:
+        if parts.scheme == "https":
+            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+        connection.sock = sock
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        told = {"Content-Type": "application/json", "User-Agent": "LLM-Tuner-Webhooks/1", **headers}
+        connection.request("POST", path, body, told)
+        return connection.getresponse().status  # the body is nobody's business
+    finally:
+        connection.close()
+        sock.close()
+
+
+def _checked_address(host: str, port: int) -> str:
+    found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    if not found or not all(_allows_private() or is_public(address) for address in found):
+        raise BadAddress("This address can't be posted to.")
+    return sorted(found)[0]
+
+
+def is_public(address: str) -> bool:
+    """Whether the address belongs to the internet at large, also when it hides an IPv4 address inside."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner: Any = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
+        if ip in ipaddress.ip_network("64:ff9b::/96"):
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner:
+            return is_public(str(inner))
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+def _allows_private() -> bool:
+    return bool(getattr(settings, "WEBHOOKS_ALLOW_PRIVATE", False))
+
+
+# ---- mail ----------------------------------------------------------------------------------------------------------
+
+
+def _mail(delivery: WebhookDelivery) -> tuple[bool, str, bool]:
+    """To the person's verified address, unless they don't want it."""
+    from allauth.account.models import EmailAddress
+    from django.contrib.auth import get_user_model
+    from django.core.mail import send_mail
+
+    person = get_user_model().objects.filter(owner_id=delivery.owner, is_active=True).first()
+    job = tables.get(Job, delivery.owner, delivery.job_id)
+    if person is None or job is None or job.gone or not getattr(person, "notify_by_email", True):
+        return False, "not wanted", True
+    if not EmailAddress.objects.filter(user=person, verified=True, email__iexact=person.email).exists():
+        return False, "no verified address", True
+    try:
+        send_mail(_subject(job), _text(job), None, [person.email])
+    except OSError as error:
+        log.warning("mail for %s: %s", delivery.delivery_id, error)
+        return False, "the mail server could not be reached", False
+    return True, "sent", True
+
+
+def _subject(job: Job) -> str:
+    word = {"succeeded": "is ready", "failed": "failed", "cancelled": "was cancelled"}[job.status]
+    return " ".join(f"“{job.name}” {word}".split())
+
+
+def _text(job: Job) -> str:
+    lines = [_subject(job) + "."]
+    if job.status == "failed":
+        lines += [job.message or reasons.sentence(job.reason), job.advice or reasons.advice(job.reason)]
+    if job.status == "succeeded":
+        lines.append(f"The model: {job.model_id}")
+    return "\n\n".join([*filter(None, lines), f"{settings.PUBLIC_URL}/jobs/{job.job_id}/"]) + "\n"
