@@ -20,9 +20,9 @@ def api_shell(get_response: Handler) -> Handler:
         async def async_middleware(request: HttpRequest) -> HttpResponseBase:
             _forget_cookies(request)
             response = await get_response(request)
-            return _in_shape(request, response)  # type: ignore[arg-type]  # awaited: a response
+            return _in_shape(request, response)
 
-        return async_middleware  # type: ignore[return-value]  # Django knows which of the two it holds
+        return async_middleware
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
         _forget_cookies(request)

@@ -17,10 +17,14 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 django = get_asgi_application()
 
 from jobs.views import live  # noqa: E402  needs the settings that were loaded above
+from llmtuner.bounded import bounded  # noqa: E402  likewise
 
 
-async def application(scope: Scope, receive: Receive, send: Send) -> None:
+async def route(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "http" and live.PATH.match(scope["path"]):
         await live.stream(scope, receive, send)
     else:
         await django(scope, receive, send)
+
+
+application = bounded(route)

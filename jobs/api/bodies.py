@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 from django.http import HttpRequest
 from ninja.parser import Parser
@@ -89,4 +89,5 @@ class StrictParser(Parser):
 
 
 class Renderer(JSONRenderer):
-    json_dumps_params: ClassVar[dict[str, Any]] = {"allow_nan": False, "ensure_ascii": False}
+    def render(self, request: HttpRequest, data: Any, *, response_status: int) -> str:
+        return json.dumps(data, cls=self.encoder_class, allow_nan=False, ensure_ascii=False)

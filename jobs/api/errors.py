@@ -13,7 +13,7 @@ from ninja.errors import AuthenticationError, HttpError, Throttled, ValidationEr
 from pynamodb.exceptions import PynamoDBException
 
 from accounts.auth import TwoCredentials
-from jobs import access, datasets, inference, lifecycle, limits
+from jobs import access, datasets, inference, lifecycle, limits, storage
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +127,13 @@ def translate(exc: Exception) -> ApiError:
             return ApiError(
                 429, str(exc) or "All generators are busy.", code="busy", retry_after=exc.retry_after
             )
-        case RequestDataTooBig():
+        case RequestDataTooBig() | storage.TooLarge():
             return too_large()
+        case storage.StorageError():
+            log.warning("objects: %s", exc)
+            return ApiError(
+                503, "The object storage is not reachable. Try again soon.", code="unavailable", retry_after=5
+            )
         case MultiPartParserError() | SuspiciousOperation():
             return bad("The request's body could not be read.", None, "invalid_body")
         case HttpError():

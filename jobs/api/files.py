@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import IO, Annotated, Any, Literal
 from urllib.parse import quote
 
 from asgiref.sync import sync_to_async
@@ -116,7 +116,7 @@ def file_content(request: CallerRequest, file_id: str) -> HttpResponseBase:
     return _attachment(response, dataset.name)
 
 
-async def _pieces(source: BinaryIO) -> AsyncIterator[bytes]:
+async def _pieces(source: IO[bytes]) -> AsyncIterator[bytes]:
     """The file in pieces; a thread is borrowed for each read only, and the whole never stands in memory."""
     try:
         while piece := await sync_to_async(source.read)(PIECE):
@@ -167,7 +167,7 @@ def show(dataset: Any) -> Json:
     }
 
 
-def concatenated(sources: Iterable[BinaryIO]) -> Iterable[bytes]:
+def concatenated(sources: Iterable[IO[bytes]]) -> Iterable[bytes]:
     for source in sources:
         with source:
             while piece := source.read(PIECE):

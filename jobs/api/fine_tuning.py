@@ -269,7 +269,7 @@ def _find(owner: str, job_id: str) -> Row:
         raise not_found("fine-tuning job") from missing
 
 
-def _ask(request: CallerRequest, job_id: str, desired: str) -> Json:
+def _ask(request: CallerRequest, job_id: str, desired: lifecycle.Desired) -> Json:
     _find(request.auth.owner, job_id)
     return show(lifecycle.ask(request.auth.owner, job_id, desired))
 
@@ -313,16 +313,12 @@ def _shown_hyperparameters(job: Row) -> Json:
     """What was asked for; what automatic values became, once they are known."""
     asked = (job.api or {}).get("hyperparameters", {})
     resolved = (job.plan or {}).get("settings") or {}
-    values = {}
+    values: Json = {"learning_rate_multiplier": asked.get("learning_rate_multiplier", "auto")}
     for theirs, ours in (("n_epochs", "epochs"), ("batch_size", "batch_size")):
-        given = (
-            job.settings.get(ours)
-            if job.settings.get(ours) not in (None, "auto")
-            else asked.get(theirs, "auto")
-        )
-        value = resolved.get(ours) if given == "auto" and resolved.get(ours) else given
-        values[theirs] = value if value == "auto" else max(1, round(float(value)))
-    return values | {"learning_rate_multiplier": asked.get("learning_rate_multiplier", "auto")}
+        given = job.settings.get(ours)
+        known = resolved.get(ours) if given in (None, "", "auto") else given
+        values[theirs] = max(1, round(float(known))) if known else "auto"
+    return values
 
 
 def _seed(job: Row) -> int:

@@ -229,7 +229,9 @@ class Model(Schema):
     object: Literal["model"] = "model"
     created: int
     owned_by: str
-    llmtuner: dict[str, Any] = Field(default={}, description="What we know of it: base, job, metrics, verdict, fidelity.")
+    llmtuner: dict[str, Any] = Field(
+        default={}, description="What we know of it: base, job, metrics, verdict, fidelity."
+    )
 
 
 class StreamOptions(Request):

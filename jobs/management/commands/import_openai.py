@@ -1,0 +1,116 @@
+"""`manage.py import_openai FOLDER --email you@example.com`: what was exported from OpenAI, taken over.
+
+The folder holds the training files (`*.jsonl`, by any name) and, if wanted, job descriptions as OpenAI's API answers
+them (`*.json`: one `fine_tuning.job`, or a list page of them). Each file becomes a dataset; each described job becomes a
+job here that trains the mapped local base on the same file with the same hyperparameters, when `--start` is given.
+Running it again takes over only what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from django.contrib.auth import get_user_model
+from django.core.management.base import BaseCommand, CommandError
+
+from jobs import access, datasets, lifecycle, limits
+from jobs.api import models
+from jobs.api.errors import ApiError
+
+
+class Command(BaseCommand):
+    help = "Takes over a folder of files and job descriptions exported from OpenAI."
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("folder", type=Path)
+        parser.add_argument("--email", required=True, help="Whose they shall be.")
+        parser.add_argument("--start", action="store_true", help="Also train each described job here.")
+        parser.add_argument("--base", help="Train this base whatever the descriptions name.")
+
+    def handle(self, *, folder: Path, email: str, start: bool, base: str | None, **_: Any) -> None:
+        if not folder.is_dir():
+            raise CommandError(f"{folder} is no folder.")
+        user = get_user_model().objects.filter(email=email.lower()).first()
+        if user is None:
+            raise CommandError(f"Nobody here has the address {email}. Sign up first.")
+        files = self._import_files(user.owner_id, folder)
+        for job in _described_jobs(folder):
+            self._import_job(user, job, files, start, base)
+
+    def _import_files(self, owner: str, folder: Path) -> dict[str, str]:
+        """Dataset ids by every name a description may use: the file's name, and its stem (OpenAI's file id)."""
+        known = {row.sha256: row.dataset_id for row in access.list_datasets(owner, 1000)}
+        ids: dict[str, str] = {}
+        for path in sorted(folder.rglob("*.jsonl")):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest in known:
+                self.stdout.write(f"{path.name}: already here as {known[digest]}")
+            else:
+                with path.open("rb") as file:
+                    known[digest] = datasets.receive(owner, path.name, file, purpose="fine-tune").dataset_id
+                self.stdout.write(f"{path.name}: taken over as {known[digest]}")
+            ids[path.name] = ids[path.stem] = known[digest]
+        if not ids:
+            raise CommandError(f"{folder} holds no .jsonl file.")
+        return ids
+
+    def _import_job(
+        self, user: Any, job: dict[str, Any], files: dict[str, str], start: bool, base: str | None
+    ) -> None:
+        name = str(job.get("fine_tuned_model") or job.get("id"))
+        training_file = files.get(str(job.get("training_file")))
+        if training_file is None:
+            self.stdout.write(
+                f"{name}: its training file {job.get('training_file')} is not in the folder; left out"
+            )
+            return
+        if not start:
+            self.stdout.write(f"{name}: can be trained here on {training_file} (add --start)")
+            return
+        try:
+            request = lifecycle.JobRequest(
+                base=base or models.base_for_training(str(job.get("model"))),
+                dataset_id=training_file,
+                validation_dataset_id=files.get(str(job.get("validation_file"))),
+                name=name[:200],
+                settings=_settings(job),
+                seed=job.get("seed") if isinstance(job.get("seed"), int) else None,
+                metadata={"imported_from": str(job.get("id"))[:512]},
+            )
+            made = lifecycle.submit(
+                user.owner_id, request, idempotency_key=f"import#{job.get('id')}", slug=user.slug
+            )
+        except (ApiError, lifecycle.Refused, limits.OverQuota) as refusal:
+            self.stdout.write(f"{name}: {getattr(refusal, 'message', refusal)}")
+            return
+        self.stdout.write(f"{name}: {made.job_id}, model {made.model_id}")
+
+
+def _described_jobs(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise CommandError(f"{path} cannot be read: {error}") from error
+        entries = found.get("data", [found]) if isinstance(found, dict) else found
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, dict) and entry.get("object") == "fine_tuning.job":
+                yield entry
+
+
+def _settings(job: dict[str, Any]) -> dict[str, Any]:
+    """Epochs and batch size as they were; the learning rate's multiplier was of OpenAI's own, unknown rate."""
+    method = job.get("method") or {}
+    asked = (
+        (method.get(method.get("type", ""), {}) or {}).get("hyperparameters")
+        or job.get("hyperparameters")
+        or {}
+    )
+    settings = {"epochs": asked.get("n_epochs"), "batch_size": asked.get("batch_size")}
+    return {name: value for name, value in settings.items() if isinstance(value, int)}
