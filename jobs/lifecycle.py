@@ -296,7 +296,7 @@ def clone_request(job: Job) -> JobRequest:
         settings=job.settings,
         prompts=tuple(job.prompts),
         suffix=job.suffix,
-        seed=job.seed,
+        seed=None if job.seed is None else int(job.seed),
         metadata=job.metadata,
         api=job.api,
         needs=job.needs,
@@ -345,7 +345,7 @@ def claim(job: Job, worker: WorkerInfo) -> Claim | None:
     if job.status != "queued" or job.desired != "run":
         return None
     holder = f"{worker.process}/{secrets.token_hex(8)}"
-    actions = [
+    actions: list[Action] = [
         Job.status.set("running"),
         Job.phase.set("preparing"),
         Job.epoch.set(job.epoch + 1),
@@ -361,7 +361,7 @@ def claim(job: Job, worker: WorkerInfo) -> Claim | None:
     if moved is None or moved.status != "running":
         return None
     _news(moved)
-    return Claim(moved, moved.epoch, holder)
+    return Claim(moved, int(moved.epoch), holder)
 
 
 Answer = TypeVar("Answer")
@@ -431,7 +431,7 @@ class Claim:
     ) -> str:
         """Renews the lease, tells how it goes, and shows the events first_seq … last_seq to readers (their chunk is
         stored by then). One try of 3 s. Returns what people want: run, pause or cancel."""
-        told = {
+        told: dict[str, Any] = {
             "progress": progress,
             "metrics": metrics,
             "phase": phase,
@@ -474,6 +474,7 @@ class Claim:
     def pointer_back(self, checkpoint: Mapping[str, Any] | None) -> None:
         """Before training: the pointer's bytes don't verify. Moves it to the newest that does, or away."""
         before, key = self.job.checkpoint_key, checkpoint and str(checkpoint["key"])
+        actions: list[Action]
         if checkpoint:
             kept = [c for c in self.job.checkpoints if c["step"] <= checkpoint["step"]]
             actions = [Job.checkpoint_key.set(key), Job.checkpoint_step.set(int(checkpoint["step"]))]
@@ -685,7 +686,7 @@ def _news(job: Job) -> None:
     """Rings, after the write. Losing these loses nothing: readers poll, and the reconciler rings again."""
     from jobs import feed, tasks  # they import this module
 
-    feed.announce(job.job_id, job.last_seq)
+    feed.announce(job.job_id, int(job.last_seq))
     if job.ended:
         tasks.ring(tasks.after_end, job.owner, job.job_id)
     elif job.status == "queued" and job.desired == "run":

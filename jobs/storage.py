@@ -365,7 +365,7 @@ def sha256_of(path: Path) -> str:
 
 def _storage() -> Any:
     default_storage.exists  # noqa: B018  the lazy object makes its inside at the first touch
-    return default_storage._wrapped  # type: ignore[attr-defined]
+    return default_storage._wrapped
 
 
 def _root() -> Path:

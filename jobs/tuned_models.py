@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from asgiref.sync import sync_to_async
 from django.conf import settings
@@ -54,8 +54,7 @@ def delete(owner: str, model_id: str) -> None:
 
 def bury(owner: str, model_id: str) -> None:
     """A tombstone, also where no model is: a late writer puts none any more."""
-    actions = [TunedModel.gone.set(True), TunedModel.files.set([]), TunedModel.aliases.set([])]
-    TunedModel(owner, model_id).update(actions=actions)
+    TunedModel(owner, model_id).update(actions=[TunedModel.gone.set(True), TunedModel.files.set([])])
 
 
 def set_aliases(owner: str, model_id: str, aliases: list[str]) -> TunedModel:
@@ -148,7 +147,7 @@ def archive(model: TunedModel) -> AsyncIterator[bytes]:
 def zipped(model: TunedModel) -> Iterator[bytes]:
     out = _Drain()
     folder = model.model_id.replace(":", "-").replace("/", "-")
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with zipfile.ZipFile(cast(IO[bytes], out), "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for entry in model.files:
             info = zipfile.ZipInfo(f"{folder}/{storage.safe_name(entry['name'])}", (1980, 1, 1, 0, 0, 0))
             info.external_attr = 0o644 << 16
@@ -200,7 +199,7 @@ class _Drain:
 
 async def _in_threads(parts: Iterator[bytes]) -> AsyncIterator[bytes]:
     """A plain iterator as an async one: a thread is borrowed for each part only."""
-    end = object()
-    while (part := await sync_to_async(next, thread_sensitive=False)(parts, end)) is not end:
+    take = sync_to_async(lambda: next(parts, None), thread_sensitive=False)
+    while (part := await take()) is not None:
         if part:
-            yield part  # type: ignore[misc]  # it isn't `end`
+            yield part

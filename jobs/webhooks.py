@@ -91,7 +91,7 @@ def deliver(owner: str, delivery_id: str) -> bool:
         return True
     if time.time() < delivery.next_at:
         return False
-    tries = delivery.tries + 1
+    tries = int(delivery.tries) + 1
     wait = SCHEDULE_S[tries] if tries < len(SCHEDULE_S) else 0
     actions = [WebhookDelivery.tries.set(tries), WebhookDelivery.next_at.set(time.time() + wait)]
     if not tables.update(delivery, actions, WebhookDelivery.tries == delivery.tries):

@@ -1,0 +1,371 @@
+"""Every move of a job, made once as it should be."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from jobs import access, datasets, endings, lifecycle, limits, queueing, tables
+from jobs.lifecycle import LostRace, OverQuota, Refused
+from jobs.tables import JobIndex, TunedModel, month_of, new_id
+from tests.jobs.makers import (
+    WORKER,
+    checkpoint,
+    finish_upload,
+    make_claim,
+    make_dataset,
+    make_job,
+    make_owner,
+    make_request,
+    read,
+    result,
+)
+
+pytestmark = pytest.mark.usefixtures("stores")
+
+
+def is_listed(job, partition=None):
+    return tables.get(JobIndex, partition or queueing.shard(job.job_id), job.job_id) is not None
+
+
+# ---- submit
+
+
+def test_a_submitted_job_waits_in_the_queue():
+    job = make_job()
+    assert (read(job).status, read(job).desired, read(job).epoch) == ("queued", "run", 0)
+    assert is_listed(job)
+    assert is_listed(job, f"all#{month_of(job.created_at)}")
+    assert limits.held(job.owner, "jobs") == {job.job_id}
+    assert job.model_id.startswith("ft:starter:")
+
+
+def test_it_waits_for_its_dataset_to_be_checked():
+    owner = make_owner()
+    dataset = make_dataset(owner, "checking")
+    job = make_job(owner, dataset_id=dataset.dataset_id)
+    assert job.status == "validating"
+    finish_upload(dataset)
+    assert read(job).status == "queued"
+
+
+@pytest.mark.parametrize("status", ["rejected", "deleted"])
+def test_it_fails_when_its_dataset_cannot_be_used(status):
+    owner = make_owner()
+    dataset = make_dataset(owner, "checking")
+    job = make_job(owner, dataset_id=dataset.dataset_id)
+    if status == "deleted":
+        datasets.delete(owner, dataset.dataset_id)
+    else:
+        datasets.finish_check(owner, dataset.dataset_id, "rejected", error="Line 3 is no JSON.")
+    assert read(job).status == "failed"
+    assert read(job).reason == f"dataset_{status}"
+    assert read(job).message
+
+
+def test_the_same_key_makes_one_job():
+    owner = make_owner()
+    request = make_request(owner)
+    first = lifecycle.submit(owner, request, idempotency_key="k")
+    assert lifecycle.submit(owner, request, idempotency_key="k").job_id == first.job_id
+    with pytest.raises(Refused):
+        lifecycle.submit(owner, dataclasses.replace(request, suffix="x"), idempotency_key="k")
+    assert lifecycle.submit(owner, request, idempotency_key="other").job_id != first.job_id
+
+
+def test_a_key_whose_submission_broke_off_can_be_used_again():
+    owner = make_owner()
+    request = make_request(owner)
+    job_id = lifecycle._id_for(owner, request, "k")
+    endings.make_void(owner, job_id)
+    job = lifecycle.submit(owner, request, idempotency_key="k")
+    assert job.job_id != job_id
+    assert job.status == "queued"
+
+
+def test_the_quota_refuses_one_too_many_and_leaves_nothing(settings):
+    settings.JOBS = settings.JOBS | {"max_jobs_per_owner": 1}
+    job = make_job()
+    with pytest.raises(OverQuota):
+        make_job(job.owner)
+    with pytest.raises(OverQuota):
+        lifecycle.submit(job.owner, make_request(job.owner), idempotency_key="k")
+    assert limits.held(job.owner, "jobs") == {job.job_id}
+    assert [row.job_id for row in queueing.index_rows() if row.owner == job.owner] == [job.job_id]
+    assert [row.job_id for row in access.list_jobs(job.owner)] == [job.job_id]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"settings": {"epochs": -1}}, "epochs"),
+        ({"settings": {"nonsense": 1}}, "nonsense"),
+        ({"suffix": "a/b"}, "suffix"),
+        ({"base": ""}, "base"),
+        ({"dataset_id": "file-0"}, "dataset_id"),
+        ({"dataset_status": "rejected"}, "dataset_id"),
+        ({"validation_dataset_id": "file-0"}, "validation_dataset_id"),
+    ],
+)
+def test_it_refuses_what_cannot_be_run_and_names_the_field(fields, field):
+    with pytest.raises(Refused) as refusal:
+        make_job(**fields)
+    assert refusal.value.field == field
+
+
+def test_nobody_uses_anothers_dataset():
+    with pytest.raises(Refused):
+        make_job(dataset_id=make_dataset(make_owner()).dataset_id)
+
+
+# ---- the holder's moves
+
+
+def test_a_claim_is_had_once():
+    job = make_job()
+    seen = read(job)
+    assert lifecycle.claim(seen, WORKER) is not None
+    assert lifecycle.claim(seen, WORKER) is None
+    assert (read(job).status, read(job).epoch) == ("running", 1)
+
+
+def test_a_heartbeat_renews_the_lease_and_brings_the_orders():
+    claim = make_claim()
+    before = claim.job.lease
+    assert claim.heartbeat({"step": 3}, {"loss": 2.5}, 1, 4) == "run"
+    job = read(claim.job)
+    assert job.lease != before
+    assert (job.progress, job.metrics, job.last_seq) == ({"step": 3}, {"loss": 2.5}, 4)
+    lifecycle.ask(job.owner, job.job_id, "pause")
+    assert claim.heartbeat() == "pause"
+
+
+def test_events_can_neither_repeat_nor_leave_a_gap():
+    claim = make_claim()
+    claim.heartbeat(first_seq=1, last_seq=4)
+    claim.heartbeat(first_seq=1, last_seq=4)  # sent again after a lost reply
+    with pytest.raises(LostRace):
+        claim.heartbeat(first_seq=6, last_seq=7)
+    assert read(claim.job).last_seq == 4
+
+
+def test_the_pointer_only_moves_forward():
+    claim = make_claim()
+    claim.move_pointer(checkpoint(claim, 2))
+    claim.move_pointer(checkpoint(claim, 4, best=True))
+    for step in (5, 6, 7):
+        claim.move_pointer(checkpoint(claim, step))
+    assert [c["step"] for c in read(claim.job).checkpoints] == [4, 6, 7]
+    with pytest.raises(LostRace):
+        claim.move_pointer(checkpoint(claim, 3))
+    assert read(claim.job).checkpoint_step == 7
+
+
+def test_the_pointer_goes_back_to_what_verifies():
+    claim = make_claim()
+    for step in (2, 4):
+        claim.move_pointer(checkpoint(claim, step))
+    claim.pointer_back(claim.job.checkpoints[0])
+    assert (read(claim.job).checkpoint_step, len(read(claim.job).checkpoints)) == (2, 1)
+    claim.pointer_back(None)
+    assert (read(claim.job).checkpoint_key, read(claim.job).checkpoints) == (None, [])
+    claim.move_pointer(checkpoint(claim, 1))
+
+
+def test_a_success_makes_a_model_and_clears_the_lists():
+    claim = make_claim()
+    assert claim.finish("succeeded", result=result(claim)) == "succeeded"
+    job = read(claim.job)
+    assert (job.status, job.lease, job.holder) == ("succeeded", None, claim.holder)
+    assert is_listed(job)
+    for _ in range(2):
+        lifecycle.after_end(job.owner, job.job_id)
+    model = access.get_model_for(job.owner, job.model_id)
+    assert (model.prefix, model.step, model.bytes) == (f"{claim.prefix}final", 3, 2)
+    assert not is_listed(job)
+    assert is_listed(job, f"succeeded#{month_of(job.ended_at)}")
+    assert limits.held(job.owner, "jobs") == set()
+
+
+def test_a_failure_says_why():
+    claim = make_claim()
+    claim.finish("failed", "not_finite")
+    job = read(claim.job)
+    assert (job.status, job.reason) == ("failed", "not_finite")
+    assert job.message
+    assert job.advice
+    with pytest.raises(LostRace):
+        claim.heartbeat()
+
+
+def test_giving_back_charges_nothing():
+    claim = make_claim()
+    assert claim.give_back() == "queued"
+    assert (read(claim.job).attempts, read(claim.job).lease) == (0, None)
+
+
+def test_a_dead_trainer_is_tried_again_until_nothing_gets_further():
+    job = make_job()
+    for attempt in (1, 2):
+        assert make_claim(job).trainer_died("killed") == "retrying"
+        assert (read(job).attempts, read(job).attempts_without_progress) == (attempt, attempt)
+        assert lifecycle.requeue(read(job))
+    claim = make_claim(job)
+    claim.move_pointer(checkpoint(claim, 1))
+    assert claim.trainer_died("killed") == "retrying"
+    lifecycle.requeue(read(job))
+    make_claim(job).trainer_died("killed")
+    lifecycle.requeue(read(job))
+    assert make_claim(job).trainer_died("killed") == "failed"
+    assert read(job).attempts == 5
+    assert "tried too often" in read(job).message
+
+
+def test_backoff_doubles():
+    job = make_job()
+    waits = []
+    for job.attempts_without_progress in range(1, 9):
+        waits.append(lifecycle.backoff_s(job))
+    assert waits == [0, 10, 20, 40, 80, 160, 320, 600]
+
+
+def test_a_lost_lease_fences_its_old_holder():
+    old = make_claim()
+    assert lifecycle.lose_lease(old.job).status == "retrying"
+    lifecycle.requeue(read(old.job))
+    new = make_claim(old.job)
+    assert new.epoch == 2
+    for write in (
+        old.heartbeat,
+        old.give_back,
+        lambda: old.move_pointer(checkpoint(old, 9)),
+        lambda: old.finish("succeeded", result=result(old)),
+        lambda: old.trainer_died("killed"),
+    ):
+        with pytest.raises(LostRace):
+            write()
+    assert new.heartbeat() == "run"
+
+
+def test_a_lease_that_was_renewed_is_not_lost():
+    claim = make_claim()
+    seen = read(claim.job)
+    claim.heartbeat()
+    assert lifecycle.lose_lease(seen) is None
+
+
+# ---- people's moves
+
+
+def test_waiting_jobs_move_at_once():
+    job = make_job()
+    assert lifecycle.ask(job.owner, job.job_id, "pause").status == "paused"
+    assert lifecycle.ask(job.owner, job.job_id, "run").status == "queued"
+    assert lifecycle.ask(job.owner, job.job_id, "cancel").status == "cancelled"
+    assert lifecycle.ask(job.owner, job.job_id, "cancel").status == "cancelled"
+    with pytest.raises(Refused):
+        lifecycle.ask(job.owner, job.job_id, "run")
+
+
+def test_what_was_never_checked_goes_back_to_be_checked():
+    job = make_job(dataset_status="checking")
+    assert lifecycle.ask(job.owner, job.job_id, "pause").status == "paused"
+    assert lifecycle.ask(job.owner, job.job_id, "run").status == "validating"
+
+
+def test_a_cancel_is_never_taken_back():
+    claim = make_claim()
+    lifecycle.ask(claim.owner, claim.job_id, "cancel")
+    with pytest.raises(Refused):
+        lifecycle.ask(claim.owner, claim.job_id, "run")
+    assert claim.heartbeat() == "cancel"
+
+
+@pytest.mark.parametrize(
+    ("desired", "leave", "landed"),
+    [
+        ("run", lambda c: c.give_back(), "queued"),
+        ("pause", lambda c: c.give_back(), "paused"),
+        ("cancel", lambda c: c.give_back(), "cancelled"),
+        ("cancel", lambda c: c.finish("succeeded", result=result(c)), "cancelled"),
+        ("pause", lambda c: c.finish("succeeded", result=result(c)), "succeeded"),
+        ("cancel", lambda c: c.finish("failed", "not_finite"), "cancelled"),
+        ("pause", lambda c: c.finish("paused"), "paused"),
+        ("run", lambda c: c.finish("paused"), "queued"),
+        ("pause", lambda c: c.trainer_died("killed"), "paused"),
+        ("cancel", lambda c: c.trainer_died("killed"), "cancelled"),
+    ],
+)
+def test_every_way_out_of_running_lands_where_people_want(desired, leave, landed):
+    claim = make_claim()
+    if desired != "run":
+        lifecycle.ask(claim.owner, claim.job_id, desired)  # unseen by the holder
+    assert leave(claim) == landed
+    job = read(claim.job)
+    assert job.status == landed
+    assert (job.result is None) == (landed != "succeeded")
+
+
+def test_editing_ends_when_an_attempt_begins():
+    job = make_job()
+    request = lifecycle.clone_request(job)
+    changed = dataclasses.replace(request, settings={"epochs": 2}, name="better")
+    edited = lifecycle.edit(job.owner, job.job_id, changed)
+    assert (edited.settings, edited.name, edited.status, edited.model_id) == (
+        {"epochs": 2}, "better", "queued", job.model_id,
+    )  # fmt: skip
+    make_claim(job)
+    with pytest.raises(Refused):
+        lifecycle.edit(job.owner, job.job_id, request)
+
+
+def test_renaming_works_at_any_time():
+    claim = make_claim()
+    lifecycle.rename(claim.owner, claim.job_id, "new name")
+    claim.heartbeat()
+    claim.finish("failed", "bad_data")
+    assert lifecycle.rename(claim.owner, claim.job_id, "newer").name == "newer"
+
+
+def test_a_retry_goes_on_from_the_last_checkpoint():
+    claim = make_claim()
+    claim.move_pointer(checkpoint(claim, 5))
+    with pytest.raises(Refused):
+        lifecycle.retry(claim.owner, claim.job_id)
+    claim.finish("failed", "not_finite")
+    again = lifecycle.retry(claim.owner, claim.job_id)
+    assert (again.checkpoint_step, again.status) == (5, "queued")
+    assert again.checkpoint_key == f"{claim.prefix}checkpoints/s5"
+    with pytest.raises(Refused):  # its bytes are still needed
+        lifecycle.delete(claim.owner, claim.job_id)
+
+
+def test_a_deleted_job_stays_away():
+    claim = make_claim()
+    with pytest.raises(Refused):
+        lifecycle.delete(claim.owner, claim.job_id)
+    claim.finish("succeeded", result=result(claim))
+    lifecycle.delete(claim.owner, claim.job_id, with_model=True)
+    lifecycle.after_end(claim.owner, claim.job_id)
+    for get in (access.get_job_for, access.get_model_for):
+        with pytest.raises(access.NotFound):
+            get(claim.owner, claim.job_id if get is access.get_job_for else claim.job.model_id)
+    assert tables.get(TunedModel, claim.owner, claim.job.model_id).gone
+
+
+def test_bob_finds_nothing_of_alices():
+    claim = make_claim()
+    bob = make_owner()
+    for act in (
+        lambda: access.get_job_for(bob, claim.job_id),
+        lambda: lifecycle.ask(bob, claim.job_id, "cancel"),
+        lambda: lifecycle.rename(bob, claim.job_id, "x"),
+        lambda: lifecycle.delete(bob, claim.job_id),
+        lambda: lifecycle.retry(bob, claim.job_id),
+        lambda: access.get_job_for(claim.owner, new_id("ftjob")),
+        lambda: access.get_job_for(claim.owner, "ftjob-é"),
+        lambda: access.get_job_for(claim.owner, ""),
+    ):
+        with pytest.raises(access.NotFound):
+            act()

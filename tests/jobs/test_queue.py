@@ -1,0 +1,56 @@
+"""Who is next."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs import lifecycle, queueing
+from jobs.queueing import WorkerInfo
+from jobs.tables import Job
+from tests.jobs.makers import make_job, read
+
+
+def job(owner, number, status="queued", **fields):
+    return Job(owner, f"ftjob-{number:03}", status=status, **fields)
+
+
+def order(*jobs):
+    return [f"{j.owner}{int(j.job_id[6:])}" for j in queueing.in_order(jobs)]
+
+
+def test_the_oldest_is_next():
+    assert order(job("a", 2), job("a", 1), job("a", 3)) == ["a1", "a2", "a3"]
+
+
+def test_one_who_queued_a_hundred_waits_for_one_who_queued_one():
+    many = [job("a", n) for n in range(100)]
+    assert order(*many, job("b", 500))[:3] == ["a0", "b500", "a1"]
+    assert order(job("a", 999, "running"), *many, job("b", 500))[:3] == ["b500", "a0", "a1"]
+
+
+def test_priority_comes_before_everything():
+    assert order(job("a", 1), job("b", 2), job("a", 3, priority=1))[0] == "a3"
+
+
+def test_paused_and_cancelled_ones_do_not_wait():
+    assert order(job("a", 1, "paused"), job("a", 2, desired="cancel"), job("a", 3)) == ["a3"]
+
+
+def test_a_worker_takes_what_it_has_room_for():
+    small, large = WorkerInfo("w", "p", memory=8), WorkerInfo("w", "p", memory=64, gpu=True)
+    hungry, gpu = job("a", 1, needs={"memory": 16}), job("a", 1, needs={"gpu": True})
+    assert not queueing.fits(hungry, small)
+    assert queueing.fits(hungry, large)
+    assert not queueing.fits(gpu, small)
+    assert queueing.fits(gpu, large)
+    assert queueing.fits(job("a", 1), small)
+
+
+@pytest.mark.usefixtures("stores")
+def test_a_person_sees_the_place_in_the_queue():
+    first = make_job()
+    second = make_job(first.owner)
+    positions = [lifecycle.queue_position(read(j)) for j in (first, second)]
+    assert positions[0] < positions[1]
+    lifecycle.ask(first.owner, first.job_id, "cancel")
+    assert lifecycle.queue_position(read(first)) is None
