@@ -15,9 +15,9 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs import access, datasets, proof, relay, storage
+from jobs import access, datasets, proof, storage
 from jobs.tables import Dataset, Job
-from training import catalog
+from training import catalog, hub
 from training.events import Failure
 
 log = logging.getLogger(__name__)
@@ -78,10 +78,7 @@ def base_of(base: str) -> str:
     found = catalog.find(base)
     if found is not None and found.folder:
         return found.folder
-    try:
-        return str(relay.hub_folder(found.id if found else base))
-    except Exception as error:
-        raise Failure("base_model", f"The base model {base} could not be fetched: {error}") from error
+    return str(hub.check(hub.fetch(found.id if found else base)))
 
 
 def _dataset(owner: str, dataset_id: str) -> Dataset:

@@ -19,7 +19,7 @@ import redis.exceptions
 from django.conf import settings
 
 from jobs import access, bells, trainer_process, tuned_models
-from training import catalog
+from training import catalog, hub
 
 log = logging.getLogger(__name__)
 MAX_LINE_BYTES = 1 << 20  # with many log probabilities a line grows
@@ -207,29 +207,6 @@ def model_folder(owner: str, model_id: str) -> Path:
     """Where the model lies on this machine, fetched if need be. Raises access.NotFound."""
     base = catalog.find(model_id)
     if base is not None:
-        return Path(base.folder) if base.folder else hub_folder(base.id)
+        return Path(base.folder) if base.folder else hub.fetch(base.id)
     return tuned_models.fetch(tuned_models.get_for(owner, model_id))
 
-
-def hub_folder(base: str, revision: str | None = None) -> Path:
-    """A base model of the Hub, downloaded once to this machine. Only safetensors and JSON: pickles are never read."""
-    from huggingface_hub import snapshot_download  # late: only workers that need the Hub pay for it
-
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    cache = Path(settings.MODEL_CACHE_DIR) / "hub"
-    try:
-        return Path(
-            snapshot_download(
-                base, revision=revision, allow_patterns=patterns, cache_dir=cache, local_files_only=True
-            )
-        )
-    except Exception:
-        return Path(
-            snapshot_download(
-                base,
-                revision=revision,
-                allow_patterns=patterns,
-                cache_dir=cache,
-                endpoint=settings.HF_ENDPOINT,
-            )
-        )

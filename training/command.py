@@ -23,7 +23,7 @@ LONGEST_TEXT = 4000  # characters of one text in an event
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    if "train" in parser.prog:
+    if parser.prog.endswith(" train"):
         parser.add_argument("config", help="the run file (training/config.py: Run)")
 
 

@@ -1,0 +1,215 @@
+"""A studio of its own for fault tests: stores on disk, workers, a tiny base model and a small dataset.
+
+Import it before Django's settings are read: it points them at a fresh folder and free ports (tests.settings).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests import services
+
+ROOT = services.ROOT
+OWNER = "user-faults"
+TINY = "tests/tiny"  # the name of the tiny base model, as one of the Hub that was fetched before
+SETTINGS: dict[str, Any] = {  # about 200 steps in some seconds
+    "max_steps": 200,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+    "sequence_length": 64,
+    "dropout": 0.1,
+    "validation_fraction": 0.0,
+    "checkpoint_every_steps": 20,
+    "checkpoint_every_s": 0,
+    "keep_best": False,
+    "seed": 7,
+}
+
+
+def hub_folder() -> Path:
+    return Path(os.environ["HF_HOME"]) / "hub" / ("models--" + TINY.replace("/", "--"))
+
+
+def prepare_environment() -> None:
+    """Before `tests.settings` is read, and inherited by every process."""
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.settings"
+    import tests.settings  # noqa: F401  makes the folder and the ports
+
+    os.environ.setdefault("HF_HOME", os.environ["LLMTUNER_TEST_DIR"] + "/hf")
+
+
+MAKE_TINY = """
+import sys, torch
+from training.model import GPT2, GPT2Config
+from training.tokenizer import Tokenizer
+torch.manual_seed(0)
+tokens = max(Tokenizer.load(sys.argv[1]).backend.get_vocab(with_added_tokens=True).values()) + 1
+GPT2.new(GPT2Config(vocab_size=tokens, n_positions=128, n_embd=32, n_layer=2, n_head=2), seed=1).save(sys.argv[2])
+"""
+
+
+def make_tiny_base() -> None:
+    """2 layers, 32 wide, in the place where the Hub's client keeps what it fetched."""
+    from training import catalog
+
+    home = hub_folder()
+    snapshot = home / "snapshots" / ("0" * 40)
+    if (snapshot / "config.json").exists():
+        return
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir(exist_ok=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (snapshot / name).write_bytes((catalog.STARTER_FOLDER / name).read_bytes())
+    arguments = [sys.executable, "-c", MAKE_TINY, str(catalog.STARTER_FOLDER), str(snapshot)]
+    subprocess.run(arguments, check=True, cwd=ROOT)
+
+
+def dataset_text(rows: int = 120) -> bytes:
+    some = random.Random(1)
+    lines = []
+    for _ in range(rows):
+        a, b = some.randrange(50), some.randrange(50)
+        lines.append(json.dumps({"prompt": f"{a} plus {b} is", "completion": f" {a + b}"}))
+    return "\n".join(lines).encode()
+
+
+def ready_dataset(owner: str = OWNER) -> str:
+    """A dataset that is ready, put there without a checks worker."""
+    from jobs import datasets
+
+    dataset = datasets.receive(owner, "sums.jsonl", iter([dataset_text()]))
+    datasets.finish_check(owner, dataset.dataset_id, "ready", summary={"examples": 120})
+    return str(dataset.dataset_id)
+
+
+@dataclass
+class House:
+    """Processes by name. Stores keep port and data when they are killed and started again."""
+
+    folder: Path
+    dynamodb: services.Service
+    redis: services.Service
+    workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)  # of workers started from now on
+
+    def start_worker(self, name: str, queue: str = "training", **environment: str) -> subprocess.Popen[bytes]:
+        from llmtuner.studio import worker_argv
+
+        with self.log(name).open("ab") as log:
+            self.workers[name] = subprocess.Popen(
+                [sys.executable, "-m", *worker_argv(queue)],
+                cwd=ROOT,
+                env={**os.environ, **self.environment, **environment},
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=services._die_with_parent,
+            )
+        return self.workers[name]
+
+    def log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    def kill(self, name: str, sig: int = signal.SIGKILL) -> None:
+        process = self.workers.pop(name)
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(sig)
+        process.wait(45)
+
+    def stop(self) -> None:
+        for process in self.workers.values():
+            process.kill()
+        for process in self.workers.values():
+            process.wait()
+        self.workers.clear()
+        self.redis.kill()
+        self.dynamodb.kill()
+
+
+def open_house() -> House:
+    """Stores up, tables made, the tiny base and nothing else."""
+    import django
+
+    django.setup()
+    folder = Path(os.environ["LLMTUNER_TEST_DIR"])
+    dynamodb = services.dynamodb(folder, int(os.environ["DYNAMODB_PORT"]), on_disk=True).start()
+    redis = services.redis(folder, int(os.environ["REDIS_PORT"])).start()
+    from jobs.tables import create_tables
+
+    create_tables()
+    make_tiny_base()
+    return House(folder, dynamodb, redis)
+
+
+# ---- looking ---------------------------------------------------------------------------------------------------------
+
+
+def submit(dataset_id: str, owner: str = OWNER, **settings: Any) -> str:
+    from jobs import lifecycle
+
+    request = lifecycle.JobRequest(base=TINY, dataset_id=dataset_id, settings=SETTINGS | settings)
+    return str(lifecycle.submit(owner, request).job_id)
+
+
+def job_of(job_id: str, owner: str = OWNER) -> Any:
+    """The row now; waits while the store is away."""
+    from jobs import access
+
+    while True:
+        try:
+            return access.get_job_for(owner, job_id)
+        except access.NotFound:
+            raise
+        except Exception:
+            time.sleep(0.2)
+
+
+def wait_until(job_id: str, is_so: Any, seconds: float = 90, owner: str = OWNER) -> Any:
+    until = time.monotonic() + seconds
+    while True:
+        job = job_of(job_id, owner)
+        if is_so(job):
+            return job
+        if time.monotonic() > until:
+            raise TimeoutError(f"{job_id} is {job.status} at {job.progress} after {seconds} s: {job.message}")
+        time.sleep(0.1)
+
+
+def wait_ended(job_id: str, seconds: float = 120, owner: str = OWNER) -> Any:
+    return wait_until(job_id, lambda job: job.ended, seconds, owner)
+
+
+def wait_step(job_id: str, step: int, seconds: float = 90) -> Any:
+    return wait_until(job_id, lambda job: (job.progress or {}).get("step", 0) >= step or job.ended, seconds)
+
+
+def trainers_of(pid: int) -> list[int]:
+    """Children of a worker that run our training program."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if int(stat[1]) == pid and stat[0] != "Z" and b"training\0" in command:
+                found.append(int(entry.name))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
