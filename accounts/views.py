@@ -25,13 +25,18 @@ from accounts.models import ApiKey, User
 from accounts.signals import exporting, leaving
 
 
+@require_safe
+def home(request: HttpRequest) -> HttpResponse:
+    return redirect("jobs:jobs" if request.user.is_authenticated else "account_login")
+
+
 @dataclass(frozen=True)
 class Row:
     label: str
     value: str
-    note: str
-    action: str
-    href: str
+    note: str = ""
+    action: str = ""
+    href: str = ""
 
 
 @login_required
@@ -53,12 +58,11 @@ def _rows(user: User) -> list[Row]:
     keys = sum(key.alive for key in ApiKey.objects.filter(user=user))
     has_password = user.has_usable_password()
     password = "account_change_password" if has_password else "account_set_password"
-    verified = "" if not settings.ACCOUNT_EMAIL_VERIFICATION_BY_CODE_ENABLED else "verified"
     rows = [
         Row(
             "Email",
             user.email,
-            verified if address and address.verified else "",
+            "verified" if address and address.verified else "",
             "Change",
             reverse("account_email"),
         ),
@@ -77,7 +81,7 @@ def _rows(user: User) -> list[Row]:
         connected = SocialAccount.objects.filter(user=user, provider="google").exists()
         state = "Connected" if connected else "Not connected"
         rows.insert(3, Row("Google", state, "", "Manage", reverse("socialaccount_connections")))
-    rows.append(Row("Name in model ids", user.slug, "", "Models", "/models/"))
+    rows.append(Row("Name in model ids", user.slug))
     return rows
 
 

@@ -8,15 +8,17 @@ from allauth.account.decorators import secure_admin_login
 from django.contrib import admin
 from django.urls import include, path
 
+from accounts import views
 from llmtuner import health
 
 # The admin signs in by the same door as everybody: same rate limits, same second factor.
 admin.autodiscover()
-admin.site.login = secure_admin_login(admin.site.login)  # type: ignore[method-assign]  # allauth's documented way
+admin.site.login = secure_admin_login(admin.site.login)  # allauth's documented way
 admin.site.site_header = admin.site.site_title = "LLM Tuner"
 admin.site.index_title = "Oversight"
 
 urlpatterns = [
+    path("", views.home, name="home"),
     path("healthz", health.alive),
     path("readyz", health.ready),
     path("admin/", admin.site.urls),
