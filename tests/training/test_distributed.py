@@ -1,0 +1,72 @@
+"""Several processes train as one: the same losses and the same model, within rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.tiny import write_model
+from training import loop
+from training.config import Run
+from training.fidelity import logits_of
+from training.generate import load_model
+
+STEPS = 6
+
+
+def train(work: Path, base: Path, processes: int, **settings: Any) -> list[dict[str, Any]]:
+    """Run the train command and give its event lines."""
+    work.mkdir()
+    data = work / "data.jsonl"
+    rows = [
+        {"prompt": "the cat " * (1 + i % 5), "completion": "sat on the mat " * (1 + i % 3)} for i in range(24)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = {
+        "max_steps": STEPS, "batch_size": 8, "micro_batch_tokens": 48, "learning_rate": 3e-3, "dropout": 0.0, "seed": 3,
+        "validation_fraction": 0.2, "train_on": "all",
+    }  # fmt: skip
+    run = {"base": str(base), "train_file": str(data), "work_dir": str(work / "out"), "settings": chosen | settings, "rehearse": False}  # fmt: skip
+    if processes == 1:  # in this one: importing torch once more would take longer than the training
+        lines: list[dict[str, Any]] = []
+        loop.train(Run.parse(run), lambda t, **values: lines.append({"t": t, **values}))
+        return lines
+    (work / "run.json").write_text(json.dumps(run))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "training", "train", str(work / "run.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def pick(lines: list[dict[str, Any]], kind: str, name: str) -> list[Any]:
+    return [line[name] for line in lines if line["t"] == kind]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    base = write_model(tmp_path / "base")
+    one, two = (train(tmp_path / str(n), base, n) for n in (1, 2))
+    for name in ("loss", "grad_norm"):
+        assert pick(two, "metric", name) == pytest.approx(pick(one, "metric", name), rel=1e-4)
+    assert pick(two, "metric", "step") == list(range(1, STEPS + 1))
+    assert pick(two, "metric", "tokens") == pick(one, "metric", "tokens")
+    assert pick(two, "eval", "loss") == pytest.approx(pick(one, "eval", "loss"), rel=1e-4)
+    assert two[-1]["t"] == "done"
+    assert two[-1]["fidelity"]["exact"]
+    # Not the weights: the bias of the keys has no gradient but rounding, which AdamW makes into steps of full size.
+    logits = [logits_of(load_model(tmp_path / n / "out" / "final"), range(5, 40)) for n in ("1", "2")]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
