@@ -473,11 +473,11 @@ class Claim:
 
     def pointer_back(self, checkpoint: Mapping[str, Any] | None) -> None:
         """Before training: the pointer's bytes don't verify. Moves it to the newest that does, or away."""
-        before, key = self.job.checkpoint_key, checkpoint and str(checkpoint["key"])
+        before, key = self.job.checkpoint_key, str(checkpoint["key"]) if checkpoint else None
         actions: list[Action]
         if checkpoint:
             kept = [c for c in self.job.checkpoints if c["step"] <= checkpoint["step"]]
-            actions = [Job.checkpoint_key.set(key), Job.checkpoint_step.set(int(checkpoint["step"]))]
+            actions = [Job.checkpoint_key.set(str(key)), Job.checkpoint_step.set(int(checkpoint["step"]))]
         else:
             kept = []
             actions = [Job.checkpoint_key.remove(), Job.checkpoint_step.remove()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from jobs.views import datasets, jobs, live, models, playground
+from jobs.views import datasets, jobs, live, models, objects, playground
 
 app_name = "jobs"
 
@@ -32,6 +32,7 @@ urlpatterns = [
     path("models/<str:model_id>/", models.detail, name="model"),
     path("models/<str:model_id>/download.zip", models.download, name="download_model"),
     path("models/<str:model_id>/delete/", models.delete, name="delete_model"),
+    path("objects/<str:token>/<str:filename>", objects.download, name="object"),
     path("playground/", playground.page, name="playground"),
     path("playground/stream", playground.stream, name="playground_stream"),
 ]
