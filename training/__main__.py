@@ -9,6 +9,8 @@ import argparse
 import importlib
 import sys
 
+from training.events import EXIT, Failure
+
 COMMANDS = {
     "train": ("training.command", "train as a run file says; events on standard output"),
     "standby": ("training.command", "be warm and wait for a run file on standard input"),
@@ -36,7 +38,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m training {command}", description=COMMANDS[command][1])
     module.add_arguments(parser)
     parser.set_defaults(command=command)
-    code: int = module.main(parser.parse_args(arguments[1:]))
+    try:
+        code: int = module.main(parser.parse_args(arguments[1:]))
+    except Failure as failure:
+        print(f"{failure.message} {failure.advice}", file=sys.stderr)
+        return EXIT[failure.reason]
     return code
 
 

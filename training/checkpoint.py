@@ -30,8 +30,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.events import Failure
-
 FORMAT = 1
 FILES = ("weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
 KEEP_LAST = 2
@@ -321,35 +319,6 @@ def step_of(folder: Path) -> int:
         return int(folder.name.split("-s")[1]) if folder.name.startswith("e") else -1
     except (IndexError, ValueError):
         return -1
-
-
-def load_for_export(folder: Path) -> tuple[Any, Path, dict[str, Any]]:
-    """The model as it was at a checkpoint, the folder of its base, and what is known of it. Raises Failure."""
-    from training.generate import load_model
-
-    try:
-        manifest = verify_files(folder)
-        weights = load_file(folder / "weights.safetensors")
-    except Exception as error:  # Unreadable, or whatever a damaged file does to a parser
-        raise Failure("checkpoint_unreadable", f"The checkpoint {folder} cannot be used: {error}.") from error
-    base, settings = Path(manifest["base"]), manifest["settings"]
-    model = load_model(base)
-    if settings["method"] == "lora":
-        model.add_lora(
-            settings["lora_rank"], settings["lora_alpha"], settings["lora_dropout"], settings["lora_targets"]
-        )
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            parameters[name].data = tensor
-    state = json.loads((folder / "state.json").read_text())
-    facts = {
-        "job": manifest["identity"]["job"],
-        "base": str(base),
-        "settings": settings,
-        "steps": manifest["step"],
-    }
-    return model.eval(), base, facts | {"metrics": state.get("metrics") or {}}
 
 
 # ---- in the background -----------------------------------------------------------------------------------------------

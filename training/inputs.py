@@ -16,6 +16,7 @@ from training.config import Run, Settings
 from training.encode import Example, examples
 from training.events import Failure
 from training.formats import BadRow, Format
+from training.model import read_config
 from training.packing import Examples, hold_out
 from training.report import Summary
 from training.tokenizer import Tokenizer, TokenizerError
@@ -44,7 +45,7 @@ class Inputs:
 
 def read(run: Run, resolved: Settings | None = None) -> Inputs:
     """Reads and checks everything but the weights. `resolved` are the settings an earlier attempt trained with."""
-    base = base_folder(run.base, run.base_revision)
+    base = hub.locate(run.base, run.base_revision)
     model_config = _model_config(base)
     described = catalog.of_config(model_config, id=run.base, folder=str(base))
     tokenizer = _tokenizer(base, described.vocab)
@@ -83,20 +84,12 @@ class Wanted:
     train_on: str
 
 
-def base_folder(base: str, revision: str | None = None) -> Path:
-    """Where the base model's files lie: a folder, a model of the catalogue, or the Hub's cache (fetched if need be)."""
-    return hub.locate(base, revision)
-
-
 def _model_config(base: Path) -> dict[str, Any]:
+    values = read_config(base)
     try:
-        values = json.loads((base / "config.json").read_text())
         catalog.of_config(values)
-    except FileNotFoundError:
-        raise Failure("base_model", f"There is no model in {base}: config.json is missing.") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise Failure("base_model", f"The model in {base} cannot be used: {error}") from error
-    assert isinstance(values, dict)
+    except (ValueError, TypeError) as error:
+        raise Failure("base_model", f"The model in {base} cannot be used: {error}.") from error
     return values
 
 

@@ -1,0 +1,149 @@
+"""Exact resume, proven: runs killed with SIGKILL at random moments end with the same bits as one that was not.
+
+    python benchmarks/resume.py [--runs 20] [--steps 200] [--seed 1]
+
+Each run: a tiny GPT-2, dropout on, two micro-batches a step, epochs that end in the middle of steps, a checkpoint every
+few steps; killed 1 to 5 times (in a step, while a checkpoint is written, at an epoch's end), resumed from the newest
+checkpoint each time. Equal means: the weights' digest, and every (step, loss as hex). Exits 0 only if all are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "the", "moon", "until", "it", "rained"]
+Losses = dict[int, str]
+
+
+def lay_out(folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
+    """A base model, 67 examples and a run file without its work folder."""
+    from tests.training.tiny import write_model
+
+    rng = random.Random(7)  # noqa: S311 (example data, not secrets)
+    write_model(folder / "base")
+    rows = [
+        {"prompt": " ".join(rng.choices(WORDS, k=rng.randint(2, 9))), "completion": " " + " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))}
+        for _ in range(67)
+    ]  # fmt: skip
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = {
+        "max_steps": steps, "batch_size": 6, "micro_batch_tokens": 64, "learning_rate": 2e-3, "schedule": "cosine",
+        "dropout": 0.1, "checkpoint_every_steps": 7, "eval_every": 50, "sample_every": 1000, "validation_fraction": 0.1,
+        "seed": 3, "sequence_length": 48,
+    }  # fmt: skip
+    return {
+        "base": str(folder / "base"),
+        "train_file": str(folder / "train.jsonl"),
+        "prompts": ["the cat"],
+        "settings": chosen | settings,
+    }
+
+
+def start(run: dict[str, Any], work: Path) -> subprocess.Popen[bytes]:
+    """The trainer as a program, its lines in work/events.jsonl."""
+    work.mkdir(parents=True, exist_ok=True)
+    config = work / f"config-{time.time_ns()}.json"
+    config.write_text(json.dumps(run | {"work_dir": str(work)}))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "training", "train", str(config)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+
+
+def events(work: Path, kind: str) -> list[dict[str, Any]]:
+    path = work / "events.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # the last one may be half written
+    return [event for line in lines if line and (event := json.loads(line))["t"] == kind]
+
+
+def losses(work: Path) -> Losses:
+    """Loss of each step as hex; a step computed twice must have given the same bits twice."""
+    found: Losses = {}
+    for event in events(work, "metric"):
+        if found.setdefault(event["step"], event["loss_hex"]) != event["loss_hex"]:
+            found[event["step"]] = "differs between attempts"
+    return found
+
+
+def digest(work: Path) -> str:
+    return hashlib.sha256((work / "final" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def newest(work: Path) -> str | None:
+    """The checkpoint a pointer would name: the last one that was told."""
+    told = [event["path"] for event in events(work, "checkpoint") if Path(event["path"]).is_dir()]
+    return told[-1] if told else None
+
+
+def wait_until(process: subprocess.Popen[bytes], true: Callable[[], bool]) -> None:
+    while process.poll() is None and not true():
+        time.sleep(0.002)
+
+
+def killed_run(run: dict[str, Any], work: Path, steps: int, rng: random.Random) -> int:
+    """One run killed 1–5 times. Returns how often the kill found it alive."""
+    kills = 0
+    moments = sorted(rng.sample(range(1, steps), rng.randint(1, 5)))
+    for epoch, moment in enumerate(moments, start=1):
+        process = start(run | {"epoch": epoch, "resume_from": newest(work)}, work)
+        wait_until(process, lambda at=moment: max(losses(work), default=0) >= at)  # type: ignore[misc]  # bound now
+        if rng.random() < 0.3:  # in the middle of writing a checkpoint
+            wait_until(process, lambda: any((work / "checkpoints").glob("tmp-*")))
+        else:
+            time.sleep(rng.random() * 0.01)  # somewhere inside a step
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    process = start(run | {"epoch": len(moments) + 1, "resume_from": newest(work)}, work)
+    if process.wait() != 0:
+        raise SystemExit(f"the last attempt ended with {process.returncode}; see {work}")
+    return kills
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)  # noqa: S311 (moments of kills, not secrets)
+    with tempfile.TemporaryDirectory() as folder:
+        run = lay_out(Path(folder), args.steps)
+        reference = Path(folder) / "reference"
+        if start(run, reference).wait() != 0:
+            raise SystemExit("the uninterrupted run failed")
+        wanted, truth = digest(reference), losses(reference)
+        print(f"uninterrupted: {len(truth)} steps, weights {wanted[:16]}", flush=True)
+        equal = kills = 0
+        for i in range(args.runs):
+            work = Path(folder) / f"run{i}"
+            died = killed_run(run, work, args.steps, rng)
+            kills += died
+            same = digest(work) == wanted and losses(work) == truth
+            equal += same
+            print(f"run {i + 1}: killed {died} times, {'equal' if same else 'DIFFERENT'}", flush=True)
+        print(f"{equal} of {args.runs} runs equal bit for bit after {kills} kills")
+        return 0 if equal == args.runs else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
