@@ -17,7 +17,7 @@ class OverseenJobAdmin(admin.ModelAdmin):
     def get_urls(self) -> list[URLPattern]:
         def guarded(view):  # type: ignore[no-untyped-def]  # a view in, a view out
             def inner(request: HttpRequest, *args: str):  # type: ignore[no-untyped-def]
-                request.current_app = self.admin_site.name  # type: ignore[attr-defined]  # the admin's templates read it
+                request.current_app = self.admin_site.name
                 return view(request, *args, site=self.admin_site)
 
             return self.admin_site.admin_view(inner)

@@ -53,6 +53,17 @@ class GenerateForm(forms.Form):
     compare = forms.BooleanField(required=False)
 
 
+CHOICE_WORDS = {
+    "full": "Full: every weight",
+    "lora": "LoRA: small adapters",
+    "completion": "The answers only",
+    "all": "Prompts and answers",
+    "wsd": "Level, then down",
+    "auto": "Automatic",
+    "fp32": "32 bits (fp32)",
+    "bf16": "16 bits (bf16)",
+}
+
 # ---- settings ------------------------------------------------------------------------------------------------------
 
 
@@ -86,6 +97,15 @@ class Setting:
         return self.spec.label
 
     @property
+    def options(self) -> list[tuple[str, str, bool]]:
+        """(what is sent, what is read, chosen) of a field that is chosen from a list."""
+        choices = ("yes", "no") if self.spec.kind == "bool" else self.spec.choices
+        chosen = self.value or self.automatic
+        return [
+            (choice, CHOICE_WORDS.get(choice, choice.capitalize()), choice == chosen) for choice in choices
+        ]
+
+    @property
     def is_number(self) -> bool:
         return self.spec.kind in ("int", "float")
 
@@ -111,7 +131,8 @@ def rows(
     typed: Mapping[str, str], errors: Mapping[str, str], resolved: Settings | None, reasons: Mapping[str, str]
 ) -> tuple[list[Setting], list[Setting]]:
     """Every setting for the page, the basic ones apart."""
-    basic, advanced = [], []
+    basic: list[Setting] = []
+    advanced: list[Setting] = []
     for name, spec in FIELDS.items():
         value = getattr(resolved, name, None) if resolved and not typed.get(name) else None
         automatic = shown(spec.default if value is None else value)

@@ -12,3 +12,6 @@ class OverseenJob(models.Model):
         default_permissions = ("view", "change")
         verbose_name = "job"
         verbose_name_plural = "jobs"
+
+    def __str__(self) -> str:
+        return "a job"

@@ -29,10 +29,13 @@ END_LEVELS = {"failed": "error", "cancelled": "warn"}
 
 @dataclass(frozen=True)
 class LogLine:
+    """`kind` "metric": such lines, one after the other, are told by the newest alone."""
+
     seq: int
     at: str  # 10:42:07
     level: str  # info, warn, error
     text: str
+    kind: str = ""
 
 
 @dataclass
@@ -109,7 +112,9 @@ def tell(story: Story, seq: int, event: dict[str, Any]) -> None:
     elif kind in ("plan", "estimate", "verdict", "failed", "done"):
         setattr(story, kind, event)
     line = log_line(seq, event)
-    if line:
+    if line and line.kind == "metric" and story.log and story.log[-1].kind == "metric":
+        story.log[-1] = line
+    elif line:
         story.log.append(line)
 
 
@@ -128,7 +133,7 @@ def _compare(story: Story, step: int, event: dict[str, Any]) -> None:
 
 def log_line(seq: int, event: dict[str, Any]) -> LogLine | None:
     text, level = sentence(event)
-    return LogLine(seq, clock(event.get("time")), level, text) if text else None
+    return LogLine(seq, clock(event.get("time")), level, text, str(event.get("t"))) if text else None
 
 
 def sentence(event: dict[str, Any]) -> tuple[str, str]:

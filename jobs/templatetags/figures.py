@@ -73,6 +73,13 @@ def memory(value: Any) -> str:
 
 
 @register.filter
+def gib(value: Any) -> str:
+    """Of a whole machine nobody wants decimals: 24 GiB"""
+    number = finite(value)
+    return UNKNOWN if number is None else f"{number / 2**30:.0f} GiB"
+
+
+@register.filter
 def loss(value: Any) -> str:
     number = finite(value)
     return UNKNOWN if number is None else f"{number:.3f}" if abs(number) < 100 else f"{number:.1f}"

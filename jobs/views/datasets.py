@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from django.conf import settings
 from django.contrib import messages
 from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import redirect, render
@@ -18,6 +19,7 @@ from jobs.limits import OverQuota
 from jobs.tables import Dataset
 from jobs.templatetags.figures import count, size
 from jobs.views.doors import asks_for_part, for_people, owner_of
+from jobs.views.new_job import shown_sample
 
 PAGE = 20
 STATUS = {
@@ -37,7 +39,11 @@ def index(request: HttpRequest) -> HttpResponse:
     waiting = any(d.status in ("receiving", "checking") for d in page)
     template = "jobs/dataset_list.html#rows" if asks_for_part(request) else "jobs/dataset_list.html"
     more = page.rows[-1].dataset_id if page.has_more else ""
-    return render(request, template, {"rows": rows, "more": more, "waiting": waiting, "form": UploadForm()})
+    return render(
+        request,
+        template,
+        {"rows": rows, "more": more, "waiting": waiting, "most": settings.JOBS["max_upload_bytes"]},
+    )
 
 
 @for_people
@@ -110,16 +116,17 @@ def look(dataset: Dataset) -> dict[str, Any]:
 
 def report_of(dataset: Dataset) -> dict[str, Any]:
     """The report as the page shows it; what isn't known yet is left out."""
-    full = _full_report(dataset)
-    summary = full.get("summary") or (dataset.summary if isinstance(dataset.summary, dict) else {}) or {}
+    kept = dataset.summary if isinstance(dataset.summary, dict) else {}
+    full = kept | _full_report(dataset)
+    summary = full
     return {
         "dataset": dataset,
         **look(dataset),
         "summary": summary,
-        "findings": [_finding(f) for f in full.get("findings", summary.get("findings", []))],
-        "samples": full.get("samples", summary.get("samples", [])),
+        "findings": [_finding(f) for f in full.get("findings", [])],
+        "samples": [shown_sample(s) for s in full.get("samples", [])],
         "histogram": _histogram(summary.get("histogram") or []),
-        "full": full,
+        "verdict": full.get("verdict", ""),
         "file_rows": _file_rows(dataset, summary),
         "new_job": f"{reverse('jobs:new_job')}?{urlencode({'dataset': dataset.dataset_id})}",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import wraps
+from typing import Any
 
 from asgiref.sync import sync_to_async
 from django.contrib.auth.decorators import login_required
@@ -48,10 +49,10 @@ def for_people_async(view: AsyncView) -> AsyncView:
 
 
 def owner_of(request: HttpRequest) -> str:
-    return str(request.user.owner_id)  # type: ignore[union-attr]  # ours, not AbstractBaseUser
+    return str(request.user.owner_id)
 
 
 def asks_for_part(request: HttpRequest) -> bool:
     """htmx asks for a piece of the page. A history restore or a plain reload wants the whole."""
-    htmx = getattr(request, "htmx", None)
+    htmx: Any = getattr(request, "htmx", None)
     return bool(htmx) and not htmx.history_restore_request

@@ -51,7 +51,7 @@ def new(request: HttpRequest) -> HttpResponse:
     draft = new_job.Draft.of(owner, request.POST)
     if draft.is_valid():
         try:
-            job = lifecycle.submit(owner, draft.request(), slug=request.user.slug)  # type: ignore[union-attr]  # our User
+            job = lifecycle.submit(owner, draft.request(), slug=request.user.slug)
         except lifecycle.Refused as refused:
             draft.refuse(refused.field, refused.message)
         except lifecycle.OverQuota as over:
@@ -136,7 +136,7 @@ def _ask(request: HttpRequest, job_id: str, desired: Any) -> HttpResponse:
 def retry(request: HttpRequest, job_id: str) -> HttpResponse:
     """A new job with the same data and settings, from the last checkpoint where there is one."""
     try:
-        job = lifecycle.retry(owner_of(request), job_id, slug=request.user.slug)  # type: ignore[union-attr]  # our User
+        job = lifecycle.retry(owner_of(request), job_id, slug=request.user.slug)
     except (lifecycle.Refused, lifecycle.OverQuota) as refused:
         messages.warning(request, str(refused))
         return redirect("jobs:job", job_id)

@@ -1,8 +1,8 @@
 """The live job page: `/jobs/<id>/stream`, server-sent events, and its fall-back, polling `/jobs/<id>/live`.
 
 `stream` is a plain ASGI application, since one sync middleware on a stream's path would cost a thread and an SQL
-connection a watcher. Who watches is asked at the start and every 30 s again. What a job looks like is read and
-rendered once per job and second in this process, however many watch.
+connection a watcher. Who watches is asked at the start and every 30 s again. A job is read once per
+process and rendered once per version, however many watch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import re
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -32,12 +32,12 @@ from django.views.decorators.http import require_safe
 
 from jobs import access, feed
 from jobs.story import log_line
+from jobs.tables import Job
 from jobs.views import showing
 
 PING_S = 15.0
 AUTHORISE_S = 30.0
-LOOK_S = 5.0  # moves that no event tells of (pause asked, place in the queue) are seen by then
-FRESH_S = 1.0
+LOOK_S = 5.0  # how long a quiet stream sleeps between looks at its clocks
 SEND_S = 30.0  # a reader that takes nothing for so long is dropped
 STREAMS_PER_USER = 20
 PATH = re.compile(r"^/jobs/([A-Za-z0-9-]{1,64})/stream$")
@@ -56,7 +56,6 @@ async def stream(scope: Scope, receive: Receive, send: Send) -> None:
     """The ASGI application for every path that `PATH` matches."""
     match = PATH.match(scope["path"])
     assert match, "asgi.py sends only matching paths here"
-    job_id = match[1]
     if scope["method"] != "GET":
         return await _answer(send, 405, [(b"allow", b"GET")])
     try:
@@ -70,22 +69,19 @@ async def stream(scope: Scope, receive: Receive, send: Send) -> None:
         return await _answer(send, 401)
     if _open[owner] >= STREAMS_PER_USER:
         return await _answer(send, 429, [(b"retry-after", b"5")])
-    try:
-        look = await looks.at(owner, job_id)
-    except access.NotFound:
-        return await _answer(send, 404)
-    if after > look.last_seq + 1:
-        after = 0  # a cursor from another life: tell everything
-    if look.ended and after > look.last_seq:
-        return await _answer(send, 204)  # tells EventSource not to come back
     _open[owner] += 1
     try:
-        await _Watch(owner, job_id, after, request, send).run(receive)
+        async with contextlib.aclosing(feed.watch(owner, match[1], after)) as ticks:
+            first = await anext(ticks, None)
+            if first is None or (first.job.ended and not first.events):
+                return await _answer(send, 204)  # all is told; tells EventSource not to come back
+            return await _Watch(owner, request, send).run(first, ticks, receive)
+    except access.NotFound:
+        return await _answer(send, 404)
     finally:
         _open[owner] -= 1
         if not _open[owner]:
             del _open[owner]
-    return None
 
 
 def _cursor(request: HttpRequest) -> int:
@@ -100,14 +96,13 @@ class _Watch:
     """One open stream."""
 
     owner: str
-    job_id: str
-    after: int
     request: HttpRequest
     send: Send
-    shown: int = -1  # version of the job last sent
+    version: float = -1  # of the job as last shown
     status: str = ""
+    written: float = 0.0
 
-    async def run(self, receive: Receive) -> None:
+    async def run(self, first: feed.Tick, ticks: AsyncGenerator[feed.Tick, None], receive: Receive) -> None:
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-store"),
@@ -116,71 +111,58 @@ class _Watch:
         ]
         await self.send({"type": "http.response.start", "status": 200, "headers": headers})
         left = asyncio.ensure_future(_gone(receive))
-        events = feed.follow(self.owner, self.job_id, self.after)
         try:
-            await self._follow(events, left)
-        except (access.NotFound, feed.TooSlow, TimeoutError):
-            pass  # deleted, or too slow: the page comes back with its cursor, or finds a 404
+            await self._show(first)
+            await self._follow(ticks, left)
+            if not left.done():
+                await self._write("", last=True)
+        except (access.NotFound, feed.TooSlow):
+            await self._write("", last=True)  # the page comes back with its number, or finds a 404
+        except TimeoutError:
+            pass  # it takes nothing any more: the server closes the connection
         finally:
             left.cancel()
-            await events.aclose()  # type: ignore[attr-defined]  # follow is an async generator
-        if not left.done() or left.cancelled():
-            with contextlib.suppress(TimeoutError):
-                await self._write("", last=True)
 
-    async def _follow(self, events: Any, left: asyncio.Future[None]) -> None:
-        await self._look(": hello\n\n")
-        authorised = pinged = looked = time.monotonic()
-        coming = asyncio.ensure_future(anext(events, None))
+    async def _follow(self, ticks: AsyncGenerator[feed.Tick, None], left: asyncio.Future[None]) -> None:
+        authorised = time.monotonic()
+        coming: asyncio.Future[Any] = asyncio.ensure_future(anext(ticks, None))
         try:
             while True:
-                done, _ = await asyncio.wait(
-                    {coming, left}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED
-                )
+                await asyncio.wait({coming, left}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                 now = time.monotonic()
-                if left in done:
-                    return
+                if left.done():
+                    return None
                 if now - authorised >= AUTHORISE_S:
                     if await _owner(self.request) != self.owner:
-                        return
+                        return None
                     authorised = now
-                if coming in done:
-                    batch = coming.result()
-                    if batch is None:
-                        await self._look("", end=True)
-                        return
-                    await self._look("".join(frame(self.job_id, event) for event in batch))
-                    pinged = looked = now
-                    coming = asyncio.ensure_future(anext(events, None))
-                elif now - looked >= LOOK_S:
-                    sent = await self._look("")
-                    looked = now
-                    if sent:
-                        pinged = now
-                    elif now - pinged >= PING_S:
-                        await self._write(": ping\n\n")
-                        pinged = now
+                if coming.done():
+                    tick = coming.result()
+                    if tick is None:
+                        return await self._write(_field("end", ""))
+                    await self._show(tick)
+                    coming = asyncio.ensure_future(anext(ticks, None))
+                elif now - self.written >= PING_S:
+                    await self._write(": ping\n\n")
         finally:
             coming.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await coming
 
-    async def _look(self, text: str, *, end: bool = False) -> bool:
+    async def _show(self, tick: feed.Tick) -> None:
         """Sends the events and, where the job has changed since, how it looks now."""
-        look = await looks.at(self.owner, self.job_id, fresh=end)
-        if look.version != self.shown:
-            text += _field("status", look.html)
-            self.shown = look.version
-        if look.status != self.status:
-            text += _field("moved", look.status)
-            self.status = look.status
-        if end:
-            text += _field("end", "")
+        text = "".join(frame(tick.job.job_id, event) for event in tick.events)
+        if tick.job.version != self.version:
+            self.version = tick.job.version
+            text += _status_field(tick.job)
+        if tick.job.status != self.status:
+            self.status = tick.job.status
+            text += _field("moved", self.status)
         if text:
             await self._write(text)
-        return bool(text)
 
     async def _write(self, text: str, *, last: bool = False) -> None:
+        self.written = time.monotonic()
         message = {"type": "http.response.body", "body": text.encode(), "more_body": not last}
         await asyncio.wait_for(self.send(message), SEND_S)
 
@@ -208,68 +190,43 @@ def _owner_of_session(request: HttpRequest) -> str | None:
         return None
     request.session = import_module(settings.SESSION_ENGINE).SessionStore(key)
     user = get_user(request)
-    return user.owner_id if user.is_authenticated else None  # type: ignore[union-attr]  # ours, not AbstractBaseUser
+    return user.owner_id if user.is_authenticated else None
 
 
 # ---- what every watcher of a job shares ------------------------------------------------------------------------------
 
 
 @dataclass
-class Look:
-    """How a job stands, and the part of its page that shows it."""
+class _Made:
+    """Texts made once for all watchers, the newest kept."""
 
-    version: int
-    status: str
-    last_seq: int
-    ended: bool
-    html: str
-    at: float
+    most: int
+    texts: OrderedDict[tuple[str, int], str] = field(default_factory=OrderedDict)
 
-
-@dataclass
-class Looks:
-    """The newest look of each watched job, made at most once a second."""
-
-    newest: OrderedDict[tuple[str, str], Look] = field(default_factory=OrderedDict)
-    making: dict[tuple[str, str], asyncio.Lock] = field(default_factory=dict)
-
-    async def at(self, owner: str, job_id: str, *, fresh: bool = False) -> Look:
-        key = (owner, job_id)
-        asked = time.monotonic()
-        lock = self.making.setdefault(key, asyncio.Lock())
-        async with lock:
-            look = self.newest.get(key)
-            # Even a fresh one may be another watcher's, if it was read after we asked.
-            if look is None or look.at < (asked if fresh else asked - FRESH_S):
-                look = await asyncio.to_thread(self._make, owner, job_id, look)
-                self.newest[key] = look
-        self.newest.move_to_end(key)
-        while len(self.newest) > 500:
-            self.making.pop(self.newest.popitem(last=False)[0], None)
-        return look
-
-    def _make(self, owner: str, job_id: str, old: Look | None) -> Look:
-        at = time.monotonic()
-        job = access.get_job_for(owner, job_id)
-        state = showing.state(job)
-        html = old.html if old and old.version == job.version and state.ended else status_html(job)
-        return Look(job.version, job.status, job.last_seq, state.ended, html, at)
+    def get(self, key: tuple[str, int], make: Callable[[], str]) -> str:
+        text = self.texts.get(key)
+        if text is None:
+            text = self.texts[key] = make()
+            if len(self.texts) > self.most:
+                self.texts.popitem(last=False)
+        return text
 
 
-looks = Looks()
-_frames: OrderedDict[tuple[str, int], str] = OrderedDict()
+_frames = _Made(5000)  # by job and number of the event
+_statuses = _Made(500)  # by job and its version
 
 
 def frame(job_id: str, event: feed.Event) -> str:
-    """An event as text of the stream; made once for all watchers."""
-    key = (job_id, event.seq)
-    text = _frames.get(key)
-    if text is None:
-        text = f"id: {event.seq}\n" + _field("event", json.dumps(told(event), allow_nan=False))
-        _frames[key] = text
-        while len(_frames) > 5000:
-            _frames.popitem(last=False)
-    return text
+    """An event as text of the stream."""
+
+    def make() -> str:
+        return f"id: {event.seq}\n" + _field("event", json.dumps(told(event), allow_nan=False))
+
+    return _frames.get((job_id, event.seq), make)
+
+
+def _status_field(job: Job) -> str:
+    return _statuses.get((job.job_id, int(job.version)), lambda: _field("status", status_html(job)))
 
 
 def told(event: feed.Event) -> dict[str, Any]:
@@ -279,7 +236,7 @@ def told(event: feed.Event) -> dict[str, Any]:
     return {**event.data, "seq": event.seq, **words}
 
 
-def status_html(job: Any) -> str:
+def status_html(job: Job) -> str:
     """The parts of the page that change with every heartbeat. They hold no form, so one rendering serves everybody."""
     context = {"job": job, "state": showing.state(job)}
     return "".join(render_to_string(f"jobs/job_detail.html#{part}", context) for part in ("state", "status"))
@@ -301,7 +258,7 @@ def poll(request: HttpRequest, job_id: str) -> HttpResponse:
         after = _cursor(request)
     except ValueError:
         return HttpResponse(status=400)
-    owner = request.user.owner_id  # type: ignore[union-attr]  # ours, not AbstractBaseUser
+    owner = request.user.owner_id
     try:
         job = access.get_job_for(owner, job_id)
         events = feed.read(owner, job_id, after, limit=500)

@@ -19,13 +19,10 @@ from jobs.views.doors import for_people, for_people_async, owner_of
 
 PAGE = 20
 METRICS = (
-    ("eval_loss", "Held-out loss", "loss"),
-    ("base_eval_loss", "Held-out loss of the base", "loss"),
-    ("perplexity", "Perplexity", "loss"),
-    ("accuracy", "Token accuracy", "percent"),
+    ("loss", "Held-out loss", "loss"),
     ("exact_match", "Exact match", "percent"),
-    ("base_exact_match", "Exact match of the base", "percent"),
-    ("loss", "Training loss", "loss"),
+    ("accuracy", "Token accuracy", "percent"),
+    ("perplexity", "Perplexity", "loss"),
 )
 
 
@@ -49,6 +46,7 @@ def detail(request: HttpRequest, model_id: str) -> HttpResponse:
     context = {
         "model": model,
         "metrics": metrics,
+        "verdict": (model.verdict or {}).get("sentence", ""),
         "facts": _facts(model),
         "fidelity": _fidelity(model.fidelity if isinstance(model.fidelity, dict) else {}),
         "typed": {"mode": "prompt", **playground.DEFAULTS},

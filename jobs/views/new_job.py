@@ -66,7 +66,8 @@ class Draft:
         values = {name: str(data.get(name, "")) for name in NewJobForm.base_fields}
         usable = [d.dataset_id for d in datasets]
         if not check:
-            values["dataset"] = values["dataset"] or (usable[0] if usable else "")
+            ready = [d.dataset_id for d in datasets if d.status == "ready"]
+            values["dataset"] = values["dataset"] or next(iter(ready + usable), "")
             values["base"] = values["base"] or catalog.STARTER
         settings, typed, errors = settings_from(data)
         draft = cls(owner, values, typed, datasets, errors, settings)
@@ -128,7 +129,7 @@ class Draft:
         summary = self._summary()
         base = catalog.find(self.values["base"])
         machine = estimates.machine()
-        resolved, reasons = self.settings, {}
+        resolved, reasons = self.settings, dict[str, str]()
         if summary and base and self.settings:
             resolved, reasons = resolve(self.settings, summary, base, machine)
         estimate = None
@@ -206,4 +207,13 @@ def _sample(dataset: Dataset | None) -> dict[str, Any] | None:
     samples = (
         (dataset.summary or {}).get("samples") if dataset and isinstance(dataset.summary, dict) else None
     )
-    return samples[0] if samples else None
+    return shown_sample(samples[0]) if samples else None
+
+
+def shown_sample(sample: dict[str, Any]) -> dict[str, Any]:
+    """Line ends are made visible: they are tokens too."""
+    tokens = [
+        {**token, "text": str(token.get("text", "")).replace("\n", "⏎\n")}
+        for token in sample.get("tokens", [])
+    ]
+    return {**sample, "tokens": tokens}

@@ -85,7 +85,7 @@ def cancel(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) ->
     """Staff may stop anybody's job; who did it is written down."""
     _allowed(request, "change")
     _job(owner, job_id)
-    actor = request.user.owner_id  # type: ignore[union-attr]  # ours, not AbstractBaseUser
+    actor = request.user.owner_id
     Audit(month_of(time.time()), new_id("audit"), actor=actor, action="cancel", target=job_id).save()
     try:
         lifecycle.ask(owner, job_id, "cancel")

@@ -17,7 +17,7 @@ from jobs.inference import GenerateRequest
 from jobs.views.doors import for_people_async, owner_of
 from training import catalog
 
-DEFAULTS = {"temperature": 0.0, "top_p": 1.0, "max_tokens": 128}
+DEFAULTS: dict[str, Any] = {"temperature": 0, "top_p": 1, "max_tokens": 128}
 
 
 @for_people_async
@@ -66,7 +66,9 @@ async def _whole(owner: str, data: dict[str, Any], model: str) -> dict[str, str]
 
 
 def _request(data: dict[str, Any], model: str) -> GenerateRequest:
-    given = {name: default if data.get(name) is None else data[name] for name, default in DEFAULTS.items()}
+    given: dict[str, Any] = {
+        name: default if data.get(name) is None else data[name] for name, default in DEFAULTS.items()
+    }
     if data.get("mode") == "chat":
         return GenerateRequest(model, messages=[{"role": "user", "content": data["prompt"]}], **given)
     return GenerateRequest(model, prompt=data["prompt"], **given)

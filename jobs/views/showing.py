@@ -147,8 +147,11 @@ def _base(job: Job) -> str:
 
 
 def seconds_run(job: Job) -> float | None:
+    """All attempts together, without the waits between them where the worker has told."""
     if not job.started_at:
         return None
+    if (told := finite(job.progress.get("seconds"))) is not None:
+        return told
     return float(max(0.0, (job.ended_at or time.time()) - job.started_at))
 
 

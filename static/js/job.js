@@ -18,14 +18,13 @@
   const started = () => series.time.find((t) => t) || 0;
 
   function smooth(values) {
-    // An exponential mean corrected for its start, as wide as a twentieth of the points.
-    const keep = Math.max(0, 1 - 1 / Math.max(1, values.length / 20));
-    let sum = 0, weight = 0;
-    return values.map((v) => {
-      if (v === null) return null;
-      sum = keep * sum + (1 - keep) * v;
-      weight = keep * weight + (1 - keep);
-      return sum / weight;
+    // The mean of a window as wide as a fifteenth of the points, narrower towards both ends so that it never lags.
+    const half = Math.floor(values.length / 30);
+    const sums = [0];
+    for (const v of values) sums.push(sums.at(-1) + (v ?? 0));
+    return values.map((v, i) => {
+      const reach = Math.min(half, i, values.length - 1 - i);
+      return v === null ? null : (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1);
     });
   }
 
@@ -112,7 +111,18 @@
   }
 
   const hint = document.getElementById("chart-readout");
-  const hintAtRest = hint ? hint.textContent : "";
+  let hintAtRest = hint ? hint.textContent : "";
+  function summarise() {
+    // As jobs/story.py:summary, for the numbers that came since.
+    const order = [...position.keys()].sort((a, b) => a - b);
+    const first = order[0], last = order.at(-1);
+    const at = (step) => series.loss[position.get(step)]?.toFixed(3);
+    const held = [...series.evals].sort((a, b) => a.step - b.step);
+    hintAtRest = `Training loss ${at(first)} at step ${first}, ${at(last)} at step ${last}.`;
+    if (held.length) hintAtRest += ` Held-out loss ${held.at(-1).loss?.toFixed(3)}${held[0].step === 0 ? `, ${held[0].loss?.toFixed(3)} before training` : ""}.`;
+    if (hint && !(plot && plot.cursor.idx >= 0)) hint.textContent = hintAtRest;
+    holder?.setAttribute("aria-label", hintAtRest);
+  }
   function readout(u) {
     if (!hint) return;
     const i = u.cursor.idx;
@@ -131,6 +141,7 @@
       if (plot) plot.setData(columns());
       else build();
       sparks();
+      if (series.step.length) summarise();
     });
   }
 
@@ -171,10 +182,12 @@
   const log = document.getElementById("log");
   const follow = document.getElementById("follow");
   const rowShape = document.getElementById("log-row");
-  function addLine(line) {
+  function addLine(line, step) {
     if (!log || !rowShape) return;
     document.getElementById("log-empty")?.remove();
+    if (step && log.lastElementChild?.dataset.step !== undefined) log.lastElementChild.remove(); // steps are told by the newest
     const row = rowShape.content.firstElementChild.cloneNode(true);
+    if (step) row.dataset.step = "";
     const [at, level, text] = row.children;
     at.textContent = line.at;
     level.textContent = line.level;
@@ -201,7 +214,7 @@
   function take(event) {
     if (event.seq <= seen) return;
     seen = event.seq;
-    if (event.line) addLine(event.line);
+    if (event.line) addLine(event.line, event.t === "metric");
     if (event.t === "metric") {
       const at = position.get(event.step);
       const i = at === undefined ? series.step.length : at;

@@ -9,13 +9,15 @@
   const text = box.querySelector("[data-text]");
   const bar = box.querySelector("progress");
   const stop = box.querySelector("[data-cancel]");
+  const row = box.querySelector("[data-bar]");
   const size = (n) => (n < 1e6 ? `${Math.max(1, Math.round(n / 1e3))} KB` : n < 1e9 ? `${(n / 1e6).toFixed(1)} MB` : `${(n / 1e9).toFixed(2)} GB`);
   let request = null;
 
   function say(message, { bad = false } = {}) {
     text.textContent = message;
     text.classList.toggle("text-error", bad);
-    bar.hidden = stop.hidden = !request;
+    text.classList.toggle("text-base-content/65", !bad);
+    row.hidden = !request;
   }
 
   function send(file) {
