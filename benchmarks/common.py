@@ -1,0 +1,100 @@
+"""What all parts of `bin/bench` share: the line they print, and programs that are measured in turns."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Scores:
+    """Prints `name ours theirs ratio goal met|missed` for each thing measured; a larger ratio is always better."""
+
+    missed: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, name: str, ours: float, theirs: float, goal: float, *, less_is_better: bool = False) -> bool:
+        """`theirs` is a peer's figure, or the promise where there is no peer."""
+        ratio = (theirs / ours if ours else float("inf")) if less_is_better else ours / theirs
+        met = ratio >= goal
+        self.count += 1
+        if not met:
+            self.missed.append(name)
+        print(f"{name:<34} {_short(ours):>10} {_short(theirs):>10} {ratio:>7.2f} {goal:>6.2f} {'met' if met else 'missed'}", flush=True)  # fmt: skip
+        return met
+
+    def note(self, text: str) -> None:
+        print(f"# {text}", flush=True)
+
+    def end(self) -> int:
+        """The last line, and the exit code of the part."""
+        print(f"{self.count - len(self.missed)} of {self.count} goals met", flush=True)
+        return 1 if self.missed else 0
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+class Contender:
+    """A program that waits for its turn: `go` on its standard input lets it do one step, which it answers with a line
+    of JSON; `end` makes it tell its peak memory and leave (contenders/turns.py)."""
+
+    def __init__(self, name: str, argv: Sequence[str], environment: dict[str, str]) -> None:
+        self.name = name
+        self.steps: list[dict[str, Any]] = []
+        self.process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=ROOT, text=True
+        )
+
+    def wait_ready(self) -> None:
+        assert self._read() == {"ready": True}
+
+    def step(self) -> dict[str, Any]:
+        self._tell("go")
+        self.steps.append(self._read())
+        return self.steps[-1]
+
+    def end(self) -> int:
+        """Peak memory in bytes."""
+        self._tell("end")
+        peak = int(self._read()["peak"])
+        self.process.wait(timeout=60)
+        return peak
+
+    def median(self, name: str, skip: int = 1) -> float:
+        """Of the steps after the first ones, which warm up."""
+        return statistics.median(step[name] for step in self.steps[skip:])
+
+    def rate(self, clock: str, skip: int = 1) -> float:
+        """Useful tokens a second, over all measured steps (their lengths differ)."""
+        measured = self.steps[skip:]
+        return sum(s["tokens"] for s in measured) / sum(s[clock] for s in measured)
+
+    def _tell(self, word: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
+
+
+def in_turns(contenders: Iterable[Contender], rounds: int) -> None:
+    """One step each, round after round, so that whatever else the machine does falls on all alike."""
+    contenders = list(contenders)
+    for _ in range(rounds):
+        for contender in contenders:
+            contender.step()
