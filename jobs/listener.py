@@ -144,7 +144,9 @@ class Listener:
             self.verdict = event
         elif kind == "checkpoint" and not event.get("final"):
             self.newest = dict(event)
-            checkpoints.append(dict(event))
+            checkpoints.append(
+                event | {"after": self.writer.last_given + 1}
+            )  # + 1: its own line, added below
         elif kind == "failed":
             self.failed = event
         elif kind == "done":

@@ -114,7 +114,7 @@ def newest_good(
     bad: list[dict[str, Any]] = []
     for entry in order:
         gone_on()
-        target = folder / "resume" / f"s{entry['step']}"
+        target = folder / "resume" / Path(entry["key"]).name
         try:
             fetch_checkpoint(entry, target)
         except (storage.Missing, storage.Damaged, ValueError, KeyError, TypeError) as error:

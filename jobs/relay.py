@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import selectors
 import threading
 import time
@@ -200,13 +201,17 @@ def is_read(rid: str) -> bool:
 
 
 def is_base_model(model_id: str) -> bool:
-    return catalog.find(model_id) is not None
+    """One of the catalogue, or a name of the Hub (`people/model`)."""
+    return (
+        catalog.find(model_id) is not None or re.fullmatch(r"[\w.-]+/[\w.-]+", model_id, re.ASCII) is not None
+    )
 
 
 def model_folder(owner: str, model_id: str) -> Path:
     """Where the model lies on this machine, fetched if need be. Raises access.NotFound."""
-    base = catalog.find(model_id)
-    if base is not None:
-        return Path(base.folder) if base.folder else hub.fetch(base.id)
+    if is_base_model(model_id):
+        base = catalog.find(model_id)
+        return (
+            Path(base.folder) if base and base.folder else hub.check(hub.fetch(base.id if base else model_id))
+        )
     return tuned_models.fetch(tuned_models.get_for(owner, model_id))
-

@@ -40,7 +40,9 @@ class Writer:
         self.plan: dict[str, Any] | None = None
         self.estimate: dict[str, Any] | None = None
         self.proof: dict[str, Any] | None = None
-        self.pointer: dict[str, Any] | None = None  # a stored checkpoint that the pointer doesn't name yet
+        # A stored checkpoint that the pointer doesn't name yet. It must wait until the events up to number "after" are
+        # stored too: what a checkpoint is ahead of is never printed again.
+        self.pointer: dict[str, Any] | None = None
         self.heard = time.monotonic()  # the last success
         self.not_before = 0.0
         self.hurry = False  # the end: batches don't wait to fill
@@ -48,6 +50,15 @@ class Writer:
     @property
     def unwritten(self) -> bool:
         return bool(self.batch or self.lines or self.pointer)
+
+    @property
+    def last_given(self) -> int:
+        """The number of the newest line, stored or not."""
+        return self.next_seq - 1 + (len(self.batch.lines) if self.batch else 0) + len(self.lines)
+
+    @property
+    def pointer_is_due(self) -> bool:
+        return self.pointer is not None and self.next_seq > self.pointer["after"]
 
     @property
     def full(self) -> bool:
@@ -71,12 +82,14 @@ class Writer:
         quiet = now - self.heard > settings.JOBS["self_fence_s"]
         if self.batch is None and not quiet:
             self.batch = self._freeze(now)
-        if self.batch is None and self.pointer is None and now - self.heard < settings.JOBS["heartbeat_s"]:
+        if self.batch is None and not self.pointer_is_due and now - self.heard < settings.JOBS["heartbeat_s"]:
             return False
         try:
             self._send(None if quiet else self.batch)
-            if self.pointer and not quiet:
-                self.claim.move_pointer(self.pointer)
+            if self.pointer and self.pointer_is_due and not quiet:
+                self.claim.move_pointer(
+                    {name: self.pointer[name] for name in self.pointer if name != "after"}
+                )
                 self.pointer = None
         except PynamoDBException:
             self.not_before = time.monotonic() + AGAIN_S
