@@ -5,9 +5,9 @@ Everything is fetched to the attempt's own folder and verified by its sha256; th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,15 +114,33 @@ def newest_good(
     bad: list[dict[str, Any]] = []
     for entry in order:
         gone_on()
-        target = folder / "resume" / Path(entry["key"]).name
+        # Where the trainer keeps its own, so that it finds the others beside it.
+        target = folder / "work" / "checkpoints" / Path(entry["key"]).name
         try:
             fetch_checkpoint(entry, target)
         except (storage.Missing, storage.Damaged, ValueError, KeyError, TypeError) as error:
             log.warning("%s: checkpoint %s does not verify: %s", job.job_id, entry["key"], error)
+            shutil.rmtree(target, ignore_errors=True)
             bad.append(entry)
             continue
+        _fetch_best(target, list(known.values()), gone_on)
         return entry | {"folder": str(target)}, bad
     return None, bad
+
+
+def _fetch_best(resume: Path, known: list[dict[str, Any]], gone_on: Callable[[], None]) -> None:
+    """The checkpoint with the lowest held-out loss so far, whose weights may become the model. Without it the last
+    weights do, and the trainer says so."""
+    best = json.loads((resume / "state.json").read_text()).get("best_checkpoint")
+    for entry in known:
+        name = Path(entry["key"]).name
+        if name == best and name != resume.name:
+            gone_on()
+            try:
+                fetch_checkpoint(entry, resume.parent / name)
+            except (storage.Missing, storage.Damaged, ValueError, KeyError, TypeError) as error:
+                log.warning("the best checkpoint %s does not verify: %s", entry["key"], error)
+                shutil.rmtree(resume.parent / name, ignore_errors=True)
 
 
 def fetch_checkpoint(entry: dict[str, Any], target: Path) -> None:
@@ -134,11 +152,6 @@ def fetch_checkpoint(entry: dict[str, Any], target: Path) -> None:
     for file in manifest["files"]:
         name = Path(file["name"]).name
         storage.fetch(f"{prefix}/{name}", target / name, sha256=file["sha256"])
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def work_folder(job_id: str, epoch: int) -> Path:

@@ -81,7 +81,9 @@ class _Attempt:
         self.writer = Writer(claim)
         self.listener = Listener(self.writer)
         self.upload: Future[dict[str, Any]] | None = None  # one at a time
-        self.next_upload: dict[str, Any] | None = None  # the newest checkpoint that waits for its turn
+        self.waiting: list[
+            dict[str, Any]
+        ] = []  # checkpoints to be uploaded: the best one and the newest, no more
         self.told_at: float | None = None  # when the trainer was asked to stop
         self.killed_by_us = ""
         self.beat_at = 0.0
@@ -239,10 +241,10 @@ class _Attempt:
             time.sleep(wait)
             return
         for checkpoint in self.listener.hear(self.child, wait):
-            self.next_upload = uploads.set_aside(checkpoint, self.folder / "outbox") or self.next_upload
+            self.waiting = uploads.queue(self.waiting, uploads.set_aside(checkpoint, self.folder / "outbox"))
 
     def _uploads(self) -> None:
-        """The pointer moves once the bytes are stored and verified; then the newest waiting checkpoint has its turn."""
+        """The pointer moves once the bytes are stored and verified; then the next waiting checkpoint has its turn."""
         if self.upload and self.upload.done():
             future, self.upload = self.upload, None
             try:
@@ -252,8 +254,8 @@ class _Attempt:
                 self._say(
                     "log", "A checkpoint could not be stored; the next one will be tried.", level="warning"
                 )
-        if self.next_upload and self.upload is None:
-            checkpoint, self.next_upload = self.next_upload, None
+        if self.waiting and self.upload is None and self.writer.pointer is None:
+            checkpoint = self.waiting.pop(0)
             self.upload = _in_thread(lambda: uploads.put_checkpoint(checkpoint, self.claim.prefix))
 
     def _obey(self, child: Child) -> None:
@@ -304,7 +306,7 @@ class _Attempt:
     def _finish_uploads(self, seconds: float) -> None:
         """Waits for what is being stored, and moves the pointer."""
         until = time.monotonic() + seconds
-        while (self.upload or self.next_upload or self.writer.pointer) and time.monotonic() < until:
+        while (self.upload or self.waiting or self.writer.pointer) and time.monotonic() < until:
             self._turn()
 
     def _flush(self, seconds: float = 3600) -> None:

@@ -27,6 +27,17 @@ def set_aside(checkpoint: dict[str, Any], outbox: Path) -> dict[str, Any] | None
     return checkpoint | {"path": str(target)}
 
 
+def queue(waiting: list[dict[str, Any]], new: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Of the checkpoints that wait, only the newest and the best are worth copying; oldest first."""
+    if new is None:
+        return waiting
+    best = [] if new.get("best") else [one for one in waiting if one.get("best")][-1:]
+    for one in waiting:
+        if one not in best:
+            shutil.rmtree(one["path"], ignore_errors=True)
+    return [*best, new]
+
+
 def put_checkpoint(checkpoint: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Stores the folder under the attempt's own prefix. Returns the pointer's entry; the bytes are verified by then."""
     folder = Path(checkpoint["path"])

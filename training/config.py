@@ -265,6 +265,11 @@ class Run:
         return values | {"settings": self.settings.as_dict(), "prompts": list(self.prompts)}
 
 
+# What may change between two attempts at one job: how much is computed at once, and when checkpoints are written.
+UNHASHED = ("micro_batch_tokens", "gradient_checkpointing", "checkpoint_every_s", "checkpoint_every_steps")
+
+
 def settings_hash(settings: Settings) -> str:
     """Names what was trained with: a checkpoint made under other settings is a stranger's."""
-    return hashlib.sha256(json.dumps(settings.as_dict(), sort_keys=True).encode()).hexdigest()
+    values = {name: value for name, value in settings.as_dict().items() if name not in UNHASHED}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -84,6 +84,8 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
     asked = config.settings_hash(run.settings)
     choices = checkpoint.candidates(Path(run.resume_from), [checkpoints]) if run.resume_from else []
     earlier = checkpoint.settings_of(choices, run.job, asked)
+    if earlier and run.settings.micro_batch_tokens:  # memory ran out in an earlier attempt: smaller parts, same steps
+        earlier["micro_batch_tokens"] = run.settings.micro_batch_tokens
     found = inputs.read(run, config.parse(earlier) if earlier else None)
     for note in found.notes:
         say("log", level="warning", message=note)
