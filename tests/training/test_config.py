@@ -1,0 +1,86 @@
+"""Settings: one table says what is possible, and every refusal says what to change."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import pytest
+
+from training import config
+from training.config import FIELDS, ConfigError, Run, Settings, parse
+
+
+def test_the_table_and_the_dataclass_name_the_same_fields_and_defaults() -> None:
+    assert {f.name: f.default for f in fields(Settings)} == {name: f.default for name, f in FIELDS.items()}
+
+
+def test_every_field_explains_itself() -> None:
+    assert all(f.help and f.label for f in FIELDS.values())
+
+
+def test_nothing_given_leaves_the_automatic_fields_open() -> None:
+    settings = parse({})
+    assert settings.learning_rate is None
+    assert settings.schedule == "linear"
+
+
+def test_auto_and_empty_mean_automatic() -> None:
+    assert parse({"epochs": "auto", "batch_size": "", "learning_rate": None}) == parse({})
+
+
+def test_numbers_arrive_as_text_from_forms() -> None:
+    settings = parse(
+        {"epochs": "2.5", "batch_size": "16", "keep_best": "off", "lora_targets": "c_attn, c_fc"}
+    )
+    assert (settings.epochs, settings.batch_size, settings.keep_best) == (2.5, 16, False)
+    assert settings.lora_targets == ("c_attn", "c_fc")
+
+
+def test_what_is_parsed_can_be_written_and_parsed_again() -> None:
+    settings = parse({"method": "lora", "lora_targets": ["c_attn"], "epochs": 3, "warmup": 10})
+    assert parse(json.loads(json.dumps(settings.as_dict()))) == settings
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"learning_rate": 0}, "learning_rate"),
+        ({"learning_rate": "fast"}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"epochs": True}, "epochs"),
+        ({"batch_size": 2.5}, "batch_size"),
+        ({"batch_size": 8, "batch_tokens": 512}, "batch_tokens"),
+        ({"batch_tokens": 512, "micro_batch_tokens": 1024}, "micro_batch_tokens"),
+        ({"warmup": 0.7}, "warmup"),
+        ({"warmup": 10, "max_steps": 10}, "warmup"),
+        ({"schedule": "zigzag"}, "schedule"),
+        ({"dropout": 1}, "dropout"),
+        ({"keep_best": "perhaps"}, "keep_best"),
+        ({"lora_targets": 3}, "lora_targets"),
+        ({"early_stopping_patience": 2, "validation_fraction": 0}, "early_stopping_patience"),
+        ({"lerning_rate": 1}, "lerning_rate"),
+    ],
+)
+def test_it_refuses_impossible_settings_and_names_the_field(values: dict[str, object], field: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        parse(values)
+    assert refusal.value.field == field
+    assert len(refusal.value.message) > 10
+
+
+def test_a_run_file_says_what_it_lacks() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        Run.parse({"base": "starter", "work_dir": "/tmp/x"})
+    assert refusal.value.field == "train_file"
+
+
+def test_a_run_file_survives_a_round_trip() -> None:
+    run = Run.parse(
+        {"base": "b", "train_file": "t", "work_dir": "w", "settings": {"epochs": 2}, "prompts": ["a"]}
+    )
+    assert Run.parse(json.loads(json.dumps(run.as_dict()))) == run
+
+
+def test_other_settings_have_another_hash() -> None:
+    assert config.settings_hash(parse({"seed": 1})) != config.settings_hash(parse({"seed": 2}))

@@ -1,0 +1,314 @@
+"""The fast engine beside the plain one: transformers' eager GPT-2 in fp32, each document alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training import kernels
+from training.config import Settings
+from training.evaluate import batch_loss, evaluate
+from training.model import GPT2, GPT2Config
+from training.optimizer import AdamW
+from training.packing import Examples, pack
+
+Document = tuple[np.ndarray, np.ndarray]
+VOCAB = 5000  # more than one block of the fused head
+SIZES = {"small": (12, 12), "medium": (24, 16), "large": (36, 20), "xl": (48, 25)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def documents(completion_only: bool, seed: int = 0) -> list[Document]:
+    rng = np.random.default_rng(seed)
+    lengths = [20, 7, 64, 2, 100, 33]
+    start = (lambda n: n // 2) if completion_only else (lambda n: 1)
+    return [
+        (rng.integers(0, VOCAB, n).astype(np.int32), (np.arange(n) >= start(n)).astype(np.uint8))
+        for n in lengths
+    ]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    model = GPT2.new(GPT2Config(VOCAB, 128, 48, 3, 4))
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=rng) * 0.05)
+    model.save(folder)
+    return folder
+
+
+def theirs(folder: Path) -> Any:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation="eager")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model.train()
+
+
+def plain_loss(model: Any, docs: list[Document]) -> float:
+    """Each document alone, summed; gradients left in the model."""
+    count = sum(int(mask[1:].sum()) for _, mask in docs)
+    total = 0.0
+    for ids, mask in docs:
+        x = torch.from_numpy(ids.astype(np.int64))
+        targets = torch.where(torch.from_numpy(mask).bool(), x, -100)[1:]
+        loss = (
+            F.cross_entropy(model(x[None]).logits[0, :-1], targets, reduction="sum", ignore_index=-100)
+            / count
+        )
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def fast_loss(model: GPT2, docs: list[Document]) -> tuple[float, dict[str, Tensor]]:
+    optimizer = AdamW(model, Settings())
+    row = pack(docs)
+    loss, _ = batch_loss(model, row, 1.0 / len(row.targets))
+    loss.backward()
+    return float(loss.detach()), {name: optimizer.window(optimizer.grads, name) for name in optimizer.spans}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp(min=1e-12))
+
+
+@pytest.mark.parametrize("completion_only", [False, True], ids=["all", "completion"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_packed_loss_and_gradients_equal_each_document_alone(
+    base: Path, completion_only: bool, checkpointing: bool
+) -> None:
+    docs, model, reference = documents(completion_only), GPT2.load(base).train(), theirs(base)
+    model.set_dropout(0.0)
+    model.gradient_checkpointing = checkpointing
+    loss, grads = fast_loss(model, docs)
+    assert abs(loss / plain_loss(reference, docs) - 1) < 1e-5
+    wanted = dict(reference.named_parameters())
+    assert max(relative(grad, wanted[name].grad) for name, grad in grads.items()) < 1e-5
+    assert grads.keys() == wanted.keys()
+
+
+@pytest.mark.parametrize("completion_only", [False, True], ids=["all", "completion"])
+def test_packed_lora_equals_peft_on_each_document_alone(base: Path, completion_only: bool) -> None:
+    import peft
+
+    docs, model, reference = documents(completion_only), GPT2.load(base).train(), theirs(base)
+    model.set_dropout(0.0)
+    targets = ["c_attn", "mlp.c_proj"]
+    model.add_lora(4, 8.0, 0.0, targets)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
+    reference = peft.get_peft_model(reference, config)
+    rng = torch.Generator().manual_seed(3)
+    matching = {
+        name.replace("base_model.model.", "").replace(".default", ""): p
+        for name, p in reference.named_parameters()
+        if p.requires_grad
+    }
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=rng) * 0.1)
+                matching[name].copy_(p)
+    loss, grads = fast_loss(model, docs)
+    assert abs(loss / plain_loss(reference, docs) - 1) < 1e-5
+    assert grads.keys() == matching.keys()
+    assert max(relative(grad, matching[name].grad) for name, grad in grads.items()) < 1e-5
+
+
+def test_gradients_of_micro_batches_add_up_to_those_of_one_row(base: Path) -> None:
+    docs = documents(completion_only=False)
+    whole, parts = GPT2.load(base).eval(), GPT2.load(base).eval()  # no dropout
+    _, wanted = fast_loss(whole, docs)
+    optimizer = AdamW(parts, Settings())
+    count = sum(len(pack([d]).targets) for d in docs)
+    for some in (docs[:2], docs[2:3], docs[3:]):
+        batch_loss(parts, pack(some), 1.0 / count)[0].backward()
+    assert max(relative(optimizer.window(optimizer.grads, n), g) for n, g in wanted.items()) < 1e-5
+
+
+def test_a_token_of_one_document_cannot_move_anothers_states(base: Path) -> None:
+    model = GPT2.load(base).eval()
+    docs = documents(completion_only=False)
+    changed = [*docs[:2], (docs[2][0][::-1].copy(), docs[2][1]), *docs[3:]]
+    start, end = pack(docs).bounds[2]
+    with torch.no_grad():
+        before, after = (model.hidden(pack(d), every=True) for d in (docs, changed))
+    others = [i for i in range(len(before)) if not start <= i < end]
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[start:end], after[start:end])
+
+
+def test_the_fused_head_gives_the_plain_losses_gradients_and_hits() -> None:
+    rng = torch.Generator().manual_seed(0)
+    h = torch.randn(700, 24, generator=rng, requires_grad=True)  # more than one block of tokens
+    w = torch.randn(VOCAB, 24, generator=rng, requires_grad=True)
+    y = torch.randint(0, VOCAB, (700,), generator=rng)
+    with torch.no_grad():
+        y[:300] = (h @ w.t()).argmax(1)[:300]
+    loss, hits = kernels.head_loss(h, y, w, 1 / 700)
+    loss.backward()
+    dh, dw = h.grad, kernels.main_grad(w)
+    h.grad = None
+    plain = F.cross_entropy(h @ w.t(), y)
+    plain.backward()
+    assert abs(float(loss.detach()) - float(plain.detach())) < 1e-5
+    assert int(hits) == int(((h @ w.t()).argmax(1) == y).sum())
+    assert dh is not None
+    assert h.grad is not None
+    assert w.grad is not None
+    assert relative(dh, h.grad) < 1e-5
+    assert relative(dw, w.grad) < 1e-5
+
+
+def test_the_fused_head_is_exact_where_the_model_is_nearly_sure() -> None:
+    h = torch.eye(8).mul(8).requires_grad_()
+    w = torch.eye(8).requires_grad_()
+    y = torch.arange(8)
+    loss, _ = kernels.head_loss(h, y, w, 1 / 8)
+    loss.backward()
+    wanted = torch.autograd.grad(F.cross_entropy(h.double() @ w.double().t(), y), h)[0]
+    assert h.grad is not None
+    assert relative(h.grad, wanted) < 1e-4
+
+
+def test_attention_with_dropout_is_softmax_dropout_and_product() -> None:
+    rng = torch.Generator().manual_seed(2)
+    qkv = torch.randn(30, 96, generator=rng, requires_grad=True)
+    bounds, p = [(0, 12), (12, 30)], 0.3
+    go = torch.randn(30, 32, generator=rng)
+    torch.manual_seed(5)
+    fast = kernels.DroppedAttention.apply(qkv, bounds, 2, p)
+    (fast_grad,) = torch.autograd.grad(fast, qkv, go)
+    torch.manual_seed(5)
+    parts = []
+    for s, e in bounds:
+        q, k, v = qkv[s:e].view(e - s, 3, 2, 16).permute(1, 2, 0, 3)
+        future = torch.ones(e - s, e - s, dtype=torch.bool).triu(1)
+        probs = torch.softmax((q @ k.transpose(1, 2) / 4).masked_fill(future, float("-inf")), -1)
+        kept = probs * kernels.keep_mask(probs, p) / (1 - p)
+        parts.append((kept @ v).transpose(0, 1).reshape(e - s, 32))
+    plain = torch.cat(parts)
+    (plain_grad,) = torch.autograd.grad(plain, qkv, go)
+    assert torch.allclose(fast, plain, atol=1e-6)
+    assert torch.allclose(fast_grad, plain_grad, atol=1e-5)
+
+
+def test_dropout_keeps_the_right_share() -> None:
+    kept = kernels.keep_mask(torch.empty(200_000), 0.1).float().mean()
+    assert abs(float(kept) - 0.9) < 0.005
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_logits_equal_transformers_for_every_architecture(size: str, tmp_path: Path) -> None:
+    """Every size's layers and heads, narrower so that it fits a test (head size 16 instead of 64)."""
+    layers, heads = SIZES[size]
+    model = GPT2.new(GPT2Config(400, 64, heads * 16, layers, heads), seed=4).eval()
+    model.save(tmp_path)
+    ids = np.random.default_rng(0).integers(0, 400, 50)
+    row = pack([(ids.astype(np.int32), np.ones(50, np.uint8))])
+    with torch.no_grad():
+        ours = model.hidden(row, every=True) @ model.head().t()
+        wanted = theirs(tmp_path).eval()(torch.from_numpy(ids)[None]).logits[0]
+    assert float((ours - wanted).abs().max()) < 1e-4
+
+
+def test_transformers_loads_our_files_with_no_key_missing_or_left_over(base: Path) -> None:
+    import transformers
+
+    _, info = transformers.GPT2LMHeadModel.from_pretrained(str(base), output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_we_load_files_as_the_hub_has_them_without_the_prefix(base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(base / "model.safetensors")
+    bare = {name.removeprefix("transformer."): t for name, t in weights.items()}
+    save_file(bare | {"h.0.attn.bias": torch.ones(1, 1, 128, 128)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((base / "config.json").read_text())
+    ours = GPT2.load(tmp_path).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in weights.items())
+
+
+def test_evaluation_counts_losses_hits_and_exact_answers(base: Path) -> None:
+    model = GPT2.load(base).eval()
+    docs = documents(completion_only=True)
+    examples = Examples.of(_Encoded(ids.tolist(), mask.tolist()) for ids, mask in docs)
+    result = evaluate(model, examples, 64, torch.device("cpu"))
+    with torch.no_grad():
+        wanted = sum(float(batch_loss(model, pack([d]), 1.0)[0]) for d in docs)
+    assert result.loss == pytest.approx(wanted / examples.trained_tokens, rel=1e-5)
+    assert result.examples == len(docs)
+    assert result.exact_match == 0.0
+
+
+class _Encoded:
+    def __init__(self, ids: list[int], mask: list[int]) -> None:
+        self.ids, self.mask = ids, mask
+
+
+def test_the_flat_optimizer_steps_as_torchs_adamw(base: Path) -> None:
+    settings = Settings(weight_decay=0.1, clip_norm=0.5, beta2=0.95)
+    ours, plain = GPT2.load(base).eval(), GPT2.load(base)
+    optimizer = AdamW(ours, settings)
+    decayed = [p for p in plain.parameters() if p.dim() >= 2]
+    others = [p for p in plain.parameters() if p.dim() < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": 0.1},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    for p in plain.parameters():
+        p.data = p.data.clone()
+    row = pack(documents(completion_only=False))
+    for step in range(3):
+        optimizer.zero_grad()
+        batch_loss(ours, row, 1.0 / len(row.targets))[0].backward()
+        for name, p in plain.named_parameters():
+            p.grad = optimizer.window(optimizer.grads, name).clone()
+        optimizer.step(1e-3 * (step + 1), optimizer.grad_norm())
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        for group in reference.param_groups:
+            group["lr"] = 1e-3 * (step + 1)
+        reference.step()
+    wanted = plain.state_dict()
+    assert max(relative(t, wanted[name]) for name, t in ours.state_dict().items()) < 1e-5
+
+
+def test_a_frozen_model_keeps_no_inputs_of_its_layers(base: Path) -> None:
+    """LoRA's memory: only what adapters need is kept for the backward pass."""
+    kept = [_saved_bytes(base, lora) for lora in (False, True)]
+    assert kept[1] < 0.75 * kept[0]
+
+
+def _saved_bytes(base: Path, lora: bool) -> int:
+    model = GPT2.load(base).train()
+    model.set_dropout(0.0)
+    if lora:
+        model.add_lora(4, 8.0, 0.0, None)
+    row, seen = pack(documents(completion_only=False)), {}
+    note: Callable[[Tensor], Tensor] = lambda t: seen.setdefault(t.data_ptr(), t)  # noqa: E731 (a hook of one line)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model.hidden(row)
+    return sum(t.numel() * t.element_size() for t in seen.values())
