@@ -10,6 +10,7 @@ from allauth.socialaccount.adapter import DefaultSocialAccountAdapter
 from allauth.socialaccount.models import SocialApp, SocialLogin
 from django.conf import settings
 from django.contrib import messages
+from django.core.exceptions import ImproperlyConfigured, PermissionDenied, ValidationError
 from django.http import HttpRequest
 from django.shortcuts import redirect
 
@@ -19,6 +20,24 @@ from llmtuner import env
 class AccountAdapter(DefaultAccountAdapter):
     def is_open_for_signup(self, request: HttpRequest) -> bool:
         return bool(settings.SIGNUP_OPEN)
+
+    def clean_email(self, email: str) -> str:
+        """Refuses what no mail server takes: invisible characters, and domains that are none."""
+        email = super().clean_email(email)
+        try:
+            email.rpartition("@")[2].encode("idna")
+        except UnicodeError as e:
+            raise ValidationError("That is no email address.") from e
+        if not email.isprintable():
+            raise ValidationError("That is no email address.")
+        return email
+
+    def get_client_ip(self, request: HttpRequest) -> str:
+        """Who came past the proxies, with a forged or no header, is known by the address of the connection."""
+        try:
+            return str(super().get_client_ip(request))
+        except (ImproperlyConfigured, PermissionDenied):
+            return str(request.META.get("REMOTE_ADDR") or "0.0.0.0")  # noqa: S104  a name for "unknown", nothing is bound
 
 
 class SocialAccountAdapter(DefaultSocialAccountAdapter):

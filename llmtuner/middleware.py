@@ -6,6 +6,7 @@ import gzip
 import logging
 import re
 import secrets
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import lru_cache
@@ -48,8 +49,7 @@ def request_id(get_response: Handler) -> Handler:
     """A number for each request: in its answer, in its log lines, on the page that says something broke."""
 
     def begin(request: HttpRequest) -> None:
-        # `/v1` has taken the caller's own id by now, see llmtuner/api.py.
-        request.request_id = request.META.get("llmtuner.request_id") or "req_" + secrets.token_hex(12)
+        request.request_id = "req_" + secrets.token_hex(12)
         current_request_id.set(request.request_id)
 
     def end(request: HttpRequest, response: HttpResponseBase) -> None:
@@ -134,7 +134,10 @@ _TEXT = re.compile(r"\.(css|js|svg|json|txt)$")
 @sync_and_async_middleware
 def static_files(get_response: Handler) -> Handler:
     """WhiteNoise finds the file; we answer it whole, because its streamed answer would need a thread under ASGI."""
-    noise = WhiteNoiseMiddleware(lambda request: None)
+    with warnings.catch_warnings():
+        if not settings.PRODUCTION:
+            warnings.simplefilter("ignore")  # nothing is collected there, and need not be
+        noise = WhiteNoiseMiddleware(lambda request: None)
 
     def serve(request: HttpRequest) -> HttpResponseBase | None:
         found = noise(request)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from allauth.account.decorators import secure_admin_login
 from django.contrib import admin
 from django.urls import include, path
 
 from accounts import views
 from llmtuner import health
+from llmtuner.api import api
 
 # The admin signs in by the same door as everybody: same rate limits, same second factor.
 admin.autodiscover()
@@ -25,14 +24,9 @@ urlpatterns = [
     path("accounts/", include("allauth.urls")),
     path("account/", include("accounts.urls")),
     path("_allauth/", include("allauth.headless.urls")),
+    path("v1/", api.urls),
+    path("", include("jobs.urls")),
 ]
-# Until each part has landed.
-with suppress(ImportError):
-    from llmtuner.api import api
-
-    urlpatterns += [path("v1/", api.urls)]
-with suppress(ImportError):
-    urlpatterns += [path("", include("jobs.urls"))]
 
 handler400 = "llmtuner.errors.bad_request"
 handler403 = "llmtuner.errors.forbidden"

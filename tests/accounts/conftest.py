@@ -1,0 +1,33 @@
+"""Sign-in is limited by counters in Redis, so each of these tests starts with none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from django.core.cache import cache
+from django.test import Client
+
+from accounts.models import User
+from tests import services
+from tests.factories import PASSWORD
+
+
+@pytest.fixture(autouse=True)
+def counters(redis: services.Service) -> Iterator[None]:
+    cache.clear()
+    yield
+    cache.clear()
+
+
+@pytest.fixture
+def page() -> Client:
+    return Client()
+
+
+def sign_in(page: Client, user: User, password: str = PASSWORD, **headers: str):
+    return page.post("/accounts/login/", {"login": user.email, "password": password}, headers=headers)
+
+
+def is_signed_in(page: Client) -> bool:
+    return page.get("/account/").status_code == 200

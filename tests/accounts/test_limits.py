@@ -1,0 +1,119 @@
+"""Guessing passwords: at most 12 are looked at in ten minutes, whatever the guesser pretends to be."""
+
+from __future__ import annotations
+
+import pytest
+from django.test import Client
+
+from accounts.models import User
+from tests.accounts.conftest import is_signed_in, sign_in
+from tests.factories import PASSWORD, make_user
+
+ALLOWED = 12
+
+
+@pytest.fixture
+def checked(monkeypatch) -> list[str]:
+    """Every password that was really compared with a person's."""
+    seen: list[str] = []
+    check = User.check_password
+
+    def counted(self: User, raw: str) -> bool:
+        seen.append(raw)
+        return check(self, raw)
+
+    monkeypatch.setattr(User, "check_password", counted)
+    return seen
+
+
+def guess(page: Client, user: User, times: int, **headers: str) -> None:
+    for i in range(times):
+        sign_in(page, user, f"guess-{i}", **{name: value.format(i=i) for name, value in headers.items()})
+
+
+def test_guesses_at_one_account_end_soon(alice: User, page: Client, checked: list[str]):
+    guess(page, alice, 100)
+    assert 0 < len(checked) <= ALLOWED
+
+
+def test_the_right_password_is_refused_too_while_limited(alice: User, page: Client):
+    guess(page, alice, 20)
+    sign_in(page, alice)
+    assert not is_signed_in(page)
+
+
+def test_one_address_cannot_go_through_many_accounts(db, page: Client, checked: list[str]):
+    for i in range(30):
+        guess(page, make_user(f"person{i}"), 1)
+    assert len(checked) <= ALLOWED
+
+
+@pytest.mark.parametrize(
+    "header", ["X-Forwarded-For", "X-Real-IP", "Forwarded", "True-Client-IP", "X-Client-IP"]
+)
+def test_forged_forwarding_headers_change_nothing(
+    alice: User, bob: User, page: Client, checked: list[str], header: str
+):
+    value = "for=203.0.113.{i}" if header == "Forwarded" else "203.0.113.{i}"
+    for user in (alice, bob):
+        guess(page, user, 25, **{header: value})
+    assert len(checked) <= ALLOWED
+
+
+def test_behind_a_proxy_only_the_proxys_word_counts(db, page: Client, settings, checked: list[str]):
+    settings.ALLAUTH_TRUSTED_PROXY_COUNT = 1
+    for i in range(30):  # what stands before the last comma comes from the guesser
+        guess(page, make_user(f"person{i}"), 1, **{"X-Forwarded-For": f"203.0.113.{i}, 198.51.100.7"})
+    assert len(checked) <= ALLOWED
+
+
+def test_who_comes_past_the_proxies_is_limited_too(db, page: Client, settings, checked: list[str]):
+    settings.ALLAUTH_TRUSTED_PROXY_COUNT = 2
+    for i in range(30):
+        guess(page, make_user(f"person{i}"), 1, **{"X-Forwarded-For": f"203.0.113.{i}"})
+    assert 0 < len(checked) <= ALLOWED
+
+
+def test_the_admin_has_no_door_of_its_own(sam: User, page: Client, checked: list[str]):
+    assert page.get("/admin/login/").headers["Location"].startswith("/accounts/login/")
+    for _ in range(30):
+        page.post("/admin/login/", {"username": sam.email, "password": PASSWORD})
+    assert not checked
+    assert not is_signed_in(page)
+
+
+def test_programs_are_limited_like_people(alice: User, page: Client, checked: list[str]):
+    for i in range(30):
+        body = {"email": alice.email, "password": f"guess-{i}"}
+        page.post("/_allauth/app/v1/auth/login", body, content_type="application/json")
+    assert 0 < len(checked) <= ALLOWED
+
+
+def test_reset_mails_are_limited(alice: User, page: Client):
+    from django.core import mail
+
+    for _ in range(12):
+        page.post("/accounts/password/reset/", {"email": alice.email})
+    assert len(mail.outbox) <= 5
+
+
+def test_being_limited_is_said_in_our_words(page: Client, db):
+    for i in range(25):
+        answer = page.post("/accounts/password/reset/", {"email": f"nobody{i}@example.com"})
+    assert answer.status_code == 429
+    assert "Too many tries" in answer.content.decode()
+
+
+def test_a_running_server_does_not_believe_forwarding_headers(web, transactional_db):
+    import requests
+
+    user = make_user("alice")
+    page = requests.Session()
+    statuses = set()
+    for i in range(ALLOWED + 3):
+        page.get(f"{web.url}/accounts/login/", timeout=10)
+        fields = {"login": user.email, "password": f"guess-{i}", "csrfmiddlewaretoken": page.cookies["csrf"]}
+        headers = {"X-Forwarded-For": f"203.0.113.{i}", "Referer": web.url}
+        answer = page.post(f"{web.url}/accounts/login/", fields, headers=headers, timeout=10)
+        statuses.add("too many" in answer.text.lower())
+    assert statuses == {True, False}

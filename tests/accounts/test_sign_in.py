@@ -1,0 +1,184 @@
+"""Signing up, in and out, as a person does it on the pages."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from django.core import mail
+from django.test import Client
+from django.urls import reverse
+
+from accounts.models import User
+from tests.accounts.conftest import is_signed_in, sign_in
+from tests.factories import PASSWORD, make_user
+
+NEW_PASSWORD = "another-horse-battery-4"
+
+
+CODE = re.compile(r"^([A-Z0-9]{3,}[-A-Z0-9]*)$", re.M)
+
+
+def code_in_mail() -> str:
+    found = CODE.search(mail.outbox[-1].body)
+    assert found, mail.outbox[-1].body
+    return found[1]
+
+
+@pytest.fixture
+def mail_server(settings):
+    settings.EMAIL_URL = "smtp://mail.example.com"
+    settings.ACCOUNT_EMAIL_VERIFICATION = "mandatory"
+    settings.ACCOUNT_EMAIL_VERIFICATION_BY_CODE_ENABLED = True
+
+
+def test_signing_up_signs_in_when_there_is_no_mail_server(db, page: Client):
+    page.post("/accounts/signup/", {"email": "New@Example.com", "password1": PASSWORD})
+    assert is_signed_in(page)
+    user = User.objects.get(email="new@example.com")
+    assert user.owner_id.startswith("user-")
+    assert user.password.startswith("argon2$")
+
+
+def test_two_people_never_share_the_name_in_model_ids(db):
+    one = User.objects.create_user("kim@one.example", PASSWORD)
+    two = User.objects.create_user("kim@two.example", PASSWORD)
+    assert one.slug == "kim"
+    assert two.slug.startswith("kim-")
+
+
+def test_with_a_mail_server_an_address_is_verified_by_code(db, page: Client, mail_server):
+    page.post("/accounts/signup/", {"email": "new@example.com", "password1": PASSWORD})
+    assert not is_signed_in(page)
+    page.post("/accounts/confirm-email/", {"code": code_in_mail()})
+    assert is_signed_in(page)
+
+
+def test_a_wrong_code_does_not_verify(db, page: Client, mail_server):
+    page.post("/accounts/signup/", {"email": "new@example.com", "password1": PASSWORD})
+    for _ in range(4):
+        page.post("/accounts/confirm-email/", {"code": "AAA-AAA"})
+    page.post("/accounts/confirm-email/", {"code": code_in_mail()})  # three tries, then the code is dead
+    assert not is_signed_in(page)
+
+
+def test_signing_up_does_not_tell_who_has_an_account(db, alice: User, mail_server):
+    taken = Client().post("/accounts/signup/", {"email": alice.email, "password1": PASSWORD})
+    free = Client().post("/accounts/signup/", {"email": "free@example.com", "password1": PASSWORD})
+    assert (taken.status_code, taken.headers["Location"]) == (free.status_code, free.headers["Location"])
+
+
+def test_signing_up_can_be_closed(db, page: Client, settings):
+    settings.SIGNUP_OPEN = False
+    page.post("/accounts/signup/", {"email": "new@example.com", "password1": PASSWORD})
+    assert not User.objects.filter(email="new@example.com").exists()
+
+
+@pytest.mark.parametrize("password", ["short", "password123", "1234567890"])
+def test_weak_passwords_are_refused(db, page: Client, password: str):
+    page.post("/accounts/signup/", {"email": "new@example.com", "password1": password})
+    assert not User.objects.exists()
+
+
+def test_signing_in_makes_a_new_session(alice: User, page: Client):
+    page.get("/accounts/login/")
+    page.session["before"] = 1
+    before = page.session.session_key
+    sign_in(page, alice)
+    assert is_signed_in(page)
+    assert page.session.session_key != before
+
+
+def test_a_wrong_password_and_an_unknown_address_look_the_same(alice: User):
+    def shown(email: str) -> str:
+        page = (
+            Client()
+            .post("/accounts/login/", {"login": email, "password": "wrong-horse-battery"})
+            .content.decode()
+        )
+        return re.sub(r'value="[^"]*"', "", page.replace(email, ""))
+
+    assert shown(alice.email) == shown("nobody@example.com")
+
+
+def test_signing_out_ends_the_session_on_the_server(alice: User, page: Client):
+    sign_in(page, alice)
+    kept = page.cookies["session"].value
+    page.post("/accounts/logout/")
+    thief = Client()
+    thief.cookies["session"] = kept
+    assert not is_signed_in(thief)
+
+
+def test_a_get_does_not_sign_out(alice: User, page: Client):
+    sign_in(page, alice)
+    page.get("/accounts/logout/")
+    assert is_signed_in(page)
+
+
+def test_somebody_shut_out_is_out_at_once(alice: User, page: Client):
+    sign_in(page, alice)
+    User.objects.filter(pk=alice.pk).update(is_active=False)
+    assert not is_signed_in(page)
+    assert not is_signed_in_after_trying(alice)
+
+
+def is_signed_in_after_trying(user: User) -> bool:
+    page = Client()
+    sign_in(page, user)
+    return is_signed_in(page)
+
+
+def test_changing_the_password_signs_out_every_other_device(alice: User, page: Client):
+    other = Client()
+    sign_in(page, alice)
+    sign_in(other, alice)
+    fields = {"oldpassword": PASSWORD, "password1": NEW_PASSWORD, "password2": NEW_PASSWORD}
+    page.post("/accounts/password/change/", fields)
+    assert is_signed_in(page)
+    assert not is_signed_in(other)
+
+
+def test_a_forgotten_password_is_reset_by_code(alice: User, page: Client):
+    page.post("/accounts/password/reset/", {"email": alice.email.upper()})
+    assert mail.outbox[-1].to == [alice.email]
+    choose = page.post(reverse("account_confirm_password_reset_code"), {"code": code_in_mail()})
+    page.post(choose.headers["Location"], {"password1": NEW_PASSWORD, "password2": NEW_PASSWORD})
+    fresh = Client()
+    sign_in(fresh, alice, NEW_PASSWORD)
+    assert is_signed_in(fresh)
+
+
+def test_a_reset_for_nobody_looks_like_any_other(alice: User):
+    known = Client().post("/accounts/password/reset/", {"email": alice.email})
+    unknown = Client().post("/accounts/password/reset/", {"email": "nobody@example.com"})
+    assert (known.status_code, known.headers["Location"]) == (
+        unknown.status_code,
+        unknown.headers["Location"],
+    )
+
+
+@pytest.mark.parametrize("lookalike", ["alıce@example.com", "ﬁona@example.com", " alice@example.com\u202e"])
+def test_a_code_for_somebody_goes_to_their_own_address_only(db, lookalike: str, page: Client):
+    people = {"alice@example.com", "fiona@example.com"}
+    for name in people:
+        User.objects.create_user(name, PASSWORD)
+    page.post("/accounts/password/reset/", {"email": lookalike})
+    strangers = [message for message in mail.outbox if not set(message.to) <= people]
+    assert not [message for message in strangers if CODE.search(message.body)]
+
+
+@pytest.mark.parametrize(
+    "target", ["https://evil.example/", "//evil.example", "/\\evil.example", "javascript:alert(1)"]
+)
+def test_signing_in_sends_nobody_to_another_site(alice: User, page: Client, target: str):
+    answer = page.post("/accounts/login/", {"login": alice.email, "password": PASSWORD, "next": target})
+    assert answer.headers["Location"] == "/"
+
+
+def test_signing_in_goes_on_to_the_page_one_wanted(db, page: Client):
+    user = make_user("kim")
+    asked = page.get("/account/")
+    assert asked.headers["Location"] == "/accounts/login/?next=/account/"
+    answer = page.post("/accounts/login/", {"login": user.email, "password": PASSWORD, "next": "/account/"})
+    assert answer.headers["Location"] == "/account/"
