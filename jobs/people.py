@@ -1,0 +1,102 @@
+"""What the studio holds of a person besides their account: given out when they ask, removed when they leave."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from django.dispatch import receiver
+
+from accounts.signals import exporting, leaving
+from jobs import access, datasets, errands, lifecycle, tables, tuned_models
+from jobs.tables import Upload, WebhookEndpoint
+
+PAGE = 100
+
+
+@receiver(exporting)
+def export(owner: str, **kwargs: Any) -> dict[str, Any]:
+    """All rows a person owns, without our own book-keeping."""
+    return {
+        "datasets": [_plain(row, DATASET) for row in _all(access.list_datasets, owner)],
+        "jobs": [_plain(row, JOB) for row in _all(access.list_jobs, owner)],
+        "models": [_plain(row, MODEL) for row in _all(access.list_models, owner)],
+        "webhooks": [{"id": row.endpoint_id, "url": row.url} for row in tables.rows(WebhookEndpoint, owner)],
+    }
+
+
+DATASET = ("dataset_id", "name", "purpose", "status", "bytes", "sha256", "summary", "created_at")
+JOB = (
+    "job_id",
+    "name",
+    "status",
+    "base",
+    "method",
+    "dataset_id",
+    "settings",
+    "prompts",
+    "metadata",
+    "created_at",
+)
+MODEL = (
+    "model_id",
+    "name",
+    "job_id",
+    "base",
+    "method",
+    "files",
+    "metrics",
+    "verdict",
+    "aliases",
+    "created_at",
+)
+
+
+def _plain(row: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in names}
+
+
+def _all(list_page: Callable[[str, int, str | None], Any], owner: str) -> Iterator[Any]:
+    after = None
+    while True:
+        page = list_page(owner, PAGE, after)
+        yield from page
+        if not page.has_more:
+            return
+        after = page.rows[-1].id
+
+
+@receiver(leaving)
+def begin_to_leave(owner: str, **kwargs: Any) -> None:
+    """Stops what runs at once; the rest is an errand, which outlives any crash."""
+    errands.put("leave", owner, owner)
+    _cancel_all(owner)
+    errands.ring("leave", owner, owner)
+
+
+def leave(owner: str, _id: str) -> bool:
+    """Removes all that can be removed now. True when nothing is left; a running job is left until its worker stops."""
+    _cancel_all(owner)
+    for job in list(_all(access.list_jobs, owner)):
+        with contextlib.suppress(lifecycle.Refused, access.NotFound):
+            lifecycle.delete(owner, job.job_id, with_model=True)
+    _delete_each(access.list_models, owner, tuned_models.delete)
+    _delete_each(access.list_datasets, owner, datasets.delete)
+    for table, name in ((Upload, "upload_id"), (WebhookEndpoint, "endpoint_id")):
+        for row in list(tables.rows(table, owner)):
+            tables.remove(table, owner, getattr(row, name))
+    return not any(access.list_jobs(owner, 1))
+
+
+def _cancel_all(owner: str) -> None:
+    for job in _all(access.list_jobs, owner):
+        if not job.ended:
+            with contextlib.suppress(lifecycle.Refused, lifecycle.LostRace, access.NotFound):
+                lifecycle.ask(owner, job.job_id, "cancel")
+
+
+def _delete_each(list_page: Callable[..., Any], owner: str, delete: Callable[[str, str], None]) -> None:
+    for row in list(_all(list_page, owner)):
+        with contextlib.suppress(access.NotFound):
+            delete(owner, row.id)
