@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from django.conf import settings
 
-from jobs import doctor, prepare, standby, uploads
+from jobs import doctor, failpoints, prepare, standby, uploads
 from jobs.doctor import Diagnosis
 from jobs.lifecycle import Claim, LostRace
 from jobs.listener import Listener
@@ -41,6 +41,7 @@ def run(claim: Claim, stop: threading.Event | None = None) -> None:
     """Runs the claimed job until it ends, is paused or cancelled, is lost to another holder, or `stop` is set (then it
     is given back within 30 s). Must be called from the main thread: the trainer dies with the thread that starts it.
     Never raises for anything that happens to the job; what it can't write down, the reconciler finds."""
+    failpoints.passing("claimed")
     folder = prepare.work_folder(claim.job_id, claim.epoch)
     with standby.folder_lock(folder):
         attempt = _Attempt(claim, stop or threading.Event(), folder)
@@ -146,6 +147,7 @@ class _Attempt:
         self.child = child = standby.take()
         self.listener.begin()
         child.send({"config": str(path)})
+        failpoints.passing("trainer started")
         while child.alive or not child.out.ended:
             self._turn()
             if not child.alive and self.listener.deaf_since(child) > 2:
@@ -159,6 +161,7 @@ class _Attempt:
         return child.process.returncode
 
     def _succeed(self, config: dict[str, Any]) -> None:
+        failpoints.passing("trainer done")
         done = self.listener.done
         assert done
         prefix = f"{self.claim.prefix}final/"
@@ -181,6 +184,7 @@ class _Attempt:
             result["verdict"] = self.listener.verdict
         self.writer.end_proof(self.listener)
         self._flush()
+        failpoints.passing("model stored")
         self._insist(
             lambda: self.claim.finish("succeeded", result=result | {"prefix": prefix, "files": files})
         )

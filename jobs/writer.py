@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from django.conf import settings
 from pynamodb.exceptions import PynamoDBException
 
-from jobs import feed
+from jobs import failpoints, feed
 from jobs.feed import Batch
 from jobs.lifecycle import Claim
 
@@ -87,6 +87,7 @@ class Writer:
         try:
             self._send(None if quiet else self.batch)
             if self.pointer and self.pointer_is_due and not quiet:
+                failpoints.passing("checkpoint stored")
                 self.claim.move_pointer(
                     {name: self.pointer[name] for name in self.pointer if name != "after"}
                 )
@@ -100,6 +101,7 @@ class Writer:
     def _send(self, batch: Batch | None) -> None:
         if batch:
             feed.append(self.claim, batch)
+            failpoints.passing("chunk stored")
         first, last = (batch.first_seq, batch.last_seq) if batch else (None, None)
         self.claim.heartbeat(
             self.progress,

@@ -195,17 +195,28 @@ def wait_step(job_id: str, step: int, seconds: float = 90) -> Any:
 
 def trainers_of(pid: int) -> list[int]:
     """Children of a worker that run our training program."""
+    return [child for child in all_trainers() if parent_of(child) == pid]
+
+
+def all_trainers() -> list[int]:
+    """Every trainer of this house: their home is its work folder's."""
+    home = f"HOME={os.environ['LLMTUNER_TEST_DIR']}/work/home".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                stat = (entry / "stat").read_text().rpartition(")")[2].split()
-                command = (entry / "cmdline").read_bytes()
+                if home in (entry / "environ").read_bytes().split(b"\0") and is_alive(int(entry.name)):
+                    found.append(int(entry.name))
             except OSError:
                 continue
-            if int(stat[1]) == pid and stat[0] != "Z" and b"training\0" in command:
-                found.append(int(entry.name))
     return found
+
+
+def parent_of(pid: int) -> int:
+    try:
+        return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def is_alive(pid: int) -> bool:

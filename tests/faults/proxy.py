@@ -1,0 +1,98 @@
+"""A chaos proxy: stands between our processes and a store, and does to their connections what networks do.
+
+    python -m tests.faults.proxy LISTEN_PORT TARGET_PORT
+
+Orders come as lines on its standard input: `pass`, `latency 0.2`, `blackhole` (accept, never answer), `reset` (cut
+everything now and refuse), `drop 0.3` (let a request through, cut before its reply, with this chance).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import subprocess
+import sys
+
+from tests import services
+
+
+class Proxy:
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.mode, self.value = "pass", 0.0
+        self.open: set[asyncio.StreamWriter] = set()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.mode == "reset":
+            writer.transport.abort()
+            return
+        self.open.add(writer)
+        try:
+            there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self.target)
+        except OSError:
+            writer.transport.abort()
+            return
+        self.open.add(there_writer)
+        ways = [self.pump(reader, there_writer, False), self.pump(there_reader, writer, True)]
+        tasks = [asyncio.create_task(way) for way in ways]
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        for one in (writer, there_writer):
+            self.open.discard(one)
+            one.transport.abort()
+
+    async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_reply: bool) -> None:
+        while data := await reader.read(1 << 16):
+            while self.mode == "blackhole":
+                await asyncio.sleep(0.05)
+            if self.mode == "latency":
+                await asyncio.sleep(self.value)
+            if self.mode == "drop" and is_reply and random.random() < self.value:
+                return
+            writer.write(data)
+            await writer.drain()
+
+    def order(self, line: str) -> None:
+        self.mode, _, value = line.strip().partition(" ")
+        self.value = float(value or 0)
+        if self.mode == "reset":
+            for writer in list(self.open):
+                writer.transport.abort()
+
+
+async def main(listen: int, target: int) -> None:
+    proxy = Proxy(target)
+    server = await asyncio.start_server(proxy.serve, "127.0.0.1", listen)
+    async with server:
+        loop = asyncio.get_running_loop()
+        while line := await loop.run_in_executor(None, sys.stdin.readline):
+            proxy.order(line)
+
+
+class Chaos:
+    """A proxy as a child process, for tests: `chaos.order("drop 0.3")`."""
+
+    def __init__(self, target: int) -> None:
+        self.port = services.free_port()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.proxy", str(self.port), str(target)],
+            cwd=services.ROOT,
+            stdin=subprocess.PIPE,
+            preexec_fn=services._die_with_parent,
+        )
+
+    def order(self, line: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2])))
