@@ -21,9 +21,8 @@ class Person:
     expired: str
 
 
-def _person(name: str) -> Person:
-    """The same owner in every module, so that what one module trained another may use; the SQL rows are made again,
-    because tests with `transactional_db` empty the tables."""
+def make_person(name: str) -> Person:
+    """The same owner in every test, so that what one trained another may use; only the SQL rows are made again."""
     from datetime import timedelta
 
     from allauth.account.models import EmailAddress
@@ -31,14 +30,10 @@ def _person(name: str) -> Person:
     from django.utils import timezone
 
     from accounts import api_keys
-    from tests.factories import PASSWORD
 
     email, owner = f"{name}-api@example.com", f"user-API{name.upper()}"
-    users = get_user_model().objects
-    user = users.filter(email=email).first() or users.create_user(
-        email=email, password=PASSWORD, owner_id=owner
-    )
-    EmailAddress.objects.get_or_create(user=user, email=email, verified=True, primary=True)
+    user = get_user_model().objects.create_user(email=email, owner_id=owner)
+    EmailAddress.objects.create(user=user, email=email, verified=True, primary=True)
     every = ["read", "write", "inference"]
     _, key = api_keys.create(user, "all", every)
     _, reader = api_keys.create(user, "reader", ["read"])
@@ -46,29 +41,27 @@ def _person(name: str) -> Person:
     return Person(email, owner, user, key, reader, expired)
 
 
-@pytest.fixture(scope="module")
-def people(django_db_setup: None, django_db_blocker: Any) -> Iterator[dict[str, Person]]:
-    """Committed, so that the web process sees them; gone again at the module's end."""
-    with django_db_blocker.unblock():
-        found = {name: _person(name) for name in ("alice", "bob")}
-    yield found
-    with django_db_blocker.unblock():
-        for person in found.values():
-            person.user.delete()
+@pytest.fixture
+def people(transactional_db: None) -> dict[str, Person]:
+    """Committed, so that the web process sees them."""
+    return {name: make_person(name) for name in ("alice", "bob")}
 
 
 def client_of(url: str, key: str, **options: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60, **options)
 
 
-@pytest.fixture(scope="module")
-def client(web: Any, people: dict[str, Person]) -> openai.OpenAI:
-    return client_of(web.url, people["alice"].key)
+@pytest.fixture
+def client(web: Any, people: dict[str, Person]) -> Iterator[openai.OpenAI]:
+    """Alice's."""
+    with client_of(web.url, people["alice"].key) as opened:
+        yield opened
 
 
-@pytest.fixture(scope="module")
-def bobs_client(web: Any, people: dict[str, Person]) -> openai.OpenAI:
-    return client_of(web.url, people["bob"].key)
+@pytest.fixture
+def bobs_client(web: Any, people: dict[str, Person]) -> Iterator[openai.OpenAI]:
+    with client_of(web.url, people["bob"].key) as opened:
+        yield opened
 
 
 def rows(n: int = 24) -> bytes:
