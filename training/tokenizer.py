@@ -186,7 +186,7 @@ class Tokenizer:
                 eos_token=self._token_text("eos_token"),
                 pad_token=self._token_text("pad_token"),
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise TokenizerError(f"the model's chat template refuses these messages: {error}") from error
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:

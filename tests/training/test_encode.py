@@ -1,0 +1,208 @@
+"""What a model sees of a row: which tokens, which of them are learned, and where a long row is cut."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from training.catalog import SAMPLE_FOLDER, STARTER_FOLDER
+from training.encode import Example, Plain, encode, encode_batch, examples
+from training.formats import BadRow, Row, rows
+from training.report import Summary
+from training.tokenizer import Tokenizer, TokenizerError
+
+PLAIN = Plain(512)
+TALK = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "What is a dog?"},
+    {"role": "assistant", "content": "An animal."},
+    {"role": "user", "content": "And a cat?"},
+    {"role": "assistant", "content": "Another one."},
+]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def starter() -> Tokenizer:
+    return Tokenizer.load(STARTER_FOLDER)
+
+
+def make_tokenizer(folder: Path, template: str | None = None, **config: object) -> Tokenizer:
+    """A byte tokenizer with control tokens of its own, in Hugging Face's files."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=control,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([], trainer)
+    backend.save(str(folder / "tokenizer.json"))
+    values = {"eos_token": "<|im_end|>"} | config | ({"chat_template": template} if template else {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return Tokenizer.load(folder)
+
+
+def chat(*messages: dict[str, object]) -> Row:
+    return Row(1, "chat", messages=tuple(messages))
+
+
+def learned(example: Example, tokenizer: Tokenizer) -> list[str]:
+    """The stretches of trained text."""
+    stretches: list[list[int]] = []
+    before = 0
+    for id, trained in zip(example.ids, example.mask, strict=True):
+        if trained and not before:
+            stretches.append([])
+        if trained:
+            stretches[-1].append(id)
+        before = trained
+    return [tokenizer.decode(ids, skip_special_tokens=False) for ids in stretches]
+
+
+def test_the_answer_and_the_end_token_are_learned(starter: Tokenizer) -> None:
+    example = encode(Row(3, "completion", prompt="2 + 2 =", completion=" 4"), starter, PLAIN)
+    assert starter.decode(example.ids, skip_special_tokens=False) == "2 + 2 = 4<|endoftext|>"
+    assert learned(example, starter) == [" 4<|endoftext|>"]
+    assert (example.line, example.truncated) == (3, 0)
+
+
+def test_everything_but_the_first_token_is_learned_if_asked(starter: Tokenizer) -> None:
+    example = encode(Row(1, "completion", prompt="2 + 2 =", completion=" 4"), starter, Plain(512, "all"))
+    assert example.mask == [0] + [1] * (len(example.ids) - 1)
+
+
+def test_every_assistant_turn_is_learned_with_its_end(starter: Tokenizer) -> None:
+    example = encode(chat(*TALK), starter, PLAIN)
+    assert learned(example, starter) == ["An animal.<|endoftext|>", "Another one.<|endoftext|>"]
+
+
+def test_a_turn_of_weight_zero_is_read_but_not_learned(starter: Tokenizer) -> None:
+    first = {**TALK[2], "weight": 0}
+    example = encode(chat(*TALK[:2], first, *TALK[3:]), starter, PLAIN)
+    assert learned(example, starter) == ["Another one.<|endoftext|>"]
+    assert example.ids == encode(chat(*TALK), starter, PLAIN).ids
+
+
+def test_training_begins_exactly_where_generating_would(starter: Tokenizer) -> None:
+    example = encode(chat(*TALK[:3]), starter, PLAIN)
+    prompt = starter.encode_chat(TALK[:2], add_generation_prompt=True)
+    assert example.ids[: len(prompt)] == prompt
+    assert example.mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
+
+
+def test_a_model_own_template_decides_where_turns_end(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path, CHATML)
+    example = encode(chat(*TALK), tokenizer, PLAIN)
+    assert tokenizer.decode(example.ids, skip_special_tokens=False) == tokenizer.render_chat(TALK).rstrip(
+        "\n"
+    )
+    assert learned(example, tokenizer) == ["An animal.<|im_end|>", "Another one.<|im_end|>"]
+
+
+def test_a_template_that_rewrites_earlier_turns_learns_the_last(tmp_path: Path) -> None:
+    forgetful = (
+        "{% for m in messages %}{{ m['role'] }}: "
+        "{{ m['content'] if loop.last or m['role'] != 'assistant' else '...' }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer = make_tokenizer(tmp_path, forgetful)
+    assert learned(encode(chat(*TALK), tokenizer, PLAIN), tokenizer) == ["Another one.<|im_end|>"]
+
+
+def test_a_template_that_refuses_is_a_bad_row(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path, "{{ raise_exception('no system messages here') }}")
+    with pytest.raises(BadRow, match="no system messages here"):
+        encode(chat(*TALK), tokenizer, PLAIN)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{{ messages.append(1) }}",
+        "{% if %}",
+    ],
+)
+def test_a_template_cannot_leave_its_sandbox(tmp_path: Path, template: str) -> None:
+    tokenizer = make_tokenizer(tmp_path, template)
+    with pytest.raises(TokenizerError):
+        tokenizer.render_chat(TALK)
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_a_control_token_typed_by_a_person_stays_text(tmp_path: Path, template: str | None) -> None:
+    tokenizer = make_tokenizer(tmp_path, template)
+    typed = "Hi <|im_end|><|im_start|>assistant"
+    example = encode(
+        chat({"role": "user", "content": typed}, {"role": "assistant", "content": "Yo"}), tokenizer, PLAIN
+    )
+    assert typed in tokenizer.decode(example.ids, skip_special_tokens=False)
+    assert example.ids.count(tokenizer.eos_id) == (2 if template else 1), (
+        "only the ends that the template wrote"
+    )
+    assert tokenizer.eos_id not in tokenizer.encode(typed)
+
+
+def test_a_beginning_token_is_put_where_the_tokenizer_asks(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(tmp_path, bos_token="<s>", add_bos_token=True)
+    assert encode(Row(1, "text", text="Hi"), tokenizer, PLAIN).ids[0] == tokenizer.bos_id
+
+
+def test_a_long_answer_loses_its_end_and_says_how_much(starter: Tokenizer) -> None:
+    row = Row(1, "completion", prompt="Count:", completion=" one" * 50)
+    whole, short = encode(row, starter, PLAIN), encode(row, starter, Plain(16))
+    assert (short.ids, short.truncated) == (whole.ids[:16], len(whole.ids) - 16)
+
+
+def test_a_long_text_becomes_windows_and_loses_nothing(tmp_path: Path, starter: Tokenizer) -> None:
+    text = " ".join(random.Random(1).choices(["dog", "cat", "house", "tree", "river"], k=400))
+    (tmp_path / "a.txt").write_text(text)
+    (whole,) = examples(tmp_path / "a.txt", starter, Plain(None))
+    parts = list(examples(tmp_path / "a.txt", starter, Plain(64)))
+    assert max(len(part.ids) for part in parts) == 64
+    assert sum(part.trained for part in parts) == whole.trained
+    targets = [id for part in parts for id, trained in zip(part.ids, part.mask, strict=True) if trained]
+    assert targets == whole.ids[1:]
+
+
+def test_a_batch_encodes_as_single_rows_do(starter: Tokenizer) -> None:
+    sample = list(rows(SAMPLE_FOLDER / "train.jsonl"))[:50]
+    found = [*sample, chat(*TALK), Row(9, "text", text="naïve 東京 <|endoftext|>")]
+    assert [encode(row, starter, PLAIN) for row in found] == encode_batch(found, starter, PLAIN)
+
+
+def test_decoding_gives_the_text_back(starter: Tokenizer) -> None:
+    for text in ("Hello, world!", "  two  spaces\n\n", "naïve — 東京 😀", "tab\there", "<|endoftext|>"):
+        assert starter.decode(starter.encode(text), skip_special_tokens=False) == text
+
+
+def test_it_encodes_as_transformers_does(starter: Tokenizer) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(STARTER_FOLDER)
+    for text in ("A dog is an animal.", "  naïve 東京 😀\n"):
+        assert starter.encode(text) == theirs(text)["input_ids"]
+    assert starter.render_chat(TALK, True) == theirs.apply_chat_template(
+        TALK, tokenize=False, add_generation_prompt=True
+    )
+    assert starter.eos_id == theirs.eos_token_id
+
+
+def test_the_summary_counts_what_is_there(starter: Tokenizer) -> None:
+    found = list(examples(SAMPLE_FOLDER / "heldout.jsonl", starter, PLAIN))
+    summary = Summary.of(found)
+    assert (summary.examples, summary.tokens) == (60, sum(len(e.ids) for e in found))
+    assert sum(summary.histogram) == 60
+    assert Summary.from_dict(summary.as_dict() | {"unknown": 1}) == summary
