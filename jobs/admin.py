@@ -16,9 +16,9 @@ class OverseenJobAdmin(admin.ModelAdmin):
 
     def get_urls(self) -> list[URLPattern]:
         def guarded(view):  # type: ignore[no-untyped-def]  # a view in, a view out
-            def inner(request: HttpRequest, *args: str):  # type: ignore[no-untyped-def]
+            def inner(request: HttpRequest, **kwargs: str):  # type: ignore[no-untyped-def]
                 request.current_app = self.admin_site.name
-                return view(request, *args, site=self.admin_site)
+                return view(request, site=self.admin_site, **kwargs)
 
             return self.admin_site.admin_view(inner)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from django.conf import settings
@@ -13,13 +12,13 @@ from django.urls import reverse
 from django.utils.http import urlencode
 from django.views.decorators.http import require_GET, require_POST
 
-from jobs import access, datasets, storage
+from jobs import access, datasets
 from jobs.forms import UploadForm
 from jobs.limits import OverQuota
 from jobs.tables import Dataset
 from jobs.templatetags.figures import count, size
 from jobs.views.doors import asks_for_part, for_people, owner_of
-from jobs.views.new_job import shown_sample
+from jobs.views.new_job import report_at, shown_sample
 
 PAGE = 20
 STATUS = {
@@ -133,11 +132,7 @@ def report_of(dataset: Dataset) -> dict[str, Any]:
 
 
 def _full_report(dataset: Dataset) -> dict[str, Any]:
-    if not dataset.report_key or dataset.status not in ("ready", "rejected"):
-        return {}
-    with storage.open_file(dataset.report_key) as file:
-        full = json.load(file)
-    return full if isinstance(full, dict) else {}
+    return report_at(dataset.report_key) if dataset.report_key else {}
 
 
 def _file_rows(dataset: Dataset, summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -79,6 +79,7 @@ def _fidelity(found: dict[str, Any]) -> str:
 
 
 @for_people_async
+@require_GET
 async def download(request: HttpRequest, model_id: str) -> HttpResponseBase:
     """A zip of the Hugging Face files, made while it is sent: nothing of it is held in memory or on disk."""
     model = await sync_to_async(access.get_model_for)(owner_of(request), model_id)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from jobs import access, estimates
+from jobs import access, estimates, storage
 from jobs.forms import NewJobForm, preset_of, rows, settings_from, shown, with_preset
 from jobs.lifecycle import JobRequest
 from jobs.tables import Dataset
@@ -204,10 +206,26 @@ def _warnings(
 
 
 def _sample(dataset: Dataset | None) -> dict[str, Any] | None:
-    samples = (
-        (dataset.summary or {}).get("samples") if dataset and isinstance(dataset.summary, dict) else None
-    )
+    if dataset is None or not dataset.report_key:
+        return None
+    return _first_sample(dataset.report_key)
+
+
+@lru_cache(maxsize=200)
+def _first_sample(report_key: str) -> dict[str, Any] | None:
+    """A report never changes, and the form asks for it at every key."""
+    samples = report_at(report_key).get("samples")
     return shown_sample(samples[0]) if samples else None
+
+
+def report_at(key: str) -> dict[str, Any]:
+    """The whole report of a dataset, from its object."""
+    try:
+        with storage.open_file(key) as file:
+            full = json.load(file)
+    except storage.Missing:
+        return {}
+    return full if isinstance(full, dict) else {}
 
 
 def shown_sample(sample: dict[str, Any]) -> dict[str, Any]:

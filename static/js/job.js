@@ -149,7 +149,6 @@
     button.addEventListener("click", () => {
       axis = button.dataset.axis;
       for (const other of document.querySelectorAll("[data-axis]")) {
-        other.classList.toggle("btn-active", other === button);
         other.setAttribute("aria-pressed", String(other === button));
       }
       redraw();

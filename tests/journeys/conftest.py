@@ -1,0 +1,35 @@
+"""People with their browsers, over the real stores. Pages are asked with Django's test client."""
+
+from __future__ import annotations
+
+import pytest
+from django.test import Client
+
+from accounts.models import User
+
+
+@pytest.fixture(autouse=True)
+def over_real_stores(stores: None) -> None:
+    """Every page here reads DynamoDB."""
+
+
+def browser_of(user: User) -> Client:
+    client = Client()
+    client.force_login(user, backend="allauth.account.auth_backends.AuthenticationBackend")
+    return client
+
+
+@pytest.fixture
+def alices(alice: User) -> Client:
+    """Alice's browser."""
+    return browser_of(alice)
+
+
+@pytest.fixture
+def bobs(bob: User) -> Client:
+    return browser_of(bob)
+
+
+@pytest.fixture
+def sams(sam: User) -> Client:
+    return browser_of(sam)

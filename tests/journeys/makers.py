@@ -1,0 +1,95 @@
+"""Work in whatever state a page should show, written straight to the tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from typing import Any
+
+from jobs import storage, tables
+from jobs.tables import Dataset, EventChunk, Job, JobIndex, TunedModel, month_of, new_id
+
+SAMPLE = {
+    "line": 1,
+    "preview": "Where is it?",
+    "tokens": [{"text": "Where", "trained": False}, {"text": " Here", "trained": True}],
+}
+SUMMARY = {
+    "examples": 120,
+    "tokens": 4800,
+    "trained_tokens": 1200,
+    "longest": 64,
+    "kind": "completion",
+    "histogram": [0, 40, 80],
+}
+
+
+def make_dataset(owner: str, name: str = "rows.jsonl", status: str = "ready", **fields: Any) -> Dataset:
+    dataset_id = new_id("file")
+    report = {**SUMMARY, "findings": [], "samples": [SAMPLE], **fields.pop("report", {})}
+    key = f"datasets/{owner}/{dataset_id}/report.json"
+    storage.put_file(key, io.BytesIO(json.dumps(report).encode()))
+    dataset = Dataset(
+        owner, dataset_id, name=name, status=status, bytes=999, sha256="ab" * 32, key="none", **fields
+    )
+    dataset.report_key = key
+    dataset.summary = report
+    tables.put_new(dataset)
+    return dataset
+
+
+def make_job(
+    owner: str, status: str = "running", lines: list[dict[str, Any]] | None = None, **fields: Any
+) -> Job:
+    """A job with its events; `lines` are the trainer's."""
+    lines = [{"time": time.time(), **line} for line in lines or []]
+    fields = {
+        "name": "Orders",
+        "base": "starter",
+        "dataset_id": new_id("file"),
+        "started_at": time.time() - 60,
+    } | fields
+    job = Job(owner, new_id("ftjob"), status=status, last_seq=len(lines), **fields)
+    if job.ended:
+        job.ended_at = time.time()
+    for first in range(0, len(lines), 100):
+        chunk = [json.dumps(line) for line in lines[first : first + 100]]
+        EventChunk(
+            job.job_id, first + 1, last_seq=first + len(chunk), epoch=1, holder="x", lines=chunk
+        ).save()
+    for partition in (f"all#{month_of(job.created_at)}", *(() if job.ended else ("active#0",))):
+        JobIndex(partition, job.job_id, owner=owner, name=job.name, base=job.base).save()
+    tables.put_new(job)
+    return job
+
+
+def make_model(owner: str, name: str = "Orders", **fields: Any) -> TunedModel:
+    files = []
+    model_id = f"ft:starter:alice:orders:{new_id('x')[-8:].lower()}"
+    for file, content in (("config.json", b"{}"), ("model.safetensors", b"weights" * 1000)):
+        stored = storage.put_file(f"models/{owner}/{model_id}/{file}", io.BytesIO(content))
+        files.append({"name": file, "bytes": stored.bytes, "sha256": stored.sha256})
+    fields = {
+        "base": "starter",
+        "job_id": new_id("ftjob"),
+        "metrics": {"loss": 1.25, "exact_match": 0.93},
+    } | fields
+    size = sum(file["bytes"] for file in files)
+    model = TunedModel(
+        owner, model_id, name=name, prefix=f"models/{owner}/{model_id}", files=files, bytes=size, **fields
+    )
+    tables.put_new(model)
+    return model
+
+
+def metric(step: int, loss: float = 2.0, **fields: Any) -> dict[str, Any]:
+    numbers = {
+        "lr": 1e-4,
+        "grad_norm": 0.5,
+        "tokens": 100 * step,
+        "tokens_per_s": 900.0,
+        "memory": 2**29,
+        "epoch": 0.1,
+    }
+    return {"t": "metric", "step": step, "loss": loss, "loss_hex": loss.hex(), **numbers, **fields}

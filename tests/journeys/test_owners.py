@@ -1,0 +1,94 @@
+"""What belongs to somebody else does not exist: every address, asked by the wrong person."""
+
+from __future__ import annotations
+
+import pytest
+from django.test import Client
+from django.urls import reverse
+
+from accounts.models import User
+from jobs.urls import urlpatterns
+from tests.journeys.makers import make_dataset, make_job, make_model
+
+POSTS = {
+    "upload", "delete_dataset", "estimate", "pause_job", "resume_job", "cancel_job", "retry_job", "rename_job",
+    "delete_job", "delete_model", "playground_stream",
+}  # fmt: skip
+# A signed link is its own permission: tests/jobs asks those.
+NAMES = [p.name for p in urlpatterns if "token" not in p.pattern.converters]
+
+
+def parameter(name: str) -> str | None:
+    pattern = next(p for p in urlpatterns if p.name == name)
+    return next(iter(pattern.pattern.converters), None)
+
+
+def ask(client: Client, name: str, *args: str):
+    address = reverse(f"jobs:{name}", args=args)
+    return client.post(address) if name in POSTS else client.get(address)
+
+
+@pytest.fixture
+def things(alice: User) -> dict[str, str]:
+    return {
+        "dataset_id": make_dataset(alice.owner_id).dataset_id,
+        "job_id": make_job(alice.owner_id, "succeeded").job_id,
+        "model_id": make_model(alice.owner_id).model_id,
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if parameter(name)])
+def test_bob_gets_404_for_what_is_alices(bobs: Client, things: dict[str, str], name: str) -> None:
+    answer = ask(bobs, name, things[parameter(name) or ""])
+    unknown = ask(bobs, name, "there-is-none")
+    assert answer.status_code == unknown.status_code == 404
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_visitor_is_sent_to_sign_in(client: Client, things: dict[str, str], name: str) -> None:
+    kind = parameter(name)
+    answer = ask(client, name, *([things[kind]] if kind else []))
+    assert answer.status_code == 302
+    assert answer["Location"].startswith("/accounts/login/")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_methods_are_refused(alices: Client, things: dict[str, str], name: str) -> None:
+    kind = parameter(name)
+    address = reverse(f"jobs:{name}", args=[things[kind]] if kind else [])
+    assert alices.delete(address).status_code == 405
+    if name in POSTS:
+        assert alices.get(address).status_code == 405
+
+
+@pytest.mark.parametrize("name", sorted(POSTS))
+def test_a_post_without_its_token_is_refused(alice: User, things: dict[str, str], name: str) -> None:
+    strict = Client(enforce_csrf_checks=True)
+    strict.force_login(alice, backend="allauth.account.auth_backends.AuthenticationBackend")
+    kind = parameter(name)
+    assert ask(strict, name, *([things[kind]] if kind else [])).status_code == 403
+
+
+def test_alice_gets_all_her_pages(alices: Client, things: dict[str, str]) -> None:
+    for name in NAMES:
+        kind = parameter(name)
+        if name not in POSTS:
+            assert ask(alices, name, *([things[kind]] if kind else [])).status_code in (200, 302), name
+
+
+def test_bobs_lists_hold_nothing_of_alices(bobs: Client, alice: User) -> None:
+    make_dataset(alice.owner_id, name="canary.jsonl")
+    make_job(alice.owner_id, name="canary job")
+    make_model(alice.owner_id, name="canary model")
+    for name in ("datasets", "jobs", "models", "playground", "new_job"):
+        assert b"canary" not in ask(bobs, name).content
+
+
+def test_bob_cannot_start_a_job_with_alices_data(bobs: Client, things: dict[str, str]) -> None:
+    answer = bobs.post(reverse("jobs:new_job"), {"dataset": things["dataset_id"], "base": "starter"})
+    assert answer.status_code == 422
+    assert b"This dataset is gone" in answer.content or b"First, something to learn from" in answer.content
+
+
+def test_bob_cannot_clone_alices_job(bobs: Client, things: dict[str, str]) -> None:
+    assert bobs.get(reverse("jobs:new_job"), {"clone": things["job_id"]}).status_code == 404

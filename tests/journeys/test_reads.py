@@ -1,0 +1,59 @@
+"""Each page's reads of DynamoDB are few, whatever a person has, and never a scan."""
+
+from __future__ import annotations
+
+import pytest
+from django.test import Client
+from django.urls import reverse
+
+from accounts.models import User
+from jobs import estimates, tables
+from tests.journeys.makers import make_dataset, make_job, make_model, metric
+
+MOST = {
+    "datasets": 1,
+    "dataset": 1,
+    "dataset_report": 1,
+    "jobs": 1,
+    "new_job": 3,  # datasets; workers and history, which are remembered for half a minute
+    "job": 3,  # the job, the job as the feed sees it, its events (one read for each megabyte)
+    "job_actions": 1,
+    "job_live": 3,
+    "job_csv": 3,
+    "job_log": 3,
+    "models": 1,
+    "model": 1,
+    "playground": 1,
+}
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_a_page_reads_little(alices: Client, alice: User, name: str) -> None:
+    for n in range(12):
+        dataset, job = make_dataset(alice.owner_id), make_job(alice.owner_id, lines=[metric(n + 1)] * 250)
+        model = make_model(alice.owner_id)
+    ids = {"dataset": dataset.dataset_id, "job": job.job_id, "model": model.model_id}
+    kind = name.partition("_")[0]
+    address = reverse(f"jobs:{name}", args=[ids[kind]] if kind in ids and name != "new_job" else [])
+    estimates._cache.clear()
+    with tables.counted() as counter:
+        assert alices.get(address, headers={"HX-Request": "true"}).status_code == 200
+    assert tables.reads(counter) <= MOST[name], dict(counter)
+    assert "Scan" not in counter
+
+
+def test_an_estimate_at_each_key_costs_one_read(alices: Client, alice: User) -> None:
+    data = {"dataset": make_dataset(alice.owner_id).dataset_id, "base": "starter"}
+    alices.post(reverse("jobs:estimate"), data)
+    with tables.counted() as counter:
+        alices.post(reverse("jobs:estimate"), data)
+    assert tables.reads(counter) == 1
+
+
+def test_oversight_never_scans(sams: Client, alice: User) -> None:
+    job = make_job(alice.owner_id)
+    for query in ({}, {"state": "active"}, {"state": "failed"}, {"q": job.job_id}, {"q": alice.email}):
+        with tables.counted() as counter:
+            assert sams.get(reverse("admin:jobs_overseenjob_changelist"), query).status_code == 200
+        assert tables.reads(counter) <= 5, (query, dict(counter))
+        assert "Scan" not in counter
