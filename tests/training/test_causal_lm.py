@@ -14,7 +14,9 @@ import torch.nn.functional as F
 import transformers as t
 
 from tests.training.tiny import write_tokenizer
+from training import loop
 from training.causal_lm import CausalLM
+from training.config import Run
 from training.decoder import GPT2Decoder
 from training.evaluate import batch_loss
 from training.events import Failure
@@ -192,3 +194,42 @@ def test_dropout_reaches_every_kind_of_layer():
     assert not torch.equal(model.hidden(batch), model.hidden(batch))
     model.eval()
     assert torch.equal(model.hidden(batch), model.hidden(batch))
+
+
+# --- through the loop --------------------------------------------------------------------------------
+
+
+def train(base: Path, work: Path, **settings: Any) -> list[dict[str, Any]]:
+    data = work / "data.jsonl"
+    work.mkdir()
+    rows = [{"prompt": "the cat " * (1 + i % 4), "completion": "sat on the mat"} for i in range(16)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = {
+        "max_steps": 8,
+        "batch_size": 8,
+        "micro_batch_tokens": 64,
+        "learning_rate": 1e-2,
+        "validation_fraction": 0.25,
+    }
+    lines: list[dict[str, Any]] = []
+    run = {"base": str(base), "train_file": str(data), "work_dir": str(work), "settings": chosen | settings, "rehearse": False}  # fmt: skip
+    loop.train(Run.parse(run), lambda t, **values: lines.append({"t": t, **values}))
+    return lines
+
+
+@pytest.mark.parametrize(("name", "method"), [("llama", "full"), ("llama", "lora"), ("gemma2", "lora")])
+def test_the_loop_trains_it_and_its_export_is_proven(tmp_path, name, method):
+    base = tmp_path / "base"
+    make(name).save(base)
+    write_tokenizer(base)
+    lines = train(base, tmp_path / "work", method=method, gradient_checkpointing=name == "llama")
+    losses = [line["loss"] for line in lines if line["t"] == "eval"]
+    assert losses[-1] < losses[0]
+    assert lines[-1]["t"] == "done"
+    assert lines[-1]["fidelity"]["exact"]
+    tuned, info = t.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "work" / "final", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert tuned.config.model_type == name
