@@ -487,7 +487,9 @@ def remove(table: type[Row], hash_key: Any, range_key: Any) -> None:
 
 def refused(error: PutError | UpdateError | DeleteError) -> bool:
     """Did the condition fail (in contrast to: the store cannot be reached)?"""
-    return error.cause_response_code == "ConditionalCheckFailedException"
+    # Not `error.cause_response_code`: it stumbles over a connection that was closed before an answer came.
+    answer = getattr(error.cause, "response", None) or {}
+    return bool(answer.get("Error", {}).get("Code") == "ConditionalCheckFailedException")
 
 
 def keys_of(row: Row) -> tuple[Any, Any]:

@@ -46,7 +46,7 @@ class Proxy:
 
     async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_reply: bool) -> None:
         while data := await reader.read(1 << 16):
-            while self.mode == "blackhole":
+            while self.mode == "blackhole":  # noqa: ASYNC110  a poll will do in a test
                 await asyncio.sleep(0.05)
             if self.mode == "latency":
                 await asyncio.sleep(self.value)
