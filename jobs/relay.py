@@ -19,7 +19,7 @@ from typing import Any
 import redis.exceptions
 from django.conf import settings
 
-from jobs import access, bells, trainer_process, tuned_models
+from jobs import access, bells, checkpoint_models, trainer_process, tuned_models
 from training import catalog, hub
 
 log = logging.getLogger(__name__)
@@ -214,4 +214,6 @@ def model_folder(owner: str, model_id: str) -> Path:
         return (
             Path(base.folder) if base and base.folder else hub.check(hub.fetch(base.id if base else model_id))
         )
+    if checkpoint_models.MARK in model_id:
+        return checkpoint_models.folder(owner, model_id)
     return tuned_models.fetch(tuned_models.get_for(owner, model_id))

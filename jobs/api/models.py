@@ -76,7 +76,7 @@ def delete_model(request: CallerRequest, model: str) -> Json:
 
 def _find(request: CallerRequest, model: str) -> Any:
     try:
-        return access.get_model_for(request.auth.owner, model)
+        return tuned_models.get_for(request.auth.owner, model)
     except access.NotFound as missing:
         raise not_found("model") from missing
 
