@@ -94,7 +94,7 @@ class _Report:
     def __init__(self, tokenizer: Tokenizer | None, settings: Plain) -> None:
         self.tokenizer, self.settings = tokenizer, settings
         self.summary, self.findings = Summary(), Findings()
-        self.rows = self.characters = 0
+        self.rows = self.characters = self.foreign = 0
         self.samples: list[dict[str, Any]] = []
         self.exact, self.near, self.prompts = Twins(), Twins(), Twins()
         self.answers: set[int] = set()
@@ -108,7 +108,9 @@ class _Report:
         size, told = max(1, path.stat().st_size), time.monotonic()
         for row, examples in self._rows(path, format):
             self.rows += 1
-            self.characters += len(row.preview)
+            text = row.preview
+            self.characters += len(text)
+            self.foreign += 0 if text.isascii() else sum(c > "\x7f" for c in text)
             self.row(row, examples)
             if self.rows % 256 == 0 and time.monotonic() - told > 0.5:
                 told = time.monotonic()
@@ -177,7 +179,12 @@ class _Report:
         if 0 < self.rows < FEW and self.summary.kind != "text":
             self.findings.add("few", 0, f"{self.rows} examples")
         tokens = self.summary.tokens + self.summary.lost_tokens
-        if tokens > 200 and self.characters / tokens < CHARACTERS_PER_TOKEN:
+        # Digits and code take many tokens too, and are no foreign language.
+        if (
+            self.foreign * 4 > self.characters
+            and self.characters / max(tokens, 1) < CHARACTERS_PER_TOKEN
+            and tokens > 200
+        ):
             self.findings.add("poor_fit", 0, f"{self.characters / tokens:.1f} characters a token")
         if self.rows == 0 and self.problem is None:
             self.bad(

@@ -1,0 +1,262 @@
+"""The report finds what is wrong with a dataset, names the lines, and invents nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.catalog import SAMPLE_FOLDER, STARTER_FOLDER
+from training.encode import Plain, examples
+from training.findings import KINDS, personal, secret
+from training.report import Summary, colour_row, report
+from training.tokenizer import Tokenizer
+
+PLAIN = Plain(512)
+
+
+@pytest.fixture(scope="module")
+def starter() -> Tokenizer:
+    return Tokenizer.load(STARTER_FOLDER)
+
+
+def put(folder: Path, records: list[dict[str, Any]], name: str = "data.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def clean_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Ordinary questions and answers, all different."""
+    rng = random.Random(seed)
+    names = rng.sample(
+        [
+            "river",
+            "garden",
+            "teacher",
+            "window",
+            "summer",
+            "engine",
+            "forest",
+            "letter",
+            "market",
+            "village",
+            "bridge",
+            "doctor",
+        ],
+        12,
+    )
+    verbs = ["find", "paint", "leave", "cross", "visit", "repair", "remember", "describe"]
+    pairs = rng.sample([(a, v, b) for a in names for v in verbs for b in names if a != b], count)
+    return [
+        {
+            "prompt": f"How does the {a} {v} the {b}?\n",
+            "completion": f" The {a} will {v} it near the {b}, slowly.",
+        }
+        for a, v, b in pairs
+    ]
+
+
+def found(
+    folder: Path, records: list[dict[str, Any]], tokenizer: Tokenizer, settings: Plain = PLAIN
+) -> dict[str, list[int]]:
+    result = report(put(folder, records), tokenizer, settings)
+    return {finding["code"]: finding["lines"] for finding in result["findings"]}
+
+
+# Each takes a good row and spoils it; the finding that must name its line.
+DEFECTS: dict[str, tuple[str, Any]] = {
+    "replacement sign": ("damage", lambda r: {**r, "completion": " caf\ufffd au lait"}),
+    "mojibake": ("damage", lambda r: {**r, "completion": " cafÃ© au lait"}),
+    "curly mojibake": ("damage", lambda r: {**r, "prompt": "Itâ€™s late, why?\n"}),
+    "control character": ("damage", lambda r: {**r, "completion": " a\x07b"}),
+    "NUL": ("damage", lambda r: {**r, "completion": " a\x00b"}),
+    "control token": ("special_tokens", lambda r: {**r, "completion": " yes<|endoftext|>"}),
+    "empty answer": ("empty_answer", lambda r: {**r, "completion": ""}),
+    "blank answer": ("empty_answer", lambda r: {**r, "completion": "  \n"}),
+    "empty prompt": ("empty_prompt", lambda r: {**r, "prompt": ""}),
+    "too long": ("truncated", lambda r: {**r, "completion": r["completion"] * 100}),
+    "prompt too long": ("nothing_to_train", lambda r: {**r, "prompt": r["prompt"] * 100}),
+    "run together": ("run_together", lambda r: {"prompt": "Name any word", "completion": "river"}),
+    "trailing space": ("trailing_space", lambda r: {"prompt": "Say the word: ", "completion": "village"}),
+    "e-mail": ("personal", lambda r: {**r, "completion": " Write to anna.schmidt@posteo.de today."}),
+    "telephone": ("personal", lambda r: {**r, "completion": " Call +49 30 901820 today."}),
+    "card": ("personal", lambda r: {**r, "completion": " Pay with 4111 1111 1111 1111 today."}),
+    "IBAN": ("personal", lambda r: {**r, "completion": " Pay to DE89 3704 0044 0532 0130 00 today."}),
+    "AWS key": ("secret", lambda r: {**r, "completion": " Use AKIAIOSFODNN7EXAMPLE today."}),
+    "password": ("secret", lambda r: {**r, "completion": " password: hunter2hunter2"}),
+    "private key": ("secret", lambda r: {**r, "completion": " -----BEGIN RSA PRIVATE KEY-----"}),
+    "zero width": ("invisible", lambda r: {**r, "completion": " in\u200bvisible"}),
+    "direction": ("invisible", lambda r: {**r, "completion": " \u202eesrever"}),
+    "number for text": ("bad_row", lambda r: {**r, "completion": 7}),
+    "missing answer": ("bad_row", lambda r: {"prompt": r["prompt"]}),
+}  # fmt: skip
+TWINS: dict[str, tuple[str, Any]] = {
+    "twice": ("duplicate", lambda r: dict(r)),
+    "other capitals": ("near_duplicate", lambda r: {**r, "prompt": r["prompt"].upper()}),
+    "other answer": ("conflict", lambda r: {**r, "completion": " I do not know."}),
+}
+
+
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_planted_defects_are_all_found_and_none_invented(
+    tmp_path: Path, starter: Tokenizer, seed: int
+) -> None:
+    rng = random.Random(seed)
+    records = clean_rows(200, seed)
+    expected: dict[str, set[int]] = {}
+    places = rng.sample(range(20, 200), 20)
+    for place, name in zip(places, rng.sample([*DEFECTS, *TWINS], 20), strict=True):
+        if name in DEFECTS:
+            code, spoil = DEFECTS[name]
+            records[place] = spoil(records[place])
+        else:
+            code, spoil = TWINS[name]
+            records[place] = spoil(records[places.index(place)])  # one of the first rows, which stay clean
+        expected.setdefault(code, set()).add(place + 1)
+        if name == "prompt too long":
+            expected.setdefault("truncated", set()).add(place + 1)
+    assert {code: set(lines) for code, lines in found(tmp_path, records, starter).items()} == expected
+
+
+@pytest.mark.parametrize("name", [*DEFECTS])
+def test_each_defect_is_found_alone(tmp_path: Path, starter: Tokenizer, name: str) -> None:
+    code, spoil = DEFECTS[name]
+    records = clean_rows(30, 5)
+    records[16] = spoil(records[16])
+    lines = found(tmp_path, records, starter)
+    assert lines.pop(code) == [17]
+    assert set(lines) <= {"truncated"}
+
+
+@pytest.mark.parametrize("file", ["train.jsonl", "heldout.jsonl"])
+def test_clean_files_are_left_in_peace(starter: Tokenizer, file: str) -> None:
+    result = report(
+        SAMPLE_FOLDER / file,
+        starter,
+        PLAIN,
+        validation=SAMPLE_FOLDER / ("heldout.jsonl" if file == "train.jsonl" else "train.jsonl"),
+    )
+    assert (result["findings"], result["ready"]) == ([], True)
+
+
+def test_its_counts_are_the_trainers(tmp_path: Path, starter: Tokenizer) -> None:
+    path = put(tmp_path, [*clean_rows(50, 1), {"prompt": "Go on\n", "completion": " and on" * 400}])
+    result = report(path, starter, Plain(128))
+    counted = Summary.of(examples(path, starter, Plain(128)))
+    assert {name: result[name] for name in ("examples", "tokens", "trained_tokens", "truncated")} == {
+        name: getattr(counted, name) for name in ("examples", "tokens", "trained_tokens", "truncated")
+    }
+
+
+def test_a_leak_into_the_validation_file_is_found(tmp_path: Path, starter: Tokenizer) -> None:
+    records = clean_rows(40, 2)
+    validation = put(
+        tmp_path,
+        [
+            *clean_rows(60, 3)[:0],
+            records[4],
+            {**records[7], "completion": " Another answer."},
+            {"prompt": "New?\n", "completion": " Yes."},
+        ],
+        "v.jsonl",
+    )
+    result = report(put(tmp_path, records), starter, PLAIN, validation=validation)
+    assert [(f["code"], f["lines"]) for f in result["findings"]] == [("leak", [1, 2])]
+
+
+def test_a_conversation_that_ends_without_answer_is_found(tmp_path: Path, starter: Tokenizer) -> None:
+    turn = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello"}]
+    talks = [
+        {"messages": [{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": f"Hello {i}"}]}
+        for i in range(12)
+    ]
+    talks[5] = {"messages": [*turn, {"role": "user", "content": "Are you there?"}]}
+    talks[8] = {"messages": [{"role": "user", "content": "Nobody answers"}]}
+    assert found(tmp_path, talks, starter) == {"nothing_to_train": [9], "no_answer_last": [6]}
+
+
+def test_a_language_the_tokenizer_does_not_know_is_found(tmp_path: Path, starter: Tokenizer) -> None:
+    records = [{"text": "これは日本語の文章です。" * 3 + str(i)} for i in range(20)]
+    assert "poor_fit" in found(tmp_path, records, starter)
+
+
+def test_one_answer_for_everything_is_found(tmp_path: Path, starter: Tokenizer) -> None:
+    records = [{**row, "completion": " Yes."} for row in clean_rows(20, 4)]
+    assert "same_answer" in found(tmp_path, records, starter)
+
+
+def test_a_file_that_cannot_be_read_is_not_ready(tmp_path: Path, starter: Tokenizer) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"PK\x03\x04....")
+    result = report(path, starter, PLAIN)
+    assert not result["ready"]
+    assert "ZIP" in result["error"]
+
+
+def test_bad_rows_are_counted_and_the_first_is_told(tmp_path: Path, starter: Tokenizer) -> None:
+    path = put(tmp_path, clean_rows(10, 1))
+    path.write_text(path.read_text() + "{oops\n{again\n")
+    result = report(path, starter, PLAIN)
+    assert result["error"].startswith("Line 11: ")
+    assert result["error"].endswith("1 more row cannot be read.")
+    assert result["findings"][0]["lines"] == [11, 12]
+
+
+def test_the_first_samples_show_what_is_learned(starter: Tokenizer) -> None:
+    result = report(SAMPLE_FOLDER / "train.jsonl", starter, PLAIN)
+    assert len(result["samples"]) == 5
+    sample = result["samples"][0]
+    text = "".join(token["text"] for token in sample["tokens"] if token["trained"])
+    assert text.startswith(" item:")
+    assert text.endswith("<|endoftext|>")
+    assert all(len(s["preview"]) <= 150 for s in result["samples"])
+
+
+def test_any_row_can_be_coloured(starter: Tokenizer) -> None:
+    row = colour_row(SAMPLE_FOLDER / "train.jsonl", 7, starter, PLAIN)
+    assert "".join(token["text"] for token in row["tokens"]).startswith("Order:")
+    with pytest.raises(KeyError):
+        colour_row(SAMPLE_FOLDER / "train.jsonl", 10_000, starter, PLAIN)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The year 2024-10-12 was fine.",
+        "1,234,567.89 euros",
+        "Version 1.2.3.4",
+        "ISBN 978-3-16-148410-0",
+        "Order 123456789012345",
+        "user@example.com",
+    ],
+)
+def test_ordinary_numbers_are_no_personal_data(text: str) -> None:
+    assert personal(text) == ""
+
+
+def test_ordinary_words_are_no_secrets(starter: Tokenizer) -> None:
+    assert secret("The password is written on the wall; sk-ill is a word. token = value") == ""
+
+
+def test_every_finding_says_why_and_what_to_do() -> None:
+    assert all(
+        kind.why and kind.fix and kind.severity in ("error", "warning", "info") for kind in KINDS.values()
+    )
+
+
+def test_the_command_prints_a_report(tmp_path: Path) -> None:
+    path = put(tmp_path, clean_rows(20, 1))
+    done = subprocess.run(
+        [sys.executable, "-m", "training", "check", str(path), "--tokenizer", str(STARTER_FOLDER)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert (last["t"], last["ready"], last["examples"]) == ("report", True, 20)
