@@ -66,21 +66,22 @@ class Reconciler:
 
     def __init__(self, clock: Any = time.monotonic) -> None:
         self.watch = Watch(clock)
+        self._due: dict[str, float] = {}
 
     def tick(self) -> float | None:
         """One round. Returns the seconds until a watch falls due (None: none runs). Raises when the store is away."""
         try:
             self.watch.look()
-            self._jobs()
+            jobs = self._jobs()
             self._errands()
-            self._hourly()
+            self._hourly(jobs)
         except Exception:
             self.watch.forget()
             raise
         due = self.watch.next_due
         return max(due - self.watch.clock(), 0.05) if due is not None else None
 
-    def _jobs(self) -> None:
+    def _jobs(self) -> list[Job]:
         rows = queueing.index_rows()
         jobs = {job.job_id: job for job in queueing.active_jobs(rows)}
         for row in rows:
@@ -90,6 +91,7 @@ class Reconciler:
             else:
                 self._job(job)
         self._bells(list(jobs.values()))
+        return list(jobs.values())
 
     def _orphan(self, owner: str, job_id: str) -> None:
         if self.watch.unchanged(job_id, "none", settings.JOBS["void_after_s"]):
@@ -124,22 +126,22 @@ class Reconciler:
                 errands.ring(*errands.name_of(row), row.lease or "")
                 self.watch.again(row.job_id)
 
-    def _hourly(self) -> None:
-        """Quotas: an id whose job has ended, twice seen an hour apart, goes. Bytes: what lost attempts left goes."""
-        for job in queueing.active_jobs() if self._falls_due("janitor", settings.JOBS["janitor_s"]) else ():
-            if job.epoch > 1:
-                endings.sweep(job)
+    def _hourly(self, jobs: list[Job]) -> None:
+        """Bytes: what lost attempts left goes. Quotas: an id whose job has ended goes."""
+        if self._falls_due("janitor", settings.JOBS["janitor_s"]):
+            for job in jobs:
+                if job.epoch > 1:
+                    endings.sweep(job)
         if self._falls_due("audit", settings.JOBS["audit_s"]):
-            for owner in {row.owner for row in queueing.index_rows()}:
-                limits.audit(owner, "jobs", lambda id, owner=owner: is_over(owner, id))  # type: ignore[misc]
+            for owner in {job.owner for job in jobs}:
+                limits.audit(owner, "jobs", lambda id, owner=owner: is_over(owner, id))  # type: ignore[misc]  # bound now
 
     def _falls_due(self, name: str, seconds: float) -> bool:
         """On a clock of its own, which no gap starts again."""
         now = self.watch.clock()
-        due: dict[str, float] = self.__dict__.setdefault("_due", {})
-        if now < due.setdefault(name, now + seconds):
+        if now < self._due.setdefault(name, now + seconds):
             return False
-        due[name] = now + seconds
+        self._due[name] = now + seconds
         return True
 
     def _said(self, job: Job, what: str, moved: Job | None) -> None:

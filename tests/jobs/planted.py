@@ -1,0 +1,241 @@
+"""Rules of the protocol switched off, one at a time: each must be caught, or the explorer sees nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jobs import access, endings, feed, lifecycle, limits, queueing, tables, tuned_models
+from jobs.lifecycle import Claim
+from jobs.tables import EventChunk, Job, JobIndex, TunedModel, Usage
+
+Patch = tuple[Any, str, Any]
+REAL = {
+    "landing": lifecycle.landing,
+    "move": lifecycle._move,
+    "after_end": endings.after_end,
+    "update": tables.update,
+    "where_asked": lifecycle._where_asked,
+}
+
+
+def holder_may_write_after_leaving(sim: Any) -> list[Patch]:
+    """"mine" without the status: epoch and holder stay after the end."""
+    same = lambda self, found: (found.epoch, found.holder) == (self.epoch, self.holder)  # noqa: E731
+    mine = lambda self: (Job.epoch == self.epoch) & (Job.holder == self.holder)  # noqa: E731
+    return [(Claim, "is_mine", same), (Claim, "_mine", mine)]
+
+
+def epoch_is_not_shown(sim: Any) -> list[Patch]:
+    """Who holds a lease may write, whoever that is now."""
+    return [
+        (Claim, "is_mine", lambda self, found: found.status == "running"),
+        (Claim, "_mine", lambda self: Job.status == "running"),
+    ]
+
+
+def claim_ignores_what_was_seen(sim: Any) -> list[Patch]:
+    real = lifecycle._as_seen
+    return [(lifecycle, "_as_seen", lambda job: Job.job_id.exists() if job.status == "queued" else real(job))]
+
+
+def replies_are_believed(sim: Any) -> list[Patch]:
+    """A failed condition is taken at its word: nobody asks "was it me?"."""
+
+    def update(row: Any, actions: Any, condition: Any, was_me: Any = None) -> Any:
+        return REAL["update"](row, actions, condition)
+
+    return [(tables, "update", update)]
+
+
+def chunks_overwrite(sim: Any) -> list[Patch]:
+    """Any holder, also a former one, puts its chunk over what is there."""
+
+    def append(claim: Claim, batch: Any) -> None:
+        EventChunk(
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, holder=claim.holder,
+            lines=list(batch.lines),
+        ).save()  # fmt: skip
+
+    return [(feed, "append", append)]
+
+
+def chunks_are_put_once(sim: Any) -> list[Patch]:
+    """If a chunk is there, "it was me": what a dead holder left stands under the next one's number."""
+
+    def append(claim: Claim, batch: Any) -> None:
+        chunk = EventChunk(
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, holder=claim.holder,
+            lines=list(batch.lines),
+        )  # fmt: skip
+        tables.put_new(chunk)
+
+    return [(feed, "append", append)]
+
+
+def batches_change_between_sends(sim: Any) -> list[Patch]:
+    """See "thawed" in the explorer: a batch grows before it is sent again, and the old one is taken for it."""
+    sim.bug = "thawed"
+
+    def append(claim: Claim, batch: Any) -> None:
+        chunk = EventChunk(
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, holder=claim.holder,
+            lines=list(batch.lines),
+        )  # fmt: skip
+        free = EventChunk.job_id.does_not_exist() | (EventChunk.epoch < claim.epoch)
+        if tables.put_if(chunk, free, lambda found: found.holder == claim.holder) is None:
+            raise lifecycle.LostRace
+
+    return [(feed, "append", append)]
+
+
+def readers_read_chunks_first(sim: Any) -> list[Patch]:
+    def read(owner: str, job_id: str, after: int = 0, limit: int | None = None) -> list[feed.Event]:
+        events = feed._stored(job_id, after, 10**9)
+        job = access.get_job_for(owner, job_id)
+        found = [event for event in events if event.seq <= job.last_seq]
+        return [*found, feed.end_of(job)] if job.ended else found
+
+    return [(feed, "read", read)]
+
+
+def model_is_made_before_the_end(sim: Any) -> list[Patch]:
+    sim.bug = "model first"
+    return []
+
+
+def broken_submissions_are_dropped(sim: Any) -> list[Patch]:
+    """The list row of a job that isn't there goes, instead of a void job being put."""
+    return [(endings, "make_void", lambda owner, job_id: tables.remove(JobIndex, queueing.shard(job_id), job_id))]
+
+
+def wishes_only_wait_for_a_holder(sim: Any) -> list[Patch]:
+    """A pause or cancel of a job nobody holds is only noted."""
+    return [(lifecycle, "_where_asked", lambda job, desired: job.status), (lifecycle, "settle", lambda job: None)]
+
+
+def paused_is_an_end(sim: Any) -> list[Patch]:
+    """A paused job leaves the list of active ones."""
+
+    def move(job: Job, actions: Any, condition: Any, was_me: Any = lambda found: False) -> Any:
+        moved = REAL["move"](job, actions, condition, was_me)
+        if moved and moved.status == "paused":
+            tables.remove(JobIndex, queueing.shard(job.job_id), job.job_id)
+        return moved
+
+    return [(lifecycle, "_move", move)]
+
+
+def quota_is_a_counter(sim: Any) -> list[Patch]:
+    sim.bug = "counter"
+
+    def count(n: int) -> Callable[..., None]:
+        return lambda owner, what, id: Usage(owner, what).update(actions=[Usage.version.add(n)])
+
+    return [(limits, "take", count(1)), (limits, "release", count(-1))]
+
+
+def deleted_means_removed(sim: Any) -> list[Patch]:
+    """No tombstones."""
+
+    def delete_job(job: Job, *, with_model: bool) -> None:
+        tables.remove(TunedModel, job.owner, job.model_id)
+        tables.remove(Job, job.owner, job.job_id)
+
+    return [(endings, "delete_job", delete_job)]
+
+
+def janitor_sweeps_everything(sim: Any) -> list[Patch]:
+    """Not only epochs below the job's: also what its holder is uploading."""
+    return [(endings, "_epoch", lambda key: -1)]
+
+
+def janitor_forgets_the_fallbacks(sim: Any) -> list[Patch]:
+    pointer_only = lambda job: tuple(k + "/" for k in [job.checkpoint_key, *endings._of_model(job)] if k)  # noqa: E731
+    return [(endings, "_named", pointer_only), (endings, "_epoch", lambda key: -1)]
+
+
+def success_ignores_a_cancel(sim: Any) -> list[Patch]:
+    def landing(event: str, job: Job) -> str:
+        return "succeeded" if event == "succeeded" else REAL["landing"](event, job)
+
+    return [(lifecycle, "landing", landing)]
+
+
+def lost_leases_are_taken_blindly(sim: Any) -> list[Patch]:
+    """The reconciler's move shows neither version nor lease."""
+
+    def lose_lease(job: Job) -> Job | None:
+        status = lifecycle.landing("lost", job)
+        actions = lifecycle._leaving("lost", job, status, "lost_worker", "", "")
+        return lifecycle._move(job, actions, Job.job_id.exists())
+
+    return [(lifecycle, "lose_lease", lose_lease)]
+
+
+def requeueing_is_blind(sim: Any) -> list[Patch]:
+    def requeue(job: Job) -> Job | None:
+        return lifecycle._move(job, [Job.status.set("queued")], Job.job_id.exists())
+
+    return [(lifecycle, "requeue", requeue)]
+
+
+def keys_are_never_renewed(sim: Any) -> list[Patch]:
+    """A key leads to its first job for ever, also when that is void."""
+    return [(lifecycle, "_id_for", lambda owner, request, key: "ftjob-01M83J8FG6AH60ED2AA8T9Y4E8")]
+
+
+def cancels_can_be_taken_back(sim: Any) -> list[Patch]:
+    def ask(owner: str, job_id: str, desired: str) -> Job:
+        job = access.get_job_for(owner, job_id)
+        if job.status == "running":
+            lifecycle._move(job, [Job.desired.set(desired)], Job.status == "running")
+        elif not job.ended:
+            status = REAL["where_asked"](job, desired)
+            lifecycle._move(job, [Job.desired.set(desired), Job.status.set(status)], lifecycle._as_seen(job))
+        return job
+
+    return [(lifecycle, "ask", ask)]
+
+
+def the_list_is_cleared_first(sim: Any) -> list[Patch]:
+    """A crash between the end and what follows from it leaves that undone."""
+
+    def after_end(owner: str, job_id: str) -> None:
+        job = tables.get(Job, owner, job_id)
+        if job is not None and job.ended:
+            tables.remove(JobIndex, queueing.shard(job_id), job_id)
+            REAL["after_end"](owner, job_id)
+
+    return [(endings, "after_end", after_end), (lifecycle, "after_end", after_end)]
+
+
+def jobs_are_listed_after_they_are_made(sim: Any) -> list[Patch]:
+    """The row of the job first, its place in the list second."""
+
+    def put_new(row: Any, was_me: Any = lambda found: True) -> Any:
+        made = REAL_PUT_NEW(row, was_me)
+        if isinstance(row, Job) and made:
+            JobIndex(queueing.shard(row.job_id), row.job_id, owner=row.owner).save()
+        return made
+
+    real_save = JobIndex.save
+
+    def save(self: JobIndex, *args: Any, **options: Any) -> Any:
+        ahead = self.partition.startswith("sim#") and tables.get(Job, self.owner, self.job_id) is None
+        return None if ahead else real_save(self, *args, **options)
+
+    return [(tables, "put_new", put_new), (JobIndex, "save", save)]
+
+
+REAL_PUT_NEW = tables.put_new
+EVERY: list[Callable[[Any], list[Patch]]] = [
+    holder_may_write_after_leaving, epoch_is_not_shown, claim_ignores_what_was_seen, replies_are_believed,
+    chunks_overwrite, chunks_are_put_once, batches_change_between_sends, readers_read_chunks_first,
+    model_is_made_before_the_end, broken_submissions_are_dropped, wishes_only_wait_for_a_holder, paused_is_an_end,
+    quota_is_a_counter, deleted_means_removed, janitor_sweeps_everything, janitor_forgets_the_fallbacks,
+    success_ignores_a_cancel, lost_leases_are_taken_blindly, requeueing_is_blind, keys_are_never_renewed,
+    cancels_can_be_taken_back, the_list_is_cleared_first, jobs_are_listed_after_they_are_made,
+]  # fmt: skip
+PLANTED = {plant.__name__.replace("_", " "): plant for plant in EVERY}
+
