@@ -54,7 +54,7 @@ def test_an_empty_file_is_refused_at_once_and_leaves_nothing(
         assert b"The file is empty" in alices.get(answer["Location"]).content
     assert not len(access.list_datasets(alice.owner_id))
     for key in storage.list_keys(f"datasets/{alice.owner_id}/"):  # what the checks worker is rung for
-        errands.run("delete", alice.owner_id, key.split("/")[2])
+        errands.run("delete", alice.owner_id, key.split("/")[2], "")
     assert not storage.list_keys(f"datasets/{alice.owner_id}/")
 
 

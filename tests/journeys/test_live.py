@@ -156,7 +156,7 @@ async def test_only_get_and_only_our_host(browser: Client, alice: User) -> None:
     job = make_job(alice.owner_id)
     assert await Stream(browser, job.job_id, method="POST").answer() == 405
     evil = Stream(browser, job.job_id)
-    evil.scope["headers"] = [(b"host", b"evil.example")] + evil.scope["headers"][1:]
+    evil.scope["headers"] = [(b"host", b"evil.example"), *evil.scope["headers"][1:]]
     assert await evil.answer() == 400
 
 

@@ -1,0 +1,46 @@
+"""A real Chromium before the real studio. Where there is none, these tests say that they were left out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def chromium(django_db_setup: None) -> Iterator[Any]:
+    """For a module at a time: Playwright keeps an event loop running in this thread, which Django takes for async code."""
+    if not CHROMIUM:
+        pytest.skip(
+            "Chromium is not installed, so the browser tests were left out. Debian: apt-get install chromium"
+        )
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "1")
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def complaints() -> list[str]:
+    """What the browser's console says that it should not: errors, also those of the content security policy."""
+    return []
+
+
+@pytest.fixture
+def page(chromium: Any, web: Any, transactional_db: None, complaints: list[str]) -> Iterator[Any]:
+    context = chromium.new_context(base_url=web.url, accept_downloads=True)
+    context.set_default_timeout(30_000)
+    page = context.new_page()
+    page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    yield page
+    context.close()
+    assert not complaints

@@ -1,0 +1,104 @@
+"""Every page in a real browser: no complaint in its console, nothing wider than a phone, and a page that polls where the
+stream is cut off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.factories import make_user
+from tests.journeys.conftest import browser_of
+from tests.journeys.makers import make_dataset, make_job, make_model, metric
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture
+def owner(page: Any, web: Any) -> str:
+    """Signed in as Alice, by the cookie of a session."""
+    user = make_user("alice")
+    cookie = browser_of(user).cookies["session"]
+    page.context.add_cookies([{"name": "session", "value": cookie.value, "url": web.url}])
+    return user.owner_id
+
+
+def everything(owner: str) -> list[str]:
+    dataset = make_dataset(owner)
+    lines = [metric(step, 4.0 - step / 50) for step in range(1, 80)]
+    lines += [
+        {"t": "eval", "step": 40, "loss": 3.0},
+        {"t": "sample", "step": 0, "prompt": "Who?", "text": "me " * 60},
+    ]
+    progress = {"step": 79, "total_steps": 100, "eta_s": 30}
+    job = make_job(owner, lines=lines, phase="training", progress=progress, dataset_id=dataset.dataset_id)
+    failed = make_job(owner, "failed", reason="killed", message="x" * 300)
+    model = make_model(owner)
+    return [
+        "/jobs/", "/jobs/new/", f"/jobs/{job.job_id}/", f"/jobs/{failed.job_id}/", "/datasets/",
+        f"/datasets/{dataset.dataset_id}/", "/models/", f"/models/{model.model_id}/", "/playground/",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_page_complains_or_overflows(page: Any, owner: str, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 844})
+    for address in everything(owner):
+        answer = page.goto(address)
+        assert answer.status == 200, address
+        page.wait_for_timeout(200)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, address
+
+
+def test_what_can_be_pressed_has_a_name_and_each_page_one_heading(page: Any, owner: str) -> None:
+    for address in everything(owner):
+        page.goto(address)
+        nameless = page.evaluate(
+            """() => [...document.querySelectorAll('a, button, input:not([type=hidden]), select, textarea, summary')]
+                .filter((e) => e.checkVisibility() && !e.ariaLabel && !e.textContent.trim() && !(e.labels && e.labels.length))
+                .map((e) => e.outerHTML)"""
+        )
+        assert not nameless, (address, nameless)
+        assert page.locator("h1").count() == 1, address
+
+
+def test_a_page_polls_where_the_stream_is_cut_off(page: Any, owner: str, complaints: list[str]) -> None:
+    from tests.journeys.test_live import grow
+
+    job = make_job(owner, lines=[metric(1), metric(2)])
+    page.route("**/stream*", lambda route: route.abort())
+    page.goto(f"/jobs/{job.job_id}/")
+    page.wait_for_timeout(2500)
+    grow(job, [{"t": "log", "level": "info", "message": "came by polling"}])
+    page.get_by_text("came by polling").wait_for(timeout=15_000)
+    assert all("ERR_FAILED" in complaint for complaint in complaints)
+    complaints.clear()
+
+
+def test_it_all_works_without_javascript(
+    chromium: Any, web: Any, transactional_db: None, tmp_path: Any
+) -> None:
+    user = make_user("alice")
+    context = chromium.new_context(base_url=web.url, java_script_enabled=False)
+    context.add_cookies(
+        [{"name": "session", "value": browser_of(user).cookies["session"].value, "url": web.url}]
+    )
+    page = context.new_page()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": " b"}\n' * 4)
+    page.goto("/datasets/")
+    page.set_input_files("input[type=file]", rows)
+    page.click("text=Upload >> nth=-1")
+    page.wait_for_url("**/datasets/file-*/")
+    make_dataset(user.owner_id, name="ready.jsonl")
+    page.goto("/jobs/new/")
+    page.fill("input[name=epochs]", "4")
+    page.click("text=Update estimate")
+    assert page.input_value("input[name=epochs]") == "4"
+    page.click("text=Thorough")
+    page.click("#estimate >> text=Start")
+    page.wait_for_url("**/jobs/ftjob-*/")
+    page.click("summary:has-text('Cancel')")
+    page.click("text=Cancel the job")
+    assert page.locator("#state").get_by_text("Cancelled").is_visible()
+    context.close()
