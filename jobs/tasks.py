@@ -13,7 +13,7 @@ from celery import shared_task
 log = logging.getLogger(__name__)
 
 
-@shared_task(name="run_next", queue="training")
+@shared_task(name="run_next")
 def run_next() -> None:
     """An empty bell: claims and runs the best waiting job, until none is left that fits this worker."""
     from jobs import lifecycle, runner, standby, worker
@@ -30,7 +30,7 @@ def run_next() -> None:
                 standby.warm_up()
 
 
-@shared_task(name="check_dataset", queue="checks")
+@shared_task(name="check_dataset")
 def check_dataset(owner: str, dataset_id: str) -> None:
     """Reads the whole file in a limited child process; stores the report and says ready or rejected."""
     from jobs import checking
@@ -38,7 +38,7 @@ def check_dataset(owner: str, dataset_id: str) -> None:
     checking.check(owner, dataset_id)
 
 
-@shared_task(name="after_end", queue="checks")
+@shared_task(name="after_end")
 def after_end(owner: str, job_id: str) -> None:
     """What follows from a job's end (model row, notifications, quota), safe to repeat."""
     from jobs import endings
@@ -46,7 +46,7 @@ def after_end(owner: str, job_id: str) -> None:
     endings.after_end(owner, job_id)
 
 
-@shared_task(name="errand", queue="checks")
+@shared_task(name="errand")
 def errand(kind: str, owner: str, id: str, lease: str = "") -> None:
     """A check, a deletion or a notice that stands in the list of unfinished work. See `jobs.errands`."""
     from jobs import errands
@@ -54,7 +54,7 @@ def errand(kind: str, owner: str, id: str, lease: str = "") -> None:
     errands.run(kind, owner, id, lease)
 
 
-@shared_task(name="generate", queue="inference")
+@shared_task(name="generate")
 def generate(owner: str, rid: str, request: dict[str, Any]) -> None:
     """Relays one request for text to this worker's server. See `jobs.inference`."""
     from jobs import relay

@@ -35,7 +35,8 @@ app.conf.update(
     task_reject_on_worker_lost=False,
     task_serializer="json",
     accept_content=["json"],
-    task_default_queue="checks",
+    task_default_queue="checks",  # short work, which must never wait behind hours of training
+    task_routes={"run_next": "training", "generate": "inference"},
     # A web request must not wait long for a bell: the reconciler rings again.
     task_publish_retry=False,
     worker_prefetch_multiplier=1,

@@ -1,0 +1,68 @@
+"""What an ending of the trainer means."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from jobs.doctor import SMALLEST_MICRO_BATCH, diagnose, halved
+from jobs.proof import Proof
+from training.events import EXIT, REASONS
+
+
+def test_nought_is_done_and_seventy_five_is_stopped():
+    assert diagnose(0, None).verdict == "done"
+    assert diagnose(75, None).verdict == "stopped"
+
+
+@pytest.mark.parametrize("reason", [name for name, reason in REASONS.items() if reason.user_fault])
+def test_a_users_fault_is_never_tried_again(reason):
+    said = {"reason": reason, "message": "line 7 is empty", "advice": "Fill it."}
+    found = diagnose(EXIT[reason], said)
+    assert (found.verdict, found.message, found.advice) == ("fault", "line 7 is empty", "Fill it.")
+
+
+@pytest.mark.parametrize("reason", ["disk_full", "not_writable", "unexpected"])
+def test_a_machines_fault_is_tried_again_and_explained(reason):
+    found = diagnose(EXIT[reason], None)
+    assert found.verdict == "died"
+    assert found.message == REASONS[reason].sentence
+    assert found.advice
+
+
+def test_memory_that_ran_out_is_cured_by_smaller_parts_until_they_cannot_shrink():
+    assert diagnose(EXIT["out_of_memory"], None, micro_batch=4096).verdict == "smaller"
+    assert diagnose(EXIT["out_of_memory"], None, micro_batch=SMALLEST_MICRO_BATCH).verdict == "died"
+    assert halved(4096) == 2048
+    assert halved(70) == SMALLEST_MICRO_BATCH
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS])
+def test_a_signal_is_named(number):
+    found = diagnose(-number, None)
+    assert (found.verdict, found.reason) == ("died", "killed")
+    assert signal.Signals(number).name in found.message
+
+
+def test_the_processor_time_limit_is_a_limit():
+    assert diagnose(-signal.SIGXCPU, None).verdict == "fault"
+
+
+def test_an_unknown_exit_code_is_unexpected():
+    assert diagnose(1, None).reason == "unexpected"
+
+
+def test_why_we_killed_it_wins():
+    assert diagnose(-9, None, killed_by_us="stalled").reason == "stalled"
+    assert diagnose(-9, None, killed_by_us="time_limit").verdict == "fault"
+
+
+def test_the_proof_counts_equal_losses_and_names_the_first_that_differs():
+    proof = Proof(10, {11: "0x1p+1", 12: "0x1p+2", 13: "0x1p+3"})
+    assert not proof.see({"step": 11, "loss_hex": "0x1p+1"})
+    assert not proof.see({"step": 12, "loss_hex": "0x1.8p+2"})
+    assert proof.see({"step": 13, "loss_hex": "0x1p+3"})
+    event = proof.event()
+    assert (event["equal"], event["steps"], event["exact"], event["different"]) == (2, 3, False, [12])
+    assert "2 of 3" in event["message"]

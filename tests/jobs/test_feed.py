@@ -1,0 +1,209 @@
+"""The numbered events of a job: stored without gaps, replayed, followed, read once however many watch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+
+import pytest
+
+from jobs import access, feed, lifecycle, tables
+from jobs.feed import Batch
+from jobs.lifecycle import LostRace
+from tests.jobs.makers import WORKER, make_claim, make_owner, read, result
+
+pytestmark = pytest.mark.usefixtures("stores")
+
+
+def tell(claim, *messages, first=None):
+    first = first or int(claim.job.last_seq) + 1
+    batch = Batch(first, tuple(json.dumps({"t": "log", "message": message}) for message in messages))
+    feed.append(claim, batch)
+    claim.heartbeat({}, {}, batch.first_seq, batch.last_seq)
+    feed.announce(claim.job_id, batch.last_seq)
+
+
+def messages(events):
+    return [event.data.get("message") for event in events if event.data["t"] == "log"]
+
+
+async def gather(owner, job_id, after=0):
+    return [event async for events in feed.follow(owner, job_id, after) for event in events]
+
+
+def test_events_are_numbered_from_one_and_the_end_is_the_last():
+    claim = make_claim()
+    tell(claim, "one", "two")
+    tell(claim, "three")
+    assert [e.seq for e in feed.read(claim.owner, claim.job_id)] == [1, 2, 3]
+    claim.finish("succeeded", result=result(claim))
+    events = feed.read(claim.owner, claim.job_id, after=2)
+    assert [(e.seq, e.data["t"]) for e in events] == [(3, "log"), (4, "end")]
+    assert events[-1].data["status"] == "succeeded"
+
+
+def test_readers_do_not_see_a_chunk_before_the_job_says_so():
+    claim = make_claim()
+    feed.append(claim, Batch(1, ('{"t": "log", "message": "early"}',)))
+    assert feed.read(claim.owner, claim.job_id) == []
+
+
+def test_a_batch_sent_twice_is_stored_once():
+    claim = make_claim()
+    batch = Batch(1, ('{"t": "log", "message": "once"}',))
+    feed.append(claim, batch)
+    feed.append(claim, batch)
+    claim.heartbeat({}, {}, 1, 1)
+    claim.heartbeat({}, {}, 1, 1)  # its answer was lost, too
+    assert messages(feed.read(claim.owner, claim.job_id)) == ["once"]
+
+
+def test_a_zombie_neither_overwrites_nor_shows_events():
+    zombie = make_claim()
+    tell(zombie, "before")
+    lifecycle.requeue(lifecycle.lose_lease(read(zombie.job)))
+    holder = lifecycle.claim(read(zombie.job), WORKER)
+    tell(holder, "mine")
+    with pytest.raises(LostRace):
+        feed.append(zombie, Batch(2, ('{"t": "log", "message": "zombie"}',)))
+    with pytest.raises(LostRace):
+        zombie.heartbeat({}, {}, 2, 2)
+    assert messages(feed.read(holder.owner, holder.job_id)) == ["before", "mine"]
+
+
+def test_a_later_holder_replaces_what_an_earlier_one_never_showed():
+    first = make_claim()
+    feed.append(first, Batch(1, ('{"t": "log", "message": "unseen"}',) * 3))
+    first.give_back()
+    second = lifecycle.claim(read(first.job), WORKER)
+    tell(second, "seen")
+    assert messages(feed.read(second.owner, second.job_id)) == ["seen"]
+
+
+def test_reading_goes_on_in_the_middle_of_a_chunk():
+    claim = make_claim()
+    tell(claim, *(f"{n}" for n in range(1, 101)))
+    tell(claim, *(f"{n}" for n in range(101, 151)))
+    for after in (0, 1, 99, 100, 101, 149, 150):
+        assert messages(feed.read(claim.owner, claim.job_id, after)) == [
+            str(n) for n in range(after + 1, 151)
+        ]
+
+
+def test_backwards_gives_the_newest_first_up_to_a_number():
+    claim = make_claim()
+    tell(claim, "1", "2", "3")
+    tell(claim, "4")
+    assert messages(feed.backwards(claim.job_id, 3)) == ["3", "2", "1"]
+
+
+def test_anothers_feed_does_not_exist():
+    claim = make_claim()
+    with pytest.raises(access.NotFound):
+        feed.read(make_owner(), claim.job_id)
+
+
+async def test_a_follower_of_an_ended_job_gets_everything_and_stops():
+    claim = make_claim()
+    tell(claim, "one", "two")
+    claim.finish("failed", "not_finite")
+    events = await asyncio.wait_for(gather(claim.owner, claim.job_id), 10)
+    assert [event.seq for event in events] == [1, 2, 3]
+    assert [e.seq for e in await asyncio.wait_for(gather(claim.owner, claim.job_id, 3), 10)] == []
+
+
+async def test_a_number_that_was_never_given_brings_the_whole_feed():
+    claim = make_claim()
+    tell(claim, "one")
+    claim.finish("failed", "not_finite")
+    assert [e.seq for e in await asyncio.wait_for(gather(claim.owner, claim.job_id, 2**62), 10)] == [1, 2]
+
+
+async def test_two_hundred_watchers_cost_one_reader_and_no_thread_each():
+    claim = make_claim()
+    tell(claim, "zero")
+    counter_reads = tables.reads
+    watchers = [asyncio.create_task(gather(claim.owner, claim.job_id, n % 2)) for n in range(200)]
+    await asyncio.sleep(1)
+    threads = threading.active_count()
+    with tables.counted() as counter:
+        for n in range(3):
+            await asyncio.to_thread(tell, claim, f"{n}")
+            await asyncio.sleep(0.5)
+        assert threading.active_count() <= threads + 2
+    assert counter_reads(counter) <= 20
+    await asyncio.to_thread(claim.finish, "failed", "not_finite")
+    everybody = await asyncio.wait_for(asyncio.gather(*watchers), 20)
+    assert {tuple(event.seq for event in events) for events in everybody} == {(1, 2, 3, 4, 5), (2, 3, 4, 5)}
+
+
+async def test_a_watcher_who_comes_late_and_from_behind_gets_all_of_it(monkeypatch):
+    monkeypatch.setattr(feed, "KEPT", 3)
+    claim = make_claim()
+    tell(claim, *(str(n) for n in range(1, 11)))
+    early = asyncio.create_task(gather(claim.owner, claim.job_id, 8))
+    await asyncio.sleep(1)
+    late = asyncio.create_task(gather(claim.owner, claim.job_id, 2))
+    await asyncio.to_thread(tell, claim, "11")
+    await asyncio.to_thread(claim.finish, "failed", "not_finite")
+    assert [e.seq for e in await asyncio.wait_for(early, 10)] == list(range(9, 13))
+    assert [e.seq for e in await asyncio.wait_for(late, 10)] == list(range(3, 13))
+
+
+async def test_news_arrive_by_the_bell_and_not_by_the_poll(monkeypatch):
+    monkeypatch.setattr(feed, "POLL_S", 60)
+    claim = make_claim()
+    follower = feed.follow(claim.owner, claim.job_id)
+    first = asyncio.create_task(anext(follower))
+    await asyncio.sleep(1.5)
+    await asyncio.to_thread(tell, claim, "news")
+    assert messages(await asyncio.wait_for(first, 5)) == ["news"]
+    await follower.aclose()
+
+
+async def test_a_lost_bell_costs_one_poll(monkeypatch):
+    monkeypatch.setattr(feed, "announce", lambda *_: None)
+    claim = make_claim()
+    follower = feed.follow(claim.owner, claim.job_id)
+    first = asyncio.create_task(anext(follower))
+    await asyncio.sleep(0.5)
+    await asyncio.to_thread(tell, claim, "unannounced")
+    assert messages(await asyncio.wait_for(first, 2 * feed.POLL_S + 2)) == ["unannounced"]
+    await follower.aclose()
+
+
+async def test_a_watcher_who_does_not_read_is_let_go():
+    claim = make_claim()
+    ticks = feed.watch(claim.owner, claim.job_id)
+    await anext(ticks)
+    tailer = feed._tailers()[claim.owner, claim.job_id]
+    for _ in range(feed.QUEUED + 1):
+        for watcher in tailer.watchers:
+            watcher.give(tailer.tick)
+    with pytest.raises(feed.TooSlow):
+        await anext(ticks)
+
+
+async def test_leaving_frees_everything():
+    claim = make_claim()
+    follower = feed.watch(claim.owner, claim.job_id)
+    await anext(follower)
+    assert feed._tailers()
+    await follower.aclose()
+    await asyncio.sleep(0.1)
+    assert (claim.owner, claim.job_id) not in feed._tailers()
+
+
+async def test_deleting_a_job_ends_its_stream():
+    claim = make_claim()
+    follower = feed.watch(claim.owner, claim.job_id)
+    await anext(follower)
+    await asyncio.to_thread(claim.finish, "failed", "not_finite")
+    with contextlib.suppress(StopAsyncIteration):
+        while True:
+            await asyncio.wait_for(anext(follower), 10)
+    await asyncio.to_thread(lifecycle.delete, claim.owner, claim.job_id)
+    with pytest.raises(access.NotFound):
+        await anext(feed.watch(claim.owner, claim.job_id))

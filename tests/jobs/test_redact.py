@@ -1,0 +1,63 @@
+"""What programs print, fit for a page."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs.redact import HIDDEN, MOST_CHARS, our_secrets, redact
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_abcdefghijklmnopqrstuvwx",
+        "sk-proj-abcdefghijklmnop1234",
+        "AKIAIOSFODNN7EXAMPLE",
+        "ghp_abcdefghijklmnopqrstuvwxyz0123",
+        "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.abc",
+    ],
+)
+def test_known_kinds_of_secrets_are_hidden(secret):
+    assert redact(f"before {secret} after") == f"before {HIDDEN} after"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "password=hunter2hunter2",
+        "AWS_SECRET_ACCESS_KEY: abcd1234efgh",
+        '"api_key": "abcd1234efgh"',
+        "Authorization: Bearer abcd1234efgh",
+    ],
+)
+def test_what_is_called_a_secret_is_hidden(line):
+    shown = redact(line)
+    assert "hunter2" not in shown
+    assert "abcd1234" not in shown
+
+
+def test_the_user_part_of_an_address_is_hidden():
+    assert redact("redis://:s3cret-word@127.0.0.1:6379/0") == f"redis://{HIDDEN}@127.0.0.1:6379/0"
+
+
+def test_our_own_secrets_are_hidden_wherever_they_stand():
+    for secret in our_secrets():
+        assert secret not in redact(f"x{secret}y")
+
+
+def test_ordinary_lines_stay_as_they_are():
+    line = "step 12: loss 2.31, max_tokens=128, tokens_per_s: 1200 {'secretary': 1}"
+    assert redact(line) == line
+
+
+def test_terminal_codes_and_control_characters_go():
+    assert redact("\x1b[31mred\x1b[0m\x00\x07 text\rover") == "red textover"
+
+
+def test_a_forged_event_stays_one_line_of_text():
+    assert "\n" in redact("x\n\nid: 9999\nevent: done")  # JSON escapes it; no stream field can come of it
+
+
+def test_long_lines_are_cut():
+    assert len(redact("a" * 100_000)) < MOST_CHARS + 20
