@@ -17,7 +17,10 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 django = get_asgi_application()
 
 from jobs.views import live  # noqa: E402  needs the settings that were loaded above
+from llmtuner import checks  # noqa: E402  likewise
 from llmtuner.bounded import bounded  # noqa: E402  likewise
+
+checks.refuse_unsafe_start()
 
 
 async def route(scope: Scope, receive: Receive, send: Send) -> None:

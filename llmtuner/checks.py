@@ -7,6 +7,7 @@ from typing import Any
 
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, register
+from django.core.exceptions import ImproperlyConfigured
 
 from llmtuner import env
 
@@ -16,6 +17,12 @@ def production_is_safe(**kwargs: Any) -> list[CheckMessage]:
     if settings.LLMTUNER_ENV not in {"development", "test", "production"}:
         return [Error("LLMTUNER_ENV must be development, test or production", id="llmtuner.E001")]
     return list(_problems()) if settings.PRODUCTION else []
+
+
+def refuse_unsafe_start() -> None:
+    """For servers, which run no system checks by themselves."""
+    if problems := production_is_safe():
+        raise ImproperlyConfigured("; ".join(f"{problem.msg} ({problem.id})" for problem in problems))
 
 
 def _problems() -> Iterator[CheckMessage]:

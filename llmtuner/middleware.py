@@ -139,25 +139,24 @@ def static_files(get_response: Handler) -> Handler:
             warnings.simplefilter("ignore")  # nothing is collected there, and need not be
         noise = WhiteNoiseMiddleware(lambda request: None)
 
-    def serve(request: HttpRequest) -> HttpResponseBase | None:
-        found = noise(request)
-        if found is None or found.status_code != 200 or not found.streaming:
-            return found
-        body = b"".join(found.streaming_content)
-        found.close()
-        headers = dict(found.headers)
-        if (
-            _TEXT.search(request.path_info)
-            and "Content-Encoding" not in headers
-            and "Range" not in request.headers
-        ):
-            if "gzip" in request.headers.get("Accept-Encoding", ""):
-                body = _compressed(body)
-                headers |= {"Content-Encoding": "gzip", "Content-Length": str(len(body))}
-            answer = HttpResponse(body, headers=headers)
+    def serve(request: HttpRequest) -> HttpResponse | None:
+        path = request.path_info
+        file = noise.find_file(path) if noise.autorefresh else noise.files.get(path)
+        if file is None:
+            return None
+        found = file.get_response(request.method, request.META)
+        body = b""
+        if found.file is not None:
+            with found.file:
+                body = found.file.read()
+        answer = HttpResponse(body, status=int(found.status), headers=dict(found.headers))
+        if found.status == 200 and _TEXT.search(path) and not answer.has_header("Content-Encoding"):
             patch_vary_headers(answer, ["Accept-Encoding"])
-            return answer
-        return HttpResponse(body, headers=headers)
+            if "gzip" in request.headers.get("Accept-Encoding", "") and body:
+                answer.content = _compressed(body)
+                answer["Content-Encoding"] = "gzip"
+                answer["Content-Length"] = str(len(answer.content))
+        return answer
 
     if iscoroutinefunction(get_response):
 

@@ -1,0 +1,148 @@
+"""One's own account: the overview, devices, taking one's data, leaving."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from allauth.usersessions.models import UserSession
+from django.test import Client
+
+from accounts import api_keys
+from accounts.models import ApiKey, User
+from tests.accounts.conftest import is_signed_in, sign_in
+from tests.factories import PASSWORD
+
+FIREFOX = "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0"
+
+
+@pytest.fixture
+def work(stores, alice: User):
+    """A dataset and a finished job of Alice."""
+    from jobs.tables import Dataset, Job, new_id
+
+    dataset = Dataset(alice.owner_id, new_id("file"), name="alices-letters.jsonl", status="ready")
+    job = Job(
+        alice.owner_id,
+        new_id("ftjob"),
+        name="Alice's letters",
+        status="succeeded",
+        base="starter",
+        created_at=time.time(),
+    )
+    dataset.save()
+    job.save()
+    return dataset, job
+
+
+def reauthenticate(page: Client, wanted: str) -> None:
+    assert page.get(wanted).status_code == 302
+    page.post("/accounts/reauthenticate/", {"password": PASSWORD})
+
+
+@pytest.mark.parametrize("address", ["/account/", "/account/export/", "/account/delete/", "/account/keys/"])
+def test_strangers_are_asked_to_sign_in(db, page: Client, address: str):
+    assert page.get(address).headers["Location"] == f"/accounts/login/?next={address}"
+
+
+def test_the_overview_shows_what_protects_the_account(alice: User, page: Client):
+    sign_in(page, alice)
+    shown = page.get("/account/").content.decode()
+    assert alice.email in shown
+    assert "1 signed in" in shown
+
+
+def test_a_device_is_signed_out_from_another(alice: User, page: Client):
+    lost = Client()
+    sign_in(page, alice)
+    sign_in(lost, alice, **{"User-Agent": FIREFOX})
+    assert "Firefox on Linux" in page.get("/accounts/sessions/").content.decode()
+    device = UserSession.objects.get(user=alice, user_agent=FIREFOX)
+    page.post(f"/account/devices/{device.pk}/sign-out/")
+    assert not is_signed_in(lost)
+    assert is_signed_in(page)
+
+
+def test_bob_cannot_sign_out_alices_device(alice: User, bob: User, page: Client):
+    theirs = Client()
+    sign_in(theirs, alice)
+    sign_in(page, bob)
+    device = UserSession.objects.get(user=alice)
+    assert page.post(f"/account/devices/{device.pk}/sign-out/").status_code == 404
+    assert is_signed_in(theirs)
+
+
+def test_the_export_holds_the_account_and_its_work_but_no_secrets(alice: User, page: Client, work):
+    dataset, job = work
+    key, secret = api_keys.create(alice, "nightly", ["read"])
+    sign_in(page, alice)
+    reauthenticate(page, "/account/export/")
+    answer = page.get("/account/export/")
+    content = json.loads(answer.content)
+    assert content["account"]["email"] == alice.email
+    assert [row["dataset_id"] for row in content["datasets"]] == [dataset.dataset_id]
+    assert [row["job_id"] for row in content["jobs"]] == [job.job_id]
+    assert key.digest not in answer.content.decode()
+    assert secret not in answer.content.decode()
+    assert alice.password not in answer.content.decode()
+
+
+def test_the_export_asks_for_the_password_again(alice: User, page: Client):
+    page.force_login(alice)
+    assert page.get("/account/export/").headers["Location"].startswith("/accounts/reauthenticate/")
+
+
+def test_leaving_needs_the_address_typed(alice: User, page: Client, stores):
+    sign_in(page, alice)
+    reauthenticate(page, "/account/delete/")
+    assert page.post("/account/delete/", {"email": "bob@example.com"}).status_code == 400
+    assert User.objects.filter(pk=alice.pk).exists()
+
+
+def test_leaving_removes_the_person_and_all_their_work(alice: User, page: Client, work):
+    from jobs import access, errands
+
+    api_keys.create(alice, "nightly", ["read"])
+    other_device = Client()
+    sign_in(other_device, alice)
+    sign_in(page, alice)
+    reauthenticate(page, "/account/delete/")
+    page.post("/account/delete/", {"email": alice.email})
+    errands.run("leave", alice.owner_id, alice.owner_id, "")  # what the worker does when the bell rings
+    assert not User.objects.filter(pk=alice.pk).exists()
+    assert not ApiKey.objects.filter(name="nightly").exists()
+    assert not is_signed_in(page)
+    assert not is_signed_in(other_device)
+    assert not list(access.list_jobs(alice.owner_id))
+    assert not list(access.list_datasets(alice.owner_id))
+    assert not [row for row in errands.waiting() if row.job_id == f"leave#{alice.owner_id}"]
+
+
+def test_an_account_with_a_running_job_is_emptied_once_it_stops(alice: User, stores):
+    from jobs import access, people
+    from jobs.tables import Job, new_id
+
+    job = Job(
+        alice.owner_id,
+        new_id("ftjob"),
+        name="long",
+        status="running",
+        base="starter",
+        epoch=1,
+        created_at=time.time(),
+    )
+    job.save()
+    people.begin_to_leave(owner=alice.owner_id)
+    assert not people.leave(alice.owner_id, alice.owner_id)
+    running = access.get_job_for(alice.owner_id, job.job_id)
+    assert running.desired == "cancel"
+    running.update([Job.status.set("cancelled")])
+    assert people.leave(alice.owner_id, alice.owner_id)
+
+
+@pytest.mark.parametrize(
+    ("email", "initials"), [("maria.keller@x.example", "MK"), ("kim@x.example", "KI"), ("é@x.example", "E")]
+)
+def test_initials(email: str, initials: str):
+    assert User(email=email).initials == initials

@@ -1,0 +1,174 @@
+"""What every page promises a browser: a strict policy, kept by our own markup, and no copies left behind."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import pytest
+from django.test import Client
+
+from accounts.models import User
+from tests.accounts.conftest import sign_in
+
+VISITOR = ["/accounts/login/", "/accounts/signup/", "/accounts/password/reset/", "/nowhere"]
+MEMBER = [
+    "/account/",
+    "/account/keys/",
+    "/accounts/email/",
+    "/accounts/password/change/",
+    "/accounts/2fa/",
+    "/accounts/sessions/",
+    "/accounts/logout/",
+    "/accounts/reauthenticate/",
+    "/accounts/2fa/totp/activate/",
+    "/accounts/2fa/webauthn/add/",
+    "/accounts/2fa/webauthn/",
+    "/account/delete/",
+    "/accounts/3rdparty/",
+]
+STAFF = ["/admin/", "/admin/accounts/user/", "/admin/accounts/apikey/"]
+POLICY = {
+    "default-src": "'none'",
+    "script-src": "'self'",
+    "style-src": "'self'",
+    "img-src": "'self' data:",
+    "connect-src": "'self'",
+    "font-src": "'self'",
+    "form-action": "'self' https://accounts.google.com",
+    "base-uri": "'none'",
+    "frame-ancestors": "'none'",
+    "object-src": "'none'",
+}
+
+
+class Offences(HTMLParser):
+    """What the policy would block: inline code and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.ids: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.found += [f"<{tag} {name}>" for name in given if name == "style" or name.startswith("on")]
+        self.found += [f"<{tag} {name}>" for name in given if name.startswith("hx-on")]
+        if tag == "style":
+            self.found.append("<style>")
+        if tag == "script" and "src" not in given and given.get("type") != "application/json":
+            self.found.append("<script> without src")
+        for name in ("src", "href", "action"):
+            value = given.get(name) or ""
+            if value.startswith(("javascript:", "//", "http:")):
+                self.found.append(f"<{tag} {name}={value}>")
+        if given.get("id"):
+            self.ids.append(str(given["id"]))
+
+
+def policy_of(answer) -> dict[str, str]:
+    parts = [part.strip().partition(" ") for part in answer.headers["Content-Security-Policy"].split(";")]
+    return {name: value for name, _, value in parts}
+
+
+def assert_safe(answer) -> None:
+    assert policy_of(answer).items() >= POLICY.items()
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Referrer-Policy"] == "same-origin"
+    assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+    assert "no-store" in answer.headers["Cache-Control"]
+    assert answer.headers["X-Request-ID"].startswith("req_")
+    seen = Offences(answer.content.decode())
+    assert not seen.found
+    assert len(seen.ids) == len(set(seen.ids)), "an id stands twice"
+
+
+@pytest.mark.parametrize("address", VISITOR)
+def test_pages_for_visitors_are_safe(db, page: Client, address: str):
+    assert_safe(page.get(address))
+
+
+@pytest.mark.parametrize("address", MEMBER)
+def test_pages_of_an_account_are_safe(alice: User, page: Client, address: str):
+    sign_in(page, alice)
+    answer = page.get(address)
+    if answer.status_code == 302:  # it asks for the password once more
+        page.post("/accounts/reauthenticate/", {"password": "correct-horse-battery-9"})
+        answer = page.get(address)
+    assert answer.status_code == 200
+    assert_safe(answer)
+
+
+@pytest.mark.parametrize("address", STAFF)
+def test_the_admin_stands_under_the_same_policy(sam: User, page: Client, address: str):
+    sign_in(page, sam)
+    answer = page.get(address)
+    assert answer.status_code == 200
+    assert policy_of(answer).items() >= POLICY.items()
+
+
+@pytest.mark.parametrize("address", STAFF)
+def test_the_admin_is_for_staff(alice: User, page: Client, address: str):
+    sign_in(page, alice)
+    assert page.get(address).status_code in {302, 403}
+
+
+def test_a_broken_page_shows_its_number_and_nothing_else(db, page: Client, monkeypatch):
+    def breaks(user: User) -> list[str]:
+        raise RuntimeError("SELECT secret FROM settings")
+
+    monkeypatch.setattr("accounts.views._rows", breaks)
+    user = User.objects.create_user("kim@example.com")
+    page.force_login(user)
+    page.raise_request_exception = False
+    answer = page.get("/account/")
+    assert answer.status_code == 500
+    assert answer.headers["X-Request-ID"] in answer.content.decode()
+    assert "SELECT" not in answer.content.decode()
+    assert_safe(answer)
+
+
+def test_what_is_not_there_looks_like_what_is_anothers(db, page: Client):
+    assert page.get("/jobs-of-bob/").content == page.get("/no-such-thing/").content
+
+
+@pytest.mark.parametrize("address", ["/_allauth/app/v1/nothing", "/_allauth/nothing"])
+def test_programs_get_their_errors_as_json(db, page: Client, address: str):
+    answer = page.get(address)
+    assert answer.status_code == 404
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("address", ["/accounts/login/", "/accounts/password/reset/"])
+def test_another_hosts_name_is_refused(db, page: Client, address: str):
+    assert page.get(address, headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_forms_without_a_token_are_refused(alice: User):
+    page = Client(enforce_csrf_checks=True)
+    answer = page.post("/accounts/login/", {"login": alice.email, "password": "correct-horse-battery-9"})
+    assert answer.status_code == 403
+    assert "Reload the page" in answer.content.decode()
+
+
+def test_static_files_are_found_compressed_and_kept(page: Client):
+    answer = page.get("/static/css/app.css", headers={"Accept-Encoding": "gzip"})
+    assert answer.status_code == 200
+    assert answer.headers["Content-Encoding"] == "gzip"
+    assert "max-age" in answer.headers["Cache-Control"]
+    assert len(answer.content) < 40_000
+
+
+def test_cookies_are_closed_to_scripts_and_other_sites(alice: User, page: Client):
+    sign_in(page, alice)
+    for name in ("session", "csrf"):
+        assert page.cookies[name]["httponly"]
+        assert page.cookies[name]["samesite"] == "Lax"
+
+
+def test_pages_are_served_without_a_thread_of_their_own():
+    """One middleware that is only sync would put the whole path, streams included, into threads."""
+    from django.conf import settings
+    from django.utils.module_loading import import_string
+
+    assert all(import_string(name).async_capable for name in settings.MIDDLEWARE)

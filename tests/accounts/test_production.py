@@ -1,0 +1,115 @@
+"""A safe production configuration passes without a warning; each unsafe one is refused and says what to change."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import services
+
+SAFE = {
+    "LLMTUNER_ENV": "production",
+    "SECRET_KEY": "kX9v2QmT7pLr4WzB8nYc5HdJ3sFg6VtA1eUiOoP0qRyMxKbNwZ",
+    "PUBLIC_URL": "https://tuner.example.com",
+    "EMAIL_URL": "smtp+tls://user:password@smtp.example.com:587",
+    "TRUSTED_PROXY_COUNT": "1",
+}
+
+
+def check(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`manage.py check --deploy` in a process that knows nothing but these variables."""
+    base = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return subprocess.run(
+        [sys.executable, "manage.py", "check", "--deploy", "--fail-level", "WARNING"],
+        cwd=services.ROOT,
+        env=base | {"VAR_DIR": str(folder)} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_safe_production_passes_without_warnings(tmp_path: Path):
+    found = check(tmp_path, **SAFE)
+    assert found.returncode == 0, found.stderr
+    assert "no issues (0 silenced)" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"DEBUG": "1"}, "E002"),
+        ({"SECRET_KEY": ""}, "E003"),
+        ({"SECRET_KEY": "short"}, "E003"),
+        ({"SECRET_KEY": "django-insecure-" + "x1y2z3" * 10}, "E003"),
+        ({"PUBLIC_URL": "http://tuner.example.com"}, "E004"),
+        ({"ALLOWED_HOSTS": "*"}, "E005"),
+        ({"ALLOWED_HOSTS": ".example.com"}, "E005"),
+        ({"GOOGLE_ENDPOINTS": "AUTHORIZE_URL=http://localhost:9/a"}, "E007"),
+        ({"FAILPOINTS": "claim"}, "E008"),
+        ({"EMAIL_URL": ""}, "E009"),
+        ({"PUBLIC_URL": "https://localhost"}, "E011"),
+        ({"GOOGLE_CLIENT_ID": "abc"}, "E013"),
+    ],
+    ids=str,
+)
+def test_an_unsafe_production_is_refused(change: dict[str, str], error: str, monkeypatch):
+    """In this process, with the settings as that environment would make them: a process each would take a minute."""
+    assert f"llmtuner.{error}" in problems_with(SAFE | change, monkeypatch)
+
+
+def problems_with(environment: dict[str, str], monkeypatch) -> set[str]:
+    import importlib.util
+    from types import SimpleNamespace
+
+    from llmtuner import checks
+
+    for name in (
+        "SECRET_KEY",
+        "DEBUG",
+        "ALLOWED_HOSTS",
+        "EMAIL_URL",
+        "GOOGLE_CLIENT_SECRET",
+        "TRUSTED_PROXY_COUNT",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    spec = importlib.util.spec_from_file_location(
+        "settings_of_another", services.ROOT / "llmtuner/settings.py"
+    )
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(checks, "settings", SimpleNamespace(**vars(module)))
+    return {str(message.id) for message in checks.production_is_safe()}
+
+
+def test_the_safe_one_has_no_problem_of_ours(monkeypatch):
+    assert not problems_with(SAFE, monkeypatch)
+
+
+def test_an_unsafe_production_does_not_start(tmp_path: Path):
+    """Not only `check --deploy` refuses: the server itself does."""
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment |= SAFE | {"VAR_DIR": str(tmp_path), "SECRET_KEY": "short"}
+    code = "import llmtuner.asgi"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=services.ROOT, env=environment, capture_output=True, text=True
+    )
+    assert found.returncode != 0
+    assert "SECRET_KEY must be set" in found.stderr
+
+
+def test_a_clone_starts_with_no_environment_and_keeps_its_secret(tmp_path: Path):
+    from llmtuner import env
+
+    first = env.kept_secret(tmp_path / "secret-key")
+    assert env.kept_secret(tmp_path / "secret-key") == first
+    assert len(first) > 50
+    assert (tmp_path / "secret-key").stat().st_mode & 0o077 == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["secret-key"]
