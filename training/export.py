@@ -199,7 +199,10 @@ def _fidelity(found: Mapping[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="a checkpoint of a training run, or a folder of Hugging Face files")  # fmt: skip
-    parser.add_argument("--base", help="the base model of that checkpoint: a folder, or a name on the Hub")
+    parser.add_argument(
+        "--base",
+        help="the base model of that checkpoint, if it is no longer where it was: a folder, or a name on the Hub",
+    )
     parser.add_argument("--to", required=True, help="the folder to write")
     parser.add_argument("--format", default="safetensors", choices=["safetensors", "merged", "adapter"])
     parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES))
@@ -221,14 +224,11 @@ def load_trained(folder: Path, base: str | None) -> tuple[Any, Path, dict[str, A
     what is known of it."""
     if (folder / "config.json").is_file():
         return load_model(folder), folder, {}
-    if base is None:
-        raise Failure(
-            "base_model", "A checkpoint holds what was trained, not the base model.", "Name it with --base."
-        )
     try:
         manifest = checkpoint.verify_files(folder)
     except (checkpoint.Unreadable, OSError, ValueError, KeyError) as error:
         raise Failure("checkpoint_unreadable", f"The checkpoint {folder} cannot be used: {error}") from error
+    base = base or str(manifest["base"])
     home, settings = hub.locate(base), manifest["settings"]
     model = load_model(home)
     if settings.get("method") == "lora":

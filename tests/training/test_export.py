@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from tests.training.running import Runner, of
 from tests.training.tiny import END, gpt2, write_model
 from training import export, fidelity
 from training.causal_lm import CausalLM
@@ -189,3 +190,25 @@ def test_the_command_line_exports_a_folder(base, tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["fidelity"]["close"]
     assert load_model(tmp_path / "out").config.n_layer == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "format"), [("full", "safetensors"), ("lora", "merged"), ("lora", "adapter")]
+)
+def test_a_checkpoint_is_exported_as_the_run_itself_would(tmp_path, method, format):
+    events = Runner(tmp_path, steps=3, method=method).train()
+    last = of(events, "checkpoint")[-1]["path"]
+    model, base, facts = export.load_trained(Path(last), None)
+    export.write_folder(model.eval(), tmp_path / "out", base=base, format=format, facts=facts)
+    found = fidelity.compare(load_model(tmp_path / "work" / "final"), tmp_path / "out", base=base)
+    assert found["close"]
+    assert found["exact"] == (format != "adapter")
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path):
+    last = Path(of(Runner(tmp_path, steps=2).train(), "checkpoint")[-1]["path"])
+    content = bytearray((last / "weights.safetensors").read_bytes())
+    content[-5] ^= 1
+    (last / "weights.safetensors").write_bytes(content)
+    with pytest.raises(Failure, match="cannot be used"):
+        export.load_trained(last, None)

@@ -19,13 +19,13 @@ from training.generate import GenerateOptions, generate, load_model
 from training.tokenizer import Tokenizer
 
 PROMPT = "the cat sat on"
-START = "import argparse, sys; from training import serve; p = argparse.ArgumentParser(); serve.add_arguments(p); sys.exit(serve.main(p.parse_args()))"  # fmt: skip
+START = ["-m", "training", "serve"]
 
 
 class Server:
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", START, *arguments],
+            [sys.executable, *START, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -183,7 +183,7 @@ def test_it_ends_with_its_input_even_while_it_writes(folder):
 def test_it_dies_with_the_process_that_started_it(tmp_path):
     script = (
         "import subprocess, sys, time\n"
-        f"p = subprocess.Popen([sys.executable, '-c', {START!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
+        f"p = subprocess.Popen([sys.executable, *{START!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
         "p.stdout.readline(); print(p.pid, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
