@@ -264,6 +264,8 @@ def verify_files(folder: Path, sha256: str | None = None) -> dict[str, Any]:
 def read_manifest(folder: Path, sha256: str | None = None) -> dict[str, Any]:
     """The manifest, once it is exactly as it was written. Raises Unreadable."""
     try:
+        if (folder / "manifest.json").is_symlink():
+            raise Unreadable("its manifest is a link")
         text = (folder / "manifest.json").read_bytes()
     except OSError as error:
         raise Unreadable("it has no manifest: it was not written to its end") from error

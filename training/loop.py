@@ -84,8 +84,11 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
     asked = config.settings_hash(run.settings)
     choices = checkpoint.candidates(Path(run.resume_from), [checkpoints]) if run.resume_from else []
     earlier = checkpoint.settings_of(choices, run.job, asked)
-    if earlier and run.settings.micro_batch_tokens:  # memory ran out in an earlier attempt: smaller parts, same steps
-        earlier["micro_batch_tokens"] = run.settings.micro_batch_tokens
+    smaller = run.settings.micro_batch_tokens
+    if (
+        earlier and smaller and smaller < earlier["micro_batch_tokens"]
+    ):  # memory ran out in an earlier attempt
+        earlier["micro_batch_tokens"] = smaller
     found = inputs.read(run, config.parse(earlier) if earlier else None)
     for note in found.notes:
         say("log", level="warning", message=note)
@@ -135,8 +138,14 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         optimizer.load(restored.weights, restored.optimizer)
         state, saved_step = State(**restored.state), restored.step
         device.restore_random_state(restored.random)
+        if not team.leads:  # the file holds the leader's numbers; the others must drop out other places
+            device.seed_everything(settings.seed + 1_000_003 * team.rank + state.step)
         writer.protected = {state.best_checkpoint} - {""}
         different = [name for name, value in environment.items() if restored.environment.get(name) != value]
+        if team.size > 1 and (settings.dropout or settings.lora_dropout):
+            different.append("random state of the other processes")
+        if restored.settings["micro_batch_tokens"] != settings.micro_batch_tokens:
+            different.append("micro-batch")  # the same sums in another order
         say(
             "resumed", step=state.step, from_step=checkpoint.step_of(Path(run.resume_from)), exact=not different,
             why=f"made with another {', '.join(different)}" if different else "the same machine, program and data",
@@ -144,16 +153,22 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         del restored
 
     # ---- rehearse ------------------------------------------------------------------------------------------------
-    def rows_of(step: int, limit: int) -> list[list[int]]:
-        """The rows of a step, as numbers of examples."""
-        begin = int(ends[step - 1]) if step else 0
-        which = [example_at(at, settings.seed, len(examples)) for at in range(begin, int(ends[step]))]
-        lengths = [int(examples.lengths[i]) for i in which]
-        return [[which[i] for i in row] for row in split(lengths, limit, team.size)]
+    def rows_of(begin: int, end: int, limit: int) -> list[list[int]]:
+        """Examples from cursor to cursor, dealt into rows: numbers of examples."""
+        which = [example_at(at, settings.seed, len(examples)) for at in range(begin, end)]
+        return [
+            [which[i] for i in row]
+            for row in split([int(examples.lengths[i]) for i in which], limit, team.size)
+        ]
 
     def worst_row(limit: int) -> Batch:
+        """The fullest row of the plan (of 500 steps spread over it, where it is long)."""
         some = range(0, total, max(1, total // 500))
-        rows = (row for step in some for row in rows_of(step, limit))
+        rows = (
+            row
+            for step in some
+            for row in rows_of(int(ends[step - 1]) if step else 0, int(ends[step]), limit)
+        )
         return pack([examples[i] for i in max(rows, key=lambda row: sum(examples.lengths[i] for i in row))])
 
     say("plan", **_plan(found, settings, total, model, optimizer))
@@ -219,7 +234,8 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         elif settings.sample_every and state.step and state.step % settings.sample_every == 0:
             show_samples()
 
-        # Checkpoint, when it is time; end, when all is done or somebody asks.
+        # Checkpoint, when it is time; end, when all is done or somebody asks (several processes agree in their sums).
+        must_stop = must_stop or (team.size == 1 and stop())
         ended = state.step == total or state.early
         by_steps = (
             settings.checkpoint_every_steps
@@ -242,7 +258,7 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
 
         # Forward and backward, a row at a time; gradients add up in the optimizer's flat buffer.
         begun = time.perf_counter()
-        rows = rows_of(state.step, limit)
+        rows = rows_of(state.cursor, int(ends[state.step]), limit)
         lengths = [int(examples.lengths[i]) for row in rows for i in row]
         trained = int(sum(trained_tokens[i] for row in rows for i in row))
         sums = torch.zeros(

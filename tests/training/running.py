@@ -1,0 +1,54 @@
+"""A training run in this process, small enough for a test: 67 examples, a GPT-2 of two layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.resume import lay_out
+from training.config import Run
+from training.loop import Stopped, train
+
+Event = dict[str, Any]
+
+
+class Runner:
+    """Trains what `lay_out` wrote, in a work folder of its own."""
+
+    def __init__(self, folder: Path, steps: int = 12, **settings: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.values = lay_out(folder, steps, **settings)
+
+    def train(
+        self, work: str = "work", stop_at: int | None = None, hear: Callable[[Event], None] | None = None, **changes: Any
+    ) -> list[Event]:  # fmt: skip
+        """All event lines. `stop_at` asks for an end once that step is told."""
+        told: list[Event] = []
+
+        def say(t: str, **values: Any) -> None:
+            told.append({"t": t, **values})
+            if hear is not None:
+                hear(told[-1])
+
+        def stop() -> bool:
+            return stop_at is not None and any(e["t"] == "metric" and e["step"] >= stop_at for e in told)
+
+        settings = self.values["settings"] | changes.pop("settings", {})
+        run = Run.parse(
+            self.values | {"work_dir": str(self.folder / work)} | changes | {"settings": settings}
+        )
+        try:
+            train(run, say, stop)
+        except Stopped:
+            told.append({"t": "stopped"})
+        return told
+
+
+def of(events: list[Event], kind: str) -> list[Event]:
+    return [event for event in events if event["t"] == kind]
+
+
+def losses(events: list[Event]) -> dict[int, str]:
+    return {event["step"]: event["loss_hex"] for event in of(events, "metric")}

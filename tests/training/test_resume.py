@@ -1,0 +1,178 @@
+"""Going on after a crash gives the same bits; without any one ingredient of a checkpoint it would not."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import resume
+from tests.training.running import Event, Runner, losses, of
+from training import checkpoint, loop
+
+STEPS, CUT = 16, 9  # an epoch is ten steps and a bit: the second begins inside step 11
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    return Runner(tmp_path_factory.mktemp("resume"), STEPS, eval_every=5, checkpoint_every_steps=3)
+
+
+@pytest.fixture(scope="module")
+def whole(runner: Runner) -> list[Event]:
+    """The run nobody disturbed."""
+    return runner.train("whole")
+
+
+@pytest.fixture(scope="module")
+def cut(runner: Runner) -> Path:
+    """The checkpoint of a run that was asked to stop."""
+    events = runner.train("cut", stop_at=CUT)
+    assert events[-1] == {"t": "stopped"}
+    assert of(events, "checkpoint")[-1]["step"] == CUT
+    return Path(of(events, "checkpoint")[-1]["path"])
+
+
+def resumed(runner: Runner, folder: Path, **changes: Any) -> list[Event]:
+    return runner.train(f"again-{folder.parent.name}", resume_from=str(folder), epoch=2, **changes)
+
+
+def copied(cut: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(cut, tmp_path / cut.name))
+
+
+def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(
+    runner: Runner, whole: list[Event], cut: Path, tmp_path: Path
+) -> None:
+    events = resumed(runner, copied(cut, tmp_path))
+    assert of(events, "resumed")[0]["exact"] is True
+    assert losses(events) == {step: loss for step, loss in losses(whole).items() if step > CUT}
+    assert _weights(events) == _weights(whole)
+    assert of(events, "eval")[-1] == of(whole, "eval")[-1]
+
+
+def test_a_run_that_is_already_finished_only_exports_again(
+    runner: Runner, whole: list[Event], tmp_path: Path
+) -> None:
+    last = Path(of(whole, "checkpoint")[-1]["path"])
+    events = resumed(runner, copied(last, tmp_path))
+    assert not of(events, "metric")
+    assert _weights(events) == _weights(whole)
+
+
+def without_optimizer(folder: Path) -> None:
+    _rewrite(
+        folder, "optimizer", lambda t: {k: v if k == "step" else torch.zeros_like(v) for k, v in t.items()}
+    )
+
+
+def without_random_states(folder: Path) -> None:
+    torch.manual_seed(999)
+    _rewrite(folder, "random", lambda t: t | {"torch": torch.get_rng_state()})
+
+
+def without_cursor(folder: Path) -> None:
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"cursor": 0}, indent=1, sort_keys=True))
+    _reseal(folder)
+
+
+def with_everything(folder: Path) -> None:
+    _rewrite(folder, "optimizer", dict)
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [with_everything, without_optimizer, without_random_states, without_cursor],
+    ids=lambda f: f.__name__,
+)
+def test_every_ingredient_of_a_checkpoint_matters(
+    mutation: Callable[[Path], None], runner: Runner, whole: list[Event], cut: Path, tmp_path: Path
+) -> None:
+    folder = copied(cut, tmp_path)
+    mutation(folder)
+    after = losses(resumed(runner, folder))
+    same = all(losses(whole)[step] == loss for step, loss in after.items())
+    assert same == (mutation is with_everything)
+
+
+def test_the_place_in_the_schedule_matters(
+    runner: Runner, whole: list[Event], cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proper = loop.learning_rate
+    monkeypatch.setattr(loop, "learning_rate", lambda step, *rest: proper(step - CUT, *rest))
+    after = losses(resumed(runner, copied(cut, tmp_path)))
+    assert any(losses(whole)[step] != loss for step, loss in after.items())
+
+
+def test_another_environment_resumes_but_says_that_it_is_not_exact(
+    runner: Runner, cut: Path, tmp_path: Path
+) -> None:
+    folder = copied(cut, tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["environment"]["threads"] = 64
+    (folder / "manifest.json").write_bytes(checkpoint.seal(manifest))
+    told = of(resumed(runner, folder), "resumed")[0]
+    assert told["exact"] is False
+    assert "threads" in told["why"]
+
+
+def test_it_keeps_the_settings_the_first_attempt_resolved(runner: Runner, cut: Path, tmp_path: Path) -> None:
+    folder = copied(cut, tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["settings"]["micro_batch_tokens"] = (
+        48  # what the rehearsal on a smaller machine might have found
+    )
+    (folder / "manifest.json").write_bytes(checkpoint.seal(manifest))
+    assert of(resumed(runner, folder), "plan")[0]["settings"]["micro_batch_tokens"] == 48
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_end_with_the_same_bits(tmp_path: Path) -> None:
+    """The short form of `python benchmarks/resume.py`."""
+    run = resume.lay_out(tmp_path, 60, eval_every=20)
+    assert resume.start(run, tmp_path / "reference").wait() == 0
+    kills = resume.killed_run(run, tmp_path / "killed", 60, random.Random(4))
+    assert kills >= 1
+    assert resume.losses(tmp_path / "killed") == resume.losses(tmp_path / "reference")
+    assert resume.digest(tmp_path / "killed") == resume.digest(tmp_path / "reference")
+
+
+def _weights(events: list[Event]) -> str:
+    files = {file["name"]: file["sha256"] for file in of(events, "done")[0]["files"]}
+    return str(files["model.safetensors"])
+
+
+def _rewrite(
+    folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
+    path = folder / f"{name}.safetensors"
+    tensors = {
+        key: t.clone() for key, t in load_file(path).items()
+    }  # the file is mapped, and about to be emptied
+    checkpoint.write_tensors(path, change(tensors))
+    _reseal(folder)
+
+
+def _reseal(folder: Path) -> None:
+    """As if it had been written so: only the run itself can tell."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for entry in manifest["files"]:
+        path = folder / entry["name"]
+        entry |= {"bytes": path.stat().st_size, "sha256": checkpoint.file_sha256(path)}
+    (folder / "manifest.json").write_bytes(checkpoint.seal(manifest))
