@@ -9,6 +9,8 @@ from training.catalog import BaseModel, Machine, training_memory
 from training.config import Settings
 from training.report import Summary
 
+GPT2_SIZE = 124e6  # parameters of the model the rules were made for
+
 # Named starting points; a person's own values go over them.
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"epochs": 1.0},
@@ -35,7 +37,7 @@ def resolve(
     choose("validation_fraction", *_held_out(summary))
     batch = _batch(summary)[0] if settings.batch_tokens else choose("batch_size", *_batch(summary))
     if settings.max_steps is None:
-        choose("epochs", *_epochs(summary, base, batch))
+        choose("epochs", *_epochs(summary, base))
     choose("learning_rate", *learning_rate(settings.method, base))
     choose("dropout", *_dropout(summary, base))
     choose("micro_batch_tokens", *_micro(settings, summary, base, machine, length, batch))
@@ -66,27 +68,33 @@ def _batch(summary: Summary) -> tuple[int, str]:
     return batch, f"{batch}, for {n} examples"
 
 
-def _epochs(summary: Summary, base: BaseModel, batch: int) -> tuple[float, str]:
-    """OpenAI's cookbook: three, more where examples are few, fewer where they are many."""
+def _epochs(summary: Summary, base: BaseModel) -> tuple[float, str]:
+    """OpenAI's cookbook: three, more where examples are few, fewer where they are many. Models far smaller than GPT-2
+    need up to twice the passes: the starter solves its sample task after five epochs and not after three."""
     n = max(1, summary.examples)
+    epochs, why = 3, f"{n:,} examples"
     if 3 * n < 100:
-        epochs = min(25, 100 // n)
-        return float(epochs), f"{epochs}, because {n} examples are few (under 34)"
-    if 3 * n > 25_000:
-        epochs = max(1, 25_000 // n)
-        return float(epochs), f"{epochs}, because {n} examples are many"
-    return 3.0, f"3, because {n} examples"
+        epochs, why = min(25, 100 // n), f"{n} examples are few (under 34)"
+    elif 3 * n > 25_000:
+        epochs, why = max(1, 25_000 // n), f"{n:,} examples are many"
+    factor = min(2.0, max(1.0, (GPT2_SIZE / max(1, base.parameters)) ** 0.25))
+    more = round(epochs * factor) if 3 * n <= 25_000 else epochs
+    if more > epochs:
+        why += f", and {_millions(base)} are few: small models need more passes"
+    return float(min(more, 50)), f"{min(more, 50)}, because {why}"
 
 
 def learning_rate(method: str, base: BaseModel) -> tuple[float, str]:
     """Smaller models bear larger steps; adapters bear ten times what full weights do."""
-    rate = 5e-5 * (124e6 / max(1, base.parameters)) ** 0.5
+    rate = 1e-4 * (GPT2_SIZE / max(1, base.parameters)) ** 0.5
     if method == "lora":
         rate *= 10
     rate = float(f"{min(rate, 3e-3):.1e}")
-    return rate, f"{rate:g}, for {base.parameters / 1e6:.0f} million parameters" + (
-        " by LoRA" if method == "lora" else ""
-    )
+    return rate, f"{rate:g}, for {_millions(base)}" + (" by LoRA" if method == "lora" else "")
+
+
+def _millions(base: BaseModel) -> str:
+    return f"{base.parameters / 1e6:,.0f} million parameters"
 
 
 def _dropout(summary: Summary, base: BaseModel) -> tuple[float, str]:

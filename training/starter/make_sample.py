@@ -14,28 +14,20 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "sample"
 SEED, TRAIN, HELD_OUT = 7, 480, 60
 
-COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
-COLOURS = ("red", "blue", "green", "black", "white", "yellow")
-ITEMS = {
-    "lamp": "lamps",
-    "chair": "chairs",
-    "cup": "cups",
-    "shirt": "shirts",
-    "table": "tables",
-    "book": "books",
-}
-CITIES = ("Paris", "London", "Rome", "Boston", "Berlin", "Madrid")
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday")
+COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+COLORS = ("red", "blue", "green", "black", "white", "yellow", "brown", "grey")
+ITEMS = ("chair", "cup", "table", "book", "boat", "clock", "bell", "coat", "hat", "ring", "plate", "door")
+COUNTRIES = ("France", "England", "China", "Japan", "India", "Russia", "Germany", "Egypt", "Mexico")
 
 SENTENCES = (
-    "Please send {count} {colour} {item} to {city} by {day}.",
-    "We need {count} {colour} {item} in {city} before {day}.",
-    "Could you ship {count} {item} in {colour} to our {city} office? They must arrive on {day}.",
-    "By {day}, please deliver {count} {colour} {item} to {city}.",
-    "An order for {city}: {count} {item}, all {colour}, for {day}.",
-    "Hello, I would like {count} {colour} {item}. Deliver to {city} on {day}, please.",
-    "On {day} our shop in {city} opens and wants {count} {item} in {colour}.",
-    "For {day}: {count} {colour} {item}, to be brought to {city}.",
+    "Please send {count} {color} {item} to {country}.",
+    "We need {count} {color} {item} in {country}.",
+    "Could you ship {count} {item} in {color} to our office in {country}?",
+    "Deliver to {country}: {count} {color} {item}.",
+    "An order for {country}: {count} {item}, all {color}.",
+    "Hello, I would like {count} {color} {item}. I live in {country}.",
+    "Our shop in {country} wants {count} {item} in {color}.",
+    "My friend in {country} asks for {count} {color} {item}, please.",
 )
 
 
@@ -44,7 +36,7 @@ def main() -> None:
     seen: set[tuple[str, ...]] = set()
     rows: list[dict[str, str]] = []
     while len(rows) < TRAIN + HELD_OUT:
-        fields = tuple(rng.choice(list(choice)) for choice in (COUNTS, COLOURS, ITEMS, CITIES, DAYS))
+        fields = tuple(rng.choice(list(choice)) for choice in (COUNTS, COLORS, ITEMS, COUNTRIES))
         if fields not in seen:
             seen.add(fields)
             rows.append(example(fields, rng.choice(SENTENCES)))
@@ -54,11 +46,13 @@ def main() -> None:
 
 
 def example(fields: tuple[str, ...], sentence: str) -> dict[str, str]:
-    count, colour, item, city, day = fields
-    name = item if count == "one" else ITEMS[item]
+    count, color, item, country = fields
+    asked = sentence.format(
+        count=count, color=color, item=item if count == "one" else f"{item}s", country=country
+    )
     return {
-        "prompt": f"Order: {sentence.format(count=count, colour=colour, item=name, city=city, day=day)}\nFields:",
-        "completion": f" item: {item} | colour: {colour} | count: {COUNTS[count]} | city: {city} | day: {day}",
+        "prompt": f"Order: {asked}\nFields:",
+        "completion": f" item: {item}, color: {color}, count: {COUNTS[count]}, country: {country}",
     }
 
 
