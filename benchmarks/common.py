@@ -20,7 +20,9 @@ class Scores:
     missed: list[str] = field(default_factory=list)
     count: int = 0
 
-    def add(self, name: str, ours: float, theirs: float, goal: float, *, less_is_better: bool = False) -> bool:
+    def add(
+        self, name: str, ours: float, theirs: float, goal: float, *, less_is_better: bool = False
+    ) -> bool:
         """`theirs` is a peer's figure, or the promise where there is no peer."""
         ratio = (theirs / ours if ours else float("inf")) if less_is_better else ours / theirs
         met = ratio >= goal

@@ -19,7 +19,14 @@ import torch.nn.functional as F
 import transformers
 import turns
 from datasets import Dataset
-from transformers import AutoTokenizer, DataCollatorForLanguageModeling, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 transformers.logging.set_verbosity_error()
 BATCH, LENGTH = 8, 512
@@ -70,14 +77,18 @@ def watched(kind: type[Trainer], callback: Turns) -> type[Trainer]:
     return Watched
 
 
-def hf_trainer(folder: Path, ids: list[list[int]], *, padded: bool = False, lora: bool = False, dropout: float = 0.0) -> None:
+def hf_trainer(
+    folder: Path, ids: list[list[int]], *, padded: bool = False, lora: bool = False, dropout: float = 0.0
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token
     model = load(folder, dropout)
     if lora:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=8, lora_alpha=16, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+        )
         model = get_peft_model(model, config)
     rows = {"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids]}
     if padded:
@@ -125,7 +136,9 @@ def nano_gpt(folder: Path, ids: list[list[int]]) -> None:
     device = "cuda" if ON_GPU else "cpu"
     config = json.loads((folder / "config.json").read_text())
     heads = config["n_head"]
-    weights = {n: p.detach().to(device).requires_grad_() for n, p in load(folder, 0.0).transformer.named_parameters()}
+    weights = {
+        n: p.detach().to(device).requires_grad_() for n, p in load(folder, 0.0).transformer.named_parameters()
+    }
     stream = torch.tensor([i for example in ids for i in example], device=device)
     decay = [p for p in weights.values() if p.dim() >= 2]
     plain = [p for p in weights.values() if p.dim() < 2]

@@ -1,0 +1,135 @@
+"""Ours, through the very loop and decoder that ship, a step a turn (turns.py).
+
+.venv/bin/python benchmarks/contenders/ours.py KIND FOLDER [--set NAME=JSON …]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import turns
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+from training.memory import use_memory_well  # noqa: E402
+
+use_memory_well()  # before torch, as `python -m training` does
+
+import torch  # noqa: E402
+
+from training.config import Run  # noqa: E402
+from training.generate import GenerateOptions, decoder_for, generate, load_model  # noqa: E402
+from training.loop import train  # noqa: E402
+from training.tokenizer import Tokenizer  # noqa: E402
+
+SETTINGS: dict[str, Any] = {
+    "max_steps": 1000, "batch_size": 8, "learning_rate": 1e-5, "schedule": "linear", "warmup": 0, "weight_decay": 0.01,
+    "clip_norm": 1.0, "dropout": 0.0, "sequence_length": 512, "validation_fraction": 0, "train_on": "all", "seed": 0,
+    "checkpoint_every_s": 0, "lora_rank": 8, "lora_alpha": 16, "lora_targets": ["c_attn"],
+}  # fmt: skip
+
+
+def run_file(folder: Path, work: str, **settings: Any) -> dict[str, Any]:
+    """What `python -m training train` takes, for the folder that benchmarks/training.py laid out."""
+    return {
+        "base": str(folder), "train_file": str(folder / "examples.jsonl"), "work_dir": work,
+        "settings": SETTINGS | settings, "rehearse": False,
+    }  # fmt: skip
+
+
+class Turns:
+    """Counts what the loop says, `size` optimizer steps a turn."""
+
+    def __init__(self, size: int = 1, also: Callable[..., None] = lambda *_, **__: None) -> None:
+        self.size, self.also, self.seen = size, also, 0
+
+    def say(self, t: str, **values: Any) -> None:
+        self.also(t, **values)
+        if t == "phase" and values["phase"] == "training" and not self.seen:
+            turns.begin()
+        elif t == "metric" and values["step"] % self.size == 0:
+            turns.done(values["tokens"] - self.seen, loss=values["loss"])
+            self.seen = values["tokens"]
+            turns.begin()
+
+
+def training(
+    folder: Path, size: int = 1, also: Callable[..., None] = lambda *_, **__: None, **settings: Any
+) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        train(Run.parse(run_file(folder, work, **settings)), Turns(size, also).say)
+
+
+def platform(folder: Path, size: int) -> None:
+    """The loop with all that the product puts on it: events through a pipe and into the spool, heartbeats coming in,
+    and in every second turn a checkpoint."""
+    from training.command import Speaker
+
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    _in_background(lambda: [None for _ in iter(lambda: os.read(reader, 1 << 16), b"")])
+    heart_out, heart_in = os.pipe()
+    _in_background(lambda: [None for _ in iter(lambda: os.read(heart_out, 1 << 16), b"")])
+    _in_background(lambda: [(os.write(heart_in, b'{"lease": "ok"}\n'), time.sleep(5)) for _ in iter(int, 1)])
+    speaker = Speaker()
+    speaker.spool(Path(tempfile.mkdtemp(dir=folder)))
+    training(folder, size, speaker.say, checkpoint_every_steps=2 * size)
+
+
+def _in_background(work: Callable[[], Any]) -> None:
+    import threading
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+def gemm() -> None:
+    """The machine's own rate: the products of a GPT-2 block's MLP and nothing else."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows, repeats = (2048, 20) if device == "cpu" else (16384, 200)
+    a, b = (
+        torch.randn(rows, 768, device=device, dtype=dtype),
+        torch.randn(768, 3072, device=device, dtype=dtype),
+    )
+    out = torch.mm(a, b)
+    while True:
+        turns.begin()
+        for _ in range(repeats):
+            torch.mm(a, b, out=out)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        turns.done(0, flops=2.0 * rows * 768 * 3072 * repeats)
+
+
+def generation(folder: Path) -> None:
+    """64 tokens of prompt, 48 new ones, greedy, batch 1."""
+    model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    decoder = decoder_for(model)
+    prompt = json.loads((folder / "examples.json").read_text())[0][:64]
+    options = GenerateOptions(max_tokens=48, ignore_eos=True)
+    while True:
+        turns.begin()
+        [written] = generate(model, tokenizer, prompt, options, decoder=decoder)
+        turns.done(48, text=written.ids)
+
+
+KINDS: dict[str, Callable[[Path], None]] = {
+    "full": lambda folder: training(folder),
+    "full-dropout": lambda folder: training(folder, dropout=0.1),
+    "lora": lambda folder: training(folder, method="lora"),
+    "bare": lambda folder: training(folder, size=10),
+    "platform": lambda folder: platform(folder, size=10),
+    "gemm": lambda folder: gemm(),
+    "generate": generation,
+}
+
+if __name__ == "__main__":
+    KINDS[sys.argv[1]](Path(sys.argv[2]))

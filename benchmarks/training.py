@@ -1,0 +1,301 @@
+"""`bin/bench training`: ours against Hugging Face Trainer, TRL, a nanoGPT loop, peft and transformers' generate.
+
+    bin/bench training [--quick] [--clock wall|cpu] [--threads N] [--only NAME …]
+
+Same weights (GPT-2 124M, drawn at random), same 400 examples in the same order (log-normal lengths, median 90, at most
+512 tokens), same hyperparameters, fp32 on a processor and bf16 on a GPU. Ours and a peer are two programs alive at the
+same time that take a step in turns, so other load falls on both; figures are over all steps after the first.
+`--clock cpu` counts processor seconds instead, for a machine that others use too. `--quick` takes a small model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from benchmarks.common import ROOT, Contender, Scores, in_turns
+
+PEERS = ROOT / ".bench" / "bin" / "python"
+HERE = ROOT / "benchmarks" / "contenders"
+VOCABULARY = 50257
+SPEED = [  # name, our kind, the peer's kind, goal
+    ("trainer-dynamic-padding", "full", "trainer", 2.7),
+    ("trainer-dynamic-dropout", "full-dropout", "trainer-dropout", 2.7),
+    ("trainer-padded-512", "full", "trainer-padded", 5.5),
+    ("trl-no-packing", "full", "trl", 3.0),
+    ("trl-packing", "full", "trl-packing", 1.4),
+    ("nanogpt-packed", "full", "nanogpt", 1.15),
+    ("lora-peft-trainer", "lora", "trainer-lora", 2.2),
+]
+MEMORY = {"trainer-dynamic-padding": 1 / 0.6, "lora-peft-trainer": 1 / 0.5}
+
+
+@dataclass
+class Bench:
+    folder: Path
+    clock: str
+    threads: int
+    rounds: int
+    shape: dict[str, int]
+    scores: Scores
+
+    def start(self, kind: str, *, peer: bool = False) -> Contender:
+        python, script = (PEERS, "peers.py") if peer else (Path(sys.executable), "ours.py")
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"}
+        return Contender(kind, [str(python), str(HERE / script), kind, str(self.folder)], environment)
+
+    def race(self, ours: str, theirs: str, rounds: int | None = None) -> tuple[Contender, Contender]:
+        pair = self.start(ours), self.start(theirs, peer=True)
+        for contender in pair:
+            contender.wait_ready()
+        in_turns(pair, 1 + (rounds or self.rounds))
+        return pair
+
+
+# --- the same work for all ---------------------------------------------------------------------------
+
+
+def lay_out(folder: Path, shape: dict[str, int], examples: int = 400) -> None:
+    """A random GPT-2, a tokenizer whose words are numbers, and the examples: as text for ours, as ids in the order of
+    our training for the peers."""
+    from training import inputs
+    from training.config import Run
+    from training.model import GPT2, GPT2Config
+    from training.packing import example_at
+
+    GPT2.new(GPT2Config(vocab_size=VOCABULARY, n_positions=1024, extra={"bos_token_id": 50256, "eos_token_id": 50256}, **shape)).save(folder)  # fmt: skip
+    words = {str(i): i for i in range(VOCABULARY - 1)} | {"<|endoftext|>": VOCABULARY - 1}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))  # noqa: S106 (a token of text)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    rng = np.random.default_rng(0)
+    lengths = np.clip(np.exp(rng.normal(np.log(90), 0.7, examples)).astype(int), 8, 512)
+    rows = [{"text": " ".join(map(str, rng.integers(0, VOCABULARY - 1, n - 1)))} for n in lengths]
+    (folder / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sys.path.insert(0, str(HERE))
+    settings = {"sequence_length": 512, "validation_fraction": 0, "train_on": "all", "max_steps": 10}
+    run = {"base": str(folder), "train_file": str(folder / "examples.jsonl"), "work_dir": str(folder / "work"), "settings": settings}  # fmt: skip
+    found = inputs.read(Run.parse(run)).train
+    order = [example_at(at, 0, len(found)) for at in range(len(found))]
+    (folder / "examples.json").write_text(json.dumps([found[i][0].tolist() for i in order]))
+
+
+# --- what is measured --------------------------------------------------------------------------------
+
+
+def speed_and_memory(bench: Bench, name: str, ours: str, theirs: str, goal: float) -> None:
+    mine, peer = bench.race(ours, theirs)
+    bench.scores.add(f"speed/{name}", mine.rate(bench.clock), peer.rate(bench.clock), goal)
+    peaks = mine.end() / 2**30, peer.end() / 2**30
+    if name in MEMORY:
+        bench.scores.add(f"memory/{name}", *peaks, MEMORY[name], less_is_better=True)
+    if theirs in (
+        "trainer",
+        "trainer-lora",
+        "trainer-padded",
+        "trl",
+    ):  # the same batches: the same work was done
+        far = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(mine.steps, peer.steps, strict=True))
+        bench.scores.note(f"{name}: losses of the same steps differ by {far:.1e} at most")
+
+
+def gemm_share(bench: Bench) -> None:
+    """Useful operations of our steps over what the machine does when it only multiplies."""
+    lengths = [len(ids) for ids in json.loads((bench.folder / "examples.json").read_text())]
+    pair = bench.start("full"), bench.start("gemm")
+    for contender in pair:
+        contender.wait_ready()
+    in_turns(pair, 1 + bench.rounds)
+    layers, width = bench.shape["n_layer"], bench.shape["n_embd"]
+    measured = lengths[8 : 8 * (1 + bench.rounds)]
+    flops = sum(
+        6 * 12 * layers * width**2 * n + 6 * layers * width * n * (n + 1) + 6 * VOCABULARY * width * (n - 1)
+        for n in measured
+    )
+    ours, machine = (c.steps[1:] for c in pair)
+    rate = flops / sum(step[bench.clock] for step in ours)
+    gemm = statistics.median(step["flops"] / step[bench.clock] for step in machine)
+    bench.scores.add("share-of-gemm-rate (GFLOP/s)", rate / 1e9, gemm / 1e9, 0.78)
+    for contender in pair:
+        contender.end()
+
+
+def generation(bench: Bench) -> None:
+    mine, peer = bench.race("generate", "generate", 3)
+    bench.scores.add("generation (tokens/s)", mine.rate(bench.clock), peer.rate(bench.clock), 1.1)
+    same = mine.steps[0]["text"] == peer.steps[0]["text"]
+    bench.scores.note(
+        f"generation: {'the same tokens' if same else 'tokens differ where two are equally likely'}"
+    )
+    mine.end()
+    peer.end()
+
+
+def start_up(bench: Bench, name: str, folder: Path) -> None:
+    """Start to the end of the first step, less a steady step: cold, and from the warmed standby child."""
+    from contenders.ours import run_file
+
+    with tempfile.TemporaryDirectory() as work:
+        path = Path(work) / "run.json"
+        path.write_text(json.dumps(run_file(folder, work)))
+        for how, promise in (("cold", 3.0), ("standby", 0.3)):
+            taken = [_first_step(path, standby=how == "standby", threads=bench.threads) for _ in range(3)]
+            bench.scores.add(
+                f"start-{how}/{name} (s)", statistics.median(taken), promise, 1.0, less_is_better=True
+            )
+
+
+def _first_step(path: Path, *, standby: bool, threads: int) -> float:
+    argv = [sys.executable, "-m", "training", *(["standby"] if standby else ["train", str(path)])]
+    begun = time.perf_counter()
+    process = subprocess.Popen(
+        argv,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+    )
+    assert process.stdin
+    assert process.stdout
+    if standby:
+        assert json.loads(process.stdout.readline())["t"] == "ready"
+        begun = time.perf_counter()
+        process.stdin.write(json.dumps({"config": str(path)}).encode() + b"\n")
+        process.stdin.flush()
+    ends: list[float] = []
+    while len(ends) < 4:
+        if json.loads(process.stdout.readline())["t"] == "metric":
+            ends.append(time.perf_counter())
+    process.kill()
+    process.wait()
+    steady = statistics.median(b - a for a, b in itertools.pairwise(ends))
+    return ends[0] - begun - steady
+
+
+def packed_gradients(bench: Bench) -> None:
+    """Loss and every gradient of one packed row against each example alone through transformers' eager GPT-2."""
+    import torch
+    import transformers
+
+    from training.evaluate import batch_loss
+    from training.kernels import main_grad
+    from training.model import GPT2
+    from training.packing import pack
+
+    model = GPT2.load(bench.folder)
+    lm: Any = transformers.GPT2LMHeadModel.from_pretrained(
+        bench.folder, attn_implementation="eager", dtype=torch.float32
+    )
+    lm.eval()
+    documents = [ids[:96] for ids in json.loads((bench.folder / "examples.json").read_text())[:5]]
+    for kind, first in (("full", 1), ("completion-only", 3)):
+        masks = [
+            np.array([int(i >= first if kind == "full" else i % 7 >= first) for i in range(len(d))])
+            for d in documents
+        ]
+        row = pack([(np.array(d), m) for d, m in zip(documents, masks, strict=True)])
+        for p in model.parameters():
+            main_grad(p).zero_()
+        ours, _ = batch_loss(model, row, 1 / len(row.where))
+        ours.backward()
+        lm.zero_grad()
+        theirs = 0.0
+        for ids, mask in zip(documents, masks, strict=True):
+            labels = torch.tensor([i if m else -100 for i, m in zip(ids, mask, strict=True)])
+            logits = lm(torch.tensor([ids])).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum") / len(row.where)
+            loss.backward()
+            theirs += float(loss)
+        grads = dict(lm.named_parameters())
+        worst = abs(float(ours) - theirs) / theirs
+        for name, p in model.named_parameters():
+            mine, other = main_grad(p), grads[name].grad
+            if name.endswith(
+                "c_attn.bias"
+            ):  # the keys' bias has no gradient but rounding: softmax does not feel it
+                width = len(other) // 3
+                mine, other = (torch.cat([g[:width], g[2 * width :]]) for g in (mine, other))
+            worst = max(worst, float((mine - other).norm() / other.norm()))
+        bench.scores.add(f"packed-gradient-error/{kind}", worst, 1e-5, 1.0, less_is_better=True)
+
+
+def platform_overhead(bench: Bench) -> None:
+    """Events, spool and heartbeats on every step, and a checkpoint a minute, over the bare loop."""
+    pair = bench.start("bare"), bench.start("platform")
+    for contender in pair:
+        contender.wait_ready()
+    in_turns(pair, 9)
+    bare, full = (c.steps[1:] for c in pair)
+    ratios = [f[bench.clock] / b[bench.clock] for f, b in zip(full, bare, strict=True)]
+    # Turns 3, 5, 7, … begin with a checkpoint; the others show the events alone.
+    plain, saving = statistics.median(ratios[0::2]), statistics.median(ratios[1::2])
+    turn = statistics.median(b["wall"] for b in bare)
+    overhead = max(plain - 1, 0) + max(saving - plain, 0) * turn / 60
+    bench.scores.note(
+        f"platform: events {plain - 1:+.2%}; a checkpoint costs {(saving - plain) * turn:.2f} s"
+    )
+    bench.scores.add("platform-overhead", max(overhead, 1e-4), 0.02, 1.0, less_is_better=True)
+    for contender in pair:
+        contender.end()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bin/bench training")
+    parser.add_argument("--quick", action="store_true", help="a small model (4 layers of 256) and fewer rounds: a look, no verdict")  # fmt: skip
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, help="measured steps of each contender")
+    parser.add_argument("--only", action="append", help="only what this is part of the name of")
+    args = parser.parse_args()
+    shape = (
+        {"n_layer": 4, "n_embd": 256, "n_head": 4}
+        if args.quick
+        else {"n_layer": 12, "n_embd": 768, "n_head": 12}
+    )
+    scores = Scores()
+    scores.note(
+        f"GPT-2 {shape}, {args.threads} threads, {args.clock} clock; tokens/s, GiB: ours, theirs, ratio, goal"
+    )
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder, small = Path(name) / "model", Path(name) / "small"
+        lay_out(folder, shape)
+        lay_out(small, {"n_layer": 4, "n_embd": 256, "n_head": 4})
+        bench = Bench(folder, args.clock, args.threads, args.rounds or 4, shape, scores)
+        small_bench = Bench(small, args.clock, args.threads, 4, shape, scores)
+        parts: list[tuple[str, Any]] = [(f"speed memory {row[0]}", lambda row=row: speed_and_memory(bench, *row)) for row in SPEED]  # fmt: skip
+        parts += [
+            ("share-of-gemm-rate", lambda: gemm_share(bench)),
+            ("generation", lambda: generation(bench)),
+            ("start small", lambda: start_up(bench, "small", small)),
+            ("start gpt2", lambda: start_up(bench, "gpt2", folder)),
+            ("packed-gradient-error", lambda: packed_gradients(bench)),
+            ("platform-overhead", lambda: platform_overhead(small_bench)),
+        ]
+        for part, measure in parts:
+            if not args.only or any(word in part for word in args.only):
+                measure()
+    return scores.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
