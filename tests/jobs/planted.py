@@ -20,7 +20,7 @@ REAL = {
 
 
 def holder_may_write_after_leaving(sim: Any) -> list[Patch]:
-    """"mine" without the status: epoch and holder stay after the end."""
+    """ "mine" without the status: epoch and holder stay after the end."""
     same = lambda self, found: (found.epoch, found.holder) == (self.epoch, self.holder)  # noqa: E731
     mine = lambda self: (Job.epoch == self.epoch) & (Job.holder == self.holder)  # noqa: E731
     return [(Claim, "is_mine", same), (Claim, "_mine", mine)]
@@ -106,12 +106,17 @@ def model_is_made_before_the_end(sim: Any) -> list[Patch]:
 
 def broken_submissions_are_dropped(sim: Any) -> list[Patch]:
     """The list row of a job that isn't there goes, instead of a void job being put."""
-    return [(endings, "make_void", lambda owner, job_id: tables.remove(JobIndex, queueing.shard(job_id), job_id))]
+    return [
+        (endings, "make_void", lambda owner, job_id: tables.remove(JobIndex, queueing.shard(job_id), job_id))
+    ]
 
 
 def wishes_only_wait_for_a_holder(sim: Any) -> list[Patch]:
     """A pause or cancel of a job nobody holds is only noted."""
-    return [(lifecycle, "_where_asked", lambda job, desired: job.status), (lifecycle, "settle", lambda job: None)]
+    return [
+        (lifecycle, "_where_asked", lambda job, desired: job.status),
+        (lifecycle, "settle", lambda job: None),
+    ]
 
 
 def paused_is_an_end(sim: Any) -> list[Patch]:
@@ -238,4 +243,3 @@ EVERY: list[Callable[[Any], list[Patch]]] = [
     cancels_can_be_taken_back, the_list_is_cleared_first, jobs_are_listed_after_they_are_made,
 ]  # fmt: skip
 PLANTED = {plant.__name__.replace("_", " "): plant for plant in EVERY}
-

@@ -204,11 +204,17 @@ class Sim:
 
         return self.gate("r" if operation in READS else "w", f"{operation} {table}", perform)
 
-    def applied(self, operation: str, table: str, kwargs: dict[str, Any], answer: Any, holder: str | None) -> None:
+    def applied(
+        self, operation: str, table: str, kwargs: dict[str, Any], answer: Any, holder: str | None
+    ) -> None:
         rows = self.rows.setdefault(table, {})
         item = kwargs.get("Item") or answer.get("Attributes") or kwargs["Key"]
         values = {name: plain(value) for name, value in item.items()}
-        keys = {"JobIndex": ("partition", "job_id"), "TunedModel": ("owner", "model_id"), "Job": ("owner", "job_id")}
+        keys = {
+            "JobIndex": ("partition", "job_id"),
+            "TunedModel": ("owner", "model_id"),
+            "Job": ("owner", "job_id"),
+        }
         first, second = keys.get(table, (next(iter(values)), ""))
         key = (str(values.get(first)), str(values.get(second)))
         before = rows.get(key)
@@ -228,7 +234,9 @@ class Sim:
                 if old.get(name) != new.get(name):
                     raise Violation(f"I2 an end changed: {name} {old.get(name)} → {new.get(name)}")
         if holder and self.holders.get(job_id) != holder:
-            raise Violation(f"I1 a write of one who isn't the holder was accepted ({old['status']} → {new['status']})")
+            raise Violation(
+                f"I1 a write of one who isn't the holder was accepted ({old['status']} → {new['status']})"
+            )
         if new["epoch"] != old["epoch"]:
             if (job_id, new["epoch"]) in self.winners or new["epoch"] != old["epoch"] + 1:
                 raise Violation("I3 an epoch was given twice, or left out")
@@ -311,7 +319,9 @@ class Sim:
         step = int(claim.job.checkpoint_step or 0)
         while step < STEPS and claim.desired == "run":
             step += 1
-            self.flush(claim, [f'{{"t":"e{claim.epoch}.s{step}.{i}"}}' for i in range(1 + (claim.epoch + step) % 3)])
+            self.flush(
+                claim, [f'{{"t":"e{claim.epoch}.s{step}.{i}"}}' for i in range(1 + (claim.epoch + step) % 3)]
+            )
             told = self.gate("trainer", "a step")
             if told == "die":
                 claim.trainer_died("killed")
@@ -365,7 +375,11 @@ class Sim:
             self.gate("local", "look for news")
             for job_id in sorted(self.jobs()):
                 with suppress(access.NotFound):
-                    self.take(actor.name, job_id, feed.read(self.owner, job_id, self.cursors.get((actor.name, job_id), 0)))
+                    self.take(
+                        actor.name,
+                        job_id,
+                        feed.read(self.owner, job_id, self.cursors.get((actor.name, job_id), 0)),
+                    )
 
     def take(self, name: str, job_id: str, events: list[feed.Event]) -> None:
         after = self.cursors.get((name, job_id), 0)
@@ -384,7 +398,9 @@ class Sim:
         for wish in wishes:
             for _ in range(self.rng.choice([0, 5, 15, 30])):
                 self.gate("local", "think")
-            while not (job_id := next((i for i, j in sorted(self.jobs().items()) if j["status"] != "void"), None)):
+            while not (
+                job_id := next((i for i, j in sorted(self.jobs().items()) if j["status"] != "void"), None)
+            ):
                 self.gate("local", "wait for a job")
             if wish == "delete":
                 while self.jobs()[job_id]["status"] not in ENDED:
@@ -419,7 +435,9 @@ class Sim:
             awake = [name for name in self.actors if frozen.get(name, 0) <= turn] or list(self.actors)
             fated = self._turn([name for name in awake for _ in range(self._weight(name))] or awake)
             if fated and self.rng.random() < 0.6:
-                frozen[fated] = turn + self.rng.choice([20, 60, 150])  # hears nothing for a while: a zombie to be
+                frozen[fated] = turn + self.rng.choice(
+                    [20, 60, 150]
+                )  # hears nothing for a while: a zombie to be
             if turn % 20 == 0 and self._rests() and not self.inflight:
                 break
         self._come_to_rest()
@@ -431,7 +449,9 @@ class Sim:
         if name.startswith("reader") and self.rng.random() < 0.7:
             name = self.rng.choice(awake)
         if self.faults > 0 and chance < 0.08:
-            what = self.rng.choice(self.scenario.get("faults", ["late", "lost", "crash", "die", "term", "bell"]))
+            what = self.rng.choice(
+                self.scenario.get("faults", ["late", "lost", "crash", "die", "term", "bell"])
+            )
             if what == "bell":
                 self.bells[:1] = []
             elif what in ("die", "term"):
@@ -507,7 +527,9 @@ class Sim:
             if job["status"] != "void":
                 by_key.add(job_id)
             if self.scenario.get("lossy") and (job["attempts"] or job["status"] != "succeeded"):
-                raise Violation(f"I14 a lost reply cost something: {job['status']}, {job['attempts']} attempts")
+                raise Violation(
+                    f"I14 a lost reply cost something: {job['status']}, {job['attempts']} attempts"
+                )
         if any(len(ids) > 1 for ids in self.by_key.values()):
             raise Violation("I12 two jobs for one key")
         self._check_quota(jobs)
@@ -520,7 +542,11 @@ class Sim:
     def _check_quota(self, jobs: dict[str, dict[str, Any]]) -> None:
         usage = tables.get(tables.Usage, self.owner, "jobs")
         # What the hourly audit would remove counts no more; a counter has nothing to audit by.
-        held = {id for id in (usage.ids if usage else None) or () if id not in jobs or jobs[id]["status"] not in ENDED}
+        held = {
+            id
+            for id in (usage.ids if usage else None) or ()
+            if id not in jobs or jobs[id]["status"] not in ENDED
+        }
         active = {id for id, job in jobs.items() if job["status"] not in ENDED}
         count = usage.version if usage and self.bug == "counter" else len(held)
         if count != len(active):
@@ -567,7 +593,9 @@ def world(sim: Sim) -> Iterator[None]:
         return 0
 
     def list_keys(prefix: str) -> list[str]:
-        return sim.gate("r", "list objects", lambda: sorted(key for key in sim.objects if key.startswith(prefix)))
+        return sim.gate(
+            "r", "list objects", lambda: sorted(key for key in sim.objects if key.startswith(prefix))
+        )
 
     def ring(task: Any, *args: str) -> None:
         if task is tasks.after_end:
@@ -589,7 +617,11 @@ def world(sim: Sim) -> Iterator[None]:
             (tasks, "ring", ring),
             (tasks, "ring_training", ring_training),
             (feed, "announce", lambda *args: None),
-            (settings, "JOBS", settings.JOBS | NUMBERS | ({"lease_s": 1e9} if sim.scenario.get("lossy") else {})),
+            (
+                settings,
+                "JOBS",
+                settings.JOBS | NUMBERS | ({"lease_s": 1e9} if sim.scenario.get("lossy") else {}),
+            ),
         ):
             stack.enter_context(patch.object(target, name, new))
         if sim.bug:

@@ -1,0 +1,75 @@
+"""Many at once: one claim, one job for a key, never more than the quota. The full size runs in `bin/bench faults`."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+
+from jobs import lifecycle, limits, queueing, tables
+from jobs.lifecycle import OverQuota, WorkerInfo
+from jobs.tables import Job, JobIndex
+from tests.jobs.makers import make_owner, make_request, read
+
+pytestmark = pytest.mark.usefixtures("stores")
+RACERS = 8
+ROUNDS = int(os.environ.get("CLAIM_RACE_JOBS", "25"))
+
+
+@pytest.fixture
+def racers():
+    with ThreadPoolExecutor(RACERS) as pool:
+        yield pool
+
+
+def test_each_job_is_claimed_once(racers):
+    owner = make_owner()
+    jobs = [Job(owner, tables.new_id("ftjob"), status="queued") for _ in range(ROUNDS)]
+    for job in jobs:
+        tables.put_new(job)
+    together = Barrier(RACERS)
+
+    def race(number):
+        worker = WorkerInfo(f"w{number}", f"p{number}")
+        won = []
+        for job in jobs:
+            together.wait()
+            won.append(lifecycle.claim(job, worker) is not None)
+        return won
+
+    winners = [sum(round) for round in zip(*racers.map(race, range(RACERS)), strict=True)]
+    assert winners == [1] * ROUNDS
+    assert {read(job).epoch for job in jobs} == {1}
+
+
+def test_the_quota_holds_when_all_come_at_once(racers, settings):
+    settings.JOBS = settings.JOBS | {"max_jobs_per_owner": 5}
+    owner = make_owner()
+    request = make_request(owner)
+
+    def submit(number):
+        try:
+            return lifecycle.submit(owner, request, idempotency_key=f"k{number}").job_id
+        except OverQuota:
+            return None
+
+    accepted = {job_id for job_id in racers.map(submit, range(20)) if job_id}
+    assert len(accepted) == 5
+    assert limits.held(owner, "jobs") == accepted
+    assert {row.job_id for row in queueing.index_rows() if row.owner == owner} == accepted
+
+
+def test_one_key_sent_many_times_at_once_makes_one_job(racers):
+    owner = make_owner()
+    request = make_request(owner)
+    jobs = racers.map(lambda _: lifecycle.submit(owner, request, idempotency_key="k").job_id, range(30))
+    assert len(set(jobs)) == 1
+    assert len([row for row in queueing.index_rows() if row.owner == owner]) == 1
+    assert tables.get(JobIndex, queueing.shard(read_one(owner)), read_one(owner)) is not None
+
+
+def read_one(owner):
+    (job,) = tables.rows(Job, owner)
+    return job.job_id

@@ -1,0 +1,217 @@
+"""What the reconciler finishes, on a clock that the test holds."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs import endings, errands, lifecycle, limits, queueing, tables, tasks
+from jobs.reconciler import Reconciler, Watch
+from jobs.tables import Dataset, JobIndex, new_id
+from tests.jobs.makers import checkpoint, make_claim, make_dataset, make_job, make_owner, read, result
+
+pytestmark = pytest.mark.usefixtures("stores")
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A list of jobs of this test's own: the reconciler walks everybody's."""
+    mine = f"test#{new_id('x')}"
+    monkeypatch.setattr(queueing, "shard", lambda job_id: mine)
+    monkeypatch.setattr(queueing, "index_rows", lambda: list(tables.rows(JobIndex, mine)))
+    monkeypatch.setattr(errands, "PARTITION", f"work-{mine}")
+    rung: list[tuple] = []
+    monkeypatch.setattr(tasks, "ring", lambda task, *args: rung.append((task.name, *args)))
+    monkeypatch.setattr(tasks, "ring_training", lambda waiting: rung.append(("training", waiting)))
+    return rung
+
+
+def rounds(reconciler, clock, seconds, step=5.0):
+    for _ in range(int(seconds / step)):
+        clock.now += step
+        reconciler.tick()
+
+
+def start():
+    clock = Clock()
+    reconciler = Reconciler(clock)
+    reconciler.tick()
+    return reconciler, clock
+
+
+def test_a_silent_worker_loses_its_lease_after_thirty_seconds(alone):
+    claim = make_claim()
+    reconciler, clock = start()
+    rounds(reconciler, clock, 25)
+    assert read(claim.job).status == "running"
+    rounds(reconciler, clock, 5)
+    assert (read(claim.job).status, read(claim.job).attempts) == ("retrying", 1)
+    rounds(reconciler, clock, 5)  # the first retry waits for nothing
+    assert read(claim.job).status == "queued"
+    assert alone[-1][0] == "training"
+
+
+def test_a_worker_that_beats_keeps_its_lease(alone):
+    claim = make_claim()
+    reconciler, clock = start()
+    for _ in range(10):
+        rounds(reconciler, clock, 10)
+        claim.heartbeat()
+    assert read(claim.job).status == "running"
+
+
+def test_a_gap_in_its_own_looking_starts_the_watch_again(alone):
+    claim = make_claim()
+    reconciler, clock = start()
+    rounds(reconciler, clock, 25)
+    clock.now += 60  # it slept, or the machine did
+    reconciler.tick()
+    rounds(reconciler, clock, 25)
+    assert read(claim.job).status == "running"
+    rounds(reconciler, clock, 5)
+    assert read(claim.job).status == "retrying"
+
+
+def test_a_store_that_was_away_starts_the_watch_again(alone, monkeypatch):
+    claim = make_claim()
+    reconciler, clock = start()
+    rounds(reconciler, clock, 25)
+    with monkeypatch.context() as away, pytest.raises(ConnectionError):
+        away.setattr(queueing, "active_jobs", lambda rows: (_ for _ in ()).throw(ConnectionError))
+        rounds(reconciler, clock, 5)
+    rounds(reconciler, clock, 25)
+    assert read(claim.job).status == "running"
+
+
+def test_it_says_when_the_next_watch_falls_due(alone):
+    make_claim()
+    reconciler, clock = start()
+    clock.now += 5
+    reconciler.tick()
+    clock.now += 5
+    assert reconciler.tick() == pytest.approx(20)
+
+
+def test_a_job_that_keeps_dying_waits_longer_each_time(alone):
+    job = make_job()
+    for _ in range(2):
+        make_claim(job).trainer_died("killed")
+        if read(job).attempts < 2:
+            lifecycle.requeue(read(job))
+    reconciler, clock = start()
+    rounds(reconciler, clock, 5)
+    assert read(job).status == "retrying"
+    rounds(reconciler, clock, 5)
+    assert read(job).status == "queued"
+
+
+def test_what_an_end_left_undone_is_done(alone):
+    claim = make_claim()
+    claim.finish("succeeded", result=result(claim))
+    reconciler, clock = start()
+    rounds(reconciler, clock, 10)
+    assert queueing.index_rows() == []
+    assert limits.held(claim.owner, "jobs") == set()
+
+
+def test_a_submission_that_broke_off_becomes_void(alone):
+    owner, job_id = make_owner(), new_id("ftjob")
+    JobIndex(queueing.shard(job_id), job_id, owner=owner).save()
+    reconciler, clock = start()
+    rounds(reconciler, clock, 595)
+    assert len(queueing.index_rows()) == 1
+    rounds(reconciler, clock, 10)
+    assert queueing.index_rows() == []
+    assert tables.get(tables.Job, owner, job_id).status == "void"
+
+
+def test_a_job_whose_dataset_got_ready_unseen_is_queued(alone):
+    owner = make_owner()
+    dataset = make_dataset(owner, "checking")
+    job = make_job(owner, dataset_id=dataset.dataset_id)
+    dataset.update(actions=[Dataset.status.set("ready")])
+    reconciler, _ = start()
+    assert read(job).status == "queued"
+    reconciler.tick()
+    assert ("training", 1) in alone
+
+
+def test_errands_that_nobody_does_are_rung_for_again(alone):
+    owner, dataset_id = make_owner(), new_id("file")
+    errands.put("check", owner, dataset_id)
+    reconciler, clock = start()
+    rounds(reconciler, clock, 25)
+    assert alone == []
+    rounds(reconciler, clock, 5)
+    assert alone == [("errand", "check", owner, dataset_id, "")]
+
+
+def test_an_errand_is_done_once_however_often_the_bell_rings(alone, monkeypatch):
+    owner, done = make_owner(), []
+    monkeypatch.setattr(endings, "delete_bytes", lambda *args: done.append(args) or True)
+    errands.put("delete", owner, "x")
+    errands.run("delete", owner, "x", "")
+    errands.run("delete", owner, "x", "")
+    assert done == [(owner, "x")]
+    assert errands.waiting() == []
+
+
+def test_an_errand_that_waits_for_something_stays(alone, monkeypatch):
+    owner = make_owner()
+    monkeypatch.setattr(endings, "delete_bytes", lambda *args: False)
+    errands.put("delete", owner, "x")
+    errands.run("delete", owner, "x", "")
+    (row,) = errands.waiting()
+    errands.run("delete", owner, "x", "")  # a bell from before: somebody else has begun
+    errands.run("delete", owner, "x", row.lease)
+    assert errands.waiting()[0].lease != row.lease
+
+
+def test_the_audit_removes_what_has_ended_from_the_quota(alone, settings):
+    claim = make_claim()
+    claim.finish("failed", "bad_data")
+    limits.take(claim.owner, "jobs", claim.job_id)
+    make_job(claim.owner)
+    lifecycle.after_end(claim.owner, claim.job_id)
+    limits.take(claim.owner, "jobs", claim.job_id)  # a late write
+    reconciler, clock = start()
+    clock.now += 3601
+    reconciler.tick()
+    assert claim.job_id not in limits.held(claim.owner, "jobs")
+    assert len(limits.held(claim.owner, "jobs")) == 1
+
+
+def test_the_janitor_deletes_only_what_nothing_names(alone, monkeypatch):
+    from jobs import storage
+
+    claim = make_claim()
+    claim.move_pointer(checkpoint(claim, 1))
+    lifecycle.lose_lease(claim.job)
+    lifecycle.requeue(read(claim.job))
+    new = make_claim(claim.job)
+    keys = [
+        f"jobs/{claim.job_id}/{name}"
+        for name in ("e1/checkpoints/s1/w", "e1/checkpoints/s2/w", "e2/checkpoints/s2/w")
+    ]
+    deleted = []
+    monkeypatch.setattr(storage, "list_keys", lambda prefix: keys)
+    monkeypatch.setattr(storage, "delete_file", deleted.append)
+    endings.sweep(read(new.job))
+    assert deleted == [keys[1]]
+
+
+def test_a_watch_forgets_what_it_no_longer_meets():
+    clock = Clock()
+    watch = Watch(clock)
+    for _ in range(3):
+        watch.look()
+        watch.unchanged("a", 1, 10)
+    watch.look()
+    watch.look()
+    assert watch.seen == {}
