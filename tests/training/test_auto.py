@@ -1,0 +1,177 @@
+"""Settings left on automatic get good values, each with a reason; what a person chose stays."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from training.auto import PRESETS, resolve
+from training.catalog import GPT2_FAMILY, BaseModel, Machine, find, fits, starter, training_memory
+from training.config import FIELDS, Settings, parse
+from training.estimate import Past, estimate
+from training.report import Summary
+
+MACHINE = Machine("cpu", "2 cores", 16 << 30, 2)
+AUTOMATIC = {
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "dropout",
+    "sequence_length",
+    "validation_fraction",
+    "micro_batch_tokens",
+}
+
+
+def gpt2() -> BaseModel:
+    found = find("gpt2")
+    assert found is not None
+    return found
+
+
+def data(examples: int = 480, longest: int = 100) -> Summary:
+    return Summary(
+        examples=examples,
+        tokens=60 * examples,
+        trained_tokens=20 * examples,
+        longest=longest,
+        kind="completion",
+    )
+
+
+def test_every_open_field_is_filled_and_says_why() -> None:
+    settings, reasons = resolve(Settings(), data(), gpt2(), MACHINE)
+    assert set(reasons) == AUTOMATIC
+    assert all(getattr(settings, name) is not None for name in AUTOMATIC)
+    assert "480 examples" in reasons["epochs"]
+
+
+def test_what_a_person_chose_stays_and_needs_no_reason() -> None:
+    chosen = parse({"epochs": 7, "learning_rate": 3e-4, "dropout": 0.2})
+    settings, reasons = resolve(chosen, data(), gpt2(), MACHINE)
+    assert (settings.epochs, settings.learning_rate, settings.dropout) == (7, 3e-4, 0.2)
+    assert not {"epochs", "learning_rate", "dropout"} & set(reasons)
+
+
+def test_resolving_twice_changes_nothing() -> None:
+    once, _ = resolve(Settings(), data(), gpt2(), MACHINE)
+    assert resolve(once, data(9), gpt2(), MACHINE) == (once, {})
+
+
+@pytest.mark.parametrize(
+    ("examples", "epochs"), [(4, 25), (10, 10), (33, 3), (100, 3), (8000, 3), (12_000, 2), (100_000, 1)]
+)
+def test_epochs_follow_the_number_of_examples(examples: int, epochs: int) -> None:
+    assert resolve(Settings(), data(examples), gpt2(), MACHINE)[0].epochs == epochs
+
+
+def test_steps_or_a_batch_in_tokens_replace_epochs_and_batch_size() -> None:
+    settings, _ = resolve(parse({"max_steps": 10, "batch_tokens": 4096}), data(), gpt2(), MACHINE)
+    assert (settings.epochs, settings.batch_size) == (None, None)
+
+
+@pytest.mark.parametrize("examples", [1, 30, 500, 10**6])
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("base", [*GPT2_FAMILY, starter()], ids=lambda b: b.id)
+def test_automatic_values_are_always_legal(base: BaseModel, method: str, examples: int) -> None:
+    settings, _ = resolve(parse({"method": method}), data(examples, 5000), base, MACHINE)
+    assert parse(settings.as_dict()) == settings
+    assert settings.sequence_length == base.context
+
+
+def test_small_models_get_larger_steps_and_adapters_larger_still() -> None:
+    rates = [
+        resolve(Settings(), data(), base, MACHINE)[0].learning_rate or 0
+        for base in (starter(), gpt2(), GPT2_FAMILY[-1])
+    ]
+    assert rates == sorted(rates, reverse=True)
+    assert resolve(parse({"method": "lora"}), data(), gpt2(), MACHINE)[0].learning_rate == pytest.approx(
+        10 * rates[1]
+    )
+
+
+def test_presets_are_settings() -> None:
+    for values in PRESETS.values():
+        assert set(values) <= set(FIELDS)
+        parse(values)
+
+
+# --- the catalogue --------------------------------------------------------------------------------
+
+
+def test_the_family_counts_its_parameters_as_its_files_do() -> None:
+    """Layers, width and vocabulary give exactly the published numbers."""
+    from training.catalog import of_config
+
+    for base in GPT2_FAMILY:
+        config = {
+            "model_type": "gpt2",
+            "n_embd": base.width,
+            "n_layer": base.layers,
+            "n_head": base.heads,
+            "vocab_size": base.vocab,
+        }
+        assert of_config(config).parameters == base.parameters
+
+
+def test_the_starter_is_there_and_small() -> None:
+    base = starter()
+    assert base.folder
+    assert 3e6 < base.parameters < 5e6
+    assert base.download < 12 << 20
+
+
+def test_models_are_found_by_their_long_names_too() -> None:
+    assert find("openai-community/gpt2-medium") == find("gpt2-medium")
+    assert find("somebody/else") is None
+
+
+def test_lora_fits_where_full_training_does_not() -> None:
+    large = GPT2_FAMILY[-2]
+    full = fits(large, MACHINE)
+    assert not full.fits
+    assert "LoRA would fit" in full.why
+    assert fits(large, MACHINE, "lora").fits
+    assert training_memory(large, "lora") < training_memory(large)
+
+
+# --- the estimate ---------------------------------------------------------------------------------
+
+
+def predicted(**changes: object) -> float:
+    settings, _ = resolve(parse(changes), data(), gpt2(), MACHINE)
+    return estimate(gpt2(), settings, data(), MACHINE).seconds_p50
+
+
+def test_more_work_takes_longer() -> None:
+    assert predicted(epochs=1) < predicted(epochs=3) < predicted(epochs=9)
+    assert predicted(method="lora") < predicted()
+    assert predicted(gradient_checkpointing=True) > predicted()
+
+
+def test_the_estimate_counts_the_steps_that_training_takes() -> None:
+    settings, _ = resolve(
+        parse({"epochs": 3, "batch_size": 8, "validation_fraction": 0.1}), data(), gpt2(), MACHINE
+    )
+    found = estimate(gpt2(), settings, data(), MACHINE)
+    assert (found.steps, found.tokens) == (162, 3 * 432 * 60)
+    assert found.seconds_p50 == pytest.approx(sum(found.parts.values()))
+    assert found.seconds_p50 < found.seconds_p90
+
+
+def test_finished_jobs_correct_the_estimate() -> None:
+    settings, _ = resolve(Settings(), data(), gpt2(), MACHINE)
+    fresh = estimate(gpt2(), settings, data(), MACHINE)
+    past = [Past(100, 200 + i) for i in range(-5, 6)]
+    learned = estimate(gpt2(), settings, data(), MACHINE, past=past)
+    assert learned.seconds_p50 == pytest.approx(2 * fresh.seconds_p50)
+    assert learned.seconds_p90 <= 1.35 * learned.seconds_p50
+    assert "11 jobs" in learned.basis
+
+
+def test_money_is_told_at_the_operators_rate() -> None:
+    settings, _ = resolve(Settings(), data(), gpt2(), replace(MACHINE, cores=1))
+    found = estimate(gpt2(), settings, data(), MACHINE, price_per_hour=3.6)
+    assert found.cost_p50 == pytest.approx(found.seconds_p50 / 1000)
+    assert found.rows[-1][0] == "Cost"
