@@ -74,11 +74,13 @@ def load(folder: str) -> Loaded:
     if not os.path.isabs(folder) or not Path(folder, "config.json").is_file():
         raise GenerateError("model_not_found", f"no model at {folder}")
     try:
-        tokenizer = Tokenizer.load(folder)
-        decoder = decoder_for(load_model(folder), pack=True)
+        tokenizer, model = Tokenizer.load(folder), load_model(folder)
+        decoder = decoder_for(model, pack=True)
     except Exception as error:
         raise GenerateError("model_unusable", f"the model cannot be loaded: {error}") from error
-    size = sum(f.stat().st_size for f in Path(folder).glob("*.safetensors"))
+    size = sum(
+        p.numel() * p.element_size() for p in model.parameters()
+    )  # in memory, fp32: not what the file has
     return Loaded(decoder, tokenizer, size)
 
 
