@@ -6,6 +6,7 @@ that lives as long as the process. It knows that it is asked to stop by STOP.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import random
@@ -21,6 +22,7 @@ from jobs import bells, relay, standby
 log = logging.getLogger(__name__)
 
 STOP = threading.Event()  # set by SIGTERM
+OUT_S = 40.0  # a supervisor waits 45 s before it kills; a job is given back within 30
 DEAF_S = 60.0  # idle for so long beside a bell that lies in the list: the subscription is broken
 _busy = threading.Event()  # run_next is at work
 
@@ -34,6 +36,16 @@ def start(queues: set[str]) -> None:
     if "inference" in queues:
         relay.RELAY.start()
     threading.Thread(target=_reconcile, args=(queues,), name="reconciler", daemon=True).start()
+    threading.Thread(target=_leave_in_time, name="leave", daemon=True).start()
+
+
+def _leave_in_time() -> None:
+    """Whatever hangs after SIGTERM hangs no longer than this. The lease then runs out, as that of any lost worker."""
+    STOP.wait()
+    time.sleep(OUT_S)
+    log.error("this worker did not stop in time; where it stands follows")
+    faulthandler.dump_traceback()
+    os._exit(1)
 
 
 def finish() -> None:

@@ -1,0 +1,216 @@
+"""One attempt at a job with a real trainer: it ends, is given back, goes on exactly, is cancelled, fails, is cured."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from django.conf import settings
+
+from jobs import datasets, feed, lifecycle, runner, standby, storage, tables, tuned_models
+from tests.jobs.makers import WORKER, make_owner, read
+
+pytestmark = [pytest.mark.usefixtures("stores"), pytest.mark.slow]
+
+STEPS = 40
+ASKED = {
+    "max_steps": STEPS,
+    "batch_size": 2,
+    "sequence_length": 32,
+    "learning_rate": 1e-3,
+    "validation_fraction": 0.0,
+    "checkpoint_every_steps": 10,
+    "checkpoint_every_s": 0,
+    "dropout": 0.1,
+    "seed": 3,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_warm_trainer_is_left():
+    yield
+    standby.let_go()
+
+
+@pytest.fixture(autouse=True)
+def quick_batches(monkeypatch):
+    monkeypatch.setitem(settings.JOBS, "chunk_s", 0.1)
+
+
+def claim_one(rows=None, owner=None, **asked):
+    owner = owner or make_owner()
+    some = random.Random(5)
+    rows = rows or [{"prompt": f"{some.randrange(99)} is", "completion": " odd"} for _ in range(40)]
+    dataset = datasets.receive(owner, "rows.jsonl", iter([json.dumps(row).encode() + b"\n" for row in rows]))
+    datasets.finish_check(owner, dataset.dataset_id, "ready", summary={"examples": len(rows)})
+    request = lifecycle.JobRequest(base="starter", dataset_id=dataset.dataset_id, settings=ASKED | asked)
+    return again(lifecycle.submit(owner, request))
+
+
+def again(job):
+    claim = lifecycle.claim(read(job), WORKER)
+    assert claim is not None
+    return claim
+
+
+def kinds(job):
+    return [event.data["t"] for event in feed.read(job.owner, job.job_id)]
+
+
+def curve(job):
+    events = feed.read(job.owner, job.job_id)
+    return {e.data["step"]: e.data["loss_hex"] for e in events if e.data["t"] == "metric"}
+
+
+def weights(job):
+    return {f["sha256"] for f in read(job).result["files"] if f["name"].endswith(".safetensors")}
+
+
+def when_step(claim, step, do):
+    """Calls `do` once the job's row says so."""
+
+    def watch():
+        until = time.monotonic() + 120
+        while time.monotonic() < until and (read(claim.job).progress or {}).get("step", 0) < step:
+            time.sleep(0.02)
+        do()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stores):
+    claim = claim_one()
+    runner.run(claim)
+    return claim.job
+
+
+def test_a_job_runs_from_its_claim_to_its_model(undisturbed):
+    job = read(undisturbed)
+    assert job.status == "succeeded", job.message
+    assert sorted(curve(job)) == list(range(1, STEPS + 1))
+    told = kinds(job)
+    assert told[0] == "attempt"
+    assert told[-1] == "end"
+    assert {"plan", "estimate", "checkpoint", "done"} <= set(told)
+    assert job.progress["step"] == STEPS
+    lifecycle.after_end(job.owner, job.job_id)
+    model = tables.get(tables.TunedModel, job.owner, job.model_id)
+    assert (tuned_models.fetch(model) / "config.json").is_file()
+
+
+def test_nothing_of_an_attempt_stays_on_the_worker(undisturbed):
+    assert not (Path(settings.WORK_DIR) / undisturbed.job_id / "e1").exists()
+
+
+def test_the_feed_tells_no_paths_of_this_machine(undisturbed):
+    text = json.dumps([event.data for event in feed.read(undisturbed.owner, undisturbed.job_id)])
+    assert str(settings.WORK_DIR) not in text
+
+
+def test_a_stopped_worker_gives_back_and_the_next_attempt_is_exact(undisturbed):
+    claim, stop = claim_one(), threading.Event()
+    when_step(claim, 12, stop.set)
+    began = time.monotonic()
+    runner.run(claim, stop)
+    job = read(claim.job)
+    assert time.monotonic() - began < 90
+    assert (job.status, job.attempts) == ("queued", 0)
+    assert job.checkpoint_step
+    runner.run(again(job))
+    assert read(job).status == "succeeded"
+    assert curve(job) == curve(undisturbed)
+    assert weights(job) == weights(undisturbed)
+
+
+def test_a_lost_attempts_steps_are_run_again_and_proven_equal(undisturbed):
+    """The worker dies between two checkpoints; what it logged after the last one is compared."""
+    claim, stop = claim_one(checkpoint_every_steps=25), threading.Event()
+    when_step(claim, 30, stop.set)
+    zombie = runner._Attempt(claim, stop, runner.prepare.work_folder(claim.job_id, 1))
+    zombie._settle = lambda *_: None  # it gives nothing back, as one that was killed
+    uploads = zombie._uploads
+    zombie._uploads = lambda: uploads() if not stop.is_set() else None
+    zombie.run()
+    zombie.close()
+    job = lifecycle.requeue(lifecycle.lose_lease(read(claim.job)))
+    runner.run(again(job))
+    job = read(job)
+    assert job.status == "succeeded"
+    assert curve(job) == curve(undisturbed) or job.proof["exact"]
+    assert job.proof["equal"] == job.proof["steps"] > 0
+    assert any("equal to the bit" in str(e.data.get("message")) for e in feed.read(job.owner, job.job_id))
+
+
+def test_cancel_stops_the_trainer_and_ends_the_job():
+    claim = claim_one(max_steps=5000)
+    when_step(claim, 5, lambda: lifecycle.ask(claim.owner, claim.job_id, "cancel"))
+    runner.run(claim)
+    assert read(claim.job).status == "cancelled"
+
+
+def test_pause_keeps_a_checkpoint_and_waits():
+    claim = claim_one(max_steps=5000)
+    when_step(claim, 5, lambda: lifecycle.ask(claim.owner, claim.job_id, "pause"))
+    runner.run(claim)
+    job = read(claim.job)
+    assert job.status == "paused"
+    assert job.checkpoint_step >= 5
+
+
+def test_a_users_fault_fails_at_once_and_says_what_to_do():
+    claim = claim_one(rows=[{"nonsense": 1}] * 3)
+    runner.run(claim)
+    job = read(claim.job)
+    assert (job.status, job.attempts) == ("failed", 0)
+    assert job.reason in ("no_trained_token", "bad_data")
+    assert job.message
+    assert job.advice
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before():
+    claim, stop = claim_one(), threading.Event()
+    when_step(claim, 25, stop.set)
+    runner.run(claim, stop)
+    job = read(claim.job)
+    path = storage.local_path(f"{job.checkpoint_key}/weights.safetensors")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    runner.run(again(job))
+    job = read(job)
+    assert job.status == "succeeded"
+    assert any("does not verify" in str(e.data.get("message")) for e in feed.read(job.owner, job.job_id))
+
+
+def test_a_job_that_was_taken_over_leaves_its_zombie_without_a_word():
+    claim = claim_one(max_steps=5000)
+    when_step(claim, 5, lambda: lifecycle.lose_lease(read(claim.job)))
+    runner.run(claim)
+    job = read(claim.job)
+    assert (job.status, job.reason) == ("retrying", "lost_worker")
+
+
+def test_a_trainer_out_of_memory_goes_on_with_smaller_parts(monkeypatch):
+    """Its first words say so; the second try runs with half the micro-batch and is not charged."""
+    claim = claim_one()
+    train_once, codes, sizes = runner._Attempt._train_once, iter([21]), []
+
+    def first_out_of_memory(self, config):
+        sizes.append(config["settings"].get("micro_batch_tokens"))
+        code = next(codes, None)
+        if code is not None:
+            self.listener.micro_batch = 2048
+            return code
+        return train_once(self, config)
+
+    monkeypatch.setattr(runner._Attempt, "_train_once", first_out_of_memory)
+    runner.run(claim)
+    job = read(claim.job)
+    assert (job.status, job.attempts) == ("succeeded", 0)
+    assert sizes == [None, 1024]
+    assert "doctor" in kinds(job)
