@@ -514,9 +514,13 @@ class Sim:
                 raise Violation("I5 succeeded without a model")
             if job["status"] in ("failed", "cancelled") and alive:
                 raise Violation(f"I5 a job that {job['status']} has a model")
-            if model and alive and job["status"] == "succeeded":
-                if model["prefix"] != json.loads(job["result"])["prefix"]:
-                    raise Violation("I5 the model is of another attempt than the end")
+            if (
+                model
+                and alive
+                and job["status"] == "succeeded"
+                and model["prefix"] != json.loads(job["result"])["prefix"]
+            ):
+                raise Violation("I5 the model is of another attempt than the end")
             if job_id in self.deleted and alive:
                 raise Violation("I10 the model of a deleted job is back")
             if job["status"] in ENDED - {"void"} and job_id not in told | self.deleted:

@@ -1,0 +1,132 @@
+"""Files on their way in and out."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from jobs import access, datasets, endings, errands, lifecycle, limits, storage, tables
+from jobs.tables import Dataset
+from tests.jobs.makers import ROWS, make_claim, make_job, make_owner
+
+pytestmark = pytest.mark.usefixtures("stores")
+
+
+def receive(owner=None, name="rows.jsonl", data=ROWS):
+    return datasets.receive(owner or make_owner(), name, io.BytesIO(data))
+
+
+def stored(dataset):
+    return storage.list_keys(f"datasets/{dataset.owner}/{dataset.dataset_id}/")
+
+
+def test_a_file_is_stored_hashed_and_waits_for_its_check():
+    dataset = receive()
+    assert (dataset.status, dataset.bytes, len(dataset.sha256)) == ("checking", len(ROWS), 64)
+    assert storage.open_file(dataset.key).read() == ROWS
+    assert any(row.job_id == f"check#{dataset.dataset_id}" for row in errands.waiting())
+
+
+def test_a_good_check_makes_it_ready():
+    dataset = receive()
+    report = {"findings": [{"line": 1, "message": "ü"}]}
+    ready = datasets.finish_check(
+        dataset.owner,
+        dataset.dataset_id,
+        "ready",
+        summary={"examples": 1},
+        format={"kind": "jsonl"},
+        report=report,
+    )
+    assert (ready.status, ready.summary, ready.format) == ("ready", {"examples": 1}, {"kind": "jsonl"})
+    assert len(stored(dataset)) == 2
+    assert datasets.finish_check(dataset.owner, dataset.dataset_id, "ready") is not None  # asked twice
+
+
+def test_a_refused_file_leaves_no_bytes():
+    dataset = receive()
+    datasets.finish_check(dataset.owner, dataset.dataset_id, "rejected", error="Line 1: no JSON.")
+    assert stored(dataset) == []
+    assert access.get_dataset_for(dataset.owner, dataset.dataset_id).error == "Line 1: no JSON."
+
+
+@pytest.mark.parametrize("data", [b"", bytes(2000)])
+def test_what_is_empty_or_too_large_leaves_nothing(data, settings):
+    settings.JOBS = settings.JOBS | {"max_upload_bytes": 1000}
+    owner = make_owner()
+    with pytest.raises(datasets.Rejected):
+        receive(owner, data=data)
+    assert list(access.list_datasets(owner)) == []
+    assert limits.held(owner, "datasets") == set()
+    for row in errands.waiting():
+        if row.owner == owner and row.job_id.startswith("delete#"):
+            errands.run(*errands.name_of(row), row.lease or "")
+    assert storage.list_keys(f"datasets/{owner}/") == []
+
+
+def test_an_upload_that_breaks_off_leaves_nothing():
+    def chunks():
+        yield b"half"
+        raise ConnectionResetError
+
+    owner = make_owner()
+    with pytest.raises((ConnectionResetError, storage.StorageError)):
+        datasets.receive(owner, "x", chunks())
+    assert list(access.list_datasets(owner)) == []
+
+
+def test_the_quota_of_datasets(settings):
+    settings.JOBS = settings.JOBS | {"max_datasets_per_owner": 1}
+    dataset = receive()
+    with pytest.raises(datasets.OverQuota):
+        receive(dataset.owner)
+    datasets.delete(dataset.owner, dataset.dataset_id)
+    receive(dataset.owner)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("../../etc/passwd", "passwd"),
+        ("C:\\x\\rows.csv", "rows.csv"),
+        ("a\0b\r\nc.txt", "abc.txt"),
+        ("", "dataset"),
+        ("/", "dataset"),
+        ("\u202egnp.exe", "gnp.exe"),
+        ("e\u0301.txt", "é.txt"),
+        ("x" * 300, "x" * 200),
+    ],
+)
+def test_names_are_shown_and_never_paths(name, shown):
+    assert datasets.shown_name(name) == shown
+
+
+def test_bytes_stay_until_no_job_needs_them():
+    dataset = receive()
+    datasets.finish_check(dataset.owner, dataset.dataset_id, "ready")
+    job = make_job(dataset.owner, dataset_id=dataset.dataset_id)
+    datasets.delete(dataset.owner, dataset.dataset_id)
+    with pytest.raises(access.NotFound):
+        access.get_dataset_for(dataset.owner, dataset.dataset_id)
+    assert not endings.delete_bytes(dataset.owner, dataset.dataset_id)
+    assert datasets.of_job(dataset.owner, dataset.dataset_id).key == dataset.key
+    claim = make_claim(job)
+    claim.finish("failed", "bad_data")
+    lifecycle.after_end(job.owner, job.job_id)
+    assert endings.delete_bytes(dataset.owner, dataset.dataset_id)
+    assert stored(dataset) == []
+
+
+def test_a_late_check_does_not_bring_a_deleted_one_back():
+    dataset = receive()
+    datasets.delete(dataset.owner, dataset.dataset_id)
+    assert datasets.finish_check(dataset.owner, dataset.dataset_id, "ready") is None
+    assert tables.get(Dataset, dataset.owner, dataset.dataset_id).gone
+
+
+def test_a_giant_summary_does_not_stand_in_the_row():
+    dataset = receive()
+    summary = {"examples": 3, "histogram": ["x" * 1000] * 1000}
+    ready = datasets.finish_check(dataset.owner, dataset.dataset_id, "ready", summary=summary)
+    assert ready.summary == {"examples": 3}

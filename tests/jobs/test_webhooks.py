@@ -1,0 +1,197 @@
+"""Notices: signed, sent again until they arrive, and never to where they must not go."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import openai
+import pytest
+from django.core import mail
+
+from jobs import errands, lifecycle, tables, webhooks
+from jobs.tables import WebhookDelivery, WebhookEndpoint
+from tests.jobs.makers import make_claim, make_job, make_owner, result
+
+pytestmark = pytest.mark.usefixtures("stores")
+
+
+@pytest.fixture
+def receiver(settings):
+    """A server on this machine that answers as told and keeps what it got."""
+    settings.WEBHOOKS_ALLOW_PRIVATE = True
+    got: list[tuple[dict, bytes]] = []
+    answers = [200]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            got.append((dict(self.headers), self.rfile.read(int(self.headers["Content-Length"]))))
+            status = answers.pop(0) if len(answers) > 1 else answers[0]
+            self.send_response(status)
+            if status == 302:
+                self.send_header("Location", "/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.got, server.answers = got, answers
+    server.url = f"http://127.0.0.1:{server.server_port}/hook?x=1"
+    yield server
+    server.shutdown()
+
+
+def ended_job(owner, url):
+    endpoint = webhooks.add_endpoint(owner, url)
+    claim = make_claim(make_job(owner))
+    claim.finish("succeeded", result=result(claim))
+    lifecycle.after_end(owner, claim.job_id)
+    return claim, endpoint, f"{claim.job_id}#succeeded#{endpoint.endpoint_id}"
+
+
+def delivery_of(owner, id):
+    return tables.get(WebhookDelivery, owner, id)
+
+
+def make_due(owner, id):
+    WebhookDelivery(owner, id).update(actions=[WebhookDelivery.next_at.set(0)])
+
+
+def test_the_official_client_accepts_our_signature(receiver):
+    claim, endpoint, id = ended_job(make_owner(), receiver.url)
+    assert webhooks.deliver(claim.owner, id)
+    headers, body = receiver.got[0]
+    client = openai.OpenAI(api_key="x", webhook_secret=endpoint.secret)
+    event = client.webhooks.unwrap(body.decode(), headers)
+    assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", claim.job_id)
+    with pytest.raises(openai.InvalidWebhookSignatureError):
+        client.webhooks.unwrap(body.decode().replace("succeeded", "cancelled"), headers)
+
+
+def test_it_is_sent_again_later_under_the_same_id(receiver):
+    receiver.answers[:] = [500, 302, 200]
+    claim, _, id = ended_job(make_owner(), receiver.url)
+    assert not webhooks.deliver(claim.owner, id)
+    assert not webhooks.deliver(claim.owner, id)  # not yet due
+    waits = [delivery_of(claim.owner, id).next_at - time.time()]
+    make_due(claim.owner, id)
+    assert not webhooks.deliver(claim.owner, id)
+    waits.append(delivery_of(claim.owner, id).next_at - time.time())
+    make_due(claim.owner, id)
+    assert webhooks.deliver(claim.owner, id)
+    assert [round(wait / 5) for wait in waits] == [1, 60]
+    assert len(receiver.got) == 3  # a redirect isn't followed
+    assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
+    assert len({body for _, body in receiver.got}) == 1
+    assert delivery_of(claim.owner, id).status == "sent"
+
+
+def test_gone_means_gone(receiver):
+    receiver.answers[:] = [410]
+    claim, endpoint, id = ended_job(make_owner(), receiver.url)
+    assert webhooks.deliver(claim.owner, id)
+    assert not tables.get(WebhookEndpoint, claim.owner, endpoint.endpoint_id).active
+
+
+def test_it_gives_up_after_a_day_and_more(receiver):
+    receiver.answers[:] = [500]
+    claim, _, id = ended_job(make_owner(), receiver.url)
+    for _ in webhooks.SCHEDULE_S:
+        make_due(claim.owner, id)
+        over = webhooks.deliver(claim.owner, id)
+    assert over
+    assert delivery_of(claim.owner, id).status == "given up"
+    assert len(receiver.got) == len(webhooks.SCHEDULE_S)
+
+
+def test_each_end_is_told_once_however_often_its_effects_are_made(receiver):
+    claim, _, id = ended_job(make_owner(), receiver.url)
+    errands.run("deliver", claim.owner, id, "")
+    for _ in range(3):
+        lifecycle.after_end(claim.owner, claim.job_id)
+        assert webhooks.deliver(claim.owner, id)
+    assert len(receiver.got) == 1
+
+
+def test_a_body_is_small_and_says_only_what_to_ask_for(receiver):
+    claim, _, id = ended_job(make_owner(), receiver.url)
+    body = json.loads(delivery_of(claim.owner, id).payload)
+    assert body["data"] == {"id": claim.job_id}
+    assert len(delivery_of(claim.owner, id).payload) < 1000
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://example.com/", "ftp://example.com/", "file:///etc/passwd", "gopher://x/", "https://", "//x", "x",
+        "https://user@example.com/", "https://a@b@c/", "https://exa\\mple.com/", "https://example.com:0/",
+        "https://example.com:99999/", "https://exämple.com/", "https://x/\r\nHost: y", "https://x y/",
+        "javascript:alert(1)", "https://[::1", "",
+    ],
+)  # fmt: skip
+def test_odd_addresses_are_refused(url):
+    with pytest.raises(webhooks.BadAddress):
+        webhooks.add_endpoint(make_owner(), url)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "127.0.0.1", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "0.0.0.0", "localhost", "localhost.", "[::]",
+        "[::1]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "169.254.169.254", "10.0.0.1", "172.16.0.1", "192.168.1.1",
+        "100.64.0.1", "198.18.0.1", "[fd00::1]", "[fe80::1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]", "224.0.0.1",
+        "255.255.255.255", "[ff02::1]", "240.0.0.1",
+    ],
+)  # fmt: skip
+def test_nothing_private_is_ever_connected_to(host, monkeypatch):
+    monkeypatch.setattr(
+        webhooks.socket, "create_connection", lambda *args, **options: pytest.fail("connected")
+    )
+    with pytest.raises((webhooks.BadAddress, OSError)):
+        webhooks.post(f"https://{host}/", b"", {})
+
+
+def test_a_name_that_leads_inside_is_refused_and_what_was_checked_is_connected_to(monkeypatch):
+    asked = []
+
+    def connect(address, **options):
+        asked.append(address)
+        raise OSError
+
+    answers = {"inside": ["93.184.216.34", "10.0.0.1"], "outside": ["93.184.216.34"]}
+    resolve = lambda host, port, **options: [(0, 0, 0, "", (ip, port)) for ip in answers[host]]  # noqa: E731
+    monkeypatch.setattr(webhooks.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(webhooks.socket, "create_connection", connect)
+    with pytest.raises(webhooks.BadAddress):
+        webhooks.post("https://inside/", b"", {})
+    with pytest.raises(OSError):  # noqa: PT011  ours
+        webhooks.post("https://outside/", b"", {})
+    assert asked == [("93.184.216.34", 443)]
+
+
+def test_a_person_is_told_by_mail(alice):
+    claim = make_claim(make_job(alice.owner_id, name="orders\nBcc: x"))
+    claim.finish("failed", "not_finite")
+    lifecycle.after_end(alice.owner_id, claim.job_id)
+    assert webhooks.deliver(alice.owner_id, f"{claim.job_id}#failed#email")
+    (message,) = mail.outbox
+    assert message.to == [alice.email]
+    assert "failed" in message.subject
+    assert "\n" not in message.subject
+    assert "learning rate" in message.body
+    assert claim.job_id in message.body
+
+
+@pytest.mark.django_db
+def test_a_notice_for_nobody_is_dropped():
+    owner = make_owner()
+    claim = make_claim(make_job(owner))
+    claim.finish("failed", "bad_data")
+    lifecycle.after_end(owner, claim.job_id)
+    assert webhooks.deliver(owner, f"{claim.job_id}#failed#email")
+    assert mail.outbox == []
