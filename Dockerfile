@@ -8,7 +8,7 @@ RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -c cons
  && pip install -c constraints.txt -r requirements.txt
 COPY . .
 RUN useradd --system --create-home --home-dir /var/lib/llmtuner tuner \
- && SECRET_KEY=only-to-collect-static-files-during-the-build python manage.py collectstatic --noinput
+ && LLMTUNER_ENV=production SECRET_KEY=only-to-collect-static-files-during-the-build python manage.py collectstatic --noinput
 USER tuner
 EXPOSE 8420
 CMD ["uvicorn", "llmtuner.asgi:application", "--host", "0.0.0.0", "--port", "8420", "--no-proxy-headers", "--timeout-graceful-shutdown", "5", "--limit-concurrency", "4000"]

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from django.core.asgi import get_asgi_application
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "llmtuner.settings")
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 django = get_asgi_application()
 
@@ -23,7 +18,7 @@ from llmtuner.bounded import bounded  # noqa: E402  likewise
 checks.refuse_unsafe_start()
 
 
-async def route(scope: Scope, receive: Receive, send: Send) -> None:
+async def route(scope: Any, receive: Any, send: Any) -> None:
     if scope["type"] == "http" and live.PATH.match(scope["path"]):
         await live.stream(scope, receive, send)
     else:
