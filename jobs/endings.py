@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from jobs import errands, limits, queueing, storage, tables, tuned_models, webhooks
+from jobs import errands, estimates, limits, queueing, storage, tables, tuned_models, webhooks
 from jobs.tables import ENDED, Dataset, EventChunk, Job, JobIndex, TunedModel, month_of
 
 
@@ -17,6 +17,7 @@ def after_end(owner: str, job_id: str) -> None:
         return
     if job.status == "succeeded" and not job.gone:
         tuned_models.create_from(job)
+        estimates.record(job)
     if job.status == "void":
         tables.remove(JobIndex, f"all#{month_of(tables.time_of(job_id))}", job_id)
     elif not job.gone:

@@ -7,7 +7,8 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs.tables import EstimateRecord, Worker
+from jobs import tables
+from jobs.tables import Dataset, EstimateRecord, Job, Worker
 from training.auto import resolve
 from training.catalog import BaseModel, Machine, find, this_machine
 from training.config import Settings, parse
@@ -52,18 +53,17 @@ def records(on: Machine) -> list[dict[str, Any]]:
     return [{"job_id": record.job_id, **record.data} for record in found]
 
 
-def record(job: Any, summary: dict[str, Any] | None) -> None:
+def record(job: Job) -> None:
     """Keep what a finished job took beside what would have been predicted for it. Repeating it changes nothing.
 
-    Only whole runs teach: one attempt, ended well."""
+    Only whole runs teach: ended well, and not tried twice."""
+    dataset = tables.get(Dataset, job.owner, job.dataset_id)
+    counted = Summary.from_dict((dataset.summary if dataset else None) or {})
     base, on = find(job.base), machine()
-    if (
-        job.status != "succeeded"
-        or job.attempts
-        or not (job.started_at and job.ended_at and base and summary)
-    ):
+    if job.status != "succeeded" or job.attempts or base is None:
         return
-    counted = Summary.from_dict(summary)
+    if not (job.started_at and job.ended_at and counted.examples):
+        return
     plan = job.plan.get("settings") if isinstance(job.plan, dict) else None
     chosen, _ = resolve(parse(plan or job.settings or {}), counted, base, on)
     predicted = predict(base, chosen, counted, on)

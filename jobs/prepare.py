@@ -58,9 +58,8 @@ def prepare(job: Job, folder: Path, gone_on: Callable[[], None]) -> Prepared:
             dataset = _dataset(job.owner, dataset_id)
             config[f"{name}_file"] = str(_fetch(dataset, folder / "data" / name))
             config[f"{name}_format"] = dataset.format
-            examples = (dataset.summary or {}).get("examples")
-            if name == "train" and examples:
-                config["expected"] = {"examples": int(examples)}
+            if name == "train" and (expected := _expected(job, dataset.summary or {})):
+                config["expected"] = expected
     gone_on()
     used, bad = newest_good(job, folder, gone_on)
     if used:
@@ -71,6 +70,15 @@ def prepare(job: Job, folder: Path, gone_on: Callable[[], None]) -> Prepared:
         else None
     )
     return Prepared(config, used, bad, logged)
+
+
+def _expected(job: Job, summary: dict[str, Any]) -> dict[str, int]:
+    """What the report counted and the trainer must see too. The report was made with the starter's tokenizer and
+    context: other models count other tokens, and cut long texts into other parts."""
+    chosen = job.settings or {}
+    as_reported = job.base == catalog.STARTER and not chosen.get("sequence_length")
+    names = ("examples", "tokens") if as_reported else () if summary.get("kind") == "text" else ("examples",)
+    return {name: int(summary[name]) for name in names if summary.get(name)}
 
 
 def base_of(base: str) -> str:
