@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jobs import access, endings, feed, lifecycle, limits, queueing, tables, tuned_models
+from jobs import access, endings, feed, lifecycle, limits, queueing, tables
 from jobs.lifecycle import Claim
 from jobs.tables import EventChunk, Job, JobIndex, TunedModel, Usage
 

@@ -1,0 +1,118 @@
+"""Models: made once, fetched verified, streamed as a zip, deleted with their bytes."""
+
+from __future__ import annotations
+
+import io
+import tracemalloc
+import zipfile
+
+import pytest
+
+from jobs import access, endings, storage, tables, tuned_models
+from jobs.tables import TunedModel
+from tests.jobs.makers import checkpoint, make_claim, make_owner, result
+
+pytestmark = pytest.mark.usefixtures("stores")
+
+
+def make_model(files: dict[str, bytes], owner: str | None = None) -> TunedModel:
+    owner = owner or make_owner()
+    prefix = f"jobs/{tables.new_id('ftjob')}/e1/final"
+    entries = []
+    for name, data in files.items():
+        stored = storage.put_file(storage.join(prefix, name), io.BytesIO(data))
+        entries.append({"name": name, "bytes": stored.bytes, "sha256": stored.sha256})
+    model = TunedModel(owner, f"ft:org/base:slug::{prefix[-20:-9].lower()}", prefix=prefix, files=entries)
+    tables.put_new(model)
+    return model
+
+
+FILES = {"config.json": b"{}", "model.safetensors": bytes(3_000_000), "deep/merges.txt": b"a b\n", "empty": b""}
+
+
+async def collect(parts):
+    return b"".join([part async for part in parts])
+
+
+async def test_the_zip_holds_every_file_and_has_the_length_that_was_said():
+    model = make_model(FILES)
+    data = await collect(tuned_models.archive(model))
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.testzip() is None
+        names = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    assert names == FILES
+    assert len(data) == tuned_models.archive_length(model)
+
+
+async def test_damage_breaks_the_zip_off_instead_of_passing():
+    model = make_model(FILES)
+    storage.put_file(storage.join(model.prefix, "config.json"), io.BytesIO(b"[]"))
+    with pytest.raises(storage.StorageError):
+        await collect(tuned_models.archive(model))
+
+
+async def test_a_large_zip_passes_through_little_memory():
+    prefix, block = f"jobs/{tables.new_id('ftjob')}/e1/final", bytes(1 << 20)
+    stored = storage.put_file(prefix + "/weights", (block for _ in range(64)))
+    entry = {"name": "weights", "bytes": stored.bytes, "sha256": stored.sha256}
+    model = TunedModel(make_owner(), "ft:x", prefix=prefix, files=[entry])
+    tracemalloc.start()
+    sent = 0
+    async for part in tuned_models.archive(model):
+        sent += len(part)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    storage.delete_prefix(prefix + "/")
+    assert sent == tuned_models.archive_length(model) > 64 << 20
+    assert peak < 16 << 20
+
+
+def test_a_model_is_fetched_once_and_verified(settings, tmp_path):
+    settings.MODEL_CACHE_DIR = tmp_path
+    model = make_model(FILES)
+    folder = tuned_models.fetch(model)
+    assert (folder / "deep" / "merges.txt").read_bytes() == b"a b\n"
+    storage.delete_prefix(model.prefix + "/")
+    assert tuned_models.fetch(model) == folder
+    damaged = make_model({"config.json": b"{}"})
+    storage.put_file(storage.join(damaged.prefix, "config.json"), io.BytesIO(b"[]"))
+    with pytest.raises(storage.StorageError):
+        tuned_models.fetch(damaged)
+
+
+def test_a_deleted_model_loses_its_bytes_and_stays_away():
+    model = make_model(FILES)
+    tuned_models.delete(model.owner, model.model_id)
+    with pytest.raises(access.NotFound):
+        access.get_model_for(model.owner, model.model_id)
+    assert endings.delete_bytes(model.owner, model.model_id)
+    assert storage.list_keys(model.prefix) == []
+    assert tables.put_new(TunedModel(model.owner, model.model_id), lambda found: False) is None
+
+
+def test_deleting_a_job_leaves_its_model():
+    from jobs import lifecycle
+
+    claim = make_claim()
+    told = result(claim)
+    for name in ("final/config.json", "checkpoints/s1/weights"):
+        storage.put_file(claim.prefix + name, io.BytesIO(b"{}"))
+    claim.move_pointer(checkpoint(claim, 1))
+    claim.finish("succeeded", result=told)
+    lifecycle.after_end(claim.owner, claim.job_id)
+    assert len(storage.list_keys(claim.prefix)) == 2
+    lifecycle.delete(claim.owner, claim.job_id)
+    endings.delete_bytes(claim.owner, claim.job_id)
+    assert storage.list_keys(claim.prefix) == [claim.prefix + "final/config.json"]
+    assert access.get_model_for(claim.owner, claim.job.model_id).prefix == told["prefix"]
+
+
+def test_a_checkpoint_can_be_used_as_a_model():
+    claim = make_claim()
+    files = [{"name": "model.safetensors", "bytes": 3, "sha256": "0" * 64}]
+    claim.move_pointer(checkpoint(claim, 5, files=files))
+    model = tuned_models.get_for(claim.owner, f"{claim.job.model_id}:ckpt-step-5")
+    assert (model.step, model.files) == (5, files)
+    for owner, id in ((claim.owner, f"{claim.job.model_id}:ckpt-step-6"), (make_owner(), model.model_id)):
+        with pytest.raises(access.NotFound):
+            tuned_models.get_for(owner, id)
