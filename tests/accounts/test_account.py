@@ -27,9 +27,10 @@ def work(stores, alice: User):
         alice.owner_id,
         new_id("ftjob"),
         name="Alice's letters",
-        status="succeeded",
+        status="failed",
         base="starter",
         created_at=time.time(),
+        ended_at=time.time(),
     )
     dataset.save()
     job.save()
