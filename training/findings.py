@@ -102,10 +102,23 @@ SECRETS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("a signed token", re.compile(r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}")),
     ("a password", re.compile(r"(?i)\b(?:password|passwd|api[_-]?key|secret[_-]?key)\s*[:=]\s*[\"']?(?=[^\s\"']*[0-9])[^\s\"',;]{8,}")),
 )  # fmt: skip
-# A quick look that most rows do not pass, before the slow ones.
-SECRET_HINT = re.compile(
-    r"AKIA|ASIA|sk-|gh[pousr]_|hf_|xox|AIza|PRIVATE KEY|eyJ|(?i:passw|api.?key|secret.?key)"
+# Words without which no secret is there; looking for plain words costs next to nothing.
+SECRET_WORDS = (
+    "AKIA",
+    "ASIA",
+    "sk-",
+    "ghp_",
+    "gho_",
+    "ghu_",
+    "ghs_",
+    "ghr_",
+    "hf_",
+    "xox",
+    "AIza",
+    "PRIVATE KEY",
+    "eyJ",
 )
+SECRET_NAMES = ("passw", "api_key", "api-key", "apikey", "secret")
 EMAIL = re.compile(
     r"[A-Za-z0-9._%+-]{1,64}@(?!example\.)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,24}\b"
 )
@@ -118,12 +131,13 @@ IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?: ?[A-Z0-9]{1,3})?\b"
 CARD = re.compile(r"(?<![\d.])(?:\d[ -]?){13,19}(?![\d.])")
 
 
-def look_at(row: Row, findings: Findings, special: re.Pattern[str] | None) -> None:
-    """Everything one row shows by itself."""
-    text, line = row.preview, row.line
-    if CONTROL.search(text) or (not text.isascii() and DAMAGE.search(text)):
+def look_at(row: Row, text: str, findings: Findings, special: re.Pattern[str] | None) -> None:
+    """Everything one row shows by itself; `text` is its preview."""
+    line = row.line
+    plain = text.isascii()
+    if CONTROL.search(text) or (not plain and DAMAGE.search(text)):
         findings.add("damage", line)
-    if not text.isascii() and INVISIBLE.search(text):
+    if not plain and INVISIBLE.search(text):
         findings.add("invisible", line)
     if special is not None and special.search(text):
         findings.add("special_tokens", line)
@@ -154,8 +168,10 @@ def _look_at_pair(row: Row, findings: Findings) -> None:
 
 def secret(text: str) -> str:
     """What kind of secret stands in the text, or an empty string. Never the secret itself."""
-    if not SECRET_HINT.search(text):
-        return ""
+    if not any(word in text for word in SECRET_WORDS):
+        small = text.lower()
+        if not any(name in small for name in SECRET_NAMES):
+            return ""
     return next((name for name, pattern in SECRETS if pattern.search(text)), "")
 
 
@@ -193,11 +209,14 @@ def _is_iban(text: str) -> bool:
 # --- rows against each other ----------------------------------------------------------------------
 
 
+SPACES = bytes(byte if chr(byte).isalnum() else 32 for byte in range(128)) + bytes(128)
+
+
 def normal(text: str) -> str:
     """What is left when capitals, spaces and punctuation do not count."""
-    return re.sub(
-        r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold() if not text.isascii() else text.lower()
-    ).strip()
+    if text.isascii():  # ten times faster
+        return b" ".join(text.lower().encode().translate(SPACES).split()).decode()
+    return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
 def fingerprint(text: str) -> int:

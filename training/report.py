@@ -111,7 +111,7 @@ class _Report:
             text = row.preview
             self.characters += len(text)
             self.foreign += 0 if text.isascii() else sum(c > "\x7f" for c in text)
-            self.row(row, examples)
+            self.row(row, text, examples)
             if self.rows % 256 == 0 and time.monotonic() - told > 0.5:
                 told = time.monotonic()
                 progress(self.rows, min(0.99, self.characters / size))
@@ -122,10 +122,10 @@ class _Report:
             return ((row, []) for row in rows(path, format, on_bad=self.bad))
         return encoded_rows(path, self.tokenizer, self.settings, format, self.bad)
 
-    def row(self, row: Row, examples: list[Example]) -> None:
+    def row(self, row: Row, text: str, examples: list[Example]) -> None:
         tokenizer = self.tokenizer
-        look_at(row, self.findings, tokenizer.special_pattern if tokenizer else None)
-        self._remember(row)
+        look_at(row, text, self.findings, tokenizer.special_pattern if tokenizer else None)
+        self._remember(row, text)
         for example in examples:
             self.summary.add(example)
         if tokenizer is None:
@@ -143,11 +143,10 @@ class _Report:
                 {"line": row.line, "preview": _preview(row), **coloured(examples[0], tokenizer)}
             )
 
-    def _remember(self, row: Row) -> None:
-        text = row.preview
-        self.exact.add(text, row.line)
-        self.near.add(normal(text), row.line)
+    def _remember(self, row: Row, text: str) -> None:
         asked, answer = question_and_answer(row)
+        self.exact.add(text, row.line)
+        self.near.add(f"{asked}\n{normal(answer)}", row.line)
         if asked:
             self.prompts.add(asked, row.line)
         if len(self.answers) < 2:
@@ -157,8 +156,9 @@ class _Report:
         """Which rows of the validation file stand in the training file, whole or by their question."""
         rows_there, questions = Twins(), Twins()
         for row in rows(validation, on_bad=lambda bad: None):
-            rows_there.add(normal(row.preview), row.line)
-            if asked := question_and_answer(row)[0]:
+            asked, answer = question_and_answer(row)
+            rows_there.add(f"{asked}\n{normal(answer)}", row.line)
+            if asked:
                 questions.add(asked, row.line)
         for line in sorted({*self.near.common(rows_there), *self.prompts.common(questions)}):
             self.findings.add("leak", line)
