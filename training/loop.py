@@ -293,15 +293,19 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         seconds = time.perf_counter() - begun
         state.seconds += seconds
         recent.append(seconds)
-        gemm_rate = gemm_rate or device.gemm_rate(place)
         ahead = (total - state.step) * statistics.median(recent) + 2 * writer.last_seconds
         ahead += sum(step > state.step for step in evaluation_steps) * evaluation_s
+        share = (
+            {"gemm_share": count_flops(lengths, trained) / seconds / gemm_rate / team.size}
+            if gemm_rate
+            else {}
+        )
         say(
             "metric", step=state.step, loss=loss_value, loss_hex=loss_value.hex(), lr=lr, grad_norm=norm,
             tokens=state.tokens, tokens_per_s=sum(lengths) / seconds, epoch=state.cursor / len(examples),
-            accuracy=hit_count / trained, gemm_share=count_flops(lengths, trained) / seconds / gemm_rate / team.size,
-            memory=place.peak_memory(), eta_s=ahead,
+            accuracy=hit_count / trained, memory=place.peak_memory(), eta_s=ahead, **share,
         )  # fmt: skip
+        gemm_rate = gemm_rate or device.gemm_rate(place)  # after the first step was told: nobody waits for it
 
     # ---- finish --------------------------------------------------------------------------------------------------
     writer.wait()

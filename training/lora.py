@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from training import kernels
 from training.events import Failure
 from training.kernels import add_product, main_grad
 
@@ -47,7 +47,7 @@ class Adapted(nn.Module):
         self.scale, self.dropout = alpha / rank, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else None
+        dropped = kernels.dropout(x, self.dropout) if self.training and self.dropout else None
         return AdaptedLinear.apply(
             x, dropped, self.weight, self.bias, self.lora_A.weight, self.lora_B.weight, self.scale
         )

@@ -144,8 +144,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         dropout = self.c.resid_pdrop if self.training else 0.0
-        x = x + F.dropout(self.attn(self.ln_1(x), batch), dropout)
-        return x + F.dropout(self.mlp(self.ln_2(x)), dropout)
+        x = x + kernels.dropout(self.attn(self.ln_1(x), batch), dropout)
+        return x + kernels.dropout(self.mlp(self.ln_2(x)), dropout)
 
 
 class Embeddings(nn.Module):
@@ -193,7 +193,7 @@ class GPT2(nn.Module):
         """Final states where the loss is taken, (N, D); of every token, (T, D), if `every`."""
         t: Any = self.transformer
         x = kernels.Embedding.apply(t["wte"].weight, t["wpe"].weight, batch.ids, batch.positions)  # (T, D)
-        x = F.dropout(x, self.config.embd_pdrop if self.training else 0.0)
+        x = kernels.dropout(x, self.config.embd_pdrop if self.training else 0.0)
         for block in t["h"]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, batch, use_reentrant=False)

@@ -206,7 +206,7 @@ def test_attention_with_dropout_is_softmax_dropout_and_product() -> None:
         q, k, v = qkv[s:e].view(e - s, 3, 2, 16).permute(1, 2, 0, 3)
         future = torch.ones(e - s, e - s, dtype=torch.bool).triu(1)
         probs = torch.softmax((q @ k.transpose(1, 2) / 4).masked_fill(future, float("-inf")), -1)
-        kept = probs * kernels.keep_mask(probs, p) / (1 - p)
+        kept = probs * kernels.keep_mask(probs.shape, p) / kernels.kept_share(p)
         parts.append((kept @ v).transpose(0, 1).reshape(e - s, 32))
     plain = torch.cat(parts)
     (plain_grad,) = torch.autograd.grad(plain, qkv, go)
@@ -215,8 +215,19 @@ def test_attention_with_dropout_is_softmax_dropout_and_product() -> None:
 
 
 def test_dropout_keeps_the_right_share() -> None:
-    kept = kernels.keep_mask(torch.empty(200_000), 0.1).float().mean()
-    assert abs(float(kept) - 0.9) < 0.005
+    torch.manual_seed(0)
+    for p in (0.1, 0.5, 0.9):
+        kept = kernels.keep_mask((1000, 201), p).float()
+        assert abs(float(kept.mean()) - (1 - p)) < 0.005
+        assert (
+            float(kept.mean(0).std()) < 0.03
+        )  # no pattern along the rows, though four decisions share a draw
+    x = torch.ones(1000, 200, requires_grad=True)
+    y = kernels.dropout(x, 0.1)
+    y.sum().backward()
+    assert float(y.detach().mean()) == pytest.approx(1, abs=0.005)
+    assert x.grad is not None
+    assert torch.equal(x.grad, y.detach())
 
 
 @pytest.mark.parametrize("size", SIZES)
