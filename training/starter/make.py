@@ -1,10 +1,12 @@
 """Makes the bundled starter: a GPT-2 of four million parameters, trained from scratch on WordNet's definitions.
 
     apt-get download wordnet-base && dpkg -x wordnet-base_*.deb wordnet
-    python -m training.starter.make --wordnet wordnet/usr/share --steps 2400
+    python -m training.starter.make --wordnet wordnet/usr/share --out round0
+    python -m training.starter.make --wordnet wordnet/usr/share --out round1 --start round0 --round 1
+    python -m training.starter.make --wordnet wordnet/usr/share --start round1 --round 2
 
-Writes tokenizer, weights (float16) and model card to training/starter/model. Takes about three quarters of an hour
-on one core; nothing else of the program depends on this file.
+Writes tokenizer, weights (float16) and model card. A round takes about a quarter of an hour on one core, and each
+warms up and cools down by itself; nothing else of the program depends on this file.
 """
 
 from __future__ import annotations
@@ -42,9 +44,12 @@ def main() -> None:
         "--wordnet", type=Path, required=True, help="the folder that holds wordnet/ and doc/"
     )
     options.add_argument("--out", type=Path, default=MODEL)
-    options.add_argument("--steps", type=int, default=2400)
+    options.add_argument("--steps", type=int, default=300)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--start", type=Path, help="go on from the weights in this folder")
+    options.add_argument(
+        "--round", type=int, default=0, help="which order of the rows; another in each run that goes on"
+    )
     options.add_argument("--tokenizer-only", action="store_true")
     given = options.parse_args()
 
@@ -61,9 +66,10 @@ def main() -> None:
         f"{len(texts)} documents, {train_rows.size} training tokens, {held_rows.size} held-out tokens",
         flush=True,
     )
-    loss = train(train_rows, held_rows, given.steps, given.seed, given.out, given.start)
+    loss = train(train_rows, held_rows, given.steps, given.seed, given.out, given.start, given.round)
     licence = (given.wordnet / "doc" / "wordnet-base" / "copyright").read_text(encoding="utf-8")
-    write_card(given.out, loss, len(texts), train_rows.size, given.steps, given.seed, licence)
+    rounds = given.round + 1
+    write_card(given.out, loss, len(texts), train_rows.size, given.steps, rounds, given.seed, licence)
 
 
 def make_tokenizer(texts: list[str], folder: Path) -> None:
@@ -108,7 +114,13 @@ def batch_of(part: np.ndarray) -> Batch:
 
 
 def train(
-    train_rows: np.ndarray, held_rows: np.ndarray, steps: int, seed: int, folder: Path, start: Path | None
+    train_rows: np.ndarray,
+    held_rows: np.ndarray,
+    steps: int,
+    seed: int,
+    folder: Path,
+    start: Path | None,
+    turn: int,
 ) -> float:
     """Returns the held-out loss; the weights lie in `folder`, written at each evaluation."""
     torch.manual_seed(seed)
@@ -123,7 +135,7 @@ def train(
     others = [p for p in named.values() if not any(p is m for m in matrices)]
     momentum = [torch.zeros_like(p) for p in matrices]
     adam = torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-    rng = np.random.default_rng([seed, 1 if start else 0])  # going on, in another order
+    rng = np.random.default_rng([seed, turn] if turn else seed)
     order = np.concatenate(
         [rng.permutation(len(train_rows)) for _ in range(1 + steps * BATCH // len(train_rows))]
     )
@@ -179,7 +191,7 @@ def orthogonal(g: Tensor) -> Tensor:
 
 
 def write_card(
-    folder: Path, loss: float, texts: int, tokens: int, steps: int, seed: int, copyright: str
+    folder: Path, loss: float, texts: int, tokens: int, steps: int, rounds: int, seed: int, copyright: str
 ) -> None:
     licence = re.search(r"License: WordNet3\.0\n(.*?)\n\n", copyright, re.DOTALL)
     words = re.sub(r"^ \.?", "", licence[1], flags=re.MULTILINE) if licence else copyright
@@ -199,7 +211,7 @@ fine-tune needs no network. It writes English like a dictionary's; it knows litt
 
 - Data: definitions and examples of WordNet 3.0 (Debian package wordnet-base), turned into sentences by
   `training/starter/text.py`: {texts} documents, {tokens:,} training tokens. {HELD_OUT:.0%} of the documents were held out.
-- Training: {steps} steps of {BATCH} rows of {CONTEXT} tokens, Muon for the layers' matrices and AdamW for the rest, seed {seed}.
+- Training: {rounds} rounds of {steps} steps of {BATCH} rows of {CONTEXT} tokens, Muon for the layers' matrices and AdamW for the rest, seed {seed}.
 - Held-out loss: {loss:.3f} nats a token (perplexity {math.exp(loss):.1f}).
 
 The weights and this card are under Apache-2.0. The text they were trained on is under WordNet's licence:
