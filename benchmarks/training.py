@@ -20,13 +20,14 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from benchmarks.common import ROOT, Contender, Scores, in_turns
+from benchmarks.common import ROOT, Contender, Scores, in_turns, run_file
 
 PEERS = ROOT / ".bench" / "bin" / "python"
 HERE = ROOT / "benchmarks" / "contenders"
@@ -92,7 +93,6 @@ def lay_out(folder: Path, shape: dict[str, int], examples: int = 400) -> None:
     lengths = np.clip(np.exp(rng.normal(np.log(90), 0.7, examples)).astype(int), 8, 512)
     rows = [{"text": " ".join(map(str, rng.integers(0, VOCABULARY - 1, n - 1)))} for n in lengths]
     (folder / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sys.path.insert(0, str(HERE))
     settings = {"sequence_length": 512, "validation_fraction": 0, "train_on": "all", "max_steps": 10}
     run = {"base": str(folder), "train_file": str(folder / "examples.jsonl"), "work_dir": str(folder / "work"), "settings": settings}  # fmt: skip
     found = inputs.read(Run.parse(run)).train
@@ -153,43 +153,42 @@ def generation(bench: Bench) -> None:
 
 def start_up(bench: Bench, name: str, folder: Path) -> None:
     """Start to the end of the first step, less a steady step: cold, and from the warmed standby child."""
-    from contenders.ours import run_file
-
     with tempfile.TemporaryDirectory() as work:
         path = Path(work) / "run.json"
-        path.write_text(json.dumps(run_file(folder, work)))
+        path.write_text(json.dumps(run_file(folder, work, batch_size=1)))
         for how, promise in (("cold", 3.0), ("standby", 0.3)):
-            taken = [_first_step(path, standby=how == "standby", threads=bench.threads) for _ in range(3)]
+            taken = [_first_step(bench, path, standby=how == "standby") for _ in range(3)]
             bench.scores.add(
                 f"start-{how}/{name} (s)", statistics.median(taken), promise, 1.0, less_is_better=True
             )
 
 
-def _first_step(path: Path, *, standby: bool, threads: int) -> float:
+def _first_step(bench: Bench, path: Path, *, standby: bool) -> float:
     argv = [sys.executable, "-m", "training", *(["standby"] if standby else ["train", str(path)])]
-    begun = time.perf_counter()
-    process = subprocess.Popen(
-        argv,
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": str(bench.threads)}
+    begun = time.perf_counter() if bench.clock == "wall" else 0.0
+    process = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    now = time.perf_counter if bench.clock == "wall" else partial(_cpu_seconds, process.pid)
     assert process.stdin
     assert process.stdout
     if standby:
         assert json.loads(process.stdout.readline())["t"] == "ready"
-        begun = time.perf_counter()
+        begun = now()
         process.stdin.write(json.dumps({"config": str(path)}).encode() + b"\n")
         process.stdin.flush()
     ends: list[float] = []
-    while len(ends) < 4:
+    while len(ends) < 6:
         if json.loads(process.stdout.readline())["t"] == "metric":
-            ends.append(time.perf_counter())
+            ends.append(now())
     process.kill()
     process.wait()
     steady = statistics.median(b - a for a, b in itertools.pairwise(ends))
     return ends[0] - begun - steady
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def packed_gradients(bench: Bench) -> None:
@@ -202,7 +201,7 @@ def packed_gradients(bench: Bench) -> None:
     from training.model import GPT2
     from training.packing import pack
 
-    model = GPT2.load(bench.folder)
+    model = GPT2.load(bench.folder).eval()
     lm: Any = transformers.GPT2LMHeadModel.from_pretrained(
         bench.folder, attn_implementation="eager", dtype=torch.float32
     )
@@ -225,9 +224,9 @@ def packed_gradients(bench: Bench) -> None:
             logits = lm(torch.tensor([ids])).logits[0, :-1]
             loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum") / len(row.where)
             loss.backward()
-            theirs += float(loss)
+            theirs += float(loss.detach())
         grads = dict(lm.named_parameters())
-        worst = abs(float(ours) - theirs) / theirs
+        worst = abs(float(ours.detach()) - theirs) / theirs
         for name, p in model.named_parameters():
             mine, other = main_grad(p), grads[name].grad
             if name.endswith(

@@ -25,24 +25,11 @@ use_memory_well()  # before torch, as `python -m training` does
 
 import torch  # noqa: E402
 
+from benchmarks.common import run_file  # noqa: E402
 from training.config import Run  # noqa: E402
 from training.generate import GenerateOptions, decoder_for, generate, load_model  # noqa: E402
 from training.loop import train  # noqa: E402
 from training.tokenizer import Tokenizer  # noqa: E402
-
-SETTINGS: dict[str, Any] = {
-    "max_steps": 1000, "batch_size": 8, "learning_rate": 1e-5, "schedule": "linear", "warmup": 0, "weight_decay": 0.01,
-    "clip_norm": 1.0, "dropout": 0.0, "sequence_length": 512, "validation_fraction": 0, "train_on": "all", "seed": 0,
-    "checkpoint_every_s": 0, "lora_rank": 8, "lora_alpha": 16, "lora_targets": ["c_attn"],
-}  # fmt: skip
-
-
-def run_file(folder: Path, work: str, **settings: Any) -> dict[str, Any]:
-    """What `python -m training train` takes, for the folder that benchmarks/training.py laid out."""
-    return {
-        "base": str(folder), "train_file": str(folder / "examples.jsonl"), "work_dir": work,
-        "settings": SETTINGS | settings, "rehearse": False,
-    }  # fmt: skip
 
 
 class Turns:
@@ -81,7 +68,7 @@ def platform(folder: Path, size: int) -> None:
     _in_background(lambda: [(os.write(heart_in, b'{"lease": "ok"}\n'), time.sleep(5)) for _ in iter(int, 1)])
     speaker = Speaker()
     speaker.spool(Path(tempfile.mkdtemp(dir=folder)))
-    training(folder, size, speaker.say, checkpoint_every_steps=2 * size)
+    training(folder, size, speaker.say, batch_size=2, checkpoint_every_steps=2 * size)
 
 
 def _in_background(work: Callable[[], Any]) -> None:
@@ -125,7 +112,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "full": lambda folder: training(folder),
     "full-dropout": lambda folder: training(folder, dropout=0.1),
     "lora": lambda folder: training(folder, method="lora"),
-    "bare": lambda folder: training(folder, size=10),
+    "bare": lambda folder: training(folder, size=10, batch_size=2),
     "platform": lambda folder: platform(folder, size=10),
     "gemm": lambda folder: gemm(),
     "generate": generation,

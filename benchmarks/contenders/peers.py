@@ -70,8 +70,10 @@ def watched(kind: type[Trainer], callback: Turns) -> type[Trainer]:
         def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
             mask = inputs.get("attention_mask")
             callback.tokens = int(mask.sum() if mask is not None else inputs["input_ids"].numel())
+            # Trainer divides by the labels, the first of each row among them, which nothing predicts.
+            labels, predicted = ((t != -100).sum() for t in (inputs["labels"], inputs["labels"][:, 1:]))
             loss = super().training_step(model, inputs, *rest)
-            callback.loss = float(loss)
+            callback.loss = float(loss * labels / predicted)
             return loss
 
     return Watched
