@@ -15,11 +15,10 @@ from training.events import REASONS
 
 KEPT_LOG_LINES = 300  # of a long log the page shows the end; the whole is a download
 KEPT_POINTS = 1500  # more than a screen has pixels
+# Training and evaluating tell of themselves by their numbers.
 PHASE_SENTENCES = {
     "preparing": "Preparing: reading the model and the data",
     "rehearsing": "Rehearsing the worst batch, an evaluation and a checkpoint",
-    "training": "Training",
-    "evaluating": "Evaluating on held-out examples",
     "exporting": "Exporting the model and comparing it with the trained one",
 }
 
@@ -144,7 +143,7 @@ def sentence(event: dict[str, Any]) -> tuple[str, str]:
     if kind == "log":
         return str(get("message", "")), level
     if kind == "phase":
-        return PHASE_SENTENCES.get(str(get("phase")), str(get("phase", ""))), "info"
+        return PHASE_SENTENCES.get(str(get("phase")), ""), "info"
     if kind == "plan":
         return (
             f"{count(get('total_steps'))} steps planned: {count(get('examples'))} examples, "

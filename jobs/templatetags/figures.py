@@ -210,11 +210,6 @@ def get(mapping: Any, key: str) -> Any:
 
 
 @register.filter
-def times(value: float, factor: float) -> float:
-    return value * factor
-
-
-@register.filter
 def plus(value: float, more: float) -> float:
     return value + more
 

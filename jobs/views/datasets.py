@@ -125,6 +125,7 @@ def report_of(dataset: Dataset) -> dict[str, Any]:
         "findings": [_finding(f) for f in full.get("findings", [])],
         "samples": [shown_sample(s) for s in full.get("samples", [])],
         "histogram": _histogram(summary.get("histogram") or []),
+        "histogram_width": 28 * max(7, len(summary.get("histogram") or [])),
         "verdict": full.get("verdict", ""),
         "file_rows": _file_rows(dataset, summary),
         "new_job": f"{reverse('jobs:new_job')}?{urlencode({'dataset': dataset.dataset_id})}",
@@ -143,7 +144,7 @@ def _file_rows(dataset: Dataset, summary: dict[str, Any]) -> list[tuple[str, str
         ("Encoding", str(form.get("encoding") or "")),
         (
             "Columns",
-            ", ".join(f"{key}: {value}" for key, value in columns.items())
+            ", ".join(k if k == v else f"{v} as {k}" for k, v in columns.items())
             if isinstance(columns, dict)
             else "",
         ),

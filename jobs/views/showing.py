@@ -8,6 +8,7 @@ from typing import Any
 
 from django.conf import settings
 
+from jobs import lifecycle
 from jobs.reasons import REASONS
 from jobs.story import Story
 from jobs.tables import Job
@@ -256,6 +257,7 @@ def aside(job: Job, story: Story) -> dict[str, Any]:
         "state": state(job),
         "proofs": [_proof(proof) for proof in story.proofs[-3:]],
         "samples": _samples(story),
+        "place": lifecycle.queue_position(job),
         "verdict": _verdict(story),
         "settings_rows": first,
         "more_rows": more,
@@ -296,8 +298,11 @@ def _samples(story: Story) -> list[dict[str, Any]]:
     for prompt, by_step in list(story.samples.items())[:3]:
         steps = sorted(by_step)
         shown = steps if len(steps) <= 4 else [steps[0], steps[len(steps) // 2], *steps[-2:]]
-        rows = [{"step": s, "name": "Base" if s == 0 else f"Step {s:,}", "text": by_step[s]} for s in shown]
-        prompts.append({"prompt": prompt, "rows": rows})
+        rows = [
+            {"step": s, "name": "Base" if s == 0 else f"Step {s:,}", "text": by_step[s].strip()}
+            for s in shown
+        ]
+        prompts.append({"prompt": prompt.strip(), "asked": prompt, "rows": rows})
     return prompts
 
 
