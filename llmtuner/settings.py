@@ -75,6 +75,7 @@ MIDDLEWARE = [
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "allauth.account.middleware.AccountMiddleware",
     "django_htmx.middleware.HtmxMiddleware",
+    "llmtuner.middleware.unreachable_stores",
 ]
 ROOT_URLCONF = "llmtuner.urls"
 ASGI_APPLICATION = "llmtuner.asgi.application"
@@ -200,7 +201,9 @@ SIGNUP_OPEN = env.flag("SIGNUP_OPEN", True)
 
 # Google: one button, shown when the operator has registered the studio there.
 GOOGLE_CLIENT_ID = env.text("GOOGLE_CLIENT_ID")
-GOOGLE_ENDPOINTS = env.pairs("GOOGLE_ENDPOINTS")  # AUTHORIZE_URL=…,ACCESS_TOKEN_URL=…: another provider, for tests
+GOOGLE_ENDPOINTS = env.pairs(
+    "GOOGLE_ENDPOINTS"
+)  # AUTHORIZE_URL=…,ACCESS_TOKEN_URL=…: another provider, for tests
 SOCIALACCOUNT_ADAPTER = "accounts.adapters.SocialAccountAdapter"
 SOCIALACCOUNT_LOGIN_ON_GET = False
 SOCIALACCOUNT_STORE_TOKENS = False
@@ -208,6 +211,7 @@ SOCIALACCOUNT_AUTO_SIGNUP = True
 SOCIALACCOUNT_EMAIL_AUTHENTICATION = False
 SOCIALACCOUNT_PROVIDERS = {"google": GOOGLE_ENDPOINTS}
 
+MFA_ADAPTER = "accounts.adapters.MFAAdapter"
 MFA_SUPPORTED_TYPES = ["totp", "webauthn", "recovery_codes"]
 MFA_PASSKEY_LOGIN_ENABLED = True
 MFA_TOTP_ISSUER = "LLM Tuner"
@@ -292,7 +296,9 @@ JOBS = env.numbers(
 MODEL_CACHE_DIR = Path(env.text("MODEL_CACHE_DIR") or VAR_DIR / "models")
 WORK_DIR = Path(env.text("WORK_DIR") or VAR_DIR / "work")
 HF_ENDPOINT = env.text("HF_ENDPOINT", "https://huggingface.co")
+# What `/v1` calls a model, as the studio calls it: OpenAI's bases, and models that were tuned there.
 BASE_MODEL_ALIASES = env.pairs("BASE_MODEL_ALIASES")
+API_REQUESTS_PER_MINUTE = env.number("API_REQUESTS_PER_MINUTE", 1200)  # of one person, over all keys
 
 # ---- Logs --------------------------------------------------------------------------------------
 LOGGING = {

@@ -60,7 +60,7 @@ def retrieve_model(request: CallerRequest, model: str) -> Json:
     known = catalog.find(local_name(model))
     if known is not None:
         return {**_base(known), "id": model}
-    return _tuned(_find(request, model))
+    return {**_tuned(_find(request, local_name(model))), "id": model}
 
 
 @router.delete(
