@@ -1,0 +1,113 @@
+"""Children that may own torch or parse strangers' files: limited, without credentials, dead with their parent."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs import trainer_process
+from jobs.redact import our_secrets
+from jobs.trainer_process import CUT, Limits, LineReader
+from tests.services import ROOT
+
+
+@pytest.fixture
+def child():
+    """One that waits: a server with no request."""
+    child = trainer_process.start(
+        "serve", limits=Limits(memory_bytes=64 << 30, file_bytes=1 << 30, cpu_s=900)
+    )
+    yield child
+    child.kill()
+
+
+def lines_of(data, cap=20):
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as pipe:
+        reader = LineReader(pipe, cap)
+
+        def speak():
+            with os.fdopen(write, "wb") as out:
+                out.write(data)  # more than a pipe holds waits for the reader
+
+        threading.Thread(target=speak).start()
+        found = []
+        while not reader.ended:
+            found += reader.lines()
+    return found
+
+
+def test_its_environment_holds_no_secret_and_no_address_of_a_store(child):
+    environment = Path(f"/proc/{child.pid}/environ").read_bytes().decode()
+    for secret in our_secrets():
+        assert secret not in environment
+    for name in ("REDIS_URL", "DATABASE_URL", "DYNAMODB", "AWS_", "SECRET", "HF_TOKEN", "DJANGO"):
+        assert name not in environment
+
+
+def test_its_limits_are_set_from_outside(child):
+    limits = {r: resource.prlimit(child.pid, r)[1] for r in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE)}
+    assert limits == {resource.RLIMIT_AS: 64 << 30, resource.RLIMIT_FSIZE: 1 << 30}
+    assert resource.prlimit(child.pid, resource.RLIMIT_CORE) == (0, 0)
+    assert Path(f"/proc/{child.pid}/oom_score_adj").read_text().strip() == "500"
+
+
+def test_it_does_not_hear_ctrl_c_of_its_parent(child):
+    assert os.getpgid(child.pid) == child.pid
+
+
+def test_telling_it_that_we_live_never_waits_for_it(child):
+    began = time.monotonic()
+    for _ in range(10_000):  # far more than its pipe holds
+        child.beat()
+    assert time.monotonic() - began < 5
+
+
+def test_it_is_dead_within_a_second_of_its_killed_parent():
+    program = (
+        "import django, sys, time; django.setup(); from jobs import trainer_process;"
+        "child = trainer_process.start('serve'); print(child.pid, flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.settings"}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=subprocess.PIPE
+    )
+    assert parent.stdout
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    began = time.monotonic()
+    while Path(f"/proc/{pid}").exists() and (
+        Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    ):
+        assert time.monotonic() - began < 1
+        time.sleep(0.01)
+
+
+def test_lines_are_read_whole():
+    assert lines_of(b"one\ntwo\n\nthree") == ["one", "two", "three"]
+
+
+def test_a_line_over_the_cap_is_cut_and_the_next_is_whole():
+    assert lines_of(b"x" * 500_000 + b"\nnext\n") == ["x" * 20 + CUT, "next"]
+
+
+def test_bytes_that_are_no_text_do_no_harm():
+    assert lines_of(b"\xff\xfe ok\n") == ["\ufffd\ufffd ok"]
+
+
+def test_reading_never_waits():
+    read, write = os.pipe()
+    with os.fdopen(read, "rb") as pipe:
+        reader = LineReader(pipe)
+        os.write(write, b"half a li")
+        assert reader.lines() == []
+        assert not reader.ended
+    os.close(write)
