@@ -140,7 +140,14 @@ def random_state() -> dict[str, Tensor]:
     return state
 
 
-def restore_random_state(state: dict[str, Tensor]) -> None:
+def generator_state(place: Device) -> Tensor:
+    """State of the generator that drops activations here, on the device (so that processes can exchange it)."""
+    state = torch.cuda.get_rng_state() if place.on_gpu else torch.get_rng_state()
+    return state.to(place.device)
+
+
+def restore_random_state(state: dict[str, Tensor], place: Device, rank: int = 0) -> None:
+    """Takes over `random_state`; a process other than the first finds its own generator under `process.<rank>`."""
     torch.set_rng_state(state["torch"])
     version, *internal = state["python"].tolist()
     gauss = float(state["python_gauss"])
@@ -152,6 +159,9 @@ def restore_random_state(state: dict[str, Tensor]) -> None:
         for i in range(torch.cuda.device_count()):
             if f"cuda.{i}" in state:
                 torch.cuda.set_rng_state(state[f"cuda.{i}"], i)
+    if rank and f"process.{rank}" in state:
+        own = state[f"process.{rank}"]
+        torch.cuda.set_rng_state(own) if place.on_gpu else torch.set_rng_state(own)
 
 
 def seed_everything(seed: int) -> None:

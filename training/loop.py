@@ -85,9 +85,7 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
     choices = checkpoint.candidates(Path(run.resume_from), [checkpoints]) if run.resume_from else []
     earlier = checkpoint.settings_of(choices, run.job, asked)
     smaller = run.settings.micro_batch_tokens
-    if (
-        earlier and smaller and smaller < earlier["micro_batch_tokens"]
-    ):  # memory ran out in an earlier attempt
+    if earlier and smaller and smaller < earlier["micro_batch_tokens"]:  # memory ran out before
         earlier["micro_batch_tokens"] = smaller
     found = inputs.read(run, config.parse(earlier) if earlier else None)
     for note in found.notes:
@@ -137,7 +135,7 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         restored = _restore(choices, identity, optimizer, say)
         optimizer.load(restored.weights, restored.optimizer)
         state, saved_step = State(**restored.state), restored.step
-        device.restore_random_state(restored.random)
+        device.restore_random_state(restored.random, place, team.rank)
         if not team.leads:  # the file holds the leader's numbers; the others must drop out other places
             device.seed_everything(settings.seed + 1_000_003 * team.rank + state.step)
         writer.protected = {state.best_checkpoint} - {""}
@@ -178,7 +176,7 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         settings, estimate = rehearse(
             model, optimizer, worst_row, int(examples.lengths.max()), held_out, settings, place,
             tokens_to_train=_tokens_until(examples.lengths, int(ends[-1])), steps=total,
-            evaluations=len(evaluation_steps) + bool(len(held_out)), snapshot=snapshot, folder=work,
+            evaluations=len(evaluation_steps), snapshot=snapshot, folder=work, team=team,
         )  # fmt: skip
         say("estimate", **asdict(estimate))
     limit = settings.micro_batch_tokens or int(examples.lengths.max())
@@ -206,17 +204,23 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         model.train()
 
     def save(best: bool, final: bool) -> None:
+        """Everybody calls it: each process has random numbers of its own."""
         nonlocal last_checkpoint, saved_step
         last_checkpoint, saved_step = time.monotonic(), state.step
         if best:
             state.best_checkpoint = f"e{run.epoch}-s{state.step}"
+        generators = team.gather(device.generator_state(place))
         if team.leads:
-            writer.submit(snapshot(best, final))
+            shot = snapshot(best, final)
+            shot.random |= {
+                f"process.{rank}": generator.cpu() for rank, generator in enumerate(generators) if rank
+            }
+            writer.submit(shot)
 
     count_flops = device.flop_counter(model, lora=settings.method == "lora")
     gemm_rate = evaluation_s = 0.0
     recent: deque[float] = deque(maxlen=50)  # seconds of the last steps
-    must_stop = False
+    must_stop = by_time = False
     gc.collect()
     gc.freeze()  # what lives now lives to the end: the collector need not look at it every few steps
     say("phase", phase="training")
@@ -237,18 +241,10 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         # Checkpoint, when it is time; end, when all is done or somebody asks (several processes agree in their sums).
         must_stop = must_stop or (team.size == 1 and stop())
         ended = state.step == total or state.early
-        by_steps = (
-            settings.checkpoint_every_steps
-            and state.step
-            and state.step % settings.checkpoint_every_steps == 0
-        )
-        by_time = (
-            settings.checkpoint_every_s and time.monotonic() - last_checkpoint >= settings.checkpoint_every_s
-        )
+        every = settings.checkpoint_every_steps
+        by_steps = every and state.step and state.step % every == 0
         keep = best and settings.keep_best and state.step > 0
-        if (
-            must_stop or ended or by_steps or keep or (by_time and not writer.busy)
-        ) and saved_step != state.step:
+        if (must_stop or ended or by_steps or by_time or keep) and saved_step != state.step:
             save(keep, ended)
         if ended:
             break
@@ -262,15 +258,17 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         lengths = [int(examples.lengths[i]) for row in rows for i in row]
         trained = int(sum(trained_tokens[i] for row in rows for i in row))
         sums = torch.zeros(
-            3, dtype=torch.float64, device=place.device
-        )  # loss, hits, and whether somebody must stop
+            4, dtype=torch.float64, device=place.device
+        )  # loss, hits, who stops, who wants to save
         optimizer.zero_grad()
         for row in rows[team.rank :: team.size]:
             batch = pack([examples[i] for i in row]).to(place.device)
             loss, hits = batch_loss(model, batch, 1.0 / trained)
             loss.backward()
             sums[:2] += torch.stack([loss.detach().double(), hits.double()])
+        waited = time.monotonic() - last_checkpoint
         sums[2] += stop()
+        sums[3] += team.leads and 0 < settings.checkpoint_every_s <= waited and not writer.busy
         team.add_up(sums)
         team.add_up(optimizer.grads)
 
@@ -279,7 +277,7 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
             state.step, total, settings.learning_rate or 0.0, settings.schedule, settings.warmup
         )
         norm = optimizer.grad_norm()
-        loss_value, hit_count, must_stop = sums.tolist()
+        loss_value, hit_count, must_stop, by_time = sums.tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
             writer.wait()
             raise Failure("not_finite", _astray(state.step + 1, loss_value, norm, lr))
@@ -309,7 +307,7 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
 
     # ---- finish --------------------------------------------------------------------------------------------------
     writer.wait()
-    if settings.keep_best and state.best_step not in (-1, state.step):
+    if team.leads and settings.keep_best and state.best_step not in (-1, state.step):
         _return_to_best(state, checkpoints, identity, optimizer, say)
     say("phase", phase="exporting")
     model.eval()

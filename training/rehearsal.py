@@ -22,6 +22,7 @@ from training.evaluate import batch_loss, evaluate
 from training.events import Failure
 from training.optimizer import AdamW
 from training.packing import Batch, Examples, split
+from training.team import Team
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def rehearse(
     evaluations: int,
     snapshot: Callable[[], checkpoint.Snapshot],
     folder: Path,
+    team: Team,
 ) -> tuple[Settings, Estimate]:
     """Settings with a micro-batch that fits, and the estimate. `worst_row(limit)` is the fullest row of the whole plan
     under such a micro-batch; `longest` is the longest document. Raises Failure("out_of_memory") if one document is too much."""
@@ -73,9 +75,10 @@ def rehearse(
             if device.on_gpu:
                 torch.cuda.empty_cache()
     evaluation = _evaluation_seconds(model, held_out, limit, device)
-    written = _checkpoint_seconds(snapshot, folder)
+    written = _checkpoint_seconds(snapshot, folder) if team.leads else 0.0
+    limit = team.least(limit)
     optimizer.reset()
-    restore_random_state(before)
+    restore_random_state(before, device)
     training = seconds / len(row.ids) * tokens_to_train + update * steps
     rest = evaluation * evaluations + 2 * written
     estimate = Estimate(

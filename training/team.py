@@ -51,6 +51,11 @@ class Team:
         dist.all_gather(parts, tensor)
         return parts
 
+    def least(self, number: int) -> int:
+        """The smallest of everybody's numbers."""
+        device = "cuda" if self.size > 1 and torch.cuda.is_available() else "cpu"
+        return min(int(part) for part in self.gather(torch.tensor(number, device=device)))
+
     def leave(self) -> None:
         if self.size > 1:
             import torch.distributed as dist
