@@ -252,18 +252,30 @@ class JobIndex(Table):
     lease = UnicodeAttribute(null=True)  # of who does this errand
 
 
-class EventChunk(Table):
-    """Up to 100 events or 64 KB of one attempt: `lines` are JSON texts numbered first_seq … last_seq."""
-
-    class Meta(Where):
-        table_name = _name("EventChunk")
-
+class _ChunkAttributes(Table):
     job_id = UnicodeAttribute(hash_key=True)
     first_seq = NumberAttribute(range_key=True)
     last_seq = NumberAttribute()
     epoch = NumberAttribute()
     holder = UnicodeAttribute()
     lines: JSONAttribute = JSONAttribute(default=list)
+
+
+class EventChunk(_ChunkAttributes):
+    """Up to 100 events or 64 KB of one attempt: `lines` are JSON texts numbered first_seq … last_seq."""
+
+    class Meta(Where):
+        table_name = _name("EventChunk")
+
+
+class HeartbeatChunk(_ChunkAttributes):
+    """The same rows, written as impatiently as the heartbeat that follows: the lease must not wait for them."""
+
+    class Meta(Where):
+        table_name = _name("EventChunk")
+        connect_timeout_seconds = settings.JOBS["heartbeat_timeout_s"]
+        read_timeout_seconds = settings.JOBS["heartbeat_timeout_s"]
+        max_retry_attempts = 0
 
 
 class TunedModel(Table):
@@ -352,7 +364,9 @@ class WebhookEndpoint(Table):
 
     owner = UnicodeAttribute(hash_key=True)
     endpoint_id = UnicodeAttribute(range_key=True)  # hook-<ULID>
+    name = UnicodeAttribute(default="")
     url = UnicodeAttribute()
+    events: JSONAttribute = JSONAttribute(default=list)  # that are told; empty = all
     secret = UnicodeAttribute()  # whsec_…: needed in clear to sign with
     active = BooleanAttribute(default=True)
     created_at = NumberAttribute(default=time.time)

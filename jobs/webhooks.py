@@ -41,13 +41,13 @@ class BadAddress(Exception):
 # ---- endpoints -----------------------------------------------------------------------------------------------------
 
 
-def add_endpoint(owner: str, url: str) -> WebhookEndpoint:
+def add_endpoint(owner: str, url: str, name: str = "", events: tuple[str, ...] = ()) -> WebhookEndpoint:
     """Raises BadAddress. The secret is shown to its owner, who verifies with it."""
     split(url)
     if len(list_endpoints(owner)) >= MAX_ENDPOINTS:
         raise BadAddress(f"You have {MAX_ENDPOINTS} webhooks already. Delete one first.")
     secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
-    endpoint = WebhookEndpoint(owner, new_id("hook"), url=url, secret=secret)
+    endpoint = WebhookEndpoint(owner, new_id("hook"), url=url, secret=secret, name=name, events=list(events))
     tables.put_new(endpoint)
     return endpoint
 
@@ -70,10 +70,14 @@ def tell(job: Job) -> None:
     event = f"fine_tuning.job.{job.status}"
     body = {"id": f"evt-{job.job_id}-{job.status}", "object": "event", "type": event}
     payload = json.dumps(body | {"created_at": int(job.ended_at or 0), "data": {"id": job.job_id}})
-    for place in [endpoint.endpoint_id for endpoint in list_endpoints(job.owner) if endpoint.active] + [
-        "email"
-    ]:
+    for place in [
+        endpoint.endpoint_id for endpoint in list_endpoints(job.owner) if _wants(endpoint, event)
+    ] + ["email"]:
         _tell(job, place, event, payload)
+
+
+def _wants(endpoint: WebhookEndpoint, event: str) -> bool:
+    return endpoint.active and (not endpoint.events or event in endpoint.events)
 
 
 def _tell(job: Job, place: str, event: str, payload: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from django.http import HttpRequest
 from ninja import NinjaAPI
 
-from jobs.api import bodies, chat, errors, files, fine_tuning, models, uploads
+from jobs.api import bodies, chat, errors, files, fine_tuning, models, uploads, webhooks
 from llmtuner.api_docs import Docs
 
 DESCRIPTION = """Files, uploads, fine-tuning jobs, models, completions and chat completions, as OpenAI's clients expect them.
@@ -34,4 +34,5 @@ api.add_router("/files", files.router, tags=["Files"])
 api.add_router("/uploads", uploads.router, tags=["Uploads"])
 api.add_router("/fine_tuning/jobs", fine_tuning.router, tags=["Fine-tuning"])
 api.add_router("/models", models.router, tags=["Models"])
+api.add_router("/webhook_endpoints", webhooks.router, tags=["Webhooks"])
 api.add_router("", chat.router, tags=["Generation"])

@@ -365,3 +365,29 @@ class ChatCompletion(Schema):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+
+
+# ---- webhooks ----------------------------------------------------------------------------------
+
+
+class WebhookCreate(Request):
+    name: Annotated[StrictStr, Field(max_length=200)] = ""
+    url: Annotated[StrictStr, Field(min_length=1, max_length=2000)]
+    event_types: Annotated[list[StrictStr], Field(min_length=1, max_length=50)]
+
+
+class WebhookEndpoint(Schema):
+    id: str
+    object: Literal["webhook_endpoint"] = "webhook_endpoint"
+    created_at: int
+    name: str
+    url: str
+    event_types: list[str]
+    signing_secret_hint: str | None = None
+    llmtuner: dict[str, Any] = Field(
+        default={}, description="Whether it is active, and what came of the last notice."
+    )
+
+
+class WebhookWithSecret(WebhookEndpoint):
+    signing_secret: str

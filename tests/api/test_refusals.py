@@ -285,3 +285,32 @@ def test_our_webhooks_are_ones_that_the_client_unwraps():
     assert event.data.id == job.job_id
     with pytest.raises(openai.InvalidWebhookSignatureError):
         client.webhooks.unwrap(delivery.payload + " ", webhooks.signed(secret, delivery))
+
+
+def test_webhooks_are_added_listed_and_removed(client: openai.OpenAI, bobs_client: openai.OpenAI):
+    made = client.webhooks.create(
+        name="ends", url="https://hooks.example.com/in", event_types=["fine_tuning.job.succeeded"]
+    )
+    assert made.signing_secret.startswith("whsec_")
+    found = client.webhooks.retrieve(made.id)
+    assert (found.url, found.event_types) == (made.url, ["fine_tuning.job.succeeded"])
+    assert made.id in [hook.id for hook in client.webhooks.list()]
+    with pytest.raises(openai.NotFoundError):
+        bobs_client.webhooks.retrieve(made.id)
+    with pytest.raises(openai.NotFoundError):
+        bobs_client.webhooks.delete(made.id)
+    for wrong in (
+        {"url": "ftp://x"},
+        {"url": "https://user:pw@x.example"},
+        {"event_types": ["batch.completed"]},
+    ):
+        with pytest.raises(openai.BadRequestError):
+            client.webhooks.create(
+                **{
+                    "name": "n",
+                    "url": "https://x.example",
+                    "event_types": ["fine_tuning.job.failed"],
+                    **wrong,
+                }
+            )
+    assert client.webhooks.delete(made.id).deleted

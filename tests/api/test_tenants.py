@@ -38,6 +38,7 @@ OBJECTS = {  # one thing of one person
     "v1/fine_tuning/jobs/<job_id>/events",
     "v1/fine_tuning/jobs/<job_id>/checkpoints",
     "v1/models/<path:model>",
+    "v1/webhook_endpoints/<webhook_endpoint_id>",
     "datasets/<str:dataset_id>/",
     "datasets/<str:dataset_id>/report/",
     "datasets/<str:dataset_id>/delete/",
@@ -67,6 +68,7 @@ OWN = {  # shows or makes things of whoever asks
     "v1/uploads",
     "v1/fine_tuning/jobs",
     "v1/models",
+    "v1/webhook_endpoints",
     "v1/completions",
     "v1/chat/completions",
     "datasets/",
@@ -141,6 +143,8 @@ def put_things(alice: Person) -> dict[str, str]:
     tables.TunedModel(owner, model_id, name=CANARY, base="starter", job_id=job_id, files=[]).save()
     upload_id = tables.new_id("upload")
     tables.Upload(owner, upload_id, filename=CANARY, bytes=3).save()
+    hook_id = tables.new_id("hook")
+    tables.WebhookEndpoint(owner, hook_id, url=f"https://{CANARY}.example", secret="whsec_x").save()
     return {
         "file_id": file_id,
         "dataset_id": file_id,
@@ -148,6 +152,7 @@ def put_things(alice: Person) -> dict[str, str]:
         "model": model_id,
         "model_id": model_id,
         "upload_id": upload_id,
+        "webhook_endpoint_id": hook_id,
         "pk": str(alice.user.api_keys.get(name="all").pk),
         "owner": owner,
     }
@@ -160,6 +165,7 @@ NOBODYS = {
     "model": "ft:starter:nobody:none:zzzzzzzz",
     "model_id": "ft:starter:nobody:none:zzzzzzzz",
     "upload_id": "upload-01HZZZZZZZZZZZZZZZZZZZZZZZ",
+    "webhook_endpoint_id": "hook-01HZZZZZZZZZZZZZZZZZZZZZZZ",
     "pk": "987654321",
     "owner": "user-NOBODY",
 }
@@ -177,7 +183,14 @@ def everything_of(alice: Person, ids: dict[str, str]) -> dict[str, Any]:
     from jobs import storage, tables
 
     found: dict[str, Any] = {}
-    for table in (tables.Dataset, tables.Job, tables.TunedModel, tables.Upload, tables.Usage):
+    for table in (
+        tables.Dataset,
+        tables.Job,
+        tables.TunedModel,
+        tables.Upload,
+        tables.Usage,
+        tables.WebhookEndpoint,
+    ):
         found[table.__name__] = [row.to_simple_dict() for row in tables.rows(table, alice.owner)]
     found["events"] = [row.to_simple_dict() for row in tables.rows(tables.EventChunk, ids["job_id"])]
     found["objects"] = sorted(storage.list_keys(f"datasets/{alice.owner}/"))

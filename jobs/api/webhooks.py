@@ -1,0 +1,72 @@
+"""`/webhook_endpoints`: where a person's jobs tell of their ends, by the client's own `webhooks` calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ninja import Router
+
+from jobs import tables, webhooks
+from jobs.api import paging
+from jobs.api.caller import READ, WRITE, CallerRequest
+from jobs.api.errors import bad, not_found
+from jobs.api.schemas import Deleted, Error, Page, WebhookCreate, WebhookEndpoint, WebhookWithSecret
+from jobs.tables import WebhookEndpoint as Row
+
+router = Router(auth=READ)
+Json = dict[str, Any]
+EVENTS = tuple(f"fine_tuning.job.{status}" for status in ("succeeded", "failed", "cancelled"))
+
+
+@router.post("", response={200: WebhookWithSecret, 400: Error}, auth=WRITE, summary="Add a webhook")
+def create_webhook(request: CallerRequest, body: WebhookCreate) -> Json:
+    """The secret is shown here only. Events that this studio does not have are refused."""
+    foreign = [event for event in body.event_types if event not in EVENTS]
+    if foreign:
+        raise bad(f"There is no event '{foreign[0]}' here; there are: {', '.join(EVENTS)}.", "event_types")
+    try:
+        row = webhooks.add_endpoint(request.auth.owner, body.url, body.name, tuple(body.event_types))
+    except webhooks.BadAddress as refusal:
+        raise bad(str(refusal), "url") from refusal
+    return {**show(row), "signing_secret": row.secret}
+
+
+@router.get("", response={200: Page[WebhookEndpoint]}, summary="List webhooks")
+def list_webhooks(request: CallerRequest) -> Json:
+    return paging.page([show(row) for row in webhooks.list_endpoints(request.auth.owner)], False)
+
+
+@router.get(
+    "/{webhook_endpoint_id}", response={200: WebhookEndpoint, 404: Error}, summary="Retrieve a webhook"
+)
+def retrieve_webhook(request: CallerRequest, webhook_endpoint_id: str) -> Json:
+    return show(_find(request, webhook_endpoint_id))
+
+
+@router.delete(
+    "/{webhook_endpoint_id}", response={200: Deleted, 404: Error}, auth=WRITE, summary="Remove a webhook"
+)
+def delete_webhook(request: CallerRequest, webhook_endpoint_id: str) -> Json:
+    row = _find(request, webhook_endpoint_id)
+    webhooks.remove_endpoint(request.auth.owner, row.endpoint_id)
+    return {"id": row.endpoint_id, "object": "webhook_endpoint.deleted", "deleted": True}
+
+
+def _find(request: CallerRequest, endpoint_id: str) -> Row:
+    row = tables.get(Row, request.auth.owner, endpoint_id) if len(endpoint_id) <= 200 else None
+    if row is None:
+        raise not_found("webhook")
+    return row
+
+
+def show(row: Row) -> Json:
+    return {
+        "id": row.endpoint_id,
+        "object": "webhook_endpoint",
+        "created_at": int(row.created_at),
+        "name": row.name,
+        "url": row.url,
+        "event_types": list(row.events) or list(EVENTS),
+        "signing_secret_hint": row.secret[-4:],
+        "llmtuner": {"active": row.active, "last_result": row.last_result},
+    }
