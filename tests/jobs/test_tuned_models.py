@@ -27,7 +27,12 @@ def make_model(files: dict[str, bytes], owner: str | None = None) -> TunedModel:
     return model
 
 
-FILES = {"config.json": b"{}", "model.safetensors": bytes(3_000_000), "deep/merges.txt": b"a b\n", "empty": b""}
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": bytes(3_000_000),
+    "deep/merges.txt": b"a b\n",
+    "empty": b"",
+}
 
 
 async def collect(parts):
