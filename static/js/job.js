@@ -120,7 +120,7 @@
     const held = [...series.evals].sort((a, b) => a.step - b.step);
     hintAtRest = `Training loss ${at(first)} at step ${first}, ${at(last)} at step ${last}.`;
     if (held.length) hintAtRest += ` Held-out loss ${held.at(-1).loss?.toFixed(3)}${held[0].step === 0 ? `, ${held[0].loss?.toFixed(3)} before training` : ""}.`;
-    if (hint && !(plot && plot.cursor.idx >= 0)) hint.textContent = hintAtRest;
+    if (hint && (plot?.cursor.idx ?? null) === null) hint.textContent = hintAtRest;
     holder?.setAttribute("aria-label", hintAtRest);
   }
   function readout(u) {
