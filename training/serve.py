@@ -224,12 +224,10 @@ class Server:
         for who in list(self.waiting):
             line = self.waiting[who]
             request = line[0]
-            mine = self._running(who)
-            if (
-                self._running() + request.options.n > self.max_sequences
-                or mine + request.options.n > self.share
-            ):
+            if self._running(who) + request.options.n > self.share:
                 continue
+            if self._running() + request.options.n > self.max_sequences:
+                return  # nobody overtakes: places become free until a request for many has room
             try:
                 model = self.models.get(request.model)
                 if model is None:
