@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import select
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +93,15 @@ def _run(arguments: list[str]) -> dict[str, Any] | None:
     child = trainer_process.start(*arguments, limits=limits)
     child.out.cap = MAX_REPORT_BYTES
     report: dict[str, Any] | None = None
-    until = time.monotonic() + seconds
     try:
-        while time.monotonic() < until and not (child.out.ended and child.err.ended):
-            pipes = [pipe for pipe in (child.out, child.err) if not pipe.ended]
-            select.select([pipe.fd for pipe in pipes], [], [], 1)
-            for line in child.err.lines():
+        for is_error, line in trainer_process.words(child, seconds):
+            if is_error:
                 log.warning("check: %s", redact(line))
-            for line in child.out.lines():
-                with contextlib.suppress(ValueError):
-                    said = json.loads(line)
-                    if said.get("t") == "report":
-                        report = said
+                continue
+            with contextlib.suppress(ValueError):
+                said = json.loads(line)
+                if said.get("t") == "report":
+                    report = said
     finally:
         child.kill()
     return report

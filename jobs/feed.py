@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import redis.exceptions
 
 from jobs import access, bells
-from jobs.tables import EventChunk, Job, put_if
+from jobs.tables import EventChunk, HeartbeatChunk, Job, put_if
 
 if TYPE_CHECKING:
     from jobs.lifecycle import Claim
@@ -64,7 +64,7 @@ def append(claim: Claim, batch: Batch) -> None:
     then do readers see it. Raises LostRace when a later holder has written here."""
     from jobs.lifecycle import LostRace
 
-    chunk = EventChunk(
+    chunk = HeartbeatChunk(
         claim.job_id,
         batch.first_seq,
         last_seq=batch.last_seq,
@@ -72,7 +72,7 @@ def append(claim: Claim, batch: Batch) -> None:
         holder=claim.holder,
         lines=list(batch.lines),
     )
-    free = EventChunk.job_id.does_not_exist() | (EventChunk.epoch < claim.epoch)
+    free = HeartbeatChunk.job_id.does_not_exist() | (HeartbeatChunk.epoch < claim.epoch)
     if (
         put_if(
             chunk,

@@ -6,10 +6,12 @@ reads all that it says, and starts it again when it dies. Task threads only hand
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 import selectors
+import subprocess
 import threading
 import time
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ from training import catalog, hub
 log = logging.getLogger(__name__)
 MAX_LINE_BYTES = 1 << 20  # with many log probabilities a line grows
 STREAM_S = 120
+EXPORT_S = 300
+_exporting = threading.Lock()
 
 
 @dataclass
@@ -216,4 +220,21 @@ def model_folder(owner: str, model_id: str) -> Path:
         )
     if checkpoint_models.MARK in model_id:
         return checkpoint_models.folder(owner, model_id)
-    return tuned_models.fetch(tuned_models.get_for(owner, model_id))
+    model = tuned_models.get_for(owner, model_id)
+    folder = tuned_models.fetch(model)
+    return folder if (folder / "config.json").exists() else exported(folder)
+
+
+def exported(checkpoint: Path) -> Path:
+    """A checkpoint is a training state; generation needs a model. Made once on each machine, beside it."""
+    target = checkpoint.with_name(checkpoint.name + "-model")
+    with _exporting:
+        if not (target / "config.json").exists():
+            child = trainer_process.start("export", "--checkpoint", str(checkpoint), "--to", str(target))
+            said = [line for _, line in trainer_process.words(child, EXPORT_S)]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(10)
+            child.kill()
+            if child.process.returncode != 0:
+                raise RuntimeError(f"the checkpoint cannot be turned into a model: {' '.join(said)[-300:]}")
+    return target

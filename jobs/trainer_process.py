@@ -12,10 +12,13 @@ import contextlib
 import json
 import os
 import resource
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -168,6 +171,17 @@ def start(*arguments: str, limits: Limits | None = None) -> Child:
     assert process.stderr
     limit(process.pid, limits or Limits())
     return Child(process, LineReader(process.stdout), LineReader(process.stderr))
+
+
+def words(child: Child, seconds: float) -> Iterator[tuple[bool, str]]:
+    """(is it standard error, line) until both pipes end or the time is over. The caller kills it then."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not (child.out.ended and child.err.ended):
+        pipes = [pipe for pipe in (child.out, child.err) if not pipe.ended]
+        select.select([pipe.fd for pipe in pipes], [], [], 1)
+        for pipe in pipes:
+            for line in pipe.lines():
+                yield pipe is child.err, line
 
 
 def limit(pid: int, limits: Limits) -> None:

@@ -1,0 +1,51 @@
+"""Real processes are killed, stopped and cut off while jobs run; the judge finds nothing. The short form of
+`bin/bench faults`, in a house of its own, so that no other test's stores are harmed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.faults import SHORT
+from tests.services import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def campaign():
+    own = ("LLMTUNER_TEST_DIR", "VAR_DIR", "DYNAMODB", "REDIS", "WEB_PORT", "PUBLIC_URL", "DATABASE_URL")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.faults", "--short"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("fault", SHORT)
+def test_no_fault_loses_doubles_or_changes_anything(campaign, fault):
+    lines = [line for line in campaign.splitlines() if line.startswith(f"{fault}: rounds right")]
+    assert lines, campaign[-3000:]
+    assert lines[0].endswith(" met"), "\n".join(line for line in campaign.splitlines() if fault in line)
+
+
+def test_a_trainer_does_not_outlive_its_worker_by_a_second(campaign):
+    assert any(
+        line.startswith("worker killed: trainer dead s") and line.endswith(" met")
+        for line in campaign.splitlines()
+    )
+
+
+def test_a_worker_that_is_asked_to_stop_is_out_in_thirty_seconds(campaign):
+    assert any(
+        line.startswith("worker terminated: out s") and line.endswith(" met")
+        for line in campaign.splitlines()
+    )
