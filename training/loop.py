@@ -115,14 +115,13 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         moments = {name: t.detach().cpu().clone() for name, t in optimizer.state_tensors().items()}
         randoms = device.random_state()
         return Snapshot(
-            state.step, run.epoch, weights, moments, randoms, asdict(state), identity, environment, settings.as_dict(), str(found.base), best, final
+            state.step, run.epoch, weights, moments, randoms, asdict(state), identity, environment, settings.as_dict(),
+            str(found.base), best, final,
         )  # fmt: skip
 
     def written(shot: Snapshot, folder: Path, manifest: dict[str, Any], sha256: str) -> None:
-        files = [
-            {"name": "manifest.json", "bytes": (folder / "manifest.json").stat().st_size, "sha256": sha256}
-        ]
-        files = manifest["files"] + files
+        size = (folder / "manifest.json").stat().st_size
+        files = [*manifest["files"], {"name": "manifest.json", "bytes": size, "sha256": sha256}]
         say(
             "checkpoint", step=shot.step, path=str(folder), bytes=sum(f["bytes"] for f in files), files=files,
             sha256=sha256, best=shot.best, final=shot.final,
@@ -136,12 +135,8 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         optimizer.load(restored.weights, restored.optimizer)
         state, saved_step = State(**restored.state), restored.step
         device.restore_random_state(restored.random, place, team.rank)
-        if not team.leads:  # the file holds the leader's numbers; the others must drop out other places
-            device.seed_everything(settings.seed + 1_000_003 * team.rank + state.step)
         writer.protected = {state.best_checkpoint} - {""}
         different = [name for name, value in environment.items() if restored.environment.get(name) != value]
-        if team.size > 1 and (settings.dropout or settings.lora_dropout):
-            different.append("random state of the other processes")
         if restored.settings["micro_batch_tokens"] != settings.micro_batch_tokens:
             different.append("micro-batch")  # the same sums in another order
         say(
@@ -154,19 +149,14 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
     def rows_of(begin: int, end: int, limit: int) -> list[list[int]]:
         """Examples from cursor to cursor, dealt into rows: numbers of examples."""
         which = [example_at(at, settings.seed, len(examples)) for at in range(begin, end)]
-        return [
-            [which[i] for i in row]
-            for row in split([int(examples.lengths[i]) for i in which], limit, team.size)
-        ]
+        rows = split([int(examples.lengths[i]) for i in which], limit, team.size)
+        return [[which[i] for i in row] for row in rows]
 
     def worst_row(limit: int) -> Batch:
         """The fullest row of the plan (of 500 steps spread over it, where it is long)."""
         some = range(0, total, max(1, total // 500))
-        rows = (
-            row
-            for step in some
-            for row in rows_of(int(ends[step - 1]) if step else 0, int(ends[step]), limit)
-        )
+        spans = [(int(ends[step - 1]) if step else 0, int(ends[step])) for step in some]
+        rows = [row for begin, end in spans for row in rows_of(begin, end, limit)]
         return pack([examples[i] for i in max(rows, key=lambda row: sum(examples.lengths[i] for i in row))])
 
     say("plan", **_plan(found, settings, total, model, optimizer))
@@ -195,12 +185,8 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
     def show_samples() -> None:
         model.eval()
         for prompt in found.prompts if team.leads else []:
-            say(
-                "sample",
-                step=state.step,
-                prompt=prompt.text[-2000:],
-                text=_sample(model, found, prompt, stop),
-            )
+            text = _sample(model, found, prompt, stop)
+            say("sample", step=state.step, prompt=prompt.text[-2000:], text=text)
         model.train()
 
     def save(best: bool, final: bool) -> None:
@@ -212,11 +198,10 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         generators = team.gather(device.generator_state(place))
         if team.leads:
             shot = snapshot(best, final)
-            shot.random |= {
-                f"process.{rank}": generator.cpu() for rank, generator in enumerate(generators) if rank
-            }
+            shot.random |= {f"process.{rank}": t.cpu() for rank, t in enumerate(generators) if rank}
             writer.submit(shot)
 
+    peak = settings.learning_rate or 0.0
     count_flops = device.flop_counter(model, lora=settings.method == "lora")
     gemm_rate = evaluation_s = 0.0
     recent: deque[float] = deque(maxlen=50)  # seconds of the last steps
@@ -257,9 +242,7 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         rows = rows_of(state.cursor, int(ends[state.step]), limit)
         lengths = [int(examples.lengths[i]) for row in rows for i in row]
         trained = int(sum(trained_tokens[i] for row in rows for i in row))
-        sums = torch.zeros(
-            4, dtype=torch.float64, device=place.device
-        )  # loss, hits, who stops, who wants to save
+        sums = torch.zeros(4, dtype=torch.float64, device=place.device)  # loss, hits, who stops, who saves
         optimizer.zero_grad()
         for row in rows[team.rank :: team.size]:
             batch = pack([examples[i] for i in row]).to(place.device)
@@ -273,9 +256,7 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         team.add_up(optimizer.grads)
 
         # Update, unless the numbers have gone astray.
-        lr = learning_rate(
-            state.step, total, settings.learning_rate or 0.0, settings.schedule, settings.warmup
-        )
+        lr = learning_rate(state.step, total, peak, settings.schedule, settings.warmup)
         norm = optimizer.grad_norm()
         loss_value, hit_count, must_stop, by_time = sums.tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
@@ -293,11 +274,8 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         recent.append(seconds)
         ahead = (total - state.step) * statistics.median(recent) + 2 * writer.last_seconds
         ahead += sum(step > state.step for step in evaluation_steps) * evaluation_s
-        share = (
-            {"gemm_share": count_flops(lengths, trained) / seconds / gemm_rate / team.size}
-            if gemm_rate
-            else {}
-        )
+        flops = count_flops(lengths, trained) / team.size
+        share = {"gemm_share": flops / seconds / gemm_rate} if gemm_rate else {}
         say(
             "metric", step=state.step, loss=loss_value, loss_hex=loss_value.hex(), lr=lr, grad_norm=norm,
             tokens=state.tokens, tokens_per_s=sum(lengths) / seconds, epoch=state.cursor / len(examples),
