@@ -48,6 +48,12 @@ class Scores:
         print(f"{name:<34} {_short(ours):>10} {_short(theirs):>10} {ratio:>7.2f} {goal:>6.2f} {'met' if met else 'missed'}", flush=True)  # fmt: skip
         return met
 
+    def fail(self, name: str, why: str) -> None:
+        """It could not be measured, which is no better than a goal missed."""
+        self.count += 1
+        self.missed.append(name)
+        self.note(f"{name}: {why}")
+
     def note(self, text: str) -> None:
         print(f"# {text}", flush=True)
 
