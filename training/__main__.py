@@ -1,4 +1,4 @@
-"""`python -m training COMMAND …`: train, standby, generate, serve, export, check.
+"""`python -m training COMMAND …`: train, standby, generate, serve, export, check, fix.
 
 Each command imports only what it needs: `check` and `--help` never wait for torch.
 """
@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": ("training.serve", "answer generation requests, JSON lines"),
     "export": ("training.export", "turn a checkpoint into a model folder"),
     "check": ("training.check", "read a dataset and report on it"),
+    "fix": ("training.fix", "write a new version of a dataset without the rows that findings name"),
 }
 
 

@@ -58,6 +58,7 @@ KINDS: dict[str, Kind] = {
 class Findings:
     """Counts and first lines, by kind."""
 
+    keep: int = LINES_KEPT
     lines: dict[str, list[int]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     details: dict[str, list[str]] = field(default_factory=dict)
@@ -65,7 +66,7 @@ class Findings:
     def add(self, code: str, line: int, detail: str = "") -> None:
         self.counts[code] = self.counts.get(code, 0) + 1
         kept = self.lines.setdefault(code, [])
-        if len(kept) < LINES_KEPT:
+        if len(kept) < self.keep:
             kept.append(line)
             if detail:
                 self.details.setdefault(code, []).append(f"line {line}: {detail}" if line else detail)

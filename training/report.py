@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.encode import Example, Plain, encode_batch, encoded_rows
-from training.findings import Findings, Twins, fingerprint, look_at, normal
+from training.findings import LINES_KEPT, Findings, Twins, fingerprint, look_at, normal
 from training.formats import BadFile, BadRow, Format, Row, detect, rows
 from training.tokenizer import Tokenizer
 
@@ -88,12 +89,22 @@ def report(
     return run.finish(chosen)
 
 
+def findings_of(
+    path: str | Path, tokenizer: Tokenizer | None, settings: Plain, format: Format
+) -> dict[str, list[int]]:
+    """Every line that a finding names, by its code. Raises BadFile."""
+    run = _Report(tokenizer, settings, keep=sys.maxsize)
+    run.read(Path(path), format, lambda rows, share: None)
+    run.finish(format)
+    return run.findings.lines
+
+
 class _Report:
     """One reading of one file."""
 
-    def __init__(self, tokenizer: Tokenizer | None, settings: Plain) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, settings: Plain, keep: int = LINES_KEPT) -> None:
         self.tokenizer, self.settings = tokenizer, settings
-        self.summary, self.findings = Summary(), Findings()
+        self.summary, self.findings = Summary(), Findings(keep)
         self.rows = self.characters = self.foreign = 0
         self.samples: list[dict[str, Any]] = []
         self.exact, self.near, self.prompts = Twins(), Twins(), Twins()

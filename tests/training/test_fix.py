@@ -1,0 +1,86 @@
+"""A new version of a dataset: without the rows that findings name, or with some set aside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from training.__main__ import main
+from training.catalog import STARTER_FOLDER
+from training.encode import Plain
+from training.fix import fix
+from training.formats import BadRow, rows
+from training.report import report
+from training.tokenizer import Tokenizer
+
+ROWS = [{"prompt": f"Number {i}?\n", "completion": f" It is {i * i}."} for i in range(200)]
+
+
+def put(folder: Path, records: list[dict[str, str]]) -> Path:
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_doubled_and_empty_rows_go_and_the_rest_stays_in_order(tmp_path: Path) -> None:
+    path = put(tmp_path, [*ROWS[:20], ROWS[3], {"prompt": "And?\n", "completion": ""}, *ROWS[20:40]])
+    done = fix(path, tmp_path / "new.jsonl")
+    assert done.dropped == {"duplicate": [21], "empty_answer": [22]}
+    assert [row.prompt for row in rows(tmp_path / "new.jsonl")] == [row["prompt"] for row in ROWS[:40]]
+    assert report(tmp_path / "new.jsonl", None)["findings"] == []
+
+
+def test_only_the_findings_asked_for_are_dropped(tmp_path: Path) -> None:
+    path = put(tmp_path, [*ROWS[:20], ROWS[3], {"prompt": "And?\n", "completion": ""}])
+    assert fix(path, tmp_path / "new.jsonl", drop=["duplicate"]).kept == 21
+
+
+def test_every_line_is_dropped_however_many_the_report_shows(tmp_path: Path) -> None:
+    path = put(tmp_path, [*ROWS, *ROWS])
+    assert fix(path, tmp_path / "new.jsonl").kept == len(ROWS)
+
+
+def test_broken_rows_are_dropped_or_told(tmp_path: Path) -> None:
+    path = put(tmp_path, ROWS[:20])
+    path.write_text(path.read_text() + "{oops\n")
+    assert fix(path, tmp_path / "new.jsonl").dropped == {"bad_row": [21]}
+    with pytest.raises(BadRow, match="line 21"):
+        fix(path, tmp_path / "new.jsonl", drop=["duplicate"])
+
+
+def test_rows_too_long_for_the_model_are_found_with_its_tokenizer(tmp_path: Path) -> None:
+    path = put(tmp_path, [*ROWS[:20], {"prompt": "Go on\n", "completion": " and on" * 600}])
+    tokenizer = Tokenizer.load(STARTER_FOLDER)
+    assert fix(path, tmp_path / "new.jsonl", tokenizer=tokenizer, settings=Plain(512)).dropped == {
+        "truncated": [21]
+    }
+
+
+def test_rows_set_aside_are_never_trained_on_and_the_seed_decides(tmp_path: Path) -> None:
+    path = put(tmp_path, ROWS)
+
+    def split(seed: int) -> tuple[set[str], set[str]]:
+        new, aside = tmp_path / f"{seed}.jsonl", tmp_path / f"{seed}-aside.jsonl"
+        done = fix(path, new, validation=aside, fraction=0.2, seed=seed)
+        assert done.kept + done.validation == len(ROWS)
+        return {row.prompt for row in rows(new)}, {row.prompt for row in rows(aside)}
+
+    trained, held = split(1)
+    assert not trained & held
+    assert 20 <= len(held) <= 60
+    assert split(1) == (trained, held)
+    assert split(2) != (trained, held)
+
+
+def test_the_command_tells_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = put(tmp_path, [*ROWS[:20], ROWS[3]])
+    assert main(["fix", str(path), "--to", str(tmp_path / "new.jsonl")]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "t": "fixed",
+        "kept": 20,
+        "validation": 0,
+        "dropped": {"duplicate": [21]},
+    }
+    assert main(["fix", str(path), "--to", str(tmp_path / "new.jsonl"), "--drop", "few"]) == 10

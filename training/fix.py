@@ -1,0 +1,128 @@
+"""`python -m training fix FILE --to NEW.jsonl`: a new version of a dataset without the rows that findings name,
+and, if asked, with some rows set aside for validation. The old file stays as it is."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training.encode import Plain
+from training.findings import KINDS
+from training.formats import BadRow, Format, Row, detect, rows
+from training.report import findings_of
+from training.tokenizer import Tokenizer
+
+DROPPABLE = frozenset(code for code, kind in KINDS.items() if kind.drop)
+
+
+@dataclass
+class Fixed:
+    """What became of the rows. `dropped` holds the lines by finding; a line named by several counts for each."""
+
+    kept: int = 0
+    validation: int = 0
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+
+
+def fix(
+    path: str | Path,
+    to: str | Path,
+    *,
+    drop: Collection[str] = DROPPABLE,
+    tokenizer: Tokenizer | None = None,
+    settings: Plain | None = None,
+    format: Format | None = None,
+    validation: str | Path | None = None,
+    fraction: float = 0.1,
+    seed: int = 0,
+) -> Fixed:
+    """Write the rows that stay as JSON Lines. Raises BadRow where a row cannot be read and "bad_row" is not dropped.
+
+    Which rows go to `validation` hangs on what they say and the seed, so twins never stand on both sides."""
+    unknown = set(drop) - DROPPABLE
+    if unknown:
+        raise ValueError(f"these findings name no rows to drop: {', '.join(sorted(unknown))}")
+    chosen = format or detect(path)
+    found = findings_of(path, tokenizer, settings or Plain(), chosen)
+    result = Fixed(dropped={code: sorted(lines) for code, lines in found.items() if code in drop})
+    gone = {line for lines in result.dropped.values() for line in lines}
+
+    def bad(row: BadRow) -> None:
+        if "bad_row" not in drop:
+            raise row
+
+    with ExitStack() as files:
+        out = files.enter_context(Path(to).open("w", encoding="utf-8"))
+        aside = files.enter_context(Path(validation).open("w", encoding="utf-8")) if validation else None
+        for row in rows(path, chosen, on_bad=bad):
+            if row.line in gone:
+                continue
+            if aside is not None and _share(row, seed) < fraction:
+                result.validation += 1
+                _write(aside, row)
+            else:
+                result.kept += 1
+                _write(out, row)
+    return result
+
+
+def _share(row: Row, seed: int) -> float:
+    """A number in [0, 1) that the row's text and the seed decide."""
+    digest = hashlib.sha256(f"{seed}:{row.preview}".encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _write(file: Any, row: Row) -> None:
+    if row.kind == "chat":
+        record: dict[str, Any] = {"messages": list(row.messages)}
+    elif row.kind == "completion":
+        record = {"prompt": row.prompt, "completion": row.completion}
+    else:
+        record = {"text": row.text}
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file")
+    parser.add_argument("--to", required=True, help="the new file, JSON Lines")
+    parser.add_argument(
+        "--drop",
+        default="",
+        help=f"findings whose rows go, with commas; all of {', '.join(sorted(DROPPABLE))} if left away",
+    )
+    parser.add_argument(
+        "--tokenizer", help="folder of the base model; needed to find rows that are cut or teach nothing"
+    )
+    parser.add_argument("--sequence-length", type=int)
+    parser.add_argument("--validation", help="set rows aside in this file")
+    parser.add_argument("--fraction", type=float, default=0.1, help="how many of them")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def main(given: argparse.Namespace) -> int:
+    """Prints what was done as one JSON line. Exit 10 when the file cannot be read."""
+    try:
+        done = fix(
+            given.file,
+            given.to,
+            drop=given.drop.split(",") if given.drop else DROPPABLE,
+            tokenizer=Tokenizer.load(given.tokenizer) if given.tokenizer else None,
+            settings=Plain(given.sequence_length),
+            validation=given.validation,
+            fraction=given.fraction,
+            seed=given.seed,
+        )
+    except (BadRow, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 10
+    print(
+        json.dumps({"t": "fixed", "kept": done.kept, "validation": done.validation, "dropped": done.dropped})
+    )
+    return 0
