@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 Desired = Literal["run", "pause", "cancel"]
 PROCESS = secrets.token_hex(8)  # names this start of this process
 BELLS = 8  # rung at most for waiting jobs; more workers than that hear of them from the reconciler
+TOO_SLOW = "The submission took too long. Send it again."
 TRIES = 50  # of a person's move against a job that keeps moving
 queue_position = queueing.position
 after_end = endings.after_end
@@ -104,6 +105,8 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
     datasets = _check(owner, request)
     job_id = new_id("ftjob") if idempotency_key is None else _id_for(owner, request, idempotency_key)
     known = tables.get(Job, owner, job_id)
+    if known and known.status == "void":
+        raise LostRace(TOO_SLOW)
     if known:
         return known
     job = _new_job(owner, job_id, request, datasets, slug)
@@ -119,7 +122,7 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
     accepted = tables.put_new(job, lambda found: found.body_hash == job.body_hash)
     if accepted is None or accepted.status == "void":
         limits.release(owner, "jobs", job_id)
-        raise LostRace("The submission took too long. Send it again.")
+        raise LostRace(TOO_SLOW)
     _news(accepted)
     return accepted
 
