@@ -189,7 +189,12 @@ def _spent(job: Job) -> Figure:
     spent = cost(seconds_run(job))
     if spent is not None:
         estimate = job.estimate if isinstance(job.estimate, dict) else {}
-        whole = cost(finite(estimate.get("seconds_p50")))
+        ahead = finite(job.progress.get("eta_s"))
+        # What the trainer sees before it is worth more than what was thought before the start.
+        seconds = (
+            (seconds_run(job) or 0) + ahead if ahead is not None else finite(estimate.get("seconds_p50"))
+        )
+        whole = cost(seconds)
         return Figure(
             "Cost so far" if not job.ended else "Cost",
             money(spent),
