@@ -72,6 +72,11 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
         held = _encode(run.validation_file, run.validation_format, tokenizer, wants, True, notes)
         _fits_context(held, described.context)
         held_out = Examples.of([example for example in held if example.trained])
+        seen = {tuple(example.ids) for example in kept}
+        if leaked := sum(tuple(example.ids) in seen for example in held):
+            notes.append(
+                f"{leaked} of {len(held)} validation examples are also trained on: the held-out loss flatters."
+            )
     elif settings.validation_fraction:
         train, held_out = hold_out(train, settings.validation_fraction, settings.seed)
     prompts = _prompts(run, tokenizer, held_out if len(held_out) else train)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from training import inputs
 from training.catalog import SAMPLE_FOLDER, STARTER_FOLDER
+from training.config import Run
 from training.starter import make_sample
 
 
@@ -48,6 +50,20 @@ def test_the_card_tells_data_seed_licence_and_loss() -> None:
 
 def test_the_model_is_within_its_size() -> None:
     assert sum(f.stat().st_size for f in STARTER_FOLDER.iterdir()) < 12 << 20
+
+
+def test_the_trainer_tells_when_validation_rows_are_trained_on(tmp_path: Path) -> None:
+    def notes(validation: str) -> list[str]:
+        run = {
+            "base": str(STARTER_FOLDER),
+            "train_file": str(SAMPLE_FOLDER / "train.jsonl"),
+            "validation_file": str(SAMPLE_FOLDER / validation),
+            "work_dir": str(tmp_path),
+        }
+        return inputs.read(Run.parse(run)).notes
+
+    assert notes("heldout.jsonl") == []
+    assert "480 of 480 validation examples are also trained on" in notes("train.jsonl")[0]
 
 
 @pytest.mark.slow
