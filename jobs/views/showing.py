@@ -298,11 +298,11 @@ def _proof(proof: Any) -> dict[str, Any]:
 
 
 def _samples(story: Story) -> list[dict[str, Any]]:
-    """For each pinned prompt the base's answer, one from the middle and the last two."""
+    """For each pinned prompt the base's answer, the first after it, one from the middle and the newest."""
     prompts = []
     for prompt, by_step in list(story.samples.items())[:3]:
         steps = sorted(by_step)
-        shown = steps if len(steps) <= 4 else [steps[0], steps[len(steps) // 2], *steps[-2:]]
+        shown = steps if len(steps) <= 4 else [*steps[:2], steps[len(steps) // 2], steps[-1]]
         rows = [
             {"step": s, "name": "Base" if s == 0 else f"Step {s:,}", "text": by_step[s].strip()}
             for s in shown
