@@ -38,6 +38,7 @@ def receive(
 ) -> Dataset:
     """Stores the file and rings for its check. Raises Rejected, OverQuota; nothing stays behind then."""
     limits.check(owner, "datasets")
+    limits.check_room(owner)
     dataset_id = new_id("file")
     dataset = Dataset(owner, dataset_id, name=shown_name(filename), purpose=purpose, created_at=time.time())
     dataset.format = dict(format) if format else None

@@ -110,6 +110,7 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
     if known:
         return known
     job = _new_job(owner, job_id, request, datasets, slug)
+    limits.check_room(owner)
     if idempotency_key is None:
         limits.check(owner, "jobs")
     for partition in (queueing.shard(job_id), f"all#{month_of(job.created_at)}"):

@@ -9,7 +9,7 @@ from django.conf import settings
 from pynamodb.expressions.condition import size
 
 from jobs import tables
-from jobs.tables import Usage
+from jobs.tables import Dataset, TunedModel, Usage
 
 
 class OverQuota(Exception):
@@ -47,6 +47,21 @@ def release(owner: str, what: str, id: str) -> None:
 def held(owner: str, what: str) -> set[str]:
     row = tables.get(Usage, owner, what)
     return set(row.ids or ()) if row else set()
+
+
+def check_room(owner: str) -> None:
+    """Is there room for more bytes and one more model? Asked before a file is received or a job taken on."""
+    limit, most = int(settings.JOBS["max_stored_bytes_per_owner"]), int(settings.JOBS["max_models_per_owner"])
+    sizes = {table: _sizes(table, owner) for table in (Dataset, TunedModel)}
+    if sum(map(sum, sizes.values())) >= limit:
+        raise OverQuota(f"Your files and models fill the {limit:,} bytes you may store. Delete some first.")
+    if len(sizes[TunedModel]) >= most:
+        raise OverQuota(f"You have {most:,} models, the most at a time. Delete some first.")
+
+
+def _sizes(table: type[Dataset] | type[TunedModel], owner: str) -> list[int]:
+    found = table.query(owner, consistent_read=True, attributes_to_get=["bytes", "gone"])
+    return [int(row.bytes or 0) for row in found if not row.gone]
 
 
 def audit(owner: str, what: str, is_over: Callable[[str], bool]) -> None:

@@ -85,6 +85,15 @@ def test_the_quota_of_datasets(settings):
     receive(dataset.owner)
 
 
+def test_what_is_stored_is_limited(settings):
+    dataset = receive()
+    settings.JOBS = settings.JOBS | {"max_stored_bytes_per_owner": len(ROWS)}
+    with pytest.raises(datasets.OverQuota):
+        receive(dataset.owner)
+    datasets.delete(dataset.owner, dataset.dataset_id)
+    receive(dataset.owner)
+
+
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
