@@ -6,6 +6,7 @@ from typing import Any
 
 from django.http import HttpRequest
 from ninja import NinjaAPI
+from ninja.openapi.schema import OpenAPISchema
 
 from jobs.api import bodies, chat, errors, files, fine_tuning, models, uploads, webhooks
 from llmtuner.api_docs import Docs
@@ -15,7 +16,28 @@ Set `base_url` to this address and `api_key` to a key from your account's page. 
 stands under `llmtuner`, in requests and in answers."""
 
 
+# What any call may answer, besides what it names itself.
+REFUSALS = {
+    400: "Something in the request cannot be used; `param` names it.",
+    401: "No credential, or one that is not (or no longer) good.",
+    403: "The key lacks the scope.",
+    404: "There is none of this id, or it is somebody else's.",
+    413: "The body is too large.",
+    429: "Too many at once, or in this minute. See `Retry-After`.",
+    503: "A store cannot be reached. See `Retry-After`.",
+}
+
+
 class Api(NinjaAPI):
+    def get_openapi_schema(self, **options: Any) -> OpenAPISchema:
+        document = super().get_openapi_schema(**options)
+        shape = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        for methods in document["paths"].values():
+            for details in methods.values():
+                for status, words in REFUSALS.items():
+                    details["responses"][status] = {"description": words, "content": shape}
+        return document
+
     def on_exception(self, request: HttpRequest, exc: Any) -> Any:
         return errors.handle(request, exc)
 

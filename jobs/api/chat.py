@@ -140,7 +140,7 @@ async def _one_after_another(owner: str, asked: list[inference.GenerateRequest])
         except access.NotFound as missing:
             raise errors.not_found("model") from missing
         finally:
-            await lines.aclose()  # type: ignore[attr-defined]  # an async generator, typed as an iterator
+            await lines.aclose()
     yield {"t": "done", "choices": choices, "usage": usage}
 
 

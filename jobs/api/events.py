@@ -109,7 +109,7 @@ async def stream(
     finally:
         coming.cancel()
         await asyncio.gather(coming, return_exceptions=True)
-        await events.aclose()  # type: ignore[attr-defined]  # an async generator, typed as an iterator
+        await events.aclose()
 
 
 def _line(payload: Json) -> bytes:

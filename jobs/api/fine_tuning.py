@@ -97,7 +97,10 @@ def resume_job(request: CallerRequest, job_id: str) -> Json:
 
 
 @router.get(
-    "/{job_id}/events", response={200: Page[JobEvent], 400: Error, 404: Error}, summary="List a job's events"
+    "/{job_id}/events",
+    response={200: Page[JobEvent], 400: Error, 404: Error},
+    openapi_extra={"responses": {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}},
+    summary="List a job's events",
 )
 async def list_events(
     request: CallerRequest,
