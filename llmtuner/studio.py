@@ -298,7 +298,7 @@ def main() -> int:
         create_tables()
         password = make_owner(var)
         supervisor.start("web", "checks", "training", "inference")
-        wait_for("web", lambda: port_is_open(int(os.environ["WEB_PORT"])), 40, var)
+        wait_for("web", lambda: port_is_open(int(os.environ["WEB_PORT"])), 120, var)
 
         url = os.environ["PUBLIC_URL"]
         print(f"\n  LLM Tuner is up at \033[1m{url}\033[0m  ({time.monotonic() - started:.0f} s)")

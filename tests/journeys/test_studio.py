@@ -65,7 +65,7 @@ class House:
                 stderr=log,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while "Serving" not in (self.folder / "up.log").read_text().rpartition("=== start")[2]:
             assert self.process.poll() is None, (self.folder / "up.log").read_text()
             assert time.monotonic() < deadline, (self.folder / "up.log").read_text()
