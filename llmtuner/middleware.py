@@ -11,12 +11,19 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from functools import lru_cache
 
+import redis
 from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.conf import settings
+from django.db import OperationalError
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from django.utils.cache import patch_vary_headers
 from django.utils.decorators import sync_and_async_middleware
+from pynamodb.exceptions import PynamoDBException
 from whitenoise.middleware import WhiteNoiseMiddleware
+
+from llmtuner import errors
+
+log = logging.getLogger(__name__)
 
 Handler = Callable[[HttpRequest], HttpResponseBase]
 
@@ -124,6 +131,24 @@ def security_headers(get_response: Handler) -> Handler:
             response.headers.setdefault("Cache-Control", "no-store, private")
 
     return around(add, get_response)
+
+
+# ---- a store that does not answer ----------------------------------------------------------------
+
+
+@sync_and_async_middleware
+def unreachable_stores(get_response: Handler) -> Handler:
+    """Says that a store is away, with 503, instead of that something broke: it comes back by itself."""
+
+    def process_exception(request: HttpRequest, exception: Exception) -> HttpResponse | None:
+        if not isinstance(exception, PynamoDBException | redis.exceptions.ConnectionError | OperationalError):
+            return None
+        log.error("a store does not answer: %s", exception)
+        return errors.respond(request, 503)
+
+    middleware = around(lambda request, response: None, get_response)
+    middleware.process_exception = process_exception  # type: ignore[attr-defined]  # Django looks for it there
+    return middleware
 
 
 # ---- static files ------------------------------------------------------------------------------

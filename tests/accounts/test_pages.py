@@ -128,6 +128,19 @@ def test_a_broken_page_shows_its_number_and_nothing_else(db, page: Client, monke
     assert_safe(answer)
 
 
+def test_a_store_that_is_away_is_said_to_be_away(db, page: Client, monkeypatch):
+    from redis.exceptions import ConnectionError as RedisIsAway
+
+    def is_away(*args: object, **kwargs: object) -> None:
+        raise RedisIsAway("redis://:password@10.0.0.7:6379")
+
+    monkeypatch.setattr("django.core.cache.cache.get", is_away)
+    monkeypatch.setattr("django.core.cache.cache.add", is_away)
+    answer = page.post("/accounts/login/", {"login": "kim@example.com", "password": "guess"})
+    assert answer.status_code == 503
+    assert "10.0.0.7" not in answer.content.decode()
+
+
 def test_what_is_not_there_looks_like_what_is_anothers(db, page: Client):
     assert page.get("/jobs-of-bob/").content == page.get("/no-such-thing/").content
 

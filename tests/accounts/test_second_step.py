@@ -1,0 +1,72 @@
+"""The second step of signing in."""
+
+from __future__ import annotations
+
+import pytest
+from allauth.mfa.models import Authenticator
+from allauth.mfa.totp.internal import auth as totp
+from django.test import Client
+
+from accounts.models import User
+from tests.accounts.conftest import is_signed_in, sign_in
+from tests.factories import PASSWORD
+
+
+@pytest.fixture
+def secret(alice: User, page: Client) -> str:
+    """Alice has set up her app, on the pages."""
+    sign_in(page, alice)
+    page.get("/accounts/2fa/totp/activate/")
+    page.post("/accounts/reauthenticate/", {"password": PASSWORD})
+    secret = page.get("/accounts/2fa/totp/activate/").context["form"].secret
+    page.post("/accounts/2fa/totp/activate/", {"code": code_of(secret)})
+    assert Authenticator.objects.filter(user=alice, type=Authenticator.Type.TOTP).exists()
+    return secret
+
+
+def code_of(secret: str, later: int = 0) -> str:
+    counter = next(totp.yield_hotp_counters_from_time()) + later
+    return totp.format_hotp_value(totp.hotp_value(secret, counter))
+
+
+def test_the_password_alone_no_longer_signs_in(alice: User, secret: str):
+    fresh = Client()
+    assert sign_in(fresh, alice).headers["Location"].startswith("/accounts/2fa/authenticate/")
+    assert not is_signed_in(fresh)
+
+
+def test_the_code_of_the_app_completes_it(alice: User, secret: str):
+    from django.core.cache import cache
+
+    cache.clear()  # the code just used to set up counts as spent
+    fresh = Client()
+    sign_in(fresh, alice)
+    fresh.post("/accounts/2fa/authenticate/", {"code": code_of(secret)})
+    assert is_signed_in(fresh)
+
+
+def test_a_wrong_code_does_not(alice: User, secret: str):
+    fresh = Client()
+    sign_in(fresh, alice)
+    fresh.post("/accounts/2fa/authenticate/", {"code": "000000"})
+    assert not is_signed_in(fresh)
+
+
+def test_a_recovery_code_works_once(alice: User, secret: str):
+    codes = (
+        Authenticator.objects.get(user=alice, type=Authenticator.Type.RECOVERY_CODES)
+        .wrap()
+        .get_unused_codes()
+    )
+    outcomes = []
+    for _ in range(2):
+        fresh = Client()
+        sign_in(fresh, alice)
+        fresh.post("/accounts/2fa/authenticate/", {"code": codes[0]})
+        outcomes.append(is_signed_in(fresh))
+    assert outcomes == [True, False]
+
+
+def test_the_database_holds_no_readable_secret(alice: User, secret: str):
+    stored = str(list(Authenticator.objects.filter(user=alice).values_list("data", flat=True)))
+    assert secret not in stored
