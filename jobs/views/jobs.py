@@ -14,11 +14,13 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from jobs import access, feed, lifecycle
 from jobs.forms import RenameForm
 from jobs.story import chart, fold, sentence, summary, thin
+from jobs.tables import Job
 from jobs.templatetags.figures import moment
 from jobs.views import new_job, showing
 from jobs.views.doors import asks_for_part, for_people, owner_of
 
 PAGE = 20
+WHOLE, TAIL, WINDOWS, WINDOW = 10_000, 2_000, 15, 300  # events of a job's page
 
 
 @for_people
@@ -79,7 +81,7 @@ def estimate(request: HttpRequest) -> HttpResponse:
 def detail(request: HttpRequest, job_id: str) -> HttpResponse:
     """`?part=aside` is the column beside the curve alone, fetched again when samples and proofs arrive."""
     job = access.get_job_for(owner_of(request), job_id)
-    story = fold(feed.read(job.owner, job_id))
+    story = fold(_skimmed(job))
     context = showing.aside(job, story)
     if request.GET.get("part") == "aside" and asks_for_part(request):
         return render(request, "jobs/_job_aside.html", context)
@@ -94,6 +96,20 @@ def detail(request: HttpRequest, job_id: str) -> HttpResponse:
         "page_data": {"seq": story.seq, "chart": curve, "status": job.status, "ended": job.ended},
     }
     return render(request, "jobs/job_detail.html", context)
+
+
+def _skimmed(job: Job) -> list[feed.Event]:
+    """All events of a usual job. Of a very long one its beginning, its end, and windows evenly between: the curve on the
+    page is thinned anyway, the CSV and the log have everything."""
+    last = int(job.last_seq)
+    if last <= WHOLE:
+        return feed.read(job.owner, job.job_id)
+    stride = (last - TAIL) // WINDOWS
+    events: list[feed.Event] = []
+    for n in range(WINDOWS):
+        after = max(n * stride, events[-1].seq if events else 0)
+        events += feed.read(job.owner, job.job_id, after, limit=WINDOW)[:WINDOW]
+    return events + feed.read(job.owner, job.job_id, max(last - TAIL, events[-1].seq))
 
 
 @for_people

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.factories import make_user
-from tests.journeys.conftest import browser_of
+from tests.journeys.conftest import browser_of, make_person
 from tests.journeys.makers import make_dataset, make_job, make_model, metric
 
 pytestmark = pytest.mark.browser
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.browser
 @pytest.fixture
 def owner(page: Any, web: Any) -> str:
     """Signed in as Alice, by the cookie of a session."""
-    user = make_user("alice")
+    user = make_person("alice")
     cookie = browser_of(user).cookies["session"]
     page.context.add_cookies([{"name": "session", "value": cookie.value, "url": web.url}])
     return user.owner_id
@@ -78,7 +77,7 @@ def test_a_page_polls_where_the_stream_is_cut_off(page: Any, owner: str, complai
 def test_it_all_works_without_javascript(
     chromium: Any, web: Any, transactional_db: None, tmp_path: Any
 ) -> None:
-    user = make_user("alice")
+    user = make_person("alice")
     context = chromium.new_context(base_url=web.url, java_script_enabled=False)
     context.add_cookies(
         [{"name": "session", "value": browser_of(user).cookies["session"].value, "url": web.url}]

@@ -16,7 +16,7 @@ from tests.factories import PASSWORD
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-ROWS = 64
+ROWS = 48
 ELSEWHERE = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,11 +53,11 @@ def test_from_signing_up_to_the_model_elsewhere(
     page.set_input_files("input[type=file]", rows)
     page.wait_for_url("**/datasets/file-*/")
     page.get_by_text("What the model will see").wait_for(timeout=60_000)
-    assert page.get_by_text("64 ", exact=False).first.is_visible()
+    assert page.get_by_text("48 ", exact=False).first.is_visible()
 
     page.click("text=Start a job with it")
     page.get_by_text("half the time under").wait_for()
-    page.fill("input[name=epochs]", "3")
+    page.fill("input[name=epochs]", "2")
     page.locator("#mark-epochs").get_by_text("back to auto").wait_for()
     page.fill("input[name=name]", "Orders to fields")
     page.click("#estimate >> text=Start")

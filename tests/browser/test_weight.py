@@ -13,8 +13,7 @@ import pytest
 
 from jobs import storage, tables
 from jobs.tables import TunedModel
-from tests.factories import make_user
-from tests.journeys.conftest import browser_of
+from tests.journeys.conftest import browser_of, make_person
 from tests.journeys.makers import make_job, metric
 
 pytestmark = pytest.mark.slow
@@ -44,7 +43,7 @@ def test_300_open_streams_hold_no_thread_and_no_sql_connection(web: Any, transac
     pid, port = web.processes["web"].pid, int(web.url.rsplit(":", 1)[1])
     watched = []
     for n in range(15):
-        user = make_user(f"watcher{n}")
+        user = make_person(f"watcher{n}")
         job = make_job(user.owner_id, lines=[metric(1), metric(2)])
         watched.append((f"/jobs/{job.job_id}/stream", browser_of(user).cookies["session"].value))
 
@@ -74,7 +73,7 @@ def test_300_open_streams_hold_no_thread_and_no_sql_connection(web: Any, transac
 
 
 def test_downloading_a_gigabyte_adds_at_most_32_mb(web: Any, transactional_db: None) -> None:
-    user, prefix = make_user("downloader"), "models/gigabyte"
+    user, prefix = make_person("downloader"), "models/gigabyte"
     path = storage.local_path(f"{prefix}/model.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:

@@ -8,8 +8,7 @@ from django.urls import reverse
 from accounts.models import User
 from jobs import access, tables
 from jobs.tables import Audit, JobIndex, month_of
-from tests.factories import make_user
-from tests.journeys.conftest import browser_of
+from tests.journeys.conftest import browser_of, make_person
 from tests.journeys.makers import make_job
 
 LIST = "admin:jobs_overseenjob_changelist"
@@ -49,7 +48,7 @@ def test_customers_are_kept_out(bobs: Client, alice: User) -> None:
 
 
 def test_staff_without_the_permission_are_kept_out(db: None, alice: User) -> None:
-    assert browser_of(make_user("guest", is_staff=True)).get(reverse(LIST)).status_code == 403
+    assert browser_of(make_person("guest", is_staff=True)).get(reverse(LIST)).status_code == 403
 
 
 def test_odd_queries_are_404_or_empty(sams: Client) -> None:

@@ -42,6 +42,16 @@ def test_a_page_reads_little(alices: Client, alice: User, name: str) -> None:
     assert "Scan" not in counter
 
 
+def test_a_very_long_job_costs_no_more_than_a_few_dozen_reads(alices: Client, alice: User) -> None:
+    job = make_job(alice.owner_id, lines=[metric(n) for n in range(1, 12_001)])
+    with tables.counted() as counter:
+        answer = alices.get(reverse("jobs:job", args=[job.job_id]))
+    assert tables.reads(counter) <= 60, dict(counter)
+    assert answer.context["story"].seq == 12_000
+    shown = answer.context["chart"]["step"]
+    assert (shown[0], shown[-1]) == (1, 12_000)
+
+
 def test_an_estimate_at_each_key_costs_one_read(alices: Client, alice: User) -> None:
     data = {"dataset": make_dataset(alice.owner_id).dataset_id, "base": "starter"}
     alices.post(reverse("jobs:estimate"), data)
