@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from allauth.account.models import EmailAddress
 from allauth.mfa.models import Authenticator
-from allauth.socialaccount.models import SocialApp, SocialToken
+from allauth.socialaccount.models import SocialAccount, SocialApp, SocialToken
 from allauth.usersessions.models import UserSession
 from django.contrib import admin
 from django.contrib.auth.models import Group
@@ -11,10 +12,10 @@ from django.http import HttpRequest
 
 from accounts.models import ApiKey, User
 
-# Second factors and sessions are nobody's business but their owner's; the others we do not use.
-for model in (Authenticator, UserSession, SocialApp, SocialToken, Group):
-    if admin.site.is_registered(model):
-        admin.site.unregister(model)
+# Addresses, second factors, Google accounts and sessions are changed by their owner alone: whoever could change them here
+# could sign in as anybody. The others we do not use.
+for model in (EmailAddress, Authenticator, SocialAccount, UserSession, SocialApp, SocialToken, Group):
+    admin.site.unregister(model)
 
 
 @admin.register(User)

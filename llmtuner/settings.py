@@ -40,9 +40,6 @@ SECRET_KEY_FALLBACKS = env.words("SECRET_KEY_FALLBACKS", [])  # old keys during 
 
 # ---- Application -------------------------------------------------------------------------------
 INSTALLED_APPS = [
-    "accounts",
-    "jobs",
-    "llmtuner.apps.LLMTunerConfig",
     "django.contrib.admin",
     "django.contrib.auth",
     "django.contrib.contenttypes",
@@ -59,6 +56,10 @@ INSTALLED_APPS = [
     "allauth.headless",
     "django_htmx",
     "template_partials",
+    # Ours last: what they take out of the admin must have been put in before.
+    "accounts",
+    "jobs",
+    "llmtuner.apps.LLMTunerConfig",
 ]
 # Each of these runs without a thread of its own under ASGI; a test holds it.
 MIDDLEWARE = [

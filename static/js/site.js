@@ -13,6 +13,9 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+// What only works with scripts is shown only with them.
+for (const element of document.querySelectorAll("[data-needs-js]")) element.hidden = false;
+
 // Show and hide a password while it is typed.
 for (const button of document.querySelectorAll("[data-reveal]")) {
   const input = document.getElementById(button.dataset.reveal);
