@@ -154,8 +154,11 @@ def generation(bench: Bench) -> None:
 def start_up(bench: Bench, name: str, folder: Path) -> None:
     """Start to the end of the first step, less a steady step: cold, and from the warmed standby child."""
     with tempfile.TemporaryDirectory() as work:
-        path = Path(work) / "run.json"
-        path.write_text(json.dumps(run_file(folder, work, batch_size=1)))
+        # Examples of one length, one a step: the first step is as long as any other.
+        rows = [{"text": " ".join(str((i * 97 + j) % 50_000) for j in range(63))} for i in range(400)]
+        data, path = Path(work) / "equal.jsonl", Path(work) / "run.json"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text(json.dumps(run_file(folder, work, batch_size=1) | {"train_file": str(data)}))
         for how, promise in (("cold", 3.0), ("standby", 0.3)):
             taken = [_first_step(bench, path, standby=how == "standby") for _ in range(3)]
             bench.scores.add(
