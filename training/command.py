@@ -28,14 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    path = _wait_warm() if args.command == "standby" else args.config
+    if path is None:
+        return EXIT["stopped"]
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    if args.command == "standby":
-        path = _wait_warm(stop)
-        if path is None:
-            return EXIT["stopped"]
-    else:
-        path = args.config
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # until here, nothing is lost by dying of it
     speaker = Speaker()
     try:
         run = Run.load(path)
@@ -141,7 +138,7 @@ def _clean(value: Any) -> Any:
 # ---- orders ----------------------------------------------------------------------------------------------------------
 
 
-def _wait_warm(stop: threading.Event) -> str | None:
+def _wait_warm() -> str | None:
     """Import torch, run a dummy step, and wait for `{"config": path}`. None at the end of input: nobody needs us."""
     from training.warm import warm_up
 
@@ -154,8 +151,6 @@ def _wait_warm(stop: threading.Event) -> str | None:
             continue
         if isinstance(order, dict) and isinstance(order.get("config"), str):
             return str(order["config"])
-        if stop.is_set():
-            break
     return None
 
 

@@ -49,6 +49,7 @@ class State:
     step: int = 0
     cursor: int = 0  # examples taken so far, counted over epochs
     tokens: int = 0
+    loss: float | None = None  # of the last step
     seconds: float = 0.0  # spent training, over all attempts
     evaluated: int = -1  # step of the last evaluation
     base_losses: list[float] | None = None  # of each held-out example, before training
@@ -92,9 +93,11 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         say("log", level="warning", message=note)
     settings, examples, held_out = found.settings, found.train, found.held_out
     place = device.pick(settings)
+    if settings.precision == "bf16" and not place.on_gpu:
+        say("log", level="warning", message="bf16 is far slower than fp32 on this processor; fp32 is used.")
     device.seed_everything(settings.seed + 1_000_003 * team.rank)
     model = _model(found, settings, place)
-    optimizer = AdamW(model, settings)
+    optimizer = AdamW(model, settings, place.dtype)
     identity = Identity(
         run.job,
         asked,
@@ -269,6 +272,7 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         state.step += 1
         state.cursor = int(ends[state.step - 1])
         state.tokens += sum(lengths)
+        state.loss = loss_value
         seconds = time.perf_counter() - begun
         state.seconds += seconds
         recent.append(seconds)
@@ -288,8 +292,9 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
     if team.leads and settings.keep_best and state.best_step not in (-1, state.step):
         _return_to_best(state, checkpoints, identity, optimizer, say)
     say("phase", phase="exporting")
-    model.eval()
-    metrics = state.metrics or {"loss": loss_value}
+    optimizer.use_masters()
+    model.float().eval()
+    metrics = state.metrics or {"loss": state.loss}
     facts = {
         "job": run.job, "base": run.base, "settings": settings.as_dict(), "examples": len(examples),
         "tokens": examples.tokens, "steps": state.step, "metrics": metrics,
@@ -309,13 +314,13 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
 
 
 def _model(found: Inputs, settings: Settings, place: device.Device) -> Any:
-    """The base model where it is trained: adapters or not, dropout, number format."""
+    """The base model where it is trained, in fp32: adapters or not, dropout."""
     model = load_model(found.base)
     model.set_dropout(settings.dropout or 0.0)
     if settings.method == "lora":
         model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
     model.gradient_checkpointing = settings.gradient_checkpointing
-    return model if place.device.type == "cpu" else model.to(place.device, place.dtype)
+    return model.to(place.device) if place.on_gpu else model
 
 
 def _restore(choices: list[Path], identity: Identity, optimizer: AdamW, say: Say) -> Restored:

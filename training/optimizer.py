@@ -18,7 +18,8 @@ ALIGN = 16  # floats: every parameter begins on a cache line
 
 
 class AdamW:
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, dtype: torch.dtype = torch.float32) -> None:
+        """Takes the model's fp32 parameters over; with another `dtype` the model computes with copies of them."""
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         named.sort(
             key=lambda item: item[1].dim() < 2
@@ -42,10 +43,18 @@ class AdamW:
             master = self.window(self.weights, name)
             master.copy_(p.detach())
             p.main_grad = self.window(self.grads, name)  # type: ignore[attr-defined]  # ours, see kernels.main_grad
-            if p.dtype == torch.float32:
-                p.data = master
-            else:
+            p.data = master if dtype == torch.float32 else master.to(dtype)
+            if dtype != torch.float32:
                 self.halves.append((p.data, master))
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.data = p.data.to(dtype)
+
+    def use_masters(self) -> None:
+        """From here on the model computes with the fp32 weights themselves: for the export."""
+        for name, p in self.params.items():
+            p.data = self.window(self.weights, name)
+        self.halves = []
 
     def window(self, buffer: Tensor, name: str) -> Tensor:
         """The part of a flat buffer that belongs to a parameter, in its shape."""

@@ -125,6 +125,9 @@ def _evaluation_seconds(model: Any, held_out: Examples, limit: int, device: Devi
 
 def _checkpoint_seconds(snapshot: Callable[[], checkpoint.Snapshot], folder: Path) -> float:
     """A real one, then removed: a full disk or a read-only folder shows now and not after an hour."""
+    shutil.rmtree(
+        folder / "rehearsal", ignore_errors=True
+    )  # of an attempt that was killed in this very moment
     begun = time.perf_counter()
     path, _, _ = checkpoint.write(snapshot(), folder / "rehearsal")
     seconds = time.perf_counter() - begun

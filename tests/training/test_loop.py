@@ -6,13 +6,17 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.training.running import Event, Runner, losses, of
+from training import rehearsal
 from training.command import encode
 from training.evaluate import verdict
 from training.events import EXIT, MAX_LINE_BYTES, REASONS
+from training.packing import Batch
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +124,33 @@ def test_lora_trains_little_and_exports_a_whole_model(runner: Runner) -> None:
     assert plan["trainable"] < plan["parameters"] / 5
     assert of(events, "eval")[-1]["loss"] < of(events, "eval")[0]["loss"]
     assert of(events, "done")[0]["fidelity"]["exact"] is True
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(runner: Runner, events: list[Event]) -> None:
+    assert losses(runner.train("checkpointed", settings={"gradient_checkpointing": True})) == losses(events)
+
+
+def test_deterministic_mode_trains(runner: Runner, events: list[Event]) -> None:
+    try:
+        assert losses(runner.train("deterministic", settings={"deterministic": True})) == losses(events)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_where_memory_is_short_the_rehearsal_takes_smaller_parts_of_the_same_steps(
+    runner: Runner, events: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proper = rehearsal.batch_loss
+
+    def short_of_memory(model: Any, batch: Batch, scale: float) -> Any:
+        if len(batch.ids) > 50:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+        return proper(model, batch, scale)
+
+    monkeypatch.setattr(rehearsal, "batch_loss", short_of_memory)
+    found = runner.train("short", settings={"dropout": 0})
+    assert 32 <= of(found, "estimate")[0]["micro_batch_tokens"] <= 50  # it began with 64
+    assert [m["tokens"] for m in of(found, "metric")] == [m["tokens"] for m in of(events, "metric")]
 
 
 def test_it_stops_early_and_keeps_the_best_weights(runner: Runner) -> None:
