@@ -25,12 +25,21 @@ QUICK = {
     "JOBS_BACKOFF_FIRST_S": "1",
 }
 
-SHORT = ("worker killed", "trainer killed", "worker terminated", "worker frozen", "redis killed", "dynamodb killed")
+SHORT = (
+    "worker killed",
+    "trainer killed",
+    "worker terminated",
+    "worker frozen",
+    "redis killed",
+    "dynamodb killed",
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/bench faults", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="the form inside bin/test: six faults, short leases")
+    parser.add_argument(
+        "--short", action="store_true", help="the form inside bin/test: six faults, short leases"
+    )
     parser.add_argument("--quick", action="store_true", help="all faults, with leases of 6 s instead of 30")
     parser.add_argument("--rounds", type=int, default=0, help="of each fault (20 in the full form)")
     parser.add_argument("--seed", type=int, default=1)
@@ -71,7 +80,7 @@ def campaign(stage_house: object, options: argparse.Namespace, rounds: int) -> i
     stage = Stage(
         stage_house,
         house.ready_dataset(),
-        400 if options.short or options.quick else 1500,
+        300 if options.short or options.quick else 1500,
         Recorder().start(),
         random.Random(options.seed),  # noqa: S311  chooses moments, no secrets
         lease_s=lease,

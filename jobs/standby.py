@@ -18,6 +18,7 @@ from django.conf import settings
 
 from jobs import trainer_process
 from jobs.trainer_process import Child, Limits
+from training.catalog import Machine, this_machine
 
 _child: Child | None = None
 
@@ -49,19 +50,15 @@ def let_go() -> None:
 
 def limits() -> Limits:
     """A trainer's own limits. Memory beyond the machine's would end in the kernel's choice of a victim instead."""
-    memory = int(settings.JOBS["max_trainer_bytes"]) or (0 if has_gpu() else machine_memory())
-    cores = os.cpu_count() or 1
-    return Limits(memory_bytes=memory, cpu_s=int(settings.JOBS["max_runtime_s"] * cores))
+    here = machine()
+    memory = int(settings.JOBS["max_trainer_bytes"]) or (0 if here.device == "cuda" else here.memory)
+    return Limits(memory_bytes=memory, cpu_s=int(settings.JOBS["max_runtime_s"] * here.cores))
 
 
 @lru_cache(maxsize=1)
-def has_gpu() -> bool:
-    return any(Path("/dev").glob("nvidia[0-9]*"))
-
-
-@lru_cache(maxsize=1)
-def machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def machine() -> Machine:
+    """What trainers of this worker compute on."""
+    return this_machine()
 
 
 @contextlib.contextmanager

@@ -20,12 +20,12 @@ def run_next() -> None:
 
     with worker.Busy():
         while not worker.STOP.is_set():
-            claim = lifecycle.claim_next(
-                lifecycle.this_worker(memory=standby.machine_memory(), gpu=standby.has_gpu())
-            )
+            claim = lifecycle.claim_next(worker.as_asked())
             if claim is None:
                 return
+            worker.holds(claim.job_id)
             runner.run(claim, worker.STOP)
+            worker.holds("")
             if not worker.STOP.is_set():
                 standby.warm_up()
 

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -152,12 +153,25 @@ def environment(home: Path) -> dict[str, str]:
     return kept
 
 
+@lru_cache(maxsize=1)
+def without_network() -> tuple[str, ...]:
+    """Words before a command that leave it in a network of its own, with nobody else in it: what needs no network gets
+    none. Nothing, where the system doesn't allow that (some containers)."""
+    for words in (("unshare", "--net"), ("unshare", "--user", "--map-current-user", "--net")):
+        if shutil.which("unshare"):
+            tried = subprocess.run([*words, "true"], capture_output=True, timeout=10)
+            if tried.returncode == 0:
+                return (*words, "--")
+    return ()
+
+
 def start(*arguments: str, limits: Limits | None = None) -> Child:
     """`python -m training ARGUMENTS…` as a child with three pipes, in a session of its own (Ctrl-C doesn't reach it)."""
     home = Path(settings.WORK_DIR) / "home"
     home.mkdir(parents=True, exist_ok=True)
     # setpriv belongs to util-linux; where there is none (macOS), the end of standard input must do.
     wrapper = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
+    wrapper = [*without_network(), *wrapper]
     process = subprocess.Popen(
         [*wrapper, sys.executable, "-m", "training", *arguments],
         stdin=subprocess.PIPE,

@@ -13,18 +13,24 @@ import random
 import shutil
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from django.conf import settings
 
-from jobs import bells, relay, standby
+from jobs import bells, lifecycle, relay, standby
+from jobs.queueing import WorkerInfo
+from jobs.tables import Worker
 
 log = logging.getLogger(__name__)
 
+_started_at = time.time()
 STOP = threading.Event()  # set by SIGTERM
 OUT_S = 40.0  # a supervisor waits 45 s before it kills; a job is given back within 30
 DEAF_S = 60.0  # idle for so long beside a bell that lies in the list: the subscription is broken
+HEARD_S = 15.0  # between two signs of life in the list of workers
 _busy = threading.Event()  # run_next is at work
+_job = ""  # what it works on
 
 
 def start(queues: set[str]) -> None:
@@ -64,6 +70,30 @@ class Busy:
         _busy.clear()
 
 
+def as_asked() -> WorkerInfo:
+    """This worker, as one that asks for a job."""
+    here = standby.machine()
+    return lifecycle.this_worker(memory=here.memory, gpu=here.device == "cuda", devices=here.count)
+
+
+def holds(job_id: str) -> None:
+    global _job
+    _job = job_id
+
+
+def _sign_of_life(queues: set[str]) -> None:
+    """For people and for estimates: what workers there are, and what they compute on."""
+    for kind in queues:
+        Worker(
+            kind,
+            lifecycle.this_worker().name,
+            info={"machine": asdict(standby.machine())} if kind == "training" else {},
+            job_id=_job,
+            started_at=_started_at,
+            heard_at=time.time(),
+        ).save()
+
+
 def ring_self() -> None:
     """A worker that starts looks for work without waiting for a bell."""
     from jobs import tasks
@@ -76,8 +106,12 @@ def _reconcile(queues: set[str]) -> None:
 
     reconciler = Reconciler()
     canary = _Canary(queues)
+    signed = -HEARD_S
     while not STOP.is_set():
         try:
+            if time.monotonic() - signed > HEARD_S:
+                _sign_of_life(queues)
+                signed = time.monotonic()
             pause = reconciler.tick()
         except Exception:  # the store is away, or a fault of ours: the next round comes
             log.exception("reconciler")

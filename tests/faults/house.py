@@ -174,7 +174,7 @@ def job_of(job_id: str, owner: str = OWNER) -> Any:
             time.sleep(0.2)
 
 
-def wait_until(job_id: str, is_so: Any, seconds: float = 90, owner: str = OWNER) -> Any:
+def wait_until(job_id: str, is_so: Any, seconds: float = 300, owner: str = OWNER) -> Any:
     until = time.monotonic() + seconds
     while True:
         job = job_of(job_id, owner)
@@ -185,11 +185,11 @@ def wait_until(job_id: str, is_so: Any, seconds: float = 90, owner: str = OWNER)
         time.sleep(0.1)
 
 
-def wait_ended(job_id: str, seconds: float = 120, owner: str = OWNER) -> Any:
+def wait_ended(job_id: str, seconds: float = 300, owner: str = OWNER) -> Any:
     return wait_until(job_id, lambda job: job.ended, seconds, owner)
 
 
-def wait_step(job_id: str, step: int, seconds: float = 90) -> Any:
+def wait_step(job_id: str, step: int, seconds: float = 300) -> Any:
     return wait_until(job_id, lambda job: (job.progress or {}).get("step", 0) >= step or job.ended, seconds)
 
 

@@ -55,7 +55,7 @@ class Stage:
         """The job at a random moment of its training."""
         return h.wait_step(job_id, self.some.randrange(1, max(2, int(self.steps * 0.7))))
 
-    def judge(self, job_id: str, measured: Measured, seconds: float = 180) -> Any:
+    def judge(self, job_id: str, measured: Measured, seconds: float = 300) -> Any:
         job = h.wait_ended(job_id, seconds)
         if job.status != "succeeded":
             measured.wrong.append(f"{job.status}: {job.message}")
@@ -197,7 +197,7 @@ def replies_lost(stage: Stage, chance: float = 0.1) -> Measured:
         stage.house.start_worker(name, DYNAMODB_ENDPOINT=f"http://127.0.0.1:{chaos.port}")
         chaos.order(f"drop {chance}")
         job_id = stage.submit()
-        h.wait_ended(job_id, 180)
+        h.wait_ended(job_id)
         chaos.order("pass")
         stage.judge(job_id, measured)
     finally:

@@ -25,7 +25,7 @@ def campaign():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     return done.stdout + done.stderr
 

@@ -59,6 +59,15 @@ def test_its_limits_are_set_from_outside(child):
     assert Path(f"/proc/{child.pid}/oom_score_adj").read_text().strip() == "500"
 
 
+def test_it_reaches_no_network(child):
+    if not trainer_process.without_network():
+        pytest.skip("this system lets nobody have a network of their own")
+    until = time.monotonic() + 5
+    while os.readlink(f"/proc/{child.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_it_does_not_hear_ctrl_c_of_its_parent(child):
     assert os.getpgid(child.pid) == child.pid
 
