@@ -9,7 +9,7 @@ from django.shortcuts import render
 from ninja import NinjaAPI
 from ninja.openapi.docs import DocsBase
 
-SCOPES = {"ReadKey": "read", "WriteKey": "write", "InferenceKey": "inference"}
+SCOPES = {"ReadKey": "read", "WriteKey": "write", "InferenceKey": "inference", "ReadStreamKey": "read"}
 
 
 class Docs(DocsBase):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+from asgiref.sync import SyncToAsync
 from django.conf import settings
 from django.core.cache import cache
+from django.db import connections
 from django.http import HttpRequest
 from ninja.security import HttpBearer
 
@@ -14,6 +18,7 @@ from accounts.auth import Caller, authenticate
 from jobs.api.errors import ApiError
 
 WINDOW_S = 60
+Result = TypeVar("Result")
 
 
 class CallerRequest(HttpRequest):
@@ -63,6 +68,17 @@ def check_rate(owner: str) -> None:
         )
 
 
+class Streaming(Bearer):
+    """A door for async operations. It borrows a thread from the common pool, and gives the request's own one back."""
+
+    is_async = True
+
+    async def __call__(self, request: HttpRequest) -> Caller | None:  # type: ignore[override]  # ninja awaits it
+        caller = await in_pool(super().__call__, request)
+        give_thread_back()
+        return caller
+
+
 # A class each, because the OpenAPI document names a security scheme after its class.
 class ReadKey(Bearer):
     pass
@@ -72,8 +88,34 @@ class WriteKey(Bearer):
     pass
 
 
-class InferenceKey(Bearer):
+class ReadStreamKey(Streaming):
     pass
 
 
-READ, WRITE, INFERENCE = ReadKey("read"), WriteKey("write"), InferenceKey("inference")
+class InferenceKey(Streaming):
+    pass
+
+
+def give_thread_back() -> None:
+    """Django gives each request a thread for its sync signals and keeps it until the answer's last byte, so a thousand
+    streams would be a thousand threads. This lets it go now; whatever needs one later gets a new one."""
+    context = SyncToAsync.thread_sensitive_context.get(None)
+    executor = SyncToAsync.context_to_thread_executor.pop(context, None) if context else None
+    if executor is not None:
+        executor.shutdown(wait=False)
+
+
+async def in_pool(function: Callable[..., Result], *args: Any) -> Result:
+    """Runs sync code in a thread of the common pool, which keeps no SQL connection afterwards."""
+
+    def run() -> Result:
+        try:
+            return function(*args)
+        finally:
+            connections.close_all()
+
+    return await asyncio.to_thread(run)
+
+
+READ, WRITE = ReadKey("read"), WriteKey("write")
+READ_STREAM, INFERENCE = ReadStreamKey("read"), InferenceKey("inference")

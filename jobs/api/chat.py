@@ -17,7 +17,7 @@ from ninja import Router
 
 from jobs import access, inference
 from jobs.api import errors, models
-from jobs.api.caller import INFERENCE, CallerRequest
+from jobs.api.caller import INFERENCE, CallerRequest, give_thread_back
 from jobs.api.errors import bad
 from jobs.api.schemas import ChatCompletion, ChatCreate, Completion, CompletionCreate, Error, Generation
 
@@ -272,6 +272,7 @@ async def _chunks(
 ) -> AsyncIterator[bytes]:
     usage = {"usage": None} if include_usage else {}
     offsets: dict[int, int] = {}
+    give_thread_back()  # the middlewares have used it again
     try:
         if chunk_of is _chat_chunk:
             for index in range(n):

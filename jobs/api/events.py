@@ -11,6 +11,7 @@ from typing import Any
 
 from jobs import access, feed, story
 from jobs.api import errors
+from jobs.api.caller import give_thread_back
 from jobs.api.errors import bad
 from jobs.tables import Job
 
@@ -81,6 +82,7 @@ async def stream(
     owner: str, job_id: str, still_allowed: Callable[[], Awaitable[bool]]
 ) -> AsyncIterator[bytes]:
     """All events from the first, then each as it comes, until the job ends or the key is revoked."""
+    give_thread_back()  # the middlewares have used it again
     looked = time.monotonic()
     events = feed.follow(owner, job_id)
     coming = asyncio.ensure_future(anext(events))

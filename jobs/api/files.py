@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import IO, Annotated, Any, Literal
 from urllib.parse import quote
 
-from asgiref.sync import sync_to_async
 from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
 from ninja import File as Upload
 from ninja import Form, Query, Router, UploadedFile
@@ -119,7 +119,7 @@ def file_content(request: CallerRequest, file_id: str) -> HttpResponseBase:
 async def _pieces(source: IO[bytes]) -> AsyncIterator[bytes]:
     """The file in pieces; a thread is borrowed for each read only, and the whole never stands in memory."""
     try:
-        while piece := await sync_to_async(source.read)(PIECE):
+        while piece := await asyncio.to_thread(source.read, PIECE):
             yield piece
     finally:
         source.close()

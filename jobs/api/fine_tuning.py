@@ -8,14 +8,13 @@ import re
 import time
 from typing import Annotated, Any
 
-from asgiref.sync import sync_to_async
 from django.http import StreamingHttpResponse
 from ninja import Query, Router
 
 from accounts.auth import authenticate
 from jobs import access, feed, lifecycle, story, tables
 from jobs.api import events, models, paging, results
-from jobs.api.caller import READ, WRITE, CallerRequest
+from jobs.api.caller import READ, READ_STREAM, WRITE, CallerRequest, in_pool
 from jobs.api.errors import bad, not_found
 from jobs.api.schemas import Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page
 from jobs.tables import Job as Row
@@ -99,6 +98,7 @@ def resume_job(request: CallerRequest, job_id: str) -> Json:
 @router.get(
     "/{job_id}/events",
     response={200: Page[JobEvent], 400: Error, 404: Error},
+    auth=READ_STREAM,
     openapi_extra={"responses": {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}},
     summary="List a job's events",
 )
@@ -113,13 +113,13 @@ async def list_events(
 ) -> Any:
     """The latest first."""
     owner = request.auth.owner
-    job = await sync_to_async(_find)(owner, job_id)
+    job = await in_pool(_find, owner, job_id)
     if not stream:
-        rows, has_more = await sync_to_async(events.newest_first)(owner, job, limit, after)
+        rows, has_more = await in_pool(events.newest_first, owner, job, limit, after)
         return paging.page(rows, has_more)
 
     async def still_allowed() -> bool:
-        return await sync_to_async(authenticate)(request) is not None
+        return await in_pool(authenticate, request) is not None
 
     response = StreamingHttpResponse(
         events.stream(owner, job_id, still_allowed), content_type="text/event-stream"
