@@ -66,6 +66,15 @@ def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(
     assert of(events, "eval")[-1] == of(whole, "eval")[-1]
 
 
+def test_lora_resumes_bit_for_bit_too(runner: Runner) -> None:
+    lora = {"method": "lora", "lora_dropout": 0.1, "learning_rate": 1e-2, "max_steps": 8, "eval_every": 0}
+    whole = runner.train("lora", settings=lora)
+    last = of(runner.train("lora-cut", stop_at=4, settings=lora), "checkpoint")[-1]
+    events = runner.train("lora-again", resume_from=last["path"], epoch=2, settings=lora)
+    assert losses(events) == {step: loss for step, loss in losses(whole).items() if step > 4}
+    assert _weights(events) == _weights(whole)
+
+
 def test_a_run_that_is_already_finished_only_exports_again(
     runner: Runner, whole: list[Event], tmp_path: Path
 ) -> None:
