@@ -26,21 +26,22 @@ async def test_forty_open_streams_of_events_hold_no_thread_each(
     file = client.files.create(file=("a.jsonl", rows()), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(model="starter", training_file=file.id, suffix="held")
     client.fine_tuning.jobs.pause(job.id)
-    opened = 0
+    opened: list[int] = []
+    all_open = asyncio.Event()
 
     async def watch(many: openai.AsyncOpenAI) -> str:
-        nonlocal opened
         request = many.fine_tuning.jobs.with_streaming_response.list_events(
             job.id, extra_query={"stream": "true"}
         )
         async with request as answer:
-            opened += 1
+            opened.append(1)
+            if len(opened) == STREAMS:
+                all_open.set()
             return [line async for line in answer.iter_lines() if line][-1]
 
     async with openai.AsyncOpenAI(base_url=f"{web.url}/v1", api_key=people["alice"].key, timeout=90) as many:
         watching = [asyncio.create_task(watch(many)) for _ in range(STREAMS)]
-        while opened < STREAMS:
-            await asyncio.sleep(0.1)
+        await asyncio.wait_for(all_open.wait(), 60)
         await asyncio.sleep(1)
         assert threads_of(web.processes["web"].pid) < STREAMS / 2
         await many.fine_tuning.jobs.cancel(job.id)
