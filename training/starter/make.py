@@ -3,7 +3,8 @@
     apt-get download wordnet-base && dpkg -x wordnet-base_*.deb wordnet
     python -m training.starter.make --wordnet wordnet/usr/share --out round0
     python -m training.starter.make --wordnet wordnet/usr/share --out round1 --start round0 --round 1
-    python -m training.starter.make --wordnet wordnet/usr/share --start round1 --round 2
+    python -m training.starter.make --wordnet wordnet/usr/share --out round2 --start round1 --round 2
+    python -m training.starter.make --wordnet wordnet/usr/share --start round2 --round 3
 
 Writes tokenizer, weights (float16) and model card. A round takes about a quarter of an hour on one core, and each
 warms up and cools down by itself; nothing else of the program depends on this file.
