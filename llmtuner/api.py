@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.http import HttpRequest
+from django.views.decorators.http import require_safe
 from ninja import NinjaAPI
 from ninja.openapi.schema import OpenAPISchema
 
@@ -48,6 +49,7 @@ api = Api(
     description=DESCRIPTION,
     urls_namespace="v1",
     docs=Docs(),
+    docs_decorator=require_safe,
     parser=bodies.StrictParser(),
     renderer=bodies.Renderer(),
     openapi_extra={"info": {"license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}}},
