@@ -28,6 +28,7 @@ import numpy as np
 import tokenizers
 
 from benchmarks.common import ROOT, Contender, Scores, in_turns, run_file
+from training.catalog import STARTER_FOLDER
 
 PEERS = ROOT / ".bench" / "bin" / "python"
 HERE = ROOT / "benchmarks" / "contenders"
@@ -154,10 +155,10 @@ def generation(bench: Bench) -> None:
 def start_up(bench: Bench, name: str, folder: Path) -> None:
     """Start to the end of the first step, less a steady step: cold, and from the warmed standby child."""
     with tempfile.TemporaryDirectory() as work:
-        # Examples of one length, one a step: the first step is as long as any other.
-        rows = [{"text": " ".join(str((i * 97 + j) % 50_000) for j in range(63))} for i in range(400)]
+        # The same example again and again, one a step: the first step is as long as any other.
+        row = json.dumps({"text": " ".join(map(str, range(63)))}) + "\n"
         data, path = Path(work) / "equal.jsonl", Path(work) / "run.json"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data.write_text(400 * row)
         path.write_text(json.dumps(run_file(folder, work, batch_size=1) | {"train_file": str(data)}))
         for how, promise in (("cold", 3.0), ("standby", 0.3)):
             taken = [_first_step(bench, path, standby=how == "standby") for _ in range(3)]
@@ -288,7 +289,7 @@ def main() -> int:
             ("generation", lambda: generation(bench)),
             ("share-of-gemm-rate", lambda: gemm_share(bench)),
             ("packed-gradient-error", lambda: packed_gradients(bench)),
-            ("start small", lambda: start_up(bench, "small", small)),
+            ("start starter", lambda: start_up(bench, "starter", STARTER_FOLDER)),
             ("start gpt2", lambda: start_up(bench, "gpt2", folder)),
             *((f"speed memory {row[0]}", partial(speed_and_memory, bench, *row)) for row in SPEED),
             ("platform-overhead", lambda: platform_overhead(small_bench)),
