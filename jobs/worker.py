@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from django.conf import settings
+from pynamodb.exceptions import PynamoDBException
 
 from jobs import bells, lifecycle, relay, standby
 from jobs.queueing import WorkerInfo
@@ -113,7 +114,10 @@ def _reconcile(queues: set[str]) -> None:
                 _sign_of_life(queues)
                 signed = time.monotonic()
             pause = reconciler.tick()
-        except Exception:  # the store is away, or a fault of ours: the next round comes
+        except PynamoDBException as error:
+            log.warning("reconciler: the store is away: %s", str(error)[:200])
+            pause = None
+        except Exception:  # a fault of ours: the next round comes
             log.exception("reconciler")
             pause = None
         canary.look()

@@ -38,7 +38,8 @@ def worker_argv(queue: str) -> list[str]:
     time in the main thread, since the trainer must be a child of it."""
     pool = ["-P", "threads", "-c", "16"] if queue == "inference" else ["-P", "solo"]
     name = f"{queue}-{secrets.token_hex(3)}@%h"
-    return ["celery", "-A", "llmtuner", "worker", "-Q", queue, "-n", name, "-l", "warning", *pool]
+    quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]  # workers meet in the store, not on the bell
+    return ["celery", "-A", "llmtuner", "worker", "-Q", queue, "-n", name, "-l", "warning", *quiet, *pool]
 
 
 class Trouble(Exception):
