@@ -82,7 +82,7 @@ def test_what_is_not_there_is_not_found(client: openai.OpenAI):
         lambda: client.models.delete("ft:none:a:b:c:ckpt-step-3"),
         lambda: client.chat.completions.create(model="ft:none:a:b:c", messages=ASK),
         lambda: client.chat.completions.create(model="ft:none:a:b:c", messages=ASK, stream=True),
-        lambda: client.completions.create(model="none/such", prompt="x"),
+        lambda: client.completions.create(model="none-such", prompt="x"),
         lambda: client.uploads.cancel("upload-none"),
         lambda: client.get("/nothing/here", cast_to=object),
     ):
