@@ -107,7 +107,7 @@ class Studio:
             "--log-level",
             "warning",
         )
-        for _ in range(200):
+        for _ in range(900):
             try:
                 urllib.request.urlopen(f"{self.url}/healthz", timeout=2)
             except OSError:

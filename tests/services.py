@@ -40,7 +40,7 @@ class Service:
     log: Path
     process: subprocess.Popen[bytes] | None = None
 
-    def start(self, timeout: float = 20) -> Service:
+    def start(self, timeout: float = 60) -> Service:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent
