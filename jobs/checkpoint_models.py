@@ -49,10 +49,19 @@ def _export(job: Job, checkpoint: dict[str, Any], place: Path) -> None:
     fetched = Path(tempfile.mkdtemp(prefix=".ckpt-", dir=place.parent))
     try:
         prepare.fetch_checkpoint(checkpoint, fetched / "checkpoint")
-        where = ("--checkpoint", str(fetched / "checkpoint"), "--to", str(place), "--base", prepare.base_of(job.base))
+        where = (
+            "--checkpoint",
+            str(fetched / "checkpoint"),
+            "--to",
+            str(place),
+            "--base",
+            prepare.base_of(job.base),
+        )
         child = trainer_process.start("export", *where)
         said, errors = child.process.communicate(timeout=EXPORT_S)
         if child.process.returncode:
-            raise OSError(f"the checkpoint could not be exported: {(errors or said).decode(errors='replace')[-500:]}")
+            raise OSError(
+                f"the checkpoint could not be exported: {(errors or said).decode(errors='replace')[-500:]}"
+            )
     finally:
         shutil.rmtree(fetched, ignore_errors=True)

@@ -38,7 +38,11 @@ def worker_argv(queue: str) -> list[str]:
     time in the main thread, since the trainer must be a child of it."""
     pool = ["-P", "threads", "-c", "16"] if queue == "inference" else ["-P", "solo"]
     name = f"{queue}-{secrets.token_hex(3)}@%h"
-    quiet = ["--without-gossip", "--without-mingle", "--without-heartbeat"]  # workers meet in the store, not on the bell
+    quiet = [
+        "--without-gossip",
+        "--without-mingle",
+        "--without-heartbeat",
+    ]  # workers meet in the store, not on the bell
     return ["celery", "-A", "llmtuner", "worker", "-Q", queue, "-n", name, "-l", "warning", *quiet, *pool]
 
 
@@ -70,7 +74,15 @@ def programs() -> Iterator[tuple[str, int, list[str], int]]:
         "--port",
         os.environ["WEB_PORT"],
     ]
-    web += ["--log-level", "warning", "--no-proxy-headers", "--timeout-graceful-shutdown", "5", "--limit-concurrency", "4000"]
+    web += [
+        "--log-level",
+        "warning",
+        "--no-proxy-headers",
+        "--timeout-graceful-shutdown",
+        "5",
+        "--limit-concurrency",
+        "4000",
+    ]
     yield "web", 10, [sys.executable, "-m", *web], 15
     for queue in ("checks", "training", "inference"):
         yield queue, 20, [sys.executable, "-m", *worker_argv(queue)], STOP_WORKERS_S

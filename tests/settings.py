@@ -10,7 +10,10 @@ import tempfile
 
 from tests import services
 
-if "LLMTUNER_TEST_DIR" not in os.environ:
+# Each of pytest's parallel processes has a folder and stores of its own; what a test starts shares its test's.
+worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if os.environ.get("LLMTUNER_TEST_DIR_OF") != worker:
+    os.environ["LLMTUNER_TEST_DIR_OF"] = worker
     folder = tempfile.mkdtemp(prefix="llmtuner-tests-")
     os.environ["LLMTUNER_TEST_DIR"] = folder
     os.environ["DYNAMODB_PORT"] = str(services.free_port())

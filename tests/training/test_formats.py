@@ -178,7 +178,7 @@ BROKEN_LINES = {
     "raw control": ('{"prompt": "a\tb", "completion": "b"}', "control character"),
     "bad escape": ('{"prompt": "a\\x41", "completion": "b"}', "backslash"),
     "unterminated": ('{"prompt": "a, "completion": "b"}', "delimiter"),
-    "depth 64": ('{"prompt": "a", "completion": "b", "x": %s1%s}' % ("[" * 64, "]" * 64), "deep"),
+    "depth 64": ('{{"prompt": "a", "completion": "b", "x": {}1{}}}'.format("[" * 64, "]" * 64), "deep"),
     "depth 100000": (
         '{"prompt": "a", "completion": "b", "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
         "deep",
