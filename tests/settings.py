@@ -35,7 +35,7 @@ if os.environ.get("LLMTUNER_TEST_DIR_OF") != worker:
         os.environ.pop(name, None)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
-from llmtuner.settings import *  # noqa: F403  the environment above must be set first
+from llmtuner.settings import *  # noqa: E402, F403  the environment above must be set first
 
 # A file, so that web and workers started by a test see the rows of the test's own process.
 DATABASES["default"]["TEST"] = {"NAME": os.environ["LLMTUNER_TEST_DIR"] + "/db.sqlite3"}  # noqa: F405
