@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Collection
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from training.formats import BadRow, Format, Row, detect, rows
 from training.report import findings_of
 from training.tokenizer import Tokenizer
 
+LINES_TOLD = 10_000  # of each finding, by the command: a reader of its line has a limit
 DROPPABLE = frozenset(code for code, kind in KINDS.items() if kind.drop)
 
 
 @dataclass
 class Fixed:
-    """What became of the rows. `dropped` holds the lines by finding; a line named by several counts for each."""
+    """What became of the rows. `dropped` holds the lines by finding; a row named by several counts for each."""
 
+    rows: int = 0  # in the old file, also those that cannot be read
     kept: int = 0
     validation: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)
@@ -51,20 +53,24 @@ def fix(
         raise ValueError(f"these findings name no rows to drop: {', '.join(sorted(unknown))}")
     chosen = format or detect(path)
     found = findings_of(path, tokenizer, settings or Plain(), chosen)
-    result = Fixed(dropped={code: sorted(lines) for code, lines in found.items() if code in drop})
-    gone = {line for lines in result.dropped.values() for line in lines}
+    wanted = {code: set(found[code]) for code in sorted(set(found) & set(drop)) if code != "bad_row"}
+    result = Fixed()
 
     def bad(row: BadRow) -> None:
         if "bad_row" not in drop:
             raise row
+        result.rows += 1
+        result.dropped.setdefault("bad_row", []).append(row.line)
 
     with ExitStack() as files:
         out = files.enter_context(Path(to).open("w", encoding="utf-8"))
         aside = files.enter_context(Path(validation).open("w", encoding="utf-8")) if validation else None
-        for row in rows(path, chosen, on_bad=bad):
-            if row.line in gone:
-                continue
-            if aside is not None and _share(row, seed) < fraction:
+        for number, row in enumerate(rows(path, chosen, on_bad=bad), 1):
+            result.rows += 1
+            if codes := [code for code, numbers in wanted.items() if number in numbers]:
+                for code in codes:
+                    result.dropped.setdefault(code, []).append(row.line)
+            elif aside is not None and _share(row, seed) < fraction:
                 result.validation += 1
                 _write(aside, row)
             else:
@@ -94,9 +100,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, help="the new file, JSON Lines")
     parser.add_argument(
         "--drop",
-        default="",
-        help=f"findings whose rows go, with commas; all of {', '.join(sorted(DROPPABLE))} if left away",
+        help=f"findings whose rows go, with commas, or nothing; all of {', '.join(sorted(DROPPABLE))} if left away",
     )
+    parser.add_argument("--format", help="how the file is written, as JSON; found out by itself if left away")
     parser.add_argument(
         "--tokenizer", help="folder of the base model; needed to find rows that are cut or teach nothing"
     )
@@ -112,9 +118,10 @@ def main(given: argparse.Namespace) -> int:
         done = fix(
             given.file,
             given.to,
-            drop=given.drop.split(",") if given.drop else DROPPABLE,
+            drop=DROPPABLE if given.drop is None else list(filter(None, given.drop.split(","))),
             tokenizer=Tokenizer.load(given.tokenizer) if given.tokenizer else None,
             settings=Plain(given.sequence_length),
+            format=Format.of(json.loads(given.format)) if given.format else None,
             validation=given.validation,
             fraction=given.fraction,
             seed=given.seed,
@@ -122,7 +129,6 @@ def main(given: argparse.Namespace) -> int:
     except (BadRow, ValueError) as error:
         print(error, file=sys.stderr)
         return 10
-    print(
-        json.dumps({"t": "fixed", "kept": done.kept, "validation": done.validation, "dropped": done.dropped})
-    )
+    dropped = {code: lines[:LINES_TOLD] for code, lines in done.dropped.items()}
+    print(json.dumps({"t": "fixed", **asdict(done), "dropped": dropped}))
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,10 @@ def report(
 def findings_of(
     path: str | Path, tokenizer: Tokenizer | None, settings: Plain, format: Format
 ) -> dict[str, list[int]]:
-    """Every line that a finding names, by its code. Raises BadFile."""
+    """Every row that a finding names, by its code: the first row is 1. Not lines: the elements of a JSON array may all
+    stand on one. Raises BadFile."""
     run = _Report(tokenizer, settings, keep=sys.maxsize)
+    run.by_order = True
     run.read(Path(path), format, lambda rows, share: None)
     run.finish(format)
     return run.findings.lines
@@ -106,6 +108,7 @@ class _Report:
         self.tokenizer, self.settings = tokenizer, settings
         self.summary, self.findings = Summary(), Findings(keep)
         self.rows = self.characters = self.foreign = 0
+        self.by_order = False  # name rows by their place among those that can be read, not by their line
         self.samples: list[dict[str, Any]] = []
         self.exact, self.near, self.prompts = Twins(), Twins(), Twins()
         self.answers: set[int] = set()
@@ -119,6 +122,8 @@ class _Report:
         size, told = max(1, path.stat().st_size), time.monotonic()
         for row, examples in self._rows(path, format):
             self.rows += 1
+            if self.by_order:
+                row = replace(row, line=self.rows)
             text = row.preview
             self.characters += len(text)
             self.foreign += 0 if text.isascii() else sum(c > "\x7f" for c in text)

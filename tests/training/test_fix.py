@@ -74,11 +74,39 @@ def test_rows_set_aside_are_never_trained_on_and_the_seed_decides(tmp_path: Path
     assert split(2) != (trained, held)
 
 
+def test_rows_of_an_array_on_one_line_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([*ROWS[:20], ROWS[3]]))
+    done = fix(path, tmp_path / "new.jsonl")
+    assert (done.rows, done.kept, done.dropped) == (21, 20, {"duplicate": [1]})
+
+
+def test_nothing_is_dropped_where_rows_are_only_set_aside(tmp_path: Path) -> None:
+    path = put(tmp_path, [*ROWS, ROWS[3]])
+    new, aside = tmp_path / "new.jsonl", tmp_path / "aside.jsonl"
+    written = json.dumps({"container": "jsonl", "shape": "completion", "encoding": "utf-8"})
+    command = [
+        "fix",
+        str(path),
+        "--to",
+        str(new),
+        "--validation",
+        str(aside),
+        "--drop",
+        "",
+        "--format",
+        written,
+    ]
+    assert main(command) == 0
+    assert len(list(rows(new))) + len(list(rows(aside))) == len(ROWS) + 1
+
+
 def test_the_command_tells_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = put(tmp_path, [*ROWS[:20], ROWS[3]])
     assert main(["fix", str(path), "--to", str(tmp_path / "new.jsonl")]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "t": "fixed",
+        "rows": 21,
         "kept": 20,
         "validation": 0,
         "dropped": {"duplicate": [21]},
