@@ -15,7 +15,7 @@ from cryptography.fernet import Fernet, MultiFernet
 from django.conf import settings
 from django.contrib import messages
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied, ValidationError
-from django.http import HttpRequest
+from django.http import Http404, HttpRequest
 from django.shortcuts import redirect
 
 from llmtuner import env
@@ -83,6 +83,13 @@ class SocialAccountAdapter(DefaultSocialAccountAdapter):
             },
         )
         return [app] if client_id in (None, app.client_id) else []
+
+    def get_app(self, request: HttpRequest, provider: str, client_id: str | None = None) -> SocialApp:
+        """What is not configured is no page of ours."""
+        try:
+            return super().get_app(request, provider, client_id)
+        except SocialApp.DoesNotExist as e:
+            raise Http404 from e
 
     def pre_social_login(self, request: HttpRequest, sociallogin: SocialLogin) -> None:
         """Only an address that Google has verified counts: anything else could be somebody else's."""

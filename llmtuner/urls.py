@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from allauth.account.decorators import secure_admin_login
 from django.contrib import admin
-from django.urls import include, path
+from django.urls import include, path, re_path
 
 from accounts import views
-from llmtuner import health
+from llmtuner import errors, health
 from llmtuner.api import api
 
 # The admin signs in by the same door as everybody: same rate limits, same second factor.
@@ -23,6 +23,8 @@ urlpatterns = [
     path("admin/", admin.site.urls),
     path("accounts/", include("allauth.urls")),
     path("account/", include("accounts.urls")),
+    # Nobody signs in by telephone here, and allauth's view for it would answer an anonymous call with a 500.
+    re_path(r"^_allauth/\w+/v1/account/phone$", errors.not_found, name="no_phone"),
     path("_allauth/", include("allauth.headless.urls")),
     path("v1/", api.urls),
     path("", include("jobs.urls")),

@@ -25,6 +25,11 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def django_db_modify_db_settings_xdist_suffix() -> None:
+    """No other name for the database of a parallel process: it has a folder of its own, and web looks there."""
+
+
+@pytest.fixture(scope="session")
 def dynamodb(folder: Path) -> Iterator[services.Service]:
     service = services.dynamodb(folder, int(os.environ["DYNAMODB_PORT"])).start()
     from jobs.tables import create_tables
