@@ -10,7 +10,8 @@ from urllib.parse import unquote, urlsplit
 MOST_CHARS = 4096
 HIDDEN = "[hidden]"
 
-_TERMINAL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07|[\x00-\x08\x0b-\x1f\x7f]")
+# Every pattern takes linear time: long runs are possessive or bounded, and none begins with an open-ended run.
+_TERMINAL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*+\x07|[\x00-\x08\x0b-\x1f\x7f]")
 _SECRETS = re.compile(
     r"""
       \bhf_[A-Za-z0-9]{16,}                              # Hugging Face
@@ -18,14 +19,14 @@ _SECRETS = re.compile(
     | \bwhsec_[A-Za-z0-9+/=]{16,}                        # webhooks
     | \bgh[pousr]_[A-Za-z0-9]{20,}                       # GitHub
     | \b(?:AKIA|ASIA)[A-Z0-9]{16}\b                      # AWS key ids
-    | \beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*  # JSON web tokens
+    | \beyJ[A-Za-z0-9_-]{8,2000}+\.[A-Za-z0-9_-]{8,}+\.[A-Za-z0-9_-]*  # JSON web tokens
     | -----BEGIN[ ][A-Z ]*PRIVATE[ ]KEY-----.*           # keys
-    | (?<=://)[^\s/@:]*:[^\s/@]+(?=@)                    # user:password@ in addresses
+    | (?<=://)[^\s/@:]*+:[^\s/@]++(?=@)                  # user:password@ in addresses
     """,
     re.VERBOSE,
 )
 _NAMED = re.compile(
-    r"(?i)\b([a-z0-9_-]*(?:password|passwd|secret|api[_-]?key|access[_-]?key|auth[_-]?token|hf[_-]?token|credential)[a-z0-9_-]*[\"']?\s*[=:]\s*)"
+    r"(?i)((?:password|passwd|secret|api[_-]?key|access[_-]?key|auth[_-]?token|hf[_-]?token|credential)[a-z0-9_-]{0,64}+[\"']?\s*[=:]\s*)"
     r"[\"']?[^\s\"',;]{4,}"
 )
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")

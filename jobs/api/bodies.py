@@ -19,7 +19,8 @@ from jobs.api.errors import ApiError, bad, too_large
 MAX_JSON = 4 * 1024 * 1024
 MAX_DEPTH = 64
 MAX_DIGITS = 30
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# Never fails once begun, also where the closing quote is missing: a search that tried again from each quote would take hours.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _HALF_PAIRS = re.compile(rb"\\u[dD][89a-fA-F]")
 

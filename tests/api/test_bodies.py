@@ -19,6 +19,7 @@ REFUSED = {
     "a key twice inside": b'{"b": {"a": 1, "a": 2}}',
     "deep": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "deep objects": b'{"a":' * 1000 + b"1" + b"}" * 1000,
+    "a text of quotes that never ends": b'{"a": "' + b"[" * 100 + b'\\"' * 500_000,
     "half a surrogate pair": b'{"a": "\\ud800"}',
     "half a pair in a list": b'{"a": ["\\udfff"]}',
     "half a pair as a key": b'{"\\ud800": 1}',

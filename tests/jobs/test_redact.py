@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from jobs.redact import HIDDEN, MOST_CHARS, our_secrets, redact
@@ -57,6 +59,14 @@ def test_terminal_codes_and_control_characters_go():
 
 def test_a_forged_event_stays_one_line_of_text():
     assert "\n" in redact("x\n\nid: 9999\nevent: done")  # JSON escapes it; no stream field can come of it
+
+
+@pytest.mark.parametrize("part", ["a-", "eyJ-", "password-", "://a:", "\x1b]", "secret "])
+def test_no_line_takes_long(part):
+    """Whoever writes rows can have lines printed: what is slow here holds up a trainer's supervisor."""
+    began = time.perf_counter()
+    redact(part * MOST_CHARS)
+    assert time.perf_counter() - began < 1
 
 
 def test_long_lines_are_cut():
