@@ -9,7 +9,7 @@ import io
 import json
 import time
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
 from django.conf import settings
@@ -18,7 +18,7 @@ from jobs import access, endings, errands, limits, storage, tables
 from jobs.limits import OverQuota
 from jobs.tables import Dataset, new_id
 
-__all__ = ["OverQuota", "Rejected", "delete", "finish_check", "receive"]
+__all__ = ["OverQuota", "Rejected", "delete", "fill", "finish_check", "promise", "receive"]
 
 BROKEN_OFF_S = 6 * 3600  # so long after its beginning an upload that never ended is given up
 MAX_SUMMARY = 64 * 1024  # bytes of the report that stand in the row; all of it is an object
@@ -72,6 +72,41 @@ def receive(
         raise Rejected("The upload took too long. Send it again.")
     errands.ring("check", owner, dataset_id)
     return received
+
+
+def promise(owner: str, promised: Sequence[Dataset]) -> None:
+    """Takes on datasets whose bytes a check makes first (jobs/versions.py): all of them or none, again is harmless.
+    Raises OverQuota."""
+    limits.check_room(owner)
+    try:
+        for dataset in promised:
+            errands.put("check", owner, dataset.dataset_id)
+            limits.take(owner, "datasets", dataset.dataset_id)
+    except OverQuota:
+        for dataset in promised:
+            if tables.get(Dataset, owner, dataset.dataset_id) is None:
+                limits.release(owner, "datasets", dataset.dataset_id)
+        raise
+    for dataset in promised:
+        tables.put_new(dataset)
+        errands.ring("check", owner, dataset.dataset_id)
+
+
+def fill(dataset: Dataset, file: IO[bytes], origin: Mapping[str, Any]) -> Dataset | None:
+    """The bytes of a promised one; the same again is harmless. None when it was deleted meanwhile. Raises TooLarge."""
+    key = _key(dataset.owner, dataset.dataset_id)
+    stored = storage.put_file(key, file, max_bytes=int(settings.JOBS["max_upload_bytes"]))
+    actions = [
+        Dataset.key.set(stored.key),
+        Dataset.bytes.set(stored.bytes),
+        Dataset.sha256.set(stored.sha256),
+        Dataset.origin.set(dict(origin)),
+    ]
+    wanted = (Dataset.status == "checking") & (Dataset.gone == False)  # noqa: E712  an expression
+    filled = tables.update(dataset, actions, wanted)
+    if filled is None:
+        storage.delete_file(key)
+    return filled
 
 
 def finish_check(

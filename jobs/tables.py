@@ -146,6 +146,7 @@ class Dataset(Table):
     key = UnicodeAttribute(default="")  # of the object
     summary: JSONAttribute = JSONAttribute(null=True)  # of the report
     report_key = UnicodeAttribute(default="")  # object that holds the full report as JSON
+    origin: JSONAttribute = JSONAttribute(null=True)  # of a version of another one: see jobs/versions.py
     error = UnicodeAttribute(default="")  # why rejected, for a person
     created_at = NumberAttribute(default=time.time)
     expires_at = NumberAttribute(null=True)

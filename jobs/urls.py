@@ -14,6 +14,7 @@ urlpatterns = [
     path("datasets/<str:dataset_id>/", datasets.detail, name="dataset"),
     path("datasets/<str:dataset_id>/report/", datasets.report, name="dataset_report"),
     path("datasets/<str:dataset_id>/delete/", datasets.delete, name="delete_dataset"),
+    path("datasets/<str:dataset_id>/fix/", datasets.fix, name="fix_dataset"),
     path("jobs/", jobs.index, name="jobs"),
     path("jobs/new/", jobs.new, name="new_job"),
     path("jobs/new/estimate/", jobs.estimate, name="estimate"),

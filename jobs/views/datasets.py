@@ -12,7 +12,7 @@ from django.urls import reverse
 from django.utils.http import urlencode
 from django.views.decorators.http import require_GET, require_POST
 
-from jobs import access, datasets
+from jobs import access, datasets, versions
 from jobs.forms import UploadForm
 from jobs.limits import OverQuota
 from jobs.tables import Dataset
@@ -98,6 +98,24 @@ def delete(request: HttpRequest, dataset_id: str) -> HttpResponse:
     return redirect("jobs:datasets")
 
 
+@for_people
+@require_POST
+def fix(request: HttpRequest, dataset_id: str) -> HttpResponse:
+    """Begins a new version, by the finding that `what` names or in two parts, and leads to it."""
+    dataset = access.get_dataset_for(owner_of(request), dataset_id)
+    shown = report_of(dataset)
+    what = request.POST.get("what", "")
+    try:
+        versions.check(dataset, what, shown["findings"])
+        new = versions.begin(dataset, what)
+    except versions.Refused as error:
+        return render(request, "jobs/dataset_detail.html", {**shown, "refused": str(error)}, status=400)
+    except OverQuota as error:
+        messages.error(request, str(error))
+        return redirect("jobs:dataset", dataset_id)
+    return redirect("jobs:dataset", new.dataset_id)
+
+
 # ---- how it looks --------------------------------------------------------------------------------------------------
 
 
@@ -122,13 +140,15 @@ def report_of(dataset: Dataset) -> dict[str, Any]:
         "dataset": dataset,
         **look(dataset),
         "summary": summary,
-        "findings": [_finding(f) for f in full.get("findings", [])],
+        "findings": [_finding(f, dataset) for f in full.get("findings", [])],
+        "can_split": dataset.status == "ready" and versions.can_split(dataset),
+        "origin": _origin(dataset),
         "samples": [shown_sample(s) for s in full.get("samples", [])],
         "histogram": _histogram(summary.get("histogram") or []),
         "histogram_width": 28 * max(7, len(summary.get("histogram") or [])),
         "verdict": full.get("verdict", ""),
         "file_rows": _file_rows(dataset, summary),
-        "new_job": f"{reverse('jobs:new_job')}?{urlencode({'dataset': dataset.dataset_id})}",
+        "new_job": f"{reverse('jobs:new_job')}?{urlencode(_for_job(dataset))}",
     }
 
 
@@ -158,8 +178,40 @@ def _file_rows(dataset: Dataset, summary: dict[str, Any]) -> list[tuple[str, str
 TONES = {"error": "bg-error/10", "warning": "bg-warning/10"}
 
 
-def _finding(finding: dict[str, Any]) -> dict[str, Any]:
-    return {**finding, "tone": TONES.get(str(finding.get("severity") or finding.get("level")), "bg-base-200")}
+def _finding(finding: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+    tone = TONES.get(str(finding.get("severity") or finding.get("level")), "bg-base-200")
+    return {**finding, "tone": tone, "mend": _mend(finding) if dataset.status == "ready" else ""}
+
+
+def _mend(finding: dict[str, Any]) -> str:
+    """What the button says that makes a version without these rows; empty where there is none."""
+    if finding.get("code") not in versions.WITHOUT:
+        return ""
+    many = int(finding.get("count") or 0)
+    rows = "this row" if many == 1 else f"these {many:,} rows"
+    twins = str(finding["code"]).endswith("duplicate")
+    return f"Keep one of each, leave {rows} out" if twins else f"Leave {rows} out"
+
+
+def _origin(dataset: Dataset) -> dict[str, Any] | None:
+    """Where a version comes from, for a person."""
+    origin = dataset.origin
+    if not origin:
+        return None
+    what = versions.WITHOUT.get(origin["what"]) or versions.PARTS[origin["part"]]
+    left_out = origin["rows"] - origin["kept"] if "rows" in origin else 0
+    lines = list(origin.get("lines") or [])
+    unnamed = left_out - len(lines) if lines else 0
+    return {**origin, "words": what, "left_out": left_out, "lines": lines, "unnamed": unnamed}
+
+
+def _for_job(dataset: Dataset) -> dict[str, str]:
+    """A job's form, filled in: with its other part where it was split."""
+    origin = dataset.origin or {}
+    ids = [dataset.dataset_id, str(origin.get("other") or "")]
+    if origin.get("part") == "validation":
+        ids.reverse()
+    return {name: id for name, id in zip(("dataset", "validation_dataset"), ids, strict=True) if id}
 
 
 def _histogram(counts: list[int]) -> list[dict[str, Any]]:

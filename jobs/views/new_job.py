@@ -40,9 +40,8 @@ class Draft:
         """A fresh form, or a clone of the job that `?clone=` names. Raises access.NotFound for another's job."""
         if query.get("clone"):
             return cls.of(owner, cls._cloned(owner, query["clone"]), check=False)
-        return cls.of(
-            owner, {"dataset": query.get("dataset", ""), "base": query.get("base", "")}, check=False
-        )
+        named = {name: query.get(name, "") for name in ("dataset", "validation_dataset", "base")}
+        return cls.of(owner, named, check=False)
 
     @staticmethod
     def _cloned(owner: str, job_id: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from jobs.urls import urlpatterns
 from tests.journeys.makers import make_dataset, make_job, make_model
 
 POSTS = {
-    "upload", "delete_dataset", "estimate", "pause_job", "resume_job", "cancel_job", "retry_job", "rename_job",
+    "upload", "delete_dataset", "fix_dataset", "estimate", "pause_job", "resume_job", "cancel_job", "retry_job", "rename_job",
     "delete_job", "delete_model", "playground_stream",
 }  # fmt: skip
 # A signed link is its own permission: tests/jobs asks those.

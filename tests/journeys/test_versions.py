@@ -1,0 +1,194 @@
+"""Mending data from its report: each button makes a new version, and the old one stays as it is."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from django.test import Client
+from django.urls import reverse
+
+from accounts.models import User
+from jobs import access, checking, datasets, errands, limits, storage, tables, versions
+from jobs.tables import Dataset
+from tests.journeys.makers import make_dataset
+from training.fix import DROPPABLE
+
+ROWS = [{"prompt": f"Number {i}?\n", "completion": f" It is {i * i}."} for i in range(60)]
+EMPTY = {"prompt": "And?\n", "completion": ""}
+TWINS = {
+    "code": "duplicate", "severity": "warning", "title": "Rows that stand there twice", "count": 3, "lines": [4, 5, 6],
+    "why": "They count double.", "fix": "Keep one of each.", "drop": True,
+}  # fmt: skip
+
+
+def upload(owner: str, rows: list[dict[str, str]], name: str = "support.jsonl") -> Dataset:
+    """A dataset that has come through its check."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    return come_through(datasets.receive(owner, name, io.BytesIO(text.encode())))
+
+
+def come_through(dataset: Dataset) -> Dataset:
+    """What the checks worker does when the bell rings, or the reconciler rings again."""
+    errands.run("check", dataset.owner, dataset.dataset_id, "")
+    return access.get_dataset_for(dataset.owner, dataset.dataset_id)
+
+
+def press(client: Client, dataset: Dataset, what: str, **options: Any) -> Any:
+    return client.post(reverse("jobs:fix_dataset", args=[dataset.dataset_id]), {"what": what}, **options)
+
+
+def page_of(client: Client, dataset: Dataset) -> str:
+    return " ".join(client.get(reverse("jobs:dataset", args=[dataset.dataset_id])).content.decode().split())
+
+
+def pressed(client: Client, dataset: Dataset, what: str) -> Dataset:
+    id = press(client, dataset, what)["Location"].split("/")[-2]
+    return access.get_dataset_for(dataset.owner, id)
+
+
+def lines_of(dataset: Dataset) -> list[dict[str, str]]:
+    with storage.open_file(dataset.key) as file:
+        return [json.loads(line) for line in file.read().splitlines()]
+
+
+def test_every_finding_that_names_rows_to_drop_has_its_words() -> None:
+    assert set(versions.WITHOUT) == DROPPABLE - {
+        "bad_row",
+        "leak",
+    }  # neither stands in the report of a ready dataset
+
+
+def test_doubled_rows_go_and_the_page_says_which(alices: Client, alice: User) -> None:
+    old = upload(alice.owner_id, [*ROWS, ROWS[3], EMPTY, ROWS[7]])
+    before = lines_of(old)
+    assert "Keep one of each, leave these 2 rows out" in page_of(alices, old)
+    new = pressed(alices, old, "duplicate")
+    assert (new.name, new.status) == ("support (without duplicates).jsonl", "checking")
+    assert "Writing the new version" in page_of(alices, new)
+    new = come_through(new)
+    assert new.status == "ready"
+    assert lines_of(new) == [*ROWS, EMPTY]
+    assert new.summary["examples"] == 61
+    text = page_of(alices, new)
+    for part in (
+        "63 rows before, 61 in this one",
+        "Left out: lines 61, 63 of the old file",
+        f"/{old.dataset_id}/",
+    ):
+        assert part in text
+    assert "Leave this row out" in text  # the empty answer is still there
+    again = come_through(pressed(alices, new, "empty_answer"))
+    assert again.name == "support (without duplicates, without empty answers).jsonl"
+    assert lines_of(again) == ROWS
+    assert lines_of(old) == before
+    assert access.get_dataset_for(alice.owner_id, old.dataset_id).sha256 == old.sha256
+
+
+def test_a_tenth_is_set_aside_as_a_dataset_of_its_own(alices: Client, alice: User) -> None:
+    old = upload(alice.owner_id, ROWS)
+    assert "Split off 10&nbsp;% for validation" in page_of(alices, old)
+    train = come_through(pressed(alices, old, "split"))
+    held = come_through(access.get_dataset_for(alice.owner_id, train.origin["other"]))
+    assert (train.name, held.name) == ("support (90 % to train).jsonl", "support (10 % to validate).jsonl")
+    assert train.status == held.status == "ready"
+    prompts = [{row["prompt"] for row in lines_of(one)} for one in (train, held)]
+    assert not prompts[0] & prompts[1]
+    assert prompts[0] | prompts[1] == {row["prompt"] for row in ROWS}
+    text = page_of(alices, held)
+    assert f"60 rows before, {len(prompts[1])} in this one" in text
+    form = f"?dataset={train.dataset_id}&amp;validation_dataset={held.dataset_id}"
+    assert form in text
+    assert form in page_of(alices, train)
+    chosen = alices.get(reverse("jobs:new_job") + form.replace("&amp;", "&")).content.decode()
+    assert f'<option value="{held.dataset_id}" selected' in chosen
+
+
+def test_pressing_twice_makes_one_version(alices: Client, alice: User) -> None:
+    old = make_dataset(alice.owner_id, report={"findings": [TWINS]})
+    new = pressed(alices, old, "duplicate")
+    assert pressed(alices, old, "duplicate").dataset_id == new.dataset_id
+    assert len(access.list_datasets(alice.owner_id)) == 2
+    assert pressed(alices, old, "split").dataset_id == pressed(alices, old, "split").dataset_id
+    assert len(access.list_datasets(alice.owner_id)) == 4
+    datasets.delete(alice.owner_id, new.dataset_id)
+    assert pressed(alices, old, "duplicate").dataset_id != new.dataset_id  # gone: it may be made again
+
+
+def test_a_crash_after_the_bytes_are_stored_costs_one_more_round(alices: Client, alice: User) -> None:
+    old = upload(alice.owner_id, [*ROWS[:10], ROWS[3]])
+    new = pressed(alices, old, "duplicate")
+    half = versions.make(new)  # and then the worker died: its errand is still in the list
+    assert half is not None
+    assert (half.status, bool(half.key)) == ("checking", True)
+    assert f"check#{new.dataset_id}" in {row.job_id for row in errands.waiting()}
+    new = come_through(new)
+    assert (new.status, lines_of(new), new.sha256) == ("ready", ROWS[:10], half.sha256)
+    assert f"check#{new.dataset_id}" not in {row.job_id for row in errands.waiting()}
+
+
+def test_a_version_whose_source_was_deleted_says_so(alices: Client, alice: User) -> None:
+    old = make_dataset(alice.owner_id, report={"findings": [TWINS]})
+    new = pressed(alices, old, "duplicate")
+    datasets.delete(alice.owner_id, old.dataset_id)
+    new = come_through(new)
+    assert new.status == "rejected"
+    assert "rows.jsonl was deleted before this version" in page_of(alices, new)
+
+
+def test_a_version_that_was_deleted_meanwhile_leaves_no_bytes(alices: Client, alice: User) -> None:
+    old = upload(alice.owner_id, [*ROWS[:10], ROWS[3]])
+    new = pressed(alices, old, "duplicate")
+    datasets.delete(alice.owner_id, new.dataset_id)
+    assert versions.make(new) is None
+    assert not storage.list_keys(f"datasets/{alice.owner_id}/{new.dataset_id}/")
+
+
+@pytest.mark.parametrize(
+    "what", ["", "duplicate", "few", "bad_row", "leak", "../../x", "split", "\0", "x" * 9999]
+)
+def test_what_the_report_does_not_name_is_refused_with_a_message(
+    alices: Client, alice: User, what: str
+) -> None:
+    report = {"examples": 12, "findings": [{**TWINS, "code": "few", "drop": False}]}
+    old = make_dataset(alice.owner_id, report=report)
+    answer = press(alices, old, what)
+    assert answer.status_code == 400
+    assert 'role="alert"' in answer.content.decode()
+    assert len(access.list_datasets(alice.owner_id)) == 1
+
+
+def test_a_file_still_being_checked_is_not_mended(alices: Client, alice: User) -> None:
+    old = make_dataset(alice.owner_id, status="checking", report={"findings": [TWINS]})
+    assert press(alices, old, "duplicate").status_code == 400
+    assert "Keep one of each, leave" not in page_of(alices, old)
+
+
+def test_a_full_quota_is_told_and_nothing_is_begun(alices: Client, alice: User, settings: Any) -> None:
+    old = make_dataset(alice.owner_id, report={"findings": [TWINS]})
+    limits.take(alice.owner_id, "datasets", old.dataset_id)
+    settings.JOBS = settings.JOBS | {"max_datasets_per_owner": 2}
+    answer = press(alices, old, "split", follow=True)  # there is room for one of the two
+    assert "You have 2 datasets, the most at a time" in answer.content.decode()
+    assert limits.held(alice.owner_id, "datasets") == {old.dataset_id}
+    assert len(access.list_datasets(alice.owner_id)) == 1
+    assert pressed(alices, old, "duplicate").status == "checking"
+
+
+def test_bob_mends_nothing_of_alices(bobs: Client, alice: User) -> None:
+    old = make_dataset(alice.owner_id, report={"findings": [TWINS]})
+    assert press(bobs, old, "duplicate").status_code == 404
+    assert len(access.list_datasets(alice.owner_id)) == 1
+
+
+def test_a_file_that_cannot_be_read_at_all_rejects_the_version(alice: User) -> None:
+    old = make_dataset(alice.owner_id, report={"findings": [TWINS]})
+    stored = storage.put_file(f"datasets/{alice.owner_id}/{old.dataset_id}/data", io.BytesIO(b"{oops\n"))
+    tables.update(
+        old, [Dataset.key.set(stored.key), Dataset.sha256.set(stored.sha256)], Dataset.owner.exists()
+    )
+    new = versions.begin(old, "duplicate")
+    checking.check(new.owner, new.dataset_id)
+    assert access.get_dataset_for(alice.owner_id, new.dataset_id).status == "rejected"
