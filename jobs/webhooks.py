@@ -8,6 +8,7 @@ the one that is connected to.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import http.client
@@ -17,6 +18,7 @@ import logging
 import secrets
 import socket
 import ssl
+import threading
 import time
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -29,7 +31,8 @@ from jobs.tables import Job, WebhookDelivery, WebhookEndpoint, new_id
 log = logging.getLogger(__name__)
 
 SCHEDULE_S = (0, 5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 20 * 3600, 24 * 3600)
-TIMEOUT_S = 15
+TIMEOUT_S = 15  # for each piece of an answer
+DEADLINE_S = 30  # for all of it, however slowly the pieces come
 MAX_ENDPOINTS = 10
 EVENTS = {"succeeded", "failed", "cancelled"}
 
@@ -160,17 +163,28 @@ def post(url: str, body: bytes, headers: dict[str, str]) -> int:
     host = str(parts.hostname)
     sock = socket.create_connection((_checked_address(host, port), port), timeout=TIMEOUT_S)
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+    deadline = threading.Timer(DEADLINE_S, lambda: _hang_up(sock))
+    deadline.start()
     try:
         if parts.scheme == "https":
-            sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+            context = ssl.create_default_context()
+            sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+            sock.do_handshake()
         connection.sock = sock
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         told = {"Content-Type": "application/json", "User-Agent": "LLM-Tuner-Webhooks/1", **headers}
         connection.request("POST", path, body, told)
         return connection.getresponse().status  # the body is nobody's business
     finally:
+        deadline.cancel()
         connection.close()
         sock.close()
+
+
+def _hang_up(sock: socket.socket) -> None:
+    """Ends whatever waits on it in another thread. TLS isn't asked: its state belongs to that thread."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def _checked_address(host: str, port: int) -> str:

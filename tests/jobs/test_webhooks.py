@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import socket
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import openai
@@ -172,6 +175,29 @@ def test_a_name_that_leads_inside_is_refused_and_what_was_checked_is_connected_t
     with pytest.raises(OSError):  # noqa: PT011  ours
         webhooks.post("https://outside/", b"", {})
     assert asked == [("93.184.216.34", 443)]
+
+
+def test_an_answer_that_never_ends_is_given_up(settings, monkeypatch):
+    """It would hold a worker that others wait for."""
+    settings.WEBHOOKS_ALLOW_PRIVATE = True
+    monkeypatch.setattr(webhooks, "DEADLINE_S", 0.5)
+    over = threading.Event()
+
+    def drip(server):
+        with suppress(OSError):
+            connection, _ = server.accept()
+            while not over.wait(0.05):
+                connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=drip, args=(server,), daemon=True)
+        thread.start()
+        began = time.monotonic()
+        threading.Timer(5, over.set).start()
+        with pytest.raises((OSError, http.client.HTTPException)):
+            webhooks.post(f"http://127.0.0.1:{server.getsockname()[1]}/", b"", {})
+        assert time.monotonic() - began < 3
+        over.set()
 
 
 def test_a_person_is_told_by_mail(alice):
