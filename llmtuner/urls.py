@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from allauth.account.decorators import secure_admin_login
 from django.contrib import admin
-from django.urls import include, path, re_path
+from django.urls import include, path
 
 from accounts import views
 from llmtuner import errors, health
@@ -24,7 +24,7 @@ urlpatterns = [
     path("accounts/", include("allauth.urls")),
     path("account/", include("accounts.urls")),
     # Nobody signs in by telephone here, and allauth's view for it would answer an anonymous call with a 500.
-    re_path(r"^_allauth/\w+/v1/account/phone$", errors.not_found, name="no_phone"),
+    path("_allauth/app/v1/account/phone", errors.not_found, name="no_phone"),
     path("_allauth/", include("allauth.headless.urls")),
     path("v1/", api.urls),
     path("", include("jobs.urls")),

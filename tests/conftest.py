@@ -143,10 +143,12 @@ def web(stores: None, django_db_setup: None, folder: Path) -> Iterator[Studio]:
     studio.stop()
 
 
-@pytest.fixture(scope="session")
-def studio(web: Studio) -> Studio:
-    """The whole studio: web and the three kinds of worker."""
-    for queue in ("checks", "training", "inference"):
-        if queue not in web.processes:
-            web.start_worker(queue)
-    return web
+@pytest.fixture(scope="module")
+def studio(web: Studio) -> Iterator[Studio]:
+    """The whole studio: web and the three kinds of worker. They leave with the module, for they would take the work that
+    other tests do by hand."""
+    queues = ("checks", "training", "inference")
+    for queue in queues:
+        web.start_worker(queue)
+    yield web
+    web.stop(*(queue for queue in queues if queue in web.processes))

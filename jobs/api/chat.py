@@ -25,7 +25,7 @@ router = Router(auth=INFERENCE)
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own
 DEFAULT_CHAT_TOKENS = 512  # or to the end of the context, whichever comes first
 STREAMED = {
-    "responses": {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    "responses": {200: {"content": {"text/event-stream": {}}}},
 }
 Line = dict[str, Any]
 

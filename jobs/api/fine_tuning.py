@@ -99,7 +99,7 @@ def resume_job(request: CallerRequest, job_id: str) -> Json:
     "/{job_id}/events",
     response={200: Page[JobEvent], 400: Error, 404: Error},
     auth=READ_STREAM,
-    openapi_extra={"responses": {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}},
+    openapi_extra={"responses": {200: {"content": {"text/event-stream": {}}}}},
     summary="List a job's events",
 )
 async def list_events(
