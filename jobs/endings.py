@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterable
 
 from jobs import errands, estimates, limits, queueing, storage, tables, tuned_models, webhooks
-from jobs.tables import ENDED, Dataset, EventChunk, Job, JobIndex, TunedModel, month_of
+from jobs.tables import ENDED, Dataset, EventChunk, Job, JobIndex, TunedModel, Upload, month_of
+
+PUT_TOGETHER_S = 3600  # the longest that putting an upload's parts together takes
 
 
 def after_end(owner: str, job_id: str) -> None:
@@ -89,9 +91,20 @@ def delete_bytes(owner: str, id: str) -> bool:
         return _delete_dataset(owner, id)
     if id.startswith("ftjob-"):
         return _delete_job(owner, id)
+    if id.startswith("upload-"):
+        return _delete_parts(owner, id)
     model = tables.get(TunedModel, owner, id)
     if model and model.gone and model.prefix:
         storage.delete_prefix(model.prefix.rstrip("/") + "/")
+    return True
+
+
+def _delete_parts(owner: str, upload_id: str) -> bool:
+    """Of an upload that is over: completed, cancelled, expired, or its owner gone."""
+    row = tables.get(Upload, owner, upload_id)
+    if row and row.status in {"pending", "completing"} and time.time() < row.expires_at + PUT_TOGETHER_S:
+        return False
+    storage.delete_prefix(f"uploads/{upload_id}/")
     return True
 
 

@@ -11,7 +11,7 @@ from django.conf import settings
 from ninja import File as Part
 from ninja import Router, UploadedFile
 
-from jobs import datasets, storage, tables
+from jobs import datasets, errands, limits, storage, tables
 from jobs.api import files
 from jobs.api.caller import WRITE, CallerRequest
 from jobs.api.errors import ApiError, bad, not_found
@@ -23,6 +23,7 @@ Json = dict[str, Any]
 LIFETIME_S = 3600
 MAX_PARTS = 10_000
 MAX_PART = 64 * 1024 * 1024
+MAX_OPEN = 20  # uploads of one person at a time: their parts count towards no other quota
 
 
 @router.post("", response={200: Upload, 400: Error}, summary="Begin an upload in parts")
@@ -32,8 +33,12 @@ def create_upload(request: CallerRequest, body: UploadCreate) -> Json:
     limit = int(settings.JOBS["max_upload_bytes"])
     if body.bytes > limit:
         raise bad(f"A file may have at most {limit:,} bytes here.", "bytes", "file_too_large")
+    owner = request.auth.owner
+    limits.check_room(owner)
+    if sum(_status(row) == "pending" for row in tables.rows(Row, owner)) >= MAX_OPEN:
+        raise limits.OverQuota(f"You have {MAX_OPEN} open uploads. Complete or cancel one first.")
     row = Row(
-        request.auth.owner,
+        owner,
         tables.new_id("upload"),
         filename=body.filename,
         bytes=body.bytes,
@@ -41,6 +46,7 @@ def create_upload(request: CallerRequest, body: UploadCreate) -> Json:
         purpose=body.purpose,
         expires_at=time.time() + LIFETIME_S,
     )
+    errands.put("delete", owner, row.upload_id)  # the parts, also of an upload that nobody comes back to
     tables.put_new(row)
     return show(row)
 

@@ -180,10 +180,10 @@ async def _answer(send: Send, status: int, headers: list[tuple[bytes, bytes]] | 
 
 async def _owner(request: HttpRequest) -> str | None:
     """Whose session this is now; None once it is over."""
-    return await sync_to_async(_owner_of_session)(request)
+    return await sync_to_async(owner_of_session)(request)
 
 
-def _owner_of_session(request: HttpRequest) -> str | None:
+def owner_of_session(request: HttpRequest) -> str | None:
     close_old_connections()
     key = request.COOKIES.get(settings.SESSION_COOKIE_NAME)
     if not key:

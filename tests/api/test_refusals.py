@@ -13,7 +13,12 @@ from typing import Any
 import openai
 import pytest
 from django.core.cache import cache
+from django.core.files.uploadedfile import SimpleUploadedFile
+from django.test import Client
+from django.test.client import encode_multipart
 
+from jobs.api import uploads
+from llmtuner import bounded
 from tests.api.conftest import Person, client_of, rows
 
 pytestmark = pytest.mark.usefixtures("web")
@@ -240,6 +245,53 @@ def test_a_huge_body_is_refused_before_it_is_sent(web: Any, people: dict[str, Pe
         with contextlib.suppress(ConnectionError):  # it may hang up while we are still talking
             assert b" 413 " in s.recv(4096)
     assert client_of(web.url, people["alice"].key).models.list().data
+
+
+def test_nobody_opens_uploads_without_end(client: openai.OpenAI):
+    def begin() -> Any:
+        return client.uploads.create(bytes=3, filename="a.txt", mime_type="text/plain", purpose="fine-tune")
+
+    opened = []
+    with pytest.raises(openai.RateLimitError) as refusal:  # noqa: PT012  which one is refused is the question
+        for _ in range(uploads.MAX_OPEN + 1):
+            opened.append(begin())
+    assert refusal.value.code == "quota_exceeded"
+    for upload in opened:
+        client.uploads.cancel(upload.id)
+    client.uploads.cancel(begin().id)
+
+
+@pytest.mark.parametrize("address", ["/v1/files", "/datasets/upload/", "/v1/uploads/upload-1/parts"])
+@pytest.mark.parametrize("length", ["Content-Length: 104857600", "Transfer-Encoding: chunked"])
+def test_a_strangers_file_is_refused_unread(address: str, length: str, web: Any, people: dict[str, Person]):
+    host, port = web.url.removeprefix("http://").split(":")
+    head = (
+        f"POST {address} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    )
+    head += f"Authorization: Bearer {people['alice'].expired}\r\nCookie: session=none\r\n"
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=10) as s:
+        s.sendall(f"{head}{length}\r\n\r\n".encode())
+        assert s.recv(4096).split()[1] in (b"401", b"413")
+
+
+def test_a_large_file_of_somebody_known_is_taken(client: openai.OpenAI, web: Any, people: dict[str, Person]):
+    data = rows(100_000)
+    assert len(data) > bounded.MAX_BODY
+    file = client.files.create(file=("large.jsonl", data), purpose="fine-tune")
+    assert file.bytes == len(data)
+    client.files.delete(file.id)
+
+    page = Client()
+    page.force_login(people["alice"].user)
+    form = encode_multipart("b", {"file": SimpleUploadedFile("large.jsonl", data)})
+    headers = {
+        "Content-Type": "multipart/form-data; boundary=b",
+        "Cookie": f"session={page.cookies['session'].value}",
+    }
+    asked = urllib.request.Request(f"{web.url}/datasets/upload/", form, headers, method="POST")
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(asked, timeout=20)
+    assert refusal.value.code == 403  # read to its end, where the form's token is missing
 
 
 def test_a_session_cookie_opens_nothing(web: Any, people: dict[str, Person]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 
@@ -139,3 +140,21 @@ def test_a_giant_summary_does_not_stand_in_the_row():
     summary = {"examples": 3, "histogram": ["x" * 1000] * 1000}
     ready = datasets.finish_check(dataset.owner, dataset.dataset_id, "ready", summary=summary)
     assert ready.summary == {"examples": 3}
+
+
+@pytest.mark.parametrize(
+    ("status", "age", "goes"),
+    [("pending", 0, False), ("completing", 0, False), ("pending", 3 * 3600, True), ("cancelled", 0, True)],
+)
+def test_parts_of_an_upload_go_when_it_is_over(status: str, age: float, goes: bool):
+    owner, upload_id = make_owner(), tables.new_id("upload")
+    tables.Upload(owner, upload_id, status=status, expires_at=time.time() + 60 - age).save()
+    part = storage.put_file(f"uploads/{upload_id}/part-1", io.BytesIO(b"abc"))
+    assert endings.delete_bytes(owner, upload_id) is goes
+    assert (storage.size_of(part.key) is None) is goes
+
+
+def test_parts_of_an_upload_go_with_their_owner():
+    part = storage.put_file("uploads/upload-GONE/part-1", io.BytesIO(b"abc"))
+    assert endings.delete_bytes(make_owner(), "upload-GONE")
+    assert storage.size_of(part.key) is None
