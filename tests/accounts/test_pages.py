@@ -5,10 +5,12 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 import pytest
+from django.contrib.auth.models import Permission
 from django.test import Client
 
 from accounts.models import User
 from tests.accounts.conftest import sign_in
+from tests.factories import make_user
 
 VISITOR = ["/accounts/login/", "/accounts/signup/", "/accounts/password/reset/", "/nowhere"]
 MEMBER = [
@@ -111,6 +113,19 @@ def test_the_admin_stands_under_the_same_policy(sam: User, page: Client, address
 def test_the_admin_is_for_staff(alice: User, page: Client, address: str):
     sign_in(page, alice)
     assert page.get(address).status_code in {302, 403}
+
+
+def test_staff_make_nobody_a_superuser(sam: User, page: Client):
+    helper = make_user("helper", is_staff=True)
+    helper.user_permissions.set(Permission.objects.filter(codename__in=["view_user", "change_user"]))
+    sign_in(page, helper)
+    wish = {"is_active": "on", "is_staff": "on", "is_superuser": "on"}
+    page.post(f"/admin/accounts/user/{helper.pk}/change/", wish)
+    helper.refresh_from_db()
+    assert not helper.is_superuser
+    assert page.post(f"/admin/accounts/user/{sam.pk}/change/", {}).status_code == 403
+    sam.refresh_from_db()
+    assert sam.is_active
 
 
 def test_a_broken_page_shows_its_number_and_nothing_else(db, page: Client, monkeypatch):
