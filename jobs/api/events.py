@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -17,8 +18,10 @@ from jobs.tables import Job
 
 Json = dict[str, Any]
 REAUTHORISE_S = 30
+STREAMS_PER_OWNER = 100  # in one process
 PING_S = 15
 _ID = re.compile(r"ftevent-([0-9A-HJKMNP-TV-Z]{26})-(\d{1,12})")
+_open: Counter[str] = Counter()  # streams by owner
 LEVELS = {"warn": "warn", "warning": "warn", "error": "error"}
 ENDS = {
     "succeeded": "The job has succeeded",
@@ -78,11 +81,19 @@ def _data(line: Json) -> Json:
     return {name: value for name, value in numbers.items() if value is not None} | {"llmtuner": line}
 
 
+def check_room(owner: str) -> None:
+    """Is there room for one more stream? Raises ApiError."""
+    if _open[owner] >= STREAMS_PER_OWNER:
+        message = f"You have {STREAMS_PER_OWNER} streams open. Close one first."
+        raise errors.ApiError(429, message, code="rate_limit_exceeded", retry_after=5)
+
+
 async def stream(
     owner: str, job_id: str, still_allowed: Callable[[], Awaitable[bool]]
 ) -> AsyncIterator[bytes]:
     """All events from the first, then each as it comes, until the job ends or the key is revoked."""
     give_thread_back()  # the middlewares have used it again
+    _open[owner] += 1
     looked = time.monotonic()
     events = feed.follow(owner, job_id)
     coming = asyncio.ensure_future(anext(events))
@@ -109,6 +120,7 @@ async def stream(
         )
         yield _line(errors.body(told.message, told.status, told.param, told.code))
     finally:
+        _open[owner] -= 1
         coming.cancel()
         await asyncio.gather(coming, return_exceptions=True)
         await events.aclose()

@@ -118,6 +118,8 @@ async def list_events(
         rows, has_more = await in_pool(events.newest_first, owner, job, limit, after)
         return paging.page(rows, has_more)
 
+    events.check_room(owner)
+
     async def still_allowed() -> bool:
         return await in_pool(authenticate, request) is not None
 

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import openai
+from django.test import AsyncClient
 
+from jobs import lifecycle
+from jobs.api import events
 from tests.api.conftest import Person, rows
+from tests.jobs.makers import make_job
 
 STREAMS = 40
 
@@ -46,3 +50,20 @@ async def test_forty_open_streams_of_events_hold_no_thread_each(
         assert threads_of(web.processes["web"].pid) < STREAMS / 2
         await many.fine_tuning.jobs.cancel(job.id)
         assert set(await asyncio.gather(*watching)) == {"data: [DONE]"}
+
+
+async def test_nobody_opens_streams_without_end(stores: None, people: dict[str, Person], monkeypatch):
+    alice, bob = people["alice"], people["bob"]
+    monkeypatch.setitem(events._open, alice.owner, events.STREAMS_PER_OWNER)
+    answers = []
+    for person in (alice, bob):
+        job = await asyncio.to_thread(make_job, person.owner)
+        await asyncio.to_thread(lifecycle.ask, person.owner, job.job_id, "cancel")
+        answer = await AsyncClient().get(
+            f"/v1/fine_tuning/jobs/{job.job_id}/events?stream=true",
+            headers={"Authorization": f"Bearer {person.key}"},
+        )
+        answers.append(answer)
+    assert [answer.status_code for answer in answers] == [429, 200]
+    assert b"[DONE]" in b"".join([piece async for piece in answers[1].streaming_content])
+    assert not events._open[bob.owner]
