@@ -23,6 +23,7 @@ from django.conf import settings
 
 from jobs import access, bells, checkpoint_models, trainer_process, tuned_models
 from training import catalog, hub
+from training.events import Failure
 
 log = logging.getLogger(__name__)
 MAX_LINE_BYTES = 1 << 20  # with many log probabilities a line grows
@@ -183,9 +184,11 @@ def serve(owner: str, rid: str, request: dict[str, Any]) -> None:
         return
     except Exception as error:
         log.exception("request %s", rid)
+        # Only what was written for people: other errors name paths, buckets and addresses.
+        why = str(error) if isinstance(error, Failure) else "Try again in a moment."
         publish(
             rid,
-            [json.dumps(ERROR | {"code": "unavailable", "message": f"The model cannot be loaded: {error}"})],
+            [json.dumps(ERROR | {"code": "unavailable", "message": f"The model cannot be loaded. {why}"})],
         )
         return
     until = time.monotonic() + settings.JOBS["generation_timeout_s"]

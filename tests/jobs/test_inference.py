@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import access, bells, inference
+from jobs import access, bells, inference, relay
 from jobs.inference import Busy, Failed, GenerateRequest
 from tests import services
 from tests.jobs.makers import make_owner
@@ -139,3 +139,17 @@ async def test_a_dead_server_is_started_again(worker):
         async for _ in stream:
             pass
     await wait_for_answer()
+
+
+def test_why_a_model_cannot_be_loaded_names_nothing_of_ours(stores, monkeypatch):
+    said: list[str] = []
+
+    def away(owner, model):
+        raise OSError("no bucket s3://inside/ at 10.0.0.7")
+
+    monkeypatch.setattr(relay, "model_folder", away)
+    monkeypatch.setattr(relay, "is_read", lambda rid: True)
+    monkeypatch.setattr(relay, "publish", lambda rid, lines: said.extend(lines))
+    relay.serve("user-A", "r1", {"model": "starter"})
+    assert "cannot be loaded" in said[-1]
+    assert "inside" not in "".join(said)
