@@ -24,7 +24,7 @@ from jobs.api.schemas import ChatCompletion, ChatCreate, Completion, CompletionC
 router = Router(auth=INFERENCE)
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own
 DEFAULT_CHAT_TOKENS = 512  # or to the end of the context, whichever comes first
-STREAMED = {
+STREAMED: dict[str, Any] = {
     "responses": {200: {"content": {"text/event-stream": {}}}},
 }
 Line = dict[str, Any]
