@@ -179,6 +179,13 @@ def path_of(route: str, ids: dict[str, str]) -> str:
     return "/" + re.sub(r"<(?:\w+:)?(\w+)>", lambda found: ids.get(found[1], "1"), route)
 
 
+def plain(row: Any) -> dict[str, Any]:
+    """A row as JSON would have it; sets (of quotas) in order. A quota's row keeps no `created_at` and reads as now."""
+    values = row.to_simple_dict(force=True)
+    values.pop("created_at", None)
+    return {name: sorted(v, key=repr) if isinstance(v, (set, list)) else v for name, v in values.items()}
+
+
 def everything_of(alice: Person, ids: dict[str, str]) -> dict[str, Any]:
     """All that is stored for Alice, to compare before and after."""
     from jobs import storage, tables
@@ -192,8 +199,8 @@ def everything_of(alice: Person, ids: dict[str, str]) -> dict[str, Any]:
         tables.Usage,
         tables.WebhookEndpoint,
     ):
-        found[table.__name__] = [row.to_simple_dict() for row in tables.rows(table, alice.owner)]
-    found["events"] = [row.to_simple_dict() for row in tables.rows(tables.EventChunk, ids["job_id"])]
+        found[table.__name__] = [plain(row) for row in tables.rows(table, alice.owner)]
+    found["events"] = [plain(row) for row in tables.rows(tables.EventChunk, ids["job_id"])]
     found["objects"] = sorted(storage.list_keys(f"datasets/{alice.owner}/"))
     keys = alice.user.api_keys.order_by("pk")
     found["keys"] = list(keys.values_list("pk", "name", "digest", "scopes", "expires_at", "revoked_at"))
