@@ -129,6 +129,11 @@ def translate(exc: Exception) -> ApiError:
             )
         case RequestDataTooBig() | storage.TooLarge():
             return too_large()
+        case storage.Missing():
+            log.warning("objects: %s", exc)
+            return ApiError(
+                404, "The file's bytes are not there any more. Upload it again.", code="not_found"
+            )
         case storage.StorageError():
             log.warning("objects: %s", exc)
             return ApiError(
