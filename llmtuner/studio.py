@@ -88,6 +88,12 @@ def programs() -> Iterator[tuple[str, int, list[str], int]]:
         yield queue, 20, [sys.executable, "-m", *worker_argv(queue)], STOP_WORKERS_S
 
 
+def dying_with_parent() -> list[str]:
+    """What stands before a command so that it dies with its parent, also when that is killed. setpriv belongs to
+    util-linux, which every Debian has."""
+    return ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
+
+
 def write_configuration(var: Path) -> Path:
     """supervisord.conf and redis.conf; both are written anew at each start."""
     redis = var / "redis"
@@ -111,10 +117,10 @@ def write_configuration(var: Path) -> Path:
         "[rpcinterface:supervisor]",
         "supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface",
     ]
-    # setpriv (util-linux, on every Debian) lets each process die with supervisor, also when that is killed.
-    wrapper = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
     for name, priority, argv, stop_s in programs():
-        words = (word.replace("%", "%%") for word in [*wrapper, *argv])  # supervisor expands %(name)s
+        words = (
+            word.replace("%", "%%") for word in [*dying_with_parent(), *argv]
+        )  # supervisor expands %(name)s
         command = " ".join(f'"{word}"' if " " in word else word for word in words)
         parts += [
             f"[program:{name}]",
@@ -153,8 +159,15 @@ class Supervisor:
     """supervisord as a child process, spoken to over its unix socket."""
 
     def __init__(self, configuration: Path, var: Path) -> None:
-        wrapper = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
-        argv = [*wrapper, sys.executable, "-m", "supervisor.supervisord", "-c", str(configuration), "-n"]
+        argv = [
+            *dying_with_parent(),
+            sys.executable,
+            "-m",
+            "supervisor.supervisord",
+            "-c",
+            str(configuration),
+            "-n",
+        ]
         # A session of its own, so that Ctrl-C reaches only us and the stop is in our order.
         self.process = subprocess.Popen(argv, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
         self.socket = socket_path(var)
