@@ -302,6 +302,7 @@ def main() -> int:
     options = parser.parse_args()
 
     started = time.monotonic()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `bin/up &` would have us ignore it
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, lambda *_: sys.exit(0))
     var = set_environment()
