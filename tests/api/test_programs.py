@@ -1,0 +1,95 @@
+"""Programs that were written for OpenAI, by others, run here with only address and key changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.api.conftest import Person
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("studio")]
+RECIPE = Path(__file__).with_name("cookbook_recipe.py")
+_said: dict[str, str] = {}  # by the recipe, which runs once for all tests here
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Nothing of ours: what the program finds on any machine."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return {**kept, **more}
+
+
+@pytest.fixture
+def said(web: Any, people: dict[str, Person], tmp_path: Path) -> dict[str, str]:
+    """The last of each kind of line that the Cookbook's script prints."""
+    if not _said:
+        done = subprocess.run(
+            [sys.executable, str(RECIPE), str(tmp_path)],
+            env=environment(OPENAI_BASE_URL=f"{web.url}/v1", OPENAI_API_KEY=people["alice"].key),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        _said.update(line.split(": ", 1) for line in done.stdout.splitlines())
+    return _said
+
+
+def test_the_cookbooks_script_fine_tunes_and_uses_its_model(said: dict[str, str]):
+    assert said["Status"] == "succeeded"
+    assert said["Fine-tuned model ID"].startswith("ft:")
+    assert ":recipe-ner:" in said["Fine-tuned model ID"]
+    assert int(said["Trained Tokens"]) > 0
+    assert int(said["Result rows"]) > 10
+    assert float(said["Last loss"]) < float(said["First loss"]) / 3
+    assert float(said["Validation loss"]) > 0
+    answer = json.loads(json.loads(said["Answer"]))  # the model has learnt to answer with a list
+    assert all(isinstance(food, str) for food in answer)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_the_llm_tool_chats_with_a_tuned_model(
+    said: dict[str, str], web: Any, people: dict[str, Person], tmp_path: Path, streamed: bool
+):
+    """`llm` by Simon Willison, from PyPI: its own way of naming a server, and nothing else."""
+    model = said["Fine-tuned model ID"]
+    described = {
+        "model_id": "tuned",
+        "model_name": model,
+        "api_base": f"{web.url}/v1",
+        "api_key_name": "tuner",
+        "can_stream": streamed,
+    }
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([described]))  # YAML is a superset
+    (tmp_path / "keys.json").write_text(json.dumps({"tuner": people["alice"].key}))
+    argv = [str(Path(sys.executable).with_name("llm")), "prompt", "-m", "tuned", "-o", "temperature", "0"]
+    argv += ["-o", "max_tokens", "12", *([] if streamed else ["--no-stream"])]
+    argv += ["-s", "Extract the generic ingredients.", 'Ingredients: ["1 c. sugar", "2 Tbsp. milk"]']
+    done = subprocess.run(
+        argv,
+        env=environment(LLM_USER_PATH=str(tmp_path)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    logged = json.loads(
+        subprocess.run(
+            [argv[0], "logs", "list", "--json"],
+            env=environment(LLM_USER_PATH=str(tmp_path)),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+    )
+    assert logged[0]["response"].strip() == done.stdout.strip()
+    assert logged[0]["output_tokens"] in range(1, 13)
