@@ -14,7 +14,7 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs import access, prepare, trainer_process
+from jobs import access, bases, prepare, trainer_process
 from jobs.tables import Job
 
 MARK = ":ckpt-step-"
@@ -55,7 +55,7 @@ def _export(job: Job, checkpoint: dict[str, Any], place: Path) -> None:
             "--to",
             str(place),
             "--base",
-            prepare.base_of(job.base),
+            str(bases.folder(job.base, job.base_facts)),
         )
         child = trainer_process.start("export", *where)
         said, errors = child.process.communicate(timeout=EXPORT_S)

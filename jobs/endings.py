@@ -62,7 +62,12 @@ def _named(job: Job) -> tuple[str, ...]:
 
 def _of_model(job: Job) -> list[str]:
     model = tables.get(TunedModel, job.owner, job.model_id) if job.model_id else None
-    return [model.prefix] if model and not model.gone else []
+    return [model.prefix] if model and (not model.gone or _is_a_base(model)) else []
+
+
+def _is_a_base(model: TunedModel) -> bool:
+    """Of a job that hasn't ended: it may still have to fetch the files."""
+    return any(job.base == model.model_id and not job.ended for job in active_of(model.owner))
 
 
 def _epoch(key: str) -> int:
@@ -95,6 +100,8 @@ def delete_bytes(owner: str, id: str) -> bool:
         return _delete_parts(owner, id)
     model = tables.get(TunedModel, owner, id)
     if model and model.gone and model.prefix:
+        if _is_a_base(model):
+            return False
         storage.delete_prefix(model.prefix.rstrip("/") + "/")
     return True
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs import tables
+from jobs import bases, tables
 from jobs.tables import Dataset, EstimateRecord, Job, Worker
 from training.auto import resolve
-from training.catalog import BaseModel, Machine, find, this_machine
+from training.catalog import BaseModel, Machine, this_machine
 from training.config import Settings, parse
 from training.estimate import Estimate, Past
 from training.estimate import estimate as predict
@@ -59,7 +59,7 @@ def record(job: Job) -> None:
     Only whole runs teach: ended well, and not tried twice."""
     dataset = tables.get(Dataset, job.owner, job.dataset_id)
     counted = Summary.from_dict((dataset.summary if dataset else None) or {})
-    base, on = find(job.base), machine()
+    base, on = bases.of_job(job), machine()
     if job.status != "succeeded" or job.attempts or base is None:
         return
     if not (job.started_at and job.ended_at and counted.examples):

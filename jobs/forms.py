@@ -20,7 +20,8 @@ class NewJobForm(forms.Form):
     name = forms.CharField(max_length=NAME_LENGTH, required=False, strip=True)
     dataset = forms.CharField(max_length=80, error_messages={"required": "Choose the dataset to learn from."})
     validation_dataset = forms.CharField(max_length=80, required=False)
-    base = forms.CharField(max_length=200, error_messages={"required": "Choose the model to start from."})
+    base = forms.CharField(max_length=300, error_messages={"required": "Choose the model to start from."})
+    hub = forms.CharField(max_length=200, required=False, strip=True)  # another one of the Hub, by its id
     prompts = forms.CharField(max_length=6000, required=False)
     suffix = forms.RegexField(
         r"^[a-z0-9][a-z0-9-]{0,39}$",

@@ -19,7 +19,8 @@ from typing import Any
 import redis.exceptions
 from django.conf import settings
 
-from jobs import bells, tuned_models
+from jobs import bases, bells, tuned_models
+from training import catalog
 
 MAX_WAITING = 64  # requests in all, running ones included; more are told to come back
 PATIENCE_S = 5.0  # how long an owner's request waits for another of the same owner to end
@@ -99,10 +100,9 @@ async def stream(owner: str, request: GenerateRequest) -> AsyncGenerator[dict[st
 
 
 def check_model(owner: str, model_id: str) -> None:
-    """Raises access.NotFound unless `owner` may generate with it."""
-    from jobs.relay import is_base_model
-
-    if not is_base_model(model_id):
+    """Raises access.NotFound unless `owner` may generate with it: a model of the catalogue, one of the Hub that they
+    added, or their own."""
+    if not catalog.find(model_id) and not bases.added(owner, model_id):
         tuned_models.get_for(owner, model_id)
 
 

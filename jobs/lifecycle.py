@@ -38,7 +38,7 @@ from pynamodb.exceptions import PynamoDBException
 from pynamodb.expressions.condition import Condition
 from pynamodb.expressions.update import Action
 
-from jobs import access, endings, limits, queueing, reasons, tables
+from jobs import access, bases, endings, limits, queueing, reasons, tables
 from jobs.limits import OverQuota
 from jobs.queueing import WorkerInfo
 from jobs.tables import ENDED, Dataset, HeartbeatJob, Job, JobIndex, Usage, month_of, new_id, time_of
@@ -85,10 +85,13 @@ class JobRequest:
     api: Mapping[str, Any] | None = None  # what `/v1` was sent, to answer in the same words
     needs: Mapping[str, Any] = field(default_factory=dict)  # {"memory": bytes, "gpu": true}
     start_from: Mapping[str, Any] | None = None  # set by `retry`
+    base_facts: Mapping[str, Any] | None = None  # set by `retry`: the very base of the job it repeats
 
     def hash(self) -> str:
         body = json.dumps(
-            {name: getattr(self, name) for name in self.__dataclass_fields__}, sort_keys=True, default=dict
+            {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "base_facts"},
+            sort_keys=True,
+            default=dict,
         )
         return hashlib.sha256(body.encode()).hexdigest()
 
@@ -103,6 +106,7 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
     minutes, and a later call with the same key takes a fresh id. Raises Refused, OverQuota, LostRace.
     """
     datasets = _check(owner, request)
+    request = replace(request, base_facts=_base(owner, request))
     job_id = new_id("ftjob") if idempotency_key is None else _id_for(owner, request, idempotency_key)
     known = tables.get(Job, owner, job_id)
     if known and known.status == "void":
@@ -135,7 +139,7 @@ def _check(owner: str, request: JobRequest) -> list[Dataset]:
         raise Refused(error.field, error.message) from error
     if not re.fullmatch(r"[A-Za-z0-9_.-]{0,64}", request.suffix):
         raise Refused("suffix", "Use up to 64 letters, digits, dots, dashes and underscores.")
-    if not request.base or len(request.base) > 200 or not request.base.isascii():
+    if not request.base or len(request.base) > 300 or not request.base.isascii():
         raise Refused("base", "Name a base model.")
     if len(request.name) > 200:
         raise Refused("name", "Give a name of at most 200 characters.")
@@ -152,6 +156,17 @@ def _check(owner: str, request: JobRequest) -> list[Dataset]:
             raise Refused(where, f"The dataset was refused: {dataset.error or 'its report says why'}")
         found.append(dataset)
     return found
+
+
+def _base(owner: str, request: JobRequest) -> Mapping[str, Any]:
+    try:
+        pinned = bases.pin(owner, request.base)
+    except access.NotFound as error:
+        raise Refused(
+            "base",
+            f"There is no model {request.base} to start from. Choose one of the list, or add it from the Hub.",
+        ) from error
+    return request.base_facts or pinned
 
 
 def _id_for(owner: str, request: JobRequest, key: str) -> str:
@@ -179,12 +194,19 @@ def _id_for(owner: str, request: JobRequest, key: str) -> str:
 
 def _new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset], slug: str) -> Job:
     ready = all(dataset.status == "ready" for dataset in datasets)
-    parts = ["ft", request.base, slug or owner[-8:].lower(), request.suffix, job_id[-8:].lower()]
+    parts = [
+        "ft",
+        bases.root_of(request.base_facts or {"id": request.base}),
+        slug or owner[-8:].lower(),
+        request.suffix,
+        job_id[-8:].lower(),
+    ]
     job = Job(
         owner,
         job_id,
         name=request.name or datasets[0].name,
         base=request.base,
+        base_facts=dict(request.base_facts) if request.base_facts else None,
         method=str(request.settings.get("method") or "full"),
         dataset_id=request.dataset_id,
         validation_dataset_id=request.validation_dataset_id or None,
@@ -314,7 +336,8 @@ def retry(owner: str, job_id: str, *, slug: str = "") -> Job:
         raise Refused("status", "Only a job that failed or was cancelled can be tried again.")
     start = next((c for c in job.checkpoints if c["key"] == job.checkpoint_key), None)
     slug = slug or job.model_id.split(":")[2]
-    return submit(owner, replace(clone_request(job), start_from=start), slug=slug)
+    again = replace(clone_request(job), start_from=start, base_facts=job.base_facts)
+    return submit(owner, again, slug=slug)
 
 
 def delete(owner: str, job_id: str, *, with_model: bool = False) -> None:

@@ -10,7 +10,7 @@ from django.dispatch import receiver
 
 from accounts.signals import exporting, leaving
 from jobs import access, datasets, errands, lifecycle, tables, tuned_models
-from jobs.tables import Upload, WebhookEndpoint
+from jobs.tables import HubModel, Upload, WebhookEndpoint
 
 PAGE = 100
 
@@ -22,6 +22,7 @@ def export(owner: str, **kwargs: Any) -> dict[str, Any]:
         "datasets": [_plain(row, DATASET) for row in _all(access.list_datasets, owner)],
         "jobs": [_plain(row, JOB) for row in _all(access.list_jobs, owner)],
         "models": [_plain(row, MODEL) for row in _all(access.list_models, owner)],
+        "hub_models": [row.name for row in tables.rows(HubModel, owner)],
         "webhooks": [{"id": row.endpoint_id, "url": row.url} for row in tables.rows(WebhookEndpoint, owner)],
     }
 
@@ -83,7 +84,7 @@ def leave(owner: str, _id: str) -> bool:
             lifecycle.delete(owner, job.job_id, with_model=True)
     _delete_each(access.list_models, owner, tuned_models.delete)
     _delete_each(access.list_datasets, owner, datasets.delete)
-    for table, name in ((Upload, "upload_id"), (WebhookEndpoint, "endpoint_id")):
+    for table, name in ((Upload, "upload_id"), (WebhookEndpoint, "endpoint_id"), (HubModel, "name")):
         for row in list(tables.rows(table, owner)):
             tables.remove(table, owner, getattr(row, name))
     return not any(access.list_jobs(owner, 1))

@@ -15,9 +15,9 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs import access, datasets, proof, storage
+from jobs import access, bases, datasets, proof, storage
 from jobs.tables import Dataset, Job
-from training import catalog, hub
+from training import catalog
 from training.events import Failure
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def prepare(job: Job, folder: Path, gone_on: Callable[[], None]) -> Prepared:
     """Fetches everything. `gone_on` is called between files and may raise to stop. Raises Failure for what is the user's
     fault, OSError and the storage's errors for what may work the next time."""
     config: dict[str, Any] = {
-        "base": base_of(job.base),
+        "base": str(bases.folder(job.base, job.base_facts)),
         "work_dir": str(folder / "work"),
         "settings": dict(job.settings or {}),
         "prompts": list(job.prompts or []),
@@ -79,14 +79,6 @@ def _expected(job: Job, summary: dict[str, Any]) -> dict[str, int]:
     as_reported = job.base == catalog.STARTER and not chosen.get("sequence_length")
     names = ("examples", "tokens") if as_reported else () if summary.get("kind") == "text" else ("examples",)
     return {name: int(summary[name]) for name in names if summary.get(name)}
-
-
-def base_of(base: str) -> str:
-    """A folder on this machine. Models of the Hub are fetched here, by us: the trainer has no network and no token."""
-    found = catalog.find(base)
-    if found is not None and found.folder:
-        return found.folder
-    return str(hub.check(hub.fetch(found.id if found else base)))
 
 
 def _dataset(owner: str, dataset_id: str) -> Dataset:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import re
 import selectors
 import subprocess
 import threading
@@ -21,8 +20,8 @@ from typing import Any
 import redis.exceptions
 from django.conf import settings
 
-from jobs import access, bells, checkpoint_models, trainer_process, tuned_models
-from training import catalog, hub
+from jobs import access, bases, bells, checkpoint_models, trainer_process, tuned_models
+from training import catalog
 from training.events import Failure
 
 log = logging.getLogger(__name__)
@@ -207,20 +206,12 @@ def is_read(rid: str) -> bool:
         return True  # not known: go on
 
 
-def is_base_model(model_id: str) -> bool:
-    """One of the catalogue, or a name of the Hub (`people/model`)."""
-    return (
-        catalog.find(model_id) is not None or re.fullmatch(r"[\w.-]+/[\w.-]+", model_id, re.ASCII) is not None
-    )
-
-
 def model_folder(owner: str, model_id: str) -> Path:
     """Where the model lies on this machine, fetched if need be. Raises access.NotFound."""
-    if is_base_model(model_id):
-        base = catalog.find(model_id)
-        return (
-            Path(base.folder) if base and base.folder else hub.check(hub.fetch(base.id if base else model_id))
-        )
+    if catalog.find(model_id):
+        return bases.folder(model_id, None)
+    if added := bases.added(owner, model_id):
+        return bases.folder(model_id, added.facts)
     if checkpoint_models.MARK in model_id:
         return checkpoint_models.folder(owner, model_id)
     model = tuned_models.get_for(owner, model_id)

@@ -164,6 +164,9 @@ class _JobAttributes(Table):
     # What was asked for
     name = UnicodeAttribute(default="")
     base = UnicodeAttribute(default="")
+    base_facts: JSONAttribute = JSONAttribute(
+        null=True
+    )  # of what it starts from, as it was then: jobs/bases.py
     method = UnicodeAttribute(default="full")
     dataset_id = UnicodeAttribute(default="")
     validation_dataset_id = UnicodeAttribute(null=True)
@@ -289,7 +292,8 @@ class TunedModel(Table):
     model_id = UnicodeAttribute(range_key=True)  # ft:<base>:<owner slug>:<suffix>:<short id>
     job_id = UnicodeAttribute(default="")
     name = UnicodeAttribute(default="")
-    base = UnicodeAttribute(default="")
+    base = UnicodeAttribute(default="")  # what it was tuned from: maybe another tuned model
+    base_facts: JSONAttribute = JSONAttribute(null=True)  # the job's
     method = UnicodeAttribute(default="full")
     step = NumberAttribute(default=0)
     epoch = NumberAttribute(default=0)
@@ -306,6 +310,18 @@ class TunedModel(Table):
     @property
     def id(self) -> str:
         return self.model_id
+
+
+class HubModel(Table):
+    """A model of the Hugging Face Hub that a person added, as it was when it was checked."""
+
+    class Meta(Where):
+        table_name = _name("HubModel")
+
+    owner = UnicodeAttribute(hash_key=True)
+    name = UnicodeAttribute(range_key=True)  # owner/name on the Hub
+    facts: JSONAttribute = JSONAttribute(default=dict)  # training.catalog.BaseModel, and the revision
+    checked_at = NumberAttribute(default=time.time)
 
 
 class Usage(Table):
@@ -419,7 +435,7 @@ class Audit(Table):
 
 
 TABLES: tuple[type[Table], ...] = (
-    Dataset, Job, JobIndex, EventChunk, TunedModel, Usage, Worker, Upload, WebhookEndpoint, WebhookDelivery,
+    Dataset, Job, JobIndex, EventChunk, TunedModel, HubModel, Usage, Worker, Upload, WebhookEndpoint, WebhookDelivery,
     EstimateRecord, Audit,
 )  # fmt: skip
 

@@ -30,6 +30,7 @@ def create_from(job: Job) -> None:
         job_id=job.job_id,
         name=job.name,
         base=job.base,
+        base_facts=job.base_facts,
         method=job.method,
         step=int(result.get("step") or 0),
         epoch=int(result.get("epoch") or job.epoch),

@@ -18,6 +18,7 @@ urlpatterns = [
     path("jobs/", jobs.index, name="jobs"),
     path("jobs/new/", jobs.new, name="new_job"),
     path("jobs/new/estimate/", jobs.estimate, name="estimate"),
+    path("jobs/new/base/", jobs.add_base, name="add_base"),
     path("jobs/<str:job_id>/", jobs.detail, name="job"),
     path("jobs/<str:job_id>/actions/", jobs.actions, name="job_actions"),
     path("jobs/<str:job_id>/pause/", jobs.pause, name="pause_job"),

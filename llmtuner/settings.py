@@ -296,7 +296,11 @@ JOBS = env.numbers(
 )
 MODEL_CACHE_DIR = Path(env.text("MODEL_CACHE_DIR") or VAR_DIR / "models")
 WORK_DIR = Path(env.text("WORK_DIR") or VAR_DIR / "work")
-HF_ENDPOINT = env.text("HF_ENDPOINT", "https://huggingface.co")
+HF_ENDPOINT = env.text("HF_ENDPOINT") or "https://huggingface.co"
+HF_TOKEN = env.text("HF_TOKEN")  # lent only for models of the catalogue and those that HUB_MODELS names
+# Models of the Hub that people may start from, by pattern: `Qwen/*`; the word `public` is all that anybody may read, `none` none.
+HUB_MODELS = [name for name in env.words("HUB_MODELS", ["public"]) if name != "none"]
+HUB_MAX_GB = env.number("HUB_MAX_GB", 20.0)  # of one model
 # What `/v1` calls a model, as the studio calls it: OpenAI's bases, and models that were tuned there.
 BASE_MODEL_ALIASES = env.pairs("BASE_MODEL_ALIASES")
 API_REQUESTS_PER_MINUTE = env.number("API_REQUESTS_PER_MINUTE", 1200)  # of one person, over all keys

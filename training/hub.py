@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import json
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from training import catalog
 from training.events import Failure
@@ -18,6 +20,12 @@ WANTED = [
     "chat_template.jinja", "LICENSE*", "LICENCE*", "NOTICE", "USE_POLICY.md",
 ]  # fmt: skip
 UNWANTED = ["*/*", "consolidated*"]  # Mistral's second copy of its weights
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+
+
+def is_wanted(file: str) -> bool:
+    """Would `fetch` fetch it?"""
+    return any(fnmatchcase(file, p) for p in WANTED) and not any(fnmatchcase(file, p) for p in UNWANTED)
 
 
 def locate(base: str | Path, revision: str | None = None) -> Path:
@@ -30,8 +38,10 @@ def locate(base: str | Path, revision: str | None = None) -> Path:
     return check(fetch(base, revision))
 
 
-def fetch(name: str, revision: str | None = None) -> Path:
-    """A model of the Hub in the local cache, downloaded as far as it is not there. Raises Failure("base_model")."""
+def fetch(name: str, revision: str | None = None, *, with_token: bool = True, only: str = "all") -> Path:
+    """A model of the Hub in the local cache, downloaded as far as it is not there. Raises Failure("base_model").
+
+    Without the token it is asked for as anybody may. `only="tokenizer"` leaves the weights where they are."""
     from huggingface_hub import snapshot_download  # late: only models of the Hub need it
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -43,9 +53,13 @@ def fetch(name: str, revision: str | None = None) -> Path:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
+    options: dict[str, Any] = {} if with_token else {"token": False}
+    unwanted = UNWANTED + (WEIGHTS if only == "tokenizer" else [])
     try:
         return Path(
-            snapshot_download(name, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+            snapshot_download(
+                name, revision=revision, allow_patterns=WANTED, ignore_patterns=unwanted, **options
+            )
         )
     except HFValidationError as error:
         raise Failure("base_model", f"{name!r} is no name of a model on the Hub.") from error

@@ -12,13 +12,14 @@ from django.http import StreamingHttpResponse
 from ninja import Query, Router
 
 from accounts.auth import authenticate
-from jobs import access, feed, lifecycle, story, tables
+from jobs import access, bases, feed, lifecycle, story, tables
 from jobs.api import events, models, paging, results
 from jobs.api.caller import READ, READ_STREAM, WRITE, CallerRequest, in_pool
 from jobs.api.errors import bad, not_found
 from jobs.api.schemas import Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page
 from jobs.tables import Job as Row
-from training import auto, catalog, config
+from training import auto, config
+from training.catalog import BaseModel
 
 router = Router(auth=READ)
 Json = dict[str, Any]
@@ -34,7 +35,7 @@ def create_job(request: CallerRequest, body: JobCreate) -> Json:
     """Sent twice, it is one job: by its `Idempotency-Key`, else by its content within ten minutes."""
     owner = request.auth.owner
     _refuse_what_we_lack(body)
-    base = models.base_for_training(body.model)
+    base = models.base_for_training(owner, body.model)
     asked = lifecycle.JobRequest(
         name=str((body.llmtuner or {}).get("name") or body.suffix or ""),
         base=base,
@@ -42,7 +43,7 @@ def create_job(request: CallerRequest, body: JobCreate) -> Json:
         validation_dataset_id=_file(owner, body.validation_file, "validation_file")
         if body.validation_file
         else None,
-        settings=_settings(body, base),
+        settings=_settings(owner, body, base),
         suffix=_suffix(body.suffix or ""),
         seed=body.seed,
         metadata=body.metadata or {},
@@ -184,7 +185,7 @@ def _hyperparameters(body: JobCreate) -> Hyperparameters:
     return body.hyperparameters or Hyperparameters()
 
 
-def _settings(body: JobCreate, base: str) -> Json:
+def _settings(owner: str, body: JobCreate, base: str) -> Json:
     """OpenAI's three hyperparameters and ours, checked together. Ours win where both are given."""
     asked = _hyperparameters(body)
     ours = {name: value for name, value in (body.llmtuner or {}).items() if name not in OURS}
@@ -195,7 +196,7 @@ def _settings(body: JobCreate, base: str) -> Json:
         settings["batch_size"] = asked.batch_size
     if asked.learning_rate_multiplier not in (None, "auto"):
         settings["learning_rate"] = _times(
-            float(asked.learning_rate_multiplier or 1), base, ours.get("method", "full")
+            float(asked.learning_rate_multiplier or 1), bases.find(owner, base), ours.get("method", "full")
         )
     if body.seed is not None:
         settings["seed"] = body.seed
@@ -207,15 +208,11 @@ def _settings(body: JobCreate, base: str) -> Json:
     return settings
 
 
-def _times(multiplier: float, base: str, method: Any) -> float:
+def _times(multiplier: float, base: BaseModel | None, method: Any) -> float:
     """OpenAI multiplies a rate of its own choosing; we multiply the one we would choose."""
-    known = catalog.find(base)
-    if known is None:
-        raise bad(
-            "For a base from the Hub give llmtuner.learning_rate instead of a multiplier.",
-            "hyperparameters.learning_rate_multiplier",
-        )
-    return float(f"{multiplier * auto.learning_rate(str(method), known)[0]:.6g}")
+    if base is None:  # deleted at this moment
+        raise bad("This base model is gone. Choose another one.", "model", "model_not_available")
+    return float(f"{multiplier * auto.learning_rate(str(method), base)[0]:.6g}")
 
 
 def _prompts(body: JobCreate) -> tuple[str, ...]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from django.conf import settings
 from ninja import Router
 
-from jobs import access, tuned_models
+from jobs import access, bases, hub_check, tuned_models
 from jobs.api import paging
 from jobs.api.caller import READ, WRITE, CallerRequest
 from jobs.api.errors import bad, not_found
@@ -17,8 +16,6 @@ from training import catalog
 
 router = Router(auth=READ)
 Json = dict[str, Any]
-# A model on the Hub: owner/name. Nothing that could be read as a path on this machine.
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
 def local_name(name: str) -> str:
@@ -26,18 +23,22 @@ def local_name(name: str) -> str:
     return str(settings.BASE_MODEL_ALIASES.get(name, name))
 
 
-def base_for_training(name: str) -> str:
-    """The local base to train, or a 400 that says which there are and which setting maps foreign names."""
+def base_for_training(owner: str, name: str) -> str:
+    """The local base to train, or a 400 that says which there are and which setting maps foreign names. A model of the Hub
+    is checked the first time; one's own tuned models are bases too."""
     wanted = local_name(name)
-    known = catalog.find(wanted)
+    known = bases.find(owner, wanted)
     if known is not None:
         return known.id
-    if HUB_ID.fullmatch(wanted) and ".." not in wanted:
-        return wanted
-    bases = ", ".join(base.id for base in catalog.base_models())
+    if hub_check.is_id(wanted):
+        try:
+            return bases.add(owner, wanted)
+        except hub_check.Refused as refused:
+            raise bad(str(refused), "model", "model_not_available") from refused
+    listed = ", ".join(base.id for base in catalog.base_models())
     raise bad(
-        f"The base model '{name}' is not here. This studio trains: {bases}, or any owner/name of the Hugging Face Hub. "
-        f"To keep code unchanged, the operator maps names in the setting BASE_MODEL_ALIASES, for instance "
+        f"The base model '{name}' is not here. This studio trains: {listed}, your own tuned models, or a model of the "
+        f"Hugging Face Hub by its owner/name. To keep code unchanged, the operator maps names in the setting BASE_MODEL_ALIASES, for instance "
         f"BASE_MODEL_ALIASES='{name}=gpt2'.",
         "model",
         "model_not_available",
@@ -51,8 +52,8 @@ def list_models(request: CallerRequest) -> Json:
     rows, has_more = paging.collect(
         lambda limit, after: access.list_models(owner, limit, after), lambda row: row.model_id, 1000, None
     )
-    bases = [_base(base) for base in catalog.base_models()]
-    return paging.page([*bases, *map(_tuned, rows)], has_more)
+    known = [_base(base) for base in (*catalog.base_models(), *bases.from_hub(owner))]
+    return paging.page([*known, *map(_tuned, rows)], has_more)
 
 
 @router.get("/{path:model}", response={200: Model, 404: Error}, summary="Retrieve a model")
@@ -60,6 +61,8 @@ def retrieve_model(request: CallerRequest, model: str) -> Json:
     known = catalog.find(local_name(model))
     if known is not None:
         return {**_base(known), "id": model}
+    if added := bases.added(request.auth.owner, local_name(model)):
+        return {**_base(bases.described(added.facts)), "id": model}
     return {**_tuned(_find(request, local_name(model))), "id": model}
 
 
@@ -81,7 +84,8 @@ def _find(request: CallerRequest, model: str) -> Any:
         raise not_found("model") from missing
 
 
-def _base(base: catalog.BaseModel) -> Json:
+def _base(base: catalog.BaseModel | None) -> Json:
+    assert base is not None  # a row is put only with its facts
     facts = {"kind": "base", "parameters": base.parameters, "context": base.context, "licence": base.licence}
     return {"id": base.id, "object": "model", "created": 0, "owned_by": "llmtuner", "llmtuner": facts}
 

@@ -51,6 +51,7 @@ def new(request: HttpRequest) -> HttpResponse:
         draft = new_job.Draft.open(owner, request.GET)
         return render(request, "jobs/new_job.html", draft.context())
     draft = new_job.Draft.of(owner, request.POST)
+    draft.add_from_hub()
     if draft.is_valid():
         try:
             job = lifecycle.submit(owner, draft.request(), slug=request.user.slug)
@@ -61,6 +62,17 @@ def new(request: HttpRequest) -> HttpResponse:
         else:
             return redirect("jobs:job", job.job_id)
     return render(request, "jobs/new_job.html", draft.context(), status=422)
+
+
+@for_people
+@require_POST
+def add_base(request: HttpRequest) -> HttpResponse:
+    """Checks the Hub id in the form and chooses it; the page comes back as it was typed."""
+    draft = new_job.Draft.of(owner_of(request), request.POST)
+    if not draft.values["hub"].strip():
+        draft.refuse("hub", "Write the id of a model of the Hub first: owner/name.")
+    draft.add_from_hub()
+    return render(request, "jobs/new_job.html", draft.context(), status=422 if "hub" in draft.errors else 200)
 
 
 @for_people

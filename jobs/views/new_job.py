@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from jobs import access, estimates, storage
+from jobs import access, bases, estimates, hub_check, storage
 from jobs.forms import NewJobForm, preset_of, rows, settings_from, shown, with_preset
 from jobs.lifecycle import JobRequest
 from jobs.tables import Dataset
+from jobs.templatetags.figures import count, size
 from training import catalog
 from training.auto import PRESETS, resolve
-from training.catalog import BaseModel
+from training.catalog import BaseModel, gib
 from training.config import FIELDS, Settings
 from training.report import Summary
 
 WATCHED = 3  # prompts that are answered again and again while it learns
+MANY = 5  # bases of a group that are shown at once
 CHOICES = 100  # datasets offered; older ones are reached from their own page
 
 
@@ -93,6 +95,17 @@ class Draft:
 
     # ---- where it goes ----
 
+    def add_from_hub(self) -> None:
+        """The Hub id that was typed, if any: checked, added, and chosen."""
+        name = self.values["hub"].strip()
+        if not name:
+            return
+        try:
+            self.values["base"], self.values["hub"] = bases.add(self.owner, name), ""
+            self.errors.pop("base", None)
+        except hub_check.Refused as refused:
+            self.refuse("hub", str(refused))
+
     def is_valid(self) -> bool:
         return not self.errors
 
@@ -128,7 +141,7 @@ class Draft:
 
     def context(self) -> dict[str, Any]:
         summary = self._summary()
-        base = catalog.find(self.values["base"])
+        base = bases.find(self.owner, self.values["base"])
         machine = estimates.machine()
         resolved, reasons = self.settings, dict[str, str]()
         if summary and base and self.settings:
@@ -146,7 +159,9 @@ class Draft:
             "summary": summary,
             "warnings": _warnings(self.dataset, summary, resolved),
             "sample": _sample(self.dataset),
-            "bases": [_choice(b, machine, method, self.values["base"]) for b in catalog.base_models()],
+            # Asked by the whole page only: a keystroke costs no more reads.
+            "bases": lambda: self._choices(machine, method),
+            "base": _facts(base, machine) if base else None,
             "machine": machine,
             "basic": basic,
             "advanced": [row for row in advanced if not row.spec.choices or row.name != "method"],
@@ -160,9 +175,54 @@ class Draft:
             "default_name": self._default_name(),
         }
 
+    def _choices(self, machine: catalog.Machine, method: str) -> list[dict[str, Any]]:
+        """The bases, in groups: the catalogue, one's own, and what was added from the Hub."""
+        groups = [
+            ("", catalog.base_models()),
+            ("Your tuned models", bases.tuned(self.owner)),
+            ("Added from the Hub", bases.from_hub(self.owner)),
+        ]
+        chosen = self.values["base"]
+        return [
+            {
+                "title": title,
+                "choices": [_choice(one, machine, method, chosen) for one in models],
+                "open": len(models) <= MANY or any(one.id == chosen for one in models),
+            }
+            for title, models in groups
+            if models
+        ]
+
     def _summary(self) -> Summary | None:
         found = self.dataset.summary if self.dataset else None
         return Summary.from_dict(found) if isinstance(found, dict) and found.get("examples") else None
+
+
+def _facts(base: BaseModel, machine: catalog.Machine) -> dict[str, Any]:
+    """What a person should know of the chosen base."""
+    fits = {method: catalog.fits(base, machine, method) for method in ("full", "lora")}
+    numbers = [
+        ("Parameters", count(base.parameters)),
+        ("Layers", count(base.layers)),
+        ("Width", count(base.width)),
+        ("Heads", count(base.heads)),
+        ("Context", f"{count(base.context)} tokens"),
+        ("Vocabulary", f"{count(base.vocab)} tokens"),
+        ("Licence", base.licence),
+        ("Languages", base.languages),
+        ("Download", size(base.download) if not base.folder else "none: it comes with the studio"),
+    ]
+    words = {"full": "All weights", "lora": "LoRA adapters"}
+    memory = [
+        {
+            "name": words[method],
+            "needs": gib(fit.needs),
+            "word": "fits" if fit.fits else "does not fit",
+            "tone": "text-success" if fit.fits else "text-error",
+        }
+        for method, fit in fits.items()
+    ]
+    return {"model": base, "numbers": numbers, "memory": memory}
 
 
 def _choice(base: BaseModel, machine: catalog.Machine, method: str, chosen: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs import lifecycle
+from jobs import bases, lifecycle
 from jobs.reasons import REASONS
 from jobs.story import Story
 from jobs.tables import Job
@@ -25,7 +25,6 @@ from jobs.templatetags.figures import (
     rate,
     span,
 )
-from training import catalog
 from training.config import FIELDS
 
 ALIVE, GOOD, BAD, QUIET, WAITING = "bg-primary", "bg-success", "bg-error", "bg-base-content/40", "bg-warning"
@@ -143,8 +142,11 @@ def _note(job: Job) -> str:
 
 
 def _base(job: Job) -> str:
-    known = catalog.find(job.base)
-    return f"{job.base} · {compact(known.parameters)}" if known else job.base
+    known = bases.of_job(job)
+    if known is None:
+        return job.base
+    own = job.base.startswith("ft:") and known.name
+    return f"{f'“{known.name}”' if own else job.base} · {compact(known.parameters)}"
 
 
 def seconds_run(job: Job) -> float | None:

@@ -87,6 +87,21 @@ def model(client: openai.OpenAI, job: FineTuningJob) -> str:
     return job.fine_tuned_model
 
 
+def test_a_tuned_model_is_tuned_again(
+    client: openai.OpenAI, bobs_client: openai.OpenAI, model: str, file_id: str
+):
+    again = checked(client.fine_tuning.jobs.create(model=model, training_file=file_id))
+    assert again.model == model
+    client.fine_tuning.jobs.cancel(again.id)
+    bobs = bobs_client.files.create(file=("train.jsonl", rows()), purpose="fine-tune").id
+    told = []
+    for name in (model, model[:-2] + "~~"):
+        with pytest.raises(openai.BadRequestError) as refused:
+            bobs_client.fine_tuning.jobs.create(model=name, training_file=bobs)
+        told.append(refused.value.message.replace(name, "…"))
+    assert told[0] == told[1]
+
+
 # ---- files -------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,7 @@ OWN = {  # shows or makes things of whoever asks
     "jobs/",
     "jobs/new/",
     "jobs/new/estimate/",
+    "jobs/new/base/",
     "models/",
     "playground/",
     "playground/stream",

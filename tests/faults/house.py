@@ -20,6 +20,7 @@ from tests import services
 
 ROOT = services.ROOT
 OWNER = "user-faults"
+REVISION = "0" * 40
 TINY = "tests/tiny"  # the name of the tiny base model, as one of the Hub that was fetched before
 SETTINGS: dict[str, Any] = {  # about 200 steps in some seconds
     "max_steps": 200,
@@ -62,12 +63,12 @@ def make_tiny_base() -> None:
     from training import catalog
 
     home = hub_folder()
-    snapshot = home / "snapshots" / ("0" * 40)
+    snapshot = home / "snapshots" / REVISION
     if (snapshot / "config.json").exists():
         return
     snapshot.mkdir(parents=True)
     (home / "refs").mkdir(exist_ok=True)
-    (home / "refs" / "main").write_text("0" * 40)
+    (home / "refs" / "main").write_text(REVISION)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (snapshot / name).write_bytes((catalog.STARTER_FOLDER / name).read_bytes())
     arguments = [sys.executable, "-c", MAKE_TINY, str(catalog.STARTER_FOLDER), str(snapshot)]
@@ -156,7 +157,11 @@ def open_house() -> House:
 
 def submit(dataset_id: str, owner: str = OWNER, **settings: Any) -> str:
     from jobs import lifecycle
+    from jobs.tables import HubModel
+    from training import catalog
 
+    tiny = catalog.describe(hub_folder() / "snapshots" / REVISION, id=TINY)
+    HubModel(owner, TINY, facts=tiny.as_dict() | {"revision": REVISION}).save()  # as if it had been checked
     request = lifecycle.JobRequest(base=TINY, dataset_id=dataset_id, settings=SETTINGS | settings)
     return str(lifecycle.submit(owner, request).job_id)
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import access
+from jobs import access, hub_check
 from jobs.tables import Dataset
-from tests.journeys.makers import make_dataset
+from tests.hub_server import COMMIT, HubServer, running, write_repository
+from tests.journeys.makers import make_dataset, make_model
 from training.config import FIELDS
 
 NEW, ESTIMATE = "/jobs/new/", "/jobs/new/estimate/"
@@ -138,3 +142,74 @@ def test_rejected_data_cannot(alices: Client, alice: User, dataset: Dataset) -> 
     answer = post(alices, NEW, make_dataset(alice.owner_id, status="rejected"))
     assert answer.status_code == 422
     assert "was rejected. Choose another one." in answer.content.decode()
+
+
+# ---- the base ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, settings: Any) -> Iterator[HubServer]:
+    hub_check._refused.clear()
+    folder = write_repository(tmp_path)
+    with running({"people/tiny": folder}) as server:
+        settings.HF_ENDPOINT = server.url
+        yield server
+
+
+def test_the_chosen_bases_facts_are_shown(alices: Client, dataset: Dataset) -> None:
+    text = alices.get(NEW, {"base": "gpt2"}).content.decode()
+    facts = re.search(r'id="base-parts".*?</div>\s*</label>|id="base-parts".*', text, re.S)
+    assert facts
+    for word in ("124,439,808", "50,257 tokens", "MIT", "English", "548", "All weights", "LoRA adapters"):
+        assert word in facts[0], word
+    for name in ("Parameters", "Layers", "Width", "Heads", "Context", "Vocabulary", "Licence", "Languages"):
+        assert f">{name}</dt>" in facts[0]
+
+
+def test_a_model_of_the_hub_is_checked_added_and_chosen(
+    alices: Client, alice: User, dataset: Dataset, hub: HubServer
+) -> None:
+    text = post(alices, "/jobs/new/base/", dataset, hub="people/tiny", epochs="7").content.decode()
+    assert re.search(r'value="people/tiny"[^>]*checked', text)
+    assert re.search(r'name="epochs" value="7"', text)  # nothing of the form is lost
+    assert "Added from the Hub" in alices.get(NEW).content.decode()
+    assert post(alices, NEW, dataset, base="people/tiny").status_code == 302
+    assert access.list_jobs(alice.owner_id).rows[0].base_facts["revision"] == COMMIT
+
+
+def test_a_hub_id_may_be_typed_and_started_at_once(
+    alices: Client, alice: User, dataset: Dataset, hub: HubServer
+) -> None:
+    assert post(alices, NEW, dataset, hub="people/tiny").status_code == 302
+    assert access.list_jobs(alice.owner_id).rows[0].base == "people/tiny"
+
+
+@pytest.mark.parametrize("where", [NEW, "/jobs/new/base/"])
+def test_a_refused_model_is_told_beside_its_field(
+    alices: Client, alice: User, dataset: Dataset, hub: HubServer, where: str
+) -> None:
+    answer = post(alices, where, dataset, hub="people/other")
+    assert answer.status_code == 422
+    assert re.search(
+        r'id="hint-hub" class="field-error">The Hub has no model people/other', answer.content.decode()
+    )
+    assert not len(access.list_jobs(alice.owner_id))
+
+
+def test_ones_own_model_can_be_the_base_and_nobody_elses(
+    alices: Client, alice: User, bob: User, dataset: Dataset
+) -> None:
+    mine, theirs = make_model(alice.owner_id, name="Mine"), make_model(bob.owner_id, name="Theirs")
+    text = alices.get(NEW).content.decode()
+    assert mine.model_id in text
+    assert theirs.model_id not in text
+    answer = post(alices, NEW, dataset, base=theirs.model_id)
+    nobodys = post(alices, NEW, dataset, base=theirs.model_id[:-2] + "~~")
+    assert answer.status_code == nobodys.status_code == 422
+    message = r'class="field-error">(There is no model [^<]*)<'
+    told = [re.search(message, a.content.decode())[1] for a in (answer, nobodys)]
+    assert told[0].replace(theirs.model_id, "") == told[1].replace(theirs.model_id[:-2] + "~~", "")
+    assert post(alices, NEW, dataset, base=mine.model_id).status_code == 302
+    job = access.list_jobs(alice.owner_id).rows[0]
+    assert job.base == mine.model_id
+    assert "“Mine”" in alices.get(reverse("jobs:job", args=[job.job_id])).content.decode()

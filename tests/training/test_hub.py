@@ -1,107 +1,20 @@
-"""Base models over HTTP, from a small server that answers as the Hub does."""
+"""Base models over HTTP, from `tests.hub_server`."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
 
+from tests.hub_server import COMMIT, HubServer, running
 from tests.training.tiny import write_model
 from training import hub
 from training.events import Failure
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class HubServer(ThreadingHTTPServer):
-    """Speaks the two routes a download takes: what is in a repository, and its files."""
-
-    def __init__(self, repositories: dict[str, Path]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories = repositories
-        self.fetched: list[str] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: HubServer
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def answer(self, body: bool) -> None:
-        path = unquote(self.path.split("?")[0]).lstrip("/")
-        if path.startswith("api/models/"):
-            return self.describe(path.removeprefix("api/models/"), body)
-        name, _, rest = path.partition("/resolve/")
-        folder = self.server.repositories.get(name)
-        if folder is None:
-            return self.refuse("RepoNotFound")
-        revision, _, file = rest.partition("/")
-        if revision not in ("main", COMMIT):
-            return self.refuse("RevisionNotFound")
-        if not (folder / file).is_file():
-            return self.refuse("EntryNotFound")
-        content = (folder / file).read_bytes()
-        if body:
-            self.server.fetched.append(file)
-        return self.send(
-            content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}, body
-        )
-
-    def describe(self, path: str, body: bool) -> None:
-        name, kind, revision = next(
-            path.partition(k) for k in ("/tree/", "/revision/", "\0") if k in path + "\0"
-        )
-        folder = self.server.repositories.get(name)
-        if folder is None:
-            return self.refuse("RepoNotFound")
-        if revision not in ("", "main", COMMIT):
-            return self.refuse("RevisionNotFound")
-        if kind == "/tree/":
-            files = [p for p in folder.rglob("*") if p.is_file()]
-            rows = [{"type": "file", "path": str(p.relative_to(folder)), "size": p.stat().st_size, "oid": "0"} for p in files]  # fmt: skip
-            return self.send(json.dumps(rows).encode(), {"Content-Type": "application/json"}, body)
-        siblings = [{"rfilename": str(p.relative_to(folder))} for p in folder.rglob("*") if p.is_file()]
-        answer = {
-            "id": name,
-            "modelId": name,
-            "sha": COMMIT,
-            "siblings": siblings,
-            "private": False,
-            "tags": [],
-        }
-        return self.send(json.dumps(answer).encode(), {"Content-Type": "application/json"}, body)
-
-    def refuse(self, code: str) -> None:
-        self.send(b"", {"X-Error-Code": code}, True, status=404)
-
-    def send(self, content: bytes, headers: dict[str, str], body: bool, status: int = 200) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *args: object) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +29,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
         json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}})
     )
     (code / "evil.py").write_text("raise SystemExit('run')")
-    server = HubServer({"gpt2": plain, "someone/with-code": code})
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+    with running({"gpt2": plain, "someone/with-code": code}) as server:
+        yield server
 
 
 def ask(server: HubServer, home: Path, name: str, revision: str | None = None, **environment: str):

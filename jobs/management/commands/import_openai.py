@@ -75,7 +75,7 @@ class Command(BaseCommand):
             return
         try:
             request = lifecycle.JobRequest(
-                base=base or models.base_for_training(str(job.get("model"))),
+                base=base or models.base_for_training(user.owner_id, str(job.get("model"))),
                 dataset_id=training_file,
                 validation_dataset_id=files.get(str(job.get("validation_file"))),
                 name=name[:200],
