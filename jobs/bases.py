@@ -62,6 +62,17 @@ def root_of(facts: Mapping[str, Any]) -> str:
     return str(facts.get("root") or facts["id"])
 
 
+def reads_as(facts: Mapping[str, Any]) -> str:
+    """One name for all bases that read text alike (tokenizer, chat template, context): a tuned model reads as what it came
+    from, and the sizes of GPT-2 read as one."""
+    if facts.get("reads_as"):
+        return str(facts["reads_as"])
+    id = str(facts["id"])
+    if id in {model.id for model in catalog.GPT2_FAMILY}:
+        return "gpt2"
+    return f"{id}@{str(facts['revision'])[:12]}" if facts.get("revision") else id
+
+
 def tuned(owner: str) -> list[BaseModel]:
     """A person's own models, the newest first."""
     found = (_of_tuned(model) for model in access.list_models(owner, SHOWN))
@@ -108,7 +119,12 @@ def _of_tuned(model: TunedModel) -> Facts | None:
     own = replace(
         shape, id=model.model_id, name=model.name, about=about, download=int(model.bytes), folder=""
     )
-    return own.as_dict() | {"root": root_of(before), "prefix": model.prefix, "files": list(model.files)}
+    return own.as_dict() | {
+        "root": root_of(before),
+        "reads_as": reads_as(before),
+        "prefix": model.prefix,
+        "files": list(model.files),
+    }
 
 
 # ---- on a worker -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,11 @@ FULL = frozenset(
 )  # of the report, what the row doesn't need; all of it is in the object
 
 
+OVER_LIMITS = (
+    "The file could not be checked in the time and memory allowed. Split it, or look for endless rows."
+)
+
+
 def check(owner: str, dataset_id: str) -> None:
     """Says ready or rejected. Safe to repeat; raises what the stores raise, and is then rung for again."""
     dataset = tables.get(Dataset, owner, dataset_id)
@@ -35,17 +40,16 @@ def check(owner: str, dataset_id: str) -> None:
     if dataset.purpose != "fine-tune":  # nobody will train on it, so nothing is asked of it
         datasets.finish_check(owner, dataset_id, "ready")
         return
-    report = report_on(dataset)
+    report = report_on(dataset, reading.tokenizer_of(catalog.STARTER))
     if report is None:
-        message = "The file could not be checked in the time and memory allowed. Split it, or look for endless rows."
-        datasets.finish_check(owner, dataset_id, "rejected", error=message)
+        datasets.finish_check(owner, dataset_id, "rejected", error=OVER_LIMITS)
         return
     ready = bool(report.get("ready"))
     datasets.finish_check(
         owner,
         dataset_id,
         "ready" if ready else "rejected",
-        summary={name: value for name, value in report.items() if name not in FULL},
+        summary=summary_of(report),
         format=report.get("format"),
         report=report,
         error=""
@@ -54,14 +58,17 @@ def check(owner: str, dataset_id: str) -> None:
     )
 
 
-def report_on(dataset: Dataset, base: str = catalog.STARTER) -> dict[str, Any] | None:
-    """The report with the base model's tokenizer; None when the limits were not enough."""
+def summary_of(report: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in report.items() if name not in FULL}
+
+
+def report_on(dataset: Dataset, tokenizer: str) -> dict[str, Any] | None:
+    """The report with the tokenizer of a base model's folder; None when the limits were not enough."""
     with reading.folder("check-") as folder:
         # The name is ours; its ending tells the kind of file.
         path = folder / ("data" + Path(dataset.name).suffix.lower()[:10])
         storage.fetch(dataset.key, path, sha256=dataset.sha256)
         arguments = ["check", str(path), "--limit-bytes", str(int(settings.JOBS["max_upload_bytes"]))]
-        tokenizer = reading.tokenizer_of(base)
         if tokenizer:
             arguments += ["--tokenizer", tokenizer]
         if dataset.format:

@@ -128,7 +128,7 @@ def finish_check(
             Dataset.report_key.set(storage.put_file(_report_key(owner, dataset_id), io.BytesIO(text)).key)
         )
     if summary is not None:
-        actions.append(Dataset.summary.set(_small(summary)))
+        actions.append(Dataset.summary.set(small(summary)))
     if format is not None:
         actions.append(Dataset.format.set(dict(format)))
     condition = (Dataset.status == "checking") & (Dataset.gone == False)  # noqa: E712  an expression
@@ -136,7 +136,7 @@ def finish_check(
     if found and status == "rejected":
         storage.delete_file(key)  # what can't be used isn't kept
     if found:
-        _move_waiting_jobs(owner, dataset_id)
+        move_waiting_jobs(owner, dataset_id)
     return found
 
 
@@ -150,7 +150,7 @@ def delete(owner: str, dataset_id: str) -> None:
     """Gone at once for people; the bytes go when no job that was already checked needs them. Raises NotFound."""
     access.get_dataset_for(owner, dataset_id)
     _forget(owner, dataset_id)
-    _move_waiting_jobs(owner, dataset_id)
+    move_waiting_jobs(owner, dataset_id)
 
 
 def of_job(owner: str, dataset_id: str) -> Dataset:
@@ -168,7 +168,7 @@ def _forget(owner: str, dataset_id: str) -> None:
     errands.ring("delete", owner, dataset_id)
 
 
-def _move_waiting_jobs(owner: str, dataset_id: str) -> None:
+def move_waiting_jobs(owner: str, dataset_id: str) -> None:
     from jobs import lifecycle  # it asks access about datasets
 
     for job in endings.active_of(owner):
@@ -176,7 +176,7 @@ def _move_waiting_jobs(owner: str, dataset_id: str) -> None:
             lifecycle.validate(job)
 
 
-def _small(summary: Mapping[str, Any]) -> dict[str, Any]:
+def small(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Rows are read often: the largest entries of an unusual report stand in its object only."""
     kept = dict(summary)
     while len(json.dumps(kept)) > MAX_SUMMARY:

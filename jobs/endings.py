@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 
 from jobs import errands, estimates, limits, queueing, storage, tables, tuned_models, webhooks
-from jobs.tables import ENDED, Dataset, EventChunk, Job, JobIndex, TunedModel, Upload, month_of
+from jobs.tables import ENDED, Dataset, DatasetReport, EventChunk, Job, JobIndex, TunedModel, Upload, month_of
 
 PUT_TOGETHER_S = 3600  # the longest that putting an upload's parts together takes
 
@@ -139,6 +139,8 @@ def _delete_dataset(owner: str, dataset_id: str) -> bool:
         return True
     if any(dataset_id in (job.dataset_id, job.validation_dataset_id) for job in _unended(owner)):
         return False  # a job that was already checked still reads it
+    for row in tables.rows(DatasetReport, dataset_id):
+        tables.remove(DatasetReport, dataset_id, row.base)
     storage.delete_prefix(f"datasets/{owner}/{dataset_id}/")
     return True
 

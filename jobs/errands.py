@@ -22,7 +22,7 @@ from jobs.tables import JobIndex
 log = logging.getLogger(__name__)
 
 PARTITION = "work"
-KINDS = ("check", "delete", "deliver", "leave")
+KINDS = ("check", "report", "delete", "deliver", "leave")
 
 
 def put(kind: str, owner: str, id: str) -> None:
@@ -63,7 +63,7 @@ def name_of(row: JobIndex) -> tuple[str, str, str]:
 
 def _worker(kind: str) -> Callable[[str, str], bool]:
     """Returns True when there is nothing left to do. They import what imports this module."""
-    from jobs import endings, people, tasks, webhooks
+    from jobs import endings, people, reports, tasks, webhooks
 
     def check(owner: str, dataset_id: str) -> bool:
         tasks.check_dataset(owner, dataset_id)
@@ -71,6 +71,7 @@ def _worker(kind: str) -> Callable[[str, str], bool]:
 
     workers = {
         "check": check,
+        "report": reports.make,
         "delete": endings.delete_bytes,
         "deliver": webhooks.deliver,
         "leave": people.leave,

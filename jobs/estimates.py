@@ -7,7 +7,7 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs import bases, tables
+from jobs import bases, reports, tables
 from jobs.tables import Dataset, EstimateRecord, Job, Worker
 from training.auto import resolve
 from training.catalog import BaseModel, Machine, this_machine
@@ -58,7 +58,8 @@ def record(job: Job) -> None:
 
     Only whole runs teach: ended well, and not tried twice."""
     dataset = tables.get(Dataset, job.owner, job.dataset_id)
-    counted = Summary.from_dict((dataset.summary if dataset else None) or {})
+    facts = job.base_facts or {"id": job.base}
+    counted = Summary.from_dict(reports.summary_for(dataset, facts)[0] if dataset else {})
     base, on = bases.of_job(job), machine()
     if job.status != "succeeded" or job.attempts or base is None:
         return

@@ -38,7 +38,7 @@ from pynamodb.exceptions import PynamoDBException
 from pynamodb.expressions.condition import Condition
 from pynamodb.expressions.update import Action
 
-from jobs import access, bases, endings, limits, queueing, reasons, tables
+from jobs import access, bases, endings, limits, queueing, reasons, reports, tables
 from jobs.limits import OverQuota
 from jobs.queueing import WorkerInfo
 from jobs.tables import ENDED, Dataset, HeartbeatJob, Job, JobIndex, Usage, month_of, new_id, time_of
@@ -129,6 +129,10 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
         limits.release(owner, "jobs", job_id)
         raise LostRace(TOO_SLOW)
     _news(accepted)
+    if accepted.status == "validating" and not reports.is_own(request.base_facts or {}):
+        if datasets[0].status == "ready":
+            reports.ask(datasets[0], request.base_facts or {})
+        return validate(accepted) or accepted
     return accepted
 
 
@@ -193,7 +197,8 @@ def _id_for(owner: str, request: JobRequest, key: str) -> str:
 
 
 def _new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset], slug: str) -> Job:
-    ready = all(dataset.status == "ready" for dataset in datasets)
+    own = reports.is_own(request.base_facts or {"id": request.base})
+    ready = own and all(dataset.status == "ready" for dataset in datasets)
     parts = [
         "ft",
         bases.root_of(request.base_facts or {"id": request.base}),
@@ -290,7 +295,7 @@ def edit(owner: str, job_id: str, request: JobRequest) -> Job:
     job = access.get_job_for(owner, job_id)
     if job.epoch or job.status not in {"validating", "queued", "paused"}:
         raise Refused("status", "The job has started. Clone it, and change the copy.")
-    request = replace(request, base=job.base, suffix=job.suffix)
+    request = replace(request, base=job.base, suffix=job.suffix, base_facts=job.base_facts)
     fresh = _new_job(owner, job_id, request, _check(owner, request), "")
     names = ("name", "method", "dataset_id", "settings", "prompts", "seed", "metadata", "needs", "body_hash")
     actions = [_set(Job, name, getattr(fresh, name)) for name in (*names, "validation_dataset_id")]
@@ -642,7 +647,8 @@ def backoff_s(job: Job) -> float:
 
 
 def validate(job: Job) -> Job | None:
-    """validating → queued once its datasets are ready; → failed when one was refused or deleted."""
+    """validating → queued once its datasets are ready, and read with its base's own tokenizer; → failed when one was
+    refused or deleted."""
     for dataset_id in filter(None, (job.dataset_id, job.validation_dataset_id)):
         dataset = tables.get(Dataset, job.owner, dataset_id)
         if dataset is None or dataset.gone:
@@ -651,6 +657,11 @@ def validate(job: Job) -> Job | None:
             return _fail_unchecked(job, "dataset_rejected", dataset.error)
         if dataset.status != "ready":
             return None
+        report = reports.for_job(job, dataset) if dataset_id == job.dataset_id else None
+        if report is not None and report.status == "checking":
+            return None
+        if report is not None and report.status == "refused":
+            return _fail_unchecked(job, "dataset_rejected", report.error)
     return _told(_move(job, _entering(job, "queued"), _as_seen(job)))
 
 

@@ -15,9 +15,8 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs import access, bases, datasets, proof, storage
+from jobs import access, bases, datasets, proof, reports, storage
 from jobs.tables import Dataset, Job
-from training import catalog
 from training.events import Failure
 
 log = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ def prepare(job: Job, folder: Path, gone_on: Callable[[], None]) -> Prepared:
             dataset = _dataset(job.owner, dataset_id)
             config[f"{name}_file"] = str(_fetch(dataset, folder / "data" / name))
             config[f"{name}_format"] = dataset.format
-            if name == "train" and (expected := _expected(job, dataset.summary or {})):
+            if name == "train" and (expected := _expected(job, dataset)):
                 config["expected"] = expected
     gone_on()
     used, bad = newest_good(job, folder, gone_on)
@@ -72,11 +71,11 @@ def prepare(job: Job, folder: Path, gone_on: Callable[[], None]) -> Prepared:
     return Prepared(config, used, bad, logged)
 
 
-def _expected(job: Job, summary: dict[str, Any]) -> dict[str, int]:
-    """What the report counted and the trainer must see too. The report was made with the starter's tokenizer and
-    context: other models count other tokens, and cut long texts into other parts."""
-    chosen = job.settings or {}
-    as_reported = job.base == catalog.STARTER and not chosen.get("sequence_length")
+def _expected(job: Job, dataset: Dataset) -> dict[str, int]:
+    """What the report counted and the trainer must see too. With another tokenizer or another length there are other
+    tokens, and long texts are cut into other parts."""
+    summary, exact = reports.summary_for(dataset, job.base_facts or {"id": job.base})
+    as_reported = exact and not (job.settings or {}).get("sequence_length")
     names = ("examples", "tokens") if as_reported else () if summary.get("kind") == "text" else ("examples",)
     return {name: int(summary[name]) for name in names if summary.get(name)}
 

@@ -157,6 +157,24 @@ class Dataset(Table):
         return self.dataset_id
 
 
+class DatasetReport(Table):
+    """What a dataset is to a base with another tokenizer than the starter's: see jobs/reports.py."""
+
+    class Meta(Where):
+        table_name = _name("DatasetReport")
+
+    dataset_id = UnicodeAttribute(hash_key=True)
+    base = UnicodeAttribute(range_key=True)  # what bases that read text alike are called together
+    owner = UnicodeAttribute()
+    facts: JSONAttribute = JSONAttribute(default=dict)  # of the base it was asked for
+    asked = UnicodeAttribute(default="")  # names the asking; what an older one found is not written any more
+    status = UnicodeAttribute(default="checking")
+    summary: JSONAttribute = JSONAttribute(null=True)
+    report_key = UnicodeAttribute(default="")
+    error = UnicodeAttribute(default="")
+    created_at = NumberAttribute(default=time.time)
+
+
 class _JobAttributes(Table):
     owner = UnicodeAttribute(hash_key=True)
     job_id = UnicodeAttribute(range_key=True)  # ftjob-<ULID>
@@ -435,7 +453,7 @@ class Audit(Table):
 
 
 TABLES: tuple[type[Table], ...] = (
-    Dataset, Job, JobIndex, EventChunk, TunedModel, HubModel, Usage, Worker, Upload, WebhookEndpoint, WebhookDelivery,
+    Dataset, DatasetReport, Job, JobIndex, EventChunk, TunedModel, HubModel, Usage, Worker, Upload, WebhookEndpoint, WebhookDelivery,
     EstimateRecord, Audit,
 )  # fmt: skip
 

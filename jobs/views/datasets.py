@@ -12,13 +12,14 @@ from django.urls import reverse
 from django.utils.http import urlencode
 from django.views.decorators.http import require_GET, require_POST
 
-from jobs import access, datasets, versions
+from jobs import access, bases, datasets, reports, tables, versions
 from jobs.forms import UploadForm
 from jobs.limits import OverQuota
-from jobs.tables import Dataset
+from jobs.tables import Dataset, DatasetReport
 from jobs.templatetags.figures import count, size
 from jobs.views.doors import asks_for_part, for_people, owner_of
 from jobs.views.new_job import report_at, shown_sample
+from training import catalog
 
 PAGE = 20
 STATUS = {
@@ -75,8 +76,9 @@ def _wants_json(request: HttpRequest) -> bool:
 @for_people
 @require_GET
 def detail(request: HttpRequest, dataset_id: str) -> HttpResponse:
+    """`?as=` shows the report for a base with another tokenizer."""
     dataset = access.get_dataset_for(owner_of(request), dataset_id)
-    return render(request, "jobs/dataset_detail.html", report_of(dataset))
+    return render(request, "jobs/dataset_detail.html", report_of(dataset, request.GET.get("as", "")))
 
 
 @for_people
@@ -86,7 +88,26 @@ def report(request: HttpRequest, dataset_id: str) -> HttpResponse:
     dataset = access.get_dataset_for(owner_of(request), dataset_id)
     if not asks_for_part(request):
         return redirect("jobs:dataset", dataset_id)
-    return render(request, "jobs/dataset_detail.html#report", report_of(dataset))
+    shown = report_of(dataset, request.GET.get("as", ""))
+    return render(request, "jobs/dataset_detail.html#report", shown)
+
+
+@for_people
+@require_POST
+def read_as(request: HttpRequest, dataset_id: str) -> HttpResponse:
+    """Has it read with another base's tokenizer, and leads to what that finds."""
+    owner = owner_of(request)
+    dataset = access.get_dataset_for(owner, dataset_id)
+    name = request.POST.get("base", "").strip()
+    try:
+        facts = bases.pin(owner, name)
+    except access.NotFound:
+        messages.error(request, f"There is no model {name[:100]} to read it as. Choose one of the list.")
+        return redirect("jobs:dataset", dataset_id)
+    address = reverse("jobs:dataset", args=[dataset_id])
+    if dataset.status != "ready" or reports.is_own(facts):
+        return redirect(address)
+    return redirect(f"{address}?{urlencode({'as': reports.ask(dataset, facts).base})}")
 
 
 @for_people
@@ -131,16 +152,21 @@ def look(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def report_of(dataset: Dataset) -> dict[str, Any]:
-    """The report as the page shows it; what isn't known yet is left out."""
+def report_of(dataset: Dataset, base: str = "") -> dict[str, Any]:
+    """The report as the page shows it; what isn't known yet is left out. `base` names whose tokenizer it is made with."""
+    other = tables.get(DatasetReport, dataset.dataset_id, base) if base else None
     kept = dataset.summary if isinstance(dataset.summary, dict) else {}
     full = kept | _full_report(dataset)
+    if other is not None:
+        full = report_at(other.report_key) if other.report_key else {}
     summary = full
     return {
         "dataset": dataset,
         **look(dataset),
         "summary": summary,
-        "findings": [_finding(f, dataset) for f in full.get("findings", [])],
+        "other": other,
+        "read_as": lambda: _read_as(dataset, base),
+        "findings": [_finding(f, dataset, can_mend=other is None) for f in full.get("findings", [])],
         "can_split": dataset.status == "ready" and versions.can_split(dataset),
         "origin": _origin(dataset),
         "samples": [shown_sample(s) for s in full.get("samples", [])],
@@ -178,9 +204,24 @@ def _file_rows(dataset: Dataset, summary: dict[str, Any]) -> list[tuple[str, str
 TONES = {"error": "bg-error/10", "warning": "bg-warning/10"}
 
 
-def _finding(finding: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+def _finding(finding: dict[str, Any], dataset: Dataset, can_mend: bool = True) -> dict[str, Any]:
     tone = TONES.get(str(finding.get("severity") or finding.get("level")), "bg-base-200")
-    return {**finding, "tone": tone, "mend": _mend(finding) if dataset.status == "ready" else ""}
+    mend = _mend(finding) if dataset.status == "ready" and can_mend else ""
+    return {**finding, "tone": tone, "mend": mend}
+
+
+def _read_as(dataset: Dataset, chosen: str) -> dict[str, Any]:
+    """The bases it was read for, and those it can be read for."""
+    made = reports.all_of(dataset.dataset_id)
+    known = [*catalog.base_models()[1:], *bases.from_hub(dataset.owner)]
+    return {
+        "made": [
+            {"base": row.base, "name": row.base.partition("@")[0], "status": row.status,
+             "tokens": (row.summary or {}).get("tokens"), "chosen": row.base == chosen}
+            for row in made
+        ],
+        "bases": known,
+    }  # fmt: skip
 
 
 def _mend(finding: dict[str, Any]) -> str:

@@ -77,6 +77,16 @@ def add_base(request: HttpRequest) -> HttpResponse:
 
 @for_people
 @require_POST
+def count_tokens(request: HttpRequest) -> HttpResponse:
+    """Has the chosen data read with the chosen base's tokenizer, and shows the form as it was typed."""
+    draft = new_job.Draft.of(owner_of(request), request.POST)
+    draft.count()
+    template = "jobs/_new_job_parts.html" if asks_for_part(request) else "jobs/new_job.html"
+    return render(request, template, draft.context())
+
+
+@for_people
+@require_POST
 def estimate(request: HttpRequest) -> HttpResponse:
     """The form as typed so far: its estimate, reasons and warnings. htmx swaps those parts; without it, the whole page."""
     draft = new_job.Draft.of(owner_of(request), request.POST)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from jobs import access, bases, estimates, hub_check, storage
+from jobs import access, bases, estimates, hub_check, reports, storage
 from jobs.forms import NewJobForm, preset_of, rows, settings_from, shown, with_preset
 from jobs.lifecycle import JobRequest
-from jobs.tables import Dataset
+from jobs.tables import Dataset, DatasetReport
 from jobs.templatetags.figures import count, size
 from training import catalog
 from training.auto import PRESETS, resolve
@@ -140,8 +140,10 @@ class Draft:
         return next((d for d in self.datasets if d.dataset_id == self.values["dataset"]), None)
 
     def context(self) -> dict[str, Any]:
-        summary = self._summary()
-        base = bases.find(self.owner, self.values["base"])
+        facts = self._base_facts()
+        base = bases.described(facts) if facts else None
+        found = self._report(facts)
+        summary = self._summary(found)
         machine = estimates.machine()
         resolved, reasons = self.settings, dict[str, str]()
         if summary and base and self.settings:
@@ -158,7 +160,8 @@ class Draft:
             "dataset": self.dataset,
             "summary": summary,
             "warnings": _warnings(self.dataset, summary, resolved),
-            "sample": _sample(self.dataset),
+            "sample": self._sample(found),
+            "counting": self._counting(facts, found) if summary else None,
             # Asked by the whole page only: a keystroke costs no more reads.
             "bases": lambda: self._choices(machine, method),
             "base": _facts(base, machine) if base else None,
@@ -193,9 +196,46 @@ class Draft:
             if models
         ]
 
-    def _summary(self) -> Summary | None:
-        found = self.dataset.summary if self.dataset else None
-        return Summary.from_dict(found) if isinstance(found, dict) and found.get("examples") else None
+    def _base_facts(self) -> dict[str, Any] | None:
+        try:
+            return bases.pin(self.owner, self.values["base"])
+        except access.NotFound:
+            return None
+
+    def _report(self, facts: dict[str, Any] | None) -> DatasetReport | None:
+        """What the dataset is to the chosen base, where its own report doesn't count for that."""
+        if self.dataset is None or facts is None or reports.is_own(facts):
+            return None
+        return reports.of(self.dataset.dataset_id, facts)
+
+    def _summary(self, found: DatasetReport | None) -> Summary | None:
+        told = self.dataset.summary if self.dataset else None
+        if found is not None and found.status == "ready":
+            told = found.summary
+        return Summary.from_dict(told) if isinstance(told, dict) and told.get("examples") else None
+
+    def _sample(self, found: DatasetReport | None) -> dict[str, Any] | None:
+        key = (found.report_key if found else "") or (self.dataset.report_key if self.dataset else "")
+        return _first_sample(key) if key else None
+
+    def _counting(self, facts: dict[str, Any] | None, found: DatasetReport | None) -> dict[str, str] | None:
+        """What to say where the counts shown are not of the chosen base's tokenizer."""
+        if facts is None or reports.is_own(facts) or (found is not None and found.status == "ready"):
+            return None
+        base = bases.described(facts)
+        return {
+            "base": base.name if base else "",
+            "status": found.status if found else "",
+            "error": found.error if found else "",
+        }
+
+    def count(self) -> None:
+        """Has the dataset read with the chosen base's tokenizer."""
+        facts = self._base_facts()
+        if facts is None:
+            self.refuse("base", "Choose the model to start from.")
+        elif self.dataset is not None and self.dataset.status == "ready" and not reports.is_own(facts):
+            reports.ask(self.dataset, facts)
 
 
 def _facts(base: BaseModel, machine: catalog.Machine) -> dict[str, Any]:
@@ -262,12 +302,6 @@ def _warnings(
             }
         )
     return found
-
-
-def _sample(dataset: Dataset | None) -> dict[str, Any] | None:
-    if dataset is None or not dataset.report_key:
-        return None
-    return _first_sample(dataset.report_key)
 
 
 @lru_cache(maxsize=200)

@@ -156,12 +156,16 @@ def open_house() -> House:
 
 
 def submit(dataset_id: str, owner: str = OWNER, **settings: Any) -> str:
-    from jobs import lifecycle
-    from jobs.tables import HubModel
+    from jobs import bases, lifecycle
+    from jobs.tables import DatasetReport, HubModel
     from training import catalog
 
     tiny = catalog.describe(hub_folder() / "snapshots" / REVISION, id=TINY)
-    HubModel(owner, TINY, facts=tiny.as_dict() | {"revision": REVISION}).save()  # as if it had been checked
+    facts = tiny.as_dict() | {"revision": REVISION}
+    HubModel(
+        owner, TINY, facts=facts
+    ).save()  # as if it had been checked, and the data read with its tokenizer
+    DatasetReport(dataset_id, bases.reads_as(facts), owner=owner, facts=facts, status="ready").save()
     request = lifecycle.JobRequest(base=TINY, dataset_id=dataset_id, settings=SETTINGS | settings)
     return str(lifecycle.submit(owner, request).job_id)
 

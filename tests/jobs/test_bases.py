@@ -16,8 +16,8 @@ from jobs import (
     storage,
     tuned_models,
 )
-from jobs.tables import HubModel, TunedModel
-from tests.jobs.makers import make_claim, make_job, make_owner, read, result
+from jobs.tables import DatasetReport, HubModel, Job, TunedModel
+from tests.jobs.makers import make_claim, make_dataset, make_job, make_owner, read, result
 from tests.jobs.test_runner import ASKED, again, claim_one
 from training.events import Failure
 
@@ -27,6 +27,13 @@ FACTS = {"id": "people/tiny", "name": "people/tiny", "parameters": 1000, "layers
 
 def add(owner: str, **facts: object) -> None:
     HubModel(owner, "people/tiny", facts=FACTS | facts).save()
+
+
+def make_job_from_hub(owner: str) -> Job:
+    """Of data that was read with its tokenizer already."""
+    dataset_id = make_dataset(owner).dataset_id
+    DatasetReport(dataset_id, bases.reads_as(FACTS), owner=owner, status="ready", summary={}).save()
+    return make_job(owner, base="people/tiny", dataset_id=dataset_id)
 
 
 def make_model(owner: str, **fields: object) -> TunedModel:
@@ -50,7 +57,7 @@ def test_a_model_nobody_added_is_no_base():
 def test_a_model_that_was_added_is_pinned_to_the_revision_that_was_checked():
     owner = make_owner()
     add(owner)
-    job = make_job(owner, base="people/tiny")
+    job = make_job_from_hub(owner)
     add(owner, revision="1" * 40)
     assert read(job).base_facts["revision"] == "0" * 40
     claim = make_claim(job)

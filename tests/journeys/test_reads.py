@@ -12,8 +12,8 @@ from tests.journeys.makers import make_dataset, make_job, make_model, metric
 
 MOST = {
     "datasets": 1,
-    "dataset": 1,
-    "dataset_report": 1,
+    "dataset": 3,  # itself, its reports for other bases, models of the Hub it can be read for
+    "dataset_report": 3,
     "jobs": 1,
     "new_job": 5,  # datasets, tuned models, models of the Hub; workers and history, which are remembered for half a minute
     "job": 3,  # the job, the job as the feed sees it, its events (one read for each megabyte)

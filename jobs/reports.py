@@ -1,0 +1,117 @@
+"""A dataset's report for another base: each has its own tokenizer, chat template and context.
+
+The check of an upload uses the starter's. For other bases the report is made when a job asks for it (the job is
+`validating` meanwhile) or a person does, by an errand in the checks worker. Bases that read text alike share a report.
+
+checking ──► ready | refused (nothing could be trained) | failed (the tokenizer could not be had: counts stay unknown)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from jobs import bases, checking, errands, storage, tables
+from jobs.tables import Dataset, DatasetReport, Job
+from training import catalog
+from training.events import Failure
+
+
+def is_own(facts: Mapping[str, Any]) -> bool:
+    """Does the dataset's own report count for this base?"""
+    return bases.reads_as(facts) == catalog.STARTER
+
+
+def of(dataset_id: str, facts: Mapping[str, Any]) -> DatasetReport | None:
+    return tables.get(DatasetReport, dataset_id, bases.reads_as(facts))
+
+
+def all_of(dataset_id: str) -> list[DatasetReport]:
+    return list(tables.rows(DatasetReport, dataset_id))
+
+
+def ask(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
+    """The report, or the promise of one; asked again where it failed. Again is harmless."""
+    base = bases.reads_as(facts)
+    found = tables.get(DatasetReport, dataset.dataset_id, base)
+    if found is not None and found.status != "failed":
+        if found.status == "checking":
+            errands.put("report", dataset.owner, f"{dataset.dataset_id}@{base}")
+        return found
+    mine = secrets.token_hex(8)
+    row = DatasetReport(dataset.dataset_id, base, owner=dataset.owner, facts=dict(facts), asked=mine)
+    errands.put("report", dataset.owner, f"{dataset.dataset_id}@{base}")
+    free = DatasetReport.dataset_id.does_not_exist() | (DatasetReport.status == "failed")
+    put = tables.put_if(row, free, lambda found: found.asked == mine)
+    errands.ring("report", dataset.owner, f"{dataset.dataset_id}@{base}")
+    return put or tables.get(DatasetReport, dataset.dataset_id, base) or row
+
+
+def forget(dataset: Dataset) -> None:
+    """All of a dataset's: it is gone, or read in another way from now on."""
+    for row in all_of(dataset.dataset_id):
+        tables.remove(DatasetReport, dataset.dataset_id, row.base)
+
+
+def summary_for(dataset: Dataset, facts: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """(counts, whether they are of this base's own tokenizer)."""
+    if is_own(facts):
+        return dict(dataset.summary or {}), True
+    found = of(dataset.dataset_id, facts)
+    if found is not None and found.status == "ready":
+        return dict(found.summary or {}), True
+    return dict(dataset.summary or {}), False
+
+
+def for_job(job: Job, dataset: Dataset) -> DatasetReport | None:
+    """The report that the job waits for, asked for where nobody did; None where the dataset's own counts. One that failed
+    is not asked for again: the training worker will say what is wrong with the base, or has it already."""
+    facts = job.base_facts or {"id": job.base}
+    if is_own(facts):
+        return None
+    found = of(dataset.dataset_id, facts)
+    return found if found is not None and found.status == "failed" else ask(dataset, facts)
+
+
+def make(owner: str, id: str) -> bool:
+    """The errand. True when there is nothing left to do; raises what the stores raise, and is then rung for again."""
+    from jobs import datasets  # it asks this module
+
+    dataset_id, _, base = id.partition("@")
+    row = tables.get(DatasetReport, dataset_id, base)
+    dataset = tables.get(Dataset, owner, dataset_id)
+    if row is None or row.status != "checking":
+        return True
+    if dataset is None or dataset.gone or dataset.status != "ready":
+        tables.remove(DatasetReport, dataset_id, base)  # whoever waits for it asks again
+        return True
+    status, error, report = _made(dataset, row)
+    actions = [DatasetReport.status.set(status), DatasetReport.error.set(error[:2000])]
+    if report is not None:
+        text = json.dumps(report, ensure_ascii=False).encode("utf-8", "replace")
+        name = hashlib.sha256(base.encode()).hexdigest()[:16]
+        key = f"datasets/{owner}/{dataset_id}/reports/{name}-{row.asked}.json"
+        actions += [
+            DatasetReport.report_key.set(storage.put_file(key, io.BytesIO(text)).key),
+            DatasetReport.summary.set(datasets.small(checking.summary_of(report))),
+        ]
+    tables.update(row, actions, DatasetReport.asked == row.asked, lambda found: found.status == status)
+    datasets.move_waiting_jobs(owner, dataset_id)
+    return True
+
+
+def _made(dataset: Dataset, row: DatasetReport) -> tuple[str, str, dict[str, Any] | None]:
+    try:
+        folder = bases.folder(str(row.facts["id"]), row.facts, only="tokenizer")
+    except Failure as failure:
+        return "failed", " ".join(part for part in (failure.message, failure.advice) if part), None
+    report = checking.report_on(dataset, str(folder))
+    if report is None:
+        return "failed", checking.OVER_LIMITS, None
+    if not report.get("ready"):
+        return "refused", str(report.get("error") or report.get("verdict") or ""), report
+    return "ready", "", report
