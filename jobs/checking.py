@@ -13,7 +13,7 @@ from jobs.tables import Dataset
 from training import catalog
 
 FULL = frozenset(
-    {"samples", "findings"}
+    {"samples", "findings", "head"}
 )  # of the report, what the row doesn't need; all of it is in the object
 
 
@@ -52,6 +52,7 @@ def check(owner: str, dataset_id: str) -> None:
         summary=summary_of(report),
         format=report.get("format"),
         report=report,
+        keep=bool(report.get("choose")),
         error=""
         if ready
         else str(report.get("error") or report.get("verdict") or "The file holds no example."),

@@ -5,6 +5,7 @@ receiving ──► checking ──► ready | rejected        deleted ones are 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import time
@@ -16,7 +17,7 @@ from django.conf import settings
 
 from jobs import access, endings, errands, limits, storage, tables
 from jobs.limits import OverQuota
-from jobs.tables import Dataset, new_id
+from jobs.tables import Dataset, DatasetReport, new_id
 
 __all__ = ["OverQuota", "Rejected", "delete", "fill", "finish_check", "promise", "receive"]
 
@@ -118,26 +119,54 @@ def finish_check(
     format: Mapping[str, Any] | None = None,
     report: Mapping[str, Any] | None = None,
     error: str = "",
+    keep: bool = False,
 ) -> Dataset | None:
-    """ready or rejected, with the report. Then the jobs that wait for it move. None when it was deleted meanwhile."""
+    """ready or rejected, with the report. What can't be used isn't kept, unless another choice of columns may help. Then the jobs that wait for it move. None when it was deleted meanwhile."""
     key = _key(owner, dataset_id)
     actions = [Dataset.status.set(status), Dataset.error.set(error[:2000])]
     if report is not None:
         text = json.dumps(report, ensure_ascii=False).encode("utf-8", "replace")
-        actions.append(
-            Dataset.report_key.set(storage.put_file(_report_key(owner, dataset_id), io.BytesIO(text)).key)
-        )
+        report_key = _report_key(owner, dataset_id, hashlib.sha256(text).hexdigest())
+        actions.append(Dataset.report_key.set(storage.put_file(report_key, io.BytesIO(text)).key))
     if summary is not None:
         actions.append(Dataset.summary.set(small(summary)))
     if format is not None:
         actions.append(Dataset.format.set(dict(format)))
     condition = (Dataset.status == "checking") & (Dataset.gone == False)  # noqa: E712  an expression
     found = tables.update(Dataset(owner, dataset_id), actions, condition, lambda row: row.status == status)
-    if found and status == "rejected":
-        storage.delete_file(key)  # what can't be used isn't kept
+    if found and status == "rejected" and not keep:
+        storage.delete_file(key)
     if found:
         move_waiting_jobs(owner, dataset_id)
     return found
+
+
+def read_again(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Dataset:
+    """Reads the file in another way (other columns) from now on: checked again. Raises NotFound, Rejected."""
+    dataset = access.get_dataset_for(owner, dataset_id)
+    active = (job for job in endings.active_of(owner) if not job.ended)
+    if any(dataset_id in (job.dataset_id, job.validation_dataset_id) for job in active):
+        raise Rejected(
+            "A job that hasn't ended reads this dataset as it is. Wait for its end, or upload the file again."
+        )
+    if not dataset.key or storage.size_of(dataset.key) is None:
+        raise Rejected("The file of this dataset was not kept. Upload it again.")
+    errands.put("check", owner, dataset_id)
+    wanted = Dataset.status.is_in("ready", "rejected") & (Dataset.gone == False)  # noqa: E712  an expression
+    actions = [
+        Dataset.status.set("checking"),
+        Dataset.format.set(dict(format)),
+        Dataset.summary.remove(),
+        Dataset.report_key.set(""),
+        Dataset.error.set(""),
+    ]
+    again = tables.update(dataset, actions, wanted, lambda found: found.format == dict(format))
+    if again is None:
+        raise Rejected("The dataset is being checked just now. Wait for its report.")
+    for row in tables.rows(DatasetReport, dataset_id):
+        tables.remove(DatasetReport, dataset_id, row.base)
+    errands.ring("check", owner, dataset_id)
+    return again
 
 
 def give_up_broken(owner: str, dataset_id: str) -> None:
@@ -195,5 +224,6 @@ def _key(owner: str, dataset_id: str) -> str:
     return f"datasets/{owner}/{dataset_id}/data"
 
 
-def _report_key(owner: str, dataset_id: str) -> str:
-    return f"datasets/{owner}/{dataset_id}/report.json"
+def _report_key(owner: str, dataset_id: str, digest: str) -> str:
+    """Another report is another object: readers remember what stands in one."""
+    return f"datasets/{owner}/{dataset_id}/report-{digest[:16]}.json"

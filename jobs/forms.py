@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from django import forms
 
@@ -38,6 +38,77 @@ class UploadForm(forms.Form):
     """The file itself is checked by a worker, never here."""
 
     file = forms.FileField(allow_empty_file=True, error_messages={"required": "Choose a file to upload."})
+
+
+class ColumnsForm(forms.Form):
+    """Which columns of a file are what. `columns` are the names that may be chosen."""
+
+    SHAPES: ClassVar[
+        dict[str, tuple[str, dict[str, str]]]
+    ] = {  # what a person reads; what each needs of which field
+        "completion": ("Prompt and answer", {"prompt": "question", "completion": "answer"}),
+        "instruction": (
+            "Instruction and answer",
+            {"instruction": "question", "input": "more", "completion": "answer"},
+        ),
+        "text": ("Plain text", {"text": "whole"}),
+        "chat": ("Chat messages", {"messages": "whole"}),
+        "sharegpt": ("ShareGPT conversations", {"conversations": "whole"}),
+    }
+    LABELS: ClassVar[dict[str, str]] = {
+        "question": "Prompt",
+        "more": "Further input",
+        "answer": "Answer",
+        "whole": "Text or messages",
+    }
+    shape = forms.ChoiceField(
+        choices=[(name, words) for name, (words, _) in SHAPES.items()],
+        error_messages={
+            "required": "Kind of rows: choose one.",
+            "invalid_choice": "Kind of rows: choose one of the list.",
+        },
+    )
+    question = forms.CharField(required=False, strip=False)
+    more = forms.CharField(required=False, strip=False)
+    answer = forms.CharField(required=False, strip=False)
+    whole = forms.CharField(required=False, strip=False)
+
+    def __init__(self, *args: Any, columns: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.names = list(columns)
+
+    def clean(self) -> dict[str, Any]:
+        data = super().clean() or {}
+        needs = self.SHAPES.get(data.get("shape", ""), ("", {}))[1]
+        chosen: dict[str, str] = {}
+        for need, field in needs.items():
+            name, label = data.get(field, ""), self.LABELS[field]
+            if not name and need == "input":
+                continue
+            if not name:
+                self.add_error(field, f"{label}: choose the column.")
+            elif name not in self.names:
+                self.add_error(
+                    field, f"{label}: the file has no column {name[:60]!r}. Choose one of the list."
+                )
+            elif name in chosen.values():
+                self.add_error(field, f"{label}: {name!r} is chosen twice. Choose another column.")
+            else:
+                chosen[need] = name
+        data["columns"] = chosen
+        return data
+
+    @classmethod
+    def typed_from(cls, format: Mapping[str, Any], columns: Sequence[str]) -> dict[str, str]:
+        """What stands in the form at first: the columns in use, else the first ones as a guess."""
+        shape, used = str(format.get("shape") or ""), dict(format.get("columns") or {})
+        if shape in cls.SHAPES and used:
+            return {"shape": shape} | {
+                field: used.get(need, "") for need, field in cls.SHAPES[shape][1].items()
+            }
+        if len(columns) == 1:
+            return {"shape": "text", "whole": columns[0]}
+        return {"shape": "completion", "question": columns[0], "answer": columns[1]}
 
 
 class GenerateForm(forms.Form):

@@ -51,12 +51,6 @@ def ask(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
     return put or tables.get(DatasetReport, dataset.dataset_id, base) or row
 
 
-def forget(dataset: Dataset) -> None:
-    """All of a dataset's: it is gone, or read in another way from now on."""
-    for row in all_of(dataset.dataset_id):
-        tables.remove(DatasetReport, dataset.dataset_id, row.base)
-
-
 def summary_for(dataset: Dataset, facts: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """(counts, whether they are of this base's own tokenizer)."""
     if is_own(facts):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,19 @@ def rows(
 
 def detect(path: str | Path, limits: Limits = USUAL) -> Format:
     """How the file is written, from its first bytes and first record. Raises BadFile naming what it is instead."""
+    found = look(path, limits)
+    if found.container in ("csv", "parquet") and not found.shape:
+        names = head(path, found, limits)["columns"]
+        raise BadFile(
+            1 if found.container == "csv" else 0,
+            f"the columns are named {', '.join(map(repr, names[:8])) or 'nothing'}, none of which we know",
+            "Choose the columns yourself, or name them prompt and completion (or text, or messages).",
+        )
+    return found
+
+
+def look(path: str | Path, limits: Limits = USUAL) -> Format:
+    """The same without a word about columns we don't know: the shape is empty then."""
     path = Path(path)
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
@@ -65,7 +79,8 @@ def detect(path: str | Path, limits: Limits = USUAL) -> Format:
     if head.startswith(b"PAR1"):
         from training import parquet
 
-        return Format("parquet", *parquet.shape_and_columns(path))
+        found = shapes.recognise(dict.fromkeys(parquet.names(path), ""), forgiving=True)
+        return Format("parquet", found[0], columns=found[1]) if found else Format("parquet")
     refuse_other_formats(head)
     encoding = encoding_of(head)
     text = codecs.getincrementaldecoder(encoding)(errors="replace").decode(head).lstrip("\ufeff")
@@ -81,8 +96,6 @@ def detect(path: str | Path, limits: Limits = USUAL) -> Format:
         return _with_shape(path, Format("jsonl", encoding=encoding), limits)
     table = _table(text, encoding)
     if suffix in (".csv", ".tsv") or (table.shape and suffix not in (".txt", ".md", ".markdown")):
-        if not table.shape:
-            _refuse_header(text, table)
         return table
     return Format("text", "text", encoding, columns={"text": "text"})
 
@@ -104,11 +117,53 @@ def _table(text: str, encoding: str) -> Format:
     return Format("csv", found[0] if found else "", encoding, best, found[1] if found else {})
 
 
-def _refuse_header(text: str, table: Format) -> None:
-    first = text.splitlines()[0]
-    names = [cell.strip() for cell in next(csv.reader([first], delimiter=table.delimiter), [])]
-    raise BadFile(
-        1,
-        f"the first line names the columns {', '.join(map(repr, names[:8]))}, none of which we know",
-        "Name them prompt and completion (or text, or messages), or choose the columns yourself.",
-    )
+# --- the beginning of a file, to choose its columns by ---------------------------------------------
+
+HEAD_ROWS, HEAD_COLUMNS, HEAD_CHARS = 5, 40, 2000
+
+
+def head(path: str | Path, format: Format, limits: Limits = USUAL) -> dict[str, Any]:
+    """{"columns": every name, "rows": [{"line", "cells": {name: value}}]} of the first rows, cut to what a page can show."""
+    names: dict[str, None] = {}
+    shown: list[dict[str, Any]] = []
+    if format.container == "text":
+        return {"columns": [], "rows": []}
+    if format.container == "parquet":
+        from training import parquet
+
+        names = dict.fromkeys(parquet.names(Path(path)))
+    try:
+        for line, record in records(
+            Path(path), Format(format.container, "", format.encoding, format.delimiter), limits
+        ):
+            if len(shown) == HEAD_ROWS or isinstance(record, BadFile):
+                break
+            if isinstance(record, dict):
+                names |= dict.fromkeys(record)
+                cells = {name: _cell(record[name]) for name in list(record)[:HEAD_COLUMNS]}
+                shown.append({"line": line, "cells": cells})
+    except BadRow:
+        pass  # the report tells of it
+    return {"columns": list(names)[: limits.columns], "rows": shown}
+
+
+def _cell(value: Any) -> Any:
+    """As it stands, unless it is too long to show; what is neither text nor JSON is named by its kind."""
+    if isinstance(value, str):
+        return value if len(value) <= HEAD_CHARS else value[: HEAD_CHARS - 1] + "…"
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return f"({shapes.kind_of(value)})"
+    return value if len(text) <= 2 * HEAD_CHARS else f"({shapes.kind_of(value)}, too long to show)"
+
+
+def preview(shape: str, columns: Mapping[str, str], shown: list[dict[str, Any]]) -> list[Row | BadRow]:
+    """What the rows of a `head` would be trained as, were these the columns."""
+    found: list[Row | BadRow] = []
+    for row in shown:
+        try:
+            found.append(shapes.Reader(shape, columns)(int(row["line"]), row["cells"]))
+        except BadRow as bad:
+            found.append(bad)
+    return found

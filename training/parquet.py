@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from training import shapes
 from training.shapes import BadFile
 
 BATCH = 64
@@ -18,17 +17,9 @@ CONVERT = "Write it again with an ordinary tool (pandas, DuckDB), or save it as 
 MAX_COLUMNS = 1000
 
 
-def shape_and_columns(path: Path) -> tuple[str, str, str, dict[str, str]]:
-    """(shape, encoding, delimiter, columns) as Format wants them after its container."""
-    names = _open(path).schema_arrow.names
-    found = shapes.recognise(dict.fromkeys(names, ""), forgiving=True)
-    if found is None:
-        raise BadFile(
-            0,
-            f"its columns are {', '.join(map(repr, names[:8])) or 'none'}, none of which we know",
-            "Name them prompt and completion (or text, or messages), or choose the columns yourself.",
-        )
-    return found[0], "utf-8", ",", found[1]
+def names(path: Path) -> list[str]:
+    """Of its columns."""
+    return list(_open(path).schema_arrow.names)
 
 
 def records(path: Path, columns: dict[str, str], limit: int) -> Iterator[tuple[int, dict[str, Any]]]:

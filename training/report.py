@@ -11,7 +11,7 @@ from typing import Any
 
 from training.encode import Example, Plain, encode_batch, encoded_rows
 from training.findings import LINES_KEPT, Findings, Twins, fingerprint, look_at, normal
-from training.formats import BadFile, BadRow, Format, Row, detect, rows
+from training.formats import BadFile, BadRow, Format, Row, detect, head, look, rows
 from training.tokenizer import Tokenizer
 
 SAMPLES, PREVIEW, SAMPLE_TOKENS = 5, 150, 400
@@ -86,7 +86,20 @@ def report(
     except BadRow as bad:
         run.bad(bad)
         chosen = Format.of(format) if format else Format("unknown")
-    return run.finish(chosen)
+    return {**run.finish(chosen), **_to_choose(path, chosen, bool(format), run.summary.examples + run.rows)}
+
+
+def _to_choose(path: Path, chosen: Format, given: bool, read: int) -> dict[str, Any]:
+    """The beginning of a file with columns, so that a person may choose among them; `choose`: they have to, since none of
+    its rows could be read with those we know or were given."""
+    try:
+        written = look(path)
+        found = head(path, written) | {"format": written.as_dict()}
+    except BadRow:
+        return {}
+    if not found["columns"] or not found["rows"]:
+        return {}
+    return {"head": found, "choose": not read and (given or not chosen.shape)}
 
 
 def findings_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from django.conf import settings
@@ -10,16 +11,18 @@ from django.http import HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import redirect, render
 from django.urls import reverse
 from django.utils.http import urlencode
+from django.utils.text import Truncator
 from django.views.decorators.http import require_GET, require_POST
 
 from jobs import access, bases, datasets, reports, tables, versions
-from jobs.forms import UploadForm
+from jobs.forms import ColumnsForm, UploadForm
 from jobs.limits import OverQuota
 from jobs.tables import Dataset, DatasetReport
 from jobs.templatetags.figures import count, size
 from jobs.views.doors import asks_for_part, for_people, owner_of
 from jobs.views.new_job import report_at, shown_sample
 from training import catalog
+from training.formats import BadRow, Row, preview
 
 PAGE = 20
 STATUS = {
@@ -121,6 +124,75 @@ def delete(request: HttpRequest, dataset_id: str) -> HttpResponse:
 
 @for_people
 @require_POST
+def columns(request: HttpRequest, dataset_id: str) -> HttpResponse:
+    """Shows what other columns would make of the first rows (`do=preview`), or reads the file so from now on."""
+    owner = owner_of(request)
+    dataset = access.get_dataset_for(owner, dataset_id)
+    choice = _columns(dataset, request.POST)
+    if choice is None:
+        messages.error(request, "This file has no columns to choose from.")
+        return redirect("jobs:dataset", dataset_id)
+    if asks_for_part(request):
+        return render(request, "jobs/_columns_preview.html", {"choice": choice})
+    if request.POST.get("do") != "preview" and not choice["errors"]:
+        try:
+            datasets.read_again(owner, dataset_id, choice["format"])
+        except datasets.Rejected as error:
+            messages.error(request, str(error))
+        return redirect("jobs:dataset", dataset_id)
+    status = 422 if choice["errors"] else 200
+    context = report_of(dataset) | {"choice": choice}
+    return render(request, "jobs/dataset_detail.html", context, status=status)
+
+
+def _columns(dataset: Dataset, typed: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The choice of columns: the form as typed, and what the first rows would be. None where there is nothing to choose."""
+    full = _full_report(dataset)
+    head = full.get("head")
+    if not head or dataset.status not in ("ready", "rejected"):
+        return None
+    if dataset.status == "rejected" and not full.get("choose"):
+        return None
+    form = dataset.format if isinstance(dataset.format, dict) else {}
+    asked = typed if typed is not None else ColumnsForm.typed_from(form, head["columns"])
+    checked = ColumnsForm(asked, columns=head["columns"])
+    valid = checked.is_valid()
+    data = checked.cleaned_data
+    rows = preview(data["shape"], data["columns"], head["rows"]) if valid else []
+    return {
+        "needed": dataset.status == "rejected",
+        "names": head["columns"],
+        "shapes": [(name, words) for name, (words, _) in ColumnsForm.SHAPES.items()],
+        "typed": {name: str(asked.get(name) or "") for name in ColumnsForm.base_fields},
+        "errors": [text for texts in checked.errors.values() for text in texts],
+        "format": {**head["format"], "shape": data.get("shape"), "columns": data.get("columns")},
+        "rows": [_previewed(row) for row in rows],
+        "cells": head["rows"],
+    }
+
+
+def _previewed(row: Row | BadRow) -> dict[str, Any]:
+    """A row as parts to show: [(role, text, learned)]."""
+    if isinstance(row, BadRow):
+        return {"line": row.line, "error": f"{row.reason}. {row.fix}"}
+    if row.kind == "completion":
+        parts = [("", row.prompt, False), ("", row.completion, True)]
+    elif row.kind == "text":
+        parts = [("", row.text, True)]
+    else:
+        parts = [
+            (m["role"], m["content"], m["role"] == "assistant" and bool(m.get("weight", 1)))
+            for m in row.messages
+        ]
+    shown = [
+        {"role": role, "text": Truncator(text).chars(400), "learned": learned}
+        for role, text, learned in parts
+    ]
+    return {"line": row.line, "parts": shown, "together": row.kind == "completion"}
+
+
+@for_people
+@require_POST
 def fix(request: HttpRequest, dataset_id: str) -> HttpResponse:
     """Begins a new version, by the finding that `what` names or in two parts, and leads to it."""
     dataset = access.get_dataset_for(owner_of(request), dataset_id)
@@ -165,6 +237,8 @@ def report_of(dataset: Dataset, base: str = "") -> dict[str, Any]:
         **look(dataset),
         "summary": summary,
         "other": other,
+        "columns_in_use": _used(dataset),
+        "choice": _columns(dataset) if other is None else None,
         "read_as": lambda: _read_as(dataset, base),
         "findings": [_finding(f, dataset, can_mend=other is None) for f in full.get("findings", [])],
         "can_split": dataset.status == "ready" and versions.can_split(dataset),
@@ -182,18 +256,20 @@ def _full_report(dataset: Dataset) -> dict[str, Any]:
     return report_at(dataset.report_key) if dataset.report_key else {}
 
 
+def _used(dataset: Dataset) -> str:
+    """The columns that are read, and as what."""
+    columns = (dataset.format or {}).get("columns")
+    if not isinstance(columns, dict):
+        return ""
+    return ", ".join(k if k == v else f"{v} as {k}" for k, v in columns.items())
+
+
 def _file_rows(dataset: Dataset, summary: dict[str, Any]) -> list[tuple[str, str]]:
     form = dataset.format if isinstance(dataset.format, dict) else {}
-    columns = form.get("columns")
     found = [
         ("Format", str(form.get("name") or form.get("format") or form.get("container") or "")),
         ("Encoding", str(form.get("encoding") or "")),
-        (
-            "Columns",
-            ", ".join(k if k == v else f"{v} as {k}" for k, v in columns.items())
-            if isinstance(columns, dict)
-            else "",
-        ),
+        ("Columns", _used(dataset)),
         ("Rows cut", count(summary["truncated"]) if summary.get("truncated") else ""),
         ("Size", size(dataset.bytes)),
         ("sha256", dataset.sha256),
