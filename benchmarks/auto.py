@@ -1,0 +1,232 @@
+"""`bin/bench auto`: automatic settings against the defaults of AutoTrain, LLaMA-Factory, H2O LLM Studio and TRL.
+
+    bin/bench auto [--only WORD …] [--seed N]
+
+Six tasks (benchmarks/tasks.py), models of different sizes, everything in our loop; the figure is the loss on a test that
+nobody trained or chose weights on. Against each peer ours gets no more compute than it: the epochs are set so that the
+operations of training are at most the peer's (a token costs LoRA two thirds), and all else is automatic; what ours
+holds out of the training rows to judge itself by is paid by ours. `as-it-is` leaves the epochs automatic too and is
+compared with the best of the peers; the note before says how much each read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks import tasks
+from benchmarks.common import ROOT, Scores
+from training.catalog import STARTER_FOLDER, describe
+
+CACHE = ROOT / ".bench" / "small-1"  # the smaller model, made once
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A peer's defaults as our settings. `dropout` None = what the model's own configuration says, as they leave it."""
+
+    epochs: float
+    settings: dict[str, Any]
+    dropout: float | None = None
+
+
+FULL = {"method": "full", "weight_decay": 0.0, "clip_norm": 1.0}
+PEERS = {
+    # huggingface/autotrain-advanced@0803634 src/autotrain/trainers/clm/params.py:32-40, :49 (peft off). It trains on
+    # prompts too; ours trains it on answers, which can only help it here.
+    "autotrain": Peer(1, FULL | {"learning_rate": 3e-5, "batch_size": 8, "warmup": 0.1, "schedule": "linear"}),
+    # hiyouga/LLaMA-Factory@13d252f examples/train_lora/llama3_lora_sft.yaml:8-10, :28-33; alpha = 2 × rank and no
+    # dropout by src/llamafactory/hparams/finetuning_args.py (LoraArguments).
+    "llama-factory": Peer(3, {
+        "method": "lora", "lora_rank": 8, "lora_alpha": 16, "lora_targets": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
+        "weight_decay": 0.0, "clip_norm": 1.0, "learning_rate": 1e-4, "batch_size": 8, "warmup": 0.1, "schedule": "cosine",
+    }),
+    # h2oai/h2o-llmstudio@017e2ad llm_studio/python_configs/text_causal_language_modeling_config.py,
+    # ConfigNLPCausalLMTraining; no clipping; intermediate_dropout 0; empty lora_target_modules = all linear layers.
+    "h2o": Peer(1, {
+        "method": "lora", "lora_rank": 4, "lora_alpha": 16, "lora_dropout": 0.05,
+        "lora_targets": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
+        "weight_decay": 0.0, "clip_norm": 0.0, "learning_rate": 1e-4, "batch_size": 2, "warmup": 0.0, "schedule": "cosine",
+    }, dropout=0.0),
+    # huggingface/trl@016013e trl/trainer/sft_config.py (learning_rate), the rest by transformers 5.23
+    # training_args.py:777-866.
+    "trl": Peer(3, FULL | {"learning_rate": 2e-5, "batch_size": 8, "warmup": 0.0, "schedule": "linear"}),
+}  # fmt: skip
+
+
+# --- models ------------------------------------------------------------------------------------------
+
+
+def small() -> Path:
+    """A GPT-2 of 0.97 million parameters, with the starter's tokenizer, taught by text that the starter writes."""
+    import torch
+
+    from training.generate import GenerateOptions, generate, load_model
+    from training.model import GPT2, GPT2Config
+    from training.tokenizer import Tokenizer
+
+    if (CACHE / "model.safetensors").exists():
+        return CACHE
+    teacher, tokenizer = load_model(STARTER_FOLDER).eval(), Tokenizer.load(STARTER_FOLDER)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        options = GenerateOptions(max_tokens=160, temperature=0.9, seed=1, n=40, ignore_eos=True)
+        begins = ("A ", "The ", "To ", "Something ", "In ", "One ")
+        texts = [w.text for b in begins for w in generate(teacher, tokenizer, tokenizer.encode(b), options)]
+        (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        config = json.loads((STARTER_FOLDER / "config.json").read_text())
+        torch.manual_seed(1)
+        fresh = GPT2Config(vocab_size=config["vocab_size"], n_positions=512, n_embd=128, n_layer=2, n_head=2, extra={"bos_token_id": 0, "eos_token_id": 0})  # fmt: skip
+        GPT2.new(fresh).save(folder / "base")
+        for file in TOKENIZER_FILES:
+            shutil.copy(STARTER_FOLDER / file, folder / "base" / file)
+        settings = {
+            "learning_rate": 3e-3,
+            "epochs": 8,
+            "batch_size": 8,
+            "validation_fraction": 0.05,
+            "dropout": 0,
+        }
+        train_once(folder / "base", folder / "text.jsonl", settings, folder / "work")
+        shutil.copytree(folder / "work" / "final", CACHE, dirs_exist_ok=True)
+    return CACHE
+
+
+def models(scores: Scores) -> dict[str, Path]:
+    from training import hub
+    from training.events import Failure
+
+    found = {"small": small(), "starter": STARTER_FOLDER}
+    try:
+        found["gpt2"] = hub.locate("gpt2")
+    except Failure as failure:
+        scores.note(f"gpt2 is left out: {failure.message}")
+    return found
+
+
+# --- one run -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    loss: float  # on the test
+    operations: float  # of training and of judging itself on what was held out
+    settings: dict[str, Any]
+    seconds: float
+
+
+def train_once(base: Path, data: Path, settings: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Trains through our loop; the plan, as it was told."""
+    from training.config import Run
+    from training.loop import train
+
+    told: dict[str, dict[str, Any]] = {}
+    quiet = {"checkpoint_every_s": 0, "precision": "fp32"}
+    run = {
+        "base": str(base), "train_file": str(data), "work_dir": str(work), "settings": quiet | settings,
+        "rehearse": False, "prompts": ["The"],
+    }  # fmt: skip
+    train(Run.parse(run), lambda kind, **line: told.update({kind: line}))
+    return told["plan"]
+
+
+def run(base: Path, data: Path, test: Path, settings: dict[str, Any]) -> Trained:
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as work:
+        plan = train_once(base, data, settings, Path(work))
+        loss = test_loss(Path(work) / "final", test)
+    used, tokens = plan["settings"], plan["tokens"]
+    passes = passes_of(used["method"])
+    # an evaluation is a forward pass, a third of a full step; one before training and one at each epoch's end
+    held = (
+        tokens * plan["held_out"] / plan["examples"] * (2 + int(used["epochs"])) * 2
+        if plan["held_out"]
+        else 0
+    )
+    return Trained(loss, passes * tokens * used["epochs"] + held, used, time.perf_counter() - begun)
+
+
+def passes_of(method: str) -> int:
+    """Operations a weight and token: LoRA spares the gradients of the frozen weights."""
+    return 6 if method == "full" else 4
+
+
+def test_loss(folder: Path, test: Path) -> float:
+    import torch
+
+    from training.encode import Plain, examples
+    from training.evaluate import evaluate
+    from training.generate import load_model
+    from training.packing import Examples
+    from training.tokenizer import Tokenizer
+
+    found = Examples.of(examples(test, Tokenizer.load(folder), Plain(describe(folder).context)))
+    return evaluate(load_model(folder), found, 4096, torch.device("cpu")).loss
+
+
+# --- the table ---------------------------------------------------------------------------------------
+
+
+def compare(scores: Scores, size: str, base: Path, task: str, seed: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        data, test = tasks.lay_out(task, Path(folder), seed)
+        ours = cache(lambda epochs: run(base, data, test, {"epochs": epochs}))
+        before, theirs = test_loss(base, test), {}
+        for name, peer in PEERS.items():
+            theirs[name] = run(base, data, test, _as_run(peer, base))
+            mine = ours(_affordable(peer))
+            assert mine.operations <= theirs[name].operations, "ours had more compute"
+            scores.add(f"{size}/{task}/{name}", mine.loss, theirs[name].loss, 1.0, less_is_better=True)
+        best = min(theirs, key=lambda name: theirs[name].loss)
+        alone = ours(None)
+        much = alone.operations / theirs[best].operations
+        scores.note(
+            f"{size}/{task}: untrained {before:.3f}; automatic {alone.settings['epochs']:g} epochs of {alone.settings['batch_size']} at "
+            f"{alone.settings['learning_rate']:g}, {much:.1f} × the compute of {best}, {alone.seconds:.0f} s"
+        )
+        scores.add(f"{size}/{task}/as-it-is", alone.loss, theirs[best].loss, 1.0, less_is_better=True)
+
+
+def _as_run(peer: Peer, base: Path) -> dict[str, Any]:
+    config = json.loads((base / "config.json").read_text())
+    dropout = float(config.get("resid_pdrop", 0.1)) if peer.dropout is None else peer.dropout
+    return peer.settings | {
+        "epochs": peer.epochs,
+        "dropout": dropout,
+        "validation_fraction": 0,
+        "keep_best": False,
+    }
+
+
+def _affordable(peer: Peer) -> float:
+    """Epochs of ours, which trains all weights, that cost no more than the peer's."""
+    return round(peer.epochs * passes_of(peer.settings["method"]) / passes_of("full") - 0.005, 2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bin/bench auto")
+    parser.add_argument("--only", action="append", help="only size/task that this is part of")
+    parser.add_argument("--seed", type=int, default=1, help="of the tasks")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    scores = Scores()
+    scores.note("held-out loss: ours, theirs, theirs over ours, goal")
+    for size, base in models(scores).items():
+        for task in tasks.TASKS:
+            if not args.only or any(word in f"{size}/{task}" for word in args.only):
+                compare(scores, size, base, task, args.seed)
+    return scores.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
