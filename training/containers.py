@@ -54,12 +54,27 @@ class Format:
         return cls(**{"container": "jsonl", **known})
 
 
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a JSON Lines file, from the beginning of a line to the end of one; lines are counted from its own
+    first."""
+
+    begin: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.begin
+
+
 # --- containers: (line, record) -------------------------------------------------------------------
 
 Record = dict[str, Any] | BadRow
 
 
-def records(path: Path, format: Format, limits: Limits) -> Iterator[tuple[int, Record]]:
+def records(
+    path: Path, format: Format, limits: Limits, part: Part | None = None
+) -> Iterator[tuple[int, Record]]:
     if format.container == "parquet":
         from training import parquet
 
@@ -67,7 +82,7 @@ def records(path: Path, format: Format, limits: Limits) -> Iterator[tuple[int, R
         return
     with path.open("rb") as file:
         if format.container == "jsonl":
-            yield from _jsonl(file, format, limits)
+            yield from _jsonl(file, format, limits, part)
         elif format.container == "json":
             yield from _json_array(file, format, limits)
         elif format.container == "csv":
@@ -82,28 +97,33 @@ def records(path: Path, format: Format, limits: Limits) -> Iterator[tuple[int, R
             )
 
 
-def _jsonl(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tuple[int, Record]]:
-    for number, text in _lines(file, format, limits):
+def _jsonl(file: BinaryIO, format: Format, limits: Limits, part: Part | None) -> Iterator[tuple[int, Record]]:
+    for number, text in _lines(file, format, limits, part):
         if isinstance(text, BadRow):
             yield number, text
         elif text and not text.isspace():
             yield number, _parse(number, text, limits)
 
 
-def _lines(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tuple[int, str | BadRow]]:
+def _lines(
+    file: BinaryIO, format: Format, limits: Limits, part: Part | None = None
+) -> Iterator[tuple[int, str | BadRow]]:
     """Decoded lines. A line over the limit ends the file: what follows could be its other half."""
     if format.encoding != "utf-8":
         file = _transcoded(file, format.encoding)
-    number = 0
-    while line := file.readline(limits.line_bytes + 1):
+    if part:
+        file.seek(part.begin)
+    number, left = 0, part.bytes if part else math.inf
+    while left > 0 and (line := file.readline(limits.line_bytes + 1)):
         number += 1
+        left -= len(line)
         if len(line) > limits.line_bytes:
             raise BadFile(
                 number,
                 f"this line is longer than {limits.line_bytes >> 20} MB",
                 "Write one example on each line.",
             )
-        if number == 1 and line.startswith(codecs.BOM_UTF8):
+        if number == 1 and line.startswith(codecs.BOM_UTF8) and not (part and part.begin):
             line = line[3:]
         try:
             yield number, line.decode("utf-8")
@@ -337,17 +357,18 @@ def _parse(number: int, text: str, limits: Limits) -> Record:
         return BadRow(number, *shapes.explain_json(text, error))
     except (ValueError, RecursionError) as error:
         return BadRow(number, _reason(error), shapes.JSON_HINT)
-    return _object(number, value, limits)
+    return _object(number, value, limits, text.count("{") + text.count("["))
 
 
-def _object(number: int, value: Any, limits: Limits) -> Record:
+def _object(number: int, value: Any, limits: Limits, brackets: float = math.inf) -> Record:
+    """`brackets`: how many the text opens; as deep as that and no deeper it can be."""
     if not isinstance(value, dict):
         return BadRow(
             number,
             f"this is {shapes.kind_of(value)}, not an object",
             'Each example is an object: {"messages": [...]} or {"prompt": ..., "completion": ...}.',
         )
-    if shapes.deeper_than(value, limits.depth):
+    if brackets > limits.depth and shapes.deeper_than(value, limits.depth):
         return BadRow(number, f"values are nested more than {limits.depth} deep", "Keep examples flat.")
     return value
 

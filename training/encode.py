@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from training.formats import BadRow, Format, OnBad, Row, rows
+from training.formats import BadRow, Format, OnBad, Part, Row, rows
 from training.tokenizer import Piece, Tokenizer, TokenizerError
 
 BATCH_ROWS = 512
+Sized = TypeVar("Sized", Row, tuple[Row, list["Example"]])
 
 
 class Wants(Protocol):
@@ -66,9 +67,10 @@ def encoded_rows(
     settings: Wants,
     format: Format | None = None,
     on_bad: OnBad | None = None,
+    part: Part | None = None,
 ) -> Iterator[tuple[Row, list[Example]]]:
     """`examples`, each with the row it comes from."""
-    for batch in batches(rows(path, format, on_bad=on_bad), BATCH_ROWS):
+    for batch in batches(rows(path, format, on_bad=on_bad, part=part), BATCH_ROWS):
         for row, example in zip(batch, encode_batch(batch, tokenizer, settings), strict=True):
             if isinstance(example, Example):
                 yield row, cut(example, settings.sequence_length, split=row.kind == "text")
@@ -128,10 +130,29 @@ def cut(example: Example, length: int | None, *, split: bool) -> list[Example]:
     ]
 
 
-def batches(items: Iterable[Row], size: int) -> Iterator[list[Row]]:
+def batches(items: Iterable[Sized], size: int) -> Iterator[list[Sized]]:
+    """So many at a time, or about a megabyte of them. What came before a BadFile still comes before it."""
+    held: list[Sized] = []
+    characters = 0
+    ended: BadRow | None = None
     iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            break
+        except BadRow as bad:
+            ended = bad
+            break
+        held.append(item)
+        characters += (item if isinstance(item, Row) else item[0]).size
+        if len(held) == size or characters > 1 << 20:
+            yield held
+            held, characters = [], 0
+    if held:
+        yield held
+    if ended:
+        raise ended
 
 
 def _join(row: Row, plan: list[Piece], encoded: list[list[int]], everything: bool) -> Example:

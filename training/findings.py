@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +60,7 @@ class Findings:
     keep: int = LINES_KEPT
     lines: dict[str, list[int]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    details: dict[str, list[str]] = field(default_factory=dict)
+    details: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
 
     def add(self, code: str, line: int, detail: str = "") -> None:
         self.counts[code] = self.counts.get(code, 0) + 1
@@ -69,7 +68,18 @@ class Findings:
         if len(kept) < self.keep:
             kept.append(line)
             if detail:
-                self.details.setdefault(code, []).append(f"line {line}: {detail}" if line else detail)
+                self.details.setdefault(code, []).append((line, detail))
+
+    def join(self, later: Findings, lines: int) -> None:
+        """Takes over what was found in the part of the file that begins after `lines` lines."""
+        for code, count in later.counts.items():
+            self.counts[code] = self.counts.get(code, 0) + count
+            kept = self.lines.setdefault(code, [])
+            room = self.keep - len(kept)
+            kept += [line + lines for line in later.lines[code][:room]]
+            told = [(line + lines, said) for line, said in later.details.get(code, [])]
+            if told:
+                self.details.setdefault(code, []).extend(told[:room])
 
     def as_list(self) -> list[dict[str, Any]]:
         """The worst first, then the most frequent."""
@@ -82,7 +92,9 @@ class Findings:
                 "title": KINDS[code].title,
                 "count": self.counts[code],
                 "lines": sorted(self.lines[code]),
-                "details": self.details.get(code, [])[:20],
+                "details": [
+                    f"line {n}: {said}" if n else said for n, said in self.details.get(code, [])[:20]
+                ],
                 "why": KINDS[code].why,
                 "fix": KINDS[code].fix,
                 "drop": KINDS[code].drop,
@@ -94,6 +106,7 @@ class Findings:
 # --- one row --------------------------------------------------------------------------------------
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
+CONTROLS = bytes([*range(9), 11, *range(14, 32), 127])
 DAMAGE = re.compile("\ufffd|[\x80-\x9f]|Ã[\x80-\xbf©¨«®¡³±§¼¶¤¢]|â€[\x99\x9c\x9d™œ“”˜¦]|Â[\xa0«»°·©®£]|ï»¿")
 INVISIBLE = re.compile("[\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]")
 SECRETS: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -123,7 +136,9 @@ SECRET_NAMES = ("passw", "api_key", "api-key", "apikey", "secret")
 EMAIL = re.compile(
     r"[A-Za-z0-9._%+-]{1,64}@(?!example\.)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,24}\b"
 )
-DIGITS = re.compile(r"\d[\d ()./-]{6,}\d")
+DIGITS = re.compile(r"[0-9][0-9 ()./-]{6,}[0-9]")
+# What DIGITS finds is eight such characters on end; a table and a plain search tell sooner that there are none.
+NUMERIC, EIGHT = bytes(48 if chr(byte) in "0123456789 ()./-" else 0 for byte in range(256)), b"0" * 8
 SSN = re.compile(r"(?<![\d-])(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])")
 PHONE = re.compile(
     r"(?<![\w.])(?:\+\d{1,3}[ .-]?(?:\(?\d{1,4}\)?[ .-]?){2,4}\d{2,4}|\(\d{3}\) ?\d{3}-\d{4}|\d{3}-\d{3}-\d{4})(?!\w)"
@@ -132,19 +147,48 @@ IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?: ?[A-Z0-9]{1,3})?\b"
 CARD = re.compile(r"(?<![\d.])(?:\d[ -]?){13,19}(?![\d.])")
 
 
-def look_at(row: Row, text: str, findings: Findings, special: re.Pattern[str] | None) -> None:
-    """Everything one row shows by itself; `text` is its preview."""
+@dataclass(frozen=True)
+class Suspicion:
+    """What may stand in some of many texts: a look at all of them at once costs little, and what is not in them need
+    not be looked for in each."""
+
+    foreign: bool
+    control: bool
+    special: bool
+    secret: bool
+    address: bool
+    digits: bool
+
+    @classmethod
+    def of(cls, texts: Iterable[str], special: re.Pattern[str] | None) -> Suspicion:
+        text = "\n".join(texts)
+        raw = text.encode("utf-8", "replace")
+        return cls(
+            foreign=len(raw) != len(text),
+            control=len(raw.translate(None, CONTROLS)) != len(raw),
+            special=special is not None and special.search(text) is not None,
+            secret=_may_hold_secret(text),
+            address="@" in text,
+            digits=EIGHT in raw.translate(NUMERIC),
+        )
+
+
+def look_at(
+    row: Row, text: str, findings: Findings, special: re.Pattern[str] | None, may: Suspicion | None = None
+) -> None:
+    """Everything one row shows by itself; `text` is its preview, `may` what stands in it and its neighbours."""
     line = row.line
-    plain = text.isascii()
-    if CONTROL.search(text) or (not plain and DAMAGE.search(text)):
+    may = may or Suspicion.of([text], special)
+    plain = not may.foreign or text.isascii()
+    if (may.control and CONTROL.search(text)) or (not plain and DAMAGE.search(text)):
         findings.add("damage", line)
     if not plain and INVISIBLE.search(text):
         findings.add("invisible", line)
-    if special is not None and special.search(text):
+    if may.special and special is not None and special.search(text):
         findings.add("special_tokens", line)
-    if found := secret(text):
+    if may.secret and (found := secret(text)):
         findings.add("secret", line, found)
-    if found := personal(text):
+    if (may.address or may.digits) and (found := personal(text)):
         findings.add("personal", line, found)
     if row.kind == "completion":
         _look_at_pair(row, findings)
@@ -169,18 +213,23 @@ def _look_at_pair(row: Row, findings: Findings) -> None:
 
 def secret(text: str) -> str:
     """What kind of secret stands in the text, or an empty string. Never the secret itself."""
-    if not any(word in text for word in SECRET_WORDS):
-        small = text.lower()
-        if not any(name in small for name in SECRET_NAMES):
-            return ""
+    if not _may_hold_secret(text):
+        return ""
     return next((name for name, pattern in SECRETS if pattern.search(text)), "")
+
+
+def _may_hold_secret(text: str) -> bool:
+    if any(word in text for word in SECRET_WORDS):
+        return True
+    small = text.lower()
+    return any(name in small for name in SECRET_NAMES)
 
 
 def personal(text: str) -> str:
     """What kind of personal data stands in the text, or an empty string. Never the data."""
     if "@" in text and EMAIL.search(text):
         return "an e-mail address"
-    if not DIGITS.search(text):
+    if EIGHT not in text.encode("utf-8", "replace").translate(NUMERIC) or not DIGITS.search(text):
         return ""
     if SSN.search(text):
         return "a social security number"
@@ -210,18 +259,21 @@ def _is_iban(text: str) -> bool:
 # --- rows against each other ----------------------------------------------------------------------
 
 
-SPACES = bytes(byte if chr(byte).isalnum() else 32 for byte in range(128)) + bytes(128)
+# Small letters and digits as they are, capitals small, all else a space.
+PLAIN = bytes(ord(chr(byte).lower()) if byte < 128 and chr(byte).isalnum() else 32 for byte in range(256))
+SEEN = (1 << 64) - 1
 
 
 def normal(text: str) -> str:
     """What is left when capitals, spaces and punctuation do not count."""
     if text.isascii():  # ten times faster
-        return b" ".join(text.lower().encode().translate(SPACES).split()).decode()
+        return b" ".join(text.encode().translate(PLAIN).split()).decode()
     return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
 def fingerprint(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+    """Eight bytes, others in each run of the program, so that nobody can make texts that look the same."""
+    return hash(text) & SEEN
 
 
 class Twins:
@@ -234,6 +286,14 @@ class Twins:
         if len(self.keys) < ROWS_COMPARED:
             self.keys.append(fingerprint(text))
             self.lines.append(line)
+
+    def join(self, later: Twins, lines: int) -> None:
+        """Takes over the texts of the part of the file that begins after `lines` lines."""
+        room = ROWS_COMPARED - len(self.keys)
+        self.keys.extend(later.keys[:room])
+        self.lines.extend(
+            array("Q", (np.frombuffer(later.lines, np.uint64)[:room] + np.uint64(lines)).tobytes())
+        )
 
     def again(self) -> Iterator[tuple[int, int]]:
         """(line, line where it stood first) of every later twin, in the order of the file."""

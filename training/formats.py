@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from training import shapes
-from training.containers import Format, Limits, records
+from training.containers import Format, Limits, Part, records
 from training.shapes import BadFile, BadRow, Row
 from training.sniff import encoding_of, refuse_other_formats
 
-__all__ = ["BadFile", "BadRow", "Format", "Limits", "OnBad", "Row", "detect", "rows"]
+__all__ = ["BadFile", "BadRow", "Format", "Limits", "OnBad", "Part", "Row", "detect", "rows"]
 
 OnBad = Callable[[BadRow], None]
 USUAL = Limits()
@@ -33,13 +33,14 @@ def rows(
     *,
     on_bad: OnBad | None = None,
     limits: Limits = USUAL,
+    part: Part | None = None,
 ) -> Iterator[Row]:
-    """Every row in order. Raises BadRow at the first bad one, or hands each to `on_bad` and goes on.
+    """Every row in order (of `part`, where the file is JSON Lines). Raises BadRow at the first bad one, or hands each to `on_bad` and goes on.
 
     BadFile (a BadRow too) always raises: behind it nothing can be read."""
     chosen = Format.of(format) if format is not None else detect(path, limits)
     read = shapes.Reader(chosen.shape, chosen.columns)
-    for line, record in records(Path(path), chosen, limits):
+    for line, record in records(Path(path), chosen, limits, part):
         try:
             if isinstance(record, BadRow):
                 raise record

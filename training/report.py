@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from training.encode import Example, Plain, encode_batch, encoded_rows
-from training.findings import LINES_KEPT, Findings, Twins, fingerprint, look_at, normal
-from training.formats import BadFile, BadRow, Format, Row, detect, head, look, rows
+from training.encode import Example, Plain, batches, encode_batch, encoded_rows
+from training.findings import LINES_KEPT, Findings, Suspicion, Twins, fingerprint, look_at, normal
+from training.formats import BadFile, BadRow, Format, Part, Row, detect, head, look, rows
 from training.tokenizer import Tokenizer
 
 SAMPLES, PREVIEW, SAMPLE_TOKENS = 5, 150, 400
+TOGETHER = 256  # rows looked at at once
+HALVED = 16 << 20  # bytes from which a file is read by two processes
+JOINED = ("rows", "characters", "foreign", "summary", "findings", "exact", "near", "prompts", "answers")
 FEW = 10
 CHARACTERS_PER_TOKEN = 2.0  # under this the tokenizer does not know the language
 
@@ -48,6 +54,13 @@ class Summary:
         self.histogram += [0] * (bucket + 1 - len(self.histogram))
         self.histogram[bucket] += 1
 
+    def join(self, other: Summary) -> None:
+        for name in ("examples", "tokens", "trained_tokens", "truncated", "lost_tokens", "untrained"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        pairs = zip_longest(self.histogram, other.histogram, fillvalue=0)
+        self.histogram = [mine + more for mine, more in pairs]
+
     @classmethod
     def of(cls, examples: Iterable[Example], kind: str = "") -> Summary:
         summary = cls(kind=kind)
@@ -80,7 +93,11 @@ def report(
     run = _Report(tokenizer, settings or Plain())
     try:
         chosen = Format.of(format) if format else detect(path)
-        run.read(path, chosen, progress)
+        halves = _halves(path, chosen)
+        if halves:
+            run.read_both(path, chosen, progress, *halves)
+        else:
+            run.read(path, chosen, progress)
         if validation is not None:
             run.compare(Path(validation))
     except BadRow as bad:
@@ -114,6 +131,31 @@ def findings_of(
     return run.findings.lines
 
 
+def _halves(path: Path, format: Format) -> tuple[Part, Part] | None:
+    """The two halves of a large JSON Lines file, where there is a second core to read one."""
+    size = path.stat().st_size
+    if format.container != "jsonl" or format.encoding != "utf-8" or size < HALVED or _cores() < 2:
+        return None
+    with path.open("rb") as file:
+        file.seek(size // 2)
+        if not file.readline(HALVED // 4).endswith(b"\n"):
+            return None
+        middle = file.tell()
+    return Part(0, middle), Part(middle, size)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def _lines_in(path: Path, part: Part) -> int:
+    lines, left = 0, part.bytes
+    with path.open("rb") as file:
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            lines, left = lines + piece.count(b"\n"), left - len(piece)
+    return lines
+
+
 class _Report:
     """One reading of one file."""
 
@@ -131,29 +173,80 @@ class _Report:
         self.problem = self.problem or bad
         self.findings.add("bad_row", bad.line, f"{bad.reason}. {bad.fix}")
 
-    def read(self, path: Path, format: Format, progress: Progress) -> None:
-        size, told = max(1, path.stat().st_size), time.monotonic()
-        for row, examples in self._rows(path, format):
-            self.rows += 1
-            if self.by_order:
-                row = replace(row, line=self.rows)
-            text = row.preview
-            self.characters += len(text)
-            self.foreign += 0 if text.isascii() else sum(c > "\x7f" for c in text)
-            self.row(row, text, examples)
-            if self.rows % 256 == 0 and time.monotonic() - told > 0.5:
+    def read(self, path: Path, format: Format, progress: Progress, part: Part | None = None) -> None:
+        size, told = max(1, part.bytes if part else path.stat().st_size), time.monotonic()
+        for batch in batches(self._rows(path, format, part), TOGETHER):
+            texts = [row.preview for row, _ in batch]
+            special = self.tokenizer.special_pattern if self.tokenizer else None
+            may = Suspicion.of(texts, special)
+            for (row, examples), text in zip(batch, texts, strict=True):
+                self.rows += 1
+                if self.by_order:
+                    row = replace(row, line=self.rows)
+                self.characters += len(text)
+                if may.foreign:
+                    self.foreign += len(text) - len(text.encode("ascii", "ignore"))
+                look_at(row, text, self.findings, special, may)
+                self.row(row, text, examples)
+            if time.monotonic() - told > 0.5:
                 told = time.monotonic()
                 progress(self.rows, min(0.99, self.characters / size))
         self.summary.kind = {"text": "text", "completion": "completion"}.get(format.shape, "chat")
 
-    def _rows(self, path: Path, format: Format) -> Iterable[tuple[Row, list[Example]]]:
+    def read_both(self, path: Path, format: Format, progress: Progress, first: Part, second: Part) -> None:
+        """Two halves at once, the second by a process of its own, which is gone when this one is."""
+        fork = get_context("fork")
+        receiver, sender = fork.Pipe(duplex=False)
+        ahead, parent = fork.Value("q", 0, lock=False), os.getpid()
+
+        def watch(rows: int, share: float) -> None:
+            ahead.value = rows
+            if os.getppid() != parent:
+                os._exit(1)
+
+        def read() -> None:
+            other = _Report(self.tokenizer, self.settings, self.findings.keep)
+            try:
+                other.read(path, format, watch, second)
+            except BadRow as bad:
+                other.bad(bad)
+            sender.send(other._state())
+
+        process = fork.Process(target=read)
+        process.start()
+        sender.close()
+        try:
+            self.read(path, format, lambda rows, share: progress(rows + ahead.value, share), first)
+            self._join(receiver.recv(), _lines_in(path, first))
+        except EOFError:
+            raise MemoryError("the second half was not read to its end") from None
+        finally:
+            process.kill()
+            process.join()
+
+    def _state(self) -> dict[str, Any]:
+        problem = self.problem and (self.problem.line, self.problem.reason, self.problem.fix)
+        return {name: getattr(self, name) for name in JOINED} | {"problem": problem}
+
+    def _join(self, later: dict[str, Any], lines: int) -> None:
+        """Takes over what was seen in the half that begins after `lines` lines."""
+        for name in ("rows", "characters", "foreign"):
+            setattr(self, name, getattr(self, name) + later[name])
+        self.summary.join(later["summary"])
+        for name in ("findings", "exact", "near", "prompts"):
+            getattr(self, name).join(later[name], lines)
+        self.answers |= later["answers"]
+        if later["problem"] and not self.problem:
+            line, reason, fix = later["problem"]
+            self.problem = BadRow(line + lines, reason, fix)
+
+    def _rows(self, path: Path, format: Format, part: Part | None) -> Iterable[tuple[Row, list[Example]]]:
         if self.tokenizer is None:
-            return ((row, []) for row in rows(path, format, on_bad=self.bad))
-        return encoded_rows(path, self.tokenizer, self.settings, format, self.bad)
+            return ((row, []) for row in rows(path, format, on_bad=self.bad, part=part))
+        return encoded_rows(path, self.tokenizer, self.settings, format, self.bad, part)
 
     def row(self, row: Row, text: str, examples: list[Example]) -> None:
         tokenizer = self.tokenizer
-        look_at(row, text, self.findings, tokenizer.special_pattern if tokenizer else None)
         self._remember(row, text)
         for example in examples:
             self.summary.add(example)

@@ -55,6 +55,16 @@ class Row:
     text: str = ""
 
     @property
+    def size(self) -> int:
+        """Characters, about."""
+        return (
+            len(self.prompt)
+            + len(self.completion)
+            + len(self.text)
+            + sum(len(m["content"]) for m in self.messages)
+        )
+
+    @property
     def preview(self) -> str:
         """The row as one string, to show or to compare."""
         if self.kind == "chat":

@@ -14,7 +14,8 @@ import pytest
 from training.catalog import SAMPLE_FOLDER, STARTER_FOLDER
 from training.encode import Plain, examples
 from training.findings import KINDS, personal, secret
-from training.report import Summary, colour_row, report
+from training.formats import Part
+from training.report import Summary, _Report, colour_row, report
 from training.tokenizer import Tokenizer
 
 PLAIN = Plain(512)
@@ -122,6 +123,43 @@ def test_planted_defects_are_all_found_and_none_invented(
         if name == "prompt too long":
             expected.setdefault("truncated", set()).add(place + 1)
     assert {code: set(lines) for code, lines in found(tmp_path, records, starter).items()} == expected
+
+
+@pytest.mark.parametrize("tokenized", [True, False])
+def test_a_large_file_is_read_in_halves_with_the_same_report(
+    tmp_path: Path, starter: Tokenizer, monkeypatch: pytest.MonkeyPatch, tokenized: bool
+) -> None:
+    rng, records = random.Random(5), clean_rows(300, 5)
+    spoilt = [
+        spoil(records[i]) for i, (_, spoil) in zip(rng.sample(range(300), 24), DEFECTS.values(), strict=True)
+    ]
+    records += [*spoilt, *records[40:60]]
+    rng.shuffle(records)
+    path = put(tmp_path, records)
+    path.write_text("\n\n{oops\n" + path.read_text().replace("\n", "\n\n", 70) + "[1]\n")
+    whole = report(path, starter if tokenized else None, PLAIN)
+    monkeypatch.setattr("training.report.HALVED", 1000)
+    monkeypatch.setattr("training.report._cores", lambda: 2)
+    joined = _Report._join
+    times = []
+    monkeypatch.setattr(_Report, "_join", lambda self, *rest: (times.append(1), joined(self, *rest))[1])
+    assert report(path, starter if tokenized else None, PLAIN) == whole
+    assert times == [1]
+
+
+def test_what_ends_the_second_half_is_told_by_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = put(tmp_path, clean_rows(300, 5))
+    with path.open("a") as file:
+        file.write('{"prompt": "' + "x" * (5 << 20) + '"}\n')
+    text = path.read_text()
+    begin = text.index("\n", 20_000) + 1
+    monkeypatch.setattr(
+        "training.report._halves", lambda path, format: (Part(0, begin), Part(begin, path.stat().st_size))
+    )
+    found = report(path, None, PLAIN)
+    assert (found["rows"], found["ready"], found["error"][:9]) == (300, False, "Line 301:")
 
 
 @pytest.mark.parametrize("name", [*DEFECTS])
