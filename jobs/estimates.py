@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from statistics import median
 from typing import Any
 
 from django.conf import settings
 
-from jobs import bases, reports, tables
+from jobs import bases, queueing, reports, tables
 from jobs.tables import Dataset, EstimateRecord, Job, Worker
 from training.auto import resolve
 from training.catalog import BaseModel, Machine, this_machine
@@ -18,6 +19,8 @@ from training.report import Summary
 
 KEPT = 50  # finished jobs that count
 REMEMBERED_S = 30.0  # the form asks at every key; the store is asked this seldom
+MOST_WAITING = 100  # jobs looked at for the time in the queue
+ALIVE_S = 60.0  # a worker not heard of for so long is gone
 
 _cache: dict[str, tuple[float, Any]] = {}
 
@@ -27,66 +30,132 @@ def machine() -> Machine:
     return _remembered("machine", _machine)
 
 
-def _machine() -> Machine:
-    workers = sorted(Worker.query("training"), key=lambda w: -w.heard_at)
-    for worker in workers:
-        told = worker.info.get("machine") if isinstance(worker.info, dict) else None
+def workers() -> list[Worker]:
+    """Of jobs, whoever was ever heard of."""
+    return list(tables.rows(Worker, "training"))
+
+
+def _machine(name: str = "") -> Machine:
+    """Of the worker of that name, else of the one heard last."""
+    for found in sorted(workers(), key=lambda w: (w.worker_id == name, w.heard_at), reverse=True):
+        told = found.info.get("machine") if isinstance(found.info, dict) else None
         if isinstance(told, dict):
             return Machine(**{name: told[name] for name in Machine.__dataclass_fields__ if name in told})
     return this_machine()
 
 
-def estimate(base: BaseModel, resolved: Settings, summary: Summary, on: Machine) -> Estimate:
+def estimate(
+    base: BaseModel, resolved: Settings, summary: Summary, on: Machine, validation: Summary | None = None
+) -> Estimate:
     """For the form: within a moment, from exact counts and from what jobs took before."""
-    price = float(settings.JOBS.get("price_per_hour", 0.0))
-    return predict(base, resolved, summary, on, past=history(on), price_per_hour=price)
+    return predict(
+        base, resolved, summary, on, validation=validation, past=history(on), queue=_remembered("queue", queue),
+        price_per_hour=float(settings.JOBS.get("price_per_hour", 0.0)),
+    )  # fmt: skip
+
+
+def queue() -> float:
+    """Seconds until a worker is free: what runs has told how long it will, what waits takes as long as jobs mostly do."""
+    active = queueing.active_jobs(queueing.index_rows()[:MOST_WAITING])
+    now = time.time()
+    alive = sum(now - worker.heard_at < ALIVE_S for worker in workers())
+    took = [record["actual"] for record in records(machine())]
+    usual = median(took) if took else 60.0
+    ahead = [float((job.progress or {}).get("eta_s") or usual) for job in active if job.status == "running"]
+    ahead += [usual for job in active if job.status in ("queued", "retrying") and job.desired == "run"]
+    if len(ahead) < alive:
+        return 0.0
+    free = sorted(ahead[: max(1, alive)])
+    for seconds in ahead[max(1, alive) :]:  # each goes to whoever is free first
+        free[0] += seconds
+        free.sort()
+    return free[0] if free else 0.0
 
 
 def history(on: Machine) -> list[Past]:
-    """Predicted and actual seconds of the last jobs on such a machine, the newest first."""
-    return _remembered(kind_of(on), lambda: [Past(r["predicted"], r["actual"]) for r in records(on)])
+    """What the last jobs on such a machine consisted of and took, the newest first."""
+    return _remembered(kind_of(on), lambda: _past(records(on)))
 
 
-def records(on: Machine) -> list[dict[str, Any]]:
-    """The same with everything that was kept of them, for the page that shows how estimates did."""
-    found = EstimateRecord.query(kind_of(on), scan_index_forward=False, limit=KEPT)
+def _past(found: list[dict[str, Any]]) -> list[Past]:
+    names = ("work", "took", "memory", "peak", "base", "method")
+    return [Past(**{name: r[name] for name in names}) for r in found if all(name in r for name in names)]
+
+
+def records(on: Machine | str) -> list[dict[str, Any]]:
+    """The same with everything that was kept of them, for the page that shows how estimates did; `on` is a kind of
+    machine, or an owner."""
+    kind = on if isinstance(on, str) else kind_of(on)
+    found = EstimateRecord.query(kind, scan_index_forward=False, limit=KEPT)
     return [{"job_id": record.job_id, **record.data} for record in found]
 
 
 def record(job: Job) -> None:
-    """Keep what a finished job took beside what would have been predicted for it. Repeating it changes nothing.
+    """Keep what a finished job took beside what the jobs before it made of it. Repeating it changes nothing.
 
     Only whole runs teach: ended well, and not tried twice."""
     dataset = tables.get(Dataset, job.owner, job.dataset_id)
+    base, on = bases.of_job(job), _machine(job.worker)
+    counted = _counted(dataset, job)
+    if job.status != "succeeded" or job.attempts or job.epoch > 1 or base is None or counted is None:
+        return
+    if not (job.started_at and job.ended_at):
+        return
+    validation = None
+    if job.validation_dataset_id:
+        validation = _counted(tables.get(Dataset, job.owner, job.validation_dataset_id), job)
+    plan = job.plan if isinstance(job.plan, dict) else {}
+    chosen, _ = resolve(parse(plan.get("settings") or job.settings or {}), counted, base, on)
+    before = [r for r in records(on) if r["job_id"] != job.job_id and r["when"] <= job.created_at]
+    predicted = predict(base, chosen, counted, on, validation=validation, past=_past(before))
+    actual = job.ended_at - job.started_at
+    data = {
+        "predicted": predicted.seconds_p50,
+        "p90": predicted.seconds_p90,
+        "actual": actual,
+        "peak_predicted": predicted.memory,
+        "peak": int((job.metrics or {}).get("memory") or 0),
+        "memory": predicted.memory_parts,
+        "work": predicted.work,
+        "took": _took(actual, (job.progress or {}).get("spent") or {}),
+        "learned": len(before),
+        "name": job.name,
+        "base": job.base,
+        "method": chosen.method,
+        "tokens": predicted.tokens,
+        "when": job.ended_at,
+        "owner": job.owner,
+    }
+    for kind in (kind_of(on), job.owner):  # what the machine learns from, and what its owner looks at
+        EstimateRecord(kind=kind, job_id=job.job_id, data=data).save()
+        _cache.pop(kind, None)
+
+
+def _counted(dataset: Dataset | None, job: Job) -> Summary | None:
+    """With the tokenizer of the job's base."""
     facts = job.base_facts or {"id": job.base}
-    counted = Summary.from_dict(reports.summary_for(dataset, facts)[0] if dataset else {})
-    base, on = bases.of_job(job), machine()
-    if job.status != "succeeded" or job.attempts or base is None:
-        return
-    if not (job.started_at and job.ended_at and counted.examples):
-        return
-    plan = job.plan.get("settings") if isinstance(job.plan, dict) else None
-    chosen, _ = resolve(parse(plan or job.settings or {}), counted, base, on)
-    predicted = predict(base, chosen, counted, on)
-    EstimateRecord(
-        kind=kind_of(on),
-        job_id=job.job_id,
-        data={
-            "predicted": predicted.seconds_p50,
-            "actual": job.ended_at - job.started_at,
-            "memory": predicted.memory,
-            "base": job.base,
-            "method": chosen.method,
-            "tokens": predicted.tokens,
-            "when": job.ended_at,
-        },
-    ).save()
-    _cache.pop(kind_of(on), None)
+    found = Summary.from_dict(reports.summary_for(dataset, facts)[0] if dataset else {})
+    return found if found.examples else None
+
+
+def _took(actual: float, spent: dict[str, float]) -> dict[str, float]:
+    """Seconds of each part, by the phases the trainer told of; nothing where it told of none."""
+    if not spent.get("training"):
+        return {}
+    training, evaluation = float(spent["training"]), float(spent.get("evaluating", 0.0))
+    start = float(spent.get("preparing", 0.0)) + float(spent.get("rehearsing", 0.0))
+    export = actual - start - training - evaluation
+    return {"start": start, "training": training, "evaluation": evaluation, "export": max(export, 0.01)}
 
 
 def kind_of(on: Machine) -> str:
     """Machines with the same name learn from each other."""
     return f"{on.device}:{on.name}:{on.count}"
+
+
+def forget() -> None:
+    """Ask the store again."""
+    _cache.clear()
 
 
 def _remembered(name: str, ask: Any) -> Any:

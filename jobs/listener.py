@@ -51,6 +51,7 @@ class Listener:
         self.verdict: dict[str, Any] | None = None
         self.micro_batch = 0
         self.log_bytes = 0
+        self.phase_at = time.monotonic()
 
     def begin(self) -> None:
         """A trainer starts."""
@@ -126,6 +127,7 @@ class Listener:
             self._metric(event)
             return
         if kind == "phase" and event.get("phase") in PHASES:
+            self._spend(writer.phase)
             writer.phase = event["phase"]
         elif kind == "plan":
             writer.plan = event
@@ -152,6 +154,13 @@ class Listener:
         elif kind == "done":
             self.done = dict(event)
         self._keep(event)
+
+    def _spend(self, phase: str) -> None:
+        """Adds the time since the last phase to this one: what estimates learn from."""
+        now = time.monotonic()
+        spent = self.writer.progress.setdefault("spent", {})
+        spent[phase] = round(spent.get(phase, 0.0) + now - self.phase_at, 3)
+        self.phase_at = now
 
     def _metric(self, event: dict[str, Any]) -> None:
         now = time.monotonic()

@@ -18,7 +18,7 @@ from django.conf import settings
 
 from jobs import trainer_process
 from jobs.trainer_process import Child, Limits
-from training.catalog import Machine, this_machine
+from training.catalog import Machine, measured, this_machine
 
 _child: Child | None = None
 
@@ -58,7 +58,7 @@ def limits() -> Limits:
 @lru_cache(maxsize=1)
 def machine() -> Machine:
     """What trainers of this worker compute on."""
-    return this_machine()
+    return measured(this_machine())
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""What a run will take, before it starts: from exact token counts, the model's arithmetic and measured speed.
+"""What a run will take, before it starts: what its work consists of, at the usual speed of such a machine, corrected by
+what each part took in finished jobs.
 
 The rehearsal on the worker measures all this again and knows better; this is what the form can say within a moment.
 """
@@ -6,26 +7,42 @@ The rehearsal on the worker measures all this again and knows better; this is wh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
-from training.catalog import BaseModel, Machine, training_memory
+import numpy as np
+
+from training.catalog import BaseModel, Machine, activation_memory, gib, lora_parameters
 from training.config import Settings
 from training.report import Summary
 
-# Floating-point operations a second that training reaches, where nothing was measured yet.
+# The usual speeds, where nothing was measured. Of a core and of a graphics card, in operations a second:
 CPU_CORE, GPU = 45e9, 60e12
+SHARE = 0.85  # of the rate of a bare matrix product that training reaches
 OVERHEAD = 2.5e-4  # seconds a layer and row, whatever its size: what small models mostly wait for
-START = 4.0  # loading torch and the model (a warm trainer takes less)
+MEMORY_BYTES = 8e9  # a second, through the optimizer or a decoder
+DISK_BYTES = 4e8  # a second: written, hashed, copied
+PROMPTS, ANSWER = 3, 32  # samples shown at each evaluation, and their tokens
+FEW = 3  # finished jobs below which nothing is learned
+UNSURE = 1.5  # P90 over P50 until then
+PULL = 0.02  # how much a part's speed keeps to the machine's general one, against what jobs show of it
+
+Work = dict[
+    str, dict[str, float]
+]  # part (start, training, evaluation, export) → what it consists of → seconds
 
 
 @dataclass(frozen=True)
 class Past:
-    """A finished job: what was predicted and what it took, in seconds."""
+    """A finished job: what it consisted of, the seconds of each part, and the most memory it held."""
 
-    predicted: float
-    actual: float
+    work: Work
+    took: dict[str, float]
+    memory: dict[str, float]
+    peak: float
+    base: str
+    method: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,8 @@ class Estimate:
     cost_p90: float
     rows: list[tuple[str, str]]
     basis: str
+    work: Work
+    memory_parts: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,53 +72,115 @@ def estimate(
     summary: Summary,
     machine: Machine,
     *,
-    past: list[Past] | None = None,
+    validation: Summary | None = None,
+    past: Sequence[Past] = (),
+    queue: float = 0.0,
     price_per_hour: float = 0.0,
 ) -> Estimate:
-    """For settings without open fields (see auto.resolve)."""
-    held = settings.validation_fraction or 0.0
-    examples = max(1, round(summary.examples * (1 - held)))
-    mean = summary.tokens / max(1, summary.examples)
-    steps, seen = _steps(settings, examples, mean)
-    tokens = round(seen * mean)
-    trained_share = summary.trained_tokens / max(1, summary.tokens)
-
-    each = _operations(base, settings, mean, trained_share) / speed(machine)
-    micro = max(1.0, settings.micro_batch_tokens or 4096)
-    rows = max(steps, math.ceil(tokens / micro))
-    evaluations = 2 + (steps // settings.eval_every if settings.eval_every else math.ceil(seen / examples))
-    size = 4 * base.parameters * (3 if settings.method == "full" else 1)
-    parts = {
-        "start": START + size / 2e9,
-        "training": tokens * each + (rows + steps) * base.layers * OVERHEAD,
-        "evaluation": evaluations * summary.examples * held * mean * each / 3 if held else 0.0,
-        "checkpoints": 2 * size / 3e8 + 0.1,
-        "export": 1.0 + size / 3e8,
-    }
+    """For settings without open fields (see auto.resolve). `queue`: seconds until a worker is free, which cost nothing."""
+    plan = _Plan.of(base, settings, summary, validation)
+    work, kept = plan.work(machine), plan.memory()
+    alike = [p for p in past if p.took and all(p.took.values())][:50]
+    seconds, spread = _time(work, alike, base.id, settings.method)
+    memory = _memory(kept, alike, base.id, settings.method)
+    parts = {part: sum(of.values()) for part, of in seconds.items()}
     total = sum(parts.values())
-    ratio, spread, basis = _experience(past or [], machine)
-    p50, p90 = total * ratio, total * ratio * spread
-    memory = training_memory(
-        base,
-        settings.method,
-        int(min(micro, max(mean, tokens / max(steps, 1)))),
-        settings.gradient_checkpointing,
-    )
+    low, high = queue + total, (queue + total) * spread
     cost = price_per_hour / 3600
-    table = [
-        ("Steps", f"{steps:,}"),
-        ("Tokens read", f"{tokens:,}"),
-        ("Trained tokens", f"{round(tokens * trained_share):,}"),
-        ("Peak memory", f"{memory / 1e9:.1f} GB of {machine.memory / 1e9:.0f} GB"),
-    ]
-    if price_per_hour:
-        table.append(("Cost", f"{p50 * cost:.2f}–{p90 * cost:.2f}"))
-    return Estimate(p50, p90, steps, tokens, memory, parts, p50 * cost, p90 * cost, table, basis)
+    saving = seconds["training"]["checkpoints"]  # a part for a person; written while training goes on
+    told = {"queue": queue} | parts | {"training": parts["training"] - saving, "checkpoints": saving}
+    return Estimate(
+        low, high, plan.steps, plan.tokens, memory, told, total * cost, total * spread * cost,
+        _rows(plan, told, memory, machine, (total * cost, total * spread * cost)), _basis(alike, machine), work, kept,
+    )  # fmt: skip
 
 
 def speed(machine: Machine) -> float:
     """Operations a second that training is expected to reach."""
+    if machine.rate:
+        return SHARE * machine.rate * machine.count
     return GPU * machine.count if machine.device == "cuda" else CPU_CORE * max(1, machine.cores)
+
+
+# --- what a run consists of -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    base: BaseModel
+    settings: Settings
+    summary: Summary
+    steps: int
+    tokens: int
+    examples: int  # to train on
+    held: int  # tokens of the examples held out
+    evaluations: int
+    batch: int  # tokens of the largest step
+    row: int  # and of its fullest row
+
+    @classmethod
+    def of(cls, base: BaseModel, settings: Settings, summary: Summary, validation: Summary | None) -> _Plan:
+        share = 0.0 if validation else settings.validation_fraction or 0.0
+        examples = max(1, round(summary.examples * (1 - share)))
+        mean = summary.tokens / max(1, summary.examples)
+        steps, seen = _steps(settings, examples, mean)
+        held = validation.tokens if validation else round(summary.tokens * share)
+        rounds = steps // settings.eval_every if settings.eval_every else math.ceil(seen / examples - 1e-9)
+        batch = _largest(summary, max(1, round(seen / steps)), steps)
+        row = min(batch, max(settings.micro_batch_tokens or 4096, min(summary.longest, batch)))
+        return cls(
+            base, settings, summary, steps, round(seen * mean), examples, held, 1 + rounds if held else 0, batch, row
+        )  # fmt: skip
+
+    @property
+    def trained(self) -> int:
+        """Parameters that change."""
+        full = self.settings.method == "full"
+        return self.base.parameters if full else lora_parameters(self.base, self.settings.lora_rank)
+
+    def work(self, machine: Machine) -> Work:
+        base, s = self.base, self.settings
+        mean = self.summary.tokens / max(1, self.summary.examples)
+        share = self.summary.trained_tokens / max(1, self.summary.tokens)
+        each = operations(base, s, mean, share) / speed(machine)
+        pass_s = base.layers * OVERHEAD
+        micro = s.micro_batch_tokens or 4096
+        rows = self.steps * max(1.0, self.tokens / self.steps / micro)
+        update = 28 * self.trained / MEMORY_BYTES + 2e-3  # weight, gradient and two means, read and written
+        saved = 12 * self.trained / DISK_BYTES + 0.02
+        answers = PROMPTS * ANSWER * (pass_s / 2 + 4 * base.parameters / MEMORY_BYTES)
+        often = self.steps // s.checkpoint_every_steps if s.checkpoint_every_steps else 0
+        run = self.tokens * each + rows * pass_s
+        timed = int(run / s.checkpoint_every_s) if s.checkpoint_every_s else 0
+        best = self.evaluations - 1 if self.held and s.keep_best else 1
+        rehearsed = min(self.held, micro) * each / 3 + self.row * each * (2 if self.row < 2000 else 1)
+        return {
+            "start": {
+                "fixed": 2.0,
+                "reading": self.summary.tokens * 3e-6,
+                "weights": (4 * base.parameters + 12 * self.trained) / 2e9,
+                "rehearsal": rehearsed + update + saved + 3 * pass_s,
+            },
+            "training": {
+                "arithmetic": self.tokens * each, "rows": rows * pass_s, "updates": self.steps * update,
+                "checkpoints": max(1, often + timed + best) * saved,
+            },
+            "evaluation": {
+                "arithmetic": self.evaluations * self.held * each / 3,
+                "rows": self.evaluations * max(1.0, self.held / micro) * pass_s / 3 if self.held else 0.0,
+                "samples": self.evaluations * answers,
+            },
+            "export": {"fixed": 1.0, "bytes": 3 * 4 * base.parameters / DISK_BYTES},
+        }  # fmt: skip
+
+    def memory(self) -> dict[str, float]:
+        """Bytes at once: the process, the weights, what training adds to each, and what a row's backward pass needs."""
+        return {
+            "process": 400e6,
+            "weights": 4.0 * self.base.parameters,
+            "training": 12.0 * self.trained,
+            "row": float(activation_memory(self.base, self.row, self.settings.gradient_checkpointing)),
+        }
 
 
 def _steps(settings: Settings, examples: int, mean: float) -> tuple[int, int]:
@@ -111,7 +192,17 @@ def _steps(settings: Settings, examples: int, mean: float) -> tuple[int, int]:
     return math.ceil(seen / batch), seen
 
 
-def _operations(base: BaseModel, settings: Settings, mean: float, trained_share: float) -> float:
+def _largest(summary: Summary, batch: int, steps: int) -> int:
+    """Tokens of the largest of `steps` batches, as chance has it: mean and spread of lengths from the histogram."""
+    mean = summary.tokens / max(1, summary.examples)
+    # An example of the bucket up to 2ⁿ has about three quarters of it; the first bucket holds all up to 16.
+    squares = sum(n * (12 << i) ** 2 for i, n in enumerate(summary.histogram))
+    spread = math.sqrt(max(0.0, squares / max(1, summary.examples) - mean**2))
+    high = batch * mean + math.sqrt(2 * math.log(max(2, steps)) * batch) * spread
+    return max(1, round(min(high, batch * max(summary.longest, mean))))
+
+
+def operations(base: BaseModel, settings: Settings, mean: float, trained_share: float) -> float:
     """A token, forward and backward. The head is computed for trained tokens only; LoRA spares the weights' gradients."""
     body = base.parameters - (base.vocab + base.context) * base.width
     attention = base.layers * base.width * mean * 2
@@ -120,19 +211,125 @@ def _operations(base: BaseModel, settings: Settings, mean: float, trained_share:
     return passes * (body + attention + head) * (4 / 3 if settings.gradient_checkpointing else 1)
 
 
-def _experience(past: list[Past], machine: Machine) -> tuple[float, float, str]:
-    """(how much longer jobs took than predicted, P90 over P50, the sentence that says so)."""
-    ratios = sorted(p.actual / p.predicted for p in past if p.predicted > 0 and p.actual > 0)[-50:]
-    if len(ratios) < 3:
-        return (
-            1.0,
-            1.5,
-            f"From the data's exact tokens and the usual speed of {machine.name}; it learns from your jobs.",
-        )
-    middle = median(ratios)
-    high = ratios[min(len(ratios) - 1, math.ceil(0.9 * len(ratios)) - 1)]
-    return (
-        middle,
-        min(max(high / middle, 1.15), 2.0),
-        f"From the data's exact tokens and the last {len(ratios)} jobs here.",
+# --- what finished jobs teach ---------------------------------------------------------------------
+
+
+def _time(work: Work, past: Sequence[Past], base: str, method: str) -> tuple[Work, float]:
+    """(the work in seconds as they will be, P90 over P50)."""
+    if len(past) < FEW:
+        return work, UNSURE
+    totals = [sum(p.took.values()) for p in past]
+    weights = [_likeness(p, base, method) for p in past]
+    found: Work = {}
+    again = np.zeros(len(past))
+    for part, of in work.items():
+        rows = [p.work.get(part, {}) for p in past]
+        factors = _fit(list(of), rows, [p.took.get(part, 0.0) for p in past], totals, weights)
+        found[part] = {name: factors[name] * seconds for name, seconds in of.items()}
+        again += [sum(factors[name] * row.get(name, 0.0) for name in of) for row in rows]
+    return found, _spread(
+        list(zip((np.array(totals) / np.maximum(again, 1e-9)).tolist(), weights, strict=True))
     )
+
+
+def _memory(kept: dict[str, float], past: Sequence[Past], base: str, method: str) -> int:
+    known = [p for p in past if p.peak and p.memory]
+    if len(known) < FEW:
+        return int(sum(kept.values()))
+    weights = [_likeness(p, base, method) for p in known]
+    peaks = [p.peak for p in known]
+    factors = _fit(list(kept), [p.memory for p in known], peaks, peaks, weights)
+    return int(sum(factors[name] * size for name, size in kept.items()))
+
+
+def _likeness(past: Past, base: str, method: str) -> float:
+    """How much a job tells of another: the same model and method the most."""
+    return 1.0 if (past.base, past.method) == (base, method) else 0.2 if past.base == base else 0.05
+
+
+def _fit(
+    names: list[str],
+    rows: Sequence[dict[str, float]],
+    took: list[float],
+    scale: list[float],
+    weights: list[float],
+) -> dict[str, float]:
+    """A factor for each of `names`, by least squares of what each job took as a share of `scale`; what jobs don't show
+    keeps to the middle of them all. No factor is under a tenth of that."""
+    expected = [sum(row.get(name, 0.0) for name in names) for row in rows]
+    ratios = [(t / e, w) for t, e, w in zip(took, expected, weights, strict=True) if e > 0]
+    middle = max(_quantile(ratios, 0.5), 1e-3) if ratios else 1.0
+    matrix = np.array([[row.get(name, 0.0) * middle for name in names] for row in rows])
+    largest = np.maximum(np.array(scale), matrix.sum(1))  # being far under counts as much as being far over
+    matrix, target = matrix / largest[:, None], np.array(took) / largest
+    heavy = np.array(weights)[:, None]
+    left = (matrix * heavy).T @ matrix + PULL * np.eye(len(names)) * max(weights) / len(names)
+    right = (matrix * heavy).T @ (target - matrix.sum(1))
+    change = np.zeros(len(names))
+    for _ in range(100):  # one by one, for the sake of the bound
+        for i in range(len(names)):
+            change[i] = max(-0.9, change[i] + (right[i] - left[i] @ change) / left[i, i])
+    return {name: middle * (1 + float(c)) for name, c in zip(names, change, strict=True)}
+
+
+def _usual(ratios: list[tuple[float, float]]) -> float:
+    """How far the jobs of the same model and method lie from what is said of all: what arithmetic doesn't know of
+    them."""
+    alike = [(ratio, weight) for ratio, weight in ratios if weight == 1]
+    return _quantile(alike, 0.5) if len(alike) >= FEW else 1.0
+
+
+def _spread(ratios: list[tuple[float, float]]) -> float:
+    """P90 over P50, from how far (ratio, weight) finished jobs lie from what is now said of them, and half as much
+    again, since they are what it learned from."""
+    return min(max(1 + 1.5 * (_quantile(ratios, 0.9) - 1), 1.12), 1.35)
+
+
+def _quantile(ratios: list[tuple[float, float]], share: float) -> float:
+    """Of (value, weight): the least value with that share of the weight at or below it."""
+    wanted, seen = share * sum(weight for _, weight in ratios) - 1e-9, 0.0
+    ordered = sorted(ratios)
+    for value, weight in ordered:
+        seen += weight
+        if seen >= wanted:
+            return value
+    return ordered[-1][0]
+
+
+# --- in words -------------------------------------------------------------------------------------
+
+
+def _rows(
+    plan: _Plan, parts: dict[str, float], memory: int, machine: Machine, cost: tuple[float, float]
+) -> list[tuple[str, str]]:
+    share = plan.summary.trained_tokens / max(1, plan.summary.tokens)
+    table = [
+        ("Steps", f"{plan.steps:,}"),
+        ("Tokens read", f"{plan.tokens:,}"),
+        ("Trained tokens", f"{round(plan.tokens * share):,}"),
+        *((word, short(parts[part])) for part, word in WORDS.items() if parts[part] >= 0.5),
+        ("Peak memory", f"{gib(memory)} of {gib(machine.memory)}"),
+    ]
+    if cost[0]:
+        table.append(("Cost", f"{cost[0]:.2f}–{cost[1]:.2f}"))
+    return table
+
+
+WORDS = {
+    "queue": "Waiting for a worker", "start": "Start", "training": "Training", "checkpoints": "Checkpoints",
+    "evaluation": "Evaluations", "export": "Export",
+}  # fmt: skip
+
+
+def short(seconds: float) -> str:
+    """A time of a part, as short as it is sure."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _basis(past: Sequence[Past], machine: Machine) -> str:
+    if len(past) < FEW:
+        how = "measured" if machine.rate else "usual"
+        return f"From the data's exact tokens and the {how} speed of {machine.name}; it learns from finished jobs."
+    return f"From the data's exact tokens and the last {len(past)} jobs on such a machine."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -160,14 +161,67 @@ def test_the_estimate_counts_the_steps_that_training_takes() -> None:
     assert found.seconds_p50 < found.seconds_p90
 
 
+def past(base: BaseModel, times: float, noise: float = 0.0, seed: int = 0, **changes: object) -> Past:
+    """A finished job whose parts took so many times what was expected."""
+    rng = random.Random(seed)
+    settings, _ = resolve(parse(changes), data(), base, MACHINE)
+    found = estimate(base, settings, data(), MACHINE)
+    took = {
+        part: times * sum(of.values()) * (1 + noise * rng.uniform(-1, 1)) for part, of in found.work.items()
+    }
+    peak = 1.2 * found.memory
+    return Past(found.work, took, found.memory_parts, peak, base.id, settings.method)
+
+
 def test_finished_jobs_correct_the_estimate() -> None:
     settings, _ = resolve(Settings(), data(), gpt2(), MACHINE)
     fresh = estimate(gpt2(), settings, data(), MACHINE)
-    past = [Past(100, 200 + i) for i in range(-5, 6)]
-    learned = estimate(gpt2(), settings, data(), MACHINE, past=past)
-    assert learned.seconds_p50 == pytest.approx(2 * fresh.seconds_p50)
+    before = [past(gpt2(), 2, 0.05, seed, epochs=1 + seed) for seed in range(11)]
+    learned = estimate(gpt2(), settings, data(), MACHINE, past=before)
+    assert learned.seconds_p50 == pytest.approx(2 * fresh.seconds_p50, rel=0.05)
+    assert learned.memory == pytest.approx(1.2 * fresh.memory, rel=0.01)
     assert learned.seconds_p90 <= 1.35 * learned.seconds_p50
+    assert fresh.seconds_p90 == pytest.approx(1.5 * fresh.seconds_p50)
     assert "11 jobs" in learned.basis
+
+
+def test_jobs_of_the_same_model_and_method_teach_the_most() -> None:
+    settings, _ = resolve(Settings(), data(), gpt2(), MACHINE)
+    fresh = estimate(gpt2(), settings, data(), MACHINE)
+    before = [past(gpt2(), 2, epochs=n) for n in (1, 2, 3)] + [
+        past(starter(), 0.5, epochs=n) for n in (1, 2, 3, 4)
+    ]
+    learned = estimate(gpt2(), settings, data(), MACHINE, past=before)
+    assert learned.seconds_p50 == pytest.approx(2 * fresh.seconds_p50, rel=0.1)
+
+
+def test_a_slow_part_is_learned_by_itself() -> None:
+    """Saving takes three times as long as thought and all else as expected: a short job suffers more than a long one."""
+
+    def slow(epochs: float) -> Past:
+        found = past(gpt2(), 1, epochs=epochs)
+        more = 2 * found.work["training"]["checkpoints"] + 2 * sum(found.work["export"].values())
+        return replace(
+            found,
+            took=found.took | {"training": found.took["training"] + more, "export": 3 * found.took["export"]},
+        )
+
+    settings, _ = resolve(parse({"epochs": 1}), data(), gpt2(), MACHINE)
+    learned = estimate(gpt2(), settings, data(), MACHINE, past=[slow(n) for n in (1, 2, 4, 6, 8)])
+    assert sum(learned.parts.values()) == pytest.approx(sum(slow(1).took.values()), rel=0.05)
+    assert learned.parts["export"] == pytest.approx(slow(1).took["export"], rel=0.1)
+
+
+def test_the_queue_is_waited_for_and_not_paid() -> None:
+    settings, _ = resolve(Settings(), data(), gpt2(), MACHINE)
+    alone = estimate(gpt2(), settings, data(), MACHINE, price_per_hour=1.0)
+    waiting = estimate(gpt2(), settings, data(), MACHINE, price_per_hour=1.0, queue=100)
+    assert waiting.seconds_p50 == pytest.approx(alone.seconds_p50 + 100)
+    assert waiting.cost_p50 == alone.cost_p50
+    assert ("Waiting for a worker", "100 s") in waiting.rows or (
+        "Waiting for a worker",
+        "2 min",
+    ) in waiting.rows
 
 
 def test_money_is_told_at_the_operators_rate() -> None:
