@@ -61,6 +61,7 @@ def campaign(stage: Any, options: argparse.Namespace) -> int:
     stage.start_worker("worker")
     while not (workers := estimates.workers()):
         time.sleep(0.2)
+        estimates.forget()
     scores.note(f"worker: {workers[0].info['machine']}")
     kept = json.loads(options.history.read_text()) if options.history and options.history.exists() else {}
     for record in kept.get("records", []):

@@ -27,12 +27,12 @@ _cache: dict[str, tuple[float, Any]] = {}
 
 def machine() -> Machine:
     """What jobs run on: the last heard training worker's own account, else this machine."""
-    return _remembered("machine", _machine)
+    return _machine()
 
 
 def workers() -> list[Worker]:
     """Of jobs, whoever was ever heard of."""
-    return list(tables.rows(Worker, "training"))
+    return list(_remembered("workers", lambda: list(tables.rows(Worker, "training"))))
 
 
 def _machine(name: str = "") -> Machine:
@@ -59,8 +59,8 @@ def queue() -> float:
     active = queueing.active_jobs(queueing.index_rows()[:MOST_WAITING])
     now = time.time()
     alive = sum(now - worker.heard_at < ALIVE_S for worker in workers())
-    took = [record["actual"] for record in records(machine())]
-    usual = median(took) if took else 60.0
+    past = history(machine())
+    usual = median(sum(p.took.values()) for p in past) if past else 60.0
     ahead = [float((job.progress or {}).get("eta_s") or usual) for job in active if job.status == "running"]
     ahead += [usual for job in active if job.status in ("queued", "retrying") and job.desired == "run"]
     if len(ahead) < alive:
@@ -119,16 +119,14 @@ def record(job: Job) -> None:
         "work": predicted.work,
         "took": _took(actual, (job.progress or {}).get("spent") or {}),
         "learned": len(before),
-        "name": job.name,
         "base": job.base,
         "method": chosen.method,
         "tokens": predicted.tokens,
         "when": job.ended_at,
-        "owner": job.owner,
     }
-    for kind in (kind_of(on), job.owner):  # what the machine learns from, and what its owner looks at
-        EstimateRecord(kind=kind, job_id=job.job_id, data=data).save()
-        _cache.pop(kind, None)
+    EstimateRecord(kind=kind_of(on), job_id=job.job_id, data=data).save()  # what the machine learns from
+    EstimateRecord(kind=job.owner, job_id=job.job_id, data=data | {"name": job.name}).save()  # for its owner
+    _cache.pop(kind_of(on), None)
 
 
 def _counted(dataset: Dataset | None, job: Job) -> Summary | None:

@@ -10,7 +10,7 @@ from django.dispatch import receiver
 
 from accounts.signals import exporting, leaving
 from jobs import access, datasets, errands, lifecycle, tables, tuned_models
-from jobs.tables import HubModel, Upload, WebhookEndpoint
+from jobs.tables import EstimateRecord, HubModel, Upload, WebhookEndpoint
 
 PAGE = 100
 
@@ -84,7 +84,8 @@ def leave(owner: str, _id: str) -> bool:
             lifecycle.delete(owner, job.job_id, with_model=True)
     _delete_each(access.list_models, owner, tuned_models.delete)
     _delete_each(access.list_datasets, owner, datasets.delete)
-    for table, name in ((Upload, "upload_id"), (WebhookEndpoint, "endpoint_id"), (HubModel, "name")):
+    kept = ((Upload, "upload_id"), (WebhookEndpoint, "endpoint_id"), (HubModel, "name"), (EstimateRecord, "job_id"))
+    for table, name in kept:
         for row in list(tables.rows(table, owner)):
             tables.remove(table, owner, getattr(row, name))
     return not any(access.list_jobs(owner, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from jobs.views import datasets, jobs, live, models, objects, playground
+from jobs.views import datasets, estimates, jobs, live, models, objects, playground
 
 app_name = "jobs"
 
@@ -22,6 +22,7 @@ urlpatterns = [
     path("jobs/new/estimate/", jobs.estimate, name="estimate"),
     path("jobs/new/base/", jobs.add_base, name="add_base"),
     path("jobs/new/count/", jobs.count_tokens, name="count_tokens"),
+    path("jobs/estimates/", estimates.index, name="estimates"),
     path("jobs/<str:job_id>/", jobs.detail, name="job"),
     path("jobs/<str:job_id>/actions/", jobs.actions, name="job_actions"),
     path("jobs/<str:job_id>/pause/", jobs.pause, name="pause_job"),

@@ -15,7 +15,9 @@ MOST = {
     "dataset": 3,  # itself, its reports for other bases, models of the Hub it can be read for
     "dataset_report": 3,
     "jobs": 1,
-    "new_job": 5,  # datasets, tuned models, models of the Hub; workers and history, which are remembered for half a minute
+    # datasets, tuned models, models of the Hub; workers, history and the list of what waits (5), which are remembered
+    "new_job": 10,
+    "estimates": 2,  # its owner's records; what the machine is
     "job": 3,  # the job, the job as the feed sees it, its events (one read for each megabyte)
     "job_actions": 1,
     "job_live": 3,
