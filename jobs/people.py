@@ -84,7 +84,12 @@ def leave(owner: str, _id: str) -> bool:
             lifecycle.delete(owner, job.job_id, with_model=True)
     _delete_each(access.list_models, owner, tuned_models.delete)
     _delete_each(access.list_datasets, owner, datasets.delete)
-    kept = ((Upload, "upload_id"), (WebhookEndpoint, "endpoint_id"), (HubModel, "name"), (EstimateRecord, "job_id"))
+    kept = (
+        (Upload, "upload_id"),
+        (WebhookEndpoint, "endpoint_id"),
+        (HubModel, "name"),
+        (EstimateRecord, "job_id"),
+    )
     for table, name in kept:
         for row in list(tables.rows(table, owner)):
             tables.remove(table, owner, getattr(row, name))

@@ -150,7 +150,7 @@ class Draft:
             resolved, reasons = resolve(self.settings, summary, base, machine)
         estimate = None
         if summary and base and resolved and not self.errors:
-            estimate = estimates.estimate(base, resolved, summary, machine)
+            estimate = estimates.estimate(base, resolved, summary, machine, self._validation(facts))
         basic, advanced = rows(self.typed, self.errors, resolved, reasons)
         method = resolved.method if resolved else "full"
         return {
@@ -213,6 +213,13 @@ class Draft:
         if found is not None and found.status == "ready":
             told = found.summary
         return Summary.from_dict(told) if isinstance(told, dict) and told.get("examples") else None
+
+    def _validation(self, facts: dict[str, Any] | None) -> Summary | None:
+        """The counts of the validation file, where one is chosen."""
+        chosen = self.values["validation_dataset"]
+        dataset = next((d for d in self.datasets if d.dataset_id == chosen), None) if chosen else None
+        told = reports.summary_for(dataset, facts)[0] if dataset and facts else {}
+        return Summary.from_dict(told) if told.get("examples") else None
 
     def _sample(self, found: DatasetReport | None) -> dict[str, Any] | None:
         key = (found.report_key if found else "") or (self.dataset.report_key if self.dataset else "")
