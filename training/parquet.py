@@ -1,7 +1,7 @@
 """Parquet, read a few rows at a time. Only here is pyarrow imported, and only when such a file is read.
 
-A Parquet file's own account of its size is never believed (200 KB may decode to 2 GB): decoded bytes are counted
-as they come, and reading stops at the limit.
+A Parquet file's own account of its size is never believed (200 KB may decode to 2 GB): all of it is decoded and counted
+before its first row is handed on, for what follows costs a thousand times more, and reading stops at the limit.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from training.shapes import BadFile
 BATCH = 64
 CONVERT = "Write it again with an ordinary tool (pandas, DuckDB), or save it as JSONL."
 MAX_COLUMNS = 1000
+SMALL, MOST_TIMES = 64 << 20, 500  # bytes that any file may decode to, and times its own size beyond that
 
 
 def names(path: Path) -> list[str]:
@@ -27,18 +28,18 @@ def records(path: Path, columns: dict[str, str], limit: int) -> Iterator[tuple[i
     import pyarrow as pa
 
     file = _open(path)
-    wanted = [name for name in columns.values() if name in file.schema_arrow.names]
+    wanted = [name for name in columns.values() if name in file.schema_arrow.names] or None
+    limit = min(limit, SMALL + MOST_TIMES * path.stat().st_size)
     number = decoded = 0
     try:
-        for batch in file.iter_batches(BATCH, columns=wanted or None, use_threads=False):
-            found = batch.to_pylist()
-            # What repeats is small in the file and in Arrow, but not once it is text.
-            decoded += max(batch.nbytes, sum(len(v) for r in found for v in r.values() if isinstance(v, str)))
+        for batch in file.iter_batches(BATCH, columns=wanted, use_threads=False):
+            decoded += _text_in(batch)
+            number += batch.num_rows
             if decoded > limit:
-                raise BadFile(
-                    number, f"it decodes to more than {limit >> 20} MB", "Split it into smaller files."
-                )
-            for record in found:
+                raise BadFile(0, f"it decodes to more than {limit >> 20} MB", "Split it into smaller files.")
+        number = 0
+        for batch in file.iter_batches(BATCH, columns=wanted, use_threads=False):
+            for record in batch.to_pylist():
                 number += 1
                 yield number, record
     except (pa.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
@@ -47,6 +48,33 @@ def records(path: Path, columns: dict[str, str], limit: int) -> Iterator[tuple[i
         raise BadFile(number + 1, f"the Parquet file is damaged here: {_words(error)}", CONVERT) from error
     if number == 0:
         raise BadFile(0, "the Parquet file has no rows", "Upload a file with at least one example in it.")
+
+
+def _text_in(batch: Any) -> int:
+    """Bytes once it is text: what repeats is small in the file and in Arrow."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    size = int(batch.nbytes)
+    for column in batch.columns:
+        if pa.types.is_dictionary(column.type):
+            lengths = pc.binary_length(column.dictionary) if _is_text(column.type.value_type) else None
+            size += (pc.sum(lengths.take(column.indices)).as_py() or 0) if lengths is not None else 0
+    return size
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return any(
+        test(kind)
+        for test in (
+            pa.types.is_string,
+            pa.types.is_large_string,
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+        )
+    )
 
 
 def _open(path: Path) -> Any:

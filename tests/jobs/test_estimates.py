@@ -70,7 +70,13 @@ def test_recording_a_job_twice_counts_it_once() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"status": "failed"}, {"attempts": 1}, {"epoch": 2}, {"started_at": None}, {"base": "somebody/else"}],
+    [
+        {"status": "failed"},
+        {"attempts": 1},
+        {"epoch": 2},
+        {"started_at": None},
+        {"base": "somebody/else", "base_facts": None},
+    ],
 )
 def test_only_whole_runs_teach(fields: dict[str, object]) -> None:
     estimates.record(finished(100, **fields))

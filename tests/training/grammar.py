@@ -43,7 +43,7 @@ def cases() -> list[Case]:
 
 def base() -> list[dict[str, Any]]:
     rng = random.Random(SEED)
-    said = rng.sample([(a, b, c) for a in WORDS for b in WORDS for c in WORDS], ROWS)
+    said = [(a, b, rng.choice(WORDS)) for a, b in rng.sample([(a, b) for a in WORDS for b in WORDS], ROWS)]
     return [{"prompt": f"How far is the {a} from the {b}?\n", "completion": f" As far as the {c} {n}."} for n, (a, b, c) in enumerate(said)]  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def g1() -> Iterator[Case]:
         for name, spoil in one.items():
             yield Case(f"G1 {name}, {place}", "d.jsonl", put(spoil(lines()[line - 1]), line), False, line)
         # A bracket in the first place makes it an array, with something behind its end.
-        yield Case(f"G1 array root, {place}", "d.jsonl", put('["a"]', line), False, 1 if line == 1 else line)
+        yield Case(f"G1 array root, {place}", "d.jsonl", put('["a"]', line), False, 2 if line == 1 else line)
         pretty = json.dumps(base()[line - 1], indent=1)
         yield Case(f"G1 pretty-printed, {place}", "d.jsonl", put(pretty, line), False, line)
         rows = lines()
@@ -226,7 +226,7 @@ def g4() -> Iterator[Case]:
         utf8 = of(" ça va — 東京", line)
         bom = b"\xef\xbb\xbf"
         whole = utf8.encode()
-        at = whole.index(lines()[line - 1][:30].encode())
+        at = len("".join(utf8.splitlines(keepends=True)[: line - 1]).encode())
         yield Case(f"G4 UTF-8 mark, {place}", "d.jsonl", whole[:at] + bom + whole[at:], line == 1, 0 if line == 1 else line)  # fmt: skip
         yield Case(f"G4 UTF-16LE, {place}", "d.jsonl", b"\xff\xfe" + utf8.encode("utf-16-le"), True)
         yield Case(f"G4 UTF-16BE, {place}", "d.jsonl", b"\xfe\xff" + utf8.encode("utf-16-be"), True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from training.catalog import SAMPLE_FOLDER, STARTER_FOLDER
 from training.encode import Example, Plain, encode, encode_batch, examples
 from training.formats import BadRow, Row, rows
 from training.report import Summary
-from training.tokenizer import Tokenizer, TokenizerError
+from training.tokenizer import CHAT_TEMPLATE, Tokenizer, TokenizerError
 
 PLAIN = Plain(512)
 TALK = [
@@ -206,3 +207,19 @@ def test_the_summary_counts_what_is_there(starter: Tokenizer) -> None:
     assert (summary.examples, summary.tokens) == (60, sum(len(e.ids) for e in found))
     assert sum(summary.histogram) == 60
     assert Summary.from_dict(summary.as_dict() | {"unknown": 1}) == summary
+
+
+@pytest.mark.parametrize("prompted", [True, False])
+def test_our_template_without_jinja_says_the_same(starter: Tokenizer, prompted: bool) -> None:
+    roles = ("system", "user", "assistant", "über-USER", "")
+    rng = random.Random(2)
+    for count in range(6):
+        talk = [
+            {
+                "role": rng.choice(roles),
+                "content": rng.choice(("", "Hi {{ x }}", "a\n\nb\n", "<|endoftext|>")),
+            }
+            for _ in range(count)
+        ]
+        slow = replace(starter, chat_template=CHAT_TEMPLATE + "{# by jinja #}")
+        assert starter.render_chat(talk, prompted) == slow.render_chat(talk, prompted)
