@@ -1,7 +1,8 @@
 """The inference worker's side: requests go to one `python -m training serve` child, its lines go to Redis.
 
 A single thread starts the child (and lives as long as the process, so the kernel doesn't kill the child before that),
-reads all that it says, and starts it again when it dies. Task threads only hand a request over and wait.
+reads all that it says, and starts it again when it dies or says nothing any more. Whose prompt it was reading is told so;
+who has been told nothing yet is asked for again, once. Task threads only hand a request over and wait.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 MAX_LINE_BYTES = 1 << 20  # with many log probabilities a line grows
 STREAM_S = 120
 EXPORT_S = 300
+MAX_TRIES = 2
 _exporting = threading.Lock()
 
 
@@ -36,7 +38,10 @@ class Waiting:
     """A request that the child is working on."""
 
     rid: str
+    message: dict[str, Any]
     done: threading.Event = field(default_factory=threading.Event)
+    state: str = "sent"  # then reading (its prompt), then started
+    tries: int = 1
 
 
 class Relay:
@@ -63,10 +68,10 @@ class Relay:
         """Raises TimeoutError when the child isn't up within 30 s."""
         if not self.ready.wait(30):
             raise TimeoutError("the server did not start")
-        waiting = Waiting(rid)
+        waiting = Waiting(rid, {**message, "id": rid})
         with self.lock:
             self.waiting[rid] = waiting
-            sent = self.child is not None and self.child.send({**message, "id": rid})
+            sent = self.child is not None and self.child.send(waiting.message)
         if not sent:
             self._fail(rid)
         return waiting
@@ -85,8 +90,11 @@ class Relay:
             except Exception:  # this thread is the child's life: it must go on
                 log.exception("relay")
             self.ready.clear()
-            for rid in list(self.waiting):
-                self._fail(rid)
+            for waiting in list(self.waiting.values()):
+                if waiting.state == "sent" and waiting.tries < MAX_TRIES:
+                    waiting.tries += 1  # the next child gets it when it is ready
+                else:
+                    self._fail(waiting.rid)
             time.sleep(0.5)
 
     def _serve_once(self) -> None:
@@ -98,19 +106,26 @@ class Relay:
         with selectors.DefaultSelector() as selector:
             selector.register(child.out.fd, selectors.EVENT_READ, child.out)
             selector.register(child.err.fd, selectors.EVENT_READ, child.err)
+            heard = time.monotonic()
             while not child.out.ended:
-                for key, _ in selector.select(5):
+                if not (self.waiting and self.ready.is_set()):
+                    heard = time.monotonic()
+                elif time.monotonic() - heard > settings.JOBS["server_silence_s"]:
+                    log.error("the server says nothing any more")
+                    break
+                for key, _ in selector.select(1):
                     lines = key.data.lines()
                     if key.data is child.out:
+                        heard = time.monotonic()
                         self._pass_on(lines)
                     else:
                         for line in lines:
                             log.warning("server: %s", line[:2000])
                         if child.err.ended:
                             selector.unregister(child.err.fd)
+        child.kill()  # before the lock: whoever holds it may be writing to a child that no longer reads
         with self.lock:
             self.child = None
-        child.kill()
         if not self.stopping:
             log.warning("the server ended with code %s and is started again", child.process.returncode)
 
@@ -124,9 +139,13 @@ class Relay:
                 log.warning("server: %s", line[:2000])
                 continue
             if said.get("t") == "ready":
+                self._send_again()
                 self.ready.set()
             rid = said.pop("id", None)
-            if rid in self.waiting:
+            if rid in self.waiting and said["t"] == "reading":
+                self.waiting[rid].state = "reading"
+            elif rid in self.waiting:
+                self.waiting[rid].state = "started"
                 by_request.setdefault(rid, []).append(json.dumps(said))
                 if said["t"] in ("done", "error"):
                     ended.append(rid)
@@ -135,15 +154,21 @@ class Relay:
         for rid in ended:
             self._end(rid)
 
+    def _send_again(self) -> None:
+        with self.lock:
+            for waiting in self.waiting.values():
+                if self.child:
+                    self.child.send(waiting.message)
+
     def _fail(self, rid: str) -> None:
-        publish(
-            rid,
-            [
-                json.dumps(
-                    ERROR | {"code": "server_died", "message": "The model's server stopped. Try again."}
-                )
-            ],
-        )
+        waiting = self.waiting.get(rid)
+        error = {"code": "server_died", "message": "The model's server stopped. Try again."}
+        if waiting and waiting.state == "reading":
+            error = {
+                "code": "prompt_failed",
+                "message": "The model's server stopped while it read this prompt.",
+            }
+        publish(rid, [json.dumps(ERROR | error)])
         self._end(rid)
 
     def _end(self, rid: str) -> None:

@@ -277,6 +277,7 @@ JOBS = env.numbers(
         "max_trainer_bytes": 0,  # address space of a trainer; 0: the machine's
         # people
         "max_upload_bytes": 2 * 2**30,
+        "max_uploads_per_owner": 4,  # large ones at a time, in each web process: they wait on its disk
         "max_jobs_per_owner": 20,  # not ended
         "max_datasets_per_owner": 1000,
         "max_models_per_owner": 1000,
@@ -288,6 +289,7 @@ JOBS = env.numbers(
         # generation
         "max_warm_models": 2,
         "generation_timeout_s": 300.0,
+        "server_silence_s": 120.0,  # a server that says nothing for so long, while asked, is started again
         # money: what an hour of a worker costs the operator; 0 hides costs
         "price_per_hour": 0.0,
         "signed_url_s": 600,

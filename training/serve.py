@@ -4,12 +4,14 @@
 
     in   {"id", "op": "generate", "model": "/abs/folder", "prompt": … | "messages": […], "who": …, "max_tokens", …}
          {"id", "op": "cancel"} · {"id", "op": "load" | "unload", "model"} · {"op": "status"}
-    out  {"t": "ready"} · {"id", "t": "start", "prompt_tokens"} · {"id", "t": "token", "index", "text", …}
+    out  {"t": "ready"} · {"t": "alive"} every 5 s while there is work · {"id", "t": "reading"} before a prompt is read
+         {"id", "t": "start", "prompt_tokens"} · {"id", "t": "token", "index", "text", …}
          {"id", "t": "done", "choices", "usage"} · {"id", "t": "error", "code", "message"} · {"t": "status", …}
 
 One thread reads, one loads models, and the main one writes tokens: every pass advances all sequences of a model
 together, and lets waiting requests in between two passes, taking people in turn (`who`), so that nobody's hundred
-requests stand before another's one. It ends at the end of its input, and with the process that started it.
+requests stand before another's one. Chat templates are rendered in a process of their own. It ends at the end of its
+input, and with the process that started it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import queue
 import sys
 import threading
+import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
@@ -40,12 +43,15 @@ from training.generate import (
     open_sequences,
     prompt_ids,
 )
-from training.tokenizer import Tokenizer, TokenizerError
+from training.render import STOPPED, Renderer
+from training.tokenizer import TemplateTooSlow, Tokenizer, TokenizerError
 
 MAX_LINE_BYTES = 4 * 1024 * 1024  # a request; a longer line is refused and skipped
 MAX_WAITING = 256  # requests that wait; more are refused as busy
 MAX_N, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_CHARS = 8, 20, 16, 200
 MAX_TOKENS = 1_000_000
+ALIVE_S = 5.0
+NO_CHAT_S = 60  # a person's chats with a model are refused for so long after its template had to be stopped
 
 
 @dataclass
@@ -77,7 +83,9 @@ def load(folder: str) -> Loaded:
         tokenizer, model = Tokenizer.load(folder), load_model(folder)
         decoder = decoder_for(model, pack=True)
     except Exception as error:
-        raise GenerateError("model_unusable", f"the model cannot be loaded: {error}") from error
+        # Who asks sees no paths of ours.
+        why = str(error).replace(f"{folder}/", "").replace(folder, "its folder")
+        raise GenerateError("model_unusable", f"the model cannot be loaded: {why}") from error
     size = sum(
         p.numel() * p.element_size() for p in model.parameters()
     )  # in memory, fp32: not what the file has
@@ -130,6 +138,8 @@ class Server:
         self.waiting: OrderedDict[str, deque[Request]] = OrderedDict()  # by person, whose turn it is first
         self.active: dict[str, Request] = {}
         self.loads: dict[str, str] = {}  # ids of `load` requests by folder
+        self.renderer = Renderer()
+        self.no_chat: dict[tuple[str, str], float] = {}  # by person and model: until when
 
     @property
     def idle(self) -> bool:
@@ -247,10 +257,8 @@ class Server:
         return sum(s.finish_reason is None for r in requests for s in r.sequences)
 
     def _start(self, request: Request, model: Loaded) -> None:
-        try:
-            ids = prompt_ids(request.prompt, model.tokenizer)
-        except TokenizerError as error:
-            raise GenerateError("bad_request", str(error)) from error
+        say({"id": request.id, "t": "reading"})  # if it is our last word, whose prompt it was is known
+        ids = self._read(request, model)
         request.sequences = open_sequences(model.decoder, model.tokenizer, ids, request.options)
         request.prompt_tokens = len(ids)
         model.users += 1
@@ -261,6 +269,20 @@ class Server:
                 say_token(request, token)
         if all(s.finish_reason for s in request.sequences):
             self._close(request)
+
+    def _read(self, request: Request, model: Loaded) -> list[int]:
+        """The prompt's tokens. Everybody waits for a template that has to be stopped, so it is not tried again at once."""
+        key, now = (request.who, request.model), time.monotonic()
+        if isinstance(request.prompt, list) and now < self.no_chat.get(key, 0):
+            raise GenerateError("bad_request", f"{STOPPED}; give a prompt, or wait a minute")
+        model.tokenizer.render = self.renderer.render
+        try:
+            return prompt_ids(request.prompt, model.tokenizer)
+        except TokenizerError as refusal:
+            if isinstance(refusal, TemplateTooSlow):
+                self.no_chat = {other: until for other, until in self.no_chat.items() if now < until}
+                self.no_chat[key] = now + NO_CHAT_S
+            raise GenerateError("bad_request", str(refusal)) from refusal
 
     def _advance(self, folder: str) -> None:
         requests = [r for r in self.active.values() if r.model == folder]
@@ -398,9 +420,14 @@ def run(args: argparse.Namespace) -> int:
     inbox: queue.Queue[bytes | None] = queue.Queue(maxsize=1024)  # a full one makes the sender wait
     threading.Thread(target=_read, args=(inbox,), daemon=True).start()
     server = Server(Models(args.max_models, args.max_bytes), args.max_sequences)
+    server.renderer.start()
     say({"t": "ready"})
+    spoke = time.monotonic()
     try:
         while True:
+            if time.monotonic() - spoke > ALIVE_S:
+                spoke = time.monotonic()
+                say({"t": "alive"})
             for line in _lines(inbox, wait=None if server.idle else 0.0):
                 if line is None:
                     return 0

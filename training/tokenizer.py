@@ -2,14 +2,14 @@
 
 Two rules hold everywhere:
 - a person's text is text: `<|endoftext|>` typed inside a row is encoded as its letters, never as the control token;
-- chat templates run in jinja2's immutable sandbox, because they come from wherever the base model came from.
+- chat templates run in a sandbox (`training.render`), because they come from wherever the base model came from.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import tokenizers
-from jinja2 import Environment, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from training.render import BadTemplate, TemplateStopped, render
 
 # Plain-text roles and the end token, for models that bring no template (GPT-2 has none). The separator stands before
 # a turn, not after it, so that the rendered text of the first turns is always a prefix of the whole.
@@ -45,6 +45,10 @@ class TokenizerError(ValueError):
     """The folder holds no tokenizer we can read, or its chat template cannot render the messages."""
 
 
+class TemplateTooSlow(TokenizerError):
+    """The chat template was stopped."""
+
+
 @dataclass
 class Tokenizer:
     """`encode*` never adds tokens of its own; what goes around the text is decided in `training.encode`."""
@@ -54,6 +58,7 @@ class Tokenizer:
     chat_template: str = CHAT_TEMPLATE
     own_template: bool = False  # True when the base model brought its own chat template
     folder: Path | None = None
+    render: Callable[[str, Mapping[str, Any]], str] = render  # a server's renders in a process of its own
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -182,16 +187,19 @@ class Tokenizer:
             type(m.get("role")) is str and type(m.get("content")) is str for m in messages
         ):
             return _ours(messages, self._token_text("eos_token"), add_generation_prompt)
+        variables = {
+            "messages": [dict(m) for m in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self._token_text("bos_token"),
+            "eos_token": self._token_text("eos_token"),
+            "pad_token": self._token_text("pad_token"),
+        }
         try:
-            return self._compiled.render(
-                messages=[dict(m) for m in messages],
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self._token_text("bos_token"),
-                eos_token=self._token_text("eos_token"),
-                pad_token=self._token_text("pad_token"),
-            )
-        except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise TokenizerError(f"the model's chat template refuses these messages: {error}") from error
+            return self.render(self.chat_template, variables)
+        except TemplateStopped as error:
+            raise TemplateTooSlow(str(error)) from error
+        except BadTemplate as error:
+            raise TokenizerError(str(error)) from error
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         """Ids of a rendered conversation, ready to generate from."""
@@ -222,15 +230,6 @@ class Tokenizer:
             ids += self.encode(hidden[piece]) if piece in hidden else self.encode_template(piece)
         return ids
 
-    @cached_property
-    def _compiled(self) -> Any:
-        environment: Environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            return environment.from_string(self.chat_template)
-        except TemplateError as error:
-            raise TokenizerError(f"the chat template cannot be read: {error}") from error
-
     def _token_text(self, name: str) -> str:
         token = self.config.get(name)
         if isinstance(token, dict):
@@ -245,10 +244,6 @@ def _ours(messages: Sequence[Message], end: str, add_generation_prompt: bool) ->
         for m in messages
     ]
     return "\n".join(said) + ("\nAssistant:\n" if add_generation_prompt else "")
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
 
 
 def _backend(folder: Path) -> tokenizers.Tokenizer:

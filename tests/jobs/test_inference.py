@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from jobs.inference import Busy, Failed, GenerateRequest
 from tests import services
 from tests.jobs.makers import make_owner
 
+SILENCE_S = 8
 pytestmark = [pytest.mark.usefixtures("stores"), pytest.mark.slow]
 
 
@@ -30,6 +32,7 @@ def worker(stores, folder):
             cwd=services.ROOT,
             stdout=log,
             stderr=log,
+            env={**os.environ, "JOBS_SERVER_SILENCE_S": str(SILENCE_S)},
             preexec_fn=services._die_with_parent,
         )
     asyncio.run(wait_for_answer())
@@ -139,6 +142,27 @@ async def test_a_dead_server_is_started_again(worker):
         async for _ in stream:
             pass
     await wait_for_answer()
+
+
+async def test_a_silent_server_is_started_again_and_who_waited_is_answered(worker):
+    for pid in servers_of(worker.pid):
+        os.kill(pid, signal.SIGSTOP)  # alive, and says nothing for ever
+    began = time.monotonic()
+    answer = await text_of(make_owner())
+    assert answer.usage["completion_tokens"] == 8
+    assert time.monotonic() - began > SILENCE_S
+
+
+def test_only_whose_prompt_was_being_read_is_told_so(stores, monkeypatch):
+    said: dict[str, str] = {}
+    monkeypatch.setattr(relay, "publish", lambda rid, lines: said.update({rid: lines[-1]}))
+    asked = relay.Relay()
+    for rid, state in (("r1", "sent"), ("r2", "reading"), ("r3", "started")):
+        asked.waiting[rid] = relay.Waiting(rid, {}, state=state, tries=relay.MAX_TRIES)
+        asked._fail(rid)
+    codes = {rid: json.loads(line)["code"] for rid, line in said.items()}
+    assert codes == {"r1": "server_died", "r2": "prompt_failed", "r3": "server_died"}
+    assert not asked.waiting
 
 
 def test_why_a_model_cannot_be_loaded_names_nothing_of_ours(stores, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,8 +39,11 @@ class Server:
         self.process.stdin.flush()
 
     def read(self) -> dict[str, Any]:
+        """The next line but for those that only its relay needs."""
         assert self.process.stdout
-        return json.loads(self.process.stdout.readline())
+        while (line := json.loads(self.process.stdout.readline()))["t"] in ("alive", "reading"):
+            pass
+        return line
 
     def until(self, *ids: str) -> list[dict[str, Any]]:
         """Everything said until each of these requests has ended."""
@@ -197,3 +201,45 @@ def test_it_dies_with_the_process_that_started_it(tmp_path):
         time.sleep(0.02)
     else:
         assert not Path(f"/proc/{child}").exists()
+
+
+# --- chat templates --------------------------------------------------------------------------------
+
+SLOW = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+TALK = [{"role": "user", "content": "the cat"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (SLOW, "takes too long"),
+        ("{{ '%0999999999d' % 5 }}{{ '%0999999999d' % 6 }}", "takes too long|MemoryError"),
+        ("{{ 'x' * 10**12 }}", "MemoryError"),
+        ("{{ 'x' * (2 * 10**7) }}", "characters"),
+        ("{{ raise_exception('only users here') }}", "only users here"),
+        ("{% for", "cannot be read"),
+    ],
+)
+def test_a_bad_chat_template_ends_its_own_request_only(tmp_path, server, folder, template, words):
+    bad = write_model(tmp_path / "bad", context=64)
+    settings = json.loads((bad / "tokenizer_config.json").read_text())
+    (bad / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    server.send(id="good", op="generate", model=folder, prompt=PROMPT, max_tokens=100, who="alice")
+    server.send(id="bad", op="generate", model=str(bad), messages=TALK, max_tokens=1, who="bob")
+    lines = server.until("good", "bad")
+    (refusal,) = [line for line in lines if line["t"] == "error"]
+    assert (refusal["id"], refusal["code"]) == ("bad", "bad_request")
+    assert re.search(words, refusal["message"])
+    assert server.ask(model=folder, messages=TALK, max_tokens=1)[-1]["t"] == "done"
+
+
+def test_a_template_that_was_stopped_is_not_tried_again_at_once(tmp_path, server):
+    slow = write_model(tmp_path / "slow", context=64)
+    (slow / "chat_template.jinja").write_text(SLOW)
+    took = []
+    for _ in range(2):
+        began = time.monotonic()
+        assert server.ask(model=str(slow), messages=TALK, who="bob")[-1]["code"] == "bad_request"
+        took.append(time.monotonic() - began)
+    assert took[1] < 0.5 < took[0]
+    assert server.ask(model=str(slow), prompt=PROMPT, max_tokens=1, who="bob")[-1]["t"] == "done"
