@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
+import re
 import shutil
 import zipfile
 from collections.abc import AsyncIterator, Iterator
@@ -18,6 +20,8 @@ from jobs import access, errands, storage, tables
 from jobs.tables import Job, TunedModel
 
 BLOCK = 1 << 20
+MAX_ALIASES = 8
+ALIAS = re.compile(r"ft:[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")  # what OpenAI calls a model that was tuned there
 
 
 def create_from(job: Job) -> None:
@@ -40,6 +44,7 @@ def create_from(job: Job) -> None:
         metrics=dict(result.get("metrics") or {}),
         verdict=result.get("verdict"),
         fidelity=result.get("fidelity"),
+        aliases=(job.api or {}).get("aliases", []),
         created_at=job.ended_at,
     )
     tables.put_new(model)
@@ -58,12 +63,37 @@ def bury(owner: str, model_id: str) -> None:
     TunedModel(owner, model_id).update(actions=[TunedModel.gone.set(True), TunedModel.files.set([])])
 
 
+class BadAlias(ValueError):
+    """These other names cannot be had; the message says which and why."""
+
+
 def set_aliases(owner: str, model_id: str, aliases: list[str]) -> TunedModel:
+    """The names of models tuned at OpenAI that this one answers to from now on. Raises BadAlias, access.NotFound."""
     model = access.get_model_for(owner, model_id)
-    kept = tables.update(model, [TunedModel.aliases.set(aliases)], TunedModel.gone == False)  # noqa: E712  an expression
+    wanted = list(dict.fromkeys(aliases))
+    if len(wanted) > MAX_ALIASES:
+        raise BadAlias(f"A model has at most {MAX_ALIASES} other names.")
+    for name in wanted:
+        if not ALIAS.fullmatch(name):
+            raise BadAlias(
+                f"{name[:80]}: such a name begins with ft: and has letters, digits and . _ - : only, as at OpenAI."
+            )
+        taken = _named(owner, name)
+        if taken is not None and taken.model_id != model_id:
+            raise BadAlias(f"{name} already means {taken.model_id}. Take it away there first.")
+    kept = tables.update(model, [TunedModel.aliases.set(wanted)], TunedModel.gone == False)  # noqa: E712  an expression
     if kept is None:
         raise access.NotFound(f"There is no model {model_id}.")
     return kept
+
+
+def _named(owner: str, name: str) -> TunedModel | None:
+    """The owner's model of this id, else the newest that carries it as another name."""
+    with contextlib.suppress(access.NotFound):
+        return access.get_model_for(owner, name)
+    if not ALIAS.fullmatch(name):
+        return None
+    return next((row for row in access.list_models(owner, 10_000) if name in (row.aliases or [])), None)
 
 
 # ---- use -----------------------------------------------------------------------------------------------------------
@@ -75,10 +105,13 @@ def checkpoint_models(job: Job) -> list[TunedModel]:
 
 
 def get_for(owner: str, model_id: str) -> TunedModel:
-    """A model, or a checkpoint of a job as one (`<model id>:ckpt-step-<n>`). Raises access.NotFound."""
+    """A model by its id or another name, or a checkpoint of a job as one (`<model id>:ckpt-step-<n>`). Raises
+    access.NotFound."""
     base, mark, step = model_id.rpartition(":ckpt-step-")
     if not mark:
-        return access.get_model_for(owner, model_id)
+        if (model := _named(owner, model_id)) is None:
+            raise access.NotFound(f"There is no model {model_id}.")
+        return model
     for job in access.list_jobs(owner, 200):
         if job.model_id == base:
             for checkpoint in job.checkpoints:

@@ -37,6 +37,7 @@ urlpatterns = [
     path("models/", models.index, name="models"),
     path("models/<str:model_id>/", models.detail, name="model"),
     path("models/<str:model_id>/download.zip", models.download, name="download_model"),
+    path("models/<str:model_id>/names/", models.aliases, name="model_names"),
     path("models/<str:model_id>/delete/", models.delete, name="delete_model"),
     path("objects/<str:token>/<str:filename>", objects.download, name="object"),
     path("playground/", playground.page, name="playground"),

@@ -61,7 +61,6 @@ def _facts(model: TunedModel) -> list[tuple[str, str]]:
         ("Method", "LoRA" if model.method == "lora" else "Full: every weight"),
         ("Step", count(model.step) if model.step else ""),
         ("Size", size(model.bytes)),
-        ("Other names", ", ".join(model.aliases or [])),
     ]
     return [fact for fact in facts if fact[1]]
 
@@ -87,6 +86,23 @@ async def download(request: HttpRequest, model_id: str) -> HttpResponseBase:
     response["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(model_id.replace(':', '-'))}.zip"
     response["X-Accel-Buffering"] = "no"
     return response
+
+
+@for_people
+@require_POST
+def aliases(request: HttpRequest, model_id: str) -> HttpResponse:
+    try:
+        model = tuned_models.set_aliases(owner_of(request), model_id, request.POST.get("aliases", "").split())
+    except tuned_models.BadAlias as refusal:
+        messages.error(request, str(refusal))
+    else:
+        messages.success(
+            request,
+            f"Programs may now also call it {' or '.join(model.aliases)}."
+            if model.aliases
+            else "It has its own name only.",
+        )
+    return redirect("jobs:model", model_id)
 
 
 @for_people

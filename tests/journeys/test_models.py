@@ -10,6 +10,7 @@ from django.test import AsyncClient, Client
 from django.urls import reverse
 
 from accounts.models import User
+from jobs import access, tuned_models
 from tests.journeys.makers import make_model
 
 
@@ -44,6 +45,44 @@ async def test_the_zip_holds_every_file_and_is_streamed(alice: User) -> None:
         assert archive.testzip() is None
         names = {name.rpartition("/")[2]: name for name in archive.namelist()}
         assert archive.read(names["model.safetensors"]) == b"weights" * 1000
+
+
+OLD_NAME = "ft:gpt-4o-mini-2024-07-18:acme::9abcDEFg"
+
+
+def test_a_model_takes_the_name_of_one_tuned_at_openai(alices: Client, alice: User, bob: User) -> None:
+    model, other = make_model(alice.owner_id), make_model(alice.owner_id)
+    names = reverse("jobs:model_names", args=[model.model_id])
+    answer = alices.post(names, {"aliases": f"{OLD_NAME}\n{OLD_NAME}"}, follow=True)
+    assert f"Programs may now also call it {OLD_NAME}." in answer.content.decode()
+    assert tuned_models.get_for(alice.owner_id, OLD_NAME).model_id == model.model_id
+    with pytest.raises(access.NotFound):
+        tuned_models.get_for(bob.owner_id, OLD_NAME)
+    taken = alices.post(
+        reverse("jobs:model_names", args=[other.model_id]), {"aliases": OLD_NAME}, follow=True
+    )
+    assert f"already means {model.model_id}" in taken.content.decode()
+    alices.post(names, {"aliases": ""})
+    with pytest.raises(access.NotFound):
+        tuned_models.get_for(alice.owner_id, OLD_NAME)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "gpt2",
+        "starter",
+        "ft:",
+        "ft:a/b",
+        "ft:../../etc",
+        "ft:" + "a" * 300,
+        " ".join(f"ft:a:{n}" for n in range(9)),
+    ],
+)
+def test_a_name_that_is_none_of_openais_is_refused(alices: Client, alice: User, names: str) -> None:
+    model = make_model(alice.owner_id)
+    alices.post(reverse("jobs:model_names", args=[model.model_id]), {"aliases": names})
+    assert not tuned_models.get_for(alice.owner_id, model.model_id).aliases
 
 
 def test_delete(alices: Client, alice: User) -> None:

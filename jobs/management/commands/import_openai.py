@@ -2,8 +2,8 @@
 
 The folder holds the training files (`*.jsonl`, by any name) and, if wanted, job descriptions as OpenAI's API answers
 them (`*.json`: one `fine_tuning.job`, or a list page of them). Each file becomes a dataset; each described job becomes a
-job here that trains the mapped local base on the same file with the same hyperparameters, when `--start` is given.
-Running it again takes over only what is new.
+job here that trains the mapped local base on the same file with the same hyperparameters, when `--start` is given, and
+whose model then answers to the old one's name as well. Running it again takes over only what is new.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from django.contrib.auth import get_user_model
 from django.core.management.base import BaseCommand, CommandError
 
-from jobs import access, datasets, lifecycle, limits
+from jobs import access, datasets, lifecycle, limits, tuned_models
 from jobs.api import models
 from jobs.api.errors import ApiError
 
@@ -82,6 +82,7 @@ class Command(BaseCommand):
                 settings=_settings(job),
                 seed=job.get("seed") if isinstance(job.get("seed"), int) else None,
                 metadata={"imported_from": str(job.get("id"))[:512]},
+                api={"model": str(job.get("model")), "aliases": _aliases(job)},
             )
             made = lifecycle.submit(
                 user.owner_id, request, idempotency_key=f"import#{job.get('id')}", slug=user.slug
@@ -102,6 +103,11 @@ def _described_jobs(folder: Path) -> Iterator[dict[str, Any]]:
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and entry.get("object") == "fine_tuning.job":
                 yield entry
+
+
+def _aliases(job: dict[str, Any]) -> list[str]:
+    name = str(job.get("fine_tuned_model") or "")
+    return [name] if tuned_models.ALIAS.fullmatch(name) else []
 
 
 def _settings(job: dict[str, Any]) -> dict[str, Any]:
