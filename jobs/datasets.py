@@ -5,6 +5,7 @@ receiving ──► checking ──► ready | rejected        deleted ones are 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -36,6 +37,7 @@ def receive(
     *,
     purpose: str = "fine-tune",
     format: Mapping[str, Any] | None = None,
+    expires_at: float | None = None,
 ) -> Dataset:
     """Stores the file and rings for its check. Raises Rejected, OverQuota; nothing stays behind then."""
     limits.check(owner, "datasets")
@@ -43,6 +45,9 @@ def receive(
     dataset_id = new_id("file")
     dataset = Dataset(owner, dataset_id, name=shown_name(filename), purpose=purpose, created_at=time.time())
     dataset.format = dict(format) if format else None
+    if expires_at is not None:
+        dataset.expires_at = expires_at
+        errands.put_off("expire", owner, dataset_id, expires_at)
     errands.put("check", owner, dataset_id)
     limits.take(owner, "datasets", dataset_id)
     tables.put_new(dataset)
@@ -180,6 +185,13 @@ def delete(owner: str, dataset_id: str) -> None:
     access.get_dataset_for(owner, dataset_id)
     _forget(owner, dataset_id)
     move_waiting_jobs(owner, dataset_id)
+
+
+def expire(owner: str, id: str) -> bool:
+    """The errand of a file that its owner wanted kept until a time, which has come."""
+    with contextlib.suppress(access.NotFound):
+        delete(owner, id.partition("#")[2])
+    return True
 
 
 def of_job(owner: str, dataset_id: str) -> Dataset:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +23,7 @@ from jobs.tables import JobIndex
 log = logging.getLogger(__name__)
 
 PARTITION = "work"
-KINDS = ("check", "report", "delete", "deliver", "leave")
+KINDS = ("check", "report", "delete", "deliver", "leave", "expire")
 
 
 def put(kind: str, owner: str, id: str) -> None:
@@ -55,6 +56,16 @@ def waiting() -> list[JobIndex]:
     return list(tables.rows(JobIndex, PARTITION))
 
 
+def put_off(kind: str, owner: str, id: str, until: float) -> None:
+    """An errand for later: nobody rings for it before that time."""
+    put(kind, owner, f"{int(until)}#{id}")
+
+
+def is_due(row: JobIndex) -> bool:
+    until = row.job_id.partition("#")[2].partition("#")[0]
+    return not until.isdigit() or time.time() >= int(until)
+
+
 def name_of(row: JobIndex) -> tuple[str, str, str]:
     """(kind, owner, id), as `ring` wants them."""
     kind, _, id = row.job_id.partition("#")
@@ -63,7 +74,7 @@ def name_of(row: JobIndex) -> tuple[str, str, str]:
 
 def _worker(kind: str) -> Callable[[str, str], bool]:
     """Returns True when there is nothing left to do. They import what imports this module."""
-    from jobs import endings, people, reports, tasks, webhooks
+    from jobs import datasets, endings, people, reports, tasks, webhooks
 
     def check(owner: str, dataset_id: str) -> bool:
         tasks.check_dataset(owner, dataset_id)
@@ -75,6 +86,7 @@ def _worker(kind: str) -> Callable[[str, str], bool]:
         "delete": endings.delete_bytes,
         "deliver": webhooks.deliver,
         "leave": people.leave,
+        "expire": datasets.expire,
     }
     return workers[kind]
 

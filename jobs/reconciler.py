@@ -122,7 +122,7 @@ class Reconciler:
 
     def _errands(self) -> None:
         for row in errands.waiting():
-            if self.watch.unchanged(row.job_id, row.lease, settings.JOBS["lease_s"]):
+            if errands.is_due(row) and self.watch.unchanged(row.job_id, row.lease, settings.JOBS["lease_s"]):
                 errands.ring(*errands.name_of(row), row.lease or "")
                 self.watch.again(row.job_id)
 

@@ -387,6 +387,7 @@ class Upload(Table):
     status = UnicodeAttribute(default="pending")  # pending, completed, cancelled, expired
     part_ids = UnicodeSetAttribute(null=True)  # `<part id>:<bytes>`
     dataset_id = UnicodeAttribute(default="")
+    keep_s = NumberAttribute(null=True)  # how long the file is to be kept
     created_at = NumberAttribute(default=time.time)
     expires_at = NumberAttribute(default=lambda: time.time() + 3600)
 

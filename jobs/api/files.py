@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable
 from typing import IO, Annotated, Any, Literal
 from urllib.parse import quote
@@ -29,10 +30,18 @@ def create_file(
     request: CallerRequest,
     purpose: Annotated[str, Form(description="`fine-tune`")],
     file: UploadedFile = Upload(..., description="JSONL, CSV, TSV, Parquet or plain text"),  # noqa: B008  ninja's way
+    anchor: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
+    seconds: Annotated[int | None, Form(alias="expires_after[seconds]", ge=3600, le=2_592_000)] = None,
 ) -> Json:
+    """With `expires_after` the file is deleted that many seconds after it was made."""
     check_purpose(purpose)
     check_name(file.name or "")
-    dataset = datasets.receive(request.auth.owner, file.name or "file", file, purpose=purpose)
+    if (anchor is None) != (seconds is None):
+        raise bad("expires_after takes an anchor and seconds.", "expires_after")
+    expires_at = time.time() + seconds if seconds is not None else None
+    dataset = datasets.receive(
+        request.auth.owner, file.name or "file", file, purpose=purpose, expires_at=expires_at
+    )
     return show(dataset)
 
 

@@ -60,11 +60,17 @@ class File(Schema):
     )
 
 
+class ExpiresAfter(Request):
+    anchor: Literal["created_at"]
+    seconds: Annotated[StrictInt, Field(ge=3600, le=2_592_000)]
+
+
 class UploadCreate(Request):
     bytes: Annotated[StrictInt, Field(ge=1)]
     filename: Annotated[StrictStr, Field(min_length=1, max_length=255)]
     mime_type: StrictStr = "application/jsonl"
     purpose: StrictStr
+    expires_after: ExpiresAfter | None = None
 
 
 class UploadComplete(Request):

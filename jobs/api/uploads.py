@@ -44,6 +44,7 @@ def create_upload(request: CallerRequest, body: UploadCreate) -> Json:
         bytes=body.bytes,
         mime_type=body.mime_type[:100],
         purpose=body.purpose,
+        keep_s=body.expires_after.seconds if body.expires_after else None,
         expires_at=time.time() + LIFETIME_S,
     )
     errands.put("delete", owner, row.upload_id)  # the parts, also of an upload that nobody comes back to
@@ -108,7 +109,13 @@ def complete_upload(request: CallerRequest, upload_id: str, body: UploadComplete
             503, "This upload is being completed by another request. Ask again.", code="busy", retry_after=1
         )
     try:
-        dataset = datasets.receive(row.owner, row.filename, _bytes(row, body.part_ids), purpose=row.purpose)
+        dataset = datasets.receive(
+            row.owner,
+            row.filename,
+            _bytes(row, body.part_ids),
+            purpose=row.purpose,
+            expires_at=time.time() + row.keep_s if row.keep_s else None,
+        )
     except BaseException:
         tables.update(claimed, [Row.status.set("pending")], Row.status == "completing")
         raise

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import time
+
 import pytest
 
-from jobs import endings, errands, lifecycle, limits, queueing, tables, tasks
+from jobs import access, datasets, endings, errands, lifecycle, limits, queueing, tables, tasks
 from jobs.reconciler import Reconciler, Watch
 from jobs.tables import Dataset, JobIndex, new_id
-from tests.jobs.makers import checkpoint, make_claim, make_dataset, make_job, make_owner, read, result
+from tests.jobs.makers import ROWS, checkpoint, make_claim, make_dataset, make_job, make_owner, read, result
 
 pytestmark = pytest.mark.usefixtures("stores")
 
@@ -151,6 +154,20 @@ def test_errands_that_nobody_does_are_rung_for_again(alone):
     assert alone == []
     rounds(reconciler, clock, 5)
     assert alone == [("errand", "check", owner, dataset_id, "")]
+
+
+def test_a_file_goes_when_its_time_has_come_and_not_before(alone):
+    owner = make_owner()
+    now = time.time()
+    kept, expired = (
+        datasets.receive(owner, "r.jsonl", io.BytesIO(ROWS), expires_at=now + s) for s in (99, -1)
+    )
+    reconciler, clock = start()
+    rounds(reconciler, clock, 40)
+    rung = [ring[1:] for ring in alone if ring[:2] == ("errand", "expire")]
+    assert rung == [("expire", owner, f"{int(now - 1)}#{expired.dataset_id}", "")]
+    errands.run(*rung[0])
+    assert [row.dataset_id for row in access.list_datasets(owner)] == [kept.dataset_id]
 
 
 def test_an_errand_is_done_once_however_often_the_bell_rings(alone, monkeypatch):
