@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from django.http import HttpResponseBase, StreamingHttpResponse
@@ -26,6 +27,13 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own
 DEFAULT_CHAT_TOKENS = 512  # or to the end of the context, whichever comes first
 STREAMED: dict[str, Any] = {
     "responses": {200: {"content": {"text/event-stream": {}}}},
+}
+# The server's words for what asking again would not mend, and OpenAI's.
+FINAL = {
+    "bad_request": "invalid_value",
+    "prompt_too_long": "context_length_exceeded",
+    "prompt_failed": "prompt_failed",
+    "model_unusable": "model_unusable",
 }
 Line = dict[str, Any]
 
@@ -50,14 +58,10 @@ async def create_completion(request: CallerRequest, body: CompletionCreate) -> A
         raise bad("At most 16 choices in one request: give fewer prompts or a smaller n.", "n")
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     asked = [
-        await _ask(request, body, max_tokens, prompt=prompt, logprobs=body.logprobs, echo=bool(body.echo))
+        _ask(body, max_tokens, prompt=prompt, logprobs=body.logprobs, echo=bool(body.echo))
         for prompt in prompts
     ]
-    head = _head("cmpl", "text_completion", body)
-    lines = _one_after_another(request.auth.owner, asked)
-    if body.stream:
-        return await _streamed(lines, head, body, _text_chunk)
-    return await _whole(lines, head, _text_choice)
+    return await _answer(request, body, asked, TEXT)
 
 
 @router.post(
@@ -78,11 +82,8 @@ async def create_chat(request: CallerRequest, body: ChatCreate) -> Any:
     max_tokens = body.max_completion_tokens or body.max_tokens or DEFAULT_CHAT_TOKENS
     messages = [message.plain() for message in body.messages]
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    asked = await _ask(request, body, max_tokens, messages=messages, logprobs=logprobs)
-    lines = _one_after_another(request.auth.owner, [asked])
-    if body.stream:
-        return await _streamed(lines, _head("chatcmpl", "chat.completion.chunk", body), body, _chat_chunk)
-    return await _whole(lines, _head("chatcmpl", "chat.completion", body), _chat_choice)
+    asked = _ask(body, max_tokens, messages=messages, logprobs=logprobs)
+    return await _answer(request, body, [asked], CHAT)
 
 
 # ---- asking ------------------------------------------------------------------------------------
@@ -97,9 +98,7 @@ def _refuse_what_we_lack(body: Generation) -> None:
         raise bad("stream_options is only for streams.", "stream_options")
 
 
-async def _ask(
-    request: CallerRequest, body: Generation, max_tokens: int, **what: Any
-) -> inference.GenerateRequest:
+def _ask(body: Generation, max_tokens: int, **what: Any) -> inference.GenerateRequest:
     extras = body.llmtuner or {}
     if set(extras) - {"top_k"}:
         raise bad("For generation llmtuner takes only top_k.", "llmtuner")
@@ -144,19 +143,40 @@ async def _one_after_another(owner: str, asked: list[inference.GenerateRequest])
     yield {"t": "done", "choices": choices, "usage": usage}
 
 
-def _head(prefix: str, kind: str, body: Generation) -> Line:
-    return {
-        "id": f"{prefix}-{secrets.token_hex(12)}",
-        "object": kind,
+# ---- answering ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How one of the two endpoints says what both say."""
+
+    prefix: str  # of ids
+    whole: str  # `object` of an answer
+    part: str  # `object` of a line of a stream
+    choice: Callable[[int, list[Line], str], Line]
+    chunk: Callable[[int, Line | None, str | None, int], Line]
+    opening: Callable[[int], Line] | None = None  # what a choice says before its first text
+
+
+async def _answer(
+    request: CallerRequest, body: Generation, asked: list[inference.GenerateRequest], shape: Shape
+) -> Any:
+    lines = _one_after_another(request.auth.owner, asked)
+    head = {
+        "id": f"{shape.prefix}-{secrets.token_hex(12)}",
+        "object": shape.part if body.stream else shape.whole,
         "created": int(time.time()),
         "model": body.model,
     }
+    if body.stream:
+        return await _streamed(lines, head, body, shape)
+    return await _whole(lines, head, shape)
 
 
 # ---- the whole answer --------------------------------------------------------------------------
 
 
-async def _whole(lines: AsyncIterator[Line], head: Line, choice_of: Any) -> Line:
+async def _whole(lines: AsyncIterator[Line], head: Line, shape: Shape) -> Line:
     tokens: dict[int, list[Line]] = {}
     done: Line = {"choices": [], "usage": {}}
     try:
@@ -168,26 +188,17 @@ async def _whole(lines: AsyncIterator[Line], head: Line, choice_of: Any) -> Line
     except inference.Failed as failed:
         raise _failure(failed) from failed
     choices = [
-        choice_of(choice["index"], tokens.get(choice["index"], []), _reason(choice))
+        shape.choice(choice["index"], tokens.get(choice["index"], []), _reason(choice))
         for choice in done["choices"]
     ]
     return {**head, "choices": sorted(choices, key=lambda choice: choice["index"]), "usage": done["usage"]}
 
 
 def _failure(failed: inference.Failed) -> errors.ApiError:
-    asked_wrongly = failed.code in {
-        "context_length_exceeded",
-        "too_long",
-        "bad_request",
-        "no_chat_template",
-        "empty_prompt",
-    }
-    return errors.ApiError(
-        400 if asked_wrongly else 503,
-        failed.message,
-        code=failed.code,
-        retry_after=None if asked_wrongly else 2,
-    )
+    code = FINAL.get(failed.code)
+    if code is not None:
+        return bad(failed.message, code=code)
+    return errors.ApiError(503, failed.message, code=failed.code, retry_after=2)
 
 
 def _reason(choice: Line) -> str:
@@ -253,7 +264,7 @@ def _named(token: str, logprob: float) -> Line:
 
 
 async def _streamed(
-    lines: AsyncIterator[Line], head: Line, body: Generation, chunk_of: Any
+    lines: AsyncIterator[Line], head: Line, body: Generation, shape: Shape
 ) -> HttpResponseBase:
     """Waits for the first line, so that a refusal still has a status of its own; after that errors are data lines."""
     try:
@@ -261,37 +272,31 @@ async def _streamed(
     except inference.Failed as failed:
         raise _failure(failed) from failed
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
-    chunks = _chunks(first, lines, head, body.n or 1, include_usage, chunk_of)
+    chunks = _chunks(first, lines, head, body.n or 1, include_usage, shape)
     response = StreamingHttpResponse(chunks, content_type="text/event-stream")
     response["X-Accel-Buffering"] = "no"
     return response
 
 
 async def _chunks(
-    first: Line, rest: AsyncIterator[Line], head: Line, n: int, include_usage: bool, chunk_of: Any
+    first: Line, rest: AsyncIterator[Line], head: Line, n: int, include_usage: bool, shape: Shape
 ) -> AsyncIterator[bytes]:
     usage = {"usage": None} if include_usage else {}
     offsets: dict[int, int] = {}
     give_thread_back()  # the middlewares have used it again
     try:
-        if chunk_of is _chat_chunk:
+        if shape.opening:
             for index in range(n):
-                opening = {
-                    "index": index,
-                    "delta": {"role": "assistant", "content": ""},
-                    "finish_reason": None,
-                    "logprobs": None,
-                }
-                yield _data({**head, "choices": [opening], **usage})
+                yield _data({**head, "choices": [shape.opening(index)], **usage})
         async for line in _chain(first, rest):
             if line["t"] == "token":
                 offset = offsets.get(line["index"], 0)
                 offsets[line["index"]] = offset + len(line.get("token", ""))
-                yield _data({**head, "choices": [chunk_of(line["index"], line, None, offset)], **usage})
+                yield _data({**head, "choices": [shape.chunk(line["index"], line, None, offset)], **usage})
             elif line["t"] == "done":
                 for choice in line["choices"]:
                     yield _data(
-                        {**head, "choices": [chunk_of(choice["index"], None, _reason(choice), 0)], **usage}
+                        {**head, "choices": [shape.chunk(choice["index"], None, _reason(choice), 0)], **usage}
                     )
                 if include_usage:
                     yield _data({**head, "choices": [], "usage": line["usage"]})
@@ -319,6 +324,11 @@ def _text_chunk(index: int, token: Line | None, reason: str | None, offset: int)
     }
 
 
+def _chat_opening(index: int) -> Line:
+    delta = {"role": "assistant", "content": ""}
+    return {"index": index, "delta": delta, "finish_reason": None, "logprobs": None}
+
+
 def _chat_chunk(index: int, token: Line | None, reason: str | None, offset: int) -> Line:
     delta = {"content": token["text"]} if token else {}
     return {
@@ -331,3 +341,7 @@ def _chat_chunk(index: int, token: Line | None, reason: str | None, offset: int)
 
 def _data(payload: Line) -> bytes:
     return b"data: " + json.dumps(payload, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+
+
+TEXT = Shape("cmpl", "text_completion", "text_completion", _text_choice, _text_chunk)
+CHAT = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", _chat_choice, _chat_chunk, _chat_opening)

@@ -19,7 +19,8 @@ Json = dict[str, Any]
 
 
 def local_name(name: str) -> str:
-    """What the studio calls the model that a caller calls so: OpenAI's names are mapped by BASE_MODEL_ALIASES."""
+    """What the studio calls the model that a caller calls so: the operator maps OpenAI's names by BASE_MODEL_ALIASES.
+    Names that a person gave a model of their own are `tuned_models.get_for`'s."""
     return str(settings.BASE_MODEL_ALIASES.get(name, name))
 
 

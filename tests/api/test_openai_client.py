@@ -119,6 +119,28 @@ def test_a_file_goes_up_is_checked_comes_back_and_goes_away(client: openai.OpenA
         client.files.retrieve(file.id)
 
 
+def test_a_file_is_kept_as_long_as_asked(client: openai.OpenAI, people: Any):
+    wish: Any = {"anchor": "created_at", "seconds": 3600}
+    file = checked(client.files.create(file=("t.jsonl", rows()), purpose="fine-tune", expires_after=wish))
+    assert file.expires_at is not None
+    assert abs(file.expires_at - file.created_at - 3600) <= 5
+    upload = client.uploads.upload_file_chunked(
+        file=rows(), filename="t.jsonl", bytes=len(rows()), mime_type="application/jsonl", purpose="fine-tune"
+    )
+    assert upload.file is not None
+    assert upload.file.expires_at is None
+    for wrong in ({"anchor": "created_at", "seconds": 60}, {"anchor": "never", "seconds": 3600}):
+        with pytest.raises(openai.BadRequestError):
+            client.files.create(file=("t.jsonl", rows()), purpose="fine-tune", expires_after=wrong)  # type: ignore[arg-type]
+    begun = client.uploads.create(
+        bytes=3, filename="a.txt", mime_type="text/plain", purpose="fine-tune", expires_after=wish
+    )
+    part = client.uploads.parts.create(begun.id, data=b"abc")
+    done = client.uploads.complete(begun.id, part_ids=[part.id])
+    assert done.file is not None
+    assert done.file.expires_at
+
+
 def test_files_are_paged_by_the_client_itself(client: openai.OpenAI):
     ids = [client.files.create(file=("p.jsonl", rows(3 + n)), purpose="fine-tune").id for n in range(5)]
     listed = [file.id for file in client.files.list(limit=2)]
@@ -313,6 +335,27 @@ def test_models_are_listed_and_described(client: openai.OpenAI, model: str):
     assert checked(client.models.retrieve("starter")).owned_by == "llmtuner"
 
 
+def test_a_model_answers_to_the_name_it_had_at_openai(
+    web: Any, people: Any, client: openai.OpenAI, model: str
+):
+    from jobs import tuned_models
+
+    old = "ft:gpt-4o-mini-2024-07-18:acme::9abcDEFg"
+    tuned_models.set_aliases(people["alice"].owner, model, [old])
+    assert checked(client.models.retrieve(old)).id == old
+    options: Any = {"messages": ASK, "max_tokens": 8, "temperature": 0}
+    answer = checked(client.chat.completions.create(model=old, **options))
+    assert answer.model == old
+    assert (
+        answer.choices[0].message == client.chat.completions.create(model=model, **options).choices[0].message
+    )
+    with pytest.raises(openai.NotFoundError):
+        client_of(web.url, people["bob"].key).chat.completions.create(model=old, **options)
+    tuned_models.set_aliases(people["alice"].owner, model, [])
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve(old)
+
+
 def test_chat_answers_whole_and_streamed_alike(client: openai.OpenAI, model: str):
     options: Any = {"model": model, "messages": ASK, "max_tokens": 8, "temperature": 0}
     whole = checked(client.chat.completions.create(**options))
@@ -380,6 +423,13 @@ def test_completions_with_log_probabilities_stop_and_echo(client: openai.OpenAI,
         c.choices[0].text for c in client.completions.create(**options, stream=True) if c.choices
     )
     assert streamed == plain.choices[0].text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_longer_than_the_context_is_refused_for_good(client: openai.OpenAI, stream: bool):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.completions.create(model="starter", prompt="colour " * 600, stream=stream)
+    assert refusal.value.code == "context_length_exceeded"
 
 
 def test_many_prompts_and_choices_are_numbered_through(client: openai.OpenAI, model: str):
