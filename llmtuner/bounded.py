@@ -2,7 +2,7 @@
 
 Django writes a body to disk in full before any view runs, and the server sets no limit of its own, so it is done here:
 a declared length is refused before a byte is read, an undeclared one when it has grown too long. Files are taken only
-from people we know: a stranger's is refused unread.
+from people we know, a few at a time from each: a stranger's is refused unread.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -25,6 +26,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 MAX_BODY = 4 * 1024 * 1024
 MAX_PART = 64 * 1024 * 1024  # of a file that comes in parts
 FORM_EXTRA = 64 * 1024  # what the form around a file may weigh
+_coming: Counter[str] = Counter()  # large bodies on their way, by owner
 
 
 def limit_of(path: str, kind: str) -> int:
@@ -48,45 +50,62 @@ def bounded(app: App) -> App:
         length = headers.get(b"content-length", b"0" if b"transfer-encoding" not in headers else b"")
         if length.isdigit() and int(length) > limit:
             return await _refuse(send, limit)
-        small = length.isdigit() and int(length) <= MAX_BODY
-        if limit > MAX_BODY and not small and not await asyncio.to_thread(_is_known, scope):
+        if limit <= MAX_BODY or (length.isdigit() and int(length) <= MAX_BODY):
+            return await _counted(app, limit, scope, receive, send)
+        owner = await asyncio.to_thread(_owner_of, scope)
+        if owner is None:
             return await _answer(send, 401, "Incorrect API key or token provided.", "invalid_api_key")
-        taken, refused = 0, False
-
-        async def counted() -> Message:
-            nonlocal taken, refused
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken <= limit:
-                return message
-            if not refused:
-                refused = True
-                await _refuse(send, limit)
-            return {"type": "http.disconnect"}
-
-        async def sent(message: Message) -> None:
-            if not refused:
-                await send(message)
-
-        return await app(scope, counted, sent)
+        if _coming[owner] >= settings.JOBS["max_uploads_per_owner"]:
+            message = (
+                "You are sending as many files at once as one person may. Try again when one is through."
+            )
+            return await _answer(send, 429, message, "rate_limit_exceeded")
+        _coming[owner] += 1
+        try:
+            return await _counted(app, limit, scope, receive, send)
+        finally:
+            _coming[owner] -= 1
 
     return guarded
 
 
-def _is_known(scope: Message) -> bool:
-    """Whether somebody we know sends this; what they may do is asked by the view."""
+async def _counted(app: App, limit: int, scope: Message, receive: Receive, send: Send) -> None:
+    """The app, as long as the body keeps within the limit."""
+    taken, refused = 0, False
+
+    async def counted() -> Message:
+        nonlocal taken, refused
+        message = await receive()
+        taken += len(message.get("body", b""))
+        if taken <= limit:
+            return message
+        if not refused:
+            refused = True
+            await _refuse(send, limit)
+        return {"type": "http.disconnect"}
+
+    async def sent(message: Message) -> None:
+        if not refused:
+            await send(message)
+
+    await app(scope, counted, sent)
+
+
+def _owner_of(scope: Message) -> str | None:
+    """Who sends this, if we know them; what they may do is asked by the view."""
     from accounts.auth import TwoCredentials, authenticate  # late: these need the settings
     from jobs.views.live import owner_of_session
 
     request = ASGIRequest(scope, io.BytesIO())
     try:
         if scope["path"].startswith("/v1/"):
-            return authenticate(request) is not None
-        return owner_of_session(request) is not None
+            caller = authenticate(request)
+            return caller.owner if caller else None
+        return owner_of_session(request)
     except TwoCredentials:
-        return False
+        return None
     except DatabaseError:
-        return True  # the view will say that the store is away
+        return ""  # the view will say that the store is away
     finally:
         connections.close_all()
 
@@ -97,10 +116,11 @@ async def _refuse(send: Send, limit: int) -> None:
 
 
 async def _answer(send: Send, status: int, message: str, code: str) -> None:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error"
+    error = {"message": message, "type": kind, "param": None, "code": code}
     headers = [
         (b"content-type", b"application/json"),
-        (b"x-should-retry", b"false"),
+        (b"retry-after", b"5") if status == 429 else (b"x-should-retry", b"false"),
         (b"cache-control", b"no-store"),
         (b"connection", b"close"),  # the rest of the body is not worth reading
     ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import openai
 import pytest
+from django.conf import settings
 from django.core.cache import cache
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.test import Client
@@ -272,6 +273,29 @@ def test_a_strangers_file_is_refused_unread(address: str, length: str, web: Any,
     with socket.create_connection(("127.0.0.1", int(port)), timeout=10) as s:
         s.sendall(f"{head}{length}\r\n\r\n".encode())
         assert s.recv(4096).split()[1] in (b"401", b"413")
+
+
+def test_one_person_sends_a_few_files_at_once(web: Any, people: dict[str, Person]):
+    host, port = web.url.removeprefix("http://").split(":")
+    most = settings.JOBS["max_uploads_per_owner"]
+
+    def begin(person: Person, stack: contextlib.ExitStack) -> socket.socket:
+        head = f"POST /v1/files HTTP/1.1\r\nHost: {host}:{port}\r\nAuthorization: Bearer {person.key}\r\n"
+        head += "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 104857600\r\n\r\n"
+        s = stack.enter_context(socket.create_connection(("127.0.0.1", int(port)), timeout=2))
+        s.sendall(head.encode() + b"--b\r\n")
+        return s
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(most):
+            with pytest.raises(TimeoutError):  # it waits for the rest
+                begin(people["alice"], stack).recv(1)
+        assert begin(people["alice"], stack).recv(4096).split()[1] == b"429"
+        with pytest.raises(TimeoutError):
+            begin(people["bob"], stack).recv(1)
+    time.sleep(0.5)  # all have hung up
+    with contextlib.ExitStack() as stack, pytest.raises(TimeoutError):
+        begin(people["alice"], stack).recv(1)
 
 
 def test_a_large_file_of_somebody_known_is_taken(client: openai.OpenAI, web: Any, people: dict[str, Person]):
