@@ -18,11 +18,11 @@ from django.core.files.uploadedfile import SimpleUploadedFile
 from django.test import Client
 from django.urls import URLResolver, get_resolver
 
-from tests.api.conftest import Person, make_person, rows
+from tests.api.conftest import Person, make_person
+from tests.api.things import CANARY, everything_of, put_things
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("stores")]
 VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-CANARY = "canary-of-alice"
 
 # What each address is. An address that stands in none of these lists fails the build: say here whose it is.
 OBJECTS = {  # one thing of one person
@@ -58,6 +58,7 @@ OBJECTS = {  # one thing of one person
     "jobs/<str:job_id>/log.txt",
     "models/<str:model_id>/",
     "models/<str:model_id>/download.zip",
+    "models/<str:model_id>/names/",
     "models/<str:model_id>/delete/",
     "account/keys/<int:pk>/revoke/",
     "account/devices/<int:pk>/sign-out/",
@@ -123,46 +124,6 @@ def test_every_address_stands_in_the_matrix():
     assert not (OBJECTS | OWN | OPEN) - set(ROUTES), "these are gone: take them out of this file"
 
 
-# ---- Alice's things ----------------------------------------------------------------------------
-
-
-def put_things(alice: Person) -> dict[str, str]:
-    """One of everything, straight into the stores; names carry the canary."""
-    from jobs import storage, tables
-
-    owner = alice.owner
-    file_id, job_id = tables.new_id("file"), tables.new_id("ftjob")
-    key = storage.put_file(f"datasets/{owner}/{file_id}/data", [rows()]).key
-    tables.Dataset(
-        owner, file_id, name=CANARY, status="ready", key=key, bytes=len(rows()), sha256="0" * 64
-    ).save()
-    model_id = f"ft:starter:alice:{CANARY}:{job_id[-8:].lower()}"
-    chunk = tables.EventChunk(job_id, 1, last_seq=1, epoch=1, holder="h")
-    chunk.lines = ['{"t": "log", "level": "info", "message": "' + CANARY + '", "time": 1}']
-    chunk.save()
-    job = tables.Job(
-        owner, job_id, name=CANARY, base="starter", dataset_id=file_id, status="paused", desired="pause"
-    )
-    job.model_id, job.epoch, job.last_seq, job.metadata = model_id, 1, 1, {"note": CANARY}
-    job.save()
-    tables.TunedModel(owner, model_id, name=CANARY, base="starter", job_id=job_id, files=[]).save()
-    upload_id = tables.new_id("upload")
-    tables.Upload(owner, upload_id, filename=CANARY, bytes=3).save()
-    hook_id = tables.new_id("hook")
-    tables.WebhookEndpoint(owner, hook_id, url=f"https://{CANARY}.example", secret="whsec_x").save()
-    return {
-        "file_id": file_id,
-        "dataset_id": file_id,
-        "job_id": job_id,
-        "model": model_id,
-        "model_id": model_id,
-        "upload_id": upload_id,
-        "webhook_endpoint_id": hook_id,
-        "pk": str(alice.user.api_keys.get(name="all").pk),
-        "owner": owner,
-    }
-
-
 NOBODYS = {
     "file_id": "file-01HZZZZZZZZZZZZZZZZZZZZZZZ",
     "dataset_id": "file-01HZZZZZZZZZZZZZZZZZZZZZZZ",
@@ -181,36 +142,6 @@ def path_of(route: str, ids: dict[str, str]) -> str:
     route = re.sub(r"\(\?P<(\w+)>[^)]*\)", lambda found: {"app_label": "jobs"}.get(found[1], "x"), route)
     route = route.replace("^", "").replace("$", "")
     return "/" + re.sub(r"<(?:\w+:)?(\w+)>", lambda found: ids.get(found[1], "1"), route)
-
-
-def plain(row: Any) -> dict[str, Any]:
-    """A row as JSON would have it; sets (of quotas) in order. A quota's row keeps no `created_at` and reads as now."""
-    values = row.to_simple_dict(force=True)
-    values.pop("created_at", None)
-    return {name: sorted(v, key=repr) if isinstance(v, (set, list)) else v for name, v in values.items()}
-
-
-def everything_of(alice: Person, ids: dict[str, str]) -> dict[str, Any]:
-    """All that is stored for Alice, to compare before and after."""
-    from jobs import storage, tables
-
-    found: dict[str, Any] = {}
-    for table in (
-        tables.Dataset,
-        tables.Job,
-        tables.TunedModel,
-        tables.Upload,
-        tables.Usage,
-        tables.WebhookEndpoint,
-    ):
-        found[table.__name__] = [plain(row) for row in tables.rows(table, alice.owner)]
-    found["events"] = [plain(row) for row in tables.rows(tables.EventChunk, ids["job_id"])]
-    found["objects"] = sorted(storage.list_keys(f"datasets/{alice.owner}/"))
-    keys = alice.user.api_keys.order_by("pk")
-    found["keys"] = list(keys.values_list("pk", "name", "digest", "scopes", "expires_at", "revoked_at"))
-    user = type(alice.user).objects.filter(pk=alice.user.pk)
-    found["user"] = list(user.values("email", "password", "owner_id", "slug", "is_active", "is_staff"))
-    return found
 
 
 # ---- who asks ----------------------------------------------------------------------------------
@@ -257,6 +188,7 @@ def ask(client: Client, verb: str, path: str, ids: dict[str, str]) -> tuple[int,
             "prompt": "hello",
             "base": "starter",
             "name": "taken",
+            "aliases": "ft:taken:by::bob",
         }
         if path.startswith("/v1/"):
             more = {
