@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import secrets
 from typing import Any
 
 from allauth.account.adapter import DefaultAccountAdapter
@@ -14,6 +15,7 @@ from allauth.socialaccount.models import SocialApp, SocialLogin
 from cryptography.fernet import Fernet, MultiFernet
 from django.conf import settings
 from django.contrib import messages
+from django.contrib.auth.hashers import make_password
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied, ValidationError
 from django.http import Http404, HttpRequest
 from django.shortcuts import redirect
@@ -36,6 +38,11 @@ class AccountAdapter(DefaultAccountAdapter):
             raise ValidationError("That is no email address.")
         return email
 
+    def send_account_already_exists_mail(self, email: str) -> None:
+        """Sign-up takes as long for an address that has an account: hashing a password is what takes time."""
+        make_password(secrets.token_hex(16))
+        super().send_account_already_exists_mail(email)
+
     def get_client_ip(self, request: HttpRequest) -> str:
         """Who came past the proxies, with a forged or no header, is known by the address of the connection."""
         try:
@@ -56,8 +63,8 @@ class MFAAdapter(DefaultMFAAdapter):
 
 def _cipher() -> MultiFernet:
     """Keys derived from SECRET_KEY; old ones still open what they closed."""
-    secrets = [settings.SECRET_KEY, *settings.SECRET_KEY_FALLBACKS]
-    digests = [hashlib.sha256(b"second factors:" + secret.encode()).digest() for secret in secrets]
+    keys = [settings.SECRET_KEY, *settings.SECRET_KEY_FALLBACKS]
+    digests = [hashlib.sha256(b"second factors:" + key.encode()).digest() for key in keys]
     return MultiFernet([Fernet(base64.urlsafe_b64encode(digest)) for digest in digests])
 
 

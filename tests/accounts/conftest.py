@@ -7,10 +7,17 @@ from collections.abc import Iterator
 import pytest
 from django.core.cache import cache
 from django.test import Client
+from django.urls import get_resolver
 
 from accounts.models import User
 from tests import services
 from tests.factories import PASSWORD
+
+
+@pytest.fixture(scope="session", autouse=True)
+def addresses() -> None:
+    """Found before a test changes the settings that some of allauth's depend on."""
+    assert get_resolver().url_patterns
 
 
 @pytest.fixture(autouse=True)

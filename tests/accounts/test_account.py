@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import pytest
+from allauth.account.models import EmailAddress
 from allauth.usersessions.models import UserSession
+from django.core import mail
 from django.test import Client
 
 from accounts import api_keys
@@ -72,6 +75,45 @@ def test_bob_cannot_sign_out_alices_device(alice: User, bob: User, page: Client)
     device = UserSession.objects.get(user=alice)
     assert page.post(f"/account/devices/{device.pk}/sign-out/").status_code == 404
     assert is_signed_in(theirs)
+
+
+def change_address(page: Client, to: str):
+    """Asked for, and allowed after the password was typed once more."""
+    asked = page.post("/accounts/email/", {"email": to, "action_add": ""})
+    return page.post(asked.headers["Location"], {"password": PASSWORD, "next": "/accounts/email/"})
+
+
+def test_an_address_is_changed_once_the_new_one_is_confirmed(alice: User, page: Client):
+    owner, old = alice.owner_id, alice.email
+    sign_in(page, alice)
+    change_address(page, "new@example.com")
+    assert mail.outbox[-1].to == ["new@example.com"]
+    alice.refresh_from_db()
+    assert alice.email == old
+    assert "web server's log" in page.get("/accounts/email/").content.decode()
+    link = re.search(r"http://testserver(/accounts/confirm-email/\S+)", mail.outbox[-1].body)
+    assert link
+    assert "new@example.com" in page.get(link[1]).content.decode()
+    page.post(link[1])
+    alice.refresh_from_db()
+    assert (alice.email, alice.owner_id) == ("new@example.com", owner)
+    assert list(EmailAddress.objects.filter(user=alice).values_list("email", "verified")) == [
+        ("new@example.com", True)
+    ]
+    fresh = Client()
+    sign_in(fresh, alice)
+    assert is_signed_in(fresh)
+
+
+def test_nobody_takes_the_address_of_somebody_else(alice: User, bob: User, page: Client):
+    sign_in(page, alice)
+    change_address(page, bob.email)
+    for link in re.findall(
+        r"http://testserver(/accounts/confirm-email/\S+)", "".join(m.body for m in mail.outbox)
+    ):
+        page.post(link)
+    alice.refresh_from_db()
+    assert alice.email != bob.email
 
 
 def test_the_export_holds_the_account_and_its_work_but_no_secrets(alice: User, page: Client, work):
