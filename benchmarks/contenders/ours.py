@@ -27,7 +27,7 @@ import torch  # noqa: E402
 
 from benchmarks.common import run_file  # noqa: E402
 from training.config import Run  # noqa: E402
-from training.generate import GenerateOptions, decoder_for, generate, load_model  # noqa: E402
+from training.generate import GenerateOptions, decoder_for, generate, load_model, prompt_ids  # noqa: E402, prompt_ids
 from training.loop import train  # noqa: E402
 from training.tokenizer import Tokenizer  # noqa: E402
 
@@ -108,6 +108,19 @@ def generation(folder: Path) -> None:
         turns.done(48, text=written.ids)
 
 
+def first_token(folder: Path) -> None:
+    """The text of 64 tokens in, the first new token out."""
+    model, tokenizer = load_model(folder), Tokenizer.load(folder)
+    decoder = decoder_for(model)
+    prompt = (folder / "prompt.txt").read_text()
+    while True:
+        turns.begin()
+        generate(
+            model, tokenizer, prompt_ids(prompt, tokenizer), GenerateOptions(max_tokens=1), decoder=decoder
+        )
+        turns.done(1)
+
+
 KINDS: dict[str, Callable[[Path], None]] = {
     "full": lambda folder: training(folder),
     "full-dropout": lambda folder: training(folder, dropout=0.1),
@@ -116,6 +129,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "platform": lambda folder: platform(folder, size=10),
     "gemm": lambda folder: gemm(),
     "generate": generation,
+    "first-token": first_token,
 }
 
 if __name__ == "__main__":

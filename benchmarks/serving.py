@@ -1,0 +1,189 @@
+"""What stands between a person and the engine: `bin/bench serving`.
+
+GPT-2 124M with random weights, warm. The first streamed token over HTTP (openai's client, web, Redis, inference worker,
+server) against the bare engine's in a process of its own, in turns; and how soon a person who leaves in the middle of an
+answer has given back the place and the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.common import ROOT, Contender, Scores
+
+NAME = "bench/random-gpt2"  # as one of the Hub that was fetched before
+ABOVE_MS, FREED_S = 150.0, 2.0  # the promises
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bin/bench serving")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--logs", action="store_true", help="print what the processes logged")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    os.environ["JOBS_MAX_GENERATIONS_PER_OWNER"] = (
+        "1"  # so that a second request starts when the first has left
+    )
+    from tests.faults import house
+
+    house.prepare_environment()
+    folder = lay_out_model()
+    open_house = house.open_house()
+    try:
+        return measure(options, folder, open_house)
+    finally:
+        if options.logs:
+            for log in sorted(open_house.folder.glob("*.log")):
+                print(f"==== {log.name}", log.read_text(errors="replace")[-4000:], sep="\n")
+        open_house.stop()
+
+
+def lay_out_model() -> Path:
+    """In the place where the Hub's client keeps what it fetched, and the prompt beside it."""
+    from benchmarks.training import VOCABULARY, lay_out
+
+    home = Path(os.environ["HF_HOME"]) / "hub" / ("models--" + NAME.replace("/", "--"))
+    folder = home / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0" * 40)
+    lay_out(folder, {"n_layer": 12, "n_embd": 768, "n_head": 12}, examples=20)
+    (folder / "prompt.txt").write_text(" ".join(str(i * 7919 % (VOCABULARY - 1)) for i in range(64)))
+    return folder
+
+
+def measure(options: argparse.Namespace, folder: Path, open_house: Any) -> int:
+    from tests.conftest import Studio
+
+    scores = Scores()
+    studio = Studio(os.environ["PUBLIC_URL"], open_house.folder)
+    key = make_key()
+    studio.start_web()
+    open_house.start_worker("inference", queue="inference")
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    argv = [sys.executable, str(ROOT / "benchmarks/contenders/ours.py"), "first-token", str(folder)]
+    bare = Contender("bare engine", argv, environment)
+    try:
+        bare.wait_ready()
+        person = Person(f"{studio.url}/v1", key, (folder / "prompt.txt").read_text())
+        person.wait_warm()
+        first_tokens(scores, person, bare, options.rounds)
+        leaving(scores, person, open_house.workers["inference"].pid)
+    finally:
+        bare.process.kill()
+        studio.stop()
+    return scores.end()
+
+
+def make_key() -> str:
+    from django.core.management import call_command
+
+    call_command("migrate", verbosity=0)
+    from accounts import api_keys
+    from tests.factories import make_user
+
+    return api_keys.create(make_user("bench"), "bench", ["inference"])[1]
+
+
+class Person:
+    """Somebody with openai's client."""
+
+    def __init__(self, url: str, key: str, prompt: str) -> None:
+        import openai
+
+        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=120, max_retries=0)
+        self.prompt = prompt
+
+    def begin(self, max_tokens: int) -> tuple[Any, float]:
+        """An answer of which the first piece of text has come, and the seconds that took."""
+        began = time.perf_counter()
+        stream = self.client.completions.create(
+            model=NAME, prompt=self.prompt, max_tokens=max_tokens, temperature=0, stream=True
+        )
+        for chunk in stream:
+            if chunk.choices and chunk.choices[0].text:
+                return stream, time.perf_counter() - began
+        raise RuntimeError("the answer ended without a text")
+
+    def wait_warm(self) -> None:
+        import openai
+
+        until = time.monotonic() + 180
+        while True:
+            try:
+                self.first_token()
+                return
+            except openai.APIError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(1)
+
+    def first_token(self) -> float:
+        """Seconds, of an answer that is read to its end."""
+        stream, took = self.begin(4)
+        list(stream)
+        return took
+
+
+def first_tokens(scores: Scores, person: Person, bare: Contender, rounds: int) -> None:
+    theirs, ours = [], []
+    bare.step()
+    for _ in range(rounds):
+        theirs.append(bare.step()["wall"] * 1000)
+        ours.append(person.first_token() * 1000)
+    above = statistics.median(ours) - statistics.median(theirs)
+    for name, times in (("over HTTP", ours), ("bare engine", theirs)):
+        scores.note(
+            f"first token, {name}: median {statistics.median(times):.0f} ms, {min(times):.0f} to {max(times):.0f}"
+        )
+    scores.add("first token above the engine's (ms)", above, ABOVE_MS, 1, less_is_better=True)
+    worst = sorted(ours)[int(len(ours) * 0.95)] - statistics.median(theirs)
+    scores.add("the same, 19 of 20 (ms)", worst, ABOVE_MS, 1, less_is_better=True)
+
+
+def leaving(scores: Scores, person: Person, worker: int, rounds: int = 5) -> None:
+    places, engines = [], []
+    for _ in range(rounds):
+        stream, _ = person.begin(900)
+        stream.close()
+        left = time.perf_counter()
+        again, _ = person.begin(4)  # one at a time for each person: it waits for the first one's place
+        places.append(time.perf_counter() - left)
+        list(again)
+        stream, _ = person.begin(900)
+        stream.close()
+        engines.append(seconds_until_idle(worker))
+    scores.add("place free after leaving (s)", max(places), FREED_S, 1, less_is_better=True)
+    scores.add("engine idle after leaving (s)", max(engines), FREED_S, 1, less_is_better=True)
+    scores.note(f"{rounds} times each; the first includes the second answer's first token")
+
+
+def seconds_until_idle(worker: int) -> float:
+    """Until the processes below the worker have stopped to use the processor."""
+    import psutil
+
+    began, calm = time.perf_counter(), 0
+    server = psutil.Process(worker).children(recursive=True)
+
+    def spent() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in server)
+
+    last = spent()
+    while calm < 4:
+        time.sleep(0.05)
+        now = spent()
+        calm = calm + 1 if now - last < 0.01 else 0
+        last = now
+    return time.perf_counter() - began - calm * 0.05
+
+
+if __name__ == "__main__":
+    sys.exit(main())
