@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from allauth.mfa.webauthn.forms import AddWebAuthnForm
 from django import forms
 
 
@@ -21,3 +22,12 @@ class DeleteAccountForm(forms.Form):
         if typed.strip().lower() != self.expected.lower():
             raise forms.ValidationError("That is not the address of this account.")
         return typed
+
+
+class AddPasskeyForm(AddWebAuthnForm):
+    passwordless = forms.BooleanField(
+        label="Sign in with it alone, without my password",
+        required=False,
+        initial=True,
+        help_text="Your device then asks for your fingerprint, your face or its PIN.",
+    )

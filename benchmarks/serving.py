@@ -8,6 +8,7 @@ answer has given back the place and the engine.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import statistics
 import sys
@@ -37,6 +38,7 @@ def main() -> int:
     house.prepare_environment()
     folder = lay_out_model()
     open_house = house.open_house()
+    logging.disable(logging.WARNING)
     try:
         return measure(options, folder, open_house)
     finally:
@@ -139,14 +141,14 @@ def first_tokens(scores: Scores, person: Person, bare: Contender, rounds: int) -
     for _ in range(rounds):
         theirs.append(bare.step()["wall"] * 1000)
         ours.append(person.first_token() * 1000)
-    above = statistics.median(ours) - statistics.median(theirs)
     for name, times in (("over HTTP", ours), ("bare engine", theirs)):
         scores.note(
             f"first token, {name}: median {statistics.median(times):.0f} ms, {min(times):.0f} to {max(times):.0f}"
         )
-    scores.add("first token above the engine's (ms)", above, ABOVE_MS, 1, less_is_better=True)
-    worst = sorted(ours)[int(len(ours) * 0.95)] - statistics.median(theirs)
-    scores.add("the same, 19 of 20 (ms)", worst, ABOVE_MS, 1, less_is_better=True)
+    allowed = statistics.median(theirs) + ABOVE_MS
+    scores.add("first token (ms), engine + 150", statistics.median(ours), allowed, 1, less_is_better=True)
+    worst = sorted(ours)[int(len(ours) * 0.95) - 1]
+    scores.add("the same, 19 of 20", worst, allowed, 1, less_is_better=True)
 
 
 def leaving(scores: Scores, person: Person, worker: int, rounds: int = 5) -> None:

