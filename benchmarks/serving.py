@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import ROOT, Contender, Scores
 
 NAME = "bench/random-gpt2"  # as one of the Hub that was fetched before
+REVISION = "0" * 40
 ABOVE_MS, FREED_S = 150.0, 2.0  # the promises
 
 
@@ -53,10 +54,10 @@ def lay_out_model() -> Path:
     from benchmarks.training import VOCABULARY, lay_out
 
     home = Path(os.environ["HF_HOME"]) / "hub" / ("models--" + NAME.replace("/", "--"))
-    folder = home / "snapshots" / ("0" * 40)
+    folder = home / "snapshots" / REVISION
     folder.mkdir(parents=True)
     (home / "refs").mkdir()
-    (home / "refs" / "main").write_text("0" * 40)
+    (home / "refs" / "main").write_text(REVISION)
     lay_out(folder, {"n_layer": 12, "n_embd": 768, "n_head": 12}, examples=20)
     (folder / "prompt.txt").write_text(" ".join(str(i * 7919 % (VOCABULARY - 1)) for i in range(64)))
     return folder
@@ -67,7 +68,7 @@ def measure(options: argparse.Namespace, folder: Path, open_house: Any) -> int:
 
     scores = Scores()
     studio = Studio(os.environ["PUBLIC_URL"], open_house.folder)
-    key = make_key()
+    key = make_key(folder)
     studio.start_web()
     open_house.start_worker("inference", queue="inference")
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
@@ -85,14 +86,21 @@ def measure(options: argparse.Namespace, folder: Path, open_house: Any) -> int:
     return scores.end()
 
 
-def make_key() -> str:
+def make_key(folder: Path) -> str:
+    """Of somebody who has added the model, as if it had been checked."""
     from django.core.management import call_command
 
     call_command("migrate", verbosity=0)
     from accounts import api_keys
+    from jobs.tables import HubModel
     from tests.factories import make_user
+    from training import catalog
 
-    return api_keys.create(make_user("bench"), "bench", ["inference"])[1]
+    user = make_user("bench")
+    HubModel(
+        user.owner_id, NAME, facts=catalog.describe(folder, id=NAME).as_dict() | {"revision": REVISION}
+    ).save()
+    return api_keys.create(user, "bench", ["inference"])[1]
 
 
 class Person:

@@ -78,7 +78,7 @@ def set_aliases(owner: str, model_id: str, aliases: list[str]) -> TunedModel:
             raise BadAlias(
                 f"{name[:80]}: such a name begins with ft: and has letters, digits and . _ - : only, as at OpenAI."
             )
-        taken = _named(owner, name)
+        taken = named(owner, name)
         if taken is not None and taken.model_id != model_id:
             raise BadAlias(f"{name} already means {taken.model_id}. Take it away there first.")
     kept = tables.update(model, [TunedModel.aliases.set(wanted)], TunedModel.gone == False)  # noqa: E712  an expression
@@ -87,7 +87,7 @@ def set_aliases(owner: str, model_id: str, aliases: list[str]) -> TunedModel:
     return kept
 
 
-def _named(owner: str, name: str) -> TunedModel | None:
+def named(owner: str, name: str) -> TunedModel | None:
     """The owner's model of this id, else the newest that carries it as another name."""
     with contextlib.suppress(access.NotFound):
         return access.get_model_for(owner, name)
@@ -109,7 +109,7 @@ def get_for(owner: str, model_id: str) -> TunedModel:
     access.NotFound."""
     base, mark, step = model_id.rpartition(":ckpt-step-")
     if not mark:
-        if (model := _named(owner, model_id)) is None:
+        if (model := named(owner, model_id)) is None:
             raise access.NotFound(f"There is no model {model_id}.")
         return model
     for job in access.list_jobs(owner, 200):

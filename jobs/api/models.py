@@ -29,6 +29,8 @@ def base_for_training(owner: str, name: str) -> str:
     is checked the first time; one's own tuned models are bases too."""
     wanted = local_name(name)
     known = bases.find(owner, wanted)
+    if known is None and (model := tuned_models.named(owner, wanted)):
+        known = bases.find(owner, model.model_id)
     if known is not None:
         return known.id
     if hub_check.is_id(wanted):
