@@ -103,6 +103,17 @@ class Relay:
         child.out.cap = MAX_LINE_BYTES
         with self.lock:
             self.child = child
+        try:
+            self._listen(child)
+        finally:
+            child.kill()  # before the lock: whoever holds it may be writing to a child that no longer reads
+            with self.lock:
+                self.child = None
+        if not self.stopping:
+            log.warning("the server ended with code %s and is started again", child.process.returncode)
+
+    def _listen(self, child: trainer_process.Child) -> None:
+        """Until the child ends, or says nothing while somebody waits."""
         with selectors.DefaultSelector() as selector:
             selector.register(child.out.fd, selectors.EVENT_READ, child.out)
             selector.register(child.err.fd, selectors.EVENT_READ, child.err)
@@ -123,11 +134,6 @@ class Relay:
                             log.warning("server: %s", line[:2000])
                         if child.err.ended:
                             selector.unregister(child.err.fd)
-        child.kill()  # before the lock: whoever holds it may be writing to a child that no longer reads
-        with self.lock:
-            self.child = None
-        if not self.stopping:
-            log.warning("the server ended with code %s and is started again", child.process.returncode)
 
     def _pass_on(self, lines: list[str]) -> None:
         by_request: dict[str, list[str]] = {}
@@ -142,13 +148,14 @@ class Relay:
                 self._send_again()
                 self.ready.set()
             rid = said.pop("id", None)
-            if rid in self.waiting and said["t"] == "reading":
-                self.waiting[rid].state = "reading"
-            elif rid in self.waiting:
-                self.waiting[rid].state = "started"
+            waiting = self.waiting.get(rid)
+            if waiting is None:
+                continue  # who asked has given up
+            waiting.state = "reading" if said["t"] == "reading" else "started"
+            if waiting.state == "started":
                 by_request.setdefault(rid, []).append(json.dumps(said))
-                if said["t"] in ("done", "error"):
-                    ended.append(rid)
+            if said["t"] in ("done", "error"):
+                ended.append(rid)
         for rid, said_lines in by_request.items():
             publish(rid, said_lines)
         for rid in ended:
