@@ -97,7 +97,7 @@ def schemathesis(url: str, settings: Path, *more: str) -> int:
 
 def test_the_document_tells_the_truth(generating: Any, people: dict[str, Person], tmp_path: Path):
     ids = put_things(people["alice"])
-    settings = config(tmp_path, people, ids, ["starter", ids["model"]], 0.5)
+    settings = config(tmp_path, people, ids, ["starter"], 0.5)  # her own has no bytes to be loaded
     phases = ["--phases", "coverage,fuzzing,stateful", "--max-examples", str(EXAMPLES)]
     # A well-formed id may name nothing, so a right request need not be answered with 200.
     checks = ["--checks", "all", "--exclude-checks", "positive_data_acceptance,others_things_do_not_exist"]

@@ -80,6 +80,7 @@ OWN = {  # shows or makes things of whoever asks
     "jobs/",
     "jobs/new/",
     "jobs/new/estimate/",
+    "jobs/estimates/",
     "jobs/new/base/",
     "jobs/new/count/",
     "models/",
