@@ -1,12 +1,12 @@
 """`bin/bench estimate`: what the form says before a job starts, against what the job then takes.
 
-    bin/bench estimate [--teach 10] [--jobs 20] [--seed 1] [--history FILE]
+    bin/bench estimate [--teach 10] [--jobs 20] [--seed 1] [--history FILE --minutes 7]
 
 Jobs of varied size (base, rows, length, epochs, batch, method) go through a real worker: submitted, claimed, data
 fetched, trained, checkpoints and model stored. The first ones only teach; before each of the others the estimate is
 taken as the form takes it, and afterwards compared with the time from claim to end and with the trainer's peak memory.
 The second base has the shape of DistilGPT-2 with weights drawn at random, since time does not depend on their values.
-`--history` keeps what was learned in a file, so that a campaign may be run in pieces: `--skip` jobs already run.
+`--history` keeps all in a file, so that a campaign may be run in pieces.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 OWNER = "user-estimates"
 LARGE = "distilgpt2"
-SECONDS = (8.0, 30.0)  # what a job is made to take, as far as is known before
+SECONDS = (10.0, 22.0)  # what a job is made to take, as far as is known before
 
 
 def main() -> int:
@@ -56,7 +56,7 @@ def campaign(stage: Any, options: argparse.Namespace) -> int:
     from jobs import estimates
     from jobs.tables import EstimateRecord
 
-    scores = Scores()
+    scores, begun = Scores(), time.monotonic()
     folder = lay_out_large()
     stage.start_worker("worker")
     while not (workers := estimates.workers()):
@@ -67,15 +67,17 @@ def campaign(stage: Any, options: argparse.Namespace) -> int:
     for record in kept.get("records", []):
         EstimateRecord(kind=record["kind"], job_id=record["job_id"], data=record["data"]).save()
     judged: list[dict[str, float]] = kept.get("judged", [])
-    makers = random.Random(options.seed)  # noqa: S311  sizes of jobs, no secrets
-    for number in range(min(options.teach + options.jobs, options.skip + options.most)):
+    done, makers = int(kept.get("done", 0)), random.Random(options.seed)  # noqa: S311  sizes of jobs, no secrets
+    for number in range(options.teach + options.jobs):
         made = draw(makers, number)
-        if number < options.skip:
+        if number < done or time.monotonic() - begun > 60 * options.minutes:
             continue
         found = run(made, folder, scores, teaches=number < options.teach)
         judged += [found] if number >= options.teach else []
         if options.history:
-            options.history.write_text(json.dumps({"records": all_records(), "judged": judged}))
+            options.history.write_text(
+                json.dumps({"records": all_records(), "judged": judged, "done": number + 1})
+            )
     return verdict(scores, judged) if judged else 0
 
 
