@@ -1,6 +1,6 @@
 """`bin/bench estimate`: what the form says before a job starts, against what the job then takes.
 
-    bin/bench estimate [--teach 10] [--jobs 20] [--seed 1] [--history FILE --minutes 7]
+    bin/bench estimate [--teach 6] [--jobs 20] [--seed 1] [--history FILE --minutes 7]
 
 Jobs of varied size (base, rows, length, epochs, batch, method) go through a real worker: submitted, claimed, data
 fetched, trained, checkpoints and model stored. The first ones only teach; before each of the others the estimate is
@@ -26,12 +26,12 @@ sys.path.insert(0, str(ROOT))
 
 OWNER = "user-estimates"
 LARGE = "distilgpt2"
-SECONDS = (10.0, 22.0)  # what a job is made to take, as far as is known before
+SECONDS = (10.0, 16.0)  # what a job is made to take, as far as is known before
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/bench estimate")
-    parser.add_argument("--teach", type=int, default=10, help="jobs that only teach")
+    parser.add_argument("--teach", type=int, default=6, help="jobs that only teach")
     parser.add_argument("--jobs", type=int, default=20, help="jobs that are judged")
     parser.add_argument(
         "--skip", type=int, default=0, help="jobs of this seed that a --history already holds"
@@ -175,7 +175,7 @@ def run(made: dict[str, Any], large: Path, scores: Any, *, teaches: bool) -> dic
     actual, peak = job.ended_at - job.started_at, float(job.metrics["memory"])
     while not any(r["job_id"] == job.job_id for r in estimates.records(on)):
         time.sleep(0.1)
-    time.sleep(4)  # the next trainer warms up, as on a worker that has nothing to do
+    time.sleep(3)  # the next trainer warms up, as on a worker that has nothing to do
     scores.note(
         f"{'teaches' if teaches else 'judged'}: {base.id} {made['settings']['method']} {summary.examples} × {summary.tokens // summary.examples} tokens, "
         f"{epochs:g} epochs of {made['settings']['batch_size']}: P50 {before.seconds_p50:.1f}, P90 {before.seconds_p90:.1f}, took {actual:.1f} s "

@@ -32,7 +32,7 @@ def index(request: HttpRequest) -> HttpResponse:
         "rows": rows,
         "everybody": everybody,
         "machine": estimates.machine() if everybody else None,
-        "picture": _picture(rows[::-1]) if rows else None,
+        "picture": _picture(rows) if rows else None,
         "held": sum(row["held"] for row in rows),
         "error": median(abs(row["ratio"] - 1) for row in rows) if rows else None,
         "memory_error": median(seen)
@@ -52,7 +52,7 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _picture(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A dot each, the oldest on the left, with a line from P50 up to its P90."""
+    """A dot each, the newest on the left, with a line from P50 up to its P90."""
 
     def height(ratio: float) -> float:
         return round(HEIGHT / 2 * (1 - max(-1.0, min(1.0, math.log(ratio) / MOST))), 1)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.journeys.conftest import browser_of, make_person
-from tests.journeys.makers import make_dataset, make_job, make_model, metric
+from tests.journeys.makers import make_dataset, make_job, make_model, make_record, metric
 
 pytestmark = pytest.mark.browser
 
@@ -33,8 +33,9 @@ def everything(owner: str) -> list[str]:
     job = make_job(owner, lines=lines, phase="training", progress=progress, dataset_id=dataset.dataset_id)
     failed = make_job(owner, "failed", reason="killed", message="x" * 300)
     model = make_model(owner)
+    make_record(owner, 90)
     return [
-        "/jobs/", "/jobs/new/", f"/jobs/{job.job_id}/", f"/jobs/{failed.job_id}/", "/datasets/",
+        "/jobs/", "/jobs/new/", "/jobs/estimates/", f"/jobs/{job.job_id}/", f"/jobs/{failed.job_id}/", "/datasets/",
         f"/datasets/{dataset.dataset_id}/", "/models/", f"/models/{model.model_id}/", "/playground/",
     ]  # fmt: skip
 

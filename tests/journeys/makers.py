@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from jobs import storage, tables
-from jobs.tables import Dataset, EventChunk, Job, JobIndex, TunedModel, month_of, new_id
+from jobs.tables import Dataset, EstimateRecord, EventChunk, Job, JobIndex, TunedModel, month_of, new_id
 
 SAMPLE = {
     "line": 1,
@@ -93,3 +93,14 @@ def metric(step: int, loss: float = 2.0, **fields: Any) -> dict[str, Any]:
         "epoch": 0.1,
     }
     return {"t": "metric", "step": step, "loss": loss, "loss_hex": loss.hex(), **numbers, **fields}
+
+
+def make_record(kind: str, actual: float, number: int = 0, **more: object) -> str:
+    """What is kept of an estimate, of a machine's kind or for an owner; the id of its job."""
+    job_id = f"{new_id('ftjob')[:-2]}{number:02d}"
+    data = {
+        "predicted": 100.0, "p90": 120.0, "actual": actual, "peak": 2 << 30, "peak_predicted": 2 << 30,
+        "base": "starter", "method": "full", "when": 1_700_000_000.0,
+    } | more  # fmt: skip
+    EstimateRecord(kind=kind, job_id=job_id, data=data).save()
+    return job_id

@@ -8,35 +8,25 @@ from django.urls import reverse
 
 from accounts.models import User
 from jobs import estimates
-from jobs.tables import EstimateRecord, new_id
+from tests.journeys.makers import make_record
 
 PAGE = reverse("jobs:estimates")
 
 
-def put(kind: str, actual: float, number: int = 0, **more: object) -> str:
-    job_id = f"{new_id('ftjob')[:-2]}{number:02d}"
-    data = {
-        "predicted": 100.0, "p90": 120.0, "actual": actual, "peak": 2 << 30, "peak_predicted": 2 << 30,
-        "base": "starter", "method": "full", "when": 1_700_000_000.0,
-    } | more  # fmt: skip
-    EstimateRecord(kind=kind, job_id=job_id, data=data).save()
-    return job_id
-
-
 def test_it_says_how_many_held_and_shows_each(alices: Client, alice: User) -> None:
     for number, actual in enumerate((90, 110, 150)):
-        put(alice.owner_id, actual, number, name=f"Orders {number}")
+        make_record(alice.owner_id, actual, number, name=f"Orders {number}")
     answer = alices.get(PAGE)
     assert "2 of 3 ended within the time said" in answer.content.decode()
     assert [row["name"] for row in answer.context["rows"]] == ["Orders 2", "Orders 1", "Orders 0"]
     dots = answer.context["picture"]["jobs"]
-    assert [dot["held"] for dot in dots] == [True, True, False], "the oldest on the left"
-    assert dots[0]["y"] > dots[0]["p50"] > dots[1]["y"] > dots[2]["y"] > 0, "longer is higher"
+    assert [dot["held"] for dot in dots] == [False, True, True], "the newest on the left"
+    assert 0 < dots[0]["y"] < dots[1]["y"] < dots[2]["p50"] < dots[2]["y"], "longer is higher"
 
 
 def test_it_shows_no_more_than_fifty(alices: Client, alice: User) -> None:
     for number in range(55):
-        put(alice.owner_id, 100, number)
+        make_record(alice.owner_id, 100, number)
     assert len(alices.get(PAGE).context["rows"]) == 50
 
 
@@ -45,7 +35,7 @@ def test_who_has_none_is_told_what_will_stand_there(alices: Client) -> None:
 
 
 def test_bob_does_not_see_alices(bobs: Client, alice: User) -> None:
-    job_id = put(alice.owner_id, 100, name="Secret orders")
+    job_id = make_record(alice.owner_id, 100, name="Secret orders")
     page = bobs.get(PAGE).content.decode()
     assert job_id not in page
     assert "Secret orders" not in page
@@ -54,7 +44,7 @@ def test_bob_does_not_see_alices(bobs: Client, alice: User) -> None:
 @pytest.mark.parametrize(("who", "status"), [("alices", 404), ("sams", 200)])
 def test_all_jobs_are_for_staff(who: str, status: int, request: pytest.FixtureRequest) -> None:
     browser: Client = request.getfixturevalue(who)
-    job_id = put(estimates.kind_of(estimates.machine()), 100)
+    job_id = make_record(estimates.kind_of(estimates.machine()), 100)
     answer = browser.get(PAGE, {"of": "all"})
     assert answer.status_code == status
     if status == 200:
