@@ -33,12 +33,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/bench estimate")
     parser.add_argument("--teach", type=int, default=6, help="jobs that only teach")
     parser.add_argument("--jobs", type=int, default=20, help="jobs that are judged")
-    parser.add_argument(
-        "--skip", type=int, default=0, help="jobs of this seed that a --history already holds"
-    )
-    parser.add_argument("--most", type=int, default=1000, help="run no more jobs than this now")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--history", type=Path)
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="begin no job after that; the next call goes on"
+    )
+    parser.add_argument("--history", type=Path, help="where a campaign in pieces keeps what it has")
     options = parser.parse_args()
 
     from tests.faults import house

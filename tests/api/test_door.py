@@ -11,6 +11,7 @@ import io
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ MARK = "grammar0123"
 NAMES = [
     "../../canary.txt", "..\\..\\canary.txt", "%2e%2e%2fcanary.txt", "%252e%252e%252fcanary.txt", "..%c0%afcanary.txt",
     "/etc/passwd", "C:\\canary.txt", "\\\\host\\share\\canary.txt", "~root/canary.txt", "file:///etc/passwd", "rows.jsonl.",
-    "rows.jsonl ", "CON", "a" * 300, "a" + "\u0301" * 2000, "a%0d%0aSet-Cookie: a=b", "<script>alert(1)</script>.jsonl",
+    "rows.jsonl ", "CON", "a" * 300, "a" + "\u0301" * 10_000, "a%0d%0aSet-Cookie: a=b", "<script>alert(1)</script>.jsonl",
     "\u202elnosj.exe", "rows.jsonl;x=y", "'; DROP TABLE datasets; --",
 ]  # fmt: skip
 assert len(NAMES) == 20
@@ -98,6 +99,9 @@ def door(web: Any, people: dict[str, Person], folder: Path) -> Iterator[Door]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_a_label_and_never_a_path(door: Door, name: str) -> None:
     status, told = door.upload(name)
+    if len(name) > 1000:  # more than the head of a form's part may hold
+        assert (status, door.count()) == (400, 0)
+        return
     assert status == 200, told
     dataset = access.get_dataset_for(door.alice.owner, told["id"])
     assert dataset.key == f"datasets/{door.alice.owner}/{told['id']}/data"
@@ -160,6 +164,8 @@ def test_sizes_are_counted_and_not_believed(door: Door, kind: str) -> None:
     sent = SIZES[kind]
     status, told = door.send(sent.body, headers=sent.headers, close=sent.close)
     assert status in sent.right, told
+    if sent.close:
+        time.sleep(1)  # what the server still does with what it has
     assert door.count() == int(status == 200)
 
 
@@ -203,6 +209,7 @@ def test_a_checksum_is_held_to(client: Any, people: dict[str, Person], md5: str 
         done = client.uploads.complete(upload.id, part_ids=[sent.id], **more)
         dataset = access.get_dataset_for(people["alice"].owner, done.file.id)
         assert dataset.sha256 == hashlib.sha256(GOOD).hexdigest()
+        datasets.delete(dataset.owner, dataset.dataset_id)
     else:
         with pytest.raises(openai.BadRequestError):
             client.uploads.complete(upload.id, part_ids=[sent.id], **more)
