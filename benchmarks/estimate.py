@@ -58,6 +58,7 @@ def campaign(stage: Any, options: argparse.Namespace) -> int:
     scores, begun = Scores(), time.monotonic()
     folder = lay_out_large()
     stage.start_worker("worker")
+    stage.start_worker("checks", "checks")  # reads the data with the second base's tokenizer
     while not (workers := estimates.workers()):
         time.sleep(0.2)
         estimates.forget()
