@@ -1,7 +1,9 @@
 """The job protocol's promises over the real DynamoDB engine: `bin/bench protocol`.
 
 Random interleavings with crashes, lost replies, late writes and zombies (none may break a promise); the same with a rule
-switched off (each must be caught); and 16 processes that claim 1,000 jobs at once (one winner each).
+switched off (each must be caught); 16 processes that claim 1,000 jobs at once (one winner each); and every kind of
+conditional write with its answer lost, 50 times each (the rows are as if it had come); a cancel in each state in which
+nobody runs the job, 20 times each; and one person's hundred jobs beside another's one.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 import logging
 import multiprocessing
 import os
+import random
 import sys
 import tempfile
 import time
@@ -28,7 +31,9 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=100, help="interleavings of each scenario")
     parser.add_argument("--jobs", type=int, default=1000, help="jobs to claim")
     parser.add_argument("--processes", type=int, default=16, help="that claim them")
-    parser.add_argument("--only", default="", help="explore, planted or claims")
+    parser.add_argument("--only", default="", help="explore, planted, claims, replies, cancels or fairness")
+    parser.add_argument("--replies", type=int, default=50, help="lost answers of each kind of write")
+    parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     service = open_store()
     scores = Scores()
@@ -39,6 +44,12 @@ def main() -> int:
             planted(scores)
         if options.only in ("", "claims"):
             claims(scores, options.jobs, options.processes)
+        if options.only in ("", "replies"):
+            replies(scores, options.replies, options.seed)
+        if options.only in ("", "cancels"):
+            cancels(scores, options.seed)
+        if options.only in ("", "fairness"):
+            fairness(scores)
     finally:
         service.kill()
     return scores.end()
@@ -46,6 +57,7 @@ def main() -> int:
 
 def open_store() -> Any:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tests.settings")
+    os.environ["JOBS_MAX_JOBS_PER_OWNER"] = "1000"
     import django
 
     django.setup()
@@ -99,13 +111,12 @@ def claims(scores: Scores, count: int, processes: int) -> None:
     from jobs.tables import Job
 
     owner = tables.new_id("user")
-    ids = [tables.new_id("ftjob") for _ in range(count)]
-    for job_id in ids:
-        tables.put_new(Job(owner, job_id, status="queued"))
+    for _ in range(count):
+        tables.put_new(Job(owner, tables.new_id("ftjob"), status="queued"))
     start = multiprocessing.get_context("spawn")
     together, results = start.Barrier(processes), start.Queue()
     started = time.monotonic()
-    racers = [start.Process(target=race, args=(n, owner, ids, together, results)) for n in range(processes)]
+    racers = [start.Process(target=race, args=(owner, together, results)) for n in range(processes)]
     for racer in racers:
         racer.start()
     won = [results.get(timeout=3600) for _ in racers]
@@ -118,21 +129,66 @@ def claims(scores: Scores, count: int, processes: int) -> None:
     scores.add("jobs whose epoch is 1", epochs.count(1), count, 1)
 
 
-def race(number: int, owner: str, ids: list[str], together: Barrier, results: Any) -> None:
+def race(owner: str, together: Barrier, results: Any) -> None:
     import django
 
     django.setup()
-    logging.disable(logging.ERROR)
-    from jobs import feed, lifecycle, tables, tasks
+    no_bells()
+    from jobs import lifecycle, tables
 
-    for module, name in ((feed, "announce"), (tasks, "ring_training")):
-        setattr(module, name, lambda *_: None)  # no bells here
     won = []
-    for job_id in ids:
-        job = tables.get(tables.Job, owner, job_id)
+    for job in list(tables.rows(tables.Job, owner)):  # all have seen every job queued
         together.wait()
-        won.append(job is not None and lifecycle.claim(job, lifecycle.this_worker()) is not None)
+        won.append(lifecycle.claim(job, lifecycle.this_worker()) is not None)
     results.put(won)
+
+
+def no_bells() -> None:
+    """There is no Redis here."""
+    logging.disable(logging.ERROR)
+    from jobs import feed, tasks
+
+    for module, name in ((feed, "announce"), (tasks, "ring_training"), (tasks, "ring")):
+        setattr(module, name, lambda *_: None)
+
+
+def replies(scores: Scores, times: int, seed: int) -> None:
+    from tests.faults.replies import KINDS
+
+    no_bells()
+    for name, kind in KINDS.items():
+        right, started = 0, time.monotonic()
+        for number in range(times):
+            wrong = kind(random.Random(f"{seed}/{name}/{number}"))  # noqa: S311  chooses which, no secrets
+            right += not wrong
+            for what in wrong:
+                scores.note(f"{name}, number {number}: {what}")
+        scores.add(f"replies lost: {name}", right, times, 1)
+        scores.note(f"{name}: {time.monotonic() - started:.0f} s")
+
+
+def cancels(scores: Scores, seed: int) -> None:
+    """Of jobs that nobody runs; `bin/bench faults --only cancelled` has those that run."""
+    from tests.faults.cancels import STATES, cancel
+
+    no_bells()
+    for state in STATES:
+        right = 0
+        for number in range(20):
+            wrong = cancel(state, random.Random(f"{seed}/{state}/{number}"))  # noqa: S311  orders moves, no secrets
+            right += not wrong
+            for what in wrong:
+                scores.note(f"{state}, number {number}: {what}")
+        scores.add(f"cancelled at once: {state}", right, 20, 1)
+
+
+def fairness(scores: Scores) -> None:
+    from tests.faults.cancels import turns_until_the_other
+
+    no_bells()
+    for slots in (1, 2, 4):
+        name = f"started before the other, {slots} slots"
+        scores.add(name, turns_until_the_other(slots), 0, 1, less_is_better=True)
 
 
 if __name__ == "__main__":

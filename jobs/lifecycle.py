@@ -254,7 +254,7 @@ def ask(owner: str, job_id: str, desired: Desired) -> Job:
             raise Refused("status", "The job is being cancelled.")
         status = job.status if job.status == "running" else _where_asked(job, desired)
         if (job.status, job.desired) == (status, desired):
-            return job
+            return (validate(job) if status == "validating" else None) or job
         if job.status == "running":
             free = Job.status == "running"
             condition = free if desired == "cancel" else free & (Job.desired != "cancel")

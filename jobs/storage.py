@@ -208,8 +208,11 @@ def open_file(key: str, start: int = 0) -> IO[bytes]:
 
 def blocks(key: str, size: int = BLOCK) -> Iterator[bytes]:
     with open_file(key) as file:
-        while block := file.read(size):
-            yield block
+        try:
+            while block := file.read(size):
+                yield block
+        except (OSError, BotoCoreError) as error:  # cut off on the way
+            raise StorageError(f"{key}: {error}") from error
 
 
 def fetch(key: str, path: Path, sha256: str | None = None) -> Stored:

@@ -285,6 +285,7 @@ JOBS = env.numbers(
         "max_models_per_owner": 1000,
         "max_stored_bytes_per_owner": 200 * 2**30,
         "max_generations_per_owner": 2,
+        "max_streams_per_owner": 20,  # live pages open at the same time
         # checks
         "check_timeout_s": 1800.0,
         "check_memory_bytes": 4 * 2**30,

@@ -39,7 +39,6 @@ PING_S = 15.0
 AUTHORISE_S = 30.0
 LOOK_S = 5.0  # how long a quiet stream sleeps between looks at its clocks
 SEND_S = 30.0  # a reader that takes nothing for so long is dropped
-STREAMS_PER_USER = 20
 PATH = re.compile(r"^/jobs/([A-Za-z0-9-]{1,64})/stream$")
 
 Scope = dict[str, Any]
@@ -67,7 +66,7 @@ async def stream(scope: Scope, receive: Receive, send: Send) -> None:
     owner = await _owner(request)
     if owner is None:
         return await _answer(send, 401)
-    if _open[owner] >= STREAMS_PER_USER:
+    if _open[owner] >= settings.JOBS["max_streams_per_owner"]:
         return await _answer(send, 429, [(b"retry-after", b"5")])
     _open[owner] += 1
     try:

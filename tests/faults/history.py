@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import threading
@@ -19,12 +20,14 @@ from tests.faults import house
 
 @dataclass
 class Recorder:
-    """Looks at jobs many times a second: one holder an epoch, epochs and versions only rise, ends never change."""
+    """Looks at jobs many times a second: one holder an epoch, epochs and versions only rise, a cancel is never taken
+    back, ends never change, and each checkpoint that is named lies there whole."""
 
     jobs: set[tuple[str, str]] = field(default_factory=set)
     found: list[str] = field(default_factory=list)
     _seen: dict[str, Any] = field(default_factory=dict)
     _holders: dict[tuple[str, int], str] = field(default_factory=dict)
+    _pointers: set[str] = field(default_factory=set)
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> Recorder:
@@ -33,6 +36,10 @@ class Recorder:
 
     def stop(self) -> None:
         self._stop.set()
+
+    def forget(self) -> None:
+        for kept in (self.jobs, self.found, self._seen, self._holders):
+            kept.clear()
 
     def _watch(self) -> None:
         from jobs import tables
@@ -46,6 +53,17 @@ class Recorder:
                     continue
                 if job is not None:
                     self.see(job)
+                    self._look_at_bytes(job)
+
+    def _look_at_bytes(self, job: Any) -> None:
+        """Of each checkpoint when it is first named; past any proxy."""
+        for entry in job.checkpoints or []:
+            if entry["key"] in self._pointers:
+                continue
+            self._pointers.add(entry["key"])
+            damaged = damage(entry)
+            if damaged and entry["key"] in json.dumps(house.job_of(job.job_id, job.owner).checkpoints):
+                self.found.append(f"{job.job_id} names {damaged}")
 
     def see(self, job: Any) -> None:
         before = self._seen.get(job.job_id)
@@ -58,12 +76,30 @@ class Recorder:
             return
         if job.version < before.version or job.epoch < before.epoch or job.last_seq < before.last_seq:
             self.found.append(f"{job.job_id}: version, epoch or last_seq went back")
+        if before.desired == "cancel" != job.desired:
+            self.found.append(f"{job.job_id}: a cancel was taken back")
         if before.ended and (job.status, job.last_seq, job.epoch) != (
             before.status,
             before.last_seq,
             before.epoch,
         ):
             self.found.append(f"{job.job_id}: an end changed from {before.status} to {job.status}")
+
+
+def damage(checkpoint: dict[str, Any]) -> str:
+    """What is wrong with a stored checkpoint; "" when it is whole."""
+    folder = house.objects() / str(checkpoint["key"])
+    try:
+        text = (folder / "manifest.json").read_bytes()
+        wanted = {"manifest.json": checkpoint["sha256"]} | {
+            f["name"]: f["sha256"] for f in json.loads(text)["files"]
+        }
+        for name, sha256 in wanted.items():
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != sha256:
+                return f"{folder.name}/{name}, which is another"
+    except OSError as error:
+        return f"{folder.name}, which isn't there: {error}"
+    return ""
 
 
 def curve(events: Iterable[Any]) -> dict[int, str]:

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from tests import services
+from tests.faults.proxy import Chaos
 
 ROOT = services.ROOT
 OWNER = "user-faults"
 REVISION = "0" * 40
+BUCKET, S3_KEY, S3_SECRET = "bucket", "faults-key", "faults-secret"
 TINY = "tests/tiny"  # the name of the tiny base model, as one of the Hub that was fetched before
 SETTINGS: dict[str, Any] = {  # about 200 steps in some seconds
     "max_steps": 200,
@@ -40,12 +42,31 @@ def hub_folder() -> Path:
     return Path(os.environ["HF_HOME"]) / "hub" / ("models--" + TINY.replace("/", "--"))
 
 
-def prepare_environment() -> None:
-    """Before `tests.settings` is read, and inherited by every process."""
+def prepare_environment(*, objects_in_s3: bool = False) -> None:
+    """Before Django's settings are read, and inherited by every process."""
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.settings"
     import tests.settings  # noqa: F401  makes the folder and the ports
 
     os.environ.setdefault("HF_HOME", os.environ["LLMTUNER_TEST_DIR"] + "/hf")
+    if objects_in_s3:
+        os.environ.update(
+            AWS_STORAGE_BUCKET_NAME=BUCKET,
+            AWS_S3_ENDPOINT_URL=f"http://127.0.0.1:{services.free_port()}",
+            AWS_ACCESS_KEY_ID=S3_KEY,
+            AWS_SECRET_ACCESS_KEY=S3_SECRET,
+        )
+        for module in ("tests.settings", "llmtuner.settings"):
+            del sys.modules[module]  # to be read again, with these
+
+
+def web_port() -> int:
+    return int(os.environ["WEB_PORT"])
+
+
+def objects() -> Path:
+    """Where the bytes lie on this disk, whoever serves them."""
+    folder = Path(os.environ["LLMTUNER_TEST_DIR"])
+    return folder / "s3" / BUCKET if os.environ.get("AWS_STORAGE_BUCKET_NAME") else folder / "objects"
 
 
 MAKE_TINY = """
@@ -93,6 +114,14 @@ def ready_dataset(owner: str = OWNER) -> str:
     return str(dataset.dataset_id)
 
 
+@dataclass(frozen=True)
+class Person:
+    """Owner of everything here, with a session and a key."""
+
+    session: str
+    key: str
+
+
 @dataclass
 class House:
     """Processes by name. Stores keep port and data when they are killed and started again."""
@@ -102,13 +131,52 @@ class House:
     redis: services.Service
     workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)  # of workers started from now on
+    s3: services.Service | None = None
+    s3_proxy: Chaos | None = None  # stands between the workers and S3
 
     def start_worker(self, name: str, queue: str = "training", **environment: str) -> subprocess.Popen[bytes]:
         from llmtuner.studio import worker_argv
 
+        return self._start(name, worker_argv(queue), environment)
+
+    def start_web(self) -> None:
+        """Returns when it answers."""
+        quiet = ["--log-level", "warning", "--no-access-log"]
+        argv = [
+            "uvicorn",
+            "llmtuner.asgi:application",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(web_port()),
+            *quiet,
+        ]
+        process = self._start("web", argv, {})
+        while not services._answers_http(web_port()):
+            assert process.poll() is None, self.log("web").read_text()[-3000:]
+            time.sleep(0.05)
+
+    def person(self, owner: str = OWNER) -> Person:
+        """Makes an owner known to the site."""
+        from django.core.management import call_command
+        from django.test import Client
+
+        from accounts import api_keys
+        from accounts.models import User
+
+        call_command("migrate", verbosity=0)
+        user = User.objects.filter(owner_id=owner).first() or User.objects.create_user(
+            email=f"{owner}@example.com", owner_id=owner
+        )
+        client = Client()
+        client.force_login(user, backend="allauth.account.auth_backends.AuthenticationBackend")
+        _, key = api_keys.create(user, "faults", ["read", "write", "inference"])
+        return Person(client.cookies["session"].value, key)
+
+    def _start(self, name: str, argv: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
         with self.log(name).open("ab") as log:
             self.workers[name] = subprocess.Popen(
-                [sys.executable, "-m", *worker_argv(queue)],
+                [sys.executable, "-m", *argv],
                 cwd=ROOT,
                 env={**os.environ, **self.environment, **environment},
                 stdout=log,
@@ -135,6 +203,9 @@ class House:
         self.workers.clear()
         self.redis.kill()
         self.dynamodb.kill()
+        if self.s3 and self.s3_proxy:
+            self.s3_proxy.stop()
+            self.s3.kill()
 
 
 def open_house() -> House:
@@ -149,7 +220,14 @@ def open_house() -> House:
 
     create_tables()
     make_tiny_base()
-    return House(folder, dynamodb, redis)
+    house = House(folder, dynamodb, redis)
+    if os.environ.get("AWS_STORAGE_BUCKET_NAME"):
+        (folder / "s3" / BUCKET).mkdir(parents=True)
+        port = int(os.environ["AWS_S3_ENDPOINT_URL"].rpartition(":")[2])
+        house.s3 = services.s3(folder, S3_KEY, S3_SECRET, port).start()
+        house.s3_proxy = Chaos(port)
+        house.environment["AWS_S3_ENDPOINT_URL"] = f"http://127.0.0.1:{house.s3_proxy.port}"
+    return house
 
 
 # ---- looking ---------------------------------------------------------------------------------------------------------

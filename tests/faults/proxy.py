@@ -3,7 +3,8 @@
     python -m tests.faults.proxy LISTEN_PORT TARGET_PORT
 
 Orders come as lines on its standard input: `pass`, `latency 0.2`, `blackhole` (accept, never answer), `reset` (cut
-everything now and refuse), `drop 0.3` (let a request through, cut before its reply, with this chance).
+everything now and refuse), `drop 0.3` (let a request through, cut before its reply, with this chance), `rate 50000`
+(bytes a second), `status 503 0.5` (answer a request like this ourselves, with this chance).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Proxy:
             writer.transport.abort()
             return
         self.open.add(there_writer)
-        ways = [self.pump(reader, there_writer, False), self.pump(there_reader, writer, True)]
+        ways = [self.pump(reader, there_writer, writer), self.pump(there_reader, writer)]
         tasks = [asyncio.create_task(way) for way in ways]
         with contextlib.suppress(OSError, asyncio.CancelledError):
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -44,23 +45,55 @@ class Proxy:
             self.open.discard(one)
             one.transport.abort()
 
-    async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_reply: bool) -> None:
+    async def pump(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        back: asyncio.StreamWriter | None = None,
+    ) -> None:
+        """`back`: to who sent what is read here; None for replies."""
         while data := await reader.read(1 << 16):
             while self.mode == "blackhole":  # noqa: ASYNC110  a poll will do in a test
                 await asyncio.sleep(0.05)
             if self.mode == "latency":
                 await asyncio.sleep(self.value)
-            if self.mode == "drop" and is_reply and random.random() < self.value:
+            if self.mode == "rate":
+                await asyncio.sleep(len(data) / self.value)
+            if self.mode == "drop" and back is None and random.random() < self.value:
+                return
+            if (
+                self.mode.startswith("status")
+                and back is not None
+                and is_request(data)
+                and random.random() < self.value
+            ):
+                await self.refuse(reader, back)
                 return
             writer.write(data)
             await writer.drain()
 
+    async def refuse(self, reader: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        """Answers instead of the store, after the whole request has come."""
+        with contextlib.suppress(TimeoutError):
+            while await asyncio.wait_for(reader.read(1 << 16), 0.1):
+                pass
+        back.write(
+            f"HTTP/1.1 {self.mode.split()[1]} Chaos\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+        )
+        await back.drain()
+
     def order(self, line: str) -> None:
-        self.mode, _, value = line.strip().partition(" ")
-        self.value = float(value or 0)
+        self.mode, _, value = line.strip().rpartition(" ")
+        if not self.mode:
+            self.mode, value = value, "0"
+        self.value = float(value)
         if self.mode == "reset":
             for writer in list(self.open):
                 writer.transport.abort()
+
+
+def is_request(data: bytes) -> bool:
+    return data.split(b" ", 1)[0] in {b"GET", b"HEAD", b"PUT", b"POST", b"DELETE"}
 
 
 async def main(listen: int, target: int) -> None:

@@ -196,7 +196,7 @@ async def test_sign_out_closes_the_stream(
 
 async def test_a_person_may_watch_twenty_times_at_once(browser: Client, alice: User) -> None:
     job = make_job(alice.owner_id, lines=[metric(1)])
-    streams = [Stream(browser, job.job_id) for _ in range(live.STREAMS_PER_USER)]
+    streams = [Stream(browser, job.job_id) for _ in range(settings.JOBS["max_streams_per_owner"])]
     async with watching(*streams):
         await streams[-1].until("id: 1")
         one_more = Stream(browser, job.job_id)
@@ -207,7 +207,7 @@ async def test_a_person_may_watch_twenty_times_at_once(browser: Client, alice: U
 async def test_300_watchers_hold_no_thread_and_no_connection_and_read_the_store_once(
     browser: Client, alice: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "STREAMS_PER_USER", 300)
+    monkeypatch.setitem(settings.JOBS, "max_streams_per_owner", 300)
     job = make_job(alice.owner_id, lines=[metric(s) for s in range(1, 200)])
     streams = [Stream(browser, job.job_id) for _ in range(300)]
     threads = threading.active_count()

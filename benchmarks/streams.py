@@ -1,0 +1,288 @@
+"""Many who watch: `bin/bench streams`.
+
+A thousand watchers of one job at one event a second, with raw sockets as clients on the same machine: how long an event
+takes from the moment it happens to the client, none missing or doubled, and how fast other pages are meanwhile. Then
+10,000 streams of two people that break off at random moments, each person's events carrying a secret of their own:
+nobody ever sees the other's, and nothing stays open.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import random
+import re
+import secrets
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.common import Scores
+
+EVENT = re.compile(rb'^id: (\d+)\nevent: event\ndata: .*?"time": ([\d.]+)', re.MULTILINE)
+CONNECTING = 40  # at once
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bin/bench streams", description=__doc__)
+    parser.add_argument("--watchers", type=int, default=1000)
+    parser.add_argument("--seconds", type=int, default=60, help="watched, after all have come")
+    parser.add_argument("--drops", type=int, default=10_000, help="streams that break off")
+    parser.add_argument("--only", choices=["watch", "drops"], help="one of the two")
+    options = parser.parse_args()
+    os.environ["JOBS_MAX_STREAMS_PER_OWNER"] = "5000"
+
+    from tests.faults import house as h
+
+    h.prepare_environment()
+    house = h.open_house()
+    try:
+        scores = Scores()
+        people = [house.person(), house.person("user-other")]
+        house.start_web()
+        if options.only in (None, "watch"):
+            asyncio.run(watch(scores, house, people[0], options.watchers, options.seconds))
+        if options.only in (None, "drops"):
+            asyncio.run(drop(scores, house, people, options.drops))
+        return scores.end()
+    finally:
+        house.stop()
+
+
+# ---- who writes ------------------------------------------------------------------------------------------------------
+
+
+def running_job(owner: str) -> Any:
+    from jobs import lifecycle
+    from tests.faults import house as h
+
+    request = lifecycle.JobRequest(base=h.TINY, dataset_id=h.ready_dataset(owner), settings=h.SETTINGS)
+    return lifecycle.submit(owner, request)
+
+
+def write(owner: str, job_id: str, word: str, every: float, stop: Any) -> None:
+    """A process: holds the job and lets an event happen each `every` seconds, as a runner does."""
+    import django
+
+    django.setup()
+    from jobs import feed, lifecycle, tables
+
+    job = tables.get(tables.Job, owner, job_id)
+    assert job
+    claim = lifecycle.claim(job, lifecycle.this_worker())
+    assert claim
+    number, due = 1, time.monotonic()
+    while not stop.wait(max(0.0, due - time.monotonic())):
+        due += every
+        event = {"t": "metric", "step": number, "loss": 1.5, "word": word, "time": round(time.time(), 4)}
+        feed.append(claim, feed.Batch(number, (json.dumps(event),)))
+        claim.heartbeat(
+            {"step": number, "total_steps": 100_000}, {"loss": 1.5}, number, number, phase="training"
+        )
+        feed.announce(job_id, number)
+        number += 1
+    claim.finish("failed")
+
+
+@dataclass
+class Writers:
+    """Processes that write until the end of the block."""
+
+    context: Any = field(default_factory=lambda: multiprocessing.get_context("spawn"))
+
+    def __post_init__(self) -> None:
+        self.stop = self.context.Event()
+        self.running: list[Any] = []
+
+    def start(self, owner: str, job_id: str, word: str, every: float) -> None:
+        writer = self.context.Process(target=write, args=(owner, job_id, word, every, self.stop))
+        writer.start()
+        self.running.append(writer)
+
+    def end(self) -> None:
+        self.stop.set()
+        for writer in self.running:
+            writer.join(30)
+
+
+# ---- a thousand watchers ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Watcher:
+    seen: list[int] = field(default_factory=list)
+    delays: list[tuple[float, float]] = field(default_factory=list)  # when it came, how long it took
+    ended: str = ""
+
+    async def follow(self, port: int, job_id: str, session: str, gate: asyncio.Semaphore) -> None:
+        async with gate:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+            writer.write(request_of(f"/jobs/{job_id}/stream", session))
+            first = await reader.read(1 << 16)
+        rest = self.take(first)
+        while data := await reader.read(1 << 16):
+            rest = self.take(rest + data)
+        self.ended = "closed"
+        writer.close()
+
+    def take(self, data: bytes) -> bytes:
+        """Whole fields; returns what is left."""
+        whole, mark, rest = data.rpartition(b"\n\n")
+        now = time.time()
+        for number, happened in EVENT.findall(whole):
+            self.seen.append(int(number))
+            self.delays.append((now, now - float(happened)))
+        return rest if mark else data
+
+
+def request_of(path: str, session: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\nCookie: session={session}\r\n\r\n".encode()
+
+
+async def watch(scores: Scores, house: Any, person: Any, count: int, seconds: int) -> None:
+    from jobs import tables
+    from tests.faults import house as h
+
+    pid, writers = house.workers["web"].pid, Writers()
+    job = running_job(h.OWNER)
+    writers.start(h.OWNER, job.job_id, "watched", 1.0)
+    h.wait_until(job.job_id, lambda job: job.last_seq >= 2)
+    gate, watchers = asyncio.Semaphore(CONNECTING), [Watcher() for _ in range(count)]
+    began = time.time()
+    following = [
+        asyncio.create_task(watcher.follow(h.web_port(), job.job_id, person.session, gate))
+        for watcher in watchers
+    ]
+    while not all(watcher.seen for watcher in watchers):
+        await asyncio.sleep(0.2)
+        broken = [task for task in following if task.done() and task.exception()]
+        if broken or time.time() - began > 180:
+            raise RuntimeError(f"{sum(not w.seen for w in watchers)} watchers never came: {broken[:1]}")
+    scores.note(f"{count} watchers came within {time.time() - began:.0f} s")
+    await asyncio.sleep(3)
+    began = time.time()
+    pages = await other_pages(h.web_port(), job.job_id, person.session, seconds)
+    ended = time.time()
+    await asyncio.to_thread(writers.end)
+    await asyncio.wait(following, timeout=30)
+    delays = sorted(delay for w in watchers for at, delay in w.delays if began <= at <= ended)
+    row = tables.get(tables.Job, h.OWNER, job.job_id)
+    assert row
+    right = [w for w in watchers if w.seen == list(range(1, int(row.last_seq) + 2))]
+    for watcher in [w for w in watchers if w not in right][:3]:
+        scores.note(f"one saw {len(watcher.seen)} of {row.last_seq + 1}: {watcher.seen[-5:]} {watcher.ended}")
+    scores.note(f"median {quantile(delays, 0.5):.3f} s, worst {delays[-1]:.3f} s, {len(delays):,} deliveries")
+    scores.add("event to client, p99 s", quantile(delays, 0.99), 1.0, 1.0, less_is_better=True)
+    scores.add("watchers who saw all, once", len(right), count, 1.0)
+    scores.note(f"other pages: {len(pages)}, median {quantile(pages, 0.5):.3f} s, worst {pages[-1]:.3f} s")
+    scores.add("other pages, p99 s", quantile(pages, 0.99), 0.3, 1.0, less_is_better=True)
+    scores.add("web's memory, MiB", memory(pid), 400, 1.0, less_is_better=True)
+
+
+async def other_pages(port: int, job_id: str, session: str, seconds: int) -> list[float]:
+    """Seconds that each took, in order."""
+    taken, until = [], time.monotonic() + seconds
+    paths = ["/jobs/", f"/jobs/{job_id}/", "/datasets/", "/models/"]
+    while time.monotonic() < until:
+        began = time.monotonic()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        closing = request_of(paths[len(taken) % len(paths)], session)[:-2] + b"Connection: close\r\n\r\n"
+        writer.write(closing)
+        answer = await reader.read(-1)
+        assert answer.startswith(b"HTTP/1.1 200"), answer[:200]
+        taken.append(time.monotonic() - began)
+        writer.close()
+        await asyncio.sleep(0.2)
+    return sorted(taken)
+
+
+def quantile(values: list[float], share: float) -> float:
+    return values[min(len(values) - 1, int(len(values) * share))]
+
+
+def memory(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
+
+
+# ---- ten thousand that break off -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Drops:
+    port: int
+    words: list[bytes]
+    sessions: list[str]
+    jobs: list[str]
+    opened: int = 0
+    heard: int = 0
+    foreign: int = 0
+    refused: list[bytes] = field(default_factory=list)
+
+    async def one(self, who: int, seconds: float) -> None:
+        """A stream of person `who` that breaks off after so long."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(request_of(f"/jobs/{self.jobs[who]}/stream", self.sessions[who]))
+        got, until = b"", time.monotonic() + seconds
+        try:
+            while (left := until - time.monotonic()) > 0:
+                data = await asyncio.wait_for(reader.read(1 << 16), left)
+                got += data
+                if not data:
+                    break
+        except TimeoutError:
+            pass
+        writer.transport.abort()
+        self.opened += 1
+        self.heard += self.words[who] in got
+        self.foreign += self.words[1 - who] in got or self.jobs[1 - who].encode() in got
+        if got and not got.startswith(b"HTTP/1.1 200"):
+            self.refused.append(got[:60])
+
+
+async def drop(scores: Scores, house: Any, people: list[Any], count: int) -> None:
+    from tests.faults import house as h
+
+    pid, writers = house.workers["web"].pid, Writers()
+    owners = [h.OWNER, "user-other"]
+    words = [secrets.token_hex(16) for _ in owners]
+    jobs = [running_job(owner).job_id for owner in owners]
+    for owner, job_id, word in zip(owners, jobs, words, strict=True):
+        writers.start(owner, job_id, word, 0.5)
+        h.wait_until(job_id, lambda job: job.last_seq >= 2, owner=owner)
+    drops = Drops(h.web_port(), [w.encode() for w in words], [p.session for p in people], jobs)
+    await asyncio.gather(*(drops.one(n % 2, 2) for n in range(10)))  # what the first ones start stays
+    await asyncio.sleep(8)
+    before, began, some = len(os.listdir(f"/proc/{pid}/fd")), time.monotonic(), random.Random(1)  # noqa: S311
+    left = iter(range(count))
+
+    async def browser() -> None:
+        for n in left:
+            await drops.one(
+                n % 2, some.choice([some.uniform(0, 0.02), some.uniform(0, 0.3), some.uniform(0, 1.5)])
+            )
+
+    drops.opened = drops.heard = 0
+    await asyncio.gather(*(browser() for _ in range(CONNECTING)))
+    scores.note(
+        f"{drops.opened:,} streams in {time.monotonic() - began:.0f} s, {drops.heard:,} heard an event"
+    )
+    until = time.monotonic() + 10
+    while (open_now := len(os.listdir(f"/proc/{pid}/fd"))) > before and time.monotonic() < until:  # noqa: ASYNC110  no event tells
+        await asyncio.sleep(0.5)
+    await asyncio.to_thread(writers.end)
+    if drops.refused:
+        scores.note(f"{len(drops.refused)} were refused: {drops.refused[:3]}")
+    scores.add("streams dropped", drops.opened - len(drops.refused), count, 1.0)
+    scores.add("saw another's data", drops.foreign, 0, 1.0, less_is_better=True)
+    scores.add("files open after, beyond before", max(0, open_now - before), 0, 1.0, less_is_better=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""A cancel in each state in which nobody runs the job, and what an ended job makes of all that still comes.
+
+No processes: the product's own code against a real DynamoDB.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import suppress
+
+from jobs import endings, lifecycle, tables
+from jobs.lifecycle import Claim, LostRace, Refused
+from jobs.tables import Job
+from tests.faults.replies import WORKER, held, now, pointer, queued, request_of
+
+
+def validating() -> tuple[Job, Claim | None]:
+    return queued("checking"), None
+
+
+def waiting() -> tuple[Job, Claim | None]:
+    return queued(), None
+
+
+def paused() -> tuple[Job, Claim | None]:
+    job = queued()
+    return lifecycle.ask(job.owner, job.job_id, "pause"), None
+
+
+def paused_on_the_way() -> tuple[Job, Claim | None]:
+    mine = held()
+    mine.move_pointer(pointer(mine, 10))
+    lifecycle.ask(mine.owner, mine.job_id, "pause")
+    mine.heartbeat({})
+    mine.finish("paused")
+    return mine.job, mine
+
+
+def retrying() -> tuple[Job, Claim | None]:
+    mine = held()
+    mine.trainer_died("killed")
+    return mine.job, mine
+
+
+STATES: dict[str, Callable[[], tuple[Job, Claim | None]]] = {
+    "validating": validating,
+    "queued": waiting,
+    "paused": paused,
+    "paused on the way": paused_on_the_way,
+    "retrying": retrying,
+}
+
+
+def cancel(state: str, rng: random.Random) -> list[str]:
+    """Cancelled at once, without any worker; then everything that may still come, in any order, changes nothing."""
+    before, mine = STATES[state]()
+    seen = now(before)
+    wrong = []
+    if lifecycle.ask(seen.owner, seen.job_id, "cancel").status != "cancelled":
+        wrong.append("it was not cancelled at once")
+    end = now(seen).to_simple_dict()
+    late = late_moves(seen, mine)
+    rng.shuffle(late)
+    for move in late:
+        with suppress(LostRace, Refused):
+            move()
+        changed = {name for name, value in now(seen).to_simple_dict().items() if end.get(name) != value}
+        if changed:
+            return [*wrong, f"an end changed: {', '.join(sorted(changed))}"]
+    return wrong
+
+
+def late_moves(seen: Job, mine: Claim | None) -> list[Callable[[], object]]:
+    """Of people, workers, the reconciler and a holder of before; all by the sight of it before it ended."""
+    owner, job_id = seen.owner, seen.job_id
+    moves: list[Callable[[], object]] = [
+        lambda: lifecycle.ask(owner, job_id, "run"),
+        lambda: lifecycle.ask(owner, job_id, "pause"),
+        lambda: lifecycle.ask(owner, job_id, "cancel"),
+        lambda: lifecycle.edit(owner, job_id, request_of(owner)),
+        lambda: lifecycle.prioritise(owner, job_id, 5),
+        lambda: lifecycle.claim(seen, WORKER),
+        lambda: lifecycle.settle(seen),
+        lambda: lifecycle.requeue(seen),
+        lambda: lifecycle.validate(seen) if seen.status == "validating" else None,
+        lambda: lifecycle.lose_lease(seen),
+        lambda: endings.make_void(owner, job_id),
+    ]
+    if mine:
+        files = [{"name": "x", "bytes": 1, "sha256": "0"}]
+        moves += [
+            lambda: mine.heartbeat({"step": 99}),
+            lambda: mine.move_pointer(pointer(mine, 99)),
+            lambda: mine.finish("succeeded", result={"prefix": "x", "files": files, "step": 99}),
+            mine.give_back,
+            lambda: mine.trainer_died("killed"),
+        ]
+    return moves
+
+
+# ---- fair shares -----------------------------------------------------------------------------------------------------
+
+
+def turns_until_the_other(slots: int, count: int = 100) -> int:
+    """One person has queued `count` jobs and all `slots` run some; another queues one. How many of the first one's jobs
+    start before it, as slots become free?"""
+    owner, other = tables.new_id("user"), tables.new_id("user")
+    request = request_of(owner)
+    for _ in range(count):
+        lifecycle.submit(owner, request)
+    running = [lifecycle.claim_next(WORKER) for _ in range(slots)]
+    one = lifecycle.submit(other, request_of(other))
+    before = 0
+    while True:
+        done = running.pop(0)
+        assert done
+        done.finish("failed")
+        following = lifecycle.claim_next(WORKER)
+        assert following
+        running.append(following)
+        if following.job_id == one.job_id:
+            break
+        before += 1
+    for claim in running:
+        assert claim
+        claim.finish("failed")
+    for job in tables.rows(Job, owner):
+        if not job.ended:
+            lifecycle.ask(owner, job.job_id, "cancel")
+    for job in [*tables.rows(Job, owner), *tables.rows(Job, other)]:
+        endings.after_end(job.owner, job.job_id)
+    return before

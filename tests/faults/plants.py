@@ -1,0 +1,238 @@
+"""Check the checker: twelve bugs, each put into the product's processes, each of which the harness must catch.
+
+A plant is code that runs at the start of a process (`tests/faults/planted_settings.py`, by the variable PLANT), never in
+the product; three are rules of the protocol switched off in this process (tests/jobs/planted.py). Beside each stands the
+scenario that must find something. The same scenarios find nothing without them: that is the campaign.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from django.apps import AppConfig
+
+
+class Planted(AppConfig):
+    name, label = "tests.faults", "planted"
+
+    def ready(self) -> None:
+        IN_PROCESSES[os.environ["PLANT"]]()
+
+
+# ---- in workers ------------------------------------------------------------------------------------------------------
+
+
+def leases_end_by_the_wall_clock() -> None:
+    """A lease says until when it holds, and each worker compares that with its own clock."""
+    from django.conf import settings
+
+    from jobs import lifecycle
+    from jobs.reconciler import Reconciler
+
+    real = Reconciler._job
+
+    def job(self: Reconciler, job: Any) -> None:
+        if job.status == "running" and time.time() > float(job.lease):
+            lifecycle.lose_lease(job)
+        else:
+            real(self, job)
+
+    lifecycle._new_lease = lambda: str(time.time() + settings.JOBS["lease_s"])
+    Reconciler._job = job  # type: ignore[method-assign]
+
+
+def pointer_before_upload() -> None:
+    """The pointer moves when a checkpoint is written, its bytes follow."""
+    from jobs import uploads
+
+    real = uploads.put_checkpoint
+
+    def put(checkpoint: dict[str, Any], prefix: str) -> dict[str, Any]:
+        import threading
+
+        threading.Timer(1.5, real, (checkpoint, prefix)).start()
+        name = os.path.basename(checkpoint["path"])
+        key = f"{prefix}checkpoints/{name}"
+        epoch = int(prefix.rstrip("/").rpartition("/e")[2])
+        return uploads.entry(checkpoint | {"key": key, "epoch": epoch}) | {"after": checkpoint["after"]}
+
+    uploads.put_checkpoint = put
+
+
+def random_states_left_out() -> None:
+    """A resumed trainer goes on with other random numbers."""
+    import subprocess
+
+    from jobs import trainer_process
+
+    def popen(argv: list[str], **options: Any) -> Any:
+        return subprocess.Popen(
+            ["tests.faults.planted_trainer" if a == "training" else a for a in argv], **options
+        )
+
+    trainer_process.subprocess = SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, run=subprocess.run)  # type: ignore[assignment]
+
+
+def heartbeats_stop_on_sigterm() -> None:
+    from jobs import worker
+    from jobs.writer import Writer
+
+    real = Writer.write
+    Writer.write = lambda self: not worker.STOP.is_set() and real(self)  # type: ignore[method-assign]
+
+
+def no_lease_before_the_first_heartbeat() -> None:
+    """A claim sets no lease, and what has none is left alone."""
+    from jobs import lifecycle
+    from jobs.reconciler import Reconciler
+    from jobs.tables import Job
+
+    claim, look = lifecycle.claim, Reconciler._job
+
+    def claim_only(job: Any, worker: Any) -> Any:
+        claimed = claim(job, worker)
+        if claimed:
+            claimed.job.update(actions=[Job.lease.remove()])
+        return claimed
+
+    lifecycle.claim = claim_only
+    Reconciler._job = lambda self, job: None if job.status == "running" and not job.lease else look(self, job)  # type: ignore[method-assign]
+
+
+def rows_written_in_batches() -> None:
+    """A heartbeat puts the whole row as its holder last knew it, by `batch_write`, which knows no conditions."""
+    from jobs.lifecycle import Claim
+    from jobs.tables import Job
+
+    real = Claim.heartbeat
+
+    def heartbeat(self: Claim, progress: Any = None, metrics: Any = None, *seq: Any, **more: Any) -> str:
+        known = self.job
+        real(self, progress, metrics, *seq, **more)
+        known.progress, known.last_seq = dict(progress or {}), self.job.last_seq
+        with Job.batch_write() as batch:
+            batch.save(known)
+        self.job = known
+        return known.desired
+
+    Claim.heartbeat = heartbeat  # type: ignore[method-assign, assignment]
+
+
+def bells_acknowledged_late() -> None:
+    from llmtuner.celery import app
+
+    app.conf.task_acks_late = True
+
+
+# ---- in the web process ----------------------------------------------------------------------------------------------
+
+
+def streams_share_what_they_hear() -> None:
+    """All open streams of the process take from one place."""
+    from jobs import feed
+
+    shared: set[Any] = set()
+    real = feed._Tailer.__init__
+
+    def begin(self: Any, *arguments: Any, **options: Any) -> None:
+        real(self, *arguments, **options)
+        self.watchers = shared
+
+    feed._Tailer.__init__ = begin  # type: ignore[method-assign]
+
+
+def whoever_is_signed_in_may_look() -> None:
+    """Authorization is asked for, ownership isn't."""
+    from jobs import access, queueing, tables
+
+    real = access.get_job_for
+
+    def get_job_for(owner: str, job_id: str) -> Any:
+        found = [row.owner for row in queueing.index_rows() if row.job_id == job_id]
+        return real(found[0] if found else owner, job_id)
+
+    access.get_job_for = get_job_for
+    assert tables
+
+
+IN_PROCESSES: dict[str, Callable[[], None]] = {
+    "leases end by the wall clock": leases_end_by_the_wall_clock,
+    "pointer before upload": pointer_before_upload,
+    "random states left out": random_states_left_out,
+    "heartbeats stop on SIGTERM": heartbeats_stop_on_sigterm,
+    "no lease before the first heartbeat": no_lease_before_the_first_heartbeat,
+    "rows written in batches": rows_written_in_batches,
+    "bells acknowledged late": bells_acknowledged_late,
+    "streams share what they hear": streams_share_what_they_hear,
+    "whoever is signed in may look": whoever_is_signed_in_may_look,
+}
+IN_PROTOCOL = {  # rules switched off, with the scenario of tests/jobs/protocol.py where each shows soonest
+    "heartbeats without a condition": ("epoch is not shown", "pause"),
+    "events without a condition": ("chunks overwrite", "plain"),
+}
+
+
+# ---- catching them ---------------------------------------------------------------------------------------------------
+
+
+def catch(stage: Any) -> dict[str, list[str]]:
+    """Of each bug, what the harness found. Nothing = not caught."""
+    from tests.faults import processes, web, wishes
+
+    scenarios: dict[str, Callable[[Any], Any]] = {
+        "leases end by the wall clock": processes.clocks_differ,
+        "pointer before upload": processes.worker_killed,
+        "random states left out": processes.worker_killed,
+        "heartbeats stop on SIGTERM": processes.terminated_slowly,
+        "no lease before the first heartbeat": lambda stage: processes.failpoint(stage, "claimed"),
+        "rows written in batches": lambda stage: wishes.cancelled(stage, 1, "training"),
+        "bells acknowledged late": processes.worker_killed,
+        "streams share what they hear": web.strangers,
+        "whoever is signed in may look": web.strangers,
+    }
+    found = {name: _in_processes(stage, name, scenario) for name, scenario in scenarios.items()}
+    found |= {name: _in_protocol(*where) for name, where in IN_PROTOCOL.items()}
+    return found | {"retries not idempotent": _in_replies()}
+
+
+def _in_processes(stage: Any, name: str, scenario: Callable[[Any], Any]) -> list[str]:
+    stage.only(0)
+    stage.house.environment |= {"DJANGO_SETTINGS_MODULE": "tests.faults.planted_settings", "PLANT": name}
+    try:
+        measured = scenario(stage)
+        return list(measured.wrong)
+    except TimeoutError as error:  # it never ends
+        return [str(error)]
+    finally:
+        for variable in ("DJANGO_SETTINGS_MODULE", "PLANT"):
+            del stage.house.environment[variable]
+        stage.abandon()
+
+
+def _in_protocol(bug: str, scenario: str) -> list[str]:
+    from tests.jobs import protocol
+
+    others = [name for name in protocol.SCENARIOS if name != scenario]
+    for seed in range(40):
+        for where in (scenario, *others):
+            violation, _ = protocol.explore(where, seed, bug)
+            if violation:
+                return [violation]
+    return []
+
+
+def _in_replies() -> list[str]:
+    from tests.faults import replies
+    from tests.jobs.planted import PLANTED
+
+    with ExitStack() as stack:
+        for target, name, new in PLANTED["replies are believed"](None):
+            stack.enter_context(patch.object(target, name, new))
+        return [what for n in range(5) for what in replies.claim(random.Random(n))]

@@ -1,0 +1,37 @@
+"""Lost answers, cancels and fair shares against the real tables; the full numbers run in `bin/bench protocol`."""
+
+from __future__ import annotations
+
+import random
+from unittest.mock import patch
+
+import pytest
+
+from tests.faults import cancels, replies
+from tests.jobs.planted import PLANTED
+
+pytestmark = pytest.mark.usefixtures("stores")
+
+
+@pytest.mark.parametrize("kind", replies.KINDS)
+def test_a_write_whose_answer_is_lost_is_done_once(kind):
+    for number in range(3):
+        assert replies.KINDS[kind](random.Random(f"{kind}/{number}")) == []
+
+
+def test_losing_answers_shows_who_believes_a_refusal():
+    """The planted bug: a failed condition is taken at its word."""
+    for target, name, new in PLANTED["replies are believed"](None):
+        with patch.object(target, name, new):
+            assert any(replies.claim(random.Random(number)) for number in range(3))
+
+
+@pytest.mark.parametrize("state", cancels.STATES)
+def test_a_cancel_of_a_job_nobody_runs_is_at_once_and_for_ever(state):
+    for number in range(2):
+        assert cancels.cancel(state, random.Random(number)) == []
+
+
+def test_one_who_queued_many_waits_for_one_who_queued_one(settings):
+    settings.JOBS = settings.JOBS | {"max_jobs_per_owner": 100}
+    assert cancels.turns_until_the_other(slots=2, count=12) == 0

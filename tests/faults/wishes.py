@@ -1,0 +1,123 @@
+"""What people ask for, and what the bell does: cancelled in every state, paused, rung ten times, fair shares."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tests.faults import house as h
+from tests.faults.stage import Measured, Stage, all_of
+
+LONG = 100_000  # steps that nobody waits for
+
+# The states in which a trainer runs or is about to. The others are in tests/faults/cancels.py, without processes.
+RUNNING: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
+    "preparing": ({"max_steps": LONG}, lambda job: job.status == "running"),
+    "training": ({"max_steps": LONG}, lambda job: (job.progress or {}).get("step", 0) >= 5),
+    "checkpoint": (
+        {"max_steps": LONG, "checkpoint_every_steps": 1},
+        lambda job: (job.checkpoint_step or 0) >= 2,
+    ),
+    "evaluating": (
+        {"max_steps": LONG, "validation_fraction": 0.5, "eval_every": 1},
+        lambda job: (job.progress or {}).get("step", 0) >= 3,
+    ),
+    "exporting": ({"max_steps": 20}, lambda job: (job.progress or {}).get("step", 0) >= 20),
+}
+
+
+def cancelled(stage: Stage, rounds: int, state: str) -> Measured:
+    """Cancelled while it runs: no new step 10 s later, the end within 30 s, and the end never changes."""
+    from jobs import feed, lifecycle
+
+    measured = Measured(rounds=rounds)
+    # The time between the last step and the end is stretched, or a cancel would seldom meet it.
+    pause = {"FAILPOINTS": "trainer done:pause2:every"} if state == "exporting" else {}
+    stage.only(min(rounds, stage.at_once), **pause)
+    settings, is_there = RUNNING[state]
+    for _ in range(0, rounds, stage.at_once):
+        jobs = [stage.submit(**settings) for _ in stage.house.workers]
+        asked: dict[str, float] = {}
+        while len(asked) < len(jobs):
+            for job_id in set(jobs) - asked.keys():
+                if is_there(h.job_of(job_id)):
+                    time.sleep(stage.some.uniform(0, 0.3))
+                    asked[job_id] = time.time()
+                    lifecycle.ask(h.OWNER, job_id, "cancel")
+        ended = all_of(jobs, lambda job: job.ended, 60)
+        shift = time.time() - time.monotonic()
+        for job_id, since in asked.items():
+            measured.worst("cancelled s", ended[job_id] + shift - since)
+            job = h.job_of(job_id)
+            if (job.status, job.attempts) != ("cancelled", 0):
+                measured.wrong.append(f"{state}: it is {job.status}, {job.attempts} attempts charged")
+            told = feed.read(h.OWNER, job_id)
+            if [e.seq for e in told] != list(range(1, len(told) + 1)):
+                measured.wrong.append(f"{state}: events are not numbered 1 … N")
+            steps = [e.data["time"] - since for e in told if e.data["t"] == "metric"]
+            measured.worst("last step after s", max(steps, default=0.0))
+    time.sleep(1)  # the recorder goes on looking: ends never change
+    stage.hear(measured)
+    if pause:
+        stage.only(0)
+    return measured
+
+
+def paused_and_resumed(stage: Stage, rounds: int = 1) -> Measured:
+    from jobs import lifecycle
+
+    measured = Measured()
+    stage.only(1)
+    job_id = stage.submit()
+    stage.somewhere(job_id)
+    began = time.monotonic()
+    lifecycle.ask(h.OWNER, job_id, "pause")
+    job = h.wait_until(job_id, lambda job: job.status == "paused" or job.ended)
+    measured.figures["paused s"] = time.monotonic() - began
+    if job.status == "paused":
+        lifecycle.ask(h.OWNER, job_id, "run")
+    stage.judge(job_id, measured, charged=0)
+    return measured
+
+
+def bells_doubled(stage: Stage, rounds: int = 1, times: int = 10) -> Measured:
+    """Each doorbell rings ten times for two workers: nobody runs anything twice."""
+    from jobs import tasks
+
+    measured = Measured(rounds=rounds)
+    stage.only(2)
+    jobs = []
+    for _ in range(rounds):
+        jobs.append(stage.submit(max_steps=60))
+        for _ in range(times):
+            tasks.run_next.apply_async()
+    for job_id in jobs:
+        job = stage.judge(job_id, measured, charged=0)
+        if job.epoch != 1:
+            measured.wrong.append(f"{job_id} took {job.epoch} leases")
+    return measured
+
+
+def fair_share(stage: Stage, rounds: int = 1, jobs: int = 100) -> Measured:
+    """One person queues a hundred jobs and another one: the other's is the next that starts."""
+    from jobs import lifecycle
+
+    measured = Measured()
+    stage.only(1)
+    other = h.OWNER + "-other"
+    dataset = h.ready_dataset(other)
+    many = [stage.submit(max_steps=60) for _ in range(jobs)]
+    h.wait_until(many[0], lambda job: job.status == "running")
+    one = h.submit(dataset, other, max_steps=60, checkpoint_every_steps=20)
+    started = h.wait_until(one, lambda job: job.started_at or job.ended, owner=other).started_at
+    first = [job for job in map(h.job_of, many) if job.started_at and job.started_at < started]
+    measured.figures["others before it"] = float(len(first))
+    for job_id in many:
+        if not h.job_of(job_id).ended:
+            lifecycle.ask(h.OWNER, job_id, "cancel")
+    all_of(many, lambda job: job.ended)
+    if h.wait_ended(one, owner=other).status != "succeeded":
+        measured.wrong.append("the other's job did not succeed")
+    stage.hear(measured)
+    return measured
