@@ -43,6 +43,7 @@ class User(AbstractUser):
     owner_id = models.CharField(max_length=64, unique=True, default=new_owner_id, editable=False)
     # In the names of the person's models: ft:<base>:<slug>:…
     slug = models.SlugField(max_length=32, unique=True, editable=False)
+    notify_by_email = models.BooleanField("e-mail when a job ends", default=True)
 
     USERNAME_FIELD = "email"
     REQUIRED_FIELDS: ClassVar[list[str]] = []

@@ -118,6 +118,7 @@ def _account_of(user: User) -> dict[str, Any]:
         "addresses": list(EmailAddress.objects.filter(user=user).values("email", "verified", "primary")),
         "id": user.owner_id,
         "slug": user.slug,
+        "notify_by_email": user.notify_by_email,
         "joined_at": user.date_joined,
         "last_signed_in_at": user.last_login,
         "google": list(SocialAccount.objects.filter(user=user).values("uid", "extra_data", "date_joined")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.urls import path
 
-from jobs.views import datasets, estimates, jobs, live, models, objects, playground
+from jobs.views import datasets, estimates, jobs, live, models, notifications, objects, playground
 
 app_name = "jobs"
 
@@ -39,6 +39,10 @@ urlpatterns = [
     path("models/<str:model_id>/download.zip", models.download, name="download_model"),
     path("models/<str:model_id>/names/", models.aliases, name="model_names"),
     path("models/<str:model_id>/delete/", models.delete, name="delete_model"),
+    path("notifications/", notifications.page, name="notifications"),
+    path("notifications/email/", notifications.email, name="notify_by_email"),
+    path("notifications/<str:webhook_endpoint_id>/test/", notifications.test, name="test_webhook"),
+    path("notifications/<str:webhook_endpoint_id>/delete/", notifications.delete, name="delete_webhook"),
     path("objects/<str:token>/<str:filename>", objects.download, name="object"),
     path("playground/", playground.page, name="playground"),
     path("playground/stream", playground.stream, name="playground_stream"),

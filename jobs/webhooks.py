@@ -34,7 +34,9 @@ SCHEDULE_S = (0, 5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 2
 TIMEOUT_S = 15  # for each piece of an answer
 DEADLINE_S = 30  # for all of it, however slowly the pieces come
 MAX_ENDPOINTS = 10
-EVENTS = {"succeeded", "failed", "cancelled"}
+EVENTS = ("succeeded", "failed", "cancelled")
+EVENT_TYPES = tuple(f"fine_tuning.job.{status}" for status in EVENTS)
+TEST_TYPE = "llmtuner.test"
 
 
 class BadAddress(Exception):
@@ -59,6 +61,10 @@ def list_endpoints(owner: str) -> list[WebhookEndpoint]:
     return list(tables.rows(WebhookEndpoint, owner))
 
 
+def find_endpoint(owner: str, endpoint_id: str) -> WebhookEndpoint | None:
+    return tables.get(WebhookEndpoint, owner, endpoint_id) if 0 < len(endpoint_id) <= 200 else None
+
+
 def remove_endpoint(owner: str, endpoint_id: str) -> None:
     tables.remove(WebhookEndpoint, owner, endpoint_id)
 
@@ -76,19 +82,37 @@ def tell(job: Job) -> None:
     for place in [
         endpoint.endpoint_id for endpoint in list_endpoints(job.owner) if _wants(endpoint, event)
     ] + ["email"]:
-        _tell(job, place, event, payload)
+        _put(job.owner, f"{job.job_id}#{job.status}#{place}", event, job.job_id, payload)
+
+
+def tell_test(endpoint: WebhookEndpoint) -> None:
+    """A signed event of no job, so that its owner sees whether the other side understands it."""
+    id = new_id("test")
+    body = {"id": f"evt-{id}", "object": "event", "type": TEST_TYPE, "created_at": int(time.time())}
+    payload = json.dumps(body | {"data": {"id": id}})
+    _put(endpoint.owner, f"{id}#test#{endpoint.endpoint_id}", TEST_TYPE, "", payload)
+
+
+def recent(owner: str, limit: int) -> list[WebhookDelivery]:
+    """The last notices and what became of them, newest first."""
+    found = []
+    for kind in ("ftjob-", "test-"):
+        keys = WebhookDelivery.delivery_id.startswith(kind)
+        found += list(
+            WebhookDelivery.query(owner, keys, scan_index_forward=False, limit=limit, consistent_read=True)
+        )
+    return sorted(found, key=lambda row: float(row.created_at), reverse=True)[:limit]
 
 
 def _wants(endpoint: WebhookEndpoint, event: str) -> bool:
     return endpoint.active and (not endpoint.events or event in endpoint.events)
 
 
-def _tell(job: Job, place: str, event: str, payload: str) -> None:
-    delivery = WebhookDelivery(job.owner, f"{job.job_id}#{job.status}#{place}")
-    delivery.event, delivery.job_id, delivery.payload = event, job.job_id, payload
-    errands.put("deliver", job.owner, delivery.delivery_id)
+def _put(owner: str, delivery_id: str, event: str, job_id: str, payload: str) -> None:
+    delivery = WebhookDelivery(owner, delivery_id, event=event, job_id=job_id, payload=payload)
+    errands.put("deliver", owner, delivery_id)
     if tables.put_new(delivery):
-        errands.ring("deliver", job.owner, delivery.delivery_id)
+        errands.ring("deliver", owner, delivery_id)
 
 
 def deliver(owner: str, delivery_id: str) -> bool:
@@ -123,10 +147,17 @@ def _send(delivery: WebhookDelivery) -> tuple[bool, str, bool]:
         status = post(endpoint.url, delivery.payload.encode(), signed(endpoint.secret, delivery))
     except (BadAddress, OSError, http.client.HTTPException) as error:
         log.info("webhook %s: %s", delivery.delivery_id, error)
-        return False, "could not be reached", False
-    if status == 410:
-        tables.update(endpoint, [WebhookEndpoint.active.set(False)], WebhookEndpoint.url.exists())
-    return 200 <= status < 300, f"answered {status}", status == 410
+        return _noted(endpoint, False, "could not be reached", False)
+    return _noted(endpoint, 200 <= status < 300, f"answered {status}", status == 410)
+
+
+def _noted(endpoint: WebhookEndpoint, sent: bool, result: str, gone: bool) -> tuple[bool, str, bool]:
+    """Keeps the result beside the address; one that is gone for good is not asked again."""
+    actions = [WebhookEndpoint.last_result.set(result)]
+    if gone:
+        actions.append(WebhookEndpoint.active.set(False))
+    tables.update(endpoint, actions, WebhookEndpoint.url.exists())
+    return sent, result, gone
 
 
 def signed(secret: str, delivery: WebhookDelivery, now: float | None = None) -> dict[str, str]:
@@ -207,7 +238,7 @@ def is_public(address: str) -> bool:
 
 
 def _allows_private() -> bool:
-    return bool(getattr(settings, "WEBHOOKS_ALLOW_PRIVATE", False))
+    return bool(settings.WEBHOOKS_ALLOW_PRIVATE)
 
 
 # ---- mail ----------------------------------------------------------------------------------------------------------
@@ -221,7 +252,7 @@ def _mail(delivery: WebhookDelivery) -> tuple[bool, str, bool]:
 
     person = get_user_model().objects.filter(owner_id=delivery.owner, is_active=True).first()
     job = tables.get(Job, delivery.owner, delivery.job_id)
-    if person is None or job is None or job.gone or not getattr(person, "notify_by_email", True):
+    if person is None or job is None or job.gone or not person.notify_by_email:
         return False, "not wanted", True
     if not EmailAddress.objects.filter(user=person, verified=True, email__iexact=person.email).exists():
         return False, "no verified address", True

@@ -308,6 +308,8 @@ HUB_MODELS = [name for name in env.words("HUB_MODELS", ["public"]) if name != "n
 HUB_MAX_GB = env.number("HUB_MAX_GB", 20.0)  # of one model
 # What `/v1` calls a model, as the studio calls it: OpenAI's bases, and models that were tuned there.
 BASE_MODEL_ALIASES = env.pairs("BASE_MODEL_ALIASES")
+# Webhooks go to the internet at large only. A studio inside a closed network may allow its own addresses (and http).
+WEBHOOKS_ALLOW_PRIVATE = env.flag("WEBHOOKS_ALLOW_PRIVATE")
 API_REQUESTS_PER_MINUTE = env.number("API_REQUESTS_PER_MINUTE", 1200)  # of one person, over all keys
 
 # ---- Logs --------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ ACCOUNT_PAGES = {
     "mfa_index": "Two-step sign-in",
     "socialaccount_connections": "Google",
     "usersessions_list": "Devices",
+    "jobs:notifications": "Notifications",
 }
 PAGES = {
     "jobs:jobs": "Jobs",

@@ -6,7 +6,7 @@ from typing import Any
 
 from ninja import Router
 
-from jobs import tables, webhooks
+from jobs import webhooks
 from jobs.api import paging
 from jobs.api.caller import READ, WRITE, CallerRequest
 from jobs.api.errors import bad, not_found
@@ -15,15 +15,17 @@ from jobs.tables import WebhookEndpoint as Row
 
 router = Router(auth=READ)
 Json = dict[str, Any]
-EVENTS = tuple(f"fine_tuning.job.{status}" for status in ("succeeded", "failed", "cancelled"))
 
 
 @router.post("", response={200: WebhookWithSecret, 400: Error}, auth=WRITE, summary="Add a webhook")
 def create_webhook(request: CallerRequest, body: WebhookCreate) -> Json:
     """The secret is shown here only. Events that this studio does not have are refused."""
-    foreign = [event for event in body.event_types if event not in EVENTS]
+    foreign = [event for event in body.event_types if event not in webhooks.EVENT_TYPES]
     if foreign:
-        raise bad(f"There is no event '{foreign[0]}' here; there are: {', '.join(EVENTS)}.", "event_types")
+        raise bad(
+            f"There is no event '{foreign[0]}' here; there are: {', '.join(webhooks.EVENT_TYPES)}.",
+            "event_types",
+        )
     try:
         row = webhooks.add_endpoint(request.auth.owner, body.url, body.name, tuple(body.event_types))
     except webhooks.BadAddress as refusal:
@@ -53,7 +55,7 @@ def delete_webhook(request: CallerRequest, webhook_endpoint_id: str) -> Json:
 
 
 def _find(request: CallerRequest, endpoint_id: str) -> Row:
-    row = tables.get(Row, request.auth.owner, endpoint_id) if len(endpoint_id) <= 200 else None
+    row = webhooks.find_endpoint(request.auth.owner, endpoint_id)
     if row is None:
         raise not_found("webhook")
     return row
@@ -66,7 +68,7 @@ def show(row: Row) -> Json:
         "created_at": int(row.created_at),
         "name": row.name,
         "url": row.url,
-        "event_types": list(row.events) or list(EVENTS),
+        "event_types": list(row.events) or list(webhooks.EVENT_TYPES),
         "signing_secret_hint": row.secret[-4:],
         "llmtuner": {"active": row.active, "last_result": row.last_result},
     }

@@ -1,0 +1,99 @@
+"""The page where a person says how to be told of a job's end."""
+
+from __future__ import annotations
+
+import pytest
+from django.core import mail
+
+from jobs import tables, webhooks
+from jobs.tables import WebhookDelivery, WebhookEndpoint
+from tests.factories import make_user
+from tests.jobs.makers import make_claim, make_job, result
+from tests.journeys.conftest import browser_of
+
+PAGE = "/notifications/"
+
+
+def add(client, **fields):
+    return client.post(PAGE, {"url": "https://example.com/hook", "events": webhooks.EVENT_TYPES, **fields})
+
+
+def only(owner):
+    (row,) = webhooks.list_endpoints(owner)
+    return row
+
+
+def test_an_empty_page_says_what_to_do(alices):
+    text = alices.get(PAGE).content.decode()
+    assert "None yet. Add the address" in text
+    assert "Nothing was sent yet" in text
+
+
+def test_a_webhook_is_added_and_its_secret_shown_once(alices, alice):
+    answer = add(alices, name="My script", events=["fine_tuning.job.failed"])
+    row = only(alice.owner_id)
+    assert answer.status_code == 200
+    assert row.secret in answer.content.decode()
+    assert (row.name, row.events) == ("My script", ["fine_tuning.job.failed"])
+    later = alices.get(PAGE).content.decode()
+    assert "https://example.com/hook" in later
+    assert row.secret not in later
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"url": "http://example.com/"}, "https://"),
+        ({"url": "ftp://x"}, "https://"),
+        ({"events": []}, "Choose at least one"),
+        ({"name": "x" * 81}, "80 characters"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_a_reason(alices, alice, fields, words):
+    answer = add(alices, **fields)
+    assert answer.status_code == 400
+    assert words in answer.content.decode()
+    assert not webhooks.list_endpoints(alice.owner_id)
+
+
+def test_a_test_event_is_put_and_listed(alices, alice):
+    add(alices)
+    row = only(alice.owner_id)
+    answer = alices.post(f"{PAGE}{row.endpoint_id}/test/", follow=True)
+    assert "on its way" in answer.content.decode()
+    (delivery,) = tables.rows(WebhookDelivery, alice.owner_id)
+    assert (delivery.event, delivery.status) == (webhooks.TEST_TYPE, "pending")
+    WebhookDelivery(alice.owner_id, delivery.delivery_id).update(
+        actions=[WebhookDelivery.status.set("given up"), WebhookDelivery.last_result.set("answered 500")]
+    )
+    assert "not sent: answered 500" in alices.get(PAGE).content.decode()
+
+
+def test_a_webhook_is_deleted(alices, alice):
+    add(alices)
+    alices.post(f"{PAGE}{only(alice.owner_id).endpoint_id}/delete/")
+    assert not webhooks.list_endpoints(alice.owner_id)
+
+
+def test_another_s_webhook_is_not_there(alices, alice, bobs):
+    add(alices)
+    row = only(alice.owner_id)
+    for what in ("test", "delete"):
+        assert bobs.post(f"{PAGE}{row.endpoint_id}/{what}/").status_code == 404
+    assert row.url not in bobs.get(PAGE).content.decode()
+    assert tables.get(WebhookEndpoint, alice.owner_id, row.endpoint_id)
+
+
+def test_mail_about_jobs_can_be_turned_off(db):
+    user = make_user("mail")
+    claim = make_claim(make_job(user.owner_id))
+    claim.finish("succeeded", result=result(claim))
+    delivery = WebhookDelivery(
+        user.owner_id, f"{claim.job_id}#succeeded#email", job_id=claim.job_id, event="x", payload="{}"
+    )
+    tables.put_new(delivery)
+    browser_of(user).post(f"{PAGE}email/", {"wanted": "0"})
+    assert webhooks.deliver(user.owner_id, delivery.delivery_id)
+    assert not mail.outbox
+    row = tables.get(WebhookDelivery, user.owner_id, delivery.delivery_id)
+    assert (row.status, row.last_result) == ("given up", "not wanted")
