@@ -28,6 +28,11 @@ class OverseenJobAdmin(admin.ModelAdmin):
             path(
                 "<str:owner>/<str:job_id>/cancel/", guarded(oversight.cancel), name="jobs_overseenjob_cancel"
             ),
+            path(
+                "<str:owner>/<str:job_id>/priority/",
+                guarded(oversight.prioritise),
+                name="jobs_overseenjob_priority",
+            ),
         ]
 
     def has_add_permission(self, request: HttpRequest) -> bool:

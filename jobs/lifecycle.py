@@ -290,10 +290,15 @@ def rename(owner: str, job_id: str, name: str) -> Job:
     return moved
 
 
+def can_edit(job: Job) -> bool:
+    """No attempt has begun, and it was not cancelled."""
+    return not job.epoch and job.status in {"validating", "queued", "paused"}
+
+
 def edit(owner: str, job_id: str, request: JobRequest) -> Job:
     """Changes what was asked for while no attempt has begun. Base, suffix and so the model's id stay."""
     job = access.get_job_for(owner, job_id)
-    if job.epoch or job.status not in {"validating", "queued", "paused"}:
+    if not can_edit(job):
         raise Refused("status", "The job has started. Clone it, and change the copy.")
     request = replace(request, base=job.base, suffix=job.suffix, base_facts=job.base_facts)
     fresh = _new_job(owner, job_id, request, _check(owner, request), "")
@@ -364,10 +369,11 @@ def delete(owner: str, job_id: str, *, with_model: bool = False) -> None:
 
 def claim_next(worker: WorkerInfo) -> Claim | None:
     """Claims the job that is next for this worker; None when none waits that fits it."""
-    for job in queueing.in_order(queueing.active_jobs()):
+    for job in queueing.in_order(queueing.active_jobs(), queueing.served()):
         if queueing.fits(job, worker):
             claimed = claim(job, worker)
             if claimed:
+                queueing.remember(job.owner)
                 return claimed
     return None
 

@@ -1,19 +1,21 @@
 """Who is next: by priority, then fair share between owners, then age, among the jobs that fit the worker.
 
 Fair share: an owner's jobs get places counted from how many of theirs already run, so whoever has none running comes
-before the second job of somebody else, however many that one has queued.
+before the second job of somebody else, however many that one has queued. Between owners in the same place, a worker
+takes the one it served longest ago: with a single worker nobody runs at the moment it looks for its next job.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from jobs import tables
 from jobs.tables import Job, JobIndex
 
+KNOWN = 1000  # owners that a worker remembers
 SHARDS = 4  # of the list of active jobs: spreads its writes on AWS; changing it needs an empty list
 
 
@@ -43,16 +45,33 @@ def active_jobs(rows: Iterable[JobIndex] | None = None) -> list[Job]:
     return list(Job.batch_get(keys, consistent_read=True)) if keys else []
 
 
-def in_order(jobs: Iterable[Job]) -> list[Job]:
-    """The queued ones of `jobs`, who is next first."""
+def in_order(jobs: Iterable[Job], served: Mapping[str, int] | None = None) -> list[Job]:
+    """The queued ones of `jobs`, who is next first. `served`: a worker's own memory of whom it had when."""
+    served = served or {}
     jobs = list(jobs)
     place = Counter(job.owner for job in jobs if job.status == "running")
     queued = [job for job in jobs if job.status == "queued" and job.desired == "run"]
     ranked = []
     for job in sorted(queued, key=lambda job: (-job.priority, job.job_id)):
-        ranked.append((-job.priority, place[job.owner], job.job_id, job))
+        ranked.append((-job.priority, place[job.owner], served.get(job.owner, 0), job.job_id, job))
         place[job.owner] += 1
-    return [job for *_, job in sorted(ranked, key=lambda entry: entry[:3])]
+    return [job for *_, job in sorted(ranked, key=lambda entry: entry[:4])]
+
+
+_served: dict[str, int] = {}  # owner: the how manyth claim of this process was theirs last
+
+
+def served() -> Mapping[str, int]:
+    return _served
+
+
+def remember(owner: str) -> None:
+    """A job of this owner was claimed."""
+    number = max(_served.values(), default=0) + 1
+    _served.pop(owner, None)
+    _served[owner] = number
+    if len(_served) > KNOWN:
+        del _served[next(iter(_served))]
 
 
 def fits(job: Job, worker: WorkerInfo) -> bool:

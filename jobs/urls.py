@@ -24,6 +24,7 @@ urlpatterns = [
     path("jobs/new/count/", jobs.count_tokens, name="count_tokens"),
     path("jobs/estimates/", estimates.index, name="estimates"),
     path("jobs/<str:job_id>/", jobs.detail, name="job"),
+    path("jobs/<str:job_id>/edit/", jobs.edit, name="edit_job"),
     path("jobs/<str:job_id>/actions/", jobs.actions, name="job_actions"),
     path("jobs/<str:job_id>/pause/", jobs.pause, name="pause_job"),
     path("jobs/<str:job_id>/resume/", jobs.resume, name="resume_job"),

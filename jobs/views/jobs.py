@@ -79,7 +79,7 @@ def add_base(request: HttpRequest) -> HttpResponse:
 @require_POST
 def count_tokens(request: HttpRequest) -> HttpResponse:
     """Has the chosen data read with the chosen base's tokenizer, and shows the form as it was typed."""
-    draft = new_job.Draft.of(owner_of(request), request.POST)
+    draft = _typed(request)
     draft.count()
     template = "jobs/_new_job_parts.html" if asks_for_part(request) else "jobs/new_job.html"
     return render(request, template, draft.context())
@@ -89,10 +89,18 @@ def count_tokens(request: HttpRequest) -> HttpResponse:
 @require_POST
 def estimate(request: HttpRequest) -> HttpResponse:
     """The form as typed so far: its estimate, reasons and warnings. htmx swaps those parts; without it, the whole page."""
-    draft = new_job.Draft.of(owner_of(request), request.POST)
+    draft = _typed(request)
     draft.apply_buttons(request.POST)
     template = "jobs/_new_job_parts.html" if asks_for_part(request) else "jobs/new_job.html"
     return render(request, template, draft.context())
+
+
+def _typed(request: HttpRequest) -> new_job.Draft:
+    """The form as it stands, of a new job or of one that is edited."""
+    owner, edited = owner_of(request), request.POST.get("edited")
+    if edited:
+        return new_job.Draft.editing(access.get_job_for(owner, edited), request.POST)
+    return new_job.Draft.of(owner, request.POST)
 
 
 # ---- one job -------------------------------------------------------------------------------------------------------
@@ -132,6 +140,30 @@ def _skimmed(job: Job) -> list[feed.Event]:
         after = max(n * stride, events[-1].seq if events else 0)
         events += feed.read(job.owner, job.job_id, after, limit=WINDOW)[:WINDOW]
     return events + feed.read(job.owner, job.job_id, max(last - TAIL, events[-1].seq))
+
+
+@for_people
+@require_http_methods(["GET", "POST"])
+def edit(request: HttpRequest, job_id: str) -> HttpResponse:
+    """The form of a job whose first attempt has not begun."""
+    job = access.get_job_for(owner_of(request), job_id)
+    if not showing.state(job).can_edit:
+        messages.warning(request, "The job has started. Clone it, and change the copy.")
+        return redirect("jobs:job", job_id)
+    if request.method == "GET":
+        return render(request, "jobs/new_job.html", new_job.Draft.editing(job).context())
+    draft = new_job.Draft.editing(job, request.POST)
+    if draft.is_valid():
+        try:
+            lifecycle.edit(job.owner, job_id, draft.request())
+        except lifecycle.Refused as refused:
+            draft.refuse(refused.field, refused.message)
+        except lifecycle.LostRace as lost:
+            draft.refuse("", str(lost))
+        else:
+            messages.success(request, "The job is changed. It keeps its place in the queue.")
+            return redirect("jobs:job", job_id)
+    return render(request, "jobs/new_job.html", draft.context(), status=422)
 
 
 @for_people

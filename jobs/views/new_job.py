@@ -11,7 +11,7 @@ from typing import Any
 from jobs import access, bases, estimates, hub_check, reports, storage
 from jobs.forms import NewJobForm, preset_of, rows, settings_from, shown, with_preset
 from jobs.lifecycle import JobRequest
-from jobs.tables import Dataset, DatasetReport
+from jobs.tables import Dataset, DatasetReport, Job
 from jobs.templatetags.figures import count, size
 from training import catalog
 from training.auto import PRESETS, resolve
@@ -34,6 +34,7 @@ class Draft:
     datasets: list[Dataset]
     errors: dict[str, str] = field(default_factory=dict)
     settings: Settings | None = None
+    job: Job | None = None  # that is edited
 
     # ---- where it comes from ----
 
@@ -41,27 +42,20 @@ class Draft:
     def open(cls, owner: str, query: Mapping[str, str]) -> Draft:
         """A fresh form, or a clone of the job that `?clone=` names. Raises access.NotFound for another's job."""
         if query.get("clone"):
-            return cls.of(owner, cls._cloned(owner, query["clone"]), check=False)
+            job = access.get_job_for(owner, query["clone"])
+            return cls.of(owner, _as_typed(job) | {"name": f"{job.name}, again"[:120]}, check=False)
         named = {name: query.get(name, "") for name in ("dataset", "validation_dataset", "base")}
         return cls.of(owner, named, check=False)
 
-    @staticmethod
-    def _cloned(owner: str, job_id: str) -> dict[str, str]:
-        job = access.get_job_for(owner, job_id)
-        asked = {
-            name: value
-            for name, value in (job.settings or {}).items()
-            if name in FIELDS and value != FIELDS[name].default
-        }
-        return {
-            "name": f"{job.name}, again"[:120],
-            "dataset": job.dataset_id,
-            "validation_dataset": job.validation_dataset_id or "",
-            "base": job.base,
-            "suffix": job.suffix or "",
-            "prompts": "\n".join(job.prompts or []),
-            **{name: shown(value) for name, value in asked.items()},
-        }
+    @classmethod
+    def editing(cls, job: Job, data: Mapping[str, Any] | None = None) -> Draft:
+        """The form of a job that waits, as it was asked for or as `data` would change it. Base and suffix stay."""
+        typed = _as_typed(job)
+        if data is not None:
+            typed = {name: str(data[name]) for name in data} | {"base": job.base, "suffix": job.suffix or ""}
+        draft = cls.of(job.owner, typed, check=data is not None)
+        draft.job = job
+        return draft
 
     @classmethod
     def of(cls, owner: str, data: Mapping[str, Any], *, check: bool = True) -> Draft:
@@ -115,6 +109,7 @@ class Draft:
     def request(self) -> JobRequest:
         given = {name: value for name, value in self.typed.items() if value}
         settings = self.settings.as_dict() if self.settings else {}
+        kept = self.job.metadata if self.job else {}
         return JobRequest(
             name=self.values["name"].strip() or self._default_name(),
             base=self.values["base"],
@@ -123,7 +118,9 @@ class Draft:
             settings={name: settings[name] for name in given},
             suffix=self.values["suffix"],
             prompts=tuple(self._prompts()),
-            metadata={"dataset_name": self.dataset.name if self.dataset else ""},
+            seed=None if self.job is None or self.job.seed is None else int(self.job.seed),
+            needs=self.job.needs if self.job else {},
+            metadata={**kept, "dataset_name": self.dataset.name if self.dataset else ""},
         )
 
     def _prompts(self) -> list[str]:
@@ -154,6 +151,7 @@ class Draft:
         basic, advanced = rows(self.typed, self.errors, resolved, reasons)
         method = resolved.method if resolved else "full"
         return {
+            "job": self.job,
             "values": self.values,
             "errors": self.errors,
             "datasets": self.datasets,
@@ -189,7 +187,11 @@ class Draft:
         return [
             {
                 "title": title,
-                "choices": [_choice(one, machine, method, chosen) for one in models],
+                "choices": [
+                    _choice(one, machine, method, chosen)
+                    for one in models
+                    if self.job is None or one.id == self.job.base
+                ],
                 "open": len(models) <= MANY or any(one.id == chosen for one in models),
             }
             for title, models in groups
@@ -270,6 +272,24 @@ def _facts(base: BaseModel, machine: catalog.Machine) -> dict[str, Any]:
         for method, fit in fits.items()
     ]
     return {"model": base, "numbers": numbers, "memory": memory}
+
+
+def _as_typed(job: Job) -> dict[str, str]:
+    """What its person asked for, as the form's fields."""
+    asked = {
+        name: value
+        for name, value in (job.settings or {}).items()
+        if name in FIELDS and value != FIELDS[name].default
+    }
+    return {
+        "name": job.name,
+        "dataset": job.dataset_id,
+        "validation_dataset": job.validation_dataset_id or "",
+        "base": job.base,
+        "suffix": job.suffix or "",
+        "prompts": "\n".join(job.prompts or []),
+        **{name: shown(value) for name, value in asked.items()},
+    }
 
 
 def _choice(base: BaseModel, machine: catalog.Machine, method: str, chosen: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jobs.tables import Audit, Job, JobIndex, month_of, new_id, time_of
 from jobs.views import showing
 
 PAGE = 50
+PRIORITIES = {10: "before everybody's", 0: "ordinary", -10: "behind everybody's"}
 STATES = ("all", "active", "succeeded", "failed", "cancelled")
 
 
@@ -76,6 +77,7 @@ def detail(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) ->
         "may_cancel": not job.ended
         and job.desired != "cancel"
         and request.user.has_perm("jobs.change_overseenjob"),
+        "priorities": PRIORITIES,
     }
     return render(request, "admin/jobs/overseen_detail.html", context)
 
@@ -93,6 +95,27 @@ def cancel(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) ->
         messages.warning(request, refused.message)
     else:
         messages.success(request, "The job is cancelled, or will be with its next heartbeat.")
+    return redirect("admin:jobs_overseenjob_detail", owner, job_id)
+
+
+@require_POST
+def prioritise(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) -> HttpResponse:
+    """Staff may put a job before or behind everybody's; who did it is written down."""
+    _allowed(request, "change")
+    _job(owner, job_id)
+    priority = request.POST.get("priority", "")
+    if priority not in {str(number) for number in PRIORITIES}:
+        messages.warning(request, "Choose one of the priorities.")
+        return redirect("admin:jobs_overseenjob_detail", owner, job_id)
+    action = f"priority {priority}"
+    actor = request.user.owner_id
+    Audit(month_of(time.time()), new_id("audit"), actor=actor, action=action, target=job_id).save()
+    try:
+        lifecycle.prioritise(owner, job_id, int(priority))
+    except lifecycle.Refused as refused:
+        messages.warning(request, refused.message)
+    else:
+        messages.success(request, f"Its priority is {PRIORITIES[int(priority)]} now.")
     return redirect("admin:jobs_overseenjob_detail", owner, job_id)
 
 

@@ -86,6 +86,7 @@ class State:
     started_at: float | None = None
     submitted_at: float | None = None
     waiting: str = ""
+    can_edit: bool = False
     can_pause: bool = False
     can_resume: bool = False
     can_cancel: bool = False
@@ -116,6 +117,7 @@ def state(job: Job) -> State:
         started_at=job.started_at,
         submitted_at=job.created_at,
         waiting=WAITING_LINES.get(job.status, "No line was written."),
+        can_edit=lifecycle.can_edit(job),
         can_pause=not ended and job.status != "paused" and wanted == "run",
         can_resume=not ended and (job.status == "paused" or wanted == "pause"),
         can_cancel=not ended and wanted != "cancel",

@@ -46,6 +46,7 @@ OBJECTS = {  # one thing of one person
     "datasets/<str:dataset_id>/delete/",
     "datasets/<str:dataset_id>/fix/",
     "jobs/<str:job_id>/",
+    "jobs/<str:job_id>/edit/",
     "jobs/<str:job_id>/actions/",
     "jobs/<str:job_id>/pause/",
     "jobs/<str:job_id>/resume/",

@@ -193,7 +193,7 @@ def catch(stage: Any) -> dict[str, list[str]]:
         "heartbeats stop on SIGTERM": processes.terminated_slowly,
         "no lease before the first heartbeat": lambda stage: processes.failpoint(stage, "claimed"),
         "rows written in batches": lambda stage: wishes.cancelled(stage, 1, "training"),
-        "bells acknowledged late": processes.worker_killed,
+        "bells acknowledged late": wishes.bell_taken,
         "streams share what they hear": web.strangers,
         "whoever is signed in may look": web.strangers,
     }

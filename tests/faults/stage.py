@@ -86,16 +86,16 @@ class Stage:
         measured.wrong += violations(job, reference, steps=asked)
         measured.wrong += [f"orphan trainer {pid}" for pid in orphans(self.house)]
         if charged is not None and job.attempts > charged:
-            measured.wrong.append(f"{job.attempts} attempts were charged")
+            measured.wrong.append(f"{job.attempts} attempts were charged: {told(job)}")
         self.hear(measured)
         measured.worst("attempts charged", float(job.attempts))
         return job
 
-    def unacknowledged(self) -> int:
-        """Messages that the broker would deliver again."""
+    def bells(self) -> int:
+        """That lie in the list, or were given out and not acknowledged."""
         from jobs import bells
 
-        return int(bells.client().hlen("unacked"))
+        return int(bells.client().llen("training")) + int(bells.client().hlen("unacked"))
 
     def abandon(self) -> None:
         """After a planted bug: nobody works any more, and no job waits."""
@@ -112,6 +112,14 @@ class Stage:
         """What the recorder saw meanwhile."""
         measured.wrong += self.recorder.found
         self.recorder.found.clear()
+
+
+def told(job: Any) -> str:
+    """What its log says of attempts."""
+    from jobs import feed
+
+    events = feed.read(job.owner, job.job_id)
+    return " | ".join(str(e.data["message"]) for e in events if e.data["t"] in ("attempt", "doctor"))
 
 
 def until(is_so: Callable[[], Any], seconds: float = 60) -> float:

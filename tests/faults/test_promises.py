@@ -32,6 +32,7 @@ def test_a_cancel_of_a_job_nobody_runs_is_at_once_and_for_ever(state):
         assert cancels.cancel(state, random.Random(number)) == []
 
 
-def test_one_who_queued_many_waits_for_one_who_queued_one(settings):
+@pytest.mark.parametrize("slots", [1, 2])
+def test_one_who_queued_many_waits_for_one_who_queued_one(settings, slots):
     settings.JOBS = settings.JOBS | {"max_jobs_per_owner": 100}
-    assert cancels.turns_until_the_other(slots=2, count=12) == 0
+    assert cancels.turns_until_the_other(slots, count=12) == 0

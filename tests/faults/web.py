@@ -84,7 +84,7 @@ def web_killed(stage: Stage, rounds: int = 1) -> Measured:
         answers: list[str] = []
         poster = threading.Thread(target=_post, args=(person, stage.dataset, key, answers))
         poster.start()
-        time.sleep(stage.some.uniform(0, 0.12))
+        time.sleep(stage.some.uniform(0, 0.5))
         stage.house.kill("web")
         poster.join()
         began = time.monotonic()

@@ -28,6 +28,20 @@ def test_one_who_queued_a_hundred_waits_for_one_who_queued_one():
     assert order(job("a", 999, "running"), *many, job("b", 500))[:3] == ["b500", "a0", "a1"]
 
 
+def test_a_single_worker_takes_turns_between_jobs_when_nobody_runs():
+    waiting = [*(job("a", n) for n in range(3)), job("b", 500), job("c", 501)]
+    ordered = queueing.in_order(waiting, {"a": 2, "b": 1})
+    assert [j.owner for j in ordered][:3] == ["c", "b", "a"]
+
+
+def test_a_worker_remembers_whom_it_served_last(monkeypatch):
+    monkeypatch.setattr(queueing, "_served", {})
+    monkeypatch.setattr(queueing, "KNOWN", 2)
+    for owner in ("a", "b", "a", "c"):
+        queueing.remember(owner)
+    assert queueing.served() == {"a": 3, "c": 4}
+
+
 def test_priority_comes_before_everything():
     assert order(job("a", 1), job("b", 2), job("a", 3, priority=1))[0] == "a3"
 

@@ -160,6 +160,34 @@ def test_a_clone_is_filled_in(alices: Client, alice: User) -> None:
     assert re.search(r'name="epochs" value="7"', text)
 
 
+def test_a_waiting_job_is_edited_and_keeps_its_place(alices: Client, alice: User) -> None:
+    dataset = make_dataset(alice.owner_id)
+    fields = {"dataset_id": dataset.dataset_id, "settings": {"epochs": 7.0}, "metadata": {"mine": "1"}}
+    job = make_job(alice.owner_id, "queued", **fields)
+    address = reverse("jobs:edit_job", args=[job.job_id])
+    assert address in page(alices, job)
+    assert re.search(r'name="epochs" value="7"', alices.get(address).content.decode())
+    typed = {"name": "Better", "dataset": dataset.dataset_id, "base": "gpt2", "suffix": "x", "epochs": "2"}
+    answer = alices.post(address, typed)
+    assert answer.status_code == 302, answer.content.decode()
+    changed = access.get_job_for(alice.owner_id, job.job_id)
+    assert (changed.name, changed.settings["epochs"], changed.metadata["mine"]) == ("Better", 2, "1")
+    assert (changed.base, changed.model_id, changed.created_at) == (job.base, job.model_id, job.created_at)
+    assert alices.post(address, typed | {"epochs": "-1"}).status_code == 422
+
+
+def test_a_job_that_has_begun_is_not_edited(alices: Client, alice: User) -> None:
+    dataset = make_dataset(alice.owner_id)
+    job = make_job(alice.owner_id, "running", dataset_id=dataset.dataset_id, epoch=1)
+    address = reverse("jobs:edit_job", args=[job.job_id])
+    assert address not in page(alices, job)
+    answer = alices.post(
+        address, {"name": "x", "dataset": dataset.dataset_id, "base": "starter"}, follow=True
+    )
+    assert "Clone it" in answer.content.decode()
+    assert access.get_job_for(alice.owner_id, job.job_id).name == job.name
+
+
 def test_the_page_data_is_plain_json(alices: Client, alice: User) -> None:
     text = page(alices, make_job(alice.owner_id, lines=[metric(1)]))
     found = re.search(r'<script id="job-data" type="application/json">(.*?)</script>', text, re.S)

@@ -39,11 +39,24 @@ def test_staff_see_the_log_and_cancel_and_it_is_written_down(sams: Client, sam: 
     assert [(row.actor, row.action) for row in audit] == [(sam.owner_id, "cancel")]
 
 
+def test_staff_put_a_job_before_everybodys(sams: Client, alice: User) -> None:
+    job = make_job(alice.owner_id, "queued")
+    address = reverse("admin:jobs_overseenjob_priority", args=[job.owner, job.job_id])
+    sams.post(address, {"priority": "10"})
+    assert access.get_job_for(alice.owner_id, job.job_id).priority == 10
+    sams.post(address, {"priority": "999"})
+    assert access.get_job_for(alice.owner_id, job.job_id).priority == 10
+    audit = [row for row in tables.rows(Audit, month_of(job.created_at)) if row.target == job.job_id]
+    assert [row.action for row in audit] == ["priority 10"]
+
+
 def test_customers_are_kept_out(bobs: Client, alice: User) -> None:
     job = make_job(alice.owner_id)
     for address in (reverse(LIST), reverse("admin:jobs_overseenjob_detail", args=[job.owner, job.job_id])):
         assert bobs.get(address).status_code in (302, 403, 404)
     bobs.post(reverse("admin:jobs_overseenjob_cancel", args=[job.owner, job.job_id]))
+    bobs.post(reverse("admin:jobs_overseenjob_priority", args=[job.owner, job.job_id]), {"priority": "10"})
+    assert access.get_job_for(alice.owner_id, job.job_id).priority == 0
     assert access.get_job_for(alice.owner_id, job.job_id).desired == "run"
 
 
