@@ -178,7 +178,6 @@ def faults_of(options: argparse.Namespace, down_s: float) -> dict[str, Callable[
         "replies lost": stores.replies_lost,
         "paused, resumed": wishes.paused_and_resumed,
         "bells doubled": wishes.bells_doubled,
-        "bell taken": wishes.bell_taken,
         "fair share": wishes.fair_share,
         "checkpoint damaged": stores.checkpoint_damaged,
     }

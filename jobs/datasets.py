@@ -76,6 +76,11 @@ def receive(
     )
     if received is None:
         raise Rejected("The upload took too long. Send it again.")
+    try:
+        limits.check_fits(owner)  # several may have come at once, each while there was room
+    except OverQuota:
+        _forget(owner, dataset_id)
+        raise
     errands.ring("check", owner, dataset_id)
     return received
 

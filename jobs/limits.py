@@ -54,9 +54,20 @@ def check_room(owner: str) -> None:
     limit, most = int(settings.JOBS["max_stored_bytes_per_owner"]), int(settings.JOBS["max_models_per_owner"])
     sizes = {table: _sizes(table, owner) for table in (Dataset, TunedModel)}
     if sum(map(sum, sizes.values())) >= limit:
-        raise OverQuota(f"Your files and models fill the {limit:,} bytes you may store. Delete some first.")
+        raise _full(limit)
     if len(sizes[TunedModel]) >= most:
         raise OverQuota(f"You have {most:,} models, the most at a time. Delete some first.")
+
+
+def check_fits(owner: str) -> None:
+    """Asked after a file was received: do all that came at the same time fit together?"""
+    limit = int(settings.JOBS["max_stored_bytes_per_owner"])
+    if sum(sum(_sizes(table, owner)) for table in (Dataset, TunedModel)) > limit:
+        raise _full(limit)
+
+
+def _full(limit: int) -> OverQuota:
+    return OverQuota(f"Your files and models fill the {limit:,} bytes you may store. Delete some first.")
 
 
 def _sizes(table: type[Dataset] | type[TunedModel], owner: str) -> list[int]:

@@ -271,7 +271,7 @@ class _Attempt:
         grace = settings.JOBS["cancel_grace_s" if cancel else "sigterm_grace_s"]
         if self.told_at is not None and time.monotonic() - self.told_at > grace and child.alive:
             log.warning("%s: the trainer does not stop and is killed", self.claim.job_id)
-            child.kill()
+            child.end()
 
     def _watch(self, child: Child) -> None:
         """Stalls, endless runs and endless talk."""
@@ -286,7 +286,7 @@ class _Attempt:
         elif self.writer.next_seq > limits["max_events"]:
             self.killed_by_us = "too_many_events"
         if self.killed_by_us:
-            child.kill()
+            child.end()
 
     # ---- small parts -------------------------------------------------------------------------------------------
 

@@ -127,11 +127,14 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
 
-    def kill(self) -> None:
-        """The child and all that it started, at once. Returns when it is gone."""
+    def end(self) -> None:
+        """The child and all that it started, at once. Returns when it is gone; what it said can still be read."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def kill(self) -> None:
+        self.end()
         self.close()
 
     def close(self) -> None:

@@ -26,8 +26,8 @@ app.conf.update(
         "socket_connect_timeout": 3,
         "socket_keepalive": True,
         "health_check_interval": 10,
-        # Celery delivers what is unacknowledged for this long again, by the wall clock. We acknowledge on receipt, so
-        # never is right: a week.
+        # Celery delivers what is unacknowledged for this long again, by the wall clock; and with `-P solo` a message stays
+        # unacknowledged while its task runs, early ack or not. A bell too many is harmless, but never would be right: a week.
         "visibility_timeout": 7 * 24 * 3600,
     },
     task_ignore_result=True,

@@ -91,12 +91,6 @@ class Stage:
         measured.worst("attempts charged", float(job.attempts))
         return job
 
-    def bells(self) -> int:
-        """That lie in the list, or were given out and not acknowledged."""
-        from jobs import bells
-
-        return int(bells.client().llen("training")) + int(bells.client().hlen("unacked"))
-
     def abandon(self) -> None:
         """After a planted bug: nobody works any more, and no job waits."""
         from jobs import lifecycle, queueing

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.faults import house as h
-from tests.faults.stage import Measured, Stage, all_of, until
+from tests.faults.stage import Measured, Stage, all_of
 
 LONG = 100_000  # steps that nobody waits for
 
@@ -96,24 +96,6 @@ def bells_doubled(stage: Stage, rounds: int = 1, times: int = 10) -> Measured:
         job = stage.judge(job_id, measured, charged=0)
         if job.epoch != 1:
             measured.wrong.append(f"{job_id} took {job.epoch} leases")
-    return measured
-
-
-def bell_taken(stage: Stage, rounds: int = 1) -> Measured:
-    """An idle worker takes a bell off for good before it runs the job: the broker has nothing to deliver again."""
-    from jobs import bells
-
-    measured = Measured()
-    stage.only(0)
-    bells.client().delete("training", "unacked", "unacked_index")
-    stage.only(1)
-    until(lambda: not stage.bells(), 10)  # the one it rang for itself at its start
-    time.sleep(1)
-    job_id = stage.submit(max_steps=60)
-    h.wait_step(job_id, 1)
-    if lying := stage.bells():
-        measured.wrong.append(f"{lying} bells of a running job would be delivered again")
-    stage.judge(job_id, measured, charged=0)
     return measured
 
 

@@ -158,3 +158,18 @@ def test_parts_of_an_upload_go_with_their_owner():
     part = storage.put_file("uploads/upload-GONE/part-1", io.BytesIO(b"abc"))
     assert endings.delete_bytes(make_owner(), "upload-GONE")
     assert storage.size_of(part.key) is None
+
+
+def test_files_that_come_at_the_same_time_share_the_room(settings):
+    """Each began while there was room for it; together they don't fit."""
+    settings.JOBS = settings.JOBS | {"max_stored_bytes_per_owner": 2 * len(ROWS) - 1}
+    owner = make_owner()
+
+    def slowly():
+        receive(owner, "meanwhile.jsonl")
+        yield ROWS
+
+    with pytest.raises(datasets.OverQuota):
+        datasets.receive(owner, "late.jsonl", slowly())
+    assert [row.name for row in access.list_datasets(owner)] == ["meanwhile.jsonl"]
+    assert limits.held(owner, "datasets") == {row.dataset_id for row in access.list_datasets(owner)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import threading
 import time
 from pathlib import Path
@@ -125,6 +127,34 @@ def test_a_stopped_worker_gives_back_and_the_next_attempt_is_exact(undisturbed):
     assert read(job).status == "succeeded"
     assert curve(job) == curve(undisturbed)
     assert weights(job) == weights(undisturbed)
+
+
+@pytest.mark.parametrize("wish", ["stop", "cancel", "stalled"])
+def test_a_trainer_that_hangs_is_killed_and_the_job_goes_where_it_should(wish, monkeypatch):
+    for name in ("sigterm_grace_s", "cancel_grace_s"):
+        monkeypatch.setitem(settings.JOBS, name, 0.5)
+    monkeypatch.setitem(settings.JOBS, "stall_s", 1.0 if wish == "stalled" else 120.0)
+    monkeypatch.setattr(runner, "STALL_STEPS", 0)
+    claim, stop = claim_one(max_steps=5000), threading.Event()
+    attempt = runner._Attempt(claim, stop, runner.prepare.work_folder(claim.job_id, 1))
+
+    def hang():
+        os.kill(attempt.child.pid, signal.SIGSTOP)
+        if wish == "stop":
+            stop.set()
+        elif wish == "cancel":
+            lifecycle.ask(claim.owner, claim.job_id, "cancel")
+
+    when_step(claim, 5, hang)
+    attempt.run()
+    attempt.close()
+    job = read(claim.job)
+    expected = {
+        "stop": ("queued", 0, ""),
+        "cancel": ("cancelled", 0, "cancelled"),
+        "stalled": ("retrying", 1, "stalled"),
+    }
+    assert (job.status, job.attempts, job.reason) == expected[wish]
 
 
 def test_a_lost_attempts_steps_are_run_again_and_proven_equal(undisturbed):

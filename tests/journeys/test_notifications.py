@@ -76,7 +76,7 @@ def test_a_webhook_is_deleted(alices, alice):
 
 
 def test_another_s_webhook_is_not_there(alices, alice, bobs):
-    add(alices)
+    add(alices, url="https://alice.example/hook")
     row = only(alice.owner_id)
     for what in ("test", "delete"):
         assert bobs.post(f"{PAGE}{row.endpoint_id}/{what}/").status_code == 404
