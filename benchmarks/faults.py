@@ -122,13 +122,14 @@ def campaign(stage_house: object, options: argparse.Namespace, rounds: int) -> i
             continue
         done, wrong, worst, began = 0, 0, dict[str, float](), time.monotonic()
         while done < rounds:
-            measured = fault(stage, rounds - done)
+            measured = fault(stage, min(rounds - done, CHUNK))
             for what in measured.wrong:
                 scores.note(f"{name}: {what}")
             done += measured.rounds
             wrong += measured.rounds if measured.wrong else 0
             for figure, value in measured.figures.items():
                 worst[figure] = max(value, worst.get(figure, 0.0))
+            scores.note(f"{name}: {done} done after {time.monotonic() - began:.0f} s")
             if name in ONCE:
                 break
         scores.add(f"{name}: rounds right", done - wrong, done, 1.0)
@@ -138,7 +139,6 @@ def campaign(stage_house: object, options: argparse.Namespace, rounds: int) -> i
                 scores.note(f"{name}: {figure} {value:.3g}")
             else:
                 scores.add(f"{name}: {figure}", value, promise, 1.0, less_is_better=True)
-        scores.note(f"{name}: {time.monotonic() - began:.0f} s")
     return scores.end()
 
 
@@ -153,6 +153,7 @@ def planted(stage: Any, scores: Any) -> int:
     return int(scores.end())
 
 
+CHUNK = 10  # rounds of a fault between two lines that tell how far it is
 ONCE = {"dynamodb away for two minutes", "clocks two hours off", "fair share"}
 
 
