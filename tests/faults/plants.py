@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -192,8 +192,8 @@ IN_PROTOCOL = {  # rules switched off, with the scenario of tests/jobs/protocol.
 # ---- catching them ---------------------------------------------------------------------------------------------------
 
 
-def catch(stage: Any) -> dict[str, list[str]]:
-    """Of each bug, what the harness found. Nothing = not caught."""
+def catch(stage: Any) -> Iterator[tuple[str, list[str]]]:
+    """Each bug with what the harness found. Nothing = not caught."""
     from tests.faults import processes, web, wishes
 
     scenarios: dict[str, Callable[[Any], Any]] = {
@@ -207,9 +207,11 @@ def catch(stage: Any) -> dict[str, list[str]]:
         "streams share what they hear": web.strangers,
         "whoever is signed in may look": web.strangers,
     }
-    found = {name: _in_processes(stage, name, scenario) for name, scenario in scenarios.items()}
-    found |= {name: _in_protocol(*where) for name, where in IN_PROTOCOL.items()}
-    return found | {"retries not idempotent": _in_replies()}
+    for name, where in IN_PROTOCOL.items():
+        yield name, _in_protocol(*where)
+    yield "retries not idempotent", _in_replies()
+    for name, scenario in scenarios.items():
+        yield name, _in_processes(stage, name, scenario)
 
 
 def _in_processes(stage: Any, name: str, scenario: Callable[[Any], Any]) -> list[str]:

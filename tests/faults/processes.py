@@ -31,7 +31,10 @@ def _killed(stage: Stage, rounds: int, *, whole_worker: bool) -> Measured:
     stage.only(measured.rounds)
     steps = {stage.submit(): stage.moment() for _ in range(measured.rounds)}
     began: dict[str, float] = {}
+    end = time.monotonic() + stage.patience_s
     while len(began) < measured.rounds:
+        if time.monotonic() > end:
+            raise TimeoutError("the jobs do not get on")
         for job_id in steps.keys() - began.keys():
             job = h.job_of(job_id)
             if job.status != "running" or (job.progress or {}).get("step", 0) < steps[job_id]:

@@ -126,7 +126,7 @@ def until(is_so: Callable[[], Any], seconds: float = 60) -> float:
     return time.monotonic() - began
 
 
-def all_of(job_ids: Iterable[str], is_so: Callable[[Any], Any], seconds: float = 300) -> dict[str, float]:
+def all_of(job_ids: Iterable[str], is_so: Callable[[Any], Any], seconds: float = 120) -> dict[str, float]:
     """When each became so, by the monotonic clock."""
     waiting, when = list(job_ids), dict[str, float]()
     end = time.monotonic() + seconds

@@ -39,7 +39,10 @@ def cancelled(stage: Stage, rounds: int, state: str) -> Measured:
     for _ in range(0, rounds, stage.at_once):
         jobs = [stage.submit(**settings) for _ in stage.house.workers]
         asked: dict[str, float] = {}
+        end = time.monotonic() + stage.patience_s
         while len(asked) < len(jobs):
+            if time.monotonic() > end:
+                raise TimeoutError(f"no job got to {state}")
             for job_id in set(jobs) - asked.keys():
                 if is_there(h.job_of(job_id)):
                     time.sleep(stage.some.uniform(0, 0.3))

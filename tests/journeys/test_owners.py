@@ -7,12 +7,13 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
+from jobs import webhooks
 from jobs.urls import urlpatterns
 from tests.journeys.makers import make_dataset, make_job, make_model
 
 POSTS = {
     "upload", "delete_dataset", "fix_dataset", "estimate", "pause_job", "resume_job", "cancel_job", "retry_job", "rename_job",
-    "delete_job", "delete_model", "playground_stream",
+    "delete_job", "delete_model", "playground_stream", "notify_by_email", "test_webhook", "delete_webhook",
 }  # fmt: skip
 # A signed link is its own permission: tests/jobs asks those.
 NAMES = [p.name for p in urlpatterns if "token" not in p.pattern.converters]
@@ -34,6 +35,7 @@ def things(alice: User) -> dict[str, str]:
         "dataset_id": make_dataset(alice.owner_id).dataset_id,
         "job_id": make_job(alice.owner_id, "succeeded").job_id,
         "model_id": make_model(alice.owner_id).model_id,
+        "webhook_endpoint_id": webhooks.add_endpoint(alice.owner_id, "https://example.com/hook").endpoint_id,
     }
 
 
