@@ -14,6 +14,7 @@ from tests.journeys.makers import make_dataset, make_job, make_model
 POSTS = {
     "upload", "delete_dataset", "fix_dataset", "estimate", "pause_job", "resume_job", "cancel_job", "retry_job", "rename_job",
     "delete_job", "delete_model", "playground_stream", "notify_by_email", "test_webhook", "delete_webhook",
+    "dataset_columns", "read_as", "model_names", "count_tokens", "add_base",
 }  # fmt: skip
 # A signed link is its own permission: tests/jobs asks those.
 NAMES = [p.name for p in urlpatterns if "token" not in p.pattern.converters]
