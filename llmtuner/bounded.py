@@ -46,6 +46,11 @@ def bounded(app: App) -> App:
         if scope["type"] != "http":
             return await app(scope, receive, send)
         headers = dict(scope["headers"])
+        if (
+            b"transfer-encoding" in headers and b"content-length" in headers
+        ):  # a proxy may believe the other one
+            message = "A body has a length or comes in chunks, not both."
+            return await _answer(send, 400, message, "invalid_body")
         limit = limit_of(scope["path"], headers.get(b"content-type", b"").decode("latin-1").lower())
         length = headers.get(b"content-length", b"0" if b"transfer-encoding" not in headers else b"")
         if length.isdigit() and int(length) > limit:
