@@ -1,6 +1,6 @@
 """Exact resume, proven: runs killed with SIGKILL at random moments end with the same bits as one that was not.
 
-    python benchmarks/resume.py [--runs 20] [--steps 200] [--seed 1]
+    bin/bench resume [--runs 20] [--first 1] [--steps 200] [--seed 1]
 
 Each run: a tiny GPT-2, dropout on, two micro-batches a step, epochs that end in the middle of steps, a checkpoint every
 few steps; killed 1 to 5 times (in a step, while a checkpoint is written, at an epoch's end), resumed from the newest
@@ -25,6 +25,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import Scores  # noqa: E402
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "the", "moon", "until", "it", "rained"]
 Losses = dict[int, str]
@@ -118,31 +120,32 @@ def killed_run(run: dict[str, Any], work: Path, steps: int, rng: random.Random) 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="bin/bench resume")
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--first", type=int, default=1, help="number of the first run: a campaign may be done in parts")  # fmt: skip
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    rng = random.Random(args.seed)  # noqa: S311 (moments of kills, not secrets)
+    scores = Scores()
     with tempfile.TemporaryDirectory() as folder:
         run = lay_out(Path(folder), args.steps)
         reference = Path(folder) / "reference"
         if start(run, reference).wait() != 0:
             raise SystemExit("the uninterrupted run failed")
         wanted, truth = digest(reference), losses(reference)
-        print(f"uninterrupted: {len(truth)} steps, weights {wanted[:16]}", flush=True)
+        scores.note(f"seed {args.seed}, uninterrupted: {len(truth)} steps, weights {wanted[:16]}")
         equal = kills = 0
-        for i in range(args.runs):
-            work = Path(folder) / f"run{i}"
+        for number in range(args.first, args.first + args.runs):
+            work = Path(folder) / f"run{number}"
+            rng = random.Random(f"{args.seed}:{number}")  # noqa: S311 (moments of kills, not secrets)
             died = killed_run(run, work, args.steps, rng)
             kills += died
             same = digest(work) == wanted and losses(work) == truth
             equal += same
-            print(f"run {i + 1}: killed {died} times, {'equal' if same else 'DIFFERENT'}", flush=True)
-        print(f"{equal} of {args.runs} runs equal bit for bit after {kills} kills")
-        return 0 if equal == args.runs else 1
+            scores.note(f"run {number}: killed {died} times, {'equal' if same else 'DIFFERENT'}")
+        scores.note(f"{kills} kills")
+        scores.add("resume: runs equal bit for bit", equal, args.runs, 1.0)
+    return scores.end()
 
 
 if __name__ == "__main__":

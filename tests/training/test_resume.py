@@ -153,7 +153,7 @@ def test_it_keeps_the_settings_the_first_attempt_resolved(runner: Runner, cut: P
 
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_end_with_the_same_bits(tmp_path: Path) -> None:
-    """The short form of `python benchmarks/resume.py`."""
+    """The short form of `bin/bench resume`."""
     run = resume.lay_out(tmp_path, 60, eval_every=20)
     assert resume.start(run, tmp_path / "reference").wait() == 0
     kills = resume.killed_run(run, tmp_path / "killed", 60, random.Random(4))
