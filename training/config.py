@@ -73,6 +73,7 @@ FIELDS: dict[str, Field] = {
     "seed": Field(0, "int", "Decides the order of examples and all randomness.", "Seed", 0, 2**31 - 1),
     "precision": Field("auto", "choice", "Numbers to compute with; automatic = bf16 on GPUs that have it, else fp32.", "Precision", choices=("auto", "fp32", "bf16")),
     "deterministic": Field(False, "bool", "Refuse every operation that could give other bits on the same machine. Processors: always so; GPUs: slower.", "Deterministic"),
+    "shard": Field(False, "bool", "Spread the weights over all processes of a run (FSDP2). Done by itself where the model does not fit into one; alone it changes nothing.", "Spread the model"),
     "validation_fraction": Field(None, "float", "Share of the examples held out to evaluate on, where no validation file is given.", "Held out", 0, 0.5),
     "train_on": Field("completion", "choice", "Learn the answers only, or the prompts too.", "Learn", choices=("completion", "all"), group="basic"),
 }  # fmt: skip
@@ -112,6 +113,7 @@ class Settings:
     seed: int = 0
     precision: str = "auto"
     deterministic: bool = False
+    shard: bool = False
     validation_fraction: float | None = None
     train_on: str = "completion"
 
@@ -265,8 +267,14 @@ class Run:
         return values | {"settings": self.settings.as_dict(), "prompts": list(self.prompts)}
 
 
-# What may change between two attempts at one job: how much is computed at once, and when checkpoints are written.
-UNHASHED = ("micro_batch_tokens", "gradient_checkpointing", "checkpoint_every_s", "checkpoint_every_steps")
+# What may change between two attempts at one job: how much is computed at once and where, and when checkpoints are written.
+UNHASHED = (
+    "micro_batch_tokens",
+    "gradient_checkpointing",
+    "shard",
+    "checkpoint_every_s",
+    "checkpoint_every_steps",
+)
 
 
 def settings_hash(settings: Settings) -> str:

@@ -47,8 +47,8 @@ class Evaluation:
 
 def batch_loss(model: Any, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
     """Cross-entropy summed over the trained tokens of a row, times `scale`, and how many of them argmax hits."""
-    head = model.head()
     hidden = model.hidden(batch)  # (N, D), or logits (N, V) from a model whose head is no plain product
+    head = model.head()  # afterwards: a model spread over processes has just gathered it
     if head is not None:
         return head_loss(hidden, batch.targets, head, scale)
     logits = hidden.float()
@@ -90,7 +90,8 @@ def evaluate(model: Any, examples: Examples, tokens_at_once: int, device: torch.
 
 def _each_token(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Loss and hit of each trained token, (N,) and (N,)."""
-    head, hidden = model.head(), model.hidden(batch)
+    hidden = model.hidden(batch)
+    head = model.head()
     losses, hits = [], []
     for h, y in zip(hidden.split(ROWS), batch.targets.split(ROWS), strict=True):
         logits = (h if head is None else h @ head.t()).float()  # (n, V)

@@ -12,14 +12,14 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from training import checkpoint, config, device, inputs
+from training import catalog, checkpoint, config, device, inputs
 from training.checkpoint import Identity, Restored, Snapshot, Writer
 from training.config import Run, Settings
 from training.evaluate import Evaluation, Interrupted, batch_loss, evaluate, verdict
@@ -33,6 +33,9 @@ from training.packing import Batch, example_at, pack, plan_steps, split
 from training.rehearsal import out_of_memory, rehearse
 from training.schedule import learning_rate
 from training.team import Team
+
+if TYPE_CHECKING:
+    from training.sharded import ShardedAdamW
 
 Say = Callable[..., None]  # say("metric", step=1, …)
 SAMPLE_TOKENS = 32
@@ -76,6 +79,7 @@ def train(run: Run, say: Say, stop: Callable[[], bool] = lambda: False) -> None:
 
 def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
     # ---- prepare -------------------------------------------------------------------------------------------------
+    gc.freeze()  # what is imported lives to the end: the collector need not look at it every few steps
     say("phase", phase="preparing")
     team = Team.join()
     work = Path(run.work_dir)
@@ -93,11 +97,10 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         say("log", level="warning", message=note)
     settings, examples, held_out = found.settings, found.train, found.held_out
     place = device.pick(settings)
-    if settings.precision == "bf16" and not place.on_gpu:
+    if settings.precision == "bf16" and place.dtype != torch.bfloat16:
         say("log", level="warning", message="bf16 is far slower than fp32 on this processor; fp32 is used.")
     device.seed_everything(settings.seed + 1_000_003 * team.rank)
-    model = _model(found, settings, place)
-    optimizer = AdamW(model, settings, place.dtype)
+    model, optimizer = _model_and_optimizer(found, settings, place, team, say)
     identity = Identity(
         run.job,
         asked,
@@ -114,8 +117,8 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
     state, saved_step, last_checkpoint = State(), -1, time.monotonic()
 
     def snapshot(best: bool = False, final: bool = False) -> Snapshot:
-        weights = {name: t.detach().cpu().clone() for name, t in optimizer.weight_tensors().items()}
-        moments = {name: t.detach().cpu().clone() for name, t in optimizer.state_tensors().items()}
+        weights = {name: t.to("cpu", copy=True) for name, t in optimizer.weight_tensors().items()}
+        moments = {name: t.to("cpu", copy=True) for name, t in optimizer.state_tensors().items()}
         randoms = device.random_state()
         return Snapshot(
             state.step, run.epoch, weights, moments, randoms, asdict(state), identity, environment, settings.as_dict(),
@@ -142,9 +145,12 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         different = [name for name, value in environment.items() if restored.environment.get(name) != value]
         if restored.settings["micro_batch_tokens"] != settings.micro_batch_tokens:
             different.append("micro-batch")  # the same sums in another order
+        why = f"made with another {', '.join(different)}" if different else ""
+        if place.on_gpu and not place.deterministic:
+            why = why or "a GPU adds up in any order, unless deterministic is on"
         say(
-            "resumed", step=state.step, from_step=checkpoint.step_of(Path(run.resume_from)), exact=not different,
-            why=f"made with another {', '.join(different)}" if different else "the same machine, program and data",
+            "resumed", step=state.step, from_step=checkpoint.step_of(Path(run.resume_from)), exact=not why,
+            why=why or "the same machine, program and data",
         )  # fmt: skip
         del restored
 
@@ -164,7 +170,7 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
 
     say("plan", **_plan(found, settings, total, model, optimizer))
     model.train()
-    if run.rehearse and state.step == 0:
+    if run.rehearse and state.step == 0 and isinstance(optimizer, AdamW):
         say("phase", phase="rehearsing")
         settings, estimate = rehearse(
             model, optimizer, worst_row, int(examples.lengths.max()), held_out, settings, place,
@@ -187,7 +193,7 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
 
     def show_samples() -> None:
         model.eval()
-        for prompt in found.prompts if team.leads else []:
+        for prompt in found.prompts if team.leads and not optimizer.sharded else []:
             text = _sample(model, found, prompt, stop)
             say("sample", step=state.step, prompt=prompt.text[-2000:], text=text)
         model.train()
@@ -199,8 +205,8 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         if best:
             state.best_checkpoint = f"e{run.epoch}-s{state.step}"
         generators = team.gather(device.generator_state(place))
-        if team.leads:
-            shot = snapshot(best, final)
+        shot = snapshot(best, final) if team.leads or optimizer.sharded else None
+        if shot is not None and team.leads:
             shot.random |= {f"process.{rank}": t.cpu() for rank, t in enumerate(generators) if rank}
             writer.submit(shot)
 
@@ -210,7 +216,7 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
     recent: deque[float] = deque(maxlen=50)  # seconds of the last steps
     must_stop = by_time = False
     gc.collect()
-    gc.freeze()  # what lives now lives to the end: the collector need not look at it every few steps
+    gc.freeze()  # as does what was prepared
     say("phase", phase="training")
 
     while True:
@@ -252,11 +258,15 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
             loss, hits = batch_loss(model, batch, 1.0 / trained)
             loss.backward()
             sums[:2] += torch.stack([loss.detach().double(), hits.double()])
+        if (
+            optimizer.sharded and team.rank >= len(rows) % team.size > 0
+        ):  # lend our weights to those with a row more
+            batch_loss(model, pack([examples[rows[0][0]]]).to(place.device), 0.0)[0].backward()
         waited = time.monotonic() - last_checkpoint
         sums[2] += stop()
         sums[3] += team.leads and 0 < settings.checkpoint_every_s <= waited and not writer.busy
         team.add_up(sums)
-        team.add_up(optimizer.grads)
+        optimizer.add_up(team)
 
         # Update, unless the numbers have gone astray.
         lr = learning_rate(state.step, total, peak, settings.schedule, settings.warmup)
@@ -289,11 +299,11 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
 
     # ---- finish --------------------------------------------------------------------------------------------------
     writer.wait()
-    if team.leads and settings.keep_best and state.best_step not in (-1, state.step):
+    team.least(0)  # nobody reads before it is written
+    if (team.leads or optimizer.sharded) and settings.keep_best and state.best_step not in (-1, state.step):
         _return_to_best(state, checkpoints, identity, optimizer, say)
     say("phase", phase="exporting")
-    optimizer.use_masters()
-    model.float().eval()
+    model = _whole(model, found, settings, place, optimizer)
     metrics = state.metrics or {"loss": state.loss}
     facts = {
         "job": run.job, "base": run.base, "settings": settings.as_dict(), "examples": len(examples),
@@ -313,17 +323,50 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
 # ---- the pieces ------------------------------------------------------------------------------------------------------
 
 
-def _model(found: Inputs, settings: Settings, place: device.Device) -> Any:
-    """The base model where it is trained, in fp32: adapters or not, dropout."""
+def _model_and_optimizer(
+    found: Inputs, settings: Settings, place: device.Device, team: Team, say: Say
+) -> tuple[Any, AdamW | ShardedAdamW]:
+    """The base model where it is trained: whole in each process, or spread over all where it does not fit into one."""
+    model = _model(found, settings)
+    described = catalog.of_config(found.model_config, id=str(found.base), folder=str(found.base))
+    machine = catalog.this_machine()
+    if not place.on_gpu:  # one memory for all
+        machine = replace(machine, memory=machine.memory // team.neighbours)
+    room = catalog.fits(described, machine, settings.method, settings.micro_batch_tokens or 2048)
+    if team.size > 1 and (settings.shard or not room.fits):
+        from training.sharded import ShardedAdamW
+
+        say("log", level="info", message="The model is spread over all processes; no rehearsal, and no samples on the way.")  # fmt: skip
+        return model, ShardedAdamW(model, settings, place, team)
+    return model, AdamW(model.to(place.device), settings, place.dtype)
+
+
+def _model(found: Inputs, settings: Settings) -> Any:
+    """The base model, in fp32: adapters or not, dropout."""
     model = load_model(found.base)
     model.set_dropout(settings.dropout or 0.0)
     if settings.method == "lora":
         model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
     model.gradient_checkpointing = settings.gradient_checkpointing
-    return model.to(place.device) if place.on_gpu else model
+    return model
 
 
-def _restore(choices: list[Path], identity: Identity, optimizer: AdamW, say: Say) -> Restored:
+def _whole(model: Any, found: Inputs, settings: Settings, place: device.Device, optimizer: AdamW | ShardedAdamW) -> Any:  # fmt: skip
+    """The trained model for the export: whole, in fp32, and what was frozen as the base model has it."""
+    if isinstance(optimizer, AdamW):
+        optimizer.use_masters()
+        if place.dtype == torch.float32 or settings.method == "full":
+            return model.float().eval()
+    weights = optimizer.weight_tensors()
+    if not weights:  # only the leader has them
+        return model
+    model = _model(found, settings)
+    for name, p in model.named_parameters():
+        p.data = weights.get(name, p.data).cpu()
+    return model.float().eval()
+
+
+def _restore(choices: list[Path], identity: Identity, optimizer: AdamW | ShardedAdamW, say: Say) -> Restored:
     """The checkpoint asked for, or the newest older one that verifies."""
     shapes = optimizer.shapes()
     why = ""
@@ -366,7 +409,9 @@ def _note(state: State, result: Evaluation, settings: Settings) -> bool:
     return better
 
 
-def _return_to_best(state: State, checkpoints: Path, identity: Identity, optimizer: AdamW, say: Say) -> None:
+def _return_to_best(
+    state: State, checkpoints: Path, identity: Identity, optimizer: AdamW | ShardedAdamW, say: Say
+) -> None:
     """Weights of the best evaluation, for the export."""
     try:
         restored = checkpoint.read(checkpoints / state.best_checkpoint, identity, optimizer.shapes())
@@ -393,7 +438,9 @@ def _sample(model: Any, found: Inputs, prompt: inputs.Prompt, stop: Callable[[],
     return written[0].text
 
 
-def _plan(found: Inputs, settings: Settings, total: int, model: Any, optimizer: AdamW) -> dict[str, Any]:
+def _plan(
+    found: Inputs, settings: Settings, total: int, model: Any, optimizer: AdamW | ShardedAdamW
+) -> dict[str, Any]:
     return {
         "total_steps": total,
         "examples": len(found.train),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from training import kernels
 from training.events import Failure
-from training.kernels import add_product, main_grad
+from training.kernels import give_product, product
 
 if TYPE_CHECKING:
     from training.model import GPT2
@@ -76,20 +76,19 @@ class AdaptedLinear(torch.autograd.Function):
         z = (x if dropped is None else dropped) @ A.t()  # (T, r)
         ctx.w, ctx.A, ctx.B, ctx.scale, ctx.separate = w, A, B, scale, dropped is not None
         ctx.save_for_backward(x if dropped is None else dropped, z)
-        return torch.addmm(b, x, w).addmm_(z, B.t(), alpha=scale)
+        return product(x, w, b).addmm_(z, B.t(), alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy,), (x, z), A, B = grads, ctx.saved_tensors, ctx.A, ctx.B
         dz = (dy @ B).mul_(ctx.scale)  # (T, r)
-        add_product(main_grad(A), dz.t(), x)
-        add_product(main_grad(B), dy.t(), z, ctx.scale)
+        dA, dB = give_product(A, dz.t(), x), give_product(B, dy.t(), z, ctx.scale)
         dx = dropped = None
         if ctx.separate:
-            dx, dropped = dy @ ctx.w.t(), dz @ A
+            dx, dropped = product(dy, ctx.w.t()), dz @ A
         elif ctx.needs_input_grad[0]:
-            dx = (dy @ ctx.w.t()).addmm_(dz, A)
-        return dx, dropped, None, None, None, None, None
+            dx = product(dy, ctx.w.t()).addmm_(dz, A)
+        return dx, dropped, None, None, dA, dB, None
 
 
 def add(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import os
 import sys
 
@@ -18,6 +20,18 @@ def use_memory_well() -> None:
         libc.mallopt(-1, ctypes.c_int(-1).value)  # M_TRIM_THRESHOLD: and never give it back
     except (OSError, AttributeError):
         pass
+
+
+def fresh(size: int) -> mmap.mmap:
+    """`size` bytes of zeros that cost nothing until they are written to, then a huge page at a time.
+
+    (torch.zeros would write them all at once, while somebody waits for the first step.)"""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    piece = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        piece.madvise(mmap.MADV_HUGEPAGE)
+    return piece
 
 
 def peak_rss() -> int:

@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from training.config import Settings
+from training.memory import fresh
+from training.team import Team
 
 ALIGN = 16  # floats: every parameter begins on a cache line
 
 
 class AdamW:
+    sharded = False  # sharded.py has the one that is
+
     def __init__(self, model: nn.Module, settings: Settings, dtype: torch.dtype = torch.float32) -> None:
         """Takes the model's fp32 parameters over; with another `dtype` the model computes with copies of them."""
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -33,10 +37,10 @@ class AdamW:
             end += -(-p.numel() // ALIGN) * ALIGN
             self.decayed = end if p.dim() >= 2 else self.decayed
         device = named[0][1].device
-        self.weights = torch.zeros(end, device=device)  # fp32 masters
-        self.grads = torch.zeros(end, device=device)
-        self.mean = torch.zeros(end, device=device)  # AdamW's exp_avg
-        self.square = torch.zeros(end, device=device)  # AdamW's exp_avg_sq
+        self.weights = _zeros(end, device)  # fp32 masters
+        self.grads = _zeros(end, device)
+        self.mean = _zeros(end, device)  # AdamW's exp_avg
+        self.square = _zeros(end, device)  # AdamW's exp_avg_sq
         self.steps = torch.zeros((), device=device)
         self.halves: list[tuple[Tensor, Tensor]] = []  # (bf16 parameter, its master)
         for name, p in named:
@@ -63,6 +67,10 @@ class AdamW:
 
     def zero_grad(self) -> None:
         self.grads.zero_()
+
+    def add_up(self, team: Team) -> None:
+        """The gradients of all processes."""
+        team.add_up(self.grads)
 
     def grad_norm(self) -> float:
         return float(torch.linalg.vector_norm(self.grads))
@@ -131,3 +139,9 @@ class AdamW:
     @property
     def parameters(self) -> int:
         return sum(end - start for start, end in self.spans.values())
+
+
+def _zeros(count: int, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.frombuffer(fresh(4 * count), dtype=torch.float32)
+    return torch.zeros(count, device=device)

@@ -29,6 +29,11 @@ class Team:
         return Team(dist.get_rank(), size)
 
     @property
+    def neighbours(self) -> int:
+        """Processes of the team on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
+
+    @property
     def leads(self) -> bool:
         """One speaks, evaluates and writes for all."""
         return self.rank == 0

@@ -57,7 +57,7 @@ def training(
 
 def platform(folder: Path, size: int) -> None:
     """The loop with all that the product puts on it: events through a pipe and into the spool, heartbeats coming in,
-    and in every second turn a checkpoint."""
+    and in every tenth turn a checkpoint."""
     from training.command import Speaker
 
     reader, writer = os.pipe()
@@ -68,7 +68,7 @@ def platform(folder: Path, size: int) -> None:
     _in_background(lambda: [(os.write(heart_in, b'{"lease": "ok"}\n'), time.sleep(5)) for _ in iter(int, 1)])
     speaker = Speaker()
     speaker.spool(Path(tempfile.mkdtemp(dir=folder)))
-    training(folder, size, speaker.say, batch_size=2, checkpoint_every_steps=2 * size)
+    training(folder, size, speaker.say, batch_size=2, checkpoint_every_steps=10 * size, max_steps=100_000)
 
 
 def _in_background(work: Callable[[], Any]) -> None:
@@ -125,8 +125,8 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "full": lambda folder: training(folder),
     "full-dropout": lambda folder: training(folder, dropout=0.1),
     "lora": lambda folder: training(folder, method="lora"),
-    "bare": lambda folder: training(folder, size=10, batch_size=2),
-    "platform": lambda folder: platform(folder, size=10),
+    "bare": lambda folder: training(folder, size=40, batch_size=2, max_steps=100_000),
+    "platform": lambda folder: platform(folder, size=40),
     "gemm": lambda folder: gemm(),
     "generate": generation,
     "first-token": first_token,

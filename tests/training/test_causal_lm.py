@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import transformers as t
 
 from tests.training.tiny import write_tokenizer
-from training import loop
+from training import device, loop
 from training.causal_lm import CausalLM
 from training.config import Run
 from training.decoder import GPT2Decoder
@@ -215,6 +215,24 @@ def train(base: Path, work: Path, **settings: Any) -> list[dict[str, Any]]:
     run = {"base": str(base), "train_file": str(data), "work_dir": str(work), "settings": chosen | settings, "rehearse": False}  # fmt: skip
     loop.train(Run.parse(run), lambda t, **values: lines.append({"t": t, **values}))
     return lines
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_half_precision_collects_its_gradients(tmp_path, method, monkeypatch):
+    monkeypatch.setattr(device, "processor_knows_bf16", lambda: True)
+    base = tmp_path / "base"
+    make("llama").save(base)
+    write_tokenizer(base)
+    full, half = (
+        [
+            line["loss"]
+            for line in train(base, tmp_path / p, method=method, precision=p)
+            if line["t"] == "metric"
+        ]
+        for p in ("fp32", "bf16")
+    )
+    assert half != full
+    assert half == pytest.approx(full, rel=2e-2)
 
 
 @pytest.mark.parametrize(("name", "method"), [("llama", "full"), ("llama", "lora"), ("gemma2", "lora")])

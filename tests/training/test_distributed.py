@@ -21,7 +21,9 @@ from training.generate import load_model
 STEPS = 6
 
 
-def train(work: Path, base: Path, processes: int, **settings: Any) -> list[dict[str, Any]]:
+def train(
+    work: Path, base: Path, processes: int, resume_from: str | None = None, **settings: Any
+) -> list[dict[str, Any]]:
     """Run the train command and give its event lines."""
     work.mkdir()
     data = work / "data.jsonl"
@@ -33,7 +35,7 @@ def train(work: Path, base: Path, processes: int, **settings: Any) -> list[dict[
         "max_steps": STEPS, "batch_size": 8, "micro_batch_tokens": 48, "learning_rate": 3e-3, "dropout": 0.0, "seed": 3,
         "validation_fraction": 0.2, "train_on": "all",
     }  # fmt: skip
-    run = {"base": str(base), "train_file": str(data), "work_dir": str(work / "out"), "settings": chosen | settings, "rehearse": False}  # fmt: skip
+    run = {"base": str(base), "train_file": str(data), "work_dir": str(work / "out"), "settings": chosen | settings, "rehearse": False, "resume_from": resume_from}  # fmt: skip
     if processes == 1:  # in this one: importing torch once more would take longer than the training
         lines: list[dict[str, Any]] = []
         loop.train(Run.parse(run), lambda t, **values: lines.append({"t": t, **values}))
@@ -46,7 +48,7 @@ def train(work: Path, base: Path, processes: int, **settings: Any) -> list[dict[
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -57,9 +59,14 @@ def pick(lines: list[dict[str, Any]], kind: str, name: str) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
+@pytest.mark.parametrize(("shard", "method"), [(False, "full"), (True, "full"), (True, "lora")])
+def test_two_processes_train_as_one_and_resume(tmp_path, shard, method):
+    """Each with the whole model, or spread over both (FSDP2). A checkpoint of theirs is one like any other."""
     base = write_model(tmp_path / "base")
-    one, two = (train(tmp_path / str(n), base, n) for n in (1, 2))
+    # Three examples a step: one process has a row more than the other.
+    chosen = {"method": method, "checkpoint_every_steps": 4, "batch_size": 3, "micro_batch_tokens": 32}
+    one, two = (train(tmp_path / str(n), base, n, shard=shard, **chosen) for n in (1, 2))
+    assert shard == any("spread" in text for text in pick(two, "log", "message"))
     for name in ("loss", "grad_norm"):
         assert pick(two, "metric", name) == pytest.approx(pick(one, "metric", name), rel=1e-4)
     assert pick(two, "metric", "step") == list(range(1, STEPS + 1))
@@ -70,3 +77,9 @@ def test_two_processes_train_as_one(tmp_path):
     # Not the weights: the bias of the keys has no gradient but rounding, which AdamW makes into steps of full size.
     logits = [logits_of(load_model(tmp_path / n / "out" / "final"), range(5, 40)) for n in ("1", "2")]
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
+    half_way = pick(two, "checkpoint", "path")[0]
+    again = train(tmp_path / "3", base, 2, half_way, shard=shard, **chosen)
+    assert pick(again, "resumed", "exact") == [True]
+    assert pick(again, "metric", "loss_hex") == pick(two, "metric", "loss_hex")[4:]
+    alone = train(tmp_path / "4", base, 1, half_way, **chosen)
+    assert pick(alone, "metric", "loss") == pytest.approx(pick(two, "metric", "loss")[4:], rel=1e-4)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.training.running import Event, Runner, losses, of
-from training import rehearsal
+from training import device, rehearsal
 from training.command import encode
 from training.evaluate import verdict
 from training.events import EXIT, MAX_LINE_BYTES, REASONS
@@ -135,6 +136,37 @@ def test_deterministic_mode_trains(runner: Runner, events: list[Event]) -> None:
         assert losses(runner.train("deterministic", settings={"deterministic": True})) == losses(events)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_half_precision_learns_as_full_precision_does(
+    runner: Runner, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path of GPUs, but for the kernel of attention."""
+    monkeypatch.setattr(device, "processor_knows_bf16", lambda: True)
+    settings = {"method": method, "lora_dropout": 0.1, "gradient_checkpointing": method == "full"}
+    full, half = (
+        runner.train(f"{method}-{precision}", settings=settings | {"precision": precision})
+        for precision in ("fp32", "bf16")
+    )
+    both = [[e["loss"] for e in of(events, "metric") + of(events, "eval")] for events in (full, half)]
+    assert both[1] != both[0]
+    assert both[1] == pytest.approx(both[0], rel=5e-3)
+    done = of(half, "done")[0]
+    assert done["fidelity"]["exact"] is True
+    if method == "lora":  # frozen weights leave as they came
+        base, final = (
+            load_file(Path(f) / "model.safetensors") for f in (runner.values["base"], done["path"])
+        )
+        assert torch.equal(final["transformer.wte.weight"], base["transformer.wte.weight"])
+        return
+    last = of(runner.train("half-cut", stop_at=5, settings=settings | {"precision": "bf16"}), "checkpoint")[
+        -1
+    ]
+    again = runner.train(
+        "half-again", resume_from=last["path"], epoch=2, settings=settings | {"precision": "bf16"}
+    )
+    assert losses(again) == {step: loss for step, loss in losses(half).items() if step > 5}
 
 
 def test_where_memory_is_short_the_rehearsal_takes_smaller_parts_of_the_same_steps(
