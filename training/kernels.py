@@ -304,7 +304,7 @@ class HeadLoss(torch.autograd.Function):
         hits = torch.zeros((), dtype=torch.int64, device=h.device)
         exact = h.dtype == torch.float32  # half precision: the products are, what is between them is fp32
         rows, columns = (ROWS, COLUMNS) if h.device.type == "cpu" else (8 * ROWS, V)
-        rows = math.ceil(N / max(1, math.ceil(N / rows))) or 1  # parts of one size: their memory is used again
+        rows = math.ceil(N / max(1, math.ceil(N / rows))) or 1  # of one size: memory is used again
         blocks = [(v, min(V, v + columns)) for v in range(0, V, columns)]
         for s in range(0, N, rows):
             hc, yc = h[s : s + rows], targets[s : s + rows]
