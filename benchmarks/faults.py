@@ -122,7 +122,12 @@ def campaign(stage_house: object, options: argparse.Namespace, rounds: int) -> i
             continue
         done, wrong, worst, began = 0, 0, dict[str, float](), time.monotonic()
         while done < rounds:
-            measured = fault(stage, min(rounds - done, CHUNK))
+            try:
+                measured = fault(stage, min(rounds - done, CHUNK))
+            except KeyboardInterrupt:
+                scores.note(f"{name}: stopped by hand")
+                rounds = done
+                break
             for what in measured.wrong:
                 scores.note(f"{name}: {what}")
             done += measured.rounds
@@ -132,7 +137,8 @@ def campaign(stage_house: object, options: argparse.Namespace, rounds: int) -> i
             scores.note(f"{name}: {done} done after {time.monotonic() - began:.0f} s")
             if name in ONCE:
                 break
-        scores.add(f"{name}: rounds right", done - wrong, done, 1.0)
+        if done:
+            scores.add(f"{name}: rounds right", done - wrong, done, 1.0)
         for figure, value in worst.items():
             promise = lease + 10 if PROMISES.get(figure) == "lease" else PROMISES.get(figure)
             if promise is None:

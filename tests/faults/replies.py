@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -272,6 +272,43 @@ def lease_lost(rng: random.Random) -> list[str]:
     seen = now(mine.job)
     lose(some(rng), lambda: lifecycle.lose_lease(seen), wrong)
     return expect(wrong, now(mine.job), status="retrying", attempts=1, epoch=1, lease=None)
+
+
+def zombie(rng: random.Random) -> list[str]:
+    """A holder wakes up after another took the job over: in whatever order it does all that a holder may, nothing of it
+    is accepted."""
+    old = held()
+    old.heartbeat({})
+    lifecycle.lose_lease(now(old.job))
+    lifecycle.requeue(now(old.job))
+    new = lifecycle.claim(now(old.job), WORKER)
+    assert new
+    batch = feed.Batch(1, ('{"t": "log", "n": 1}', '{"t": "log", "n": 2}'))
+    feed.append(new, batch)
+    new.heartbeat({"step": 1}, None, 1, 2)
+    new.move_pointer(pointer(new, 10))
+    files = [{"name": "x", "bytes": 1, "sha256": "0"}]
+    late: dict[str, Callable[[], object]] = {
+        "an event": lambda: feed.append(old, feed.Batch(1, ('{"t": "log", "n": "late"}',))),
+        "later events": lambda: feed.append(old, feed.Batch(2, ('{"t": "log", "n": "late"}',))),
+        "a heartbeat": lambda: old.heartbeat({"step": 99}),
+        "a heartbeat with events": lambda: old.heartbeat({"step": 99}, None, 3, 4),
+        "a pointer": lambda: old.move_pointer(pointer(old, 99)),
+        "a pointer back": lambda: old.pointer_back(None),
+        "a success": lambda: old.finish("succeeded", result={"prefix": "x", "files": files, "step": 99}),
+        "a failure": lambda: old.finish("failed"),
+        "a give-back": old.give_back,
+        "a death": lambda: old.trainer_died("killed"),
+    }
+    order = list(late)
+    rng.shuffle(order)
+    row, told = now(old.job).to_simple_dict(), feed.read(old.owner, old.job_id)
+    for what in order:
+        with suppress(lifecycle.LostRace):
+            late[what]()
+        if now(old.job).to_simple_dict() != row or feed.read(old.owner, old.job_id) != told:
+            return [f"{what} of the old holder was accepted"]
+    return []
 
 
 KINDS: dict[str, Kind] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import pytest
@@ -17,6 +18,19 @@ pytestmark = pytest.mark.usefixtures("stores")
 def test_a_write_whose_answer_is_lost_is_done_once(kind):
     for number in range(3):
         assert replies.KINDS[kind](random.Random(f"{kind}/{number}")) == []
+
+
+def test_nothing_of_an_old_holder_is_accepted():
+    for number in range(4):
+        assert replies.zombie(random.Random(number)) == []
+
+
+@pytest.mark.parametrize("bug", ["epoch is not shown", "chunks overwrite"])
+def test_an_old_holder_shows_where_a_condition_is_missing(bug):
+    with ExitStack() as stack:
+        for target, name, new in PLANTED[bug](None):
+            stack.enter_context(patch.object(target, name, new))
+        assert any(replies.zombie(random.Random(number)) for number in range(3))
 
 
 def test_losing_answers_shows_who_believes_a_refusal():
