@@ -82,6 +82,9 @@ def main() -> int:
     try:
         return campaign(stage_house, options, rounds)
     finally:
+        for store in (stage_house.dynamodb, stage_house.redis):
+            if store.process and store.process.poll() is not None:
+                print(f"# {store.name} is gone ({store.process.returncode}): {store.log.read_text()[-500:]}")
         if options.logs:
             for log in sorted(stage_house.folder.glob("*.log")):
                 print(f"==== {log.name}", log.read_text(errors="replace")[-6000:], sep="\n")

@@ -58,12 +58,10 @@ def main() -> int:
 # ---- who writes ------------------------------------------------------------------------------------------------------
 
 
-def running_job(owner: str) -> Any:
-    from jobs import lifecycle
+def running_job(owner: str) -> str:
     from tests.faults import house as h
 
-    request = lifecycle.JobRequest(base=h.TINY, dataset_id=h.ready_dataset(owner), settings=h.SETTINGS)
-    return lifecycle.submit(owner, request)
+    return h.submit(h.ready_dataset(owner), owner)
 
 
 def write(owner: str, job_id: str, word: str, every: float, stop: Any) -> None:
@@ -150,13 +148,13 @@ async def watch(scores: Scores, house: Any, person: Any, count: int, seconds: in
     from tests.faults import house as h
 
     pid, writers = house.workers["web"].pid, Writers()
-    job = running_job(h.OWNER)
-    writers.start(h.OWNER, job.job_id, "watched", 1.0)
-    h.wait_until(job.job_id, lambda job: job.last_seq >= 2)
+    job_id = running_job(h.OWNER)
+    writers.start(h.OWNER, job_id, "watched", 1.0)
+    h.wait_until(job_id, lambda job: job.last_seq >= 2)
     gate, watchers = asyncio.Semaphore(CONNECTING), [Watcher() for _ in range(count)]
     began = time.time()
     following = [
-        asyncio.create_task(watcher.follow(h.web_port(), job.job_id, person.session, gate))
+        asyncio.create_task(watcher.follow(h.web_port(), job_id, person.session, gate))
         for watcher in watchers
     ]
     while not all(watcher.seen for watcher in watchers):
@@ -167,12 +165,12 @@ async def watch(scores: Scores, house: Any, person: Any, count: int, seconds: in
     scores.note(f"{count} watchers came within {time.time() - began:.0f} s")
     await asyncio.sleep(3)
     began = time.time()
-    pages = await other_pages(h.web_port(), job.job_id, person.session, seconds)
+    pages = await other_pages(h.web_port(), job_id, person.session, seconds)
     ended = time.time()
     await asyncio.to_thread(writers.end)
     await asyncio.wait(following, timeout=30)
     delays = sorted(delay for w in watchers for at, delay in w.delays if began <= at <= ended)
-    row = tables.get(tables.Job, h.OWNER, job.job_id)
+    row = tables.get(tables.Job, h.OWNER, job_id)
     assert row
     right = [w for w in watchers if w.seen == list(range(1, int(row.last_seq) + 2))]
     for watcher in [w for w in watchers if w not in right][:3]:
@@ -252,7 +250,7 @@ async def drop(scores: Scores, house: Any, people: list[Any], count: int) -> Non
     pid, writers = house.workers["web"].pid, Writers()
     owners = [h.OWNER, "user-other"]
     words = [secrets.token_hex(16) for _ in owners]
-    jobs = [running_job(owner).job_id for owner in owners]
+    jobs = [running_job(owner) for owner in owners]
     for owner, job_id, word in zip(owners, jobs, words, strict=True):
         writers.start(owner, job_id, word, 0.5)
         h.wait_until(job_id, lambda job: job.last_seq >= 2, owner=owner)
