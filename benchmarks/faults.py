@@ -189,12 +189,9 @@ def faults_of(options: argparse.Namespace, down_s: float) -> dict[str, Callable[
         "paused, resumed": wishes.paused_and_resumed,
         "bells doubled": wishes.bells_doubled,
         "fair share": wishes.fair_share,
+        "clocks two hours off": processes.clocks_differ,
         "checkpoint damaged": stores.checkpoint_damaged,
     }
-    if processes.FAKETIME:
-        faults["clocks two hours off"] = processes.clocks_differ
-    else:
-        print("# clocks two hours off: skipped, this machine has no faketime (Debian: apt install faketime)")
     for state in wishes.RUNNING:
         faults[f"cancelled, {state}"] = lambda stage, rounds, state=state: wishes.cancelled(
             stage, rounds, state
