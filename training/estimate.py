@@ -26,6 +26,8 @@ DISK_BYTES = 4e8  # a second: written, hashed, copied
 PROMPTS, ANSWER = 3, 32  # samples shown at each evaluation, and their tokens
 FEW = 3  # finished jobs below which nothing is learned
 UNSURE = 1.5  # P90 over P50 until then
+FADES = 0.98  # how much each job counts beside the one after it
+USUAL_NOISE = 0.1  # jobs farther off than that are believed less
 PULL = 0.02  # how much a part's speed keeps to the machine's general one, against what jobs show of it
 
 Work = dict[
@@ -80,7 +82,7 @@ def estimate(
     """For settings without open fields (see auto.resolve). `queue`: seconds until a worker is free, which cost nothing."""
     plan = _Plan.of(base, settings, summary, validation)
     work, kept = plan.work(machine), plan.memory()
-    alike = [p for p in past if p.took and all(p.took.values())][:50]
+    alike = [p for p in past if p.took][:50]
     seconds, spread = _time(work, alike, base.id, settings.method)
     memory = _memory(kept, alike, base.id, settings.method)
     parts = {part: sum(of.values()) for part, of in seconds.items()}
@@ -174,12 +176,15 @@ class _Plan:
         }  # fmt: skip
 
     def memory(self) -> dict[str, float]:
-        """Bytes at once: the process, the weights, what training adds to each, and what a row's backward pass needs."""
+        """Bytes at once: the process, the weights, what training adds to each, and the larger of what a row's backward
+        pass needs and the copy that a checkpoint is written from."""
+        row = activation_memory(self.base, self.row, self.settings.gradient_checkpointing)
+        row = row if self.settings.method == "full" else row * 3 // 4  # frozen weights need fewer inputs kept
         return {
-            "process": 400e6,
+            "process": 270e6,
             "weights": 4.0 * self.base.parameters,
             "training": 12.0 * self.trained,
-            "row": float(activation_memory(self.base, self.row, self.settings.gradient_checkpointing)),
+            "row": float(max(row, 12 * self.trained)),
         }
 
 
@@ -219,7 +224,23 @@ def _time(work: Work, past: Sequence[Past], base: str, method: str) -> tuple[Wor
     if len(past) < FEW:
         return work, UNSURE
     totals = [sum(p.took.values()) for p in past]
-    weights = [_likeness(p, base, method) for p in past]
+    alike = [_likeness(p, base, method) for p in past]
+    weights = [like * FADES**age for age, like in enumerate(alike)]
+    for _ in range(3):  # a job that something else disturbed teaches less each time
+        found, ratios = _fitted(work, past, totals, weights)
+        off = [abs(math.log(max(ratio, 1e-6))) for ratio in ratios]
+        weights = [w * min(1.0, USUAL_NOISE / max(o, 1e-9)) for w, o in zip(weights, off, strict=True)]
+    usual = _usual([(r, w) for r, w, like in zip(ratios, weights, alike, strict=True) if like == 1])
+    found = {part: {name: usual * seconds for name, seconds in of.items()} for part, of in found.items()}
+    return found, _spread(
+        [(r / (usual if like == 1 else 1), like) for r, like in zip(ratios, alike, strict=True)]
+    )
+
+
+def _fitted(
+    work: Work, past: Sequence[Past], totals: list[float], weights: list[float]
+) -> tuple[Work, list[float]]:
+    """(the work in seconds as past jobs say, how many times as long each of those took)."""
     found: Work = {}
     again = np.zeros(len(past))
     for part, of in work.items():
@@ -227,9 +248,7 @@ def _time(work: Work, past: Sequence[Past], base: str, method: str) -> tuple[Wor
         factors = _fit(list(of), rows, [p.took.get(part, 0.0) for p in past], totals, weights)
         found[part] = {name: factors[name] * seconds for name, seconds in of.items()}
         again += [sum(factors[name] * row.get(name, 0.0) for name in of) for row in rows]
-    return found, _spread(
-        list(zip((np.array(totals) / np.maximum(again, 1e-9)).tolist(), weights, strict=True))
-    )
+    return found, (np.array(totals) / np.maximum(again, 1e-9)).tolist()
 
 
 def _memory(kept: dict[str, float], past: Sequence[Past], base: str, method: str) -> int:
@@ -275,8 +294,7 @@ def _fit(
 def _usual(ratios: list[tuple[float, float]]) -> float:
     """How far the jobs of the same model and method lie from what is said of all: what arithmetic doesn't know of
     them."""
-    alike = [(ratio, weight) for ratio, weight in ratios if weight == 1]
-    return _quantile(alike, 0.5) if len(alike) >= FEW else 1.0
+    return _quantile(ratios, 0.5) if len(ratios) >= FEW else 1.0
 
 
 def _spread(ratios: list[tuple[float, float]]) -> float:
