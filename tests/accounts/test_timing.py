@@ -19,7 +19,7 @@ from django.test import Client
 from accounts.models import User
 from tests.factories import PASSWORD, make_user
 
-PAIRS = 15
+PAIRS = 9
 MOST_MS = 10.0
 
 
