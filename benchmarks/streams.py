@@ -255,7 +255,8 @@ async def drop(scores: Scores, house: Any, people: list[Any], count: int) -> Non
         writers.start(owner, job_id, word, 0.5)
         h.wait_until(job_id, lambda job: job.last_seq >= 2, owner=owner)
     drops = Drops(h.web_port(), [w.encode() for w in words], [p.session for p in people], jobs)
-    await asyncio.gather(*(drops.one(n % 2, 2) for n in range(10)))  # what the first ones start stays
+    # What as many at once as will come start in the process stays: connections to the stores in their pools.
+    await asyncio.gather(*(drops.one(n % 2, 2) for n in range(2 * CONNECTING)))
     await asyncio.sleep(8)
     before, began, some = len(os.listdir(f"/proc/{pid}/fd")), time.monotonic(), random.Random(1)  # noqa: S311
     left = iter(range(count))

@@ -188,8 +188,10 @@ async def watch(owner: str, job_id: str, after: int = 0) -> AsyncGenerator[Tick,
             seen = older[-1].seq if older else tailer.first - 1
             yield Tick(await asyncio.to_thread(access.get_job_for, owner, job_id), older, {})
         if tailer.tick is not None:
-            yield Tick(tailer.tick.job, [e for e in tailer.kept if e.seq > seen], {})
+            known = [e for e in tailer.kept if e.seq > seen]
+            # Before the yield: what the tailer takes while we wait there comes by the queue.
             seen = max(seen, tailer.head)
+            yield Tick(tailer.tick.job, known, {})
         while not (
             tailer.tick
             and tailer.tick.job.ended

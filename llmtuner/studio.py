@@ -59,7 +59,9 @@ def programs() -> Iterator[tuple[str, int, list[str], int]]:
     if "LLMTUNER_OWN_REDIS" in os.environ:
         yield "redis", 1, [str(TOOLS / "redis-server"), f"{var}/redis/redis.conf"], 10
     if "LLMTUNER_OWN_DYNAMODB" in os.environ:
-        dynalite = [str(TOOLS / "node"), str(TOOLS / "node_modules/dynalite/cli.js"), "--host", "127.0.0.1"]
+        guard = str(Path(__file__).parent / "dynalite_guard.cjs")
+        dynalite = [str(TOOLS / "node"), "--require", guard, str(TOOLS / "node_modules/dynalite/cli.js")]
+        dynalite += ["--host", "127.0.0.1"]
         yield (
             "dynamodb",
             1,

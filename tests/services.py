@@ -79,7 +79,8 @@ def _answers_redis(port: int) -> bool:
 
 def dynamodb(folder: Path, port: int | None = None, *, on_disk: bool = False) -> Service:
     port = port or free_port()
-    argv = [str(ROOT / ".tools/node"), str(ROOT / ".tools/node_modules/dynalite/cli.js")]
+    guard = str(ROOT / "llmtuner/dynalite_guard.cjs")
+    argv = [str(ROOT / ".tools/node"), "--require", guard, str(ROOT / ".tools/node_modules/dynalite/cli.js")]
     argv += ["--host", "127.0.0.1", "--port", str(port), "--createTableMs", "0", "--deleteTableMs", "0"]
     if on_disk:
         argv += ["--path", str(folder / "dynamodb")]

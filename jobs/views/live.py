@@ -163,7 +163,8 @@ class _Watch:
     async def _write(self, text: str, *, last: bool = False) -> None:
         self.written = time.monotonic()
         message = {"type": "http.response.body", "body": text.encode(), "more_body": not last}
-        await asyncio.wait_for(self.send(message), SEND_S)
+        async with asyncio.timeout(SEND_S):  # no task for each write, as wait_for makes one
+            await self.send(message)
 
 
 async def _gone(receive: Receive) -> None:

@@ -152,6 +152,24 @@ async def test_a_watcher_who_comes_late_and_from_behind_gets_all_of_it(monkeypat
     assert [e.seq for e in await asyncio.wait_for(late, 10)] == list(range(3, 13))
 
 
+async def test_what_comes_while_a_watcher_is_busy_with_its_first_events_is_not_passed_over():
+    """It is being sent what was there when it came (slowly, with a thousand others); meanwhile more happens."""
+    claim = make_claim()
+    tell(claim, "1", "2")
+    other = asyncio.create_task(gather(claim.owner, claim.job_id))
+    await asyncio.sleep(1)
+    follower = feed.follow(claim.owner, claim.job_id)
+    assert [e.seq for e in await anext(follower)] == [1, 2]  # busy from here …
+    await asyncio.to_thread(tell, claim, "3")
+    tailer = feed._tailers()[claim.owner, claim.job_id]
+    while tailer.head < 3:  # noqa: ASYNC110  no event tells
+        await asyncio.sleep(0.05)
+    await asyncio.to_thread(claim.finish, "failed", "not_finite")
+    later = [e.seq async for events in follower for e in events]  # … to here
+    assert later == [3, 4]
+    assert [e.seq for e in await asyncio.wait_for(other, 10)] == [1, 2, 3, 4]
+
+
 async def test_news_arrive_by_the_bell_and_not_by_the_poll(monkeypatch):
     monkeypatch.setattr(feed, "POLL_S", 60)
     claim = make_claim()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import struct
+import time
+
 import pytest
 
 from jobs import tables
@@ -50,3 +54,17 @@ def test_calls_are_counted():
         assert tables.get(Job, "nobody", "nothing") is None
         list(tables.rows(Job, "nobody"))
     assert tables.reads(calls) == 2
+
+
+def test_the_embedded_dynamodb_outlives_a_client_that_dies_within_a_request(dynamodb):
+    """As after kill -9 of a worker: without our guard the whole server ends."""
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", dynamodb.port)) as client:
+            client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+            time.sleep(0.05)
+            client.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )  # a reset, no farewell
+    time.sleep(0.3)
+    assert dynamodb.process.poll() is None
+    assert dynamodb.is_up()
