@@ -53,6 +53,7 @@ def check(owner: str, dataset_id: str) -> None:
         format=report.get("format"),
         report=report,
         keep=bool(report.get("choose")),
+        sha256=str(report.pop("sha256", "")),
         error=""
         if ready
         else str(report.get("error") or report.get("verdict") or "The file holds no example."),
@@ -68,10 +69,11 @@ def report_on(dataset: Dataset, tokenizer: str) -> dict[str, Any] | None:
     with reading.folder("check-") as folder:
         # The name is ours; its ending tells the kind of file.
         path = folder / ("data" + Path(dataset.name).suffix.lower()[:10])
-        storage.fetch(dataset.key, path, sha256=dataset.sha256)
+        stored = storage.fetch(dataset.key, path, sha256=dataset.sha256 or None)
         arguments = ["check", str(path), "--limit-bytes", str(int(settings.JOBS["max_upload_bytes"]))]
         if tokenizer:
             arguments += ["--tokenizer", tokenizer]
         if dataset.format:
             arguments += ["--format", json.dumps(dataset.format)]
-        return reading.ask(arguments, "report")
+        report = reading.ask(arguments, "report")
+        return report if report is None or dataset.sha256 else report | {"sha256": stored.sha256}

@@ -11,7 +11,7 @@ import io
 import json
 import time
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO, Any
 
 from django.conf import settings
@@ -38,13 +38,20 @@ def receive(
     purpose: str = "fine-tune",
     format: Mapping[str, Any] | None = None,
     expires_at: float | None = None,
+    mark: str = "",
+    reserved: bool = False,
+    dataset_id: str = "",
 ) -> Dataset:
-    """Stores the file and rings for its check. Raises Rejected, OverQuota; nothing stays behind then."""
+    """Stores the file and rings for its check. Raises Rejected, OverQuota; nothing stays behind then.
+
+    Where the size is known its bytes are set aside first, unless the caller has (`reserved`)."""
     limits.check(owner, "datasets")
-    limits.check_room(owner)
-    dataset_id = new_id("file")
+    dataset_id = dataset_id or new_id("file")
+    size = 0 if reserved else int(getattr(file, "size", 0) or 0)
+    if not reserved and not size:
+        limits.check_room(owner)
     dataset = Dataset(owner, dataset_id, name=shown_name(filename), purpose=purpose, created_at=time.time())
-    dataset.format = dict(format) if format else None
+    dataset.format, dataset.mark = dict(format) if format else None, mark
     if expires_at is not None:
         dataset.expires_at = expires_at
         errands.put_off("expire", owner, dataset_id, expires_at)
@@ -52,8 +59,10 @@ def receive(
     limits.take(owner, "datasets", dataset_id)
     tables.put_new(dataset)
     try:
+        if size:
+            limits.reserve(owner, dataset_id, size)
         stored = storage.put_file(
-            _key(owner, dataset_id), file, max_bytes=int(settings.JOBS["max_upload_bytes"])
+            key_of(owner, dataset_id), file, max_bytes=int(settings.JOBS["max_upload_bytes"])
         )
         if not stored.bytes:
             raise Rejected("The file is empty. Choose one with a row for each example.")
@@ -74,6 +83,8 @@ def receive(
     received = tables.update(
         dataset, actions, Dataset.status == "receiving", lambda found: found.key == stored.key
     )
+    if size:
+        limits.unreserve(owner, dataset_id)
     if received is None:
         raise Rejected("The upload took too long. Send it again.")
     try:
@@ -83,6 +94,38 @@ def receive(
         raise
     errands.ring("check", owner, dataset_id)
     return received
+
+
+def arrived(
+    owner: str, dataset_id: str, filename: str, size: int, end: Callable[[], None], *, mark: str = ""
+) -> Dataset:
+    """The same for bytes that went straight to their place in the bucket; `end` makes them one object there. Their sha256
+    is known when they are read, at their check. Raises Rejected, OverQuota."""
+    key = key_of(owner, dataset_id)
+    errands.put("check", owner, dataset_id)
+    limits.take(owner, "datasets", dataset_id)
+    tables.put_new(Dataset(owner, dataset_id, name=shown_name(filename), mark=mark, created_at=time.time()))
+    if storage.size_of(key) is None:  # asked again after the answer was lost: it is whole already
+        end()
+    if storage.size_of(key) != size:
+        _forget(owner, dataset_id)
+        raise Rejected("The bucket holds another number of bytes than the file has. Send it again.")
+    actions = [Dataset.status.set("checking"), Dataset.key.set(key), Dataset.bytes.set(size)]
+    found = tables.update(
+        Dataset(owner, dataset_id), actions, Dataset.status == "receiving", lambda found: found.key == key
+    )
+    if found is None:
+        raise Rejected("The upload took too long. Send it again.")
+    errands.ring("check", owner, dataset_id)
+    return found
+
+
+def twin(dataset: Dataset) -> Dataset | None:
+    """Another dataset of the same bytes, if this person has one."""
+    for other in access.list_datasets(dataset.owner, 100):
+        if other.dataset_id != dataset.dataset_id and other.sha256 == dataset.sha256 != "":
+            return other
+    return None
 
 
 def promise(owner: str, promised: Sequence[Dataset]) -> None:
@@ -105,7 +148,7 @@ def promise(owner: str, promised: Sequence[Dataset]) -> None:
 
 def fill(dataset: Dataset, file: IO[bytes], origin: Mapping[str, Any]) -> Dataset | None:
     """The bytes of a promised one; the same again is harmless. None when it was deleted meanwhile. Raises TooLarge."""
-    key = _key(dataset.owner, dataset.dataset_id)
+    key = key_of(dataset.owner, dataset.dataset_id)
     stored = storage.put_file(key, file, max_bytes=int(settings.JOBS["max_upload_bytes"]))
     actions = [
         Dataset.key.set(stored.key),
@@ -130,9 +173,10 @@ def finish_check(
     report: Mapping[str, Any] | None = None,
     error: str = "",
     keep: bool = False,
+    sha256: str = "",
 ) -> Dataset | None:
     """ready or rejected, with the report. What can't be used isn't kept, unless another choice of columns may help. Then the jobs that wait for it move. None when it was deleted meanwhile."""
-    key = _key(owner, dataset_id)
+    key = key_of(owner, dataset_id)
     actions = [Dataset.status.set(status), Dataset.error.set(error[:2000])]
     if report is not None:
         text = json.dumps(report, ensure_ascii=False).encode("utf-8", "replace")
@@ -142,6 +186,8 @@ def finish_check(
         actions.append(Dataset.summary.set(small(summary)))
     if format is not None:
         actions.append(Dataset.format.set(dict(format)))
+    if sha256:
+        actions.append(Dataset.sha256.set(sha256))
     condition = (Dataset.status == "checking") & (Dataset.gone == False)  # noqa: E712  an expression
     found = tables.update(Dataset(owner, dataset_id), actions, condition, lambda row: row.status == status)
     if found and status == "rejected" and not keep:
@@ -211,6 +257,7 @@ def _forget(owner: str, dataset_id: str) -> None:
     errands.put("delete", owner, dataset_id)
     tables.update(Dataset(owner, dataset_id), [Dataset.gone.set(True)], Dataset.dataset_id.exists())
     limits.release(owner, "datasets", dataset_id)
+    limits.unreserve(owner, dataset_id)
     errands.ring("delete", owner, dataset_id)
 
 
@@ -237,7 +284,7 @@ def shown_name(filename: str) -> str:
     return name.strip()[:200] or "dataset"
 
 
-def _key(owner: str, dataset_id: str) -> str:
+def key_of(owner: str, dataset_id: str) -> str:
     return f"datasets/{owner}/{dataset_id}/data"
 
 

@@ -108,9 +108,13 @@ def delete_bytes(owner: str, id: str) -> bool:
 
 def _delete_parts(owner: str, upload_id: str) -> bool:
     """Of an upload that is over: completed, cancelled, expired, or its owner gone."""
+    from jobs import parts  # it calls what calls this module
+
     row = tables.get(Upload, owner, upload_id)
     if row and row.status in {"pending", "completing"} and time.time() < row.expires_at + PUT_TOGETHER_S:
         return False
+    if row is not None:
+        parts.drop(row)
     storage.delete_prefix(f"uploads/{upload_id}/")
     return True
 

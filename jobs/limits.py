@@ -50,7 +50,7 @@ def held(owner: str, what: str) -> set[str]:
 
 
 def check_room(owner: str) -> None:
-    """Is there room for more bytes and one more model? Asked before a file is received or a job taken on."""
+    """Is there room for more bytes and one more model? Asked before a job is taken on, or a file of unknown size."""
     limit, most = int(settings.JOBS["max_stored_bytes_per_owner"]), int(settings.JOBS["max_models_per_owner"])
     sizes = {table: _sizes(table, owner) for table in (Dataset, TunedModel)}
     if sum(map(sum, sizes.values())) >= limit:
@@ -60,7 +60,7 @@ def check_room(owner: str) -> None:
 
 
 def check_fits(owner: str) -> None:
-    """Asked after a file was received: do all that came at the same time fit together?"""
+    """Asked after a file of unknown size was received: do all that came at the same time fit together?"""
     limit = int(settings.JOBS["max_stored_bytes_per_owner"])
     if sum(sum(_sizes(table, owner)) for table in (Dataset, TunedModel)) > limit:
         raise _full(limit)
@@ -68,6 +68,50 @@ def check_fits(owner: str) -> None:
 
 def _full(limit: int) -> OverQuota:
     return OverQuota(f"Your files and models fill the {limit:,} bytes you may store. Delete some first.")
+
+
+def reserve(owner: str, id: str, size: int) -> None:
+    """Sets bytes aside for what is about to come; again is harmless. Two at once are told one after the other, so together
+    they can't pass the limit. Raises OverQuota."""
+    limit = int(settings.JOBS["max_stored_bytes_per_owner"])
+    while True:
+        row, kept = _set_aside(owner)
+        if kept.get(id) == size:
+            return
+        stored = sum(sum(_sizes(table, owner)) for table in (Dataset, TunedModel))
+        room = limit - stored - sum(kept.values()) + kept.get(id, 0)
+        if size > room:
+            raise OverQuota(
+                f"The file has {size:,} bytes, and {max(0, room):,} of your {limit:,} are free. Delete some files or models first."
+            )
+        if _write_aside(owner, row, kept | {id: size}, lambda found: (found.data or {}).get(id) == size):
+            return
+
+
+def unreserve(owner: str, id: str) -> None:
+    """Gives them back; again is harmless."""
+    while True:
+        row, kept = _set_aside(owner)
+        if id not in kept:
+            return
+        kept.pop(id)
+        if _write_aside(owner, row, kept, lambda found: id not in (found.data or {})):
+            return
+
+
+def _set_aside(owner: str) -> tuple[Usage | None, dict[str, int]]:
+    row = tables.get(Usage, owner, "bytes")
+    return row, dict(row.data or {}) if row else {}
+
+
+def _write_aside(
+    owner: str, row: Usage | None, kept: dict[str, int], was_me: Callable[[Usage], bool]
+) -> Usage | None:
+    """None when somebody else was first."""
+    if row is None:
+        return tables.put_new(Usage(owner, "bytes", data=kept, version=1), was_me)
+    actions = [Usage.data.set(kept), Usage.version.add(1)]
+    return tables.update(row, actions, Usage.version == row.version, was_me)
 
 
 def _sizes(table: type[Dataset] | type[TunedModel], owner: str) -> list[int]:

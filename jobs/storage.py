@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError
 from django.conf import settings
@@ -25,6 +25,7 @@ from django.core.files.storage import FileSystemStorage, default_storage
 from django.core.signing import BadSignature, SignatureExpired, TimestampSigner
 
 BLOCK = 1 << 20
+LINK_S = 3600  # how long a part may be put by its link
 PART = 16 << 20  # of a multipart upload: what is held in memory at once
 
 
@@ -184,6 +185,75 @@ def put_folder(prefix: str, folder: Path, should_stop: Callable[[], bool] = lamb
             stored = put_file(join(prefix, name), file)
         entries.append(FileEntry(name, stored.bytes, stored.sha256))
     return entries
+
+
+# ---- parts that go straight to S3 ----------------------------------------------------------------------------------
+
+
+def begin_parts(key: str) -> str:
+    """Begins a multipart upload and returns S3's name for it."""
+    return str(_s3_does("create_multipart_upload", key)["UploadId"])
+
+
+def part_link(key: str, upload: str, number: int, size: int) -> str:
+    """Where this part, and nothing longer, may be put without our credentials."""
+    params = {
+        "Bucket": _bucket(),
+        "Key": key,
+        "UploadId": upload,
+        "PartNumber": number,
+        "ContentLength": size,
+    }
+    return str(_s3().generate_presigned_url("upload_part", Params=params, ExpiresIn=LINK_S))
+
+
+def direct_origin() -> str:
+    """The origin that pages send parts to; empty where they send them to us."""
+    if is_local():
+        return ""
+    place = urlsplit(
+        str(_s3().generate_presigned_url("put_object", Params={"Bucket": _bucket(), "Key": "x"}))
+    )
+    return f"{place.scheme}://{place.netloc}"
+
+
+def put_part(key: str, upload: str, number: int, data: bytes) -> None:
+    _s3_does("upload_part", key, UploadId=upload, PartNumber=number, Body=data, ContentMD5=_md5(data))
+
+
+def parts_of(key: str, upload: str) -> dict[int, int]:
+    """Bytes of each part that came."""
+    return {part["PartNumber"]: part["Size"] for part in _parts(key, upload)}
+
+
+def finish_parts(key: str, upload: str) -> None:
+    """Makes the parts one object."""
+    found = [{"PartNumber": part["PartNumber"], "ETag": part["ETag"]} for part in _parts(key, upload)]
+    _s3_does("complete_multipart_upload", key, UploadId=upload, MultipartUpload={"Parts": found})
+
+
+def drop_parts(key: str, upload: str) -> None:
+    """Again is harmless, also when they were made an object."""
+    with suppress(Missing):
+        _s3_does("abort_multipart_upload", key, UploadId=upload)
+
+
+def _parts(key: str, upload: str) -> list[dict[str, Any]]:
+    try:
+        pages = _s3().get_paginator("list_parts").paginate(Bucket=_bucket(), Key=key, UploadId=upload)
+        found = [part for page in pages for part in page.get("Parts", [])]
+    except (BotoCoreError, ClientError) as error:
+        raise StorageError(f"{key}: {error}") from error
+    return sorted(found, key=lambda part: int(part["PartNumber"]))
+
+
+def _s3_does(what: str, key: str, **options: Any) -> dict[str, Any]:
+    try:
+        return cast(dict[str, Any], getattr(_s3(), what)(Bucket=_bucket(), Key=key, **options))
+    except ClientError as error:
+        raise (Missing if _is_missing(error) else StorageError)(f"{key}: {error}") from error
+    except BotoCoreError as error:
+        raise StorageError(f"{key}: {error}") from error
 
 
 # ---- get -----------------------------------------------------------------------------------------------------------
@@ -385,4 +455,4 @@ def _s3() -> Any:
 
 
 def _is_missing(error: ClientError) -> bool:
-    return error.response.get("Error", {}).get("Code") in {"404", "NoSuchKey", "NotFound"}
+    return error.response.get("Error", {}).get("Code") in {"404", "NoSuchKey", "NotFound", "NoSuchUpload"}

@@ -142,7 +142,8 @@ class Dataset(Table):
     format: JSONAttribute = JSONAttribute(null=True)  # how to read it: as asked, then as the report found it
     status = UnicodeAttribute(default="receiving")
     bytes = NumberAttribute(default=0)
-    sha256 = UnicodeAttribute(default="")
+    sha256 = UnicodeAttribute(default="")  # of what came straight into the bucket: from its check on
+    mark = UnicodeAttribute(default="")  # as its upload had it
     key = UnicodeAttribute(default="")  # of the object
     summary: JSONAttribute = JSONAttribute(null=True)  # of the report
     report_key = UnicodeAttribute(default="")  # object that holds the full report as JSON
@@ -373,7 +374,7 @@ class Worker(Table):
 
 
 class Upload(Table):
-    """A file that comes in parts through `/v1/uploads`."""
+    """A file that comes in parts, through `/v1/uploads` or from a page (jobs/parts.py: those have a target)."""
 
     class Meta(Where):
         table_name = _name("Upload")
@@ -386,8 +387,11 @@ class Upload(Table):
     purpose = UnicodeAttribute(default="fine-tune")
     status = UnicodeAttribute(default="pending")  # pending, completed, cancelled, expired
     part_ids = UnicodeSetAttribute(null=True)  # `<part id>:<bytes>`
-    dataset_id = UnicodeAttribute(default="")
+    dataset_id = UnicodeAttribute(default="")  # what became of it
     keep_s = NumberAttribute(null=True)  # how long the file is to be kept
+    target = UnicodeAttribute(default="")  # the dataset it will be
+    mark = UnicodeAttribute(default="")  # tells the same file again: `sha256:…`, or made of samples of it
+    multipart = UnicodeAttribute(default="")  # S3's name for it, where the parts go there
     created_at = NumberAttribute(default=time.time)
     expires_at = NumberAttribute(default=lambda: time.time() + 3600)
 

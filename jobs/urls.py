@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from django.urls import path
 
-from jobs.views import datasets, estimates, jobs, live, models, notifications, objects, playground
+from jobs.views import datasets, estimates, jobs, live, models, notifications, objects, playground, uploads
 
 app_name = "jobs"
 
 urlpatterns = [
     path("datasets/", datasets.index, name="datasets"),
     path("datasets/upload/", datasets.upload, name="upload"),
+    path("datasets/uploads/", uploads.begin, name="begin_upload"),
+    path("datasets/uploads/<str:upload_id>/parts/<int:number>/", uploads.part, name="upload_part"),
+    path("datasets/uploads/<str:upload_id>/links/", uploads.links, name="upload_links"),
+    path("datasets/uploads/<str:upload_id>/complete/", uploads.complete, name="complete_upload"),
+    path("datasets/uploads/<str:upload_id>/cancel/", uploads.cancel, name="cancel_upload"),
     path("datasets/<str:dataset_id>/", datasets.detail, name="dataset"),
     path("datasets/<str:dataset_id>/report/", datasets.report, name="dataset_report"),
     path("datasets/<str:dataset_id>/columns/", datasets.columns, name="dataset_columns"),

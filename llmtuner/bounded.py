@@ -25,13 +25,16 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 MAX_BODY = 4 * 1024 * 1024
 MAX_PART = 64 * 1024 * 1024  # of a file that comes in parts
+PAGE_PART = 8 * 1024 * 1024  # of one that comes in parts from a page, as it is
 FORM_EXTRA = 64 * 1024  # what the form around a file may weigh
 _coming: Counter[str] = Counter()  # large bodies on their way, by owner
 
 
 def limit_of(path: str, kind: str) -> int:
-    """A file's worth only where files are taken, and only as a form."""
+    """A file's worth only where files are taken, and then as a form or a part."""
     path = path.rstrip("/")
+    if path.startswith("/datasets/uploads/") and "/parts/" in path:
+        return PAGE_PART
     if not kind.startswith("multipart/form-data"):
         return MAX_BODY
     if path in {"/v1/files", "/datasets/upload"}:

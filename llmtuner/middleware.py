@@ -99,7 +99,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "script-src 'self'",
         "style-src 'self'",
         "img-src 'self' data:",  # daisyUI draws its ticks as data: images
-        "connect-src 'self'",
+        "connect-src 'self' {bucket}",
         "font-src 'self'",
         # Browsers also apply form-action to where the answer to a form redirects: the Google button is such a form.
         "form-action 'self' {google}",
@@ -116,12 +116,26 @@ def _google_origin() -> str:
     return "/".join(authorize.split("/")[:3]) if authorize else "https://accounts.google.com"
 
 
+@lru_cache(maxsize=1)
+def _bucket_origin() -> str:
+    """Where the page with the upload may send parts of files: the bucket, if there is one."""
+    from jobs import storage
+
+    try:
+        return storage.direct_origin()
+    except Exception:  # without credentials nothing is signed, and the parts go through us
+        logging.getLogger(__name__).warning("uploads can't go straight to the bucket", exc_info=True)
+        return ""
+
+
 @sync_and_async_middleware
 def security_headers(get_response: Handler) -> Handler:
-    policy = CONTENT_SECURITY_POLICY.format(google=_google_origin())
+    google = _google_origin()
 
     def add(request: HttpRequest, response: HttpResponseBase) -> None:
-        response.headers.setdefault("Content-Security-Policy", policy)
+        bucket = _bucket_origin() if request.path_info == "/datasets/" else ""
+        policy = CONTENT_SECURITY_POLICY.format(google=google, bucket=bucket)
+        response.headers.setdefault("Content-Security-Policy", policy.replace(" ;", ";"))
         response.headers.setdefault(
             "Permissions-Policy", "camera=(), geolocation=(), microphone=(), payment=(), usb=()"
         )

@@ -11,7 +11,7 @@ from django.conf import settings
 from ninja import File as Part
 from ninja import Router, UploadedFile
 
-from jobs import datasets, errands, limits, storage, tables
+from jobs import datasets, errands, limits, parts, storage, tables
 from jobs.api import files
 from jobs.api.caller import WRITE, CallerRequest
 from jobs.api.errors import ApiError, bad, not_found
@@ -34,7 +34,6 @@ def create_upload(request: CallerRequest, body: UploadCreate) -> Json:
     if body.bytes > limit:
         raise bad(f"A file may have at most {limit:,} bytes here.", "bytes", "file_too_large")
     owner = request.auth.owner
-    limits.check_room(owner)
     if sum(_status(row) == "pending" for row in tables.rows(Row, owner)) >= MAX_OPEN:
         raise limits.OverQuota(f"You have {MAX_OPEN} open uploads. Complete or cancel one first.")
     row = Row(
@@ -48,6 +47,7 @@ def create_upload(request: CallerRequest, body: UploadCreate) -> Json:
         expires_at=time.time() + LIFETIME_S,
     )
     errands.put("delete", owner, row.upload_id)  # the parts, also of an upload that nobody comes back to
+    limits.reserve(owner, row.upload_id, body.bytes)
     tables.put_new(row)
     return show(row)
 
@@ -115,6 +115,7 @@ def complete_upload(request: CallerRequest, upload_id: str, body: UploadComplete
             _bytes(row, body.part_ids),
             purpose=row.purpose,
             expires_at=time.time() + row.keep_s if row.keep_s else None,
+            reserved=True,
         )
     except BaseException:
         tables.update(claimed, [Row.status.set("pending")], Row.status == "completing")
@@ -123,7 +124,7 @@ def complete_upload(request: CallerRequest, upload_id: str, body: UploadComplete
         claimed, [Row.status.set("completed"), Row.dataset_id.set(dataset.dataset_id)], Row.status == "completing",
         lambda found: found.dataset_id == dataset.dataset_id,
     )  # fmt: skip
-    storage.delete_prefix(_folder(row))
+    parts.drop(row)
     return show(done or claimed, dataset)
 
 
@@ -140,7 +141,7 @@ def cancel_upload(request: CallerRequest, upload_id: str) -> Json:
     )
     if cancelled is None:
         raise bad("This upload is no longer open.", "upload_id", "upload_not_pending")
-    storage.delete_prefix(_folder(row))
+    parts.drop(row)
     return show(cancelled)
 
 

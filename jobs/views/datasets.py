@@ -7,18 +7,19 @@ from typing import Any
 
 from django.conf import settings
 from django.contrib import messages
-from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.urls import reverse
+from django.utils.html import strip_tags
 from django.utils.http import urlencode
 from django.utils.text import Truncator
 from django.views.decorators.http import require_GET, require_POST
 
-from jobs import access, bases, datasets, reports, tables, versions
+from jobs import access, bases, datasets, parts, reports, tables, versions
 from jobs.forms import ColumnsForm, UploadForm
 from jobs.limits import OverQuota
 from jobs.tables import Dataset, DatasetReport
-from jobs.templatetags.figures import count, size
+from jobs.templatetags.figures import count, size, when
 from jobs.views.doors import asks_for_part, for_people, owner_of
 from jobs.views.new_job import report_at, shown_sample
 from training import catalog
@@ -41,18 +42,21 @@ def index(request: HttpRequest) -> HttpResponse:
     rows = [{"dataset": d, **look(d)} for d in page]
     waiting = any(d.status in ("receiving", "checking") for d in page)
     template = "jobs/dataset_list.html#rows" if asks_for_part(request) else "jobs/dataset_list.html"
-    more = page.rows[-1].dataset_id if page.has_more else ""
-    return render(
-        request,
-        template,
-        {"rows": rows, "more": more, "waiting": waiting, "most": settings.JOBS["max_upload_bytes"]},
-    )
+    context = {
+        "rows": rows,
+        "more": page.rows[-1].dataset_id if page.has_more else "",
+        "waiting": waiting,
+        "most": settings.JOBS["max_upload_bytes"],
+        "open_uploads": lambda: [parts.shown(row) for row in parts.open_of(owner_of(request))],
+    }
+    return render(request, template, context)
 
 
 @for_people
 @require_POST
 def upload(request: HttpRequest) -> HttpResponse:
-    """Takes the file and shows its page, where the report appears. The script asks for JSON, a plain form is led on."""
+    """Takes the file whole from a plain form and leads to its page, where the report appears. The script sends parts
+    instead (`views.uploads`)."""
     form = UploadForm(request.POST, request.FILES)
     if not form.is_valid():
         return _refused(request, "; ".join(form.errors["file"]))
@@ -61,19 +65,14 @@ def upload(request: HttpRequest) -> HttpResponse:
         dataset = datasets.receive(owner_of(request), file.name, file)
     except (datasets.Rejected, OverQuota) as error:
         return _refused(request, str(error))
-    address = reverse("jobs:dataset", args=[dataset.dataset_id])
-    return JsonResponse({"url": address}, status=201) if _wants_json(request) else redirect(address)
+    if same := datasets.twin(dataset):
+        messages.info(request, f"The same file as {same.name}, uploaded {strip_tags(when(same.created_at))}.")
+    return redirect("jobs:dataset", dataset.dataset_id)
 
 
 def _refused(request: HttpRequest, message: str) -> HttpResponse:
-    if _wants_json(request):
-        return JsonResponse({"error": message}, status=422)
     messages.error(request, message)
     return redirect("jobs:datasets")
-
-
-def _wants_json(request: HttpRequest) -> bool:
-    return request.headers.get("Accept", "").startswith("application/json")
 
 
 @for_people

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 
-import pytest
 from django.test import Client
 from django.urls import reverse
 
@@ -15,10 +14,10 @@ from tests.journeys.makers import make_dataset
 ROWS = b'{"prompt": "colour of: lemon", "completion": "yellow"}\n' * 3
 
 
-def send(client: Client, content: bytes, name: str = "rows.jsonl", **headers: str):
+def send(client: Client, content: bytes, name: str = "rows.jsonl"):
     file = io.BytesIO(content)
     file.name = name
-    return client.post(reverse("jobs:upload"), {"file": file}, headers=headers)
+    return client.post(reverse("jobs:upload"), {"file": file})
 
 
 def test_an_empty_list_shows_what_files_look_like(alices: Client) -> None:
@@ -36,26 +35,21 @@ def test_a_plain_form_leads_to_the_new_dataset(alices: Client, alice: User) -> N
     assert 'http-equiv="refresh"' in text
 
 
-def test_the_script_gets_the_address_as_json(alices: Client) -> None:
-    answer = send(alices, ROWS, Accept="application/json")
-    assert answer.status_code == 201
-    assert answer.json()["url"].startswith("/datasets/file-")
-
-
-@pytest.mark.parametrize("accept", ["text/html", "application/json"])
-def test_an_empty_file_is_refused_at_once_and_leaves_nothing(
-    alices: Client, alice: User, accept: str
-) -> None:
-    answer = send(alices, b"", Accept=accept)
-    if accept == "application/json":
-        assert answer.status_code == 422
-        assert "The file is empty" in answer.json()["error"]
-    else:
-        assert b"The file is empty" in alices.get(answer["Location"]).content
+def test_an_empty_file_is_refused_at_once_and_leaves_nothing(alices: Client, alice: User) -> None:
+    answer = send(alices, b"")
+    assert b"The file is empty" in alices.get(answer["Location"]).content
     assert not len(access.list_datasets(alice.owner_id))
     for key in storage.list_keys(f"datasets/{alice.owner_id}/"):  # what the checks worker is rung for
         errands.run("delete", alice.owner_id, key.split("/")[2], "")
     assert not storage.list_keys(f"datasets/{alice.owner_id}/")
+
+
+def test_the_same_file_again_is_recognised(alices: Client) -> None:
+    send(alices, ROWS, "first.jsonl")
+    assert (
+        "The same file as first.jsonl"
+        in alices.get(send(alices, ROWS, "second.jsonl")["Location"]).content.decode()
+    )
 
 
 def test_a_form_without_a_file_says_so(alices: Client) -> None:

@@ -1,0 +1,98 @@
+"""Uploads in parts, as the page's script sends them; without it a plain form does (`views.datasets.upload`)."""
+
+from __future__ import annotations
+
+from django.contrib import messages
+from django.http import HttpRequest, HttpResponse, JsonResponse
+from django.shortcuts import redirect
+from django.urls import reverse
+from django.utils.html import strip_tags
+from django.views.decorators.http import require_http_methods, require_POST
+
+from jobs import parts
+from jobs.datasets import Rejected
+from jobs.limits import OverQuota
+from jobs.templatetags.figures import when
+from jobs.views.doors import for_people, owner_of
+
+
+def _refused(message: str) -> JsonResponse:
+    return JsonResponse({"error": message}, status=422)
+
+
+@for_people
+@require_POST
+def begin(request: HttpRequest) -> HttpResponse:
+    """`name`, `bytes` and `mark` of a file. Says where it is already (unless `again`), or which parts are there."""
+    name, mark = request.POST.get("name", ""), request.POST.get("mark", "")[:100]
+    size = request.POST.get("bytes", "")
+    if not size.isascii() or not size.isdigit() or len(size) > 15:
+        return _refused("Choose a file to upload.")
+    owner = owner_of(request)
+    if not request.POST.get("again") and (same := parts.known(owner, int(size), mark)):
+        address = reverse("jobs:dataset", args=[same.dataset_id])
+        return JsonResponse(
+            {"same": {"url": address, "name": same.name, "when": strip_tags(when(same.created_at))}}
+        )
+    try:
+        row = parts.begin(owner, name, int(size), mark)
+    except (Rejected, OverQuota) as error:
+        return _refused(str(error))
+    return JsonResponse(
+        {
+            "url": reverse("jobs:upload_part", args=[row.upload_id, 0]).removesuffix("0/"),
+            "links": reverse("jobs:upload_links", args=[row.upload_id]) if row.multipart else "",
+            "complete": reverse("jobs:complete_upload", args=[row.upload_id]),
+            "cancel": reverse("jobs:cancel_upload", args=[row.upload_id]),
+            "part_bytes": parts.PART,
+            "have": sorted(n for n, size in parts.have(row).items() if size == parts.size_of(row, n)),
+        },
+        status=201,
+    )
+
+
+@for_people
+@require_http_methods(["PUT"])
+def part(request: HttpRequest, upload_id: str, number: int) -> HttpResponse:
+    """The bytes of a part are the body."""
+    row = parts.get_for(owner_of(request), upload_id)
+    try:
+        parts.put(row, number, request, request.headers.get("X-Part-Sha256", ""))
+    except Rejected as error:
+        return _refused(str(error))
+    return JsonResponse({"part": number})
+
+
+@for_people
+@require_POST
+def links(request: HttpRequest, upload_id: str) -> HttpResponse:
+    """Signed links for the parts in `numbers`."""
+    row = parts.get_for(owner_of(request), upload_id)
+    numbers = [int(n) for n in request.POST.get("numbers", "").split(",") if n.isascii() and n.isdigit()]
+    try:
+        return JsonResponse({"links": parts.links(row, numbers)})
+    except Rejected as error:
+        return _refused(str(error))
+
+
+@for_people
+@require_POST
+def complete(request: HttpRequest, upload_id: str) -> HttpResponse:
+    row = parts.get_for(owner_of(request), upload_id)
+    try:
+        dataset = parts.complete(row)
+    except (Rejected, OverQuota) as error:
+        return _refused(str(error))
+    return JsonResponse({"url": reverse("jobs:dataset", args=[dataset.dataset_id])})
+
+
+@for_people
+@require_POST
+def cancel(request: HttpRequest, upload_id: str) -> HttpResponse:
+    """The script's Stop, and the page's plain button."""
+    row = parts.get_for(owner_of(request), upload_id)
+    parts.cancel(row)
+    if request.headers.get("Accept", "").startswith("application/json"):
+        return JsonResponse({"cancelled": True})
+    messages.success(request, f"The upload of {row.filename} is forgotten.")
+    return redirect("jobs:datasets")

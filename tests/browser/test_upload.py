@@ -1,0 +1,117 @@
+"""Uploading in a real browser: the bar, a connection that breaks, a page that was closed, Stop, the same file again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import access, parts, storage
+from tests.journeys.conftest import browser_of, make_person
+
+pytestmark = pytest.mark.browser
+LINE = b'{"prompt": "colour of: lemon", "completion": "yellow"}\n'
+
+
+@pytest.fixture
+def owner(page: Any, web: Any) -> str:
+    user = make_person("alice")
+    cookie = browser_of(user).cookies["session"]
+    page.context.add_cookies([{"name": "session", "value": cookie.value, "url": web.url}])
+    return user.owner_id
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four parts, of which a sample makes the mark."""
+    path = tmp_path_factory.mktemp("large") / "large.jsonl"
+    path.write_bytes(LINE * ((4 * parts.PART + 9_000_000) // len(LINE)))
+    return path
+
+
+def only_dataset(owner: str) -> Any:
+    (dataset,) = access.list_datasets(owner).rows
+    return dataset
+
+
+def test_a_large_file_goes_up_in_parts(page: Any, owner: str, large: Path) -> None:
+    page.goto("/datasets/")
+    page.set_input_files("input[type=file]", large)
+    page.wait_for_url("**/datasets/file-*/")
+    dataset = only_dataset(owner)
+    with large.open("rb") as file, storage.open_file(dataset.key) as stored:
+        assert stored.read() == file.read()
+
+
+def test_it_goes_on_after_a_broken_connection_and_a_closed_page(
+    page: Any, owner: str, large: Path, complaints: list[str]
+) -> None:
+    sent: list[str] = []
+    broken = {"on": True}
+
+    def gate(route: Any) -> None:
+        number = route.request.url.rstrip("/").rsplit("/", 1)[1]
+        if broken["on"] and int(number) > 2:
+            route.abort()
+        else:
+            sent.append(number)
+            route.continue_()
+
+    page.route("**/parts/*/", gate)
+    page.goto("/datasets/")
+    page.set_input_files("input[type=file]", large)
+    page.get_by_text("The connection broke. Trying again").wait_for()
+    page.wait_for_timeout(500)
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.goto("/datasets/")
+    page.get_by_text("Not all here yet").wait_for()
+    page.get_by_text("Choose the same file again").wait_for()
+    broken["on"] = False
+    before = len(sent)
+    page.set_input_files("input[type=file]", large)
+    page.wait_for_url("**/datasets/file-*/")
+    assert sorted(sent[:before]) == ["1", "2"]
+    assert sorted(sent[before:]) == ["3", "4", "5", "6"][: len(sent) - before]
+    assert only_dataset(owner).bytes == large.stat().st_size
+    complaints[:] = [text for text in complaints if "ERR_FAILED" not in text]
+
+
+def test_stop_keeps_nothing(page: Any, owner: str, large: Path, complaints: list[str]) -> None:
+    held: list[Any] = []
+    page.route("**/parts/*/", lambda route: held.append(route))
+    page.goto("/datasets/")
+    page.set_input_files("input[type=file]", large)
+    page.wait_for_timeout(800)
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("Stopped. Nothing was kept.").wait_for()
+    page.wait_for_timeout(300)
+    assert not parts.open_of(owner)
+    assert not len(access.list_datasets(owner))
+    complaints.clear()
+
+
+def test_the_same_file_is_recognised_before_it_is_sent(page: Any, owner: str, tmp_path: Path) -> None:
+    small = tmp_path / "small.jsonl"
+    small.write_bytes(LINE * 20)
+    page.goto("/datasets/")
+    page.set_input_files("input[type=file]", small)
+    page.wait_for_url("**/datasets/file-*/")
+    page.goto("/datasets/")
+    page.set_input_files("input[type=file]", small)
+    page.get_by_text("You have this file already").wait_for()
+    assert page.locator("[data-twin] a").inner_text() == "small.jsonl"
+    page.get_by_role("button", name="Upload it again").click()
+    page.wait_for_url("**/datasets/file-*/")
+    assert len(access.list_datasets(owner)) == 2
+
+
+def test_a_refusal_is_told_where_the_file_was_chosen(
+    page: Any, owner: str, tmp_path: Path, complaints: list[str]
+) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_bytes(b"")
+    page.goto("/datasets/")
+    page.set_input_files("input[type=file]", empty)
+    page.get_by_text("The file is empty.").wait_for()
+    complaints[:] = [text for text in complaints if "422" not in text]
