@@ -64,8 +64,9 @@ def summary_of(report: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in report.items() if name not in FULL}
 
 
-def report_on(dataset: Dataset, tokenizer: str) -> dict[str, Any] | None:
-    """The report with the tokenizer of a base model's folder; None when the limits were not enough."""
+def report_on(dataset: Dataset, tokenizer: str, line: int | None = None) -> dict[str, Any] | None:
+    """The report with the tokenizer of a base model's folder, or the tokens of the row in `line`; None when the limits
+    were not enough."""
     with reading.folder("check-") as folder:
         # The name is ours; its ending tells the kind of file.
         path = folder / ("data" + Path(dataset.name).suffix.lower()[:10])
@@ -75,5 +76,7 @@ def report_on(dataset: Dataset, tokenizer: str) -> dict[str, Any] | None:
             arguments += ["--tokenizer", tokenizer]
         if dataset.format:
             arguments += ["--format", json.dumps(dataset.format)]
+        if line is not None:
+            return reading.ask([*arguments, "--row", str(line)], "row")
         report = reading.ask(arguments, "report")
         return report if report is None or dataset.sha256 else report | {"sha256": stored.sha256}

@@ -149,6 +149,13 @@ class Setting:
     automatic: str  # what it is when left empty
     hint: str
     error: str = ""
+    can_lock: bool = False  # automatic, and known by now
+
+    @property
+    def meaning(self) -> str:
+        """The setting in a line, unless the hint is that line already; and what it may be."""
+        words = "" if self.hint == self.spec.help else self.spec.help
+        return f"{words} {self.range}.".strip() if self.range else words
 
     @property
     def is_auto(self) -> bool:
@@ -200,9 +207,13 @@ def settings_from(data: Mapping[str, Any]) -> tuple[Settings | None, dict[str, s
 
 
 def rows(
-    typed: Mapping[str, str], errors: Mapping[str, str], resolved: Settings | None, reasons: Mapping[str, str]
+    typed: Mapping[str, str],
+    errors: Mapping[str, str],
+    resolved: Settings | None,
+    reasons: Mapping[str, str],
+    suggested: Mapping[str, str],
 ) -> tuple[list[Setting], list[Setting]]:
-    """Every setting for the page, the basic ones apart."""
+    """Every setting for the page, the basic ones apart. `reasons` are of what is automatic, `suggested` of what would be."""
     basic: list[Setting] = []
     advanced: list[Setting] = []
     for name, spec in FIELDS.items():
@@ -213,17 +224,24 @@ def rows(
             spec,
             typed.get(name, ""),
             automatic,
-            _hint(name, spec, typed, reasons),
+            _hint(name, spec, typed, reasons, suggested),
             errors.get(name, ""),
+            can_lock=spec.automatic and value is not None,
         )
         (basic if spec.group == "basic" else advanced).append(setting)
     return basic, advanced
 
 
-def _hint(name: str, spec: Field, typed: Mapping[str, str], reasons: Mapping[str, str]) -> str:
+def _hint(
+    name: str, spec: Field, typed: Mapping[str, str], reasons: Mapping[str, str], suggested: Mapping[str, str]
+) -> str:
     reason = reasons.get(name, "")
     if reason and not typed.get(name):
         return f"{reason[0].upper()}{reason[1:]}."
+    if typed.get(name) and name in suggested:
+        return f"Yours. Automatic would be {suggested[name]}."
+    if typed.get(name, "") not in ("", shown(spec.default)) and not spec.automatic:
+        return f"Yours. The default is {CHOICE_WORDS.get(shown(spec.default), shown(spec.default))}."
     return spec.help
 
 

@@ -31,7 +31,7 @@ def of(dataset_id: str, facts: Mapping[str, Any]) -> DatasetReport | None:
 
 
 def all_of(dataset_id: str) -> list[DatasetReport]:
-    return list(tables.rows(DatasetReport, dataset_id))
+    return [row for row in tables.rows(DatasetReport, dataset_id) if "#" not in row.base]
 
 
 def ask(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
@@ -49,6 +49,29 @@ def ask(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
     put = tables.put_if(row, free, lambda found: found.asked == mine)
     errands.ring("report", dataset.owner, f"{dataset.dataset_id}@{base}")
     return put or tables.get(DatasetReport, dataset.dataset_id, base) or row
+
+
+def ask_row(dataset: Dataset, facts: Mapping[str, Any], line: int) -> DatasetReport:
+    """The tokens of one row, as this base reads them. One row at a time: asking for another one lets the first go."""
+    place = row_place(bases.reads_as(facts))
+    found = tables.get(DatasetReport, dataset.dataset_id, place)
+    if found is not None and found.facts.get("line") == line and found.status != "failed":
+        return found
+    row = DatasetReport(
+        dataset.dataset_id,
+        place,
+        owner=dataset.owner,
+        facts={**facts, "line": line},
+        asked=secrets.token_hex(8),
+    )
+    errands.put("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+    row.save()
+    errands.ring("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+    return row
+
+
+def row_place(base: str) -> str:
+    return f"{base}#row"
 
 
 def summary_for(dataset: Dataset, facts: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -83,7 +106,8 @@ def make(owner: str, id: str) -> bool:
     if dataset is None or dataset.gone or dataset.status != "ready":
         tables.remove(DatasetReport, dataset_id, base)  # whoever waits for it asks again
         return True
-    status, error, report = _made(dataset, row)
+    line = row.facts.get("line")
+    status, error, report = _made(dataset, row, line)
     actions = [DatasetReport.status.set(status), DatasetReport.error.set(error[:2000])]
     if report is not None:
         text = json.dumps(report, ensure_ascii=False).encode("utf-8", "replace")
@@ -91,19 +115,25 @@ def make(owner: str, id: str) -> bool:
         key = f"datasets/{owner}/{dataset_id}/reports/{name}-{row.asked}.json"
         actions += [
             DatasetReport.report_key.set(storage.put_file(key, io.BytesIO(text)).key),
-            DatasetReport.summary.set(datasets.small(checking.summary_of(report))),
+            DatasetReport.summary.set(datasets.small(checking.summary_of(report)) if line is None else {}),
         ]
     tables.update(row, actions, DatasetReport.asked == row.asked, lambda found: found.status == status)
-    datasets.move_waiting_jobs(owner, dataset_id)
-    return True
+    if line is None:
+        datasets.move_waiting_jobs(owner, dataset_id)
+    found = tables.get(DatasetReport, dataset_id, base)
+    return (
+        make(owner, id) if found is not None and found.status == "checking" else True
+    )  # asked again meanwhile
 
 
-def _made(dataset: Dataset, row: DatasetReport) -> tuple[str, str, dict[str, Any] | None]:
+def _made(dataset: Dataset, row: DatasetReport, line: int | None) -> tuple[str, str, dict[str, Any] | None]:
     try:
         folder = bases.folder(str(row.facts["id"]), row.facts, only="tokenizer")
     except Failure as failure:
         return "failed", " ".join(part for part in (failure.message, failure.advice) if part), None
-    report = checking.report_on(dataset, str(folder))
+    report = checking.report_on(dataset, str(folder), line=line)
+    if report is not None and line is not None:
+        return "ready", "", report
     if report is None:
         return "failed", checking.OVER_LIMITS, None
     if not report.get("ready"):

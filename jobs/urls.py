@@ -19,6 +19,7 @@ urlpatterns = [
     path("datasets/<str:dataset_id>/", datasets.detail, name="dataset"),
     path("datasets/<str:dataset_id>/report/", datasets.report, name="dataset_report"),
     path("datasets/<str:dataset_id>/columns/", datasets.columns, name="dataset_columns"),
+    path("datasets/<str:dataset_id>/row/", datasets.row, name="dataset_row"),
     path("datasets/<str:dataset_id>/read-as/", datasets.read_as, name="read_as"),
     path("datasets/<str:dataset_id>/delete/", datasets.delete, name="delete_dataset"),
     path("datasets/<str:dataset_id>/fix/", datasets.fix, name="fix_dataset"),

@@ -172,4 +172,4 @@ def _file(origin: dict[str, Any]) -> str:
 def _difference(origin: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     lines = list(told["dropped"].get(origin["what"], []))[:LINES_KEPT]
     kept = told["validation"] if origin["part"] == "validation" else told["kept"]
-    return {"rows": told["rows"], "kept": kept, "lines": lines}
+    return {"rows": told["rows"], "kept": kept, "lines": lines, "removed": list(told.get("removed") or [])}

@@ -14,7 +14,8 @@ from typing import Any
 
 from training.catalog import describe
 from training.encode import Plain
-from training.report import report
+from training.formats import BadRow, Format
+from training.report import colour_row, report
 from training.tokenizer import Tokenizer
 
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--train-on", choices=("completion", "all"), default="completion")
     parser.add_argument("--validation", help="a validation file to look for leaks in")
+    parser.add_argument("--row", type=int, help="show the tokens of the row in this line instead of a report")
     parser.add_argument("--limit-bytes", type=int, help="refuse a file larger than this")
 
 
@@ -41,6 +43,9 @@ def main(given: argparse.Namespace) -> int:
         return 0
     tokenizer = Tokenizer.load(given.tokenizer) if given.tokenizer else None
     length = given.sequence_length or (_context(Path(given.tokenizer)) if given.tokenizer else None)
+    if given.row is not None:
+        say({"t": "row", "line": given.row, **_row(given, tokenizer, length)})
+        return 0
     found = report(
         given.file,
         tokenizer,
@@ -51,6 +56,18 @@ def main(given: argparse.Namespace) -> int:
     )
     say({"t": "report", "bytes": size, **found})
     return 0
+
+
+def _row(given: argparse.Namespace, tokenizer: Tokenizer | None, length: int | None) -> dict[str, Any]:
+    if tokenizer is None:
+        return {"error": "Give --tokenizer: without one there are no tokens."}
+    format = Format.of(json.loads(given.format)) if given.format else None
+    try:
+        return colour_row(given.file, given.row, tokenizer, Plain(length, given.train_on), format)
+    except KeyError:
+        return {"error": f"No row begins in line {given.row:,}."}
+    except BadRow as bad:
+        return {"error": f"{bad}. {bad.fix}".strip()}
 
 
 def _context(folder: Path) -> int | None:

@@ -16,10 +16,11 @@ from typing import Any
 from training.encode import Plain
 from training.findings import KINDS
 from training.formats import BadRow, Format, Row, detect, rows
-from training.report import findings_of
+from training.report import findings_of, preview_of
 from training.tokenizer import Tokenizer
 
 LINES_TOLD = 10_000  # of each finding, by the command: a reader of its line has a limit
+SHOWN = 20  # rows that are gone, to look at
 DROPPABLE = frozenset(code for code, kind in KINDS.items() if kind.drop)
 
 
@@ -31,6 +32,7 @@ class Fixed:
     kept: int = 0
     validation: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)
+    removed: list[dict[str, Any]] = field(default_factory=list)  # the first of them: line and preview
 
 
 def fix(
@@ -68,6 +70,8 @@ def fix(
         for number, row in enumerate(rows(path, chosen, on_bad=bad), 1):
             result.rows += 1
             if codes := [code for code, numbers in wanted.items() if number in numbers]:
+                if len(result.removed) < SHOWN:
+                    result.removed.append({"line": row.line, "preview": preview_of(row)})
                 for code in codes:
                     result.dropped.setdefault(code, []).append(row.line)
             elif aside is not None and _share(row, seed) < fraction:

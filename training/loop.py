@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from training import catalog, checkpoint, config, device, inputs
+from training import catalog, checkpoint, config, device, inputs, report
 from training.checkpoint import Identity, Restored, Snapshot, Writer
 from training.config import Run, Settings
 from training.evaluate import Evaluation, Interrupted, batch_loss, evaluate, verdict
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 Say = Callable[..., None]  # say("metric", step=1, …)
 SAMPLE_TOKENS = 32
+PREVIEW_TOKENS = 200  # of an example in the log
 
 
 class Stopped(Exception):
@@ -96,6 +97,9 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
     for note in found.notes:
         say("log", level="warning", message=note)
     settings, examples, held_out = found.settings, found.train, found.held_out
+    for i in range(min(report.SAMPLES, len(examples)) if not run.resume_from else 0):
+        text = report.one_line(found.tokenizer.decode(examples[i][0][:PREVIEW_TOKENS].tolist()))
+        say("log", level="info", message=f"Example {i + 1} of {len(examples)}: {text}")
     place = device.pick(settings)
     if settings.precision == "bf16" and place.dtype != torch.bfloat16:
         say("log", level="warning", message="bf16 is far slower than fp32 on this processor; fp32 is used.")

@@ -21,6 +21,7 @@ SAMPLES, PREVIEW, SAMPLE_TOKENS = 5, 150, 400
 TOGETHER = 256  # rows looked at at once
 HALVED = 16 << 20  # bytes from which a file is read by two processes
 JOINED = ("rows", "characters", "foreign", "summary", "findings", "exact", "near", "prompts", "answers")
+ROW_TOKENS = 4000  # of one row that a person asks for
 FEW = 10
 CHARACTERS_PER_TOKEN = 2.0  # under this the tokenizer does not know the language
 
@@ -252,7 +253,7 @@ class _Report:
             self.summary.add(example)
         if tokenizer is None:
             if len(self.samples) < SAMPLES:
-                self.samples.append({"line": row.line, "preview": _preview(row)})
+                self.samples.append({"line": row.line, "preview": preview_of(row)})
             return
         if any(example.truncated for example in examples):
             self.findings.add("truncated", row.line, f"{examples[0].truncated} tokens lost")
@@ -262,7 +263,7 @@ class _Report:
             self.findings.add("missing_end", row.line)
         if len(self.samples) < SAMPLES and examples:
             self.samples.append(
-                {"line": row.line, "preview": _preview(row), **coloured(examples[0], tokenizer)}
+                {"line": row.line, "preview": preview_of(row), **coloured(examples[0], tokenizer)}
             )
 
     def _remember(self, row: Row, text: str) -> None:
@@ -372,20 +373,32 @@ def coloured(example: Example, tokenizer: Tokenizer, limit: int = SAMPLE_TOKENS)
 def colour_row(
     path: str | Path, line: int, tokenizer: Tokenizer, settings: Plain, format: Format | None = None
 ) -> dict[str, Any]:
-    """The coloured tokens of the row at `line`. Raises KeyError if no row begins there."""
-    for row in rows(path, format, on_bad=lambda bad: None):
+    """The coloured tokens of the row at `line`, and how many are cut off. Raises KeyError if no row begins there, and
+    BadRow for one that can't be read."""
+
+    def bad(bad: BadRow) -> None:
+        if bad.line == line:
+            raise bad
+
+    for row in rows(path, format, on_bad=bad):
         if row.line == line:
             found = encode_batch([row], tokenizer, settings)[0]
             if isinstance(found, BadRow):
                 raise found
-            return {"line": line, "preview": _preview(row), **coloured(found, tokenizer)}
+            shown = coloured(found, tokenizer, ROW_TOKENS)
+            return {"line": line, "preview": preview_of(row), "cut": found.truncated, **shown}
         if row.line > line:
             break
     raise KeyError(line)
 
 
-def _preview(row: Row) -> str:
-    text = " ".join(row.preview[: 4 * PREVIEW].split())
+def preview_of(row: Row) -> str:
+    """On one line, cut to 150 characters."""
+    return one_line(row.preview)
+
+
+def one_line(text: str) -> str:
+    text = " ".join(text[: 4 * PREVIEW].split())
     return text if len(text) <= PREVIEW else text[: PREVIEW - 1] + "…"
 
 

@@ -80,7 +80,8 @@ def _refused(request: HttpRequest, message: str) -> HttpResponse:
 def detail(request: HttpRequest, dataset_id: str) -> HttpResponse:
     """`?as=` shows the report for a base with another tokenizer."""
     dataset = access.get_dataset_for(owner_of(request), dataset_id)
-    return render(request, "jobs/dataset_detail.html", report_of(dataset, request.GET.get("as", "")))
+    shown = report_of(dataset, request.GET.get("as", ""), request.GET.get("line", ""))
+    return render(request, "jobs/dataset_detail.html", shown)
 
 
 @for_people
@@ -90,7 +91,7 @@ def report(request: HttpRequest, dataset_id: str) -> HttpResponse:
     dataset = access.get_dataset_for(owner_of(request), dataset_id)
     if not asks_for_part(request):
         return redirect("jobs:dataset", dataset_id)
-    shown = report_of(dataset, request.GET.get("as", ""))
+    shown = report_of(dataset, request.GET.get("as", ""), request.GET.get("line", ""))
     return render(request, "jobs/dataset_detail.html#report", shown)
 
 
@@ -119,6 +120,27 @@ def delete(request: HttpRequest, dataset_id: str) -> HttpResponse:
     datasets.delete(owner_of(request), dataset_id)
     messages.success(request, f"{dataset.name} is deleted.")
     return redirect("jobs:datasets")
+
+
+@for_people
+@require_POST
+def row(request: HttpRequest, dataset_id: str) -> HttpResponse:
+    """Has the tokens of one row made, by its `line`, and leads to them."""
+    dataset = access.get_dataset_for(owner_of(request), dataset_id)
+    line, base = request.POST.get("line", "").strip(), request.POST.get("as", "")
+    other = tables.get(DatasetReport, dataset_id, base) if base else None
+    address = reverse("jobs:dataset", args=[dataset_id])
+    if (
+        dataset.status != "ready"
+        or not line.isascii()
+        or not line.isdigit()
+        or not 0 < int(line[:12]) < 10**10
+    ):
+        messages.error(request, "Line: write the number of a line of the file.")
+        return redirect(address)
+    reports.ask_row(dataset, other.facts if other else {"id": catalog.STARTER}, int(line))
+    query = {"as": other.base, "line": line} if other else {"line": line}
+    return redirect(f"{address}?{urlencode(query)}#row")
 
 
 @for_people
@@ -223,15 +245,22 @@ def look(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def report_of(dataset: Dataset, base: str = "") -> dict[str, Any]:
-    """The report as the page shows it; what isn't known yet is left out. `base` names whose tokenizer it is made with."""
+def report_of(dataset: Dataset, base: str = "", line: str = "") -> dict[str, Any]:
+    """The report as the page shows it; what isn't known yet is left out. `base` names whose tokenizer it is made with,
+    `line` the row whose tokens were asked for."""
     other = tables.get(DatasetReport, dataset.dataset_id, base) if base else None
     kept = dataset.summary if isinstance(dataset.summary, dict) else {}
     full = kept | _full_report(dataset)
     if other is not None:
         full = report_at(other.report_key) if other.report_key else {}
     summary = full
+    shown_row = _row(dataset, base if other else catalog.STARTER, line)
+    query = {name: value for name, value in (("as", base if other else ""), ("line", line)) if value}
     return {
+        "row": shown_row,
+        "polls": bool(shown_row and shown_row["checking"])
+        or (other is not None and other.status == "checking"),
+        "query": f"?{urlencode(query)}" if query else "",
         "dataset": dataset,
         **look(dataset),
         "summary": summary,
@@ -283,6 +312,22 @@ def _finding(finding: dict[str, Any], dataset: Dataset, can_mend: bool = True) -
     tone = TONES.get(str(finding.get("severity") or finding.get("level")), "bg-base-200")
     mend = _mend(finding) if dataset.status == "ready" and can_mend else ""
     return {**finding, "tone": tone, "mend": mend}
+
+
+def _row(dataset: Dataset, base: str, line: str) -> dict[str, Any] | None:
+    """The tokens of the row that was asked for last, if it is this one."""
+    place = reports.row_place(base)
+    found = tables.get(DatasetReport, dataset.dataset_id, place) if line else None
+    if found is None or str(found.facts.get("line")) != line:
+        return None
+    told = report_at(found.report_key) if found.report_key else {}
+    return {
+        "line": found.facts["line"],
+        "checking": found.status == "checking",
+        "error": told.get("error") or found.error,
+        "sample": shown_sample(told) if told.get("tokens") else None,
+        "cut": told.get("cut") or 0,
+    }
 
 
 def _read_as(dataset: Dataset, chosen: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -84,10 +84,29 @@ class Draft:
             self.typed = with_preset(self.typed, data["preset"])
         if data.get("automatic") in FIELDS:
             self.typed[data["automatic"]] = ""
+        if data.get("reset"):
+            self.typed = dict.fromkeys(FIELDS, "")
+        if data.get("lock") in FIELDS:  # what is automatic now stays, whatever the data and the model become
+            self.typed[data["lock"]] = shown(getattr(self._resolved()[0], data["lock"], None))
         self.settings, self.typed, errors = settings_from(self.typed)
         self.errors = {name: text for name, text in self.errors.items() if name not in FIELDS} | errors
 
     # ---- where it goes ----
+
+    def _resolved(self) -> tuple[Settings | None, dict[str, str], dict[str, str]]:
+        facts = self._base_facts()
+        base = bases.described(facts) if facts else None
+        return self._resolve(self._summary(self._report(facts)), base, estimates.machine())
+
+    def _resolve(
+        self, summary: Summary | None, base: BaseModel | None, machine: catalog.Machine
+    ) -> tuple[Settings | None, dict[str, str], dict[str, str]]:
+        """(settings, the reasons of what is automatic, the reasons of what would be were nothing a person's own)."""
+        if summary is None or base is None or self.settings is None:
+            return self.settings, {}, {}
+        resolved, reasons = resolve(self.settings, summary, base, machine)
+        nobodys: dict[str, Any] = {name: None for name, spec in FIELDS.items() if spec.automatic}
+        return resolved, reasons, resolve(replace(self.settings, **nobodys), summary, base, machine)[1]
 
     def add_from_hub(self) -> None:
         """The Hub id that was typed, if any: checked, added, and chosen."""
@@ -142,13 +161,11 @@ class Draft:
         found = self._report(facts)
         summary = self._summary(found)
         machine = estimates.machine()
-        resolved, reasons = self.settings, dict[str, str]()
-        if summary and base and self.settings:
-            resolved, reasons = resolve(self.settings, summary, base, machine)
+        resolved, reasons, suggested = self._resolve(summary, base, machine)
         estimate = None
         if summary and base and resolved and not self.errors:
             estimate = estimates.estimate(base, resolved, summary, machine, self._validation(facts))
-        basic, advanced = rows(self.typed, self.errors, resolved, reasons)
+        basic, advanced = rows(self.typed, self.errors, resolved, reasons, suggested)
         method = resolved.method if resolved else "full"
         return {
             "job": self.job,
@@ -157,7 +174,8 @@ class Draft:
             "datasets": self.datasets,
             "dataset": self.dataset,
             "summary": summary,
-            "warnings": _warnings(self.dataset, summary, resolved),
+            "warnings": _warnings(self.dataset, summary, resolved, base, machine),
+            "difference": [row for row in (*basic, *advanced) if row.own and not row.error],
             "sample": self._sample(found),
             "counting": self._counting(facts, found) if summary else None,
             # Asked by the whole page only: a keystroke costs no more reads.
@@ -302,7 +320,11 @@ def _choice(base: BaseModel, machine: catalog.Machine, method: str, chosen: str)
 
 
 def _warnings(
-    dataset: Dataset | None, summary: Summary | None, settings: Settings | None
+    dataset: Dataset | None,
+    summary: Summary | None,
+    settings: Settings | None,
+    base: BaseModel | None,
+    machine: catalog.Machine,
 ) -> list[dict[str, str]]:
     """What will happen that a person may not want. Errors are a different thing: they stop the start."""
     found = []
@@ -319,6 +341,27 @@ def _warnings(
             {
                 "title": f"The longest example has {summary.longest:,} tokens and loses its end after {length:,}",
                 "text": "The model would learn not to finish. Raise the sequence length, or shorten the long rows.",
+            }
+        )
+    if base and settings and not (fit := catalog.fits(base, machine, settings.method)).fits:
+        found.append(
+            {
+                "title": f"{base.name} will not fit the worker",
+                "text": f"Training it so {fit.why.rstrip('.')}. The rehearsal would stop the job. Choose LoRA or a smaller model.",
+            }
+        )
+    if summary and settings and settings.validation_fraction == 0 and summary.examples >= 40:
+        found.append(
+            {
+                "title": "Nothing is held out",
+                "text": "The job will not tell learning from memorising: no held-out loss, no best checkpoint, no verdict.",
+            }
+        )
+    if summary and settings and settings.epochs and settings.epochs > 20 and summary.examples >= 40:
+        found.append(
+            {
+                "title": f"Each example is seen {settings.epochs:g} times",
+                "text": "After so many passes a model usually recites its examples. Watch the held-out loss, or set early stopping.",
             }
         )
     if summary and summary.untrained:

@@ -13,6 +13,16 @@
     if (input && "placeholder" in input && input.type !== "select-one") input.placeholder = hint.dataset.automatic;
   });
 
+  // "lock" writes the automatic value into the field.
+  form.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-lock]");
+    const input = button && document.getElementById(button.dataset.lock);
+    if (!input?.placeholder) return;
+    event.preventDefault();
+    input.value = input.placeholder;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+  });
+
   // "back to auto" empties the field in place.
   form.addEventListener("click", (event) => {
     const button = event.target.closest("[data-clear]");

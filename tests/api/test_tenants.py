@@ -46,6 +46,7 @@ OBJECTS = {  # one thing of one person
     "datasets/<str:dataset_id>/",
     "datasets/<str:dataset_id>/report/",
     "datasets/<str:dataset_id>/read-as/",
+    "datasets/<str:dataset_id>/row/",
     "datasets/<str:dataset_id>/columns/",
     "datasets/<str:dataset_id>/delete/",
     "datasets/<str:dataset_id>/fix/",

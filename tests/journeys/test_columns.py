@@ -14,7 +14,7 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import access, datasets, lifecycle, storage
+from jobs import access, datasets, errands, lifecycle, storage
 from jobs.tables import Dataset
 from tests.journeys.test_versions import come_through, page_of
 
@@ -152,3 +152,44 @@ def test_what_stands_in_the_cells_is_shown_as_text(alices: Client, alice: User) 
     assert "&lt;script&gt;alert(1)" in page
     assert "<script>alert(1)" not in page
     assert "<b>x</b>" not in page
+
+
+# ---- any row ---------------------------------------------------------------------------------------------------------
+
+
+def show_row(client: Client, dataset: Dataset, line: str) -> Any:
+    return client.post(reverse("jobs:dataset_row", args=[dataset.dataset_id]), {"line": line})
+
+
+def run_errands(dataset: Dataset) -> None:
+    for row in errands.waiting():
+        kind, owner, id = errands.name_of(row)
+        if kind == "report" and id.startswith(dataset.dataset_id):
+            errands.run(kind, owner, id, row.lease or "")
+
+
+def test_the_tokens_of_any_row_can_be_seen(alices: Client, alice: User) -> None:
+    lines = [json.dumps({"prompt": f"Number {n}?\n", "completion": f" It is {n}."}) for n in range(40)]
+    dataset = upload(alice.owner_id, "\n".join(lines).encode(), "rows.jsonl")
+    answer = show_row(alices, dataset, "31")
+    assert answer["Location"].endswith("?line=31#row")
+    address = answer["Location"].partition("#")[0]
+    assert 'aria-label="Reading line 31"' in alices.get(address).content.decode()
+    run_errands(dataset)
+    page = alices.get(address).content.decode()
+    row = page[page.index("Line 31<") :]
+    tokens = re.findall(r'<span class="rounded px-0.5 (bg-primary/15|[^"]*)">([^<]*)</span>', row)
+    learned = "".join(text for tone, text in tokens if tone == "bg-primary/15")
+    assert learned.startswith(" It is 30.")
+    assert "Number 30?" in "".join(text for _, text in tokens)
+    show_row(alices, dataset, "999")
+    run_errands(dataset)
+    assert "No row begins in line 999." in alices.get(address.replace("31", "999")).content.decode()
+    assert "Line 31<" not in alices.get(address).content.decode()  # one at a time is kept
+
+
+@pytest.mark.parametrize("line", ["", "0", "-1", "x", "9" * 30, "²"])
+def test_what_is_no_line_is_told(alices: Client, alice: User, line: str) -> None:
+    dataset = upload(alice.owner_id, b'{"text": "a"}\n', "rows.jsonl")
+    show_row(alices, dataset, line)
+    assert "Line: write the number" in page_of(alices, dataset)

@@ -13,8 +13,8 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import access, hub_check
-from jobs.tables import Dataset
+from jobs import access, hub_check, tables
+from jobs.tables import Dataset, DatasetReport
 from tests.hub_server import COMMIT, HubServer, running, write_repository
 from tests.journeys.makers import make_dataset, make_model
 from training.config import FIELDS
@@ -213,3 +213,97 @@ def test_ones_own_model_can_be_the_base_and_nobody_elses(
     job = access.list_jobs(alice.owner_id).rows[0]
     assert job.base == mine.model_id
     assert "“Mine”" in alices.get(reverse("jobs:job", args=[job.job_id])).content.decode()
+
+
+# ---- settings that explain themselves ------------------------------------------------------------------------------
+
+
+def hint_of(text: str, name: str) -> str:
+    found = re.search(rf'id="hint-{name}"[^>]*>(.*?)</span>\s*</div>', text, re.S)
+    assert found, name
+    return " ".join(re.sub(r"<[^>]+>", " ", found[1]).split())
+
+
+def test_every_setting_says_its_meaning_and_range_whatever_its_value(
+    alices: Client, dataset: Dataset
+) -> None:
+    for typed in ({}, {"epochs": "5", "weight_decay": "0.2"}):
+        text = post(alices, ESTIMATE, dataset, **typed).content.decode()
+        for name, spec in FIELDS.items():
+            assert spec.help.split("<")[0][:40] in hint_of(text, name).replace("&#x27;", "'"), name
+            if spec.minimum is not None and spec.maximum is not None:
+                assert " to " in hint_of(text, name), name
+
+
+def test_a_value_of_ones_own_is_set_beside_the_automatic_one(alices: Client, dataset: Dataset) -> None:
+    text = post(alices, ESTIMATE, dataset, epochs="5", weight_decay="0.2").content.decode()
+    assert re.match(r"Yours\. Automatic would be \d+, because 120 examples", hint_of(text, "epochs"))
+    assert hint_of(text, "weight_decay").startswith("Yours. The default is 0.01.")
+    difference = re.search(r'id="difference".*?</div>', text, re.S)
+    assert difference
+    assert "Epochs 5" in difference[0]
+    assert "Weight decay 0.2" in difference[0]
+    plain = post(alices, ESTIMATE, dataset, epochs="5", reset="1").content.decode()
+    assert "Everything as the studio would choose it." in plain
+    assert re.search(r'name="epochs" value=""', plain)
+
+
+def test_an_automatic_value_can_be_locked(alices: Client, alice: User, dataset: Dataset) -> None:
+    text = post(alices, ESTIMATE, dataset, lock="epochs").content.decode()
+    locked = re.search(r'name="epochs" value="(\d+)"', text)
+    assert locked
+    few = make_dataset(alice.owner_id, report={"examples": 10})
+    later = post(alices, ESTIMATE, few, epochs=locked[1]).content.decode()
+    assert re.search(rf'name="epochs" value="{locked[1]}"', later)
+    assert f"Automatic would be {locked[1]}," not in later
+
+
+def test_warnings_say_what_will_happen_and_stop_nothing(
+    alices: Client, alice: User, dataset: Dataset
+) -> None:
+    text = post(alices, ESTIMATE, dataset, validation_fraction="0", epochs="30").content.decode()
+    assert "will not tell learning from memorising" in text
+    assert "usually recites its examples" in text
+    assert post(alices, NEW, dataset, validation_fraction="0", epochs="30").status_code == 302
+
+
+# ---- exact counts for another tokenizer ----------------------------------------------------------------------------
+
+
+def test_counts_of_another_tokenizer_are_asked_for_and_shown(
+    alices: Client, alice: User, dataset: Dataset
+) -> None:
+    text = alices.get(NEW, {"base": "gpt2"}).content.decode()
+    assert "Counted with the starter's tokenizer so far" in text
+    assert "Rests on the starter's token counts" in text
+    text = post(alices, "/jobs/new/count/", dataset, base="gpt2", epochs="7").content.decode()
+    assert "Being read with the tokenizer of GPT-2 small" in text
+    assert re.search(r'name="epochs" value="7"', text)
+    found = tables.get(DatasetReport, dataset.dataset_id, "gpt2")
+    assert found is not None
+    found.update(
+        actions=[
+            DatasetReport.status.set("ready"),
+            DatasetReport.summary.set(dataset.summary | {"tokens": 777_777}),
+        ]
+    )
+    text = alices.get(NEW, {"base": "gpt2-medium"}).content.decode()  # it reads as gpt2 does
+    assert "777,777 tokens" in text
+    assert "Counted with" not in text
+    assert "Rests on" not in text
+    page = alices.get(reverse("jobs:dataset", args=[dataset.dataset_id])).content.decode()
+    assert "778K tokens" in page
+    answer = alices.get(reverse("jobs:dataset", args=[dataset.dataset_id]), {"as": "gpt2"})
+    assert "As gpt2 reads it" in answer.content.decode()
+
+
+def test_a_dataset_can_be_read_as_another_base_from_its_page(
+    alices: Client, bobs: Client, alice: User, dataset: Dataset
+) -> None:
+    address = reverse("jobs:read_as", args=[dataset.dataset_id])
+    answer = alices.post(address, {"base": "gpt2-xl"})
+    assert answer["Location"].endswith("?as=gpt2")
+    assert "Reading every row as gpt2-xl does" in alices.get(answer["Location"]).content.decode()
+    assert bobs.post(address, {"base": "gpt2"}).status_code == 404
+    told = alices.post(address, {"base": "nobody/none"}, follow=True).content.decode()
+    assert "There is no model nobody/none to read it as." in told

@@ -110,5 +110,6 @@ def test_the_command_tells_what_it_did(tmp_path: Path, capsys: pytest.CaptureFix
         "kept": 20,
         "validation": 0,
         "dropped": {"duplicate": [21]},
+        "removed": [{"line": 21, "preview": "Number 3? It is 9."}],
     }
     assert main(["fix", str(path), "--to", str(tmp_path / "new.jsonl"), "--drop", "few"]) == 10
