@@ -40,13 +40,12 @@ def receive(
     expires_at: float | None = None,
     mark: str = "",
     reserved: bool = False,
-    dataset_id: str = "",
 ) -> Dataset:
     """Stores the file and rings for its check. Raises Rejected, OverQuota; nothing stays behind then.
 
     Where the size is known its bytes are set aside first, unless the caller has (`reserved`)."""
     limits.check(owner, "datasets")
-    dataset_id = dataset_id or new_id("file")
+    dataset_id = new_id("file")
     size = 0 if reserved else int(getattr(file, "size", 0) or 0)
     if not reserved and not size:
         limits.check_room(owner)
@@ -111,9 +110,8 @@ def arrived(
         _forget(owner, dataset_id)
         raise Rejected("The bucket holds another number of bytes than the file has. Send it again.")
     actions = [Dataset.status.set("checking"), Dataset.key.set(key), Dataset.bytes.set(size)]
-    found = tables.update(
-        Dataset(owner, dataset_id), actions, Dataset.status == "receiving", lambda found: found.key == key
-    )
+    wanted = (Dataset.status == "receiving") & (Dataset.gone == False)  # noqa: E712  an expression
+    found = tables.update(Dataset(owner, dataset_id), actions, wanted, lambda found: found.key == key)
     if found is None:
         raise Rejected("The upload took too long. Send it again.")
     errands.ring("check", owner, dataset_id)

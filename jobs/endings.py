@@ -115,6 +115,7 @@ def _delete_parts(owner: str, upload_id: str) -> bool:
         return False
     if row is not None:
         parts.drop(row)
+    limits.unreserve(owner, upload_id)  # also of one that broke off before its row was put
     storage.delete_prefix(f"uploads/{upload_id}/")
     return True
 

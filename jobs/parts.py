@@ -162,9 +162,7 @@ def _received(row: Upload) -> Dataset:
             lambda: storage.finish_parts(_key(row), row.multipart),
             mark=row.mark,
         )
-    return datasets.receive(
-        row.owner, row.filename, _bytes(row), mark=row.mark, reserved=True, dataset_id=row.target
-    )
+    return datasets.receive(row.owner, row.filename, _bytes(row), mark=row.mark, reserved=True)
 
 
 def cancel(row: Upload) -> None:

@@ -239,3 +239,24 @@ def test_a_stopped_upload_leaves_no_parts_in_the_bucket(alices: Client, alice: U
     alices.post(told["cancel"])
     assert not requests.put(links["1"], data, timeout=30).ok
     assert not len(access.list_datasets(alice.owner_id))
+
+
+def test_a_failure_while_it_is_put_together_may_be_tried_again(
+    alices: Client, alice: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = LINE * 60
+    told = begin(alices, data).json()
+    put(alices, told, data, 1, 2, 3, 4)
+    with monkeypatch.context() as broken:
+        broken.setattr(storage, "blocks", lambda key: (_ for _ in ()).throw(storage.StorageError("away")))
+        with pytest.raises(storage.StorageError):
+            alices.post(told["complete"])
+    assert not len(access.list_datasets(alice.owner_id))
+    assert alices.post(told["complete"]).status_code == 200
+    assert content_of(access.list_datasets(alice.owner_id).rows[0]) == data
+
+
+def test_what_was_set_aside_for_an_upload_that_never_came_to_be_is_given_back(alice: User) -> None:
+    limits.reserve(alice.owner_id, "upload-1", 1000)
+    assert endings.delete_bytes(alice.owner_id, "upload-1")
+    assert limits._set_aside(alice.owner_id)[1] == {}
