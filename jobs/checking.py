@@ -60,6 +60,24 @@ def check(owner: str, dataset_id: str) -> None:
     )
 
 
+def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
+    """The rows of `validation` that stand in `dataset` too: {"count", "lines"}. None when the limits were not enough."""
+    with reading.folder("leaks-") as folder:
+        paths = []
+        for name, one in (("train", dataset), ("validation", validation)):
+            paths.append(folder / name / ("data" + Path(one.name).suffix.lower()[:10]))
+            storage.fetch(one.key, paths[-1], sha256=one.sha256 or None)
+        arguments = ["check", str(paths[0]), "--validation", str(paths[1])]
+        for option, one in (("--format", dataset), ("--validation-format", validation)):
+            if one.format:
+                arguments += [option, json.dumps(one.format)]
+        report = reading.ask(arguments, "report")
+    if report is None:
+        return None
+    found: dict[str, Any] = next((f for f in report.get("findings", []) if f["code"] == "leak"), {})
+    return {"count": int(found.get("count") or 0), "lines": list(found.get("lines") or [])}
+
+
 def summary_of(report: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in report.items() if name not in FULL}
 

@@ -20,6 +20,8 @@ from jobs.tables import Dataset, DatasetReport, Job
 from training import catalog
 from training.events import Failure
 
+LEAKS = "#leaks#"  # in the place of a base: what two datasets have in common
+
 
 def is_own(facts: Mapping[str, Any]) -> bool:
     """Does the dataset's own report count for this base?"""
@@ -70,6 +72,19 @@ def ask_row(dataset: Dataset, facts: Mapping[str, Any], line: int) -> DatasetRep
     return row
 
 
+def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
+    """Which rows held out are also learned from: {"count", "lines"}. Asked for where nobody did; None until it is known."""
+    place = f"{LEAKS}{validation.dataset_id}"
+    found = tables.get(DatasetReport, dataset.dataset_id, place)
+    facts = {"validation": validation.dataset_id, "report": validation.report_key}
+    if found is None or found.facts != facts:  # not asked for, or the other one is read in another way since
+        found = None
+        errands.put("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+        DatasetReport(dataset.dataset_id, place, owner=dataset.owner, facts=facts).save()
+        errands.ring("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+    return dict(found.summary) if found is not None and found.summary else None
+
+
 def row_place(base: str) -> str:
     return f"{base}#row"
 
@@ -106,6 +121,8 @@ def make(owner: str, id: str) -> bool:
     if dataset is None or dataset.gone or dataset.status != "ready":
         tables.remove(DatasetReport, dataset_id, base)  # whoever waits for it asks again
         return True
+    if base.startswith(LEAKS):
+        return _find_leaks(dataset, row)
     line = row.facts.get("line")
     status, error, report = _made(dataset, row, line)
     actions = [DatasetReport.status.set(status), DatasetReport.error.set(error[:2000])]
@@ -124,6 +141,18 @@ def make(owner: str, id: str) -> bool:
     return (
         make(owner, id) if found is not None and found.status == "checking" else True
     )  # asked again meanwhile
+
+
+def _find_leaks(dataset: Dataset, row: DatasetReport) -> bool:
+    validation = tables.get(Dataset, dataset.owner, str(row.facts["validation"]))
+    found = None
+    if validation is not None and not validation.gone and validation.status == "ready":
+        found = checking.leaks(dataset, validation)
+    actions = [DatasetReport.status.set("ready" if found else "failed")]
+    if found:
+        actions.append(DatasetReport.summary.set(found))
+    tables.update(row, actions, DatasetReport.status == "checking")
+    return True
 
 
 def _made(dataset: Dataset, row: DatasetReport, line: int | None) -> tuple[str, str, dict[str, Any] | None]:

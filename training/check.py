@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--train-on", choices=("completion", "all"), default="completion")
     parser.add_argument("--validation", help="a validation file to look for leaks in")
+    parser.add_argument("--validation-format", help="as --format, of that file")
     parser.add_argument("--row", type=int, help="show the tokens of the row in this line instead of a report")
     parser.add_argument("--limit-bytes", type=int, help="refuse a file larger than this")
 
@@ -52,6 +53,7 @@ def main(given: argparse.Namespace) -> int:
         Plain(length, given.train_on),
         format=json.loads(given.format) if given.format else None,
         validation=given.validation,
+        validation_format=json.loads(given.validation_format) if given.validation_format else None,
         progress=lambda rows, share: say({"t": "progress", "rows": rows, "share": round(share, 3)}),
     )
     say({"t": "report", "bytes": size, **found})

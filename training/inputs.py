@@ -71,11 +71,12 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     if run.validation_file:
         held = _encode(run.validation_file, run.validation_format, tokenizer, wants, True, notes)
         _fits_context(held, described.context)
-        held_out = Examples.of([example for example in held if example.trained])
         seen = {tuple(example.ids) for example in kept}
-        if leaked := sum(tuple(example.ids) in seen for example in held):
+        fresh = [example for example in held if tuple(example.ids) not in seen]
+        held_out = Examples.of([example for example in fresh if example.trained])
+        if leaked := len(held) - len(fresh):
             notes.append(
-                f"{leaked} of {len(held)} validation examples are also trained on: the held-out loss flatters."
+                f"{leaked} of {len(held)} validation examples are also trained on and are left out of it."
             )
     elif settings.validation_fraction:
         train, held_out = hold_out(train, settings.validation_fraction, settings.seed)

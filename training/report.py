@@ -85,6 +85,7 @@ def report(
     *,
     format: Format | dict[str, Any] | None = None,
     validation: str | Path | None = None,
+    validation_format: Format | dict[str, Any] | None = None,
     progress: Progress = lambda rows, share: None,
 ) -> dict[str, Any]:
     """Reads every row of the file. Never raises for what the file holds: the verdict tells.
@@ -100,7 +101,7 @@ def report(
         else:
             run.read(path, chosen, progress)
         if validation is not None:
-            run.compare(Path(validation))
+            run.compare(Path(validation), Format.of(validation_format) if validation_format else None)
     except BadRow as bad:
         run.bad(bad)
         chosen = Format.of(format) if format else Format("unknown")
@@ -275,10 +276,10 @@ class _Report:
         if len(self.answers) < 2:
             self.answers.add(fingerprint(answer))
 
-    def compare(self, validation: Path) -> None:
+    def compare(self, validation: Path, format: Format | None = None) -> None:
         """Which rows of the validation file stand in the training file, whole or by their question."""
         rows_there, questions = Twins(), Twins()
-        for row in rows(validation, on_bad=lambda bad: None):
+        for row in rows(validation, format, on_bad=lambda bad: None):
             asked, answer = question_and_answer(row)
             rows_there.add(f"{asked}\n{normal(answer)}", row.line)
             if asked:

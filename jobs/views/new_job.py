@@ -175,6 +175,7 @@ class Draft:
             "dataset": self.dataset,
             "summary": summary,
             "warnings": _warnings(self.dataset, summary, resolved, base, machine),
+            "leaks": self._leaks(),
             "difference": [row for row in (*basic, *advanced) if row.own and not row.error],
             "sample": self._sample(found),
             "counting": self._counting(facts, found) if summary else None,
@@ -215,6 +216,15 @@ class Draft:
             for title, models in groups
             if models
         ]
+
+    def _leaks(self) -> dict[str, Any] | None:
+        """Rows held out that are also learned from, where a file of its own is held out."""
+        other = next((d for d in self.datasets if d.dataset_id == self.values["validation_dataset"]), None)
+        if self.dataset is None or other is None or other is self.dataset:
+            return None
+        if {self.dataset.status, other.status} != {"ready"}:
+            return None
+        return reports.leaks(self.dataset, other)
 
     def _base_facts(self) -> dict[str, Any] | None:
         try:

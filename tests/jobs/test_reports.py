@@ -92,7 +92,9 @@ def test_data_that_teaches_this_base_nothing_ends_the_job(tiny, monkeypatch):
     owner = make_owner()
     dataset = make_dataset(owner)
     job = submit(owner, dataset, tiny)
-    monkeypatch.setattr(checking, "report_on", lambda *args: {"ready": False, "verdict": "No token is left."})
+    monkeypatch.setattr(
+        checking, "report_on", lambda *args, **more: {"ready": False, "verdict": "No token is left."}
+    )
     reports.make(owner, errand(dataset, tiny))
     ended = read(job)
     assert (ended.status, ended.reason, ended.message) == ("failed", "dataset_rejected", "No token is left.")
@@ -138,3 +140,13 @@ def test_the_trainer_sees_what_was_counted_or_does_not_start(tiny):
     runner.run(claim)
     assert (read(claim.job).status, read(claim.job).reason) == ("failed", "bad_data")
     assert f"counted {wrong['tokens']} tokens" in read(claim.job).message
+
+
+def test_rows_held_out_that_are_also_learned_from_are_told():
+    owner = make_owner()
+    dataset = make_dataset(owner)
+    held = make_dataset(owner, [*ROWS[:2], {"prompt": "other", "completion": "no"}, ROWS[5]])
+    assert reports.leaks(dataset, held) is None
+    assert reports.make(owner, f"{dataset.dataset_id}@{reports.LEAKS}{held.dataset_id}")
+    assert reports.leaks(dataset, held) == {"count": 3, "lines": [1, 2, 4]}
+    assert not reports.all_of(dataset.dataset_id)  # it is no base's

@@ -63,7 +63,7 @@ def test_the_trainer_tells_when_validation_rows_are_trained_on(tmp_path: Path) -
         return inputs.read(Run.parse(run)).notes
 
     assert notes("heldout.jsonl") == []
-    assert "480 of 480 validation examples are also trained on" in notes("train.jsonl")[0]
+    assert "480 of 480 validation examples are also trained on and are left out" in notes("train.jsonl")[0]
 
 
 @pytest.mark.slow
