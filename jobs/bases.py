@@ -79,6 +79,10 @@ def tuned(owner: str) -> list[BaseModel]:
     return [model for facts in found if facts and (model := described(facts))]
 
 
+def can_be_base(model: TunedModel) -> bool:
+    return _of_tuned(model) is not None
+
+
 def from_hub(owner: str) -> list[BaseModel]:
     """Models of the Hub that this person added."""
     rows = tables.rows(HubModel, owner)

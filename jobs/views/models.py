@@ -11,7 +11,7 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHt
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_POST
 
-from jobs import access, tuned_models
+from jobs import access, bases, tuned_models
 from jobs.tables import TunedModel
 from jobs.templatetags.figures import count, size
 from jobs.views import playground
@@ -45,6 +45,8 @@ def detail(request: HttpRequest, model_id: str) -> HttpResponse:
     ]
     context = {
         "model": model,
+        "parent": _parent(model),
+        "can_go_on": bases.can_be_base(model),
         "metrics": metrics,
         "verdict": (model.verdict or {}).get("sentence", ""),
         "facts": _facts(model),
@@ -52,6 +54,16 @@ def detail(request: HttpRequest, model_id: str) -> HttpResponse:
         "typed": {"mode": "prompt", **playground.DEFAULTS},
     }
     return render(request, "jobs/model_detail.html", context)
+
+
+def _parent(model: TunedModel) -> TunedModel | None:
+    """The tuned model it began with, if it did and that is still there."""
+    if not model.base.startswith("ft:"):
+        return None
+    try:
+        return access.get_model_for(model.owner, model.base)
+    except access.NotFound:
+        return None
 
 
 def _facts(model: TunedModel) -> list[tuple[str, str]]:

@@ -212,6 +212,10 @@ def test_ones_own_model_can_be_the_base_and_nobody_elses(
     assert post(alices, NEW, dataset, base=mine.model_id).status_code == 302
     job = access.list_jobs(alice.owner_id).rows[0]
     assert job.base == mine.model_id
+    child = make_model(alice.owner_id, name="Child", base=mine.model_id, base_facts=job.base_facts)
+    page = alices.get(reverse("jobs:model", args=[child.model_id])).content.decode()
+    assert re.search(rf'href="{re.escape(reverse("jobs:model", args=[mine.model_id]))}">Mine</a>', page)
+    assert "Tune it further" in page
     assert "“Mine”" in alices.get(reverse("jobs:job", args=[job.job_id])).content.decode()
 
 
