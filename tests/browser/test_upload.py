@@ -101,7 +101,7 @@ def test_the_same_file_is_recognised_before_it_is_sent(page: Any, owner: str, tm
     page.set_input_files("input[type=file]", small)
     page.get_by_text("You have this file already").wait_for()
     assert page.locator("[data-twin] a").inner_text() == "small.jsonl"
-    page.get_by_role("button", name="Upload it again").click()
+    page.get_by_role("button", name="Send it anyway").click()
     page.wait_for_url("**/datasets/file-*/")
     assert len(access.list_datasets(owner)) == 2
 
