@@ -260,3 +260,17 @@ def test_what_was_set_aside_for_an_upload_that_never_came_to_be_is_given_back(al
     limits.reserve(alice.owner_id, "upload-1", 1000)
     assert endings.delete_bytes(alice.owner_id, "upload-1")
     assert limits._set_aside(alice.owner_id)[1] == {}
+
+
+def test_only_the_page_that_sends_them_may_speak_to_the_bucket(alices: Client, bucket: Any) -> None:
+    from llmtuner.middleware import _bucket_origin
+
+    _bucket_origin.cache_clear()
+    try:
+        assert (
+            f"connect-src 'self' {bucket.endpoint_url};"
+            in alices.get("/datasets/")["Content-Security-Policy"]
+        )
+        assert "connect-src 'self';" in alices.get("/models/")["Content-Security-Policy"]
+    finally:
+        _bucket_origin.cache_clear()
