@@ -40,7 +40,7 @@ def put_things(alice: Person) -> dict[str, str]:
     job.save()
     tables.TunedModel(owner, model_id, name=CANARY, base="starter", job_id=job_id, files=[]).save()
     upload_id = tables.new_id("upload")
-    tables.Upload(owner, upload_id, filename=CANARY, bytes=3).save()
+    tables.Upload(owner, upload_id, filename=CANARY, bytes=3, target=tables.new_id("file")).save()
     hook_id = tables.new_id("hook")
     tables.WebhookEndpoint(owner, hook_id, url=f"https://{CANARY}.example", secret="whsec_x").save()
     return {
