@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -274,3 +275,21 @@ def test_only_the_page_that_sends_them_may_speak_to_the_bucket(alices: Client, b
         assert "connect-src 'self';" in alices.get("/models/")["Content-Security-Policy"]
     finally:
         _bucket_origin.cache_clear()
+
+
+def test_a_part_passes_the_outer_door_and_needs_the_pages_token(alice: User) -> None:
+    from llmtuner.bounded import MAX_BODY, limit_of
+
+    assert limit_of("/datasets/uploads/upload-1/parts/3/", "application/octet-stream") == 8 << 20
+    assert limit_of("/datasets/uploads/upload-1/complete/", "application/octet-stream") == MAX_BODY
+    strict = Client(enforce_csrf_checks=True)
+    strict.force_login(alice, backend="allauth.account.auth_backends.AuthenticationBackend")
+    page = strict.get(reverse("jobs:datasets")).content.decode()
+    found = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', page)
+    assert found
+    data, token = LINE * 10, {"X-CSRFToken": found[1]}
+    fields = {"name": "a.jsonl", "bytes": str(len(data)), "mark": ""}
+    assert strict.post(reverse("jobs:begin_upload"), fields).status_code == 403
+    told = strict.post(reverse("jobs:begin_upload"), fields, headers=token).json()
+    assert put(strict, told, data, 1) == [403]
+    assert put(strict, told, data, 1, **token) == [200]
