@@ -1,19 +1,16 @@
-"""`bin/bench check`: how fast an upload is checked, in how much memory, and what other pages feel of it.
+"""`bin/bench check`: how fast an upload is checked, and in how much memory.
 
-    bin/bench check [--gigabytes 1] [--only read|tokenize|upload]
+    bin/bench check [--gigabytes 1] [--only read|tokenize]
 
 read: the program that checks, without a tokenizer. tokenize: the same with the starter's, on a tenth of the size, against
-bare `encode_batch_fast` over the same stretches of text in the same batches. upload: the file through a running web
-process to a checks worker, until its report is there, while somebody else looks at pages. Memory is that of all
-processes together; "grown" compares the whole file with a tenth of it.
+bare `encode_batch_fast` over the same stretches of text in the same batches. Memory is that of all processes together;
+"grown" compares the whole file with a tenth of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
-import os
 import random
 import re
 import subprocess
@@ -121,131 +118,10 @@ def tokenize(scores: Scores, tenth: Path) -> None:
     scores.add("check with tokenizing, MB/s", size / 1e6 / seconds, size / 1e6 / bare, 0.8)
 
 
-# --- the whole way -----------------------------------------------------------------------------------
-
-
-def upload(scores: Scores, path: Path) -> None:
-    from tests.faults import house
-
-    house.prepare_environment()
-    stage = house.open_house()
-    web = None
-    try:
-        from django.core.management import call_command
-
-        call_command("migrate", verbosity=0)
-        stage.start_worker("checks", "checks")
-        web = _start_web(stage)
-        _upload(scores, path, web)
-    finally:
-        if web:
-            web.kill()
-        stage.stop()
-
-
-def _start_web(stage: Any) -> subprocess.Popen[bytes]:
-    port = os.environ["WEB_PORT"]
-    with stage.log("web").open("ab") as log:
-        web = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", "llmtuner.asgi:application", "--host", "127.0.0.1", "--port", port, "--log-level", "warning"],
-            cwd=ROOT, stdout=log, stderr=log,
-        )  # fmt: skip
-    while True:
-        try:
-            if _get("/healthz", {})[0] == 200:
-                return web
-        except OSError:
-            time.sleep(0.2)
-
-
-def _get(path: str, headers: dict[str, str]) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("localhost", int(os.environ["WEB_PORT"]), timeout=60)
-    connection.request("GET", path, headers=headers)
-    answer = connection.getresponse()
-    body = answer.read()
-    connection.close()
-    return answer.status, body
-
-
-def _upload(scores: Scores, path: Path, web: subprocess.Popen[bytes]) -> None:
-    from accounts import api_keys
-    from tests.factories import make_user
-    from tests.journeys.conftest import browser_of
-
-    user = make_user("uploader")
-    key = {"Authorization": f"Bearer {api_keys.create(user, 'bench', ['read', 'write'])[1]}"}
-    cookie = {"Cookie": f"session={browser_of(make_user('reader')).cookies['session'].value}"}
-    for page in PAGES * 3:
-        assert _get(page, cookie)[0] == 200
-    time.sleep(1)
-    before, done, waits, peak = resident(web.pid), threading.Event(), list[float](), [0]
-
-    def look() -> None:
-        while not done.is_set():
-            for page in PAGES:
-                begun = time.perf_counter()
-                assert _get(page, cookie)[0] == 200
-                waits.append(time.perf_counter() - begun)
-                peak[0] = max(peak[0], resident(web.pid))
-                time.sleep(0.1)
-
-    reader = threading.Thread(target=look)
-    reader.start()
-    try:
-        begun = time.perf_counter()
-        file_id = _send(path, key)
-        sent = time.perf_counter() - begun
-        while (found := json.loads(_get(f"/v1/files/{file_id}", key)[1]))["status"] not in (
-            "processed",
-            "error",
-        ):
-            time.sleep(1)
-        checked = time.perf_counter() - begun - sent
-    finally:
-        done.set()
-        reader.join()
-    size = path.stat().st_size
-    waits.sort()
-    scores.note(f"upload: {size / 1e9:.2f} GB sent in {sent:.0f} s, report after {checked:.0f} s more ({found['status']}), {len(waits)} pages looked at, in the middle {1000 * waits[len(waits) // 2]:.0f} ms")  # fmt: skip
-    scores.add("uploaded and ready", float(found["status"] == "processed"), 1.0, 1.0)
-    scores.add("web process grown, MB", max(1.0, (peak[0] - before) / 2**20), 64, 1.0, less_is_better=True)
-    scores.add(
-        "other pages p99, ms", 1000 * waits[int(0.99 * (len(waits) - 1))], 300, 1.0, less_is_better=True
-    )
-
-
-PAGES = ["/jobs/", "/datasets/", "/jobs/new/", "/models/"]
-
-
-def _send(path: Path, key: dict[str, str]) -> str:
-    """A form with a file, as `openai` sends it, without holding it in memory."""
-    mark = "bench0123456789"
-    head = (
-        f'--{mark}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n'
-        f'--{mark}\r\nContent-Disposition: form-data; name="file"; filename="{path.name}"\r\nContent-Type: application/octet-stream\r\n\r\n'
-    ).encode()
-    tail = f"\r\n--{mark}--\r\n".encode()
-    connection = http.client.HTTPConnection("localhost", int(os.environ["WEB_PORT"]), timeout=600)
-    connection.putrequest("POST", "/v1/files")
-    length = len(head) + path.stat().st_size + len(tail)
-    for name, value in (key | {"Content-Type": f"multipart/form-data; boundary={mark}", "Content-Length": str(length)}).items():  # fmt: skip
-        connection.putheader(name, value)
-    connection.endheaders()
-    connection.send(head)
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            connection.send(piece)
-    connection.send(tail)
-    answer = connection.getresponse()
-    body = json.loads(answer.read())
-    assert answer.status == 200, body
-    return str(body["id"])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/bench check")
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--only", choices=("read", "tokenize", "upload"))
+    parser.add_argument("--only", choices=("read", "tokenize"))
     options = parser.parse_args()
     scores = Scores()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
@@ -256,8 +132,6 @@ def main() -> int:
             read(scores, path, tenth)
         if options.only in (None, "tokenize"):
             tokenize(scores, tenth)
-        if options.only in (None, "upload"):
-            upload(scores, path)
     return scores.end()
 
 
