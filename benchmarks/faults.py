@@ -118,7 +118,7 @@ def campaign(stage_house: object, options: argparse.Namespace, rounds: int) -> i
         f"lease {lease:.0f} s, {stage.steps} steps a job, {rounds} rounds of each fault, seed {options.seed}"
     )
     if options.planted:
-        return planted(stage, scores)
+        return planted(stage, scores, options.only or "")
     for name, fault in faults_of(options, 2.0 if lease < 10 else 10.0).items():
         asked = [part for part in options.only.split(",") if part in name] if options.only else [name]
         if not asked or (options.short and name not in SHORT):
@@ -151,11 +151,11 @@ def campaign(stage_house: object, options: argparse.Namespace, rounds: int) -> i
     return scores.end()
 
 
-def planted(stage: Any, scores: Any) -> int:
+def planted(stage: Any, scores: Any, only: str) -> int:
     from tests.faults import plants
 
     stage.patience_s, caught, began = 40.0, [], time.monotonic()
-    for name, wrong in plants.catch(stage):
+    for name, wrong in plants.catch(stage, only.split(",")):
         caught.append(bool(wrong))
         scores.note(f"{name}: {wrong[0][:200] if wrong else 'NOT CAUGHT'} ({time.monotonic() - began:.0f} s)")
     scores.add("planted bugs caught", sum(caught), len(caught), 1.0)
