@@ -356,11 +356,11 @@ def _model(found: Inputs, settings: Settings) -> Any:
 
 
 def _whole(model: Any, found: Inputs, settings: Settings, place: device.Device, optimizer: AdamW | ShardedAdamW) -> Any:  # fmt: skip
-    """The trained model for the export: whole, in fp32, and what was frozen as the base model has it."""
+    """The trained model for the export: whole, in fp32, on the CPU, and what was frozen as the base model has it."""
     if isinstance(optimizer, AdamW):
         optimizer.use_masters()
         if place.dtype == torch.float32 or settings.method == "full":
-            return model.float().eval()
+            return model.cpu().float().eval()
     weights = optimizer.weight_tensors()
     if not weights:  # only the leader has them
         return model
