@@ -88,7 +88,7 @@ def test_it_all_works_without_javascript(
     rows.write_text('{"prompt": "a", "completion": " b"}\n' * 4)
     page.goto("/datasets/")
     page.set_input_files("input[type=file]", rows)
-    page.click("text=Upload >> nth=-1")
+    page.click("#upload .btn-primary")
     page.wait_for_url("**/datasets/file-*/")
     make_dataset(user.owner_id, name="ready.jsonl")
     page.goto("/jobs/new/")
