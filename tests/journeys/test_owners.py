@@ -7,15 +7,17 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import webhooks
+from jobs import parts, webhooks
 from jobs.urls import urlpatterns
 from tests.journeys.makers import make_dataset, make_job, make_model
 
 POSTS = {
     "upload", "delete_dataset", "fix_dataset", "estimate", "pause_job", "resume_job", "cancel_job", "retry_job", "rename_job",
     "delete_job", "delete_model", "playground_stream", "notify_by_email", "test_webhook", "delete_webhook",
-    "dataset_columns", "read_as", "model_names", "count_tokens", "add_base",
+    "dataset_columns", "dataset_row", "read_as", "model_names", "count_tokens", "add_base",
+    "begin_upload", "upload_links", "complete_upload", "cancel_upload",
 }  # fmt: skip
+PUTS = {"upload_part"}
 # A signed link is its own permission: tests/jobs asks those.
 NAMES = [p.name for p in urlpatterns if "token" not in p.pattern.converters]
 
@@ -25,8 +27,15 @@ def parameter(name: str) -> str | None:
     return next(iter(pattern.pattern.converters), None)
 
 
+def address_of(name: str, *args: str) -> str:
+    """Of a part of an upload, the first."""
+    return reverse(f"jobs:{name}", args=[*args, 1] if name in PUTS else args)
+
+
 def ask(client: Client, name: str, *args: str):
-    address = reverse(f"jobs:{name}", args=args)
+    address = address_of(name, *args)
+    if name in PUTS:
+        return client.put(address)
     return client.post(address) if name in POSTS else client.get(address)
 
 
@@ -36,6 +45,7 @@ def things(alice: User) -> dict[str, str]:
         "dataset_id": make_dataset(alice.owner_id).dataset_id,
         "job_id": make_job(alice.owner_id, "succeeded").job_id,
         "model_id": make_model(alice.owner_id).model_id,
+        "upload_id": parts.begin(alice.owner_id, "rows.jsonl", 10).upload_id,
         "webhook_endpoint_id": webhooks.add_endpoint(alice.owner_id, "https://example.com/hook").endpoint_id,
     }
 
@@ -58,13 +68,13 @@ def test_a_visitor_is_sent_to_sign_in(client: Client, things: dict[str, str], na
 @pytest.mark.parametrize("name", NAMES)
 def test_other_methods_are_refused(alices: Client, things: dict[str, str], name: str) -> None:
     kind = parameter(name)
-    address = reverse(f"jobs:{name}", args=[things[kind]] if kind else [])
+    address = address_of(name, *([things[kind]] if kind else []))
     assert alices.delete(address).status_code == 405
-    if name in POSTS:
+    if name in POSTS | PUTS:
         assert alices.get(address).status_code == 405
 
 
-@pytest.mark.parametrize("name", sorted(POSTS))
+@pytest.mark.parametrize("name", sorted(POSTS | PUTS))
 def test_a_post_without_its_token_is_refused(alice: User, things: dict[str, str], name: str) -> None:
     strict = Client(enforce_csrf_checks=True)
     strict.force_login(alice, backend="allauth.account.auth_backends.AuthenticationBackend")
@@ -75,7 +85,7 @@ def test_a_post_without_its_token_is_refused(alice: User, things: dict[str, str]
 def test_alice_gets_all_her_pages(alices: Client, things: dict[str, str]) -> None:
     for name in NAMES:
         kind = parameter(name)
-        if name not in POSTS:
+        if name not in POSTS | PUTS:
             assert ask(alices, name, *([things[kind]] if kind else [])).status_code in (200, 302), name
 
 
