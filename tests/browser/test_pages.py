@@ -96,7 +96,7 @@ def test_it_all_works_without_javascript(
     page.click("text=Update estimate")
     assert page.input_value("input[name=epochs]") == "4"
     page.click("text=Thorough")
-    page.click("#estimate >> text=Start")
+    page.click("#estimate button.btn-primary")
     page.wait_for_url("**/jobs/ftjob-*/")
     page.click("summary:has-text('Cancel')")
     page.click("text=Cancel the job")

@@ -60,7 +60,7 @@ def test_from_signing_up_to_the_model_elsewhere(
     page.fill("input[name=epochs]", "2")
     page.locator("#mark-epochs").get_by_text("back to auto").wait_for()
     page.fill("input[name=name]", "Orders to fields")
-    page.click("#estimate >> text=Start")
+    page.click("#estimate button.btn-primary")
     page.wait_for_url("**/jobs/ftjob-*/")
 
     # The curve moves: more points are drawn while nothing is reloaded.
