@@ -252,10 +252,10 @@ class _Tailer:
         try:
             await _listen()
             while not await self._look():
+                await asyncio.sleep(TICK_S)  # what rings meanwhile is read together; the first bell after it at once
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.bell.wait(), POLL_S)
                 self.bell.clear()
-                await asyncio.sleep(TICK_S)  # what rings meanwhile is read together
         except Exception as error:  # deleted, or a fault of ours: either way nobody must wait for ever
             for watcher in self.watchers:
                 watcher.give(error)
