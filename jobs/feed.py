@@ -252,7 +252,8 @@ class _Tailer:
         try:
             await _listen()
             while not await self._look():
-                await asyncio.sleep(TICK_S)  # what rings meanwhile is read together; the first bell after it at once
+                # What rings meanwhile is read together; the first bell after it at once.
+                await asyncio.sleep(TICK_S)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.bell.wait(), POLL_S)
                 self.bell.clear()
