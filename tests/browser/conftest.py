@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.journeys.conftest import browser_of, make_person
+
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -44,3 +46,12 @@ def page(chromium: Any, web: Any, transactional_db: None, complaints: list[str])
     yield page
     context.close()
     assert not complaints
+
+
+@pytest.fixture
+def owner(page: Any, web: Any) -> str:
+    """Signed in as Alice, by the cookie of a session."""
+    user = make_person("alice")
+    cookie = browser_of(user).cookies["session"]
+    page.context.add_cookies([{"name": "session", "value": cookie.value, "url": web.url}])
+    return user.owner_id

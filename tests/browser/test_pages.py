@@ -13,15 +13,6 @@ from tests.journeys.makers import make_dataset, make_job, make_model, make_recor
 pytestmark = pytest.mark.browser
 
 
-@pytest.fixture
-def owner(page: Any, web: Any) -> str:
-    """Signed in as Alice, by the cookie of a session."""
-    user = make_person("alice")
-    cookie = browser_of(user).cookies["session"]
-    page.context.add_cookies([{"name": "session", "value": cookie.value, "url": web.url}])
-    return user.owner_id
-
-
 def everything(owner: str) -> list[str]:
     dataset = make_dataset(owner)
     lines = [metric(step, 4.0 - step / 50) for step in range(1, 80)]

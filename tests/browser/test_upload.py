@@ -8,18 +8,9 @@ from typing import Any
 import pytest
 
 from jobs import access, parts, storage
-from tests.journeys.conftest import browser_of, make_person
 
 pytestmark = pytest.mark.browser
 LINE = b'{"prompt": "colour of: lemon", "completion": "yellow"}\n'
-
-
-@pytest.fixture
-def owner(page: Any, web: Any) -> str:
-    user = make_person("alice")
-    cookie = browser_of(user).cookies["session"]
-    page.context.add_cookies([{"name": "session", "value": cookie.value, "url": web.url}])
-    return user.owner_id
 
 
 @pytest.fixture(scope="module")

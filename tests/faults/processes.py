@@ -155,9 +155,7 @@ def clocks_differ(stage: Stage, rounds: int = 1) -> Measured:
     measured.worst("workers with a job", len(holders))
     began = time.monotonic()
     for job_id in jobs:
-        job = stage.judge(job_id, measured, charged=0)
-        if job.epoch != 1:
-            measured.wrong.append(f"it took {job.epoch} leases")
+        stage.judge(job_id, measured, charged=0, leases=1)
     measured.figures["ran s"] = time.monotonic() - began
     for name in ("ahead", "behind"):
         stage.house.kill(name)

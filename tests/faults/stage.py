@@ -76,8 +76,11 @@ class Stage:
         """The job at a random moment of its training."""
         return h.wait_step(job_id, self.moment())
 
-    def judge(self, job_id: str, measured: Measured, *, charged: int | None = None) -> Any:
-        """Waits for the end and looks for everything that must not be. `charged`: attempts it may have cost."""
+    def judge(
+        self, job_id: str, measured: Measured, *, charged: int | None = None, leases: int | None = None
+    ) -> Any:
+        """Waits for the end and looks for everything that must not be. `charged`: attempts it may have cost;
+        `leases`: how many it must have taken."""
         job = h.wait_ended(job_id, self.patience_s)
         if job.status != "succeeded":
             measured.wrong.append(f"{job.status}: {job.message}")
@@ -87,6 +90,8 @@ class Stage:
         measured.wrong += [f"orphan trainer {pid}" for pid in orphans(self.house)]
         if charged is not None and job.attempts > charged:
             measured.wrong.append(f"{job.attempts} attempts were charged: {told(job)}")
+        if leases is not None and job.epoch != leases:
+            measured.wrong.append(f"{job_id} took {job.epoch} leases")
         self.hear(measured)
         measured.worst("attempts charged", float(job.attempts))
         return job

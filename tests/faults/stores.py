@@ -48,9 +48,7 @@ def dynamodb_killed(stage: Stage, rounds: int = 1, down_s: float = 10) -> Measur
         job = h.job_of(job_id)
         h.wait_until(job_id, lambda now, seen=job: now.version > seen.version or now.ended)
         if h.job_of(job_id).ended or number == rounds - 1:
-            job = stage.judge(job_id, measured, charged=0)
-            if job.epoch != 1:
-                measured.wrong.append(f"it took {job.epoch} leases")
+            stage.judge(job_id, measured, charged=0, leases=1)
     return measured
 
 

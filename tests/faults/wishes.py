@@ -97,9 +97,7 @@ def bells_doubled(stage: Stage, rounds: int = 1, times: int = 10) -> Measured:
         for _ in range(times):
             tasks.run_next.apply_async()
     for job_id in jobs:
-        job = stage.judge(job_id, measured, charged=0)
-        if job.epoch != 1:
-            measured.wrong.append(f"{job_id} took {job.epoch} leases")
+        stage.judge(job_id, measured, charged=0, leases=1)
     return measured
 
 
