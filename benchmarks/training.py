@@ -168,7 +168,9 @@ def start_up(bench: Bench, name: str, folder: Path) -> None:
 
 
 def _first_step(bench: Bench, path: Path, *, standby: bool) -> float:
-    argv = [sys.executable, "-m", "training", *(["standby"] if standby else ["train", str(path)])]
+    base = json.loads(path.read_text())["base"]  # a worker's standby expects the model of the job before
+    command = ["standby", "--base", base] if standby else ["train", str(path)]
+    argv = [sys.executable, "-m", "training", *command]
     environment = os.environ | {"OMP_NUM_THREADS": str(bench.threads)}
     begun = time.perf_counter() if bench.clock == "wall" else 0.0
     process = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
@@ -177,6 +179,7 @@ def _first_step(bench: Bench, path: Path, *, standby: bool) -> float:
     assert process.stdout
     if standby:
         assert json.loads(process.stdout.readline())["t"] == "ready"
+        time.sleep(3)  # as between two jobs of a worker
         begun = now()
         process.stdin.write(json.dumps({"config": str(path)}).encode() + b"\n")
         process.stdin.flush()

@@ -144,7 +144,7 @@ class _Attempt:
         """One trainer from its start to its exit code."""
         path = self.folder / "run.json"
         path.write_text(json.dumps(config))
-        self.child = child = standby.take()
+        self.child = child = standby.take(config)
         self.listener.begin()
         child.send({"config": str(path)})
         failpoints.passing("trainer started")

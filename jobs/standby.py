@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from django.conf import settings
 
@@ -21,6 +22,7 @@ from jobs.trainer_process import Child, Limits
 from training.catalog import Machine, measured, this_machine
 
 _child: Child | None = None
+_base = ""  # folder of what was fully fine-tuned last: the next job often takes the same, so its memory is held ready
 
 
 def warm_up() -> None:
@@ -29,14 +31,15 @@ def warm_up() -> None:
     if _child is None or not _child.alive:
         assert threading.current_thread() is threading.main_thread()
         let_go()
-        _child = trainer_process.start("standby", limits=limits())
+        _child = trainer_process.start("standby", *(["--base", _base] if _base else []), limits=limits())
 
 
-def take() -> Child:
-    """The warm trainer (or one that still warms up): now the caller's."""
-    global _child
+def take(config: dict[str, Any]) -> Child:
+    """The warm trainer (or one that still warms up): now the caller's, for this run file."""
+    global _child, _base
     warm_up()
     child, _child = _child, None
+    _base = config["base"] if config["settings"].get("method") != "lora" else ""
     assert child
     return child
 

@@ -16,6 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from training import catalog, memory
 from training.config import ConfigError, Run
 from training.events import EXIT, MAX_LINE_BYTES, REASONS, Failure
 
@@ -25,10 +26,12 @@ LONGEST_TEXT = 4000  # characters of one text in an event
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     if parser.prog.endswith(" train"):
         parser.add_argument("config", help="the run file (training/config.py: Run)")
+    else:
+        parser.add_argument("--base", help="a folder: hold the memory that fine-tuning this model takes")
 
 
 def main(args: argparse.Namespace) -> int:
-    path = _wait_warm() if args.command == "standby" else args.config
+    path = _wait_warm(args.base) if args.command == "standby" else args.config
     if path is None:
         return EXIT["stopped"]
     stop = threading.Event()
@@ -38,6 +41,7 @@ def main(args: argparse.Namespace) -> int:
         run = Run.load(path)
         if args.command == "standby" or run.job is not None:
             _die_with_parent()
+        _make_ready(run.base, run.settings.method)
         speaker.spool(Path(run.work_dir))
         _train(run, speaker, stop)
     except BaseException as error:
@@ -138,11 +142,24 @@ def _clean(value: Any) -> Any:
 # ---- orders ----------------------------------------------------------------------------------------------------------
 
 
-def _wait_warm() -> str | None:
+def _make_ready(base: str, method: str) -> None:
+    """While torch is imported and data are read: the memory of weights, gradients and both means on a processor. Adapters
+    need little, and several processes may share the model out."""
+    full = method == "full" and catalog.this_machine().device == "cpu" and "RANK" not in os.environ
+    try:
+        buffer = 4 * catalog.describe(base).parameters + memory.HUGE  # and what aligning them adds
+    except (OSError, ValueError):
+        return  # told by whoever reads it
+    memory.make_ready(buffer if full else 0, pieces=4)
+
+
+def _wait_warm(base: str | None) -> str | None:
     """Import torch, run a dummy step, and wait for `{"config": path}`. None at the end of input: nobody needs us."""
     from training.warm import warm_up
 
     warm_up()
+    if base:
+        _make_ready(base, "full")
     os.write(sys.stdout.fileno(), encode({"t": "ready", "time": time.time()}))
     for line in iter(sys.stdin.buffer.readline, b""):
         try:

@@ -231,7 +231,6 @@ class Run:
     expected: dict[str, int] | None = None  # {"examples", "tokens"} of the report, checked before training
     job: str | None = None
     epoch: int = 1  # of the lease: fences the folders of an attempt
-    standby: bool = False
     rehearse: bool = True
 
     @staticmethod

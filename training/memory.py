@@ -1,4 +1,4 @@
-"""The process's own memory: how the allocator keeps it, how much was used. Imports no torch."""
+"""The process's own memory: how the allocator keeps it, how it is made ready, how much was used. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import ctypes
 import mmap
 import os
 import sys
+import threading
+
+HUGE = 2 << 20  # bytes of a huge page
+POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, which Python's mmap does not name
+AT_ONCE = 4 * HUGE  # touched by one call; mapping anything else waits that long
+WORTH_IT = 256 << 20  # bytes from which touching them is felt
+TOUCHERS = 2  # threads: a page mostly waits for the kernel, or for the machine below it
 
 
 def use_memory_well() -> None:
@@ -22,10 +29,83 @@ def use_memory_well() -> None:
         pass
 
 
-def fresh(size: int) -> mmap.mmap:
-    """`size` bytes of zeros that cost nothing until they are written to, then a huge page at a time.
+class Ready:
+    """Memory whose pages are made while something else is done: importing torch, reading data, waiting for a job.
+
+    The two gigabytes of GPT-2's weights, gradients and means cost 0.2 s to touch, and where a virtual machine has to ask
+    its host for each page, four."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.taken = size, 0
+        self.piece = _mapped(self.size)
+        self.stopped = False
+        self.threads = [threading.Thread(target=self._touch, args=(i,), daemon=True) for i in range(TOUCHERS)]
+        for thread in self.threads:
+            thread.start()
+
+    def _touch(self, which: int) -> None:
+        libc = ctypes.CDLL(None)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(self.piece))
+        for at in range(which * AT_ONCE, self.size, TOUCHERS * AT_ONCE):
+            piece = min(AT_ONCE, self.size - at)
+            call = (ctypes.c_void_p(begin + at), ctypes.c_size_t(piece), POPULATE_WRITE)
+            if self.stopped or libc.madvise(
+                *call
+            ):  # an older kernel: the pages come when they are written to
+                return
+
+    def take(self, size: int) -> memoryview | None:
+        """The next `size` bytes, zeros; None when fewer are left."""
+        begin, end = self.taken, self.taken + size
+        if end > self.size:
+            return None
+        for thread in self.threads:
+            thread.join()
+        self.taken = -(-end // HUGE) * HUGE
+        return memoryview(self.piece)[begin:end]
+
+    def let_go(self) -> None:
+        self.stopped = True
+        for thread in self.threads:
+            thread.join()
+
+
+_ready: Ready | None = None
+
+
+def make_ready(size: int, pieces: int = 1) -> None:
+    """Begins to touch what `fresh` will give out, at most a quarter of what there is: `pieces` of up to `size` bytes.
+    Memory made ready for other sizes is let go."""
+    global _ready
+    whole = pieces * -(-size // HUGE) * HUGE
+    if _ready and _ready.size == whole:
+        return
+    if _ready:
+        _ready.let_go()
+        _ready = None
+    if WORTH_IT <= whole < _available() // 4:
+        with contextlib.suppress(OSError):  # a limit of the process: whoever needs the memory will tell
+            _ready = Ready(whole)
+
+
+def _available() -> int:
+    """Bytes that can be had without taking them from anybody."""
+    try:
+        with open("/proc/meminfo") as known:
+            return next(int(line.split()[1]) * 1024 for line in known if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 0
+
+
+def fresh(size: int) -> mmap.mmap | memoryview:
+    """`size` bytes of zeros: of what was made ready, else such as cost nothing until they are written to.
 
     (torch.zeros would write them all at once, while somebody waits for the first step.)"""
+    ready = _ready.take(size) if _ready else None
+    return _mapped(size) if ready is None else ready
+
+
+def _mapped(size: int) -> mmap.mmap:
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return mmap.mmap(-1, size)
     piece = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

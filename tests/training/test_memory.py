@@ -1,0 +1,65 @@
+"""Memory made ready while something else is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from training import memory
+
+MB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def small_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(memory, "WORTH_IT", 1)
+    yield
+    memory.make_ready(0)
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as sizes:
+        return int(sizes.read().split()[1]) * 4096
+
+
+def test_what_was_made_ready_is_given_out_in_pieces_of_zeros():
+    memory.make_ready(5 * MB, pieces=2)
+    before, pieces = resident(), [memory.fresh(5 * MB) for _ in range(3)]
+    assert [len(piece) for piece in pieces] == [5 * MB] * 3
+    assert all(piece[at] == 0 for piece in pieces for at in (0, 5 * MB - 1))
+    pieces[0][:1], pieces[1][:1], pieces[2][:1] = b"a", b"b", b"c"
+    assert [bytes(piece[:2]) for piece in pieces] == [b"a\0", b"b\0", b"c\0"]
+    assert resident() - before < 11 * MB  # the first two were there already
+
+
+def test_it_is_there_before_anybody_writes_to_it():
+    before = resident()
+    memory.make_ready(64 * MB)
+    memory.fresh(1)  # waits for the threads
+    assert resident() - before >= 64 * MB
+
+
+def test_memory_for_another_size_is_let_go():
+    memory.make_ready(64 * MB)
+    memory.fresh(1)
+    full = resident()
+    memory.make_ready(2 * MB)
+    assert full - resident() > 50 * MB
+
+
+def test_never_more_than_a_quarter_of_what_there_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "_available", lambda: 15 * MB)
+    before = resident()
+    memory.make_ready(4 * MB)
+    memory.fresh(1)
+    assert resident() - before < 4 * MB
+
+
+def test_a_limit_of_the_process_is_no_failure(monkeypatch: pytest.MonkeyPatch):
+    def refused(size: int) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(memory.Ready, "__init__", lambda self, size: refused(size))
+    memory.make_ready(64 * MB)
+    assert len(memory.fresh(2 * MB)) == 2 * MB
