@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,3 +124,29 @@ def in_turns(contenders: Iterable[Contender], rounds: int) -> None:
     for _ in range(rounds):
         for contender in contenders:
             contender.step()
+
+
+def request_of(path: str, session: str, *more: str) -> bytes:
+    """A browser's question for a page, as bytes; `more` are further header lines."""
+    lines = (f"GET {path} HTTP/1.1", "Host: localhost", f"Cookie: session={session}", *more)
+    return "".join(f"{line}\r\n" for line in (*lines, "")).encode()
+
+
+async def visit(port: int, session: str, paths: Sequence[str], enough: Callable[[], bool]) -> list[float]:
+    """Asks for one page after another, each over a connection of its own. The seconds they took, in order of size."""
+    taken: list[float] = []
+    while not enough():
+        began = time.monotonic()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request_of(paths[len(taken) % len(paths)], session, "Connection: close"))
+        answer = await reader.read(-1)
+        assert answer.startswith(b"HTTP/1.1 200"), answer[:200]
+        taken.append(time.monotonic() - began)
+        writer.close()
+        await asyncio.sleep(0.2)
+    return sorted(taken)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Of values in order of size."""
+    return values[min(len(values) - 1, int(len(values) * share))]

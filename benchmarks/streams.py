@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.common import Scores
+from benchmarks.common import Scores, quantile, request_of, visit
 
 EVENT = re.compile(rb'^id: (\d+)\nevent: event\ndata: .*?"time": ([\d.]+)', re.MULTILINE)
 CONNECTING = 40  # at once
@@ -139,10 +139,6 @@ class Watcher:
         return rest if mark else data
 
 
-def request_of(path: str, session: str) -> bytes:
-    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\nCookie: session={session}\r\n\r\n".encode()
-
-
 async def watch(scores: Scores, house: Any, person: Any, count: int, seconds: int) -> None:
     from jobs import tables
     from tests.faults import house as h
@@ -165,7 +161,9 @@ async def watch(scores: Scores, house: Any, person: Any, count: int, seconds: in
     scores.note(f"{count} watchers came within {time.time() - began:.0f} s")
     await asyncio.sleep(3)
     began = time.time()
-    pages = await other_pages(h.web_port(), job_id, person.session, seconds)
+    until = time.monotonic() + seconds
+    paths = ["/jobs/", f"/jobs/{job_id}/", "/datasets/", "/models/"]
+    pages = await visit(h.web_port(), person.session, paths, lambda: time.monotonic() > until)
     ended = time.time()
     await asyncio.to_thread(writers.end)
     await asyncio.wait(following, timeout=30)
@@ -181,27 +179,6 @@ async def watch(scores: Scores, house: Any, person: Any, count: int, seconds: in
     scores.note(f"other pages: {len(pages)}, median {quantile(pages, 0.5):.3f} s, worst {pages[-1]:.3f} s")
     scores.add("other pages, p99 s", quantile(pages, 0.99), 0.3, 1.0, less_is_better=True)
     scores.add("web's memory, MiB", memory(pid), 400, 1.0, less_is_better=True)
-
-
-async def other_pages(port: int, job_id: str, session: str, seconds: int) -> list[float]:
-    """Seconds that each took, in order."""
-    taken, until = [], time.monotonic() + seconds
-    paths = ["/jobs/", f"/jobs/{job_id}/", "/datasets/", "/models/"]
-    while time.monotonic() < until:
-        began = time.monotonic()
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        closing = request_of(paths[len(taken) % len(paths)], session)[:-2] + b"Connection: close\r\n\r\n"
-        writer.write(closing)
-        answer = await reader.read(-1)
-        assert answer.startswith(b"HTTP/1.1 200"), answer[:200]
-        taken.append(time.monotonic() - began)
-        writer.close()
-        await asyncio.sleep(0.2)
-    return sorted(taken)
-
-
-def quantile(values: list[float], share: float) -> float:
-    return values[min(len(values) - 1, int(len(values) * share))]
 
 
 def memory(pid: int) -> float:

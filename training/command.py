@@ -142,15 +142,21 @@ def _clean(value: Any) -> Any:
 # ---- orders ----------------------------------------------------------------------------------------------------------
 
 
-def _make_ready(base: str, method: str) -> None:
-    """While torch is imported and data are read: the memory of weights, gradients and both means on a processor. Adapters
-    need little, and several processes may share the model out."""
-    full = method == "full" and catalog.this_machine().device == "cpu" and "RANK" not in os.environ
+ROW = 512  # tokens whose activations a standby holds memory for
+
+
+def _make_ready(base: str, method: str) -> int:
+    """Begins to touch the memory of weights, gradients and both means, where one processor trains all of a model: while
+    torch is imported and data are read. Returns the bytes of a row's activations there; 0 elsewhere (adapters need
+    little, a graphics card has memory of its own, and several processes may share the model out)."""
+    here = method == "full" and catalog.this_machine().device == "cpu" and "RANK" not in os.environ
     try:
-        buffer = 4 * catalog.describe(base).parameters + memory.HUGE  # and what aligning them adds
+        described = catalog.describe(base)
     except (OSError, ValueError):
-        return  # told by whoever reads it
-    memory.make_ready(buffer if full else 0, pieces=4)
+        return 0  # told by whoever reads it
+    buffer = 4 * described.parameters + memory.HUGE  # and what aligning them adds
+    ready = memory.make_ready(buffer if here else 0, pieces=4)
+    return catalog.activation_memory(described, ROW) if ready else 0
 
 
 def _wait_warm(base: str | None) -> str | None:
@@ -158,8 +164,8 @@ def _wait_warm(base: str | None) -> str | None:
     from training.warm import warm_up
 
     warm_up()
-    if base:
-        _make_ready(base, "full")
+    if base and (row := _make_ready(base, "full")):
+        memory.touch_heap(row)
     os.write(sys.stdout.fileno(), encode({"t": "ready", "time": time.time()}))
     for line in iter(sys.stdin.buffer.readline, b""):
         try:

@@ -73,19 +73,29 @@ class Ready:
 _ready: Ready | None = None
 
 
-def make_ready(size: int, pieces: int = 1) -> None:
-    """Begins to touch what `fresh` will give out, at most a quarter of what there is: `pieces` of up to `size` bytes.
-    Memory made ready for other sizes is let go."""
+def make_ready(size: int, pieces: int = 1) -> bool:
+    """Begins to touch what `fresh` will give out: `pieces` of up to `size` bytes, where that is worth it and no more than a
+    quarter of what there is. Memory made ready for other sizes is let go."""
     global _ready
     whole = pieces * -(-size // HUGE) * HUGE
     if _ready and _ready.size == whole:
-        return
+        return True
     if _ready:
         _ready.let_go()
         _ready = None
     if WORTH_IT <= whole < _available() // 4:
         with contextlib.suppress(OSError):  # a limit of the process: whoever needs the memory will tell
             _ready = Ready(whole)
+    return _ready is not None
+
+
+def touch_heap(size: int) -> None:
+    """Memory for activations: touched, and left with the allocator, which keeps it (`use_memory_well`)."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    if block := libc.malloc(ctypes.c_size_t(size)):
+        libc.memset(ctypes.c_void_p(block), 0, ctypes.c_size_t(size))
+        libc.free(ctypes.c_void_p(block))
 
 
 def _available() -> int:

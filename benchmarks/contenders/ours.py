@@ -35,29 +35,27 @@ from training.tokenizer import Tokenizer  # noqa: E402
 class Turns:
     """Counts what the loop says, `size` optimizer steps a turn."""
 
-    def __init__(self, size: int = 1, also: Callable[..., None] = lambda *_, **__: None) -> None:
-        self.size, self.also, self.seen = size, also, 0
+    def __init__(self, size: int = 1) -> None:
+        self.size, self.seen, self.turn = size, 0, 0
 
     def say(self, t: str, **values: Any) -> None:
-        self.also(t, **values)
         if t == "phase" and values["phase"] == "training" and not self.seen:
             turns.begin()
         elif t == "metric" and values["step"] % self.size == 0:
+            self.turn += 1
             turns.done(values["tokens"] - self.seen, loss=values["loss"])
             self.seen = values["tokens"]
             turns.begin()
 
 
-def training(
-    folder: Path, size: int = 1, also: Callable[..., None] = lambda *_, **__: None, **settings: Any
-) -> None:
+def training(folder: Path, **settings: Any) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        train(Run.parse(run_file(folder, work, **settings)), Turns(size, also).say)
+        train(Run.parse(run_file(folder, work, **settings)), Turns().say)
 
 
 def platform(folder: Path, size: int) -> None:
-    """The loop with all that the product puts on it: events through a pipe and into the spool, heartbeats coming in,
-    and in every tenth turn a checkpoint."""
+    """The loop in every other turn with all that the product puts on it: events through a pipe and into the spool, heartbeats
+    coming in, and in every fifteenth of them a checkpoint. All turns are of the same work."""
     from training.command import Speaker
 
     reader, writer = os.pipe()
@@ -66,9 +64,19 @@ def platform(folder: Path, size: int) -> None:
     heart_out, heart_in = os.pipe()
     _in_background(lambda: [None for _ in iter(lambda: os.read(heart_out, 1 << 16), b"")])
     _in_background(lambda: [(os.write(heart_in, b'{"lease": "ok"}\n'), time.sleep(5)) for _ in iter(int, 1)])
-    speaker = Speaker()
+    speaker, counted = Speaker(), Turns(size)
     speaker.spool(Path(tempfile.mkdtemp(dir=folder)))
-    training(folder, size, speaker.say, batch_size=2, checkpoint_every_steps=10 * size, max_steps=100_000)
+
+    def say(t: str, **values: Any) -> None:
+        if counted.turn % 2 == 0:  # a checkpoint is written at the beginning of such a turn
+            speaker.say(t, **values)
+        counted.say(t, **values)
+
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        data = Path(work) / "equal.jsonl"
+        data.write_text(400 * (json.dumps({"text": " ".join(map(str, range(113)))}) + "\n"))
+        settings = {"batch_size": 2, "max_steps": 100_000, "checkpoint_every_steps": 30 * size}
+        train(Run.parse(run_file(folder, work, **settings) | {"train_file": str(data)}), say)
 
 
 def _in_background(work: Callable[[], Any]) -> None:
@@ -125,8 +133,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "full": lambda folder: training(folder),
     "full-dropout": lambda folder: training(folder, dropout=0.1),
     "lora": lambda folder: training(folder, method="lora"),
-    "bare": lambda folder: training(folder, size=40, batch_size=2, max_steps=100_000),
-    "platform": lambda folder: platform(folder, size=40),
+    "platform": lambda folder: platform(folder, size=20),
     "gemm": lambda folder: gemm(),
     "generate": generation,
     "first-token": first_token,

@@ -134,12 +134,14 @@ class House:
     s3: services.Service | None = None
     s3_proxy: Chaos | None = None  # stands between the workers and S3
 
-    def start_worker(self, name: str, *, shift_s: int = 0, **environment: str) -> subprocess.Popen[bytes]:
+    def start_worker(
+        self, name: str, queue: str = "training", *, shift_s: int = 0, **environment: str
+    ) -> subprocess.Popen[bytes]:
         """`shift_s`: by how much its wall clock is wrong."""
         from llmtuner.studio import worker_argv
 
         shifted = ["tests.faults.shifted", str(shift_s)] if shift_s else []
-        return self._start(name, [*shifted, *worker_argv("training")], environment)
+        return self._start(name, [*shifted, *worker_argv(queue)], environment)
 
     def start_web(self) -> None:
         """Returns when it answers."""
