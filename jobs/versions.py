@@ -13,9 +13,10 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs import access, datasets, reading, storage, tables
-from jobs.tables import Dataset, Usage, new_id
+from jobs import access, bases, datasets, reading, storage, tables
+from jobs.tables import Dataset, DatasetReport, Usage, new_id
 from training import catalog
+from training.events import Failure
 
 SPLIT = "split"
 FRACTION = 0.1  # of the rows, set aside for validation
@@ -60,22 +61,21 @@ def can_split(source: Dataset) -> bool:
     return int(summary.get("rows") or summary.get("examples") or 0) >= FEWEST_TO_SPLIT
 
 
-def begin(source: Dataset, what: str) -> Dataset:
-    """The new dataset (of two the one to train on), on its way. Asked again it is the same one, unless that was
-    rejected or deleted. Raises OverQuota."""
+def begin(source: Dataset, what: str, read_as: DatasetReport | None = None) -> Dataset:
+    """The new dataset (of two the one to train on), on its way. `read_as`: the report of another base, whose tokenizer
+    tells which rows go. Asked again it is the same one, unless that was rejected or deleted. Raises OverQuota."""
     parts = list(PARTS) if what == SPLIT else [""]
-    ids, known = _ids(source, what, len(parts))
+    ids, known = _ids(source, f"{what}@{read_as.base}" if read_as else what, len(parts))
     if not known:
-        datasets.promise(
-            source.owner, [_version(source, what, *pair, ids) for pair in zip(ids, parts, strict=True)]
-        )
+        new = [_version(source, what, read_as, *pair, ids) for pair in zip(ids, parts, strict=True)]
+        datasets.promise(source.owner, new)
     return access.get_dataset_for(source.owner, ids[0])
 
 
-def _ids(source: Dataset, what: str, many: int) -> tuple[list[str], bool]:
+def _ids(source: Dataset, name: str, many: int) -> tuple[list[str], bool]:
     """The ids of these versions, one set for all who ask, and whether all their rows are there."""
     mine = [new_id("file") for _ in range(many)]
-    row = Usage(source.owner, f"version#{source.dataset_id}#{what}", data=mine)
+    row = Usage(source.owner, f"version#{source.dataset_id}#{name}", data=mine)
     while True:
         found = tables.put_new(row, lambda found: found.data == mine) or tables.get(
             Usage, *tables.keys_of(row)
@@ -90,14 +90,25 @@ def _ids(source: Dataset, what: str, many: int) -> tuple[list[str], bool]:
             return mine, False
 
 
-def _version(source: Dataset, what: str, id: str, part: str, ids: list[str]) -> Dataset:
-    name = name_of(source, PARTS[part] if part else WITHOUT[what])
+def _version(
+    source: Dataset, what: str, read_as: DatasetReport | None, id: str, part: str, ids: list[str]
+) -> Dataset:
+    base = {
+        "facts": read_as.facts, "sequence_length": (read_as.summary or {}).get("sequence_length"),
+    } if read_as else {}  # fmt: skip
+    name = name_of(source, words_of({"what": what, "part": part, **base}))
     dataset = Dataset(source.owner, id, name=name, purpose=source.purpose, status="checking")
     other = next((one for one in ids if one != id), "")
     dataset.origin = {
-        "dataset_id": source.dataset_id, "name": source.name, "what": what, "part": part, "other": other,
+        "dataset_id": source.dataset_id, "name": source.name, "what": what, "part": part, "other": other, **base,
     }  # fmt: skip
     return dataset
+
+
+def words_of(origin: dict[str, Any]) -> str:
+    """What sets a version apart: `without rows that are too long for gpt2`."""
+    words = PARTS[origin["part"]] if origin["part"] else WITHOUT[origin["what"]]
+    return f"{words} for {origin['facts']['id']}" if origin.get("facts") else words
 
 
 def name_of(source: Dataset, words: str) -> str:
@@ -159,9 +170,12 @@ def _arguments(source: Dataset, origin: dict[str, Any], path: Path, folder: Path
         found += ["--format", json.dumps(source.format)]
     if splits:
         return [*found, "--validation", str(folder / "aside.jsonl"), "--fraction", str(FRACTION)]
-    if tokenizer := reading.tokenizer_of(catalog.STARTER):
-        found += ["--tokenizer", tokenizer]
-    length = (source.summary or {}).get("sequence_length")
+    facts = origin.get("facts") or {"id": catalog.STARTER}
+    try:
+        found += ["--tokenizer", str(bases.folder(str(facts["id"]), facts, only="tokenizer"))]
+    except Failure as failure:
+        raise Refused(f"{failure.message} {failure.advice}".strip()) from failure
+    length = origin.get("sequence_length") or (source.summary or {}).get("sequence_length")
     return [*found, "--sequence-length", str(int(length))] if length else found
 
 

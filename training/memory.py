@@ -83,6 +83,8 @@ def make_ready(size: int, pieces: int = 1) -> bool:
     if _ready:
         _ready.let_go()
         _ready = None
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))  # what `touch_heap` left with the allocator
+        reset_peak_rss()  # it was never used
     if WORTH_IT <= whole < _available() // 4:
         with contextlib.suppress(OSError):  # a limit of the process: whoever needs the memory will tell
             _ready = Ready(whole)

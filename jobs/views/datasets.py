@@ -215,13 +215,14 @@ def _previewed(row: Row | BadRow) -> dict[str, Any]:
 @for_people
 @require_POST
 def fix(request: HttpRequest, dataset_id: str) -> HttpResponse:
-    """Begins a new version, by the finding that `what` names or in two parts, and leads to it."""
+    """Begins a new version, by the finding that `what` names (in the report for the base `as`) or in two parts, and leads
+    to it."""
     dataset = access.get_dataset_for(owner_of(request), dataset_id)
-    shown = report_of(dataset)
+    shown = report_of(dataset, request.POST.get("as", ""))
     what = request.POST.get("what", "")
     try:
         versions.check(dataset, what, shown["findings"])
-        new = versions.begin(dataset, what)
+        new = versions.begin(dataset, what, shown["other"])
     except versions.Refused as error:
         return render(request, "jobs/dataset_detail.html", {**shown, "refused": str(error)}, status=400)
     except OverQuota as error:
@@ -268,7 +269,7 @@ def report_of(dataset: Dataset, base: str = "", line: str = "") -> dict[str, Any
         "columns_in_use": _used(dataset),
         "choice": _columns(dataset) if other is None else None,
         "read_as": lambda: _read_as(dataset, base),
-        "findings": [_finding(f, dataset, can_mend=other is None) for f in full.get("findings", [])],
+        "findings": [_finding(f, dataset) for f in full.get("findings", [])],
         "can_split": dataset.status == "ready" and versions.can_split(dataset),
         "origin": _origin(dataset),
         "samples": [shown_sample(s) for s in full.get("samples", [])],
@@ -308,9 +309,9 @@ def _file_rows(dataset: Dataset, summary: dict[str, Any]) -> list[tuple[str, str
 TONES = {"error": "bg-error/10", "warning": "bg-warning/10"}
 
 
-def _finding(finding: dict[str, Any], dataset: Dataset, can_mend: bool = True) -> dict[str, Any]:
+def _finding(finding: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
     tone = TONES.get(str(finding.get("severity") or finding.get("level")), "bg-base-200")
-    mend = _mend(finding) if dataset.status == "ready" and can_mend else ""
+    mend = _mend(finding) if dataset.status == "ready" else ""
     return {**finding, "tone": tone, "mend": mend}
 
 
@@ -359,11 +360,16 @@ def _origin(dataset: Dataset) -> dict[str, Any] | None:
     origin = dataset.origin
     if not origin:
         return None
-    what = versions.WITHOUT.get(origin["what"]) or versions.PARTS[origin["part"]]
     left_out = origin["rows"] - origin["kept"] if "rows" in origin else 0
     lines = list(origin.get("lines") or [])
     unnamed = left_out - len(lines) if lines else 0
-    return {**origin, "words": what, "left_out": left_out, "lines": lines, "unnamed": unnamed}
+    return {
+        **origin,
+        "words": versions.words_of(origin),
+        "left_out": left_out,
+        "lines": lines,
+        "unnamed": unnamed,
+    }
 
 
 def _for_job(dataset: Dataset) -> dict[str, str]:

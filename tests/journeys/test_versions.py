@@ -12,9 +12,13 @@ from django.urls import reverse
 
 from accounts.models import User
 from jobs import access, checking, datasets, errands, limits, storage, tables, versions
-from jobs.tables import Dataset
+from jobs.tables import Dataset, DatasetReport
 from tests.journeys.makers import make_dataset
+from training.catalog import STARTER_FOLDER
+from training.encode import Plain
 from training.fix import DROPPABLE
+from training.report import report
+from training.tokenizer import Tokenizer
 
 ROWS = [{"prompt": f"Number {i}?\n", "completion": f" It is {i * i}."} for i in range(60)]
 EMPTY = {"prompt": "And?\n", "completion": ""}
@@ -87,6 +91,30 @@ def test_doubled_rows_go_and_the_page_says_which(alices: Client, alice: User) ->
     assert lines_of(again) == ROWS
     assert lines_of(old) == before
     assert access.get_dataset_for(alice.owner_id, old.dataset_id).sha256 == old.sha256
+
+
+def test_what_is_too_long_for_another_base_goes_by_that_bases_report(alices: Client, alice: User) -> None:
+    long = {"prompt": "Tell me all of it.\n", "completion": " and then" * 40}
+    old = upload(alice.owner_id, [*ROWS, long])
+    assert "too long" not in page_of(alices, old)
+    reading = DatasetReport(
+        old.dataset_id, "short", owner=alice.owner_id, facts={"id": "starter"}, status="ready"
+    )
+    found = report(storage.local_path(old.key), Tokenizer.load(STARTER_FOLDER), Plain(24))
+    stored = storage.put_file(f"datasets/{alice.owner_id}/short.json", io.BytesIO(json.dumps(found).encode()))
+    reading.summary, reading.report_key = {"sequence_length": 24}, stored.key
+    reading.save()
+    address = reverse("jobs:dataset", args=[old.dataset_id])
+    text = alices.get(address, {"as": "short"}).content.decode()
+    assert "Leave this row out" in text
+    assert '<input type="hidden" name="as" value="short">' in text
+    answer = alices.post(
+        reverse("jobs:fix_dataset", args=[old.dataset_id]), {"what": "truncated", "as": "short"}
+    )
+    new = come_through(access.get_dataset_for(alice.owner_id, answer["Location"].split("/")[-2]))
+    assert new.name == "support (without rows that are too long for starter).jsonl"
+    assert lines_of(new) == ROWS
+    assert press(alices, old, "truncated").status_code == 400  # its own report names none
 
 
 def test_a_tenth_is_set_aside_as_a_dataset_of_its_own(alices: Client, alice: User) -> None:

@@ -40,12 +40,15 @@ def test_it_is_there_before_anybody_writes_to_it():
     assert resident() - before >= 64 * MB
 
 
-def test_memory_for_another_size_is_let_go():
-    memory.make_ready(64 * MB)
+def test_memory_for_another_size_is_let_go_and_was_no_peak():
+    before = resident()
+    memory.make_ready(256 * MB)
+    memory.touch_heap(64 * MB)
     memory.fresh(1)
-    full = resident()
+    assert memory.peak_rss() - before >= 256 * MB
     memory.make_ready(2 * MB)
-    assert full - resident() > 50 * MB
+    assert resident() - before < 32 * MB
+    assert memory.peak_rss() - before < 32 * MB
 
 
 def test_never_more_than_a_quarter_of_what_there_is(monkeypatch: pytest.MonkeyPatch):
