@@ -9,6 +9,7 @@ import argparse
 import importlib
 import sys
 
+from training import memory
 from training.events import EXIT, Failure
 
 COMMANDS = {
@@ -31,10 +32,9 @@ def main(arguments: list[str]) -> int:
         )
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     command = arguments[0]
+    memory.keep_few_primitives()  # before torch is imported
     if command in ("train", "standby"):
-        from training.memory import use_memory_well
-
-        use_memory_well()  # before torch is imported
+        memory.use_memory_well()
     module = importlib.import_module(COMMANDS[command][0])
     parser = argparse.ArgumentParser(prog=f"python -m training {command}", description=COMMANDS[command][1])
     module.add_arguments(parser)

@@ -16,10 +16,19 @@ WORTH_IT = 256 << 20  # bytes from which touching them is felt
 TOUCHERS = 2  # threads: a page mostly waits for the kernel, or for the machine below it
 
 
+def keep_few_primitives() -> None:
+    """oneDNN, and torch above it, keep what they compiled for the last 1024 shapes, 100 KB each. Rows differ in length in
+    every step: a gigabyte after a thousand steps, and a fifth slower for small models than to compile again. 32 are more than a
+    step has. Call it before torch is imported."""
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+
+
 def use_memory_well() -> None:
     """Keep freed memory, in huge pages: fresh pages for every activation cost a tenth of a step.
 
     Call it before torch is imported. A convenience: does nothing where there is no glibc."""
+    keep_few_primitives()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's allocator reads it when it is first used
     try:
         libc = ctypes.CDLL(None)
