@@ -23,14 +23,12 @@ it me?" can be answered after a lost reply. Everybody else's moves show status a
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from django.conf import settings
@@ -38,13 +36,13 @@ from pynamodb.exceptions import PynamoDBException
 from pynamodb.expressions.condition import Condition
 from pynamodb.expressions.update import Action
 
-from jobs import access, bases, endings, limits, queueing, reasons, reports, tables
+from jobs import access, endings, limits, queueing, reasons, reports, submission, tables
 from jobs.limits import OverQuota
 from jobs.queueing import WorkerInfo
-from jobs.tables import ENDED, Dataset, HeartbeatJob, Job, JobIndex, Usage, month_of, new_id, time_of
-from training.config import ConfigError, parse
+from jobs.submission import JobRequest, Refused, clone_request
+from jobs.tables import ENDED, Dataset, HeartbeatJob, Job, JobIndex, Usage, month_of, new_id
 
-__all__ = ["Claim", "JobRequest", "LostRace", "OverQuota", "Refused", "WorkerInfo"]
+__all__ = ["Claim", "JobRequest", "LostRace", "OverQuota", "Refused", "WorkerInfo", "clone_request"]
 
 log = logging.getLogger(__name__)
 
@@ -61,41 +59,6 @@ class LostRace(Exception):
     """Somebody else's write was first: the lease is lost, or the job moved on."""
 
 
-class Refused(Exception):
-    """This cannot be done; `field` names what to change, the message says how."""
-
-    def __init__(self, field: str, message: str) -> None:
-        self.field, self.message = field, message
-        super().__init__(message)
-
-
-@dataclass(frozen=True)
-class JobRequest:
-    """What a person asks for."""
-
-    base: str
-    dataset_id: str
-    name: str = ""
-    validation_dataset_id: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)  # training.config.FIELDS; left out = automatic
-    prompts: tuple[str, ...] = ()  # pinned prompts for samples
-    suffix: str = ""
-    seed: int | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    api: Mapping[str, Any] | None = None  # what `/v1` was sent, to answer in the same words
-    needs: Mapping[str, Any] = field(default_factory=dict)  # {"memory": bytes, "gpu": true}
-    start_from: Mapping[str, Any] | None = None  # set by `retry`
-    base_facts: Mapping[str, Any] | None = None  # set by `retry`: the very base of the job it repeats
-
-    def hash(self) -> str:
-        body = json.dumps(
-            {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "base_facts"},
-            sort_keys=True,
-            default=dict,
-        )
-        return hashlib.sha256(body.encode()).hexdigest()
-
-
 # ---- submit --------------------------------------------------------------------------------------------------------
 
 
@@ -105,15 +68,15 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
     The list row comes first and the job last, so a crash leaves a row without a job: the reconciler voids that after ten
     minutes, and a later call with the same key takes a fresh id. Raises Refused, OverQuota, LostRace.
     """
-    datasets = _check(owner, request)
-    request = replace(request, base_facts=_base(owner, request))
+    datasets = submission.check(owner, request)
+    request = replace(request, base_facts=submission.pin_base(owner, request))
     job_id = new_id("ftjob") if idempotency_key is None else _id_for(owner, request, idempotency_key)
     known = tables.get(Job, owner, job_id)
     if known and known.status == "void":
         raise LostRace(TOO_SLOW)
     if known:
         return known
-    job = _new_job(owner, job_id, request, datasets, slug)
+    job = submission.new_job(owner, job_id, request, datasets, slug)
     limits.check_room(owner)
     if idempotency_key is None:
         limits.check(owner, "jobs")
@@ -134,43 +97,6 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
             reports.ask(datasets[0], request.base_facts or {})
         return validate(accepted) or accepted
     return accepted
-
-
-def _check(owner: str, request: JobRequest) -> list[Dataset]:
-    try:
-        parse(request.settings)
-    except ConfigError as error:
-        raise Refused(error.field, error.message) from error
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{0,64}", request.suffix):
-        raise Refused("suffix", "Use up to 64 letters, digits, dots, dashes and underscores.")
-    if not request.base or len(request.base) > 300 or not request.base.isascii():
-        raise Refused("base", "Name a base model.")
-    if len(request.name) > 200:
-        raise Refused("name", "Give a name of at most 200 characters.")
-    found = []
-    for where in ("dataset_id", "validation_dataset_id"):
-        dataset_id = getattr(request, where)
-        if where == "validation_dataset_id" and not dataset_id:
-            continue
-        try:
-            dataset = access.get_dataset_for(owner, dataset_id)
-        except access.NotFound as error:
-            raise Refused(where, f"There is no dataset {dataset_id}. Upload it first.") from error
-        if dataset.status == "rejected":
-            raise Refused(where, f"The dataset was refused: {dataset.error or 'its report says why'}")
-        found.append(dataset)
-    return found
-
-
-def _base(owner: str, request: JobRequest) -> Mapping[str, Any]:
-    try:
-        pinned = bases.pin(owner, request.base)
-    except access.NotFound as error:
-        raise Refused(
-            "base",
-            f"There is no model {request.base} to start from. Choose one of the list, or add it from the Hub.",
-        ) from error
-    return request.base_facts or pinned
 
 
 def _id_for(owner: str, request: JobRequest, key: str) -> str:
@@ -194,45 +120,6 @@ def _id_for(owner: str, request: JobRequest, key: str) -> str:
         fresh = [Usage.job_id.set(mine), Usage.body_hash.set(body_hash)]
         if tables.update(row, fresh, Usage.job_id == found.job_id, lambda found: found.job_id == mine):
             return mine
-
-
-def _new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset], slug: str) -> Job:
-    own = reports.is_own(request.base_facts or {"id": request.base})
-    ready = own and all(dataset.status == "ready" for dataset in datasets)
-    parts = [
-        "ft",
-        bases.root_of(request.base_facts or {"id": request.base}),
-        slug or owner[-8:].lower(),
-        request.suffix,
-        job_id[-8:].lower(),
-    ]
-    job = Job(
-        owner,
-        job_id,
-        name=request.name or datasets[0].name,
-        base=request.base,
-        base_facts=dict(request.base_facts) if request.base_facts else None,
-        method=str(request.settings.get("method") or "full"),
-        dataset_id=request.dataset_id,
-        validation_dataset_id=request.validation_dataset_id or None,
-        settings=dict(request.settings),
-        prompts=list(request.prompts),
-        suffix=request.suffix,
-        seed=request.seed,
-        metadata=dict(request.metadata),
-        api=dict(request.api) if request.api is not None else None,
-        needs=dict(request.needs),
-        model_id=":".join(parts),
-        body_hash=request.hash(),
-        status="queued" if ready else "validating",
-        created_at=time_of(job_id),
-    )
-    if request.start_from:
-        # The pointer stands from the beginning, so the first attempt goes on there as any later one would.
-        job.start_from = dict(request.start_from)
-        job.checkpoint_key, job.checkpoint_step = request.start_from["key"], request.start_from["step"]
-        job.checkpoints = [dict(request.start_from)]
-    return job
 
 
 # ---- moves of people -----------------------------------------------------------------------------------------------
@@ -301,7 +188,7 @@ def edit(owner: str, job_id: str, request: JobRequest) -> Job:
     if not can_edit(job):
         raise Refused("status", "The job has started. Clone it, and change the copy.")
     request = replace(request, base=job.base, suffix=job.suffix, base_facts=job.base_facts)
-    fresh = _new_job(owner, job_id, request, _check(owner, request), "")
+    fresh = submission.new_job(owner, job_id, request, submission.check(owner, request), "")
     names = ("name", "method", "dataset_id", "settings", "prompts", "seed", "metadata", "needs", "body_hash")
     actions = [_set(Job, name, getattr(fresh, name)) for name in (*names, "validation_dataset_id")]
     if job.status != "paused":
@@ -320,23 +207,6 @@ def prioritise(owner: str, job_id: str, priority: int) -> Job:
     if moved is None:
         raise Refused("status", "The job has ended.")
     return moved
-
-
-def clone_request(job: Job) -> JobRequest:
-    """The same wish again, from the start."""
-    return JobRequest(
-        base=job.base,
-        dataset_id=job.dataset_id,
-        name=job.name,
-        validation_dataset_id=job.validation_dataset_id,
-        settings=job.settings,
-        prompts=tuple(job.prompts),
-        suffix=job.suffix,
-        seed=None if job.seed is None else int(job.seed),
-        metadata=job.metadata,
-        api=job.api,
-        needs=job.needs,
-    )
 
 
 def retry(owner: str, job_id: str, *, slug: str = "") -> Job:
