@@ -19,6 +19,13 @@ from tests.factories import make_user
 ROOT = services.ROOT
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no process ends with a long one alone; otherwise as randomly as before."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def folder() -> Path:
     return Path(os.environ["LLMTUNER_TEST_DIR"])
