@@ -24,6 +24,7 @@ OVERHEAD = 2.5e-4  # seconds a layer and row, whatever its size: what small mode
 MEMORY_BYTES = 8e9  # a second, through the optimizer or a decoder
 DISK_BYTES = 4e8  # a second: written, hashed, copied
 PROMPTS, ANSWER = 3, 32  # samples shown at each evaluation, and their tokens
+HOLES = 1.35  # of a row's activations: what rows of other lengths leave unused between them, in glibc's memory
 FEW = 3  # finished jobs below which nothing is learned
 UNSURE = 1.5  # P90 over P50 until then
 FADES = 0.98  # how much each job counts beside the one after it
@@ -178,13 +179,13 @@ class _Plan:
     def memory(self) -> dict[str, float]:
         """Bytes at once: the process, the weights, what training adds to each, and the larger of what a row's backward
         pass needs and the copy that a checkpoint is written from."""
-        row = activation_memory(self.base, self.row, self.settings.gradient_checkpointing)
-        row = row if self.settings.method == "full" else row * 3 // 4  # frozen weights need fewer inputs kept
+        row = HOLES * activation_memory(self.base, self.row, self.settings.gradient_checkpointing)
+        row *= 1 if self.settings.method == "full" else 0.75  # frozen weights need fewer inputs kept
         return {
             "process": 270e6,
             "weights": 4.0 * self.base.parameters,
             "training": 12.0 * self.trained,
-            "row": float(max(row, 12 * self.trained)),
+            "row": max(row, 12.0 * self.trained),
         }
 
 

@@ -52,7 +52,7 @@ def add_product(grad: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
 
 
 _ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-_ONEDNN_FROM = 1 << 18  # numbers in the weight
+_ONEDNN_FROM = 512  # rows and columns of the weight; below, compiling for each new T costs what it gains
 
 
 def product(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
@@ -60,7 +60,7 @@ def product(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
 
     In fp32 torch takes MKL; oneDNN reads the weight where it lies and is a
     tenth faster (GPT-2's shapes, one thread: 86-103 and 104-109 GFLOP/s)."""
-    if _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and w.numel() >= _ONEDNN_FROM:
+    if _ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu" and min(w.shape) >= _ONEDNN_FROM:
         return torch.ops.mkldnn._linear_pointwise(x, w.t(), b, "none", [], "")
     return x @ w if b is None else torch.addmm(b, x, w)
 
