@@ -6,6 +6,7 @@ A program of its own because files come from strangers: whoever starts it gives 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -47,6 +48,7 @@ def main(given: argparse.Namespace) -> int:
     if given.row is not None:
         say({"t": "row", "line": given.row, **_row(given, tokenizer, length)})
         return 0
+    gc.disable()  # rows and examples are no rings: what is no longer used goes by itself
     found = report(
         given.file,
         tokenizer,

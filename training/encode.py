@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from training.formats import BadRow, Format, OnBad, Part, Row, rows
-from training.tokenizer import Piece, Tokenizer, TokenizerError
+from training.tokenizer import Message, Piece, Tokenizer, TokenizerError
 
 BATCH_ROWS = 512
 Sized = TypeVar("Sized", Row, tuple[Row, list["Example"]])
@@ -43,7 +43,7 @@ class Example(NamedTuple):
 
     @property
     def trained(self) -> int:
-        return sum(self.mask)
+        return self.mask.count(1)
 
 
 def examples(
@@ -166,7 +166,7 @@ def _join(row: Row, plan: list[Piece], encoded: list[list[int]], everything: boo
     return Example(ids, mask, 0, row.line)
 
 
-def _chat(messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> list[Piece]:
+def _chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Piece]:
     """Assistant turns are what follows the generation prompt, so the mask begins where generating would begin."""
     guarded, hidden = tokenizer.guard(messages)
     answers = [i for i, m in enumerate(guarded) if m["role"] == "assistant"]
@@ -194,7 +194,7 @@ def _answer(text: str, trained: bool, hidden: dict[str, str], tokenizer: Tokeniz
 
 
 def _last_answer(
-    messages: list[dict[str, Any]], last: int, hidden: dict[str, str], tokenizer: Tokenizer
+    messages: Sequence[Message], last: int, hidden: dict[str, str], tokenizer: Tokenizer
 ) -> list[Piece]:
     """For templates that rewrite earlier turns (some drop old reasoning): only the last answer can be trained on."""
     before = tokenizer.render_chat(messages[:last], add_generation_prompt=True)

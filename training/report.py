@@ -258,7 +258,7 @@ class _Report:
             return
         if any(example.truncated for example in examples):
             self.findings.add("truncated", row.line, f"{examples[0].truncated} tokens lost")
-        if not any(any(example.mask) for example in examples):
+        if all(1 not in example.mask for example in examples):
             self.findings.add("nothing_to_train", row.line)
         elif row.kind == "chat" and not _ends(examples[0], tokenizer):
             self.findings.add("missing_end", row.line)

@@ -162,7 +162,21 @@ def _messages(line: int, value: Any) -> tuple[dict[str, Any], ...]:
         raise BadRow(
             line, f"{len(value)} messages; at most {MAX_MESSAGES} are read", "Split the conversation."
         )
-    return tuple(_message(line, number, message) for number, message in enumerate(value, 1))
+    return tuple(
+        message if _is_plain(message) else _message(line, number, message)
+        for number, message in enumerate(value, 1)
+    )
+
+
+PLAIN_KEYS = {"role", "content"}
+
+
+def _is_plain(message: Any) -> bool:
+    """As most are, and we write them ourselves: nothing to look for and to change."""
+    if not isinstance(message, dict) or message.keys() != PLAIN_KEYS or message["role"] not in ROLES:
+        return False
+    content = message["content"]
+    return isinstance(content, str) and content.isascii()
 
 
 def _message(line: int, number: int, message: Any) -> dict[str, Any]:

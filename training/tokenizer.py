@@ -206,19 +206,17 @@ class Tokenizer:
         guarded, hidden = self.guard(messages)
         return self.encode_pieces(self.render_chat(guarded, add_generation_prompt), hidden)
 
-    def guard(self, messages: Sequence[Message]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    def guard(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
         """Swap contents that spell a control token for a mark, so that rendering cannot turn them into one.
 
         Only such contents are touched: every other conversation is encoded exactly as the template wrote it."""
-        pattern, guarded = self.special_pattern, []
+        pattern, guarded = self.special_pattern, list(messages)
         hidden: dict[str, str] = {}
-        for message in messages:
-            message = dict(message)
+        for i, message in enumerate(messages):
             content = message.get("content")
             if pattern is not None and isinstance(content, str) and pattern.search(content):
                 mark = f"\ue000{len(hidden)}\ue001"
-                hidden[mark], message["content"] = content, mark
-            guarded.append(message)
+                hidden[mark], guarded[i] = content, {**message, "content": mark}
         return guarded, hidden
 
     def encode_pieces(self, text: str, hidden: Mapping[str, str]) -> list[int]:
