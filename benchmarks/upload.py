@@ -63,7 +63,7 @@ class Browser:
 
     def send(self, method: str, path: str, body: bytes, **headers: str) -> dict[str, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
-        cookies = f"session={self.session}; csrftoken={CSRF}"
+        cookies = f"session={self.session}; csrf={CSRF}"
         own = {"Host": "localhost", "Cookie": cookies, "X-CSRFToken": CSRF, "Accept": "application/json"}
         connection.request(method, path, body, own | {k.replace("_", "-"): v for k, v in headers.items()})
         answer = connection.getresponse()

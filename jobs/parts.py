@@ -19,7 +19,7 @@ from jobs import access, datasets, errands, limits, storage, tables
 from jobs.datasets import Rejected
 from jobs.tables import Dataset, Upload, new_id
 
-PART = 8 << 20  # bytes; the last one has what is left
+PART = 5 << 20  # bytes, the least that S3 takes: three stand in memory at once; the last one has what is left
 LIFETIME_S = 24 * 3600  # from the last part on
 MAX_OPEN = 20  # of one person at a time
 LINKS = 64  # signed at once
