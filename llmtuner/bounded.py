@@ -25,7 +25,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 MAX_BODY = 4 * 1024 * 1024
 MAX_PART = 64 * 1024 * 1024  # of a file that comes in parts
-PAGE_PART = 8 * 1024 * 1024  # of one that comes in parts from a page, as it is
+PAGE_PART = 5 * 1024 * 1024  # of one that comes in parts from a page, as it is: jobs.parts.PART
 FORM_EXTRA = 64 * 1024  # what the form around a file may weigh
 _coming: Counter[str] = Counter()  # large bodies on their way, by owner
 
@@ -69,10 +69,22 @@ def bounded(app: App) -> App:
             )
             return await _answer(send, 429, message, "rate_limit_exceeded")
         _coming[owner] += 1
+        free = False
+
+        def leave() -> None:
+            nonlocal free
+            _coming[owner] -= not free
+            free = True
+
+        async def answered(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                leave()  # before the sender knows, who may have the next part at hand
+            await send(message)
+
         try:
-            return await _counted(app, limit, scope, receive, send)
+            return await _counted(app, limit, scope, receive, answered)
         finally:
-            _coming[owner] -= 1
+            leave()
 
     return guarded
 

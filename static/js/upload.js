@@ -59,6 +59,8 @@
     });
   }
 
+  const busy = (answer) => answer.status === 429 || answer.status >= 500; // worth another try
+
   async function ask(url, fields) {
     const body = new FormData();
     for (const [name, value] of Object.entries(fields)) body.set(name, value);
@@ -66,7 +68,7 @@
     let told = null;
     try { told = JSON.parse(answer.responseText); } catch { /* an error page */ }
     if (answer.status === 422) throw new Refused(told?.error);
-    if (answer.status >= 500) throw new Error("network");
+    if (busy(answer)) throw new Error("network");
     if (answer.status >= 400 || !told) throw new Refused("That did not work. Reload the page and try again.");
     return told;
   }
@@ -112,7 +114,7 @@
     if (globalThis.crypto?.subtle) headers["X-Part-Sha256"] = await digest(part);
     const answer = await send("PUT", `${told.url}${number}/`, part, { headers, progress });
     if (answer.status === 422) throw new Refused(JSON.parse(answer.responseText).error);
-    if (answer.status >= 500) throw new Error("network");
+    if (busy(answer)) throw new Error("network");
     if (answer.status >= 400) throw new Refused("That did not work. Reload the page and try again.");
     came.set(number, part.size);
   }

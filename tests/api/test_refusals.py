@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -302,6 +304,25 @@ def test_one_person_sends_a_few_files_at_once(web: Any, people: dict[str, Person
     time.sleep(0.5)  # all have hung up
     with contextlib.ExitStack() as stack, pytest.raises(TimeoutError):
         begin(people["alice"], stack).recv(1)
+
+
+def test_a_place_is_free_once_the_answer_is_there(web: Any, people: dict[str, Person]):
+    """As many lanes as places, each sending its next part the moment the last one is answered."""
+    page, part = Client(), bytes(bounded.MAX_BODY + 1)  # a large one just so
+    page.force_login(people["alice"].user)
+    headers = {"Cookie": f"session={page.cookies['session'].value}"}
+
+    def lane(_: int) -> set[int]:
+        answers = set()
+        for _ in range(15):
+            connection = http.client.HTTPConnection("127.0.0.1", int(web.url.rsplit(":", 1)[1]), timeout=30)
+            connection.request("PUT", "/datasets/uploads/upload-1/parts/1/", part, headers)
+            answers.add(connection.getresponse().status)
+            connection.close()
+        return answers
+
+    with ThreadPoolExecutor(settings.JOBS["max_uploads_per_owner"]) as lanes:
+        assert set().union(*lanes.map(lane, range(settings.JOBS["max_uploads_per_owner"]))) == {403}
 
 
 def test_a_large_file_of_somebody_known_is_taken(client: openai.OpenAI, web: Any, people: dict[str, Person]):
