@@ -189,8 +189,11 @@ def edit(owner: str, job_id: str, request: JobRequest) -> Job:
         raise Refused("status", "The job has started. Clone it, and change the copy.")
     request = replace(request, base=job.base, suffix=job.suffix, base_facts=job.base_facts)
     fresh = submission.new_job(owner, job_id, request, submission.check(owner, request), "")
-    names = ("name", "method", "dataset_id", "settings", "prompts", "seed", "metadata", "needs", "body_hash")
-    actions = [_set(Job, name, getattr(fresh, name)) for name in (*names, "validation_dataset_id")]
+    names = (
+        "name", "method", "dataset_id", "dataset_name", "validation_dataset_id", "settings", "prompts", "seed", "metadata",
+        "needs", "body_hash",
+    )  # fmt: skip
+    actions = [_set(Job, name, getattr(fresh, name)) for name in names]
     if job.status != "paused":
         actions.append(Job.status.set(fresh.status))
     moved = _move(job, actions, _as_seen(job), lambda found: found.body_hash == fresh.body_hash)

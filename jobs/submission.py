@@ -104,6 +104,7 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
         base_facts=dict(request.base_facts) if request.base_facts else None,
         method=str(request.settings.get("method") or "full"),
         dataset_id=request.dataset_id,
+        dataset_name=datasets[0].name,
         validation_dataset_id=request.validation_dataset_id or None,
         settings=dict(request.settings),
         prompts=list(request.prompts),

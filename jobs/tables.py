@@ -188,6 +188,7 @@ class _JobAttributes(Table):
     )  # of what it starts from, as it was then: jobs/bases.py
     method = UnicodeAttribute(default="full")
     dataset_id = UnicodeAttribute(default="")
+    dataset_name = UnicodeAttribute(default="")  # as it was then: the dataset may be deleted
     validation_dataset_id = UnicodeAttribute(null=True)
     settings: JSONAttribute = JSONAttribute(default=dict)  # hyperparameters as asked (training.config.FIELDS)
     prompts: JSONAttribute = JSONAttribute(default=list)  # pinned prompts for samples

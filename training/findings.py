@@ -91,7 +91,7 @@ class Findings:
                 "severity": KINDS[code].severity,
                 "title": KINDS[code].title,
                 "count": self.counts[code],
-                "lines": sorted(self.lines[code]),
+                "lines": sorted(filter(None, self.lines[code])),  # 0: the file as a whole
                 "details": [
                     f"line {n}: {said}" if n else said for n, said in self.details.get(code, [])[:20]
                 ],

@@ -32,7 +32,11 @@ STATUS = {
     "ready": ("Ready", "bg-success"),
     "rejected": ("Rejected", "bg-error"),
 }
-KINDS = {"chat": "conversations", "completion": "prompt and answer pairs", "text": "texts"}
+KINDS = {
+    "chat": ("conversation", "conversations"),
+    "completion": ("prompt and answer pair", "prompt and answer pairs"),
+    "text": ("text", "texts"),
+}
 
 
 @for_people
@@ -237,11 +241,14 @@ def fix(request: HttpRequest, dataset_id: str) -> HttpResponse:
 def look(dataset: Dataset) -> dict[str, Any]:
     word, dot = STATUS.get(dataset.status, (dataset.status, "bg-base-300"))
     summary = dataset.summary if isinstance(dataset.summary, dict) else {}
+    if dataset.status == "rejected" and summary.get("choose"):
+        word, dot = "Needs columns", "bg-warning"
+    one, many = KINDS.get(str(summary.get("kind")), ("example", "examples"))
     return {
         "word": word,
         "dot": dot,
         "summary": summary,
-        "kind": KINDS.get(str(summary.get("kind")), "examples"),
+        "kind": one if summary.get("examples") == 1 else many,
         "checking": dataset.status in ("receiving", "checking"),
     }
 
@@ -255,6 +262,7 @@ def report_of(dataset: Dataset, base: str = "", line: str = "") -> dict[str, Any
     if other is not None:
         full = report_at(other.report_key) if other.report_key else {}
     summary = full
+    choice = _columns(dataset) if other is None else None
     shown_row = _row(dataset, base if other else catalog.STARTER, line)
     query = {name: value for name, value in (("as", base if other else ""), ("line", line)) if value}
     return {
@@ -267,9 +275,11 @@ def report_of(dataset: Dataset, base: str = "", line: str = "") -> dict[str, Any
         "summary": summary,
         "other": other,
         "columns_in_use": _used(dataset),
-        "choice": _columns(dataset) if other is None else None,
+        "choice": choice,
         "read_as": lambda: _read_as(dataset, base),
-        "findings": [_finding(f, dataset) for f in full.get("findings", [])],
+        "findings": []
+        if choice and choice["needed"]
+        else [_finding(f, dataset) for f in full.get("findings", [])],
         "can_split": dataset.status == "ready" and versions.can_split(dataset),
         "origin": _origin(dataset),
         "samples": [shown_sample(s) for s in full.get("samples", [])],

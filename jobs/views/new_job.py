@@ -128,7 +128,6 @@ class Draft:
     def request(self) -> JobRequest:
         given = {name: value for name, value in self.typed.items() if value}
         settings = self.settings.as_dict() if self.settings else {}
-        kept = self.job.metadata if self.job else {}
         return JobRequest(
             name=self.values["name"].strip() or self._default_name(),
             base=self.values["base"],
@@ -139,7 +138,7 @@ class Draft:
             prompts=tuple(self._prompts()),
             seed=None if self.job is None or self.job.seed is None else int(self.job.seed),
             needs=self.job.needs if self.job else {},
-            metadata={**kept, "dataset_name": self.dataset.name if self.dataset else ""},
+            metadata=self.job.metadata if self.job else {},
         )
 
     def _prompts(self) -> list[str]:

@@ -111,9 +111,7 @@ def state(job: Job) -> State:
         figures=_figures(job, done),
         trouble=_trouble(job),
         base=_base(job),
-        dataset=str(job.metadata.get("dataset_name") or "the data")
-        if isinstance(job.metadata, dict)
-        else "the data",
+        dataset=job.dataset_name or "the data",  # of before names were kept
         started_at=job.started_at,
         submitted_at=job.created_at,
         waiting=WAITING_LINES.get(job.status, "No line was written."),

@@ -65,7 +65,7 @@ def pages(client: Client, alice: User, word: str) -> dict[str, list[Any]]:
     ]
     job = make_job(
         owner, "failed", lines, name=word, base=word, message=word, advice=word, reason="killed", suffix=word,
-        dataset_id=ready.dataset_id, metadata={"dataset_name": word}, prompts=[word],
+        dataset_id=ready.dataset_id, dataset_name=word, prompts=[word],
     )  # fmt: skip
     model = make_model(
         owner, name=word, base=word, aliases=[word], verdict={"sentence": word}, fidelity={"message": word}
