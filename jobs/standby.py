@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from jobs import trainer_process
 from jobs.trainer_process import Child, Limits
 from training.catalog import Machine, measured, this_machine
 
+LOOKS = 5  # at the machine's rate
 _child: Child | None = None
 _base = ""  # folder of what was fully fine-tuned last: the next job often takes the same, so its memory is held ready
 
@@ -58,10 +58,19 @@ def limits() -> Limits:
     return Limits(memory_bytes=memory, cpu_s=int(settings.JOBS["max_runtime_s"] * here.cores))
 
 
-@lru_cache(maxsize=1)
-def machine() -> Machine:
-    """What trainers of this worker compute on."""
-    return measured(this_machine())
+_machine: Machine | None = None
+_looks = 0
+
+
+def machine(idle: bool = False) -> Machine:
+    """What trainers of this worker compute on. Its rate is measured when the worker starts, and a few times more in idle
+    moments: at a start everything starts, and the processors are busy with that."""
+    global _machine, _looks
+    if _machine is None or (idle and _looks < LOOKS):
+        _looks += 1
+        found = measured(this_machine())
+        _machine = max(_machine or found, found, key=lambda machine: machine.rate)
+    return _machine
 
 
 @contextlib.contextmanager

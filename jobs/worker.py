@@ -88,7 +88,7 @@ def _sign_of_life(queues: set[str]) -> None:
         Worker(
             kind,
             lifecycle.this_worker().name,
-            info={"machine": asdict(standby.machine())} if kind == "training" else {},
+            info={"machine": asdict(standby.machine(idle=not _busy.is_set()))} if kind == "training" else {},
             job_id=_job,
             started_at=_started_at,
             heard_at=time.time(),
