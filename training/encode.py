@@ -4,16 +4,16 @@ so what the report counts is what the trainer trains on, token for token."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 from training.formats import BadRow, Format, OnBad, Part, Row, rows
-from training.tokenizer import Message, Piece, Tokenizer, TokenizerError
+from training.tokenizer import Encoded, Message, Piece, Tokenizer, TokenizerError, ids_of
 
 BATCH_ROWS = 512
-Sized = TypeVar("Sized", Row, tuple[Row, list["Example"]])
+Sized = TypeVar("Sized", Row, tuple[Row, list["Tokens"]])
 
 
 class Wants(Protocol):
@@ -42,8 +42,72 @@ class Example(NamedTuple):
     line: int
 
     @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
     def trained(self) -> int:
         return self.mask.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What the pieces of a row became, from token `start` to `stop`: an example that can be counted before its lists are
+    made. The report counts millions and shows five."""
+
+    line: int
+    parts: Sequence[tuple[Piece, Encoded, bool]]  # (text, its tokens, trained on)
+    start: int
+    stop: int
+    truncated: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def trained(self) -> int:
+        found = at = 0
+        for _, encoded, trained in self.parts:
+            end = at + len(encoded)
+            if trained:
+                # The very first token is never trained: nothing stands before it to predict it from.
+                found += max(0, min(end, self.stop) - max(at, self.start + 1))
+            at = end
+        return found
+
+    @property
+    def last_trained(self) -> str:
+        """The text that the last trained token ends, uncut."""
+        return next(
+            (piece.text for piece, encoded, trained in reversed(self.parts) if trained and len(encoded)), ""
+        )
+
+    def example(self) -> Example:
+        ids: list[int] = []
+        mask: list[int] = []
+        at = 0
+        for _, encoded, trained in self.parts:
+            part = ids_of(encoded)[max(0, self.start - at) : max(0, self.stop - at)]
+            ids += part
+            mask += [1 if trained else 0] * len(part)
+            at += len(encoded)
+        if mask:
+            mask[0] = 0
+        return Example(ids, mask, self.truncated, self.line)
+
+    def cut(self, length: int | None, *, split: bool) -> list[Tokens]:
+        """Fit it into `length` tokens: windows one after the other (`split`), or its beginning."""
+        if not length or self.length <= length:
+            return [self]
+        if not split:
+            return [replace(self, stop=length, truncated=self.stop - length)]
+        parts = [(piece, ids_of(encoded), trained) for piece, encoded, trained in self.parts]
+        # Windows overlap by the one token that the next window's first prediction stands on.
+        return [
+            Tokens(self.line, parts, i, min(i + length, self.stop))
+            for i in range(0, self.stop - 1, length - 1)
+        ]
 
 
 def examples(
@@ -57,8 +121,9 @@ def examples(
 
     A plain text longer than the sequence length becomes several examples, one after the other; nothing is lost.
     A chat or completion loses its end. Raises BadRow at the first bad row, or hands it to `on_bad` and goes on."""
-    for _, parts in encoded_rows(path, tokenizer, settings, format, on_bad):
-        yield from parts
+    for _, found in encoded_rows(path, tokenizer, settings, format, on_bad):
+        for tokens in found:
+            yield tokens.example()
 
 
 def encoded_rows(
@@ -68,27 +133,27 @@ def encoded_rows(
     format: Format | None = None,
     on_bad: OnBad | None = None,
     part: Part | None = None,
-) -> Iterator[tuple[Row, list[Example]]]:
-    """`examples`, each with the row it comes from."""
+) -> Iterator[tuple[Row, list[Tokens]]]:
+    """`examples`, each with the row it comes from, and not yet as lists."""
     for batch in batches(rows(path, format, on_bad=on_bad, part=part), BATCH_ROWS):
-        for row, example in zip(batch, encode_batch(batch, tokenizer, settings), strict=True):
-            if isinstance(example, Example):
-                yield row, cut(example, settings.sequence_length, split=row.kind == "text")
+        for row, tokens in zip(batch, encode_batch(batch, tokenizer, settings), strict=True):
+            if isinstance(tokens, Tokens):
+                yield row, tokens.cut(settings.sequence_length, split=row.kind == "text")
             elif on_bad is not None:
-                on_bad(example)
+                on_bad(tokens)
             else:
-                raise example
+                raise tokens
 
 
 def encode(row: Row, tokenizer: Tokenizer, settings: Wants) -> Example:
     """One row; what does not fit in the sequence length is cut off. Raises BadRow."""
-    example = encode_batch([row], tokenizer, settings)[0]
-    if isinstance(example, BadRow):
-        raise example
-    return cut(example, settings.sequence_length, split=False)[0]
+    tokens = encode_batch([row], tokenizer, settings)[0]
+    if isinstance(tokens, BadRow):
+        raise tokens
+    return tokens.cut(settings.sequence_length, split=False)[0].example()
 
 
-def encode_batch(batch: Sequence[Row], tokenizer: Tokenizer, settings: Wants) -> list[Example | BadRow]:
+def encode_batch(batch: Sequence[Row], tokenizer: Tokenizer, settings: Wants) -> list[Tokens | BadRow]:
     """Every row whole, before any cut, through one call of the tokenizer; a BadRow where the template refuses."""
     everything = (settings.train_on or "completion") == "all"
     plans: list[list[Piece] | BadRow] = []
@@ -98,9 +163,9 @@ def encode_batch(batch: Sequence[Row], tokenizer: Tokenizer, settings: Wants) ->
         except TokenizerError as error:
             plans.append(BadRow(row.line, str(error)))
     flat = [piece for plan in plans if not isinstance(plan, BadRow) for piece in plan]
-    ids = iter(tokenizer.encode_pieces_batch(flat))
+    encoded = iter(tokenizer.encode_each(flat))
     return [
-        plan if isinstance(plan, BadRow) else _join(row, plan, list(islice(ids, len(plan))), everything)
+        plan if isinstance(plan, BadRow) else _tokens(row, plan, list(islice(encoded, len(plan))), everything)
         for row, plan in zip(batch, plans, strict=True)
     ]
 
@@ -114,20 +179,6 @@ def pieces(row: Row, tokenizer: Tokenizer) -> list[Piece]:
     if row.kind == "completion":
         return [*begin, Piece(row.prompt, False), Piece(row.completion, True), Piece(end, True, made=True)]
     return _chat(row.messages, tokenizer)
-
-
-def cut(example: Example, length: int | None, *, split: bool) -> list[Example]:
-    """Fit an example into `length` tokens: windows one after the other (`split`), or its beginning."""
-    ids, mask, _, line = example
-    if not length or len(ids) <= length:
-        return [example]
-    if not split:
-        return [Example(ids[:length], mask[:length], len(ids) - length, line)]
-    # Windows overlap by the one token that the next window's first prediction stands on.
-    return [
-        Example(ids[i : i + length], [0, *mask[i + 1 : i + length]], 0, line)
-        for i in range(0, len(ids) - 1, length - 1)
-    ]
 
 
 def batches(items: Iterable[Sized], size: int) -> Iterator[list[Sized]]:
@@ -155,15 +206,9 @@ def batches(items: Iterable[Sized], size: int) -> Iterator[list[Sized]]:
         raise ended
 
 
-def _join(row: Row, plan: list[Piece], encoded: list[list[int]], everything: bool) -> Example:
-    ids: list[int] = []
-    mask: list[int] = []
-    for piece, part in zip(plan, encoded, strict=True):
-        ids += part
-        mask += [1 if everything or piece.trained else 0] * len(part)
-    if mask:
-        mask[0] = 0  # nothing stands before the first token to predict it from
-    return Example(ids, mask, 0, row.line)
+def _tokens(row: Row, plan: list[Piece], encoded: list[Encoded], everything: bool) -> Tokens:
+    parts = [(piece, ids, everything or piece.trained) for piece, ids in zip(plan, encoded, strict=True)]
+    return Tokens(row.line, parts, 0, sum(map(len, encoded)))
 
 
 def _chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Piece]:

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from training.encode import Example, Plain, batches, encode_batch, encoded_rows
+from training.encode import Example, Plain, Tokens, batches, encode_batch, encoded_rows
 from training.findings import LINES_KEPT, Findings, Suspicion, Twins, fingerprint, look_at, normal
 from training.formats import BadFile, BadRow, Format, Part, Row, detect, head, look, rows
 from training.tokenizer import Tokenizer
@@ -42,8 +42,8 @@ class Summary:
     kind: str = ""  # chat | completion | text
     histogram: list[int] = field(default_factory=list)  # examples of up to 16, 32, 64, … tokens
 
-    def add(self, example: Example) -> None:
-        length, trained = len(example.ids), example.trained
+    def add(self, example: Example | Tokens) -> None:
+        length, trained = example.length, example.trained
         self.examples += 1
         self.tokens += length
         self.trained_tokens += trained
@@ -242,14 +242,15 @@ class _Report:
             line, reason, fix = later["problem"]
             self.problem = BadRow(line + lines, reason, fix)
 
-    def _rows(self, path: Path, format: Format, part: Part | None) -> Iterable[tuple[Row, list[Example]]]:
+    def _rows(self, path: Path, format: Format, part: Part | None) -> Iterable[tuple[Row, list[Tokens]]]:
         if self.tokenizer is None:
             return ((row, []) for row in rows(path, format, on_bad=self.bad, part=part))
         return encoded_rows(path, self.tokenizer, self.settings, format, self.bad, part)
 
-    def row(self, row: Row, text: str, examples: list[Example]) -> None:
+    def row(self, row: Row, text: str, examples: list[Tokens]) -> None:
         tokenizer = self.tokenizer
         self._remember(row, text)
+        untrained = self.summary.untrained
         for example in examples:
             self.summary.add(example)
         if tokenizer is None:
@@ -258,13 +259,13 @@ class _Report:
             return
         if any(example.truncated for example in examples):
             self.findings.add("truncated", row.line, f"{examples[0].truncated} tokens lost")
-        if all(1 not in example.mask for example in examples):
+        if self.summary.untrained - untrained == len(examples):
             self.findings.add("nothing_to_train", row.line)
         elif row.kind == "chat" and not _ends(examples[0], tokenizer):
             self.findings.add("missing_end", row.line)
         if len(self.samples) < SAMPLES and examples:
             self.samples.append(
-                {"line": row.line, "preview": preview_of(row), **coloured(examples[0], tokenizer)}
+                {"line": row.line, "preview": preview_of(row), **coloured(examples[0].example(), tokenizer)}
             )
 
     def _remember(self, row: Row, text: str) -> None:
@@ -386,7 +387,7 @@ def colour_row(
             found = encode_batch([row], tokenizer, settings)[0]
             if isinstance(found, BadRow):
                 raise found
-            shown = coloured(found, tokenizer, ROW_TOKENS)
+            shown = coloured(found.example(), tokenizer, ROW_TOKENS)
             return {"line": line, "preview": preview_of(row), "cut": found.truncated, **shown}
         if row.line > line:
             break
@@ -403,9 +404,7 @@ def one_line(text: str) -> str:
     return text if len(text) <= PREVIEW else text[: PREVIEW - 1] + "…"
 
 
-def _ends(example: Example, tokenizer: Tokenizer) -> bool:
+def _ends(example: Tokens, tokenizer: Tokenizer) -> bool:
     """Whether the last trained token is a control token: the end that a model learns to write."""
-    if example.truncated or tokenizer.special_pattern is None:
-        return True
-    last = len(example.mask) - 1 - example.mask[::-1].index(1)
-    return tokenizer.backend.id_to_token(example.ids[last]) in tokenizer.special_tokens
+    ends = tuple(tokenizer.special_tokens)
+    return bool(example.truncated) or not ends or example.last_trained.endswith(ends)

@@ -41,6 +41,13 @@ class Piece(NamedTuple):
     hidden: Mapping[str, str] = MappingProxyType({})  # what `Tokenizer.guard` swapped out of it
 
 
+Encoded = tokenizers.Encoding | list[int]  # as the library has them, or as a list: both know their length
+
+
+def ids_of(encoded: Encoded) -> list[int]:
+    return encoded if isinstance(encoded, list) else encoded.ids
+
+
 class TokenizerError(ValueError):
     """The folder holds no tokenizer we can read, or its chat template cannot render the messages."""
 
@@ -153,24 +160,23 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once, several times faster."""
-        return self.encode_pieces_batch([Piece(text) for text in texts])
+        return [ids_of(encoded) for encoded in self.encode_each([Piece(text) for text in texts])]
 
     def encode_template(self, text: str) -> list[int]:
         """Ids of text we or a chat template made: control tokens spelled in it are control tokens."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_pieces_batch(self, pieces: Sequence[Piece]) -> list[list[int]]:
-        """Ids of each stretch of text, by one call for all of them."""
+    def encode_each(self, pieces: Sequence[Piece]) -> list[Encoded]:
+        """The tokens of each stretch of text, by one call for all of them."""
         pattern = self.special_pattern
-        ids = [
-            e.ids for e in self.backend.encode_batch_fast([p.text for p in pieces], add_special_tokens=False)
-        ]
+        texts = [piece.text for piece in pieces]
+        found: list[Encoded] = [*self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         for i, piece in enumerate(pieces):
             if piece.hidden:
-                ids[i] = self.encode_pieces(piece.text, piece.hidden)
+                found[i] = self.encode_pieces(piece.text, piece.hidden)
             elif not piece.made and pattern is not None and pattern.search(piece.text):
-                ids[i] = self._plain.encode(piece.text, add_special_tokens=False).ids
-        return ids
+                found[i] = self._plain.encode(piece.text, add_special_tokens=False)
+        return found
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)

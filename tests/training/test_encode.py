@@ -182,7 +182,41 @@ def test_a_long_text_becomes_windows_and_loses_nothing(tmp_path: Path, starter: 
 def test_a_batch_encodes_as_single_rows_do(starter: Tokenizer) -> None:
     sample = list(rows(SAMPLE_FOLDER / "train.jsonl"))[:50]
     found = [*sample, chat(*TALK), Row(9, "text", text="naïve 東京 <|endoftext|>")]
-    assert [encode(row, starter, PLAIN) for row in found] == encode_batch(found, starter, PLAIN)
+    assert [encode(row, starter, PLAIN) for row in found] == [
+        tokens.example() for tokens in encode_batch(found, starter, PLAIN)
+    ]
+
+
+@pytest.mark.parametrize("train_on", ["completion", "all"])
+@pytest.mark.parametrize("length", [None, 2, 3, 7, 16, 48])
+def test_what_is_counted_is_what_the_lists_hold(
+    starter: Tokenizer, length: int | None, train_on: str
+) -> None:
+    """The report counts without lists; the trainer has them. Beside both the plain way: whole lists, then slices."""
+    sample = list(rows(SAMPLE_FOLDER / "train.jsonl"))[:20]
+    silent = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in TALK]
+    hidden = [{"role": "user", "content": "<|endoftext|> twice"}, {"role": "assistant", "content": ""}]
+    found = [
+        *sample,
+        chat(*TALK),
+        chat(*silent),
+        chat(*hidden),
+        Row(9, "text", text="naïve 東京 <|endoftext|> " * 9),
+    ]
+    for row, tokens in zip(found, encode_batch(found, starter, Plain(None, train_on)), strict=True):
+        whole, split = tokens.example(), row.kind == "text"
+        cut = tokens.cut(length, split=split)
+        for part in cut:
+            ids, mask, truncated, line = part.example()
+            assert (part.length, part.trained, line) == (len(ids), sum(mask), row.line)
+            assert truncated == (0 if split else max(0, len(whole.ids) - (length or 10**9)))
+            assert mask[0] == 0
+        if split and length:
+            spans = [slice(i, i + length) for i in range(0, max(1, len(whole.ids) - 1), length - 1)]
+        else:
+            spans = [slice(0, length)]
+        assert [part.example().ids for part in cut] == [whole.ids[span] for span in spans]
+        assert [part.example().mask[1:] for part in cut] == [whole.mask[span][1:] for span in spans]
 
 
 def test_decoding_gives_the_text_back(starter: Tokenizer) -> None:
