@@ -72,7 +72,7 @@ def test_every_damaged_file_gets_a_verdict(tmp_path: Path, name: str) -> None:
         assert found["ready"] == (not found["error"])
         json.dumps(found, allow_nan=False)
         if not found["ready"] and found["findings"]:
-            assert all(isinstance(line, int) and line >= 0 for line in found["findings"][0]["lines"])
+            assert all(isinstance(line, int) and line >= 1 for line in found["findings"][0]["lines"])
 
 
 def test_every_damaged_parquet_file_gets_a_verdict(tmp_path: Path) -> None:
