@@ -57,11 +57,10 @@ class Ready:
         begin = ctypes.addressof(ctypes.c_char.from_buffer(self.piece))
         for at in range(which * AT_ONCE, self.size, TOUCHERS * AT_ONCE):
             piece = min(AT_ONCE, self.size - at)
-            call = (ctypes.c_void_p(begin + at), ctypes.c_size_t(piece), POPULATE_WRITE)
-            if self.stopped or libc.madvise(
-                *call
-            ):  # an older kernel: the pages come when they are written to
+            if self.stopped:
                 return
+            if libc.madvise(ctypes.c_void_p(begin + at), ctypes.c_size_t(piece), POPULATE_WRITE):
+                return  # an older kernel: the pages come when they are written to
 
     def take(self, size: int) -> memoryview | None:
         """The next `size` bytes, zeros; None when fewer are left."""
