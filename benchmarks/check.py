@@ -3,7 +3,7 @@
     bin/bench check [--gigabytes 1] [--only read|tokenize]
 
 read: the program that checks, without a tokenizer. tokenize: the same with the starter's, on a tenth of the size, against
-bare `encode_batch_fast` over the same stretches of text in the same batches. Memory is that of all processes together;
+bare `encode_batch_fast` over the same stretches of text. Memory is that of all processes together;
 "grown" compares the whole file with a tenth of it.
 """
 
@@ -18,15 +18,17 @@ import sys
 import tempfile
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+BARE_ROWS = 512
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import Scores  # noqa: E402
 from training.catalog import SAMPLE_FOLDER, STARTER_FOLDER  # noqa: E402
-from training.encode import BATCH_ROWS, batches, pieces  # noqa: E402
+from training.encode import pieces  # noqa: E402
 from training.formats import rows  # noqa: E402
 from training.tokenizer import Tokenizer  # noqa: E402
 
@@ -82,7 +84,7 @@ def check(path: Path, *options: str) -> tuple[float, int, dict[str, Any]]:
         reader.start()
         while process.poll() is None:
             peak = max(peak, resident(process.pid))
-            time.sleep(0.05)
+            time.sleep(0.2)
         reader.join()
     report = json.loads(told[-1])
     assert report["ready"], report["verdict"]
@@ -118,9 +120,9 @@ def tokenize(scores: Scores, tenth: Path) -> None:
 
 
 def bare_seconds(path: Path, tokenizer: Tokenizer) -> float:
-    """Of `encode_batch_fast` alone; reading and cutting into pieces is not counted."""
-    seconds = 0.0
-    for batch in batches(rows(path), BATCH_ROWS):
+    """Of `encode_batch_fast` alone, with as many rows at once as suit it; reading and cutting into pieces is not counted."""
+    seconds, read = 0.0, rows(path)
+    while batch := list(islice(read, BARE_ROWS)):
         texts = [piece.text for row in batch for piece in pieces(row, tokenizer)]
         begun = time.perf_counter()
         tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)

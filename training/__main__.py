@@ -44,7 +44,24 @@ def main(arguments: list[str]) -> int:
     except Failure as failure:
         print(f"{failure.message} {failure.advice}", file=sys.stderr)
         return EXIT[failure.reason]
+    except Exception as error:
+        words = _refusal(error)
+        if not words:
+            raise
+        print(words, file=sys.stderr)
+        return 2
     return code
+
+
+def _refusal(error: Exception) -> str:
+    """What to say of a file or folder that was named and cannot be read; empty when the fault is ours."""
+    from training.tokenizer import TokenizerError
+
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, TokenizerError):
+        return f"The tokenizer cannot be used: {error}. Name the folder of a model with its tokenizer."
+    return ""
 
 
 if __name__ == "__main__":

@@ -4,16 +4,15 @@ so what the report counts is what the trainer trains on, token for token."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 from training.formats import BadRow, Format, OnBad, Part, Row, rows
 from training.tokenizer import Encoded, Message, Piece, Tokenizer, TokenizerError, ids_of
 
-BATCH_ROWS = 512
-Sized = TypeVar("Sized", Row, tuple[Row, list["Tokens"]])
+BATCH_ROWS = 32  # a few megabytes of tokens: they are still in the processor's cache when they are counted
 
 
 class Wants(Protocol):
@@ -50,8 +49,7 @@ class Example(NamedTuple):
         return self.mask.count(1)
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     """What the pieces of a row became, from token `start` to `stop`: an example that can be counted before its lists are
     made. The report counts millions and shows five."""
 
@@ -79,9 +77,10 @@ class Tokens:
     @property
     def last_trained(self) -> str:
         """The text that the last trained token ends, uncut."""
-        return next(
-            (piece.text for piece, encoded, trained in reversed(self.parts) if trained and len(encoded)), ""
-        )
+        for piece, encoded, trained in reversed(self.parts):
+            if trained and len(encoded):
+                return piece.text
+        return ""
 
     def example(self) -> Example:
         ids: list[int] = []
@@ -101,7 +100,7 @@ class Tokens:
         if not length or self.length <= length:
             return [self]
         if not split:
-            return [replace(self, stop=length, truncated=self.stop - length)]
+            return [self._replace(stop=length, truncated=self.stop - length)]
         parts = [(piece, ids_of(encoded), trained) for piece, encoded, trained in self.parts]
         # Windows overlap by the one token that the next window's first prediction stands on.
         return [
@@ -121,28 +120,35 @@ def examples(
 
     A plain text longer than the sequence length becomes several examples, one after the other; nothing is lost.
     A chat or completion loses its end. Raises BadRow at the first bad row, or hands it to `on_bad` and goes on."""
-    for _, found in encoded_rows(path, tokenizer, settings, format, on_bad):
-        for tokens in found:
-            yield tokens.example()
+    for batch in encoded_batches(path, tokenizer, settings, format, on_bad):
+        for _, found in batch:
+            for tokens in found:
+                yield tokens.example()
 
 
-def encoded_rows(
+def encoded_batches(
     path: str | Path,
     tokenizer: Tokenizer,
     settings: Wants,
     format: Format | None = None,
     on_bad: OnBad | None = None,
     part: Part | None = None,
-) -> Iterator[tuple[Row, list[Tokens]]]:
-    """`examples`, each with the row it comes from, and not yet as lists."""
-    for batch in batches(rows(path, format, on_bad=on_bad, part=part), BATCH_ROWS):
+) -> Iterator[list[tuple[Row, list[Tokens]]]]:
+    """`examples`, each row with its own, some hundred rows at a time, and not yet as lists."""
+    for batch in batches(rows(path, format, on_bad=on_bad, part=part)):
+        encoded: list[tuple[Row, list[Tokens]]] = []
+        bad: BadRow | None = None
         for row, tokens in zip(batch, encode_batch(batch, tokenizer, settings), strict=True):
             if isinstance(tokens, Tokens):
-                yield row, tokens.cut(settings.sequence_length, split=row.kind == "text")
+                encoded.append((row, tokens.cut(settings.sequence_length, split=row.kind == "text")))
             elif on_bad is not None:
                 on_bad(tokens)
             else:
-                raise tokens
+                bad = tokens
+                break
+        yield encoded
+        if bad:
+            raise bad
 
 
 def encode(row: Row, tokenizer: Tokenizer, settings: Wants) -> Example:
@@ -181,9 +187,9 @@ def pieces(row: Row, tokenizer: Tokenizer) -> list[Piece]:
     return _chat(row.messages, tokenizer)
 
 
-def batches(items: Iterable[Sized], size: int) -> Iterator[list[Sized]]:
+def batches(items: Iterable[Row]) -> Iterator[list[Row]]:
     """So many at a time, or about a megabyte of them. What came before a BadFile still comes before it."""
-    held: list[Sized] = []
+    held: list[Row] = []
     characters = 0
     ended: BadRow | None = None
     iterator = iter(items)
@@ -196,8 +202,8 @@ def batches(items: Iterable[Sized], size: int) -> Iterator[list[Sized]]:
             ended = bad
             break
         held.append(item)
-        characters += (item if isinstance(item, Row) else item[0]).size
-        if len(held) == size or characters > 1 << 20:
+        characters += item.size
+        if len(held) == BATCH_ROWS or characters > 1 << 20:
             yield held
             held, characters = [], 0
     if held:

@@ -227,7 +227,7 @@ def load_trained(folder: Path, base: str | None) -> tuple[Any, Path, dict[str, A
     try:
         manifest = checkpoint.verify_files(folder)
     except (checkpoint.Unreadable, OSError, ValueError, KeyError) as error:
-        raise Failure("checkpoint_unreadable", f"The checkpoint {folder} cannot be used: {error}") from error
+        raise Failure("checkpoint_unreadable", f"The checkpoint {folder} cannot be used: {error}.") from error
     base = base or str(manifest["base"])
     home, settings = hub.locate(base), manifest["settings"]
     model = load_model(home)

@@ -116,23 +116,13 @@ SECRETS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("a signed token", re.compile(r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}")),
     ("a password", re.compile(r"(?i)\b(?:password|passwd|api[_-]?key|secret[_-]?key)\s*[:=]\s*[\"']?(?=[^\s\"']*[0-9])[^\s\"',;]{8,}")),
 )  # fmt: skip
-# Words without which no secret is there; looking for plain words costs next to nothing.
+# Words without which no secret is there, by a character without which none of them is: plain searches cost next to nothing.
 SECRET_WORDS = (
-    "AKIA",
-    "ASIA",
-    "sk-",
-    "ghp_",
-    "gho_",
-    "ghu_",
-    "ghs_",
-    "ghr_",
-    "hf_",
-    "xox",
-    "AIza",
-    "PRIVATE KEY",
-    "eyJ",
+    ("", ("AKIA", "ASIA", "AIza", "eyJ", "xox", "PRIVATE KEY")),
+    ("-", ("sk-",)),
+    ("_", ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "hf_")),
 )
-SECRET_NAMES = ("passw", "api_key", "api-key", "apikey", "secret")
+SECRET_NAMES = (("", ("passw", "apikey", "secret")), ("-", ("api-key",)), ("_", ("api_key",)))
 EMAIL = re.compile(
     r"[A-Za-z0-9._%+-]{1,64}@(?!example\.)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,24}\b"
 )
@@ -219,10 +209,11 @@ def secret(text: str) -> str:
 
 
 def _may_hold_secret(text: str) -> bool:
-    if any(word in text for word in SECRET_WORDS):
-        return True
-    small = text.lower()
-    return any(name in small for name in SECRET_NAMES)
+    return _holds(text, SECRET_WORDS) or _holds(text.lower(), SECRET_NAMES)
+
+
+def _holds(text: str, words: Iterable[tuple[str, Iterable[str]]]) -> bool:
+    return any(sign in text and any(word in text for word in some) for sign, some in words)
 
 
 def personal(text: str) -> str:
@@ -267,7 +258,10 @@ SEEN = (1 << 64) - 1
 def normal(text: str) -> str:
     """What is left when capitals, spaces and punctuation do not count."""
     if text.isascii():  # ten times faster
-        return b" ".join(text.encode().translate(PLAIN).split()).decode()
+        plain = text.encode().translate(PLAIN)
+        while b"  " in plain:  # twice as fast as to split and to join
+            plain = plain.replace(b"  ", b" ")
+        return plain.strip().decode()
     return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 

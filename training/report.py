@@ -12,13 +12,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from training.encode import Example, Plain, Tokens, batches, encode_batch, encoded_rows
+from training.encode import Example, Plain, Tokens, batches, encode_batch, encoded_batches
 from training.findings import LINES_KEPT, Findings, Suspicion, Twins, fingerprint, look_at, normal
 from training.formats import BadFile, BadRow, Format, Part, Row, detect, head, look, rows
 from training.tokenizer import Tokenizer
 
 SAMPLES, PREVIEW, SAMPLE_TOKENS = 5, 150, 400
-TOGETHER = 256  # rows looked at at once
 HALVED = 16 << 20  # bytes from which a file is read by two processes
 JOINED = ("rows", "characters", "foreign", "summary", "findings", "exact", "near", "prompts", "answers")
 ROW_TOKENS = 4000  # of one row that a person asks for
@@ -52,7 +51,8 @@ class Summary:
         self.lost_tokens += example.truncated
         self.untrained += trained == 0
         bucket = max(0, (length - 1).bit_length() - 4)
-        self.histogram += [0] * (bucket + 1 - len(self.histogram))
+        while len(self.histogram) <= bucket:
+            self.histogram.append(0)
         self.histogram[bucket] += 1
 
     def join(self, other: Summary) -> None:
@@ -177,7 +177,7 @@ class _Report:
 
     def read(self, path: Path, format: Format, progress: Progress, part: Part | None = None) -> None:
         size, told = max(1, part.bytes if part else path.stat().st_size), time.monotonic()
-        for batch in batches(self._rows(path, format, part), TOGETHER):
+        for batch in self._batches(path, format, part):
             texts = [row.preview for row, _ in batch]
             special = self.tokenizer.special_pattern if self.tokenizer else None
             may = Suspicion.of(texts, special)
@@ -200,6 +200,7 @@ class _Report:
         fork = get_context("fork")
         receiver, sender = fork.Pipe(duplex=False)
         ahead, parent = fork.Value("q", 0, lock=False), os.getpid()
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the halves have both cores busy
 
         def watch(rows: int, share: float) -> None:
             ahead.value = rows
@@ -242,10 +243,13 @@ class _Report:
             line, reason, fix = later["problem"]
             self.problem = BadRow(line + lines, reason, fix)
 
-    def _rows(self, path: Path, format: Format, part: Part | None) -> Iterable[tuple[Row, list[Tokens]]]:
+    def _batches(
+        self, path: Path, format: Format, part: Part | None
+    ) -> Iterable[list[tuple[Row, list[Tokens]]]]:
         if self.tokenizer is None:
-            return ((row, []) for row in rows(path, format, on_bad=self.bad, part=part))
-        return encoded_rows(path, self.tokenizer, self.settings, format, self.bad, part)
+            read = rows(path, format, on_bad=self.bad, part=part)
+            return ([(row, []) for row in batch] for batch in batches(read))
+        return encoded_batches(path, self.tokenizer, self.settings, format, self.bad, part)
 
     def row(self, row: Row, text: str, examples: list[Tokens]) -> None:
         tokenizer = self.tokenizer
@@ -406,5 +410,5 @@ def one_line(text: str) -> str:
 
 def _ends(example: Tokens, tokenizer: Tokenizer) -> bool:
     """Whether the last trained token is a control token: the end that a model learns to write."""
-    ends = tuple(tokenizer.special_tokens)
+    ends = tokenizer.special_tokens
     return bool(example.truncated) or not ends or example.last_trained.endswith(ends)

@@ -124,12 +124,10 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @cached_property
-    def special_tokens(self) -> list[str]:
-        return sorted(
-            {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special},
-            key=len,
-            reverse=True,
-        )
+    def special_tokens(self) -> tuple[str, ...]:
+        """The longest first."""
+        found = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
+        return tuple(sorted(found, key=len, reverse=True))
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str] | None:

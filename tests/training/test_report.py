@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from training.__main__ import main
 from training.catalog import SAMPLE_FOLDER, STARTER_FOLDER
 from training.encode import Plain, examples
 from training.findings import KINDS, personal, secret
@@ -298,3 +299,26 @@ def test_the_command_prints_a_report(tmp_path: Path) -> None:
     )
     last = json.loads(done.stdout.splitlines()[-1])
     assert (last["t"], last["ready"], last["examples"]) == ("report", True, 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("check", "nowhere.jsonl"), "nowhere.jsonl: No such file"),
+        (("fix", "nowhere.jsonl", "--to", "new.jsonl"), "nowhere.jsonl: No such file"),
+        (("check", "data.jsonl", "--tokenizer", "."), "Name the folder of a model"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_told_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    words: str,
+) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "rain"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert main(list(arguments)) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
