@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -58,7 +59,7 @@ class Machine:
     memory: int = 8 << 30
     cores: int = 1
     count: int = 1
-    bf16: bool = False
+    bf16: bool = False  # has units for it
     rate: float = 0.0  # operations a second of a bare matrix product on all cores; 0 = not measured
 
 
@@ -221,7 +222,7 @@ def this_machine() -> Machine:
     """What this process could train on, found without torch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return _gpu(cores) or Machine("cpu", f"{cores} cores", _cgroup_limit(memory), cores)
+    return _gpu(cores) or Machine("cpu", f"{cores} cores", _cgroup_limit(memory), cores, bf16=_bf16_units())
 
 
 def measured(machine: Machine) -> Machine:
@@ -236,6 +237,15 @@ def measured(machine: Machine) -> Machine:
         a @ b
         best = min(best, time.perf_counter() - begun)
     return replace(machine, rate=2.0 * 512 * 768 * 3072 / best)
+
+
+def _bf16_units() -> bool:
+    """Whether the processor multiplies bf16 itself (Linux tells)."""
+    try:
+        known = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return bool(re.search(r"^flags\b.*\b(avx512_bf16|amx_bf16)\b", known, re.MULTILINE))
 
 
 def _cgroup_limit(memory: int) -> int:

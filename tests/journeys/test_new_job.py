@@ -13,10 +13,11 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import access, hub_check, tables
+from jobs import access, estimates, hub_check, tables
 from jobs.tables import Dataset, DatasetReport
 from tests.hub_server import COMMIT, HubServer, running, write_repository
 from tests.journeys.makers import make_dataset, make_model
+from training.catalog import Machine
 from training.config import FIELDS
 
 NEW, ESTIMATE = "/jobs/new/", "/jobs/new/estimate/"
@@ -269,6 +270,15 @@ def test_warnings_say_what_will_happen_and_stop_nothing(
     assert "will not tell learning from memorising" in text
     assert "usually recites its examples" in text
     assert post(alices, NEW, dataset, validation_fraction="0", epochs="30").status_code == 302
+
+
+@pytest.mark.parametrize(("units", "words"), [(True, "is slower in bf16"), (False, "has no units for bf16")])
+def test_bf16_is_warned_of_where_it_gains_nothing(
+    alices: Client, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, units: bool, words: str
+) -> None:
+    monkeypatch.setattr(estimates, "machine", lambda: Machine("cpu", "2 cores", 16 << 30, 2, bf16=units))
+    assert words in post(alices, ESTIMATE, dataset, precision="bf16").content.decode()
+    assert "bf16</p>" not in post(alices, ESTIMATE, dataset).content.decode()
 
 
 # ---- exact counts for another tokenizer ----------------------------------------------------------------------------

@@ -173,6 +173,19 @@ def past(base: BaseModel, times: float, noise: float = 0.0, seed: int = 0, **cha
     return Past(found.work, took, found.memory_parts, peak, base.id, settings.method)
 
 
+def test_bf16_is_expected_to_help_large_models_where_the_processor_has_it() -> None:
+    def seconds(base: BaseModel, machine: Machine) -> list[float]:
+        chosen = [resolve(Settings(precision=p), data(), base, machine)[0] for p in ("fp32", "bf16")]
+        return [estimate(base, settings, data(), machine).parts["training"] for settings in chosen]
+
+    fp32, bf16 = seconds(gpt2(), replace(MACHINE, bf16=True))
+    assert 1.2 < fp32 / bf16 < 1.5
+    fp32, bf16 = seconds(starter(), replace(MACHINE, bf16=True))
+    assert fp32 < bf16
+    fp32, bf16 = seconds(gpt2(), MACHINE)
+    assert fp32 == bf16
+
+
 def test_finished_jobs_correct_the_estimate() -> None:
     settings, _ = resolve(Settings(), data(), gpt2(), MACHINE)
     fresh = estimate(gpt2(), settings, data(), MACHINE)
