@@ -9,6 +9,7 @@ from typing import Any
 from django.conf import settings
 
 from jobs import bases, lifecycle
+from jobs.forms import CHOICE_WORDS
 from jobs.reasons import REASONS
 from jobs.story import Story
 from jobs.tables import Job
@@ -342,7 +343,7 @@ def settings_rows(job: Job, story: Story) -> tuple[list[Row], list[Row]]:
     first = [
         row(
             "Method",
-            lora if values["method"] == "lora" else "Full: every weight",
+            lora if values["method"] == "lora" else CHOICE_WORDS["full"],
             "method",
             "lora_rank",
             "lora_alpha",
@@ -403,7 +404,7 @@ def _plain(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else CHOICE_WORDS.get(str(value), str(value))
 
 
 def sparks(story: Story, chart: dict[str, Any]) -> list[dict[str, Any]]:
