@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,19 @@ def test_nothing_loads_pickles_or_foreign_code():
         if word in path.read_text()
     ]
     assert not found
+
+
+@pytest.mark.parametrize("package", ["llmtuner", "accounts", "training", "jobs", "benchmarks"])
+def test_the_readme_names_every_module(package: str) -> None:
+    tree = (ROOT / "README.md").read_text().split("## How it works")[1]
+    told = re.search(rf"^{package}/ .*\n(?:  .*\n)*", tree, re.MULTILINE)
+    assert told
+    named = set(re.findall(r"\b\w+\.py\b", told[0]))
+    there = {
+        path.name
+        for path in (ROOT / package).rglob("*.py")
+        if not path.name.startswith("__")
+        and not {"migrations", "management", "templatetags", "contenders"} & {*path.parts}
+    }
+    assert there - named == set()
+    assert named - there == set()
