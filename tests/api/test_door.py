@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from jobs import access, datasets, limits, storage
-from tests.api.conftest import Person
+from tests.api.conftest import Person, make_person
 from tests.jobs.makers import make_owner
 
 GOOD = b'{"prompt": "a", "completion": " b"}\n' * 3
@@ -36,10 +36,10 @@ assert len(NAMES) == 20
 
 @dataclass
 class Door:
-    """Alice's way in, by hand."""
+    """The way in, by hand, of a person whom no other test file knows."""
 
     port: int
-    alice: Person
+    dora: Person
     canary: Path
 
     def send(
@@ -50,7 +50,7 @@ class Door:
         head = "".join(f"{name}: {value}\r\n" for name, value in told.items() if value)
         with socket.create_connection(("localhost", self.port), timeout=20) as connection:
             connection.sendall(
-                f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {self.alice.key}\r\n"
+                f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {self.dora.key}\r\n"
                 f"Connection: close\r\n{head}\r\n".encode()
                 + body
             )
@@ -68,7 +68,7 @@ class Door:
         return self.send(form(part(f'name="file"; filename="{name}"', content)))
 
     def count(self) -> int:
-        return len(access.list_datasets(self.alice.owner, 100))
+        return len(access.list_datasets(self.dora.owner, 100))
 
 
 def part(disposition: str, content: bytes, *more: str) -> bytes:
@@ -81,16 +81,17 @@ def form(*parts: bytes) -> bytes:
 
 
 @pytest.fixture
-def door(web: Any, people: dict[str, Person], folder: Path) -> Iterator[Door]:
+def door(web: Any, transactional_db: None, folder: Path) -> Iterator[Door]:
+    dora = make_person("dora")
     canary = folder / "canary.txt"
     canary.write_text("untouched")
     known = sorted(path.name for path in folder.iterdir() if path.name.startswith("canary"))
-    yield Door(int(web.url.rsplit(":", 1)[1]), people["alice"], canary)
+    yield Door(int(web.url.rsplit(":", 1)[1]), dora, canary)
     assert canary.read_text() == "untouched"
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith("canary")) == known
     assert web.processes["web"].poll() is None
-    for dataset in access.list_datasets(people["alice"].owner, 100):
-        datasets.delete(people["alice"].owner, dataset.dataset_id)
+    for dataset in access.list_datasets(dora.owner, 100):
+        datasets.delete(dora.owner, dataset.dataset_id)
 
 
 # --- G8 names and forms ----------------------------------------------------------------------------
@@ -103,8 +104,8 @@ def test_a_name_is_a_label_and_never_a_path(door: Door, name: str) -> None:
         assert (status, door.count()) == (400, 0)
         return
     assert status == 200, told
-    dataset = access.get_dataset_for(door.alice.owner, told["id"])
-    assert dataset.key == f"datasets/{door.alice.owner}/{told['id']}/data"
+    dataset = access.get_dataset_for(door.dora.owner, told["id"])
+    assert dataset.key == f"datasets/{door.dora.owner}/{told['id']}/data"
     assert storage.open_file(dataset.key).read() == GOOD
     assert not set(dataset.name) & set("/\\\r\n\0\u202e")
     assert len(dataset.name) <= 200
