@@ -69,12 +69,13 @@ def bounded(app: App) -> App:
             )
             return await _answer(send, 429, message, "rate_limit_exceeded")
         _coming[owner] += 1
-        free = False
+        coming = True
 
         def leave() -> None:
-            nonlocal free
-            _coming[owner] -= not free
-            free = True
+            nonlocal coming
+            if coming:
+                coming = False
+                _coming[owner] -= 1
 
         async def answered(message: Message) -> None:
             if message["type"] == "http.response.body" and not message.get("more_body"):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.catalog import processor_knows_bf16
 from training.config import Settings
 from training.memory import peak_rss
 
@@ -72,11 +73,6 @@ def pick(settings: Settings) -> Device:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     return Device(device, dtype, settings.deterministic)
-
-
-def processor_knows_bf16() -> bool:
-    """With bf16 units matrix products are twice as fast as in fp32; without them sixty times slower (measured)."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 # ---- speed ---------------------------------------------------------------------------------------------------------

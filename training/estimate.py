@@ -25,9 +25,7 @@ OVERHEAD = 2.5e-4  # seconds a layer and row, whatever its size: what small mode
 MEMORY_BYTES = 8e9  # a second, through the optimizer or a decoder
 DISK_BYTES = 4e8  # a second: written, hashed, copied
 PROMPTS, ANSWER = 3, 32  # samples shown at each evaluation, and their tokens
-HOLES = (
-    1.35  # of a row's activations: what rows of other lengths leave unused between them, in glibc's memory
-)
+HOLES = 1.35  # of a row's activations: what rows of other lengths leave unused between them in memory
 FEW = 3  # finished jobs below which nothing is learned
 UNSURE = 1.5  # P90 over P50 until then
 FADES = 0.98  # how much each job counts beside the one after it
