@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import hmac
 import http.client
-import ipaddress
 import json
 import logging
 import secrets
@@ -20,12 +19,12 @@ import socket
 import ssl
 import threading
 import time
-from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from django.conf import settings
 
 from jobs import errands, reasons, tables
+from jobs.ip_ranges import is_public
 from jobs.tables import Job, WebhookDelivery, WebhookEndpoint, new_id
 
 log = logging.getLogger(__name__)
@@ -223,18 +222,6 @@ def _checked_address(host: str, port: int) -> str:
     if not found or not all(_allows_private() or is_public(address) for address in found):
         raise BadAddress("This address can't be posted to.")
     return sorted(found)[0]
-
-
-def is_public(address: str) -> bool:
-    """Whether the address belongs to the internet at large, also when it hides an IPv4 address inside."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner: Any = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if ip in ipaddress.ip_network("64:ff9b::/96"):
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner:
-            return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
 def _allows_private() -> bool:
