@@ -19,6 +19,7 @@ class OverQuota(Exception):
 WORDS = {
     "jobs": ("max_jobs_per_owner", "jobs that have not ended", "Wait for one to end, or cancel one."),
     "datasets": ("max_datasets_per_owner", "datasets", "Delete some that are no longer needed."),
+    "tests": ("max_webhook_tests_per_owner", "webhook tests", "Wait a minute."),
 }
 
 

@@ -23,16 +23,18 @@ from urllib.parse import SplitResult, urlsplit
 
 from django.conf import settings
 
-from jobs import errands, reasons, tables
+from jobs import errands, limits, reasons, tables
 from jobs.ip_ranges import is_public
 from jobs.tables import Job, WebhookDelivery, WebhookEndpoint, new_id
 
 log = logging.getLogger(__name__)
 
 SCHEDULE_S = (0, 5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 20 * 3600, 24 * 3600)
+CONNECT_S = 5  # to connect, TLS included
 TIMEOUT_S = 15  # for each piece of an answer
 DEADLINE_S = 30  # for all of it, however slowly the pieces come
 MAX_ENDPOINTS = 10
+TESTS_S = 60  # so long a test counts against its owner's limit
 EVENTS = ("succeeded", "failed", "cancelled")
 EVENT_TYPES = tuple(f"fine_tuning.job.{status}" for status in EVENTS)
 TEST_TYPE = "llmtuner.test"
@@ -85,8 +87,18 @@ def tell(job: Job) -> None:
 
 
 def tell_test(endpoint: WebhookEndpoint) -> None:
-    """A signed event of no job, so that its owner sees whether the other side understands it."""
+    """A signed event of no job, so that its owner sees whether the other side understands it. Sent once. Raises OverQuota."""
     id = new_id("test")
+    for old in limits.held(endpoint.owner, "tests"):
+        if time.time() - tables.time_of(old) > TESTS_S:
+            limits.release(endpoint.owner, "tests", old)
+    try:
+        limits.take(endpoint.owner, "tests", id)
+    except limits.OverQuota:
+        most = settings.JOBS["max_webhook_tests_per_owner"]
+        raise limits.OverQuota(
+            f"You can send {most} test events a minute. Wait a minute, then try again."
+        ) from None
     body = {"id": f"evt-{id}", "object": "event", "type": TEST_TYPE, "created_at": int(time.time())}
     payload = json.dumps(body | {"data": {"id": id}})
     _put(endpoint.owner, f"{id}#test#{endpoint.endpoint_id}", TEST_TYPE, "", payload)
@@ -121,14 +133,20 @@ def deliver(owner: str, delivery_id: str) -> bool:
         return True
     if time.time() < delivery.next_at:
         return False
+    most = 1 if delivery.event == TEST_TYPE else len(SCHEDULE_S)  # whoever sent a test sees what came of it
+    if delivery.tries >= most:  # the last try broke off
+        return _record(delivery, "given up", delivery.last_result or "sending it broke off")
     tries = int(delivery.tries) + 1
-    wait = SCHEDULE_S[tries] if tries < len(SCHEDULE_S) else 0
+    wait = SCHEDULE_S[tries] if tries < most else 0
     actions = [WebhookDelivery.tries.set(tries), WebhookDelivery.next_at.set(time.time() + wait)]
     if not tables.update(delivery, actions, WebhookDelivery.tries == delivery.tries):
         return False  # another sender was first
     sent, result, final = _send(delivery)
-    over = final or tries >= len(SCHEDULE_S)
-    status = "sent" if sent else "given up" if over else "pending"
+    return _record(delivery, "sent" if sent else "given up" if final or tries >= most else "pending", result)
+
+
+def _record(delivery: WebhookDelivery, status: str, result: str) -> bool:
+    """Writes what came of a try. True when there will be no other."""
     told = [WebhookDelivery.status.set(status), WebhookDelivery.last_result.set(result[:200])]
     tables.update(delivery, told, WebhookDelivery.status == "pending")
     return status != "pending"
@@ -144,8 +162,8 @@ def _send(delivery: WebhookDelivery) -> tuple[bool, str, bool]:
         return False, "the webhook was removed", True
     try:
         status = post(endpoint.url, delivery.payload.encode(), signed(endpoint.secret, delivery))
-    except (BadAddress, OSError, http.client.HTTPException) as error:
-        log.info("webhook %s: %s", delivery.delivery_id, error)
+    except Exception as error:  # whatever an address brings about ends the try and nothing else
+        log.info("webhook %s: %r", delivery.delivery_id, error)
         return _noted(endpoint, False, "could not be reached", False)
     return _noted(endpoint, 200 <= status < 300, f"answered {status}", status == 410)
 
@@ -177,11 +195,13 @@ def split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         port = parts.port
+        host = parts.hostname or ""
+        host.encode("idna")  # as whatever resolves it will do: refuses empty labels and long ones
     except ValueError:
         raise BadAddress("This is no address that can be posted to.") from None
     schemes = {"https", "http"} if _allows_private() else {"https"}
-    odd = not url.isascii() or any(letter in url for letter in "\\ \t\r\n@") or port == 0 or len(url) > 2000
-    if parts.scheme not in schemes or not parts.hostname or odd:
+    odd = any(not "!" <= letter <= "~" or letter in "\\@" for letter in url) or port == 0 or len(url) > 2000
+    if parts.scheme not in schemes or not 0 < len(host) <= 253 or odd:
         raise BadAddress("Give an https:// address without user name or password.")
     return parts
 
@@ -191,8 +211,8 @@ def post(url: str, body: bytes, headers: dict[str, str]) -> int:
     parts = split(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     host = str(parts.hostname)
-    sock = socket.create_connection((_checked_address(host, port), port), timeout=TIMEOUT_S)
-    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+    sock = socket.create_connection((_checked_address(host, port), port), timeout=CONNECT_S)
+    connection = http.client.HTTPConnection(host, port)
     deadline = threading.Timer(DEADLINE_S, lambda: _hang_up(sock))
     deadline.start()
     try:
@@ -200,6 +220,7 @@ def post(url: str, body: bytes, headers: dict[str, str]) -> int:
             context = ssl.create_default_context()
             sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
             sock.do_handshake()
+        sock.settimeout(TIMEOUT_S)
         connection.sock = sock
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         told = {"Content-Type": "application/json", "User-Agent": "LLM-Tuner-Webhooks/1", **headers}

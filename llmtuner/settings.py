@@ -286,6 +286,7 @@ JOBS = env.numbers(
         "max_stored_bytes_per_owner": 200 * 2**30,
         "max_generations_per_owner": 2,
         "max_streams_per_owner": 20,  # live pages open at the same time
+        "max_webhook_tests_per_owner": 5,  # in a minute
         # checks
         "check_timeout_s": 1800.0,
         "check_memory_bytes": 4 * 2**30,

@@ -15,7 +15,7 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_POST
 
 from accounts.models import User
-from jobs import webhooks
+from jobs import limits, webhooks
 from jobs.tables import WebhookDelivery, WebhookEndpoint
 
 SHOWN = 20  # notices
@@ -105,8 +105,13 @@ def email(request: HttpRequest) -> HttpResponse:
 @login_required
 @require_POST
 def test(request: HttpRequest, webhook_endpoint_id: str) -> HttpResponse:
-    webhooks.tell_test(_find(request, webhook_endpoint_id))
-    messages.success(request, "A test event is on its way. What becomes of it stands below.")
+    endpoint = _find(request, webhook_endpoint_id)
+    try:
+        webhooks.tell_test(endpoint)
+    except limits.OverQuota as over:
+        messages.error(request, str(over))
+    else:
+        messages.success(request, "A test event is being sent. Its delivery status appears below.")
     return redirect("jobs:notifications")
 
 

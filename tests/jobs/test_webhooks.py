@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import http.client
 import json
+import random
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import openai
 import pytest
 from django.core import mail
 
-from jobs import errands, lifecycle, tables, webhooks
+from jobs import errands, lifecycle, limits, tables, webhooks
 from jobs.tables import WebhookDelivery, WebhookEndpoint
 from tests.jobs.makers import make_claim, make_job, make_owner, result
 
@@ -94,6 +95,78 @@ def test_it_is_sent_again_later_under_the_same_id(receiver):
     assert delivery_of(claim.owner, id).status == "sent"
 
 
+def stored_endpoint(owner, url):
+    """One that was added before its kind of address was refused."""
+    endpoint = WebhookEndpoint(owner, tables.new_id("hook"), url=url, secret="whsec_" + "A" * 40)
+    tables.put_new(endpoint)
+    return endpoint
+
+
+def put_delivery(endpoint, **fields):
+    id = f"ftjob-1#succeeded#{endpoint.endpoint_id}"
+    tables.put_new(WebhookDelivery(endpoint.owner, id, event="x", job_id="ftjob-1", payload="{}", **fields))
+    return id
+
+
+@pytest.mark.parametrize(
+    "url", [f"https://{'a' * 300}/", "https://..../", "https://example.com/\0", "https://[x/"]
+)
+def test_whatever_an_address_raises_ends_the_try(url):
+    endpoint = stored_endpoint(make_owner(), url)
+    id = put_delivery(endpoint)
+    assert not webhooks.deliver(endpoint.owner, id)
+    row = delivery_of(endpoint.owner, id)
+    assert (row.tries, row.status, row.last_result) == (1, "pending", "could not be reached")
+
+
+def test_any_exception_ends_the_try(receiver, monkeypatch):
+    endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
+    id = put_delivery(endpoint)
+
+    def broken(*args, **options):
+        raise RuntimeError("a fault of the resolver")
+
+    monkeypatch.setattr(webhooks.socket, "getaddrinfo", broken)
+    assert not webhooks.deliver(endpoint.owner, id)
+    assert delivery_of(endpoint.owner, id).last_result == "could not be reached"
+
+
+def test_giving_up_is_decided_before_anything_is_posted(receiver):
+    """A worker that dies after each post must not post for ever."""
+    endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
+    id = put_delivery(endpoint, tries=len(webhooks.SCHEDULE_S), last_result="answered 500")
+    assert webhooks.deliver(endpoint.owner, id)
+    row = delivery_of(endpoint.owner, id)
+    assert (row.status, row.tries, row.last_result) == ("given up", len(webhooks.SCHEDULE_S), "answered 500")
+    assert receiver.got == []
+
+
+def test_a_test_is_sent_once_and_not_again(receiver):
+    receiver.answers[:] = [500]
+    endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
+    webhooks.tell_test(endpoint)
+    (row,) = tables.rows(WebhookDelivery, endpoint.owner)
+    assert webhooks.deliver(endpoint.owner, row.delivery_id)
+    row = delivery_of(endpoint.owner, row.delivery_id)
+    assert (row.status, row.last_result) == ("given up", "answered 500")
+
+
+def test_tests_are_limited(settings, receiver, monkeypatch):
+    settings.JOBS = settings.JOBS | {"max_webhook_tests_per_owner": 3}
+    endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
+    for _ in range(3):
+        webhooks.tell_test(endpoint)
+    with pytest.raises(limits.OverQuota, match="Wait a minute"):
+        webhooks.tell_test(endpoint)
+    assert len(list(tables.rows(WebhookDelivery, endpoint.owner))) == 3
+    webhooks.tell_test(
+        webhooks.add_endpoint(make_owner(), receiver.url)
+    )  # another person's limit is their own
+    monkeypatch.setattr(webhooks, "TESTS_S", -1)  # a minute later
+    webhooks.tell_test(endpoint)
+    assert len(limits.held(endpoint.owner, "tests")) == 1
+
+
 def test_gone_means_gone(receiver):
     receiver.answers[:] = [410]
     claim, endpoint, id = ended_job(make_owner(), receiver.url)
@@ -134,12 +207,57 @@ def test_a_body_is_small_and_says_only_what_to_ask_for(receiver):
         "http://example.com/", "ftp://example.com/", "file:///etc/passwd", "gopher://x/", "https://", "//x", "x",
         "https://user@example.com/", "https://a@b@c/", "https://exa\\mple.com/", "https://example.com:0/",
         "https://example.com:99999/", "https://exämple.com/", "https://x/\r\nHost: y", "https://x y/",
-        "javascript:alert(1)", "https://[::1", "",
+        "javascript:alert(1)", "https://[::1", "", "https://..../", "https://a..b/", "https://.example.com/",
+        f"https://{'a' * 300}/", f"https://{'a.' * 130}example/", "https://example.com/\0", "https://exa\0mple.com/",
+        "https://example.com/\x7f", "https://example.com/?\x01",
     ],
 )  # fmt: skip
 def test_odd_addresses_are_refused(url):
     with pytest.raises(webhooks.BadAddress):
         webhooks.add_endpoint(make_owner(), url)
+
+
+def test_what_is_accepted_raises_nothing_unforeseen_when_posted(monkeypatch):
+    """Addresses at random: each is refused when it is added, or is one that can be asked for."""
+    resolve = socket.getaddrinfo  # numeric only, so that no name server is asked
+
+    def numeric(host, port, **options):
+        return resolve(host, port, flags=socket.AI_NUMERICHOST, **options)
+
+    monkeypatch.setattr(webhooks.socket, "getaddrinfo", numeric)
+    some, accepted = random.Random(3), 0
+    parts = [
+        "a",
+        "b.",
+        ".",
+        "..",
+        ":",
+        "/",
+        "?",
+        "#",
+        "%",
+        "%00",
+        "[",
+        "]",
+        "::1",
+        "1",
+        "-",
+        "_",
+        "é",
+        "\0",
+        "~",
+        "x" * 64,
+    ]
+    for _ in range(5000):
+        url = "https://" + "".join(some.choices(parts, k=some.randrange(1, 8)))
+        try:
+            webhooks.split(url)
+        except webhooks.BadAddress:
+            continue
+        accepted += 1
+        with pytest.raises((webhooks.BadAddress, OSError)):
+            webhooks.post(url, b"", {})
+    assert accepted > 100
 
 
 @pytest.mark.parametrize(
@@ -198,6 +316,36 @@ def test_an_answer_that_never_ends_is_given_up(settings, monkeypatch):
             webhooks.post(f"http://127.0.0.1:{server.getsockname()[1]}/", b"", {})
         assert time.monotonic() - began < 3
         over.set()
+
+
+def test_connecting_is_given_up_sooner_than_an_answer(settings, monkeypatch):
+    """The test ends only if the time to connect is one of its own."""
+    assert webhooks.CONNECT_S == 5
+    settings.WEBHOOKS_ALLOW_PRIVATE = True
+    monkeypatch.setattr(webhooks, "CONNECT_S", 0.2)
+    monkeypatch.setattr(webhooks, "TIMEOUT_S", 3600)
+    with socket.socket() as full:  # its queue is full, so the system answers nobody who wants to connect
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        with ExitStack() as waiting:
+            while True:
+                one = waiting.enter_context(socket.socket())
+                one.settimeout(0.5)
+                try:
+                    one.connect(full.getsockname())
+                except TimeoutError:
+                    break
+            with pytest.raises(TimeoutError):
+                webhooks.post(f"http://127.0.0.1:{full.getsockname()[1]}/", b"", {})
+
+
+def test_a_handshake_that_never_comes_is_given_up_as_soon(settings, monkeypatch):
+    settings.WEBHOOKS_ALLOW_PRIVATE = True
+    monkeypatch.setattr(webhooks, "CONNECT_S", 0.2)
+    monkeypatch.setattr(webhooks, "TIMEOUT_S", 3600)
+    monkeypatch.setattr(webhooks, "DEADLINE_S", 3600)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TimeoutError):
+        webhooks.post(f"https://127.0.0.1:{silent.getsockname()[1]}/", b"", {})
 
 
 def test_a_person_is_told_by_mail(alice):

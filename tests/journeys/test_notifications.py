@@ -60,13 +60,22 @@ def test_a_test_event_is_put_and_listed(alices, alice):
     add(alices)
     row = only(alice.owner_id)
     answer = alices.post(f"{PAGE}{row.endpoint_id}/test/", follow=True)
-    assert "on its way" in answer.content.decode()
+    assert "A test event is being sent" in answer.content.decode()
     (delivery,) = tables.rows(WebhookDelivery, alice.owner_id)
     assert (delivery.event, delivery.status) == (webhooks.TEST_TYPE, "pending")
     WebhookDelivery(alice.owner_id, delivery.delivery_id).update(
         actions=[WebhookDelivery.status.set("given up"), WebhookDelivery.last_result.set("answered 500")]
     )
     assert "not sent: answered 500" in alices.get(PAGE).content.decode()
+
+
+def test_the_page_says_when_there_were_too_many_tests(alices, alice, settings):
+    settings.JOBS = settings.JOBS | {"max_webhook_tests_per_owner": 1}
+    add(alices)
+    path = f"{PAGE}{only(alice.owner_id).endpoint_id}/test/"
+    alices.post(path)
+    assert "You can send 1 test events a minute" in alices.post(path, follow=True).content.decode()
+    assert len(list(tables.rows(WebhookDelivery, alice.owner_id))) == 1
 
 
 def test_a_webhook_is_deleted(alices, alice):
