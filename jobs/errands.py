@@ -35,7 +35,10 @@ def ring(kind: str, owner: str, id: str, lease: str = "") -> None:
     """Best effort, after everything is written."""
     from jobs import tasks  # it calls this module
 
-    tasks.ring(tasks.errand, kind, owner, id, lease)
+    if kind == "deliver":
+        tasks.ring(tasks.deliver, owner, id, lease)
+    else:
+        tasks.ring(tasks.errand, kind, owner, id, lease)
 
 
 def run(kind: str, owner: str, id: str, lease: str) -> None:

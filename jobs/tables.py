@@ -366,7 +366,7 @@ class Worker(Table):
     class Meta(Where):
         table_name = _name("Worker")
 
-    kind = UnicodeAttribute(hash_key=True)  # training, checks, inference
+    kind = UnicodeAttribute(hash_key=True)  # training, checks, notifications, inference
     worker_id = UnicodeAttribute(range_key=True)
     info: JSONAttribute = JSONAttribute(default=dict)
     job_id = UnicodeAttribute(default="")

@@ -48,10 +48,22 @@ def after_end(owner: str, job_id: str) -> None:
 
 @shared_task(name="errand")
 def errand(kind: str, owner: str, id: str, lease: str = "") -> None:
-    """A check, a deletion or a notice that stands in the list of unfinished work. See `jobs.errands`."""
+    """A check or a deletion that stands in the list of unfinished work. See `jobs.errands`."""
     from jobs import errands
 
     errands.run(kind, owner, id, lease)
+
+
+@shared_task(name="deliver")
+def deliver(owner: str, id: str, lease: str = "") -> None:
+    """Sends one webhook or mail. A queue of its own: the other side may let us wait. See `jobs.webhooks`."""
+    from jobs import errands, webhooks, worker
+
+    def work() -> None:
+        if not worker.STOP.is_set():
+            errands.run("deliver", owner, id, lease)
+
+    webhooks.DELIVERIES.run(owner, id, work)
 
 
 @shared_task(name="generate")

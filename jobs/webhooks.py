@@ -19,6 +19,8 @@ import socket
 import ssl
 import threading
 import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from urllib.parse import SplitResult, urlsplit
 
 from django.conf import settings
@@ -34,6 +36,7 @@ CONNECT_S = 5  # to connect, TLS included
 TIMEOUT_S = 15  # for each piece of an answer
 DEADLINE_S = 30  # for all of it, however slowly the pieces come
 MAX_ENDPOINTS = 10
+AT_ONCE = 2  # deliveries of one owner in a worker, which has 16 threads
 TESTS_S = 60  # so long a test counts against its owner's limit
 EVENTS = ("succeeded", "failed", "cancelled")
 EVENT_TYPES = tuple(f"fine_tuning.job.{status}" for status in EVENTS)
@@ -124,6 +127,45 @@ def _put(owner: str, delivery_id: str, event: str, job_id: str, payload: str) ->
     errands.put("deliver", owner, delivery_id)
     if tables.put_new(delivery):
         errands.ring("deliver", owner, delivery_id)
+
+
+class PerOwner:
+    """Runs at most AT_ONCE deliveries of an owner at a time. The others wait in order and hold no thread; what waits in a
+    process that dies is rung for again by the reconciler."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: Counter[str] = Counter()
+        self._waiting: defaultdict[str, dict[str, Callable[[], None]]] = defaultdict(dict)
+
+    def run(self, owner: str, name: str, work: Callable[[], None]) -> None:
+        """Runs `work` and then what waits of the same owner, or keeps it for whoever is at that: under its name, so that
+        another bell for it adds nothing."""
+        with self._lock:
+            if self._running[owner] >= AT_ONCE:
+                self._waiting[owner][name] = work
+                return
+            self._running[owner] += 1
+        following: Callable[[], None] | None = work
+        while following:
+            try:
+                following()
+            except Exception:
+                log.exception("delivery for %s", owner)
+            following = self._following(owner)
+
+    def _following(self, owner: str) -> Callable[[], None] | None:
+        with self._lock:
+            if waiting := self._waiting.get(owner):
+                return waiting.pop(next(iter(waiting)))
+            self._waiting.pop(owner, None)
+            self._running[owner] -= 1
+            if not self._running[owner]:
+                del self._running[owner]
+            return None
+
+
+DELIVERIES = PerOwner()
 
 
 def deliver(owner: str, delivery_id: str) -> bool:

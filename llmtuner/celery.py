@@ -36,7 +36,7 @@ app.conf.update(
     task_serializer="json",
     accept_content=["json"],
     task_default_queue="checks",  # short work, which must never wait behind hours of training
-    task_routes={"run_next": "training", "generate": "inference"},
+    task_routes={"run_next": "training", "generate": "inference", "deliver": "notifications"},
     # A web request must not wait long for a bell: the reconciler rings again.
     task_publish_retry=False,
     worker_prefetch_multiplier=1,

@@ -34,9 +34,9 @@ STOP_WORKERS_S = 45  # a worker checkpoints and gives its job back within 30 s
 
 
 def worker_argv(queue: str) -> list[str]:
-    """`python -m` arguments of one Celery worker. Inference only relays, so threads do; the others run one task at a
-    time in the main thread, since the trainer must be a child of it."""
-    pool = ["-P", "threads", "-c", "16"] if queue == "inference" else ["-P", "solo"]
+    """`python -m` arguments of one Celery worker. Inference and notifications only wait for others, so threads do; the
+    rest run one task at a time in the main thread, since the trainer must be a child of it."""
+    pool = ["-P", "threads", "-c", "16"] if queue in {"inference", "notifications"} else ["-P", "solo"]
     name = f"{queue}-{secrets.token_hex(3)}@%h"
     quiet = [
         "--without-gossip",
@@ -86,7 +86,7 @@ def programs() -> Iterator[tuple[str, int, list[str], int]]:
         "4000",
     ]
     yield "web", 10, [sys.executable, "-m", *web], 15
-    for queue in ("checks", "training", "inference"):
+    for queue in ("checks", "notifications", "training", "inference"):
         yield queue, 20, [sys.executable, "-m", *worker_argv(queue)], STOP_WORKERS_S
 
 
@@ -196,7 +196,7 @@ class Supervisor:
     def stop(self) -> None:
         """Workers first, so that they can give their jobs back; then web; then the stores."""
         if self.process.poll() is None:
-            order = [["checks", "training", "inference"], ["web"], ["dynamodb", "redis"]]
+            order = [["checks", "notifications", "training", "inference"], ["web"], ["dynamodb", "redis"]]
             for group in order:
                 for name in group:
                     if name in self.names:
@@ -326,7 +326,7 @@ def main() -> int:
         call_command("migrate", verbosity=0)
         create_tables()
         password = make_owner(var)
-        supervisor.start("web", "checks", "training", "inference")
+        supervisor.start("web", "checks", "notifications", "training", "inference")
         wait_for("web", lambda: port_is_open(int(os.environ["WEB_PORT"])), 120, var)
 
         url = os.environ["PUBLIC_URL"]

@@ -152,13 +152,13 @@ def web(stores: None, django_db_setup: None, folder: Path) -> Iterator[Studio]:
 
 @pytest.fixture(scope="module")
 def studio(web: Studio) -> Iterator[Studio]:
-    """The whole studio: web and the three kinds of worker. They leave with the module, for they would take the work that
+    """The whole studio: web and the four kinds of worker. They leave with the module, for they would take the work that
     other tests do by hand."""
     from jobs import queueing
 
     for row in queueing.index_rows():  # jobs that tests made up and left: real workers would begin with them
         row.delete()
-    queues = ("checks", "training", "inference")
+    queues = ("checks", "notifications", "training", "inference")
     for queue in queues:
         web.start_worker(queue)
     yield web

@@ -8,6 +8,7 @@ import random
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -346,6 +347,80 @@ def test_a_handshake_that_never_comes_is_given_up_as_soon(settings, monkeypatch)
     monkeypatch.setattr(webhooks, "DEADLINE_S", 3600)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TimeoutError):
         webhooks.post(f"https://127.0.0.1:{silent.getsockname()[1]}/", b"", {})
+
+
+class Held:
+    """Deliveries that last until they are told to end; knows how many ran at the same time."""
+
+    def __init__(self):
+        self.lock, self.running, self.most, self.order, self.go = (
+            threading.Lock(),
+            0,
+            0,
+            [],
+            threading.Event(),
+        )
+        self.started = threading.Semaphore(0)
+
+    def work(self, name):
+        def run():
+            with self.lock:
+                self.running += 1
+                self.most = max(self.most, self.running)
+                self.order.append(name)
+            self.started.release()
+            assert self.go.wait(60)
+            with self.lock:
+                self.running -= 1
+
+        return run
+
+
+def test_an_owner_s_deliveries_take_few_threads_and_others_none_of_theirs():
+    """With as many threads as two owners may take, eight silent deliveries of one leave room for the other."""
+    lane, alices, bobs = webhooks.PerOwner(), Held(), Held()
+    with ThreadPoolExecutor(2 * webhooks.AT_ONCE) as threads:
+        done = [threads.submit(lane.run, "alice", str(n), alices.work(n)) for n in range(8)]
+        for _ in range(webhooks.AT_ONCE):
+            assert alices.started.acquire(timeout=60)
+        bobs.go.set()
+        threads.submit(lane.run, "bob", "b", bobs.work("b")).result(60)
+        assert bobs.order == ["b"]
+        assert len(alices.order) == webhooks.AT_ONCE  # Bob's is through while Alice's first still hang
+        alices.go.set()
+        for one in done:
+            one.result(60)
+    assert alices.most == webhooks.AT_ONCE
+    assert sorted(alices.order) == list(range(8))
+
+
+def test_a_delivery_that_waits_is_kept_once_however_often_the_bell_rings():
+    lane, held = webhooks.PerOwner(), Held()
+    with ThreadPoolExecutor(webhooks.AT_ONCE) as threads:
+        done = [threads.submit(lane.run, "alice", str(n), held.work(n)) for n in range(webhooks.AT_ONCE)]
+        for _ in done:
+            assert held.started.acquire(timeout=60)
+        for _ in range(5):
+            lane.run("alice", "later", held.work("later"))
+        held.go.set()
+        for one in done:
+            one.result(60)
+    assert held.order.count("later") == 1
+
+
+def test_a_delivery_that_fails_unforeseen_holds_up_no_other(monkeypatch):
+    monkeypatch.setattr(webhooks, "AT_ONCE", 1)
+    lane, done = webhooks.PerOwner(), []
+
+    def broken():
+        lane.run("alice", "later", lambda: done.append("later"))
+        assert not done
+        raise RuntimeError("the store is away")
+
+    lane.run("alice", "broken", broken)
+    assert done == ["later"]
+    lane.run("alice", "last", lambda: done.append("last"))
+    assert done == ["later", "last"]
 
 
 def test_a_person_is_told_by_mail(alice):
