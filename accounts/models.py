@@ -63,6 +63,14 @@ class User(AbstractUser):
     def __str__(self) -> str:
         return self.email
 
+    @property
+    def notification_email(self) -> str:
+        """Where mail about jobs goes: the verified address, of somebody who wants it. Else empty."""
+        from allauth.account.models import EmailAddress  # it needs this model
+
+        mine = EmailAddress.objects.filter(user=self, verified=True, email__iexact=self.email)
+        return self.email if self.is_active and self.notify_by_email and mine.exists() else ""
+
     def get_full_name(self) -> str:
         return self.email
 

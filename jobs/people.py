@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from allauth.account.signals import email_changed
+from django.db.models.signals import post_save
 from django.dispatch import receiver
+from pynamodb.exceptions import PynamoDBException
 
+from accounts.models import User
 from accounts.signals import exporting, leaving
-from jobs import access, datasets, errands, lifecycle, tables, tuned_models
+from jobs import access, datasets, errands, lifecycle, tables, tuned_models, webhooks
 from jobs.tables import EstimateRecord, HubModel, Upload, WebhookEndpoint
+
+log = logging.getLogger(__name__)
 
 PAGE = 100
 
@@ -23,7 +30,7 @@ def export(owner: str, **kwargs: Any) -> dict[str, Any]:
         "jobs": [_plain(row, JOB) for row in _all(access.list_jobs, owner)],
         "models": [_plain(row, MODEL) for row in _all(access.list_models, owner)],
         "hub_models": [row.name for row in tables.rows(HubModel, owner)],
-        "webhooks": [{"id": row.endpoint_id, "url": row.url} for row in tables.rows(WebhookEndpoint, owner)],
+        "webhooks": [{"id": row.endpoint_id, "url": row.url} for row in webhooks.list_endpoints(owner)],
     }
 
 
@@ -66,6 +73,25 @@ def _all(list_page: Callable[[str, int, str | None], Any], owner: str) -> Iterat
         if not page.has_more:
             return
         after = page.rows[-1].id
+
+
+@receiver(email_changed)
+def update_notification_email(user: User, **kwargs: Any) -> None:
+    _set_email(user)
+
+
+@receiver(post_save, sender=User)
+def stop_mail_to_inactive_users(instance: User, **kwargs: Any) -> None:
+    if not instance.is_active:
+        _set_email(instance)
+
+
+def _set_email(user: User) -> None:
+    """Best effort: when the store is away, the next submission sets it."""
+    try:
+        webhooks.set_email(user.owner_id, user.notification_email)
+    except PynamoDBException as error:
+        log.warning("the notification address of %s was not updated: %s", user.owner_id, str(error)[:200])
 
 
 @receiver(leaving)

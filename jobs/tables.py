@@ -398,7 +398,7 @@ class Upload(Table):
 
 
 class WebhookEndpoint(Table):
-    """Where a person wants to be told."""
+    """Where a person wants to be told: webhooks, and the mail address under the id `email`."""
 
     class Meta(Where):
         table_name = _name("WebhookEndpoint")
@@ -406,9 +406,9 @@ class WebhookEndpoint(Table):
     owner = UnicodeAttribute(hash_key=True)
     endpoint_id = UnicodeAttribute(range_key=True)  # hook-<ULID>
     name = UnicodeAttribute(default="")
-    url = UnicodeAttribute()
+    url = UnicodeAttribute()  # https://… or mailto:…
     events: JSONAttribute = JSONAttribute(default=list)  # that are told; empty = all
-    secret = UnicodeAttribute()  # whsec_…: needed in clear to sign with
+    secret = UnicodeAttribute()  # whsec_…: needed in clear to sign with; empty for mail
     active = BooleanAttribute(default=True)
     created_at = NumberAttribute(default=time.time)
     last_result = UnicodeAttribute(default="")

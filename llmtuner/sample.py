@@ -11,7 +11,7 @@ from typing import Any
 from django.conf import settings
 from django.contrib.auth import get_user_model
 
-from jobs import access, datasets, feed, inference, lifecycle
+from jobs import access, datasets, feed, inference, lifecycle, webhooks
 
 SAMPLE = settings.BASE_DIR / "training/starter/sample"
 SHOWN_PROMPTS = 3
@@ -68,6 +68,7 @@ def submit(user: Any) -> Any:
         validation_dataset_id=files["heldout"],
         suffix="sample",
     )
+    webhooks.set_email(user.owner_id, user.notification_email)
     return lifecycle.submit(user.owner_id, request, slug=user.slug)
 
 

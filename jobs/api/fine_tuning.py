@@ -12,7 +12,7 @@ from django.http import StreamingHttpResponse
 from ninja import Query, Router
 
 from accounts.auth import authenticate
-from jobs import access, bases, feed, lifecycle, story, tables
+from jobs import access, bases, feed, lifecycle, story, tables, webhooks
 from jobs.api import events, models, paging, results
 from jobs.api.caller import READ, READ_STREAM, WRITE, CallerRequest, in_pool
 from jobs.api.errors import bad, not_found
@@ -51,6 +51,7 @@ def create_job(request: CallerRequest, body: JobCreate) -> Json:
         api=_as_sent(body),
     )
     key = _idempotency(request, body)
+    webhooks.set_email(owner, request.auth.user.notification_email)
     return show(lifecycle.submit(owner, asked, idempotency_key=key, slug=request.auth.slug))
 
 

@@ -11,7 +11,7 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
-from jobs import access, feed, lifecycle
+from jobs import access, feed, lifecycle, webhooks
 from jobs.forms import RenameForm
 from jobs.story import chart, fold, sentence, summary, thin
 from jobs.tables import Job
@@ -54,6 +54,7 @@ def new(request: HttpRequest) -> HttpResponse:
     draft.add_from_hub()
     if draft.is_valid():
         try:
+            webhooks.set_email(owner, request.user.notification_email)
             job = lifecycle.submit(owner, draft.request(), slug=request.user.slug)
         except lifecycle.Refused as refused:
             draft.refuse(refused.field, refused.message)
@@ -206,6 +207,7 @@ def _ask(request: HttpRequest, job_id: str, desired: Any) -> HttpResponse:
 def retry(request: HttpRequest, job_id: str) -> HttpResponse:
     """A new job with the same data and settings, from the last checkpoint where there is one."""
     try:
+        webhooks.set_email(owner_of(request), request.user.notification_email)
         job = lifecycle.retry(owner_of(request), job_id, slug=request.user.slug)
     except (lifecycle.Refused, lifecycle.OverQuota) as refused:
         messages.warning(request, str(refused))

@@ -95,7 +95,10 @@ def _errors(form: dict[str, Any]) -> dict[str, str]:
 @require_POST
 def email(request: HttpRequest) -> HttpResponse:
     wanted = request.POST.get("wanted") == "1"
-    User.objects.filter(pk=_person(request).pk).update(notify_by_email=wanted)
+    person = _person(request)
+    person.notify_by_email = wanted
+    webhooks.set_email(person.owner_id, person.notification_email)  # first: what workers go by
+    person.save(update_fields=["notify_by_email"])
     messages.success(
         request, "You get an e-mail when a job ends." if wanted else "You get no e-mail about jobs."
     )

@@ -14,6 +14,8 @@ from django.test import Client
 
 from accounts import api_keys
 from accounts.models import ApiKey, User
+from jobs import tables, webhooks
+from jobs.tables import WebhookEndpoint
 from tests.accounts.conftest import is_signed_in, sign_in
 from tests.factories import PASSWORD
 
@@ -103,6 +105,29 @@ def test_an_address_is_changed_once_the_new_one_is_confirmed(alice: User, page: 
     fresh = Client()
     sign_in(fresh, alice)
     assert is_signed_in(fresh)
+
+
+def test_mail_about_jobs_follows_the_address(stores, alice: User, page: Client):
+    webhooks.set_email(alice.owner_id, alice.notification_email)
+    sign_in(page, alice)
+    change_address(page, "new@example.com")
+    link = re.search(r"http://testserver(/accounts/confirm-email/\S+)", mail.outbox[-1].body)
+    assert link
+    assert mailbox(alice) == f"mailto:{alice.email}"
+    page.post(link[1])
+    assert mailbox(alice) == "mailto:new@example.com"
+
+
+def test_who_is_shut_out_gets_no_mail_about_jobs(stores, alice: User):
+    webhooks.set_email(alice.owner_id, alice.notification_email)
+    alice.is_active = False
+    alice.save()
+    assert mailbox(alice) == ""
+
+
+def mailbox(user: User) -> str:
+    row = tables.get(WebhookEndpoint, user.owner_id, webhooks.EMAIL)
+    return row.url if row and row.active else ""
 
 
 def test_nobody_takes_the_address_of_somebody_else(alice: User, bob: User, page: Client):

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import openai
 import pytest
 from django.core import mail
+from django.core.mail.backends.base import BaseEmailBackend
 
 from jobs import errands, lifecycle, limits, tables, webhooks
 from jobs.tables import WebhookDelivery, WebhookEndpoint
@@ -424,6 +425,7 @@ def test_a_delivery_that_fails_unforeseen_holds_up_no_other(monkeypatch):
 
 
 def test_a_person_is_told_by_mail(alice):
+    webhooks.set_email(alice.owner_id, alice.notification_email)
     claim = make_claim(make_job(alice.owner_id, name="orders\nBcc: x"))
     claim.finish("failed", "not_finite")
     lifecycle.after_end(alice.owner_id, claim.job_id)
@@ -436,11 +438,36 @@ def test_a_person_is_told_by_mail(alice):
     assert claim.job_id in message.body
 
 
-@pytest.mark.django_db
-def test_a_notice_for_nobody_is_dropped():
+def test_whoever_gave_no_address_gets_no_mail():
     owner = make_owner()
     claim = make_claim(make_job(owner))
     claim.finish("failed", "bad_data")
     lifecycle.after_end(owner, claim.job_id)
     assert webhooks.deliver(owner, f"{claim.job_id}#failed#email")
+    assert delivery_of(owner, f"{claim.job_id}#failed#email").last_result == "not wanted"
     assert mail.outbox == []
+
+
+class BrokenBackend(BaseEmailBackend):
+    def send_messages(self, messages):
+        raise RuntimeError("a fault of the mail server")
+
+
+def test_any_exception_ends_the_try_of_a_mail(settings):
+    settings.EMAIL_BACKEND = f"{__name__}.BrokenBackend"
+    owner = make_owner()
+    webhooks.set_email(owner, "alice@example.com")
+    claim = make_claim(make_job(owner))
+    claim.finish("failed", "bad_data")
+    lifecycle.after_end(owner, claim.job_id)
+    id = f"{claim.job_id}#failed#email"
+    assert not webhooks.deliver(owner, id)
+    row = delivery_of(owner, id)
+    assert (row.status, row.tries, row.last_result) == ("pending", 1, "the mail server did not take it")
+
+
+def test_the_mail_address_is_no_webhook():
+    owner = make_owner()
+    webhooks.set_email(owner, "alice@example.com")
+    assert webhooks.list_endpoints(owner) == []
+    assert webhooks.find_endpoint(owner, "email") is None

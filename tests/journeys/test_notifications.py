@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from django.core import mail
 
-from jobs import tables, webhooks
+from jobs import access, lifecycle, tables, webhooks
 from jobs.tables import WebhookDelivery, WebhookEndpoint
 from tests.factories import make_user
 from tests.jobs.makers import make_claim, make_job, result
 from tests.journeys.conftest import browser_of
+from tests.journeys.makers import make_dataset
 
 PAGE = "/notifications/"
 
@@ -91,6 +92,22 @@ def test_another_s_webhook_is_not_there(alices, alice, bobs):
         assert bobs.post(f"{PAGE}{row.endpoint_id}/{what}/").status_code == 404
     assert row.url not in bobs.get(PAGE).content.decode()
     assert tables.get(WebhookEndpoint, alice.owner_id, row.endpoint_id)
+
+
+def test_mail_is_sent_as_wanted_when_the_job_ends_not_when_it_began(db):
+    user = make_user("mail")
+    page = browser_of(user)
+    for wanted in ("0", "1"):
+        sent = len(mail.outbox)
+        dataset = make_dataset(user.owner_id)
+        page.post(f"{PAGE}email/", {"wanted": str(1 - int(wanted))})
+        page.post("/jobs/new/", {"dataset": dataset.dataset_id, "base": "starter"})
+        page.post(f"{PAGE}email/", {"wanted": wanted})
+        job = access.list_jobs(user.owner_id).rows[0]
+        lifecycle.ask(user.owner_id, job.job_id, "cancel")
+        lifecycle.after_end(user.owner_id, job.job_id)
+        assert webhooks.deliver(user.owner_id, f"{job.job_id}#cancelled#email")
+        assert len(mail.outbox) - sent == int(wanted)
 
 
 def test_mail_about_jobs_can_be_turned_off(db):

@@ -18,7 +18,7 @@ from typing import Any
 from django.contrib.auth import get_user_model
 from django.core.management.base import BaseCommand, CommandError
 
-from jobs import access, datasets, lifecycle, limits, tuned_models
+from jobs import access, datasets, lifecycle, limits, tuned_models, webhooks
 from jobs.api import models
 from jobs.api.errors import ApiError
 
@@ -84,6 +84,7 @@ class Command(BaseCommand):
                 metadata={"imported_from": str(job.get("id"))[:512]},
                 api={"model": str(job.get("model")), "aliases": _aliases(job)},
             )
+            webhooks.set_email(user.owner_id, user.notification_email)
             made = lifecycle.submit(
                 user.owner_id, request, idempotency_key=f"import#{job.get('id')}", slug=user.slug
             )

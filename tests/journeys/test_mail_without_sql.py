@@ -1,0 +1,99 @@
+"""Workers have no SQL: a started one whose database can't be reached checks a file and sends the mail about a job."""
+
+from __future__ import annotations
+
+import os
+import socketserver
+import threading
+import time
+from collections.abc import Iterator
+from email import message_from_string
+
+import pytest
+from django.urls import reverse
+
+from jobs import access, datasets, lifecycle, tables
+from jobs.tables import Dataset, WebhookDelivery
+from tests.conftest import Studio
+from tests.factories import make_user
+from tests.journeys.conftest import browser_of
+from tests.journeys.makers import make_dataset
+
+pytestmark = pytest.mark.slow
+NOWHERE = "postgres://nobody:nothing@127.0.0.1:1/none"  # nothing listens on port 1
+
+
+class Session(socketserver.StreamRequestHandler):
+    """As much of SMTP as a client needs to hand over a message."""
+
+    def handle(self) -> None:
+        self.wfile.write(b"220 mail.example\r\n")
+        while line := self.rfile.readline():
+            word = line[:4].upper()
+            if word == b"DATA":
+                self.wfile.write(b"354 go on\r\n")
+                message = b"".join(iter(self.rfile.readline, b".\r\n"))
+                self.server.received.append(message.decode())  # type: ignore[attr-defined]
+            self.wfile.write(b"221 bye\r\n" if word == b"QUIT" else b"250 ok\r\n")
+            if word == b"QUIT":
+                return
+
+
+@pytest.fixture
+def mail_server() -> Iterator[socketserver.ThreadingTCPServer]:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Session) as server:
+        server.daemon_threads = True
+        server.received = []  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def workers(stores, folder, monkeypatch, mail_server) -> Iterator[Studio]:
+    monkeypatch.setenv("DATABASE_URL", NOWHERE)
+    monkeypatch.setenv("EMAIL_URL", f"smtp://127.0.0.1:{mail_server.server_address[1]}")
+    studio = Studio(os.environ["PUBLIC_URL"], folder)
+    for queue in ("checks", "notifications"):
+        studio.start(f"{queue}-without-sql", *argv(queue))
+    yield studio
+    studio.stop()
+
+
+def argv(queue: str) -> list[str]:
+    from llmtuner.studio import worker_argv
+
+    return worker_argv(queue)
+
+
+def wait(studio: Studio, is_so) -> None:
+    for _ in range(900):
+        if is_so():
+            return
+        time.sleep(0.1)
+    raise AssertionError("\n".join(studio.log(name)[-2000:] for name in studio.processes))
+
+
+def test_a_worker_without_sql_checks_files_and_sends_mail(workers: Studio, mail_server, db):
+    alice = make_user("alice")
+    browser_of(alice).post(
+        reverse("jobs:new_job"),
+        {"dataset": make_dataset(alice.owner_id).dataset_id, "base": "starter", "name": "Orders"},
+    )
+    (job,) = access.list_jobs(alice.owner_id).rows
+    lifecycle.ask(alice.owner_id, job.job_id, "cancel")
+    wait(workers, lambda: mail_server.received)
+    message = message_from_string(mail_server.received[0])
+    assert message["To"] == alice.email
+    assert job.job_id in mail_server.received[0]
+
+    def status() -> str:
+        row = tables.get(WebhookDelivery, alice.owner_id, f"{job.job_id}#cancelled#email")
+        return row.status if row else ""
+
+    wait(workers, lambda: status() == "sent")
+    dataset = datasets.receive(
+        alice.owner_id, "a.jsonl", iter([b'{"prompt": "a", "completion": "b"}\n' * 20])
+    )
+    wait(workers, lambda: tables.get(Dataset, alice.owner_id, dataset.dataset_id).status == "ready")
+    assert len(mail_server.received) == 1
