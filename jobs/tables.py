@@ -92,9 +92,11 @@ class Where:
 
     region = settings.AWS_REGION
     host = settings.DYNAMODB_ENDPOINT or None
-    # The embedded server takes any credentials, but botocore wants some. On AWS it finds its own.
-    aws_access_key_id = "local" if host and "AWS_ACCESS_KEY_ID" not in os.environ else None
-    aws_secret_access_key = "local" if aws_access_key_id else None
+    # The embedded server verifies the signature, DynamoDB Local takes any, and botocore always wants credentials. On AWS it
+    # finds its own. Those in AWS_ACCESS_KEY_ID may be the bucket's alone.
+    _ours = host and (settings.DYNAMODB_SECRET or "AWS_ACCESS_KEY_ID" not in os.environ)
+    aws_access_key_id = "local" if _ours else None
+    aws_secret_access_key = (settings.DYNAMODB_SECRET or "local") if _ours else None
     connect_timeout_seconds = 2
     read_timeout_seconds = 5
     max_retry_attempts = 2

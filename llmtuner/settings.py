@@ -109,7 +109,12 @@ DATABASES = {"default": env.database(DATABASE_URL)}
 AWS_REGION = AWS_S3_REGION_NAME = env.text("AWS_REGION", "us-east-1")
 DYNAMODB_PORT = env.number("DYNAMODB_PORT", 8421)
 # Empty: AWS's own, with the credentials boto3 finds.
-DYNAMODB_ENDPOINT = env.text("DYNAMODB_ENDPOINT", f"http://127.0.0.1:{DYNAMODB_PORT}")
+_embedded = f"http://127.0.0.1:{DYNAMODB_PORT}"  # the one bin/up runs
+DYNAMODB_ENDPOINT = env.text("DYNAMODB_ENDPOINT", _embedded)
+# What requests to the embedded one are signed with. Empty for any other: AWS has its own ways, DynamoDB Local asks nothing.
+DYNAMODB_SECRET = env.text("DYNAMODB_SECRET") or (
+    env.kept_secret(VAR_DIR / "dynamodb-secret") if _embedded == DYNAMODB_ENDPOINT else ""
+)
 DYNAMODB_TABLE_PREFIX = env.text("DYNAMODB_TABLE_PREFIX", "llmtuner-")
 
 AWS_STORAGE_BUCKET_NAME = env.text("AWS_STORAGE_BUCKET_NAME")  # empty: VAR_DIR/objects
@@ -123,7 +128,7 @@ if AWS_STORAGE_BUCKET_NAME:
 else:
     _objects = {
         "BACKEND": "django.core.files.storage.FileSystemStorage",
-        "OPTIONS": {"location": VAR_DIR / "objects", "base_url": None},
+        "OPTIONS": {"location": VAR_DIR / "objects", "base_url": None, "file_permissions_mode": 0o600},
     }
 
 REDIS_PORT = env.number("REDIS_PORT", 8422)

@@ -11,11 +11,12 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REDIS_PASSWORD = "test-redis-password"
+DYNAMODB_SECRET = "test-dynamodb-secret"
 PR_SET_PDEATHSIG = 1
 
 
@@ -38,12 +39,18 @@ class Service:
     argv: list[str]
     is_up: Callable[[], bool]
     log: Path
+    environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
     def start(self, timeout: float = 60) -> Service:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent
+                self.argv,
+                env=os.environ | self.environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=_die_with_parent,
             )
         deadline = time.monotonic() + timeout
         while not self.is_up():
@@ -84,7 +91,8 @@ def dynamodb(folder: Path, port: int | None = None, *, on_disk: bool = False) ->
     argv += ["--host", "127.0.0.1", "--port", str(port), "--createTableMs", "0", "--deleteTableMs", "0"]
     if on_disk:
         argv += ["--path", str(folder / "dynamodb")]
-    return Service("dynamodb", port, argv, lambda: _answers_http(port), folder / "dynamodb.log")
+    environment = {"DYNAMODB_SECRET": DYNAMODB_SECRET}
+    return Service("dynamodb", port, argv, lambda: _answers_http(port), folder / "dynamodb.log", environment)
 
 
 def redis(folder: Path, port: int | None = None) -> Service:

@@ -23,6 +23,7 @@ if os.environ.get("LLMTUNER_TEST_DIR_OF") != worker:
         VAR_DIR=folder,
         DATABASE_URL=f"sqlite:///{folder}/db.sqlite3",
         DYNAMODB_ENDPOINT=f"http://127.0.0.1:{os.environ['DYNAMODB_PORT']}",
+        DYNAMODB_SECRET=services.DYNAMODB_SECRET,
         REDIS_URL=f"redis://:{services.REDIS_PASSWORD}@127.0.0.1:{os.environ['REDIS_PORT']}/0",
         PUBLIC_URL=f"http://localhost:{os.environ['WEB_PORT']}",
         # Pages of tests are served over plain HTTP, and mail stays in memory.
