@@ -8,6 +8,7 @@ from typing import Any
 from django.core.asgi import get_asgi_application
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "llmtuner.settings")
+os.umask(0o077)  # what the web process writes holds people's data: for its own account only
 
 django = get_asgi_application()
 

@@ -12,8 +12,9 @@ from typing import Any
 from celery import Celery, signals
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "llmtuner.settings")
-
 from django.conf import settings
+
+os.umask(0o077)  # what a worker writes holds people's data: for its own account only
 
 app = Celery("llmtuner")
 app.conf.update(

@@ -66,18 +66,23 @@ def kept_secret(path: Path) -> str:
 
     Several processes may start at once: the first to link its file wins, and all read the winner's.
     """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mine = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
-        mine.touch(mode=0o600)
-        mine.write_text(secrets.token_urlsafe(64))
-        try:
-            os.link(mine, path)
-        except FileExistsError:
-            pass  # another process was first
-        finally:
-            mine.unlink()
-    return path.read_text().strip()
+    try:
+        if not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mine = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+            mine.touch(mode=0o600)
+            mine.write_text(secrets.token_urlsafe(64))
+            try:
+                os.link(mine, path)
+            except FileExistsError:
+                pass  # another process was first
+            finally:
+                mine.unlink()
+        return path.read_text().strip()
+    except OSError as e:
+        raise BadEnvironment(
+            f"{path} can't be made or read ({e.strerror}). Make its folder writable, or set VAR_DIR to one that is"
+        ) from e
 
 
 def database(url: str) -> dict[str, Any]:
