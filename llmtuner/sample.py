@@ -20,7 +20,20 @@ JOB_TIMEOUT_S = 900
 
 
 def run_sample(url: str) -> bool:
-    """True if the sample job succeeded (now or at an earlier start) and its model answers. Prints as it goes."""
+    """True if the sample job succeeded (now or at an earlier start) and its model answers. Prints as it goes, and why it
+    did not work: no reason for the studio to end."""
+    try:
+        return _run_sample(url)
+    except (NotChecked, inference.Busy, inference.Failed) as e:
+        print(f"  The sample: {e}", file=sys.stderr, flush=True)
+        return False
+
+
+class NotChecked(Exception):
+    """The sample's own file was rejected, or not checked in time."""
+
+
+def _run_sample(url: str) -> bool:
     marker = settings.VAR_DIR / "sample.json"
     people = get_user_model().objects
     if marker.exists():
@@ -44,10 +57,16 @@ def run_sample(url: str) -> bool:
         marker.write_text(json.dumps({"owner": user.owner_id, "job": job.job_id}))
     print(f"  Live page: {url}/jobs/{job.job_id}", flush=True)
     events = follow(job.owner, job.job_id)
-    end = next((e for e in events if e["t"] == "end"), {})
+    end = next((e for e in events if e["t"] == "end"), None)
+    if end is None:
+        print(
+            f"  The sample job has not finished yet. Its page shows its progress: {url}/jobs/{job.job_id}",
+            flush=True,
+        )
+        return False
     if end.get("status") != "succeeded":
         print(
-            f"  The sample job ended as {end.get('status', 'unfinished')}: {end.get('message', '')}",
+            f"  The sample job ended as {end.get('status')}: {end.get('message', '')}",
             file=sys.stderr,
         )
         return end.get("status") == "cancelled"
@@ -79,16 +98,18 @@ def wait_until_checked(owner: str, dataset_id: str) -> str:
         if dataset.status == "ready":
             return dataset_id
         if dataset.status == "rejected":
-            raise RuntimeError(f"The sample was rejected: {dataset.error}")
+            raise NotChecked(f"its file was rejected: {dataset.error}")
         time.sleep(0.3)
-    raise RuntimeError(f"The sample was not checked in {CHECK_TIMEOUT_S} s; see var/logs/checks.log")
+    raise NotChecked(
+        f"its file was not checked in {CHECK_TIMEOUT_S} s; see {settings.VAR_DIR}/logs/checks.log"
+    )
 
 
 def follow(owner: str, job_id: str) -> list[dict[str, Any]]:
     """Prints the job's progress until its end (or 15 minutes) and returns its events."""
     events: list[dict[str, Any]] = []
     seq, total, deadline = 0, 0, time.monotonic() + JOB_TIMEOUT_S
-    while time.monotonic() < deadline:
+    while True:
         for event in feed.read(owner, job_id, seq):
             seq = event.seq
             events.append(event.data)
@@ -96,8 +117,9 @@ def follow(owner: str, job_id: str) -> list[dict[str, Any]]:
             tell(event.data, total)
             if event.data["t"] == "end":
                 return events
+        if time.monotonic() > deadline:
+            return events
         time.sleep(0.3)
-    return events
 
 
 def tell(event: dict[str, Any], total: int) -> None:
