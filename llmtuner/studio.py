@@ -5,25 +5,28 @@ the tables and the owner's account, fine-tunes the bundled sample once through t
 serving until Ctrl-C. `--check` does all that and stops again, exit 0 if every part of it worked.
 
 Every process is a child that dies with its parent, so nothing outlives a `kill -9` of the studio. What is configured
-elsewhere (DYNAMODB_ENDPOINT, REDIS_URL) isn't started here.
+elsewhere (DYNAMODB_ENDPOINT, REDIS_URL) isn't started here. One studio runs in a folder at a time: see `lock`.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import secrets
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 import xmlrpc.client
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import redis
 from supervisor.xmlrpc import SupervisorTransport
 
 from llmtuner.env import kept_secret
@@ -98,13 +101,7 @@ def dying_with_parent() -> list[str]:
 
 def write_configuration(var: Path) -> Path:
     """supervisord.conf and redis.conf; both are written anew at each start."""
-    redis = var / "redis"
-    redis.mkdir(parents=True, exist_ok=True)
-    (redis / "redis.conf").write_text(
-        f'bind 127.0.0.1\nport {os.environ["REDIS_PORT"]}\ndir {redis}\nappendonly yes\nsave ""\n'
-        f"requirepass {kept_secret(var / 'redis-password')}\n"
-    )
-    (redis / "redis.conf").chmod(0o600)
+    write_redis_configuration(var)
     logs = var / "logs"
     logs.mkdir(exist_ok=True)
     parts = [
@@ -146,6 +143,16 @@ def write_configuration(var: Path) -> Path:
     return path
 
 
+def write_redis_configuration(var: Path) -> None:
+    folder = var / "redis"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "redis.conf").write_text(
+        f'bind 127.0.0.1\nport {os.environ["REDIS_PORT"]}\ndir {folder}\nappendonly yes\nsave ""\n'
+        f"requirepass {kept_secret(var / 'redis-password')}\n"
+    )
+    (folder / "redis.conf").chmod(0o600)
+
+
 def socket_path(var: Path) -> Path:
     """Unix socket paths end at 107 bytes, so a deep folder gets one in the temporary folder."""
     path = var / "supervisor.sock"
@@ -165,7 +172,7 @@ class Supervisor:
             *dying_with_parent(),
             sys.executable,
             "-m",
-            "supervisor.supervisord",
+            "llmtuner.supervisord",
             "-c",
             str(configuration),
             "-n",
@@ -173,8 +180,13 @@ class Supervisor:
         # A session of its own, so that Ctrl-C reaches only us and the stop is in our order.
         self.process = subprocess.Popen(argv, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
         self.socket = socket_path(var)
-        wait_for("supervisor", self.is_up, 15, var)
         self.names = [name for name, *_ in programs()]
+        self.pids: dict[str, int] = {}
+        try:
+            wait_for("supervisord", self.is_up, 15, var)
+        except BaseException:
+            self.process.kill()
+            raise
 
     @property
     def rpc(self) -> Any:
@@ -184,7 +196,8 @@ class Supervisor:
 
     def is_up(self) -> bool:
         try:
-            return bool(self.rpc.getState()["statename"] == "RUNNING")
+            # The socket may be another one's: what it runs is not ours to start or stop.
+            return self.rpc.getPID() == self.process.pid and self.rpc.getState()["statename"] == "RUNNING"
         except (OSError, xmlrpc.client.Error):
             return False
 
@@ -192,6 +205,14 @@ class Supervisor:
         for name in names:
             if name in self.names:
                 self.rpc.startProcess(name, False)
+                self.pids[name] = self.rpc.getProcessInfo(name)["pid"]
+
+    def ended(self, name: str) -> bool:
+        """Whether the process that `start` started is no more, also when supervisor has started another one since."""
+        return bool(self.rpc.getProcessInfo(name)["pid"] != self.pids[name])
+
+    def stop_one(self, name: str) -> None:
+        self._quietly(self.rpc.stopProcess, name, True)
 
     def stop(self) -> None:
         """Workers first, so that they can give their jobs back; then web; then the stores."""
@@ -239,7 +260,55 @@ def port_is_open(port: int, host: str = "127.0.0.1") -> bool:
         return False
 
 
-def refuse_taken_ports(var: Path) -> None:
+def redis_answers() -> bool:
+    """An open port is not enough: Redis opens it before it has read its file, and it may be another one's Redis."""
+    try:
+        with redis.Redis.from_url(
+            os.environ["REDIS_URL"], socket_timeout=1, socket_connect_timeout=1
+        ) as client:
+            return bool(client.ping())
+    except redis.RedisError:
+        return False
+
+
+def start_redis(supervisor: Supervisor, var: Path) -> None:
+    """Redis ends while it reads a file that is damaged in the middle (a cut end it repairs itself). Nothing that it keeps
+    is needed: what is queued stands in DynamoDB. So the file is moved away, and Redis starts empty."""
+
+    def started() -> bool:
+        supervisor.start("redis")
+        wait_for("redis", lambda: redis_answers() or supervisor.ended("redis"), 120, var)
+        return not supervisor.ended("redis")
+
+    if "redis" not in supervisor.names or started():
+        return
+    supervisor.stop_one("redis")
+    folder, aside = var / "redis", var / time.strftime("redis-damaged-%Y%m%d-%H%M%S")
+    folder.rename(aside)
+    write_redis_configuration(var)
+    if not started():  # its file was not the reason
+        supervisor.stop_one("redis")
+        shutil.rmtree(folder)
+        aside.rename(folder)
+        raise Trouble(f"Redis does not start. Its log: {var}/logs/redis.log")
+    print(
+        f"\n  Redis could not read its data, so it started empty. No work is lost: jobs and datasets are not kept there.\n"
+        f"  The damaged data was moved to {aside}",
+        flush=True,
+    )
+
+
+def start_dynamodb(supervisor: Supervisor, var: Path) -> None:
+    if "dynamodb" not in supervisor.names:
+        return
+    supervisor.start("dynamodb")
+    port = int(os.environ["DYNAMODB_PORT"])
+    wait_for("dynamodb", lambda: port_is_open(port) or supervisor.ended("dynamodb"), 20, var)
+    if supervisor.ended("dynamodb"):
+        raise Trouble(f"DynamoDB does not start. Its log: {var}/logs/dynamodb.log")
+
+
+def refuse_taken_ports() -> None:
     mine = {"WEB_PORT": "web"}
     if "LLMTUNER_OWN_REDIS" in os.environ:
         mine["REDIS_PORT"] = "Redis"
@@ -249,17 +318,58 @@ def refuse_taken_ports(var: Path) -> None:
         port = int(os.environ[variable])
         if port_is_open(port):
             raise Trouble(
-                f"Port {port} is taken, so {what} can't use it. If another studio runs, stop it first; else choose "
-                f"a free port: {variable}={port + 100} bin/up"
+                f"Port {port} is taken by another program, so {what} can't use it. "
+                f"Choose a free one: {variable}={port + 100} bin/up"
             )
 
 
-def set_environment() -> Path:
+# struct flock of 64-bit Linux: type, whence, start, length, pid
+FLOCK = "hhqqi0q"
+
+
+def lock(var: Path) -> IO[str]:
+    """The folder is ours alone while this file is open. The kernel gives it free however we end, and no child inherits
+    it. Raises Trouble naming the process that has it."""
+    try:
+        var.mkdir(parents=True, exist_ok=True)
+        file = (var / "bin-up.lock").open("a+")
+    except OSError as e:
+        raise Trouble(
+            f"Nothing can be written to {var} ({e.strerror}), and the studio keeps its data there. Make the folder "
+            f"writable, or choose another one: VAR_DIR=/path/to/folder bin/up"
+        ) from e
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        _, _, _, _, pid = struct.unpack(
+            FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, 0, 0, 0, 0))
+        )
+        file.seek(0)
+        known = file.read().split()  # of an earlier one, while the holder hasn't written yet
+        where = f" at {known[1]}" if known[:1] == [str(pid)] else ""
+        raise Trouble(
+            f"Another bin/up already runs in {var}: process {pid}{where}. Nothing was changed. Use that one, or stop "
+            f"it first: Ctrl-C in its terminal, or kill {pid}"
+        ) from e
+    return file
+
+
+def keep_private(var: Path) -> None:
+    """Sessions, prompts and people's data are in it. Folders of earlier versions were open to everybody on the machine."""
+    if var.stat().st_mode & 0o077:
+        try:
+            var.chmod(0o700)
+        except OSError as e:
+            raise Trouble(
+                f"Other accounts of this machine may enter {var}, and that can't be changed ({e.strerror}). Let its "
+                f"owner run chmod 700 on it, or choose another folder: VAR_DIR=/path/to/folder bin/up"
+            ) from e
+
+
+def set_environment(var: Path) -> None:
     """Defaults of the embedded parts. What the person has set is left as it is."""
     env = os.environ
     env.setdefault("DJANGO_SETTINGS_MODULE", "llmtuner.settings")
-    var = Path(env.setdefault("VAR_DIR", str(ROOT / "var"))).resolve()
-    var.mkdir(parents=True, exist_ok=True)
     env["VAR_DIR"] = str(var)
     env.setdefault("WEB_HOST", "127.0.0.1")
     for name, port in (("WEB_PORT", "8420"), ("DYNAMODB_PORT", "8421"), ("REDIS_PORT", "8422")):
@@ -270,9 +380,9 @@ def set_environment() -> Path:
     if "DYNAMODB_ENDPOINT" not in env:
         env["LLMTUNER_OWN_DYNAMODB"] = "1"
         env["DYNAMODB_ENDPOINT"] = f"http://127.0.0.1:{env['DYNAMODB_PORT']}"
+        env["DYNAMODB_SECRET"] = kept_secret(var / "dynamodb-secret")
     # `localhost`, since passkeys refuse 127.0.0.1.
     env.setdefault("PUBLIC_URL", f"http://localhost:{env['WEB_PORT']}")
-    return var
 
 
 # ---- the owner and the sample --------------------------------------------------------------------------------------
@@ -304,18 +414,23 @@ def main() -> int:
     options = parser.parse_args()
 
     started = time.monotonic()
+    os.umask(0o077)  # inherited by every process: what the studio writes is for its own account only
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `bin/up &` would have us ignore it
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, lambda *_: sys.exit(0))
-    var = set_environment()
+    var = Path(os.environ.get("VAR_DIR") or ROOT / "var").resolve()
     supervisor = None
     try:
-        refuse_taken_ports(var)
+        held = lock(var)
+        keep_private(var)
+        set_environment(var)
+        held.truncate(0)
+        held.write(f"{os.getpid()} {os.environ['PUBLIC_URL']}\n")
+        held.flush()
+        refuse_taken_ports()
         supervisor = Supervisor(write_configuration(var), var)
-        supervisor.start("redis", "dynamodb")
-        for own, name, port in (("REDIS", "redis", "REDIS_PORT"), ("DYNAMODB", "dynamodb", "DYNAMODB_PORT")):
-            if f"LLMTUNER_OWN_{own}" in os.environ:
-                wait_for(name, lambda port=port: port_is_open(int(os.environ[port])), 20, var)
+        start_redis(supervisor, var)
+        start_dynamodb(supervisor, var)
 
         import django
         from django.core.management import call_command
