@@ -47,6 +47,9 @@ class Listener:
         self.writer = writer
         self.proof: Proof | None = None
         self.begin()
+        self.rehearsed: dict[str, Any] = dict(
+            writer.claim.job.estimate or {}
+        )  # of an earlier attempt, at first
         self.newest: dict[str, Any] | None = None  # checkpoint
         self.verdict: dict[str, Any] | None = None
         self.micro_batch = 0
@@ -59,15 +62,24 @@ class Listener:
         self.failed: dict[str, Any] | None = None
         self.done: dict[str, Any] | None = None
         self.heard_at = self.stepped_at = time.monotonic()
+        self.knows_its_step = False  # this trainer, on this machine: rehearsed or measured
         self.steps: deque[float] = deque(maxlen=50)  # seconds between metric lines
         self._gone_at: float | None = None
 
-    @property
-    def median_step(self) -> float:
-        return statistics.median(self.steps) if self.steps else 0.0
-
     def silent_for(self) -> float:
         return time.monotonic() - self.heard_at
+
+    def expected_silence(self) -> float:
+        """Seconds that pass between two lines in the phase it is in, as far as was rehearsed or measured: those of a step
+        and of a checkpoint it may wait for, or of an evaluation."""
+        if self.writer.phase == "evaluating":
+            return self._rehearsed("evaluation_s")
+        measured = statistics.median(self.steps) if self.steps else 0.0
+        return max(measured, self._rehearsed("step_s")) + self._rehearsed("checkpoint_s")
+
+    def _rehearsed(self, name: str) -> float:
+        value = self.rehearsed.get(name)
+        return float(value) if isinstance(value, (int, float)) else 0.0
 
     def deaf_since(self, child: Child) -> float:
         """Seconds since a dead trainer's pipe should have ended."""
@@ -141,7 +153,8 @@ class Listener:
             if event.get("step") == 0:
                 writer.metrics["base_eval_loss"] = event.get("loss")
         elif kind == "estimate":
-            writer.estimate = event
+            writer.estimate = self.rehearsed = event
+            self.knows_its_step = True
         elif kind == "verdict":
             self.verdict = event
         elif kind == "checkpoint" and not event.get("final"):
@@ -166,6 +179,7 @@ class Listener:
         now = time.monotonic()
         self.steps.append(now - self.stepped_at)
         self.stepped_at = now
+        self.knows_its_step = True
         writer = self.writer
         writer.phase = "training"
         writer.progress |= {name: event[name] for name in PROGRESS if name in event}

@@ -33,8 +33,7 @@ Answer = TypeVar("Answer")
 
 TURN_S = 0.1
 UPLOAD_TRIES_S = 600  # the object storage may be away for so long at the end of a job
-STALL_STEPS = 20  # medians of a step without a word
-QUIET_S = 1800  # without a word outside of training: reading, evaluating or exporting a large model
+SAID_AFTER = 0.25  # of the limit while training: from then on the page says that nothing moves
 
 
 def run(claim: Claim, stop: threading.Event | None = None) -> None:
@@ -231,6 +230,7 @@ class _Attempt:
         """A tenth of a second of everything: hear the trainer, write to the store, copy files, obey, watch."""
         self._hear(TURN_S)
         self.writer.progress["seconds"] = round(self.ran_before + time.monotonic() - self.began, 1)
+        self._note_silence()
         self.writer.write()
         self._uploads()
         if self.child:
@@ -278,8 +278,7 @@ class _Attempt:
         if self.told_at is not None or self.killed_by_us:
             return
         limits = settings.JOBS
-        stall = max(limits.get("stall_s", 120.0), STALL_STEPS * self.listener.median_step)
-        if self.listener.silent_for() > (stall if self.writer.phase == "training" else max(stall, QUIET_S)):
+        if self.listener.silent_for() > self._patience():
             self.killed_by_us = "stalled"
         elif self.writer.progress["seconds"] > limits["max_runtime_s"]:
             self.killed_by_us = "time_limit"
@@ -287,6 +286,27 @@ class _Attempt:
             self.killed_by_us = "too_many_events"
         if self.killed_by_us:
             child.end()
+
+    def _stall_limit(self) -> float:
+        """The longest silence of a trainer that trains. The page and the end of a stalled one both follow from it."""
+        limits = settings.JOBS
+        return float(max(limits["stall_s"], limits["stall_steps"] * self.listener.expected_silence()))
+
+    def _patience(self) -> float:
+        """The longest silence now. What an earlier attempt measured may have been another machine's, so it only adds."""
+        if self.writer.phase == "training" and self.listener.knows_its_step:
+            return self._stall_limit()
+        return float(max(settings.JOBS["quiet_s"], self._stall_limit()))
+
+    def _note_silence(self) -> None:
+        """For the page: a time left that was told long ago is no news."""
+        progress = self.writer.progress
+        silent = self.listener.silent_for() if self.child else 0.0
+        if silent > SAID_AFTER * self._stall_limit():
+            progress |= {"silent_s": round(silent, 1), "silent_limit_s": round(self._patience(), 1)}
+        else:
+            for name in ("silent_s", "silent_limit_s"):
+                progress.pop(name, None)
 
     # ---- small parts -------------------------------------------------------------------------------------------
 

@@ -280,6 +280,11 @@ JOBS = env.numbers(
         # the trainer process
         "sigterm_grace_s": 20.0,
         "cancel_grace_s": 10.0,
+        # A trainer that reports nothing for stall_steps of its steps, and for stall_s at least, is stopped. What a step
+        # takes is rehearsed, then measured. Outside of the steps, and before either is known, it has quiet_s at least.
+        "stall_s": 120.0,
+        "stall_steps": 20.0,
+        "quiet_s": 1800.0,
         "max_runtime_s": 72 * 3600.0,
         "max_trainer_bytes": 0,  # address space of a trainer; 0: the machine's
         # people

@@ -331,7 +331,7 @@ def _seed(job: Row) -> int:
 
 def _estimated_finish(job: Row) -> int | None:
     eta = (job.progress or {}).get("eta_s")
-    if job.status != "running" or eta is None:
+    if job.status != "running" or eta is None or (job.progress or {}).get("silent_s"):
         return None
     return int(time.time() + float(eta))
 

@@ -82,6 +82,7 @@ class State:
     percent: int
     figures: list[Figure] = field(default_factory=list)
     trouble: Trouble | None = None
+    silence: str = ""
     base: str = ""
     dataset: str = ""
     started_at: float | None = None
@@ -111,6 +112,7 @@ def state(job: Job) -> State:
         percent=100 if job.status == "succeeded" else int(100 * done),
         figures=_figures(job, done),
         trouble=_trouble(job),
+        silence=_silence(job),
         base=_base(job),
         dataset=job.dataset_name or "the data",  # of before names were kept
         started_at=job.started_at,
@@ -179,6 +181,8 @@ def _left(job: Job) -> Figure:
     if job.ended or job.status == "paused":
         took = seconds_run(job)
         return Figure("Took" if job.ended else "Ran so far", duration(took))
+    if job.status == "running" and job.progress.get("silent_s"):
+        return Figure("Left", UNKNOWN, "· no progress")
     eta = finite(job.progress.get("eta_s"))
     if eta is not None and job.status == "running":
         # The trainer's own estimate: a tenth more covers what its recent pace doesn't know of.
@@ -186,6 +190,22 @@ def _left(job: Job) -> Figure:
     estimate = job.estimate if isinstance(job.estimate, dict) else {}
     low, high = estimate.get("seconds_p50"), estimate.get("seconds_p90")
     return Figure("Left", span(low, high), "· estimated" if low else "")
+
+
+def _silence(job: Job) -> str:
+    """What a worker tells of a trainer that has told nothing for long."""
+    silent, limit = finite(job.progress.get("silent_s")), finite(job.progress.get("silent_limit_s"))
+    if job.status != "running" or silent is None or limit is None:
+        return ""
+    start = (
+        f"resumes from the checkpoint of step {job.checkpoint_step:,.0f}"
+        if job.checkpoint_step
+        else "starts again from the beginning"
+    )
+    return (
+        f"The trainer has reported nothing for {duration(silent)}. "
+        f"After {duration(limit)} it is stopped, and training {start}."
+    )
 
 
 def _spent(job: Job) -> Figure:

@@ -134,7 +134,7 @@ def test_a_trainer_that_hangs_is_killed_and_the_job_goes_where_it_should(wish, m
     for name in ("sigterm_grace_s", "cancel_grace_s"):
         monkeypatch.setitem(settings.JOBS, name, 0.5)
     monkeypatch.setitem(settings.JOBS, "stall_s", 1.0 if wish == "stalled" else 120.0)
-    monkeypatch.setattr(runner, "STALL_STEPS", 0)
+    monkeypatch.setitem(settings.JOBS, "stall_steps", 0)
     claim, stop = claim_one(max_steps=5000), threading.Event()
     attempt = runner._Attempt(claim, stop, runner.prepare.work_folder(claim.job_id, 1))
 
@@ -155,6 +155,62 @@ def test_a_trainer_that_hangs_is_killed_and_the_job_goes_where_it_should(wish, m
         "stalled": ("retrying", 1, "stalled"),
     }
     assert (job.status, job.attempts, job.reason) == expected[wish]
+
+
+def slow_rows():
+    """So much to read for one step that it takes far longer than a turn."""
+    some = random.Random(7)
+    words = ["lamp", "river", "stone", "quiet", "seven", "green", "door", "sail"]
+    return [
+        {
+            "prompt": " ".join(some.choices(words, k=150)),
+            "completion": " " + " ".join(some.choices(words, k=60)),
+        }
+        for _ in range(50)
+    ]
+
+
+def test_a_first_step_may_take_longer_than_the_least_limit(monkeypatch):
+    """No step was measured yet: the limit follows from the rehearsal."""
+    monkeypatch.setitem(settings.JOBS, "stall_s", 0.05)
+    monkeypatch.setitem(
+        settings.JOBS, "stall_steps", 200.0
+    )  # a busy machine may take far longer than rehearsed
+    claim = claim_one(slow_rows(), max_steps=2, batch_size=50, sequence_length=256, checkpoint_every_steps=0)
+    runner.run(claim)
+    job = read(claim.job)
+    assert job.estimate["step_s"] > 0.2  # else nothing was shown
+    assert (job.status, job.attempts) == ("succeeded", 0), job.message
+
+
+def test_a_trainer_that_falls_silent_is_told_of_and_one_that_goes_on_is_not(monkeypatch):
+    monkeypatch.setitem(settings.JOBS, "heartbeat_s", 0.2)
+    monkeypatch.setattr(runner, "SAID_AFTER", 0.005)  # of at least 120 s
+    claim = claim_one(max_steps=5000)
+    attempt = runner._Attempt(claim, threading.Event(), runner.prepare.work_folder(claim.job_id, 1))
+    seen = []
+
+    def progress_when(true):
+        until = time.monotonic() + 120
+        while time.monotonic() < until and not true(read(claim.job).progress or {}):
+            time.sleep(0.05)
+        seen.append(read(claim.job).progress)
+
+    def hang_and_go_on():
+        os.kill(attempt.child.pid, signal.SIGSTOP)
+        progress_when(lambda progress: "silent_s" in progress)
+        os.kill(attempt.child.pid, signal.SIGCONT)
+        progress_when(lambda progress: "silent_s" not in progress)
+        lifecycle.ask(claim.owner, claim.job_id, "cancel")
+
+    when_step(claim, 5, hang_and_go_on)
+    attempt.run()
+    attempt.close()
+    silent, moving = seen
+    assert 0 < silent["silent_s"] < silent["silent_limit_s"]
+    assert silent["silent_limit_s"] >= 120
+    assert "silent_s" not in moving
+    assert read(claim.job).status == "cancelled"
 
 
 def test_a_lost_attempts_steps_are_run_again_and_proven_equal(undisturbed):

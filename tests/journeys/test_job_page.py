@@ -38,6 +38,26 @@ def test_a_running_job_tells_progress_and_loss(alices: Client, alice: User) -> N
     assert '<noscript><meta http-equiv="refresh"' in text
 
 
+def test_a_silent_trainer_is_told_of_instead_of_an_old_time_left(alices: Client, alice: User) -> None:
+    progress = {"step": 2, "total_steps": 10, "eta_s": 2100.0, "silent_s": 540.0, "silent_limit_s": 1980.0}
+    job = make_job(alice.owner_id, phase="training", progress=progress)
+    text = page(alices, job)
+    assert "The trainer has reported nothing for 9 min." in text
+    assert "After 33 min it is stopped, and training starts again from the beginning." in text
+    assert "35–" not in text
+
+
+def test_a_silent_trainer_with_a_checkpoint_would_go_on_from_it(alices: Client, alice: User) -> None:
+    progress = {"step": 7, "total_steps": 10, "silent_s": 40.0, "silent_limit_s": 120.0}
+    job = make_job(alice.owner_id, phase="training", progress=progress, checkpoint_step=5)
+    assert "it is stopped, and training resumes from the checkpoint of step 5." in page(alices, job)
+
+
+def test_a_job_that_no_longer_runs_tells_of_no_silence(alices: Client, alice: User) -> None:
+    progress = {"step": 2, "total_steps": 10, "silent_s": 540.0, "silent_limit_s": 600.0}
+    assert "reported nothing" not in page(alices, make_job(alice.owner_id, "failed", progress=progress))
+
+
 def test_an_ended_job_does_not_refresh(alices: Client, alice: User) -> None:
     assert 'http-equiv="refresh"' not in page(alices, make_job(alice.owner_id, "succeeded"))
 
