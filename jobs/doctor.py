@@ -1,7 +1,8 @@
 """The failure doctor: what an ending of the trainer means, what is done by itself, and what a person should do.
 
 A user's fault ends the job. Memory that ran out is cured in place: the micro-batch is halved, so a step is computed in
-more parts with the same result, and training goes on from the checkpoint. The rest is tried again by the lease's rules.
+more parts with the same result, and training goes on from the checkpoint. The rest is tried again by the lease's rules,
+which charge the job for it unless the platform is at fault.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import signal
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pynamodb.exceptions import PynamoDBException
+
+from jobs import storage
 from jobs.reasons import REASONS
-from training.events import EXIT, REASON_OF_EXIT
+from training.events import EXIT, REASON_OF_EXIT, Failure, reason_of
 
 Verdict = Literal["done", "stopped", "fault", "died", "smaller"]
 SMALLEST_MICRO_BATCH = 64  # tokens
@@ -19,7 +23,8 @@ SMALLEST_MICRO_BATCH = 64  # tokens
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`fault`: the job fails. `died`: try again, an attempt is charged. `smaller`: halve the micro-batch and go on."""
+    """`fault`: the job fails. `died`: try again; its reason decides what that costs. `smaller`: halve the micro-batch and
+    go on."""
 
     verdict: Verdict
     reason: str = ""
@@ -45,6 +50,28 @@ def diagnose(
     if said and said.get("reason") == reason:
         return _told(reason, said.get("message", ""), said.get("advice", ""))
     return _told(reason, f"The trainer ended by signal {signal.Signals(-code).name}." if code < 0 else "")
+
+
+def of_error(error: BaseException) -> Diagnosis:
+    """Of what was raised beside the trainer: while files were fetched or stored, or a trainer was started."""
+    if isinstance(error, Failure):
+        return _told(error.reason, error.message, error.advice)
+    if isinstance(error, (storage.Missing, storage.Damaged)):
+        return _told("file_damaged")
+    system = error if isinstance(error, OSError) else error.__cause__
+    reason = reason_of(system) if isinstance(system, OSError) else ""
+    if isinstance(error, storage.StorageError):
+        if reason == "disk_full":
+            return _told("disk_full", "The disk of the object storage is full.")
+        said = (system.strerror if isinstance(system, OSError) else "") or error
+        return _told("store", f"The storage said: {said}"[:500])
+    if isinstance(error, PynamoDBException):
+        return _told(
+            "store", "The database did not answer.", "Check the database; the job goes on by itself."
+        )
+    if reason:
+        return _told(reason, "The worker's disk is full." if reason == "disk_full" else "")
+    return _told("unexpected", "The worker met something unexpected; its own log holds the details.")
 
 
 def _told(reason: str, message: str = "", advice: str = "") -> Diagnosis:

@@ -18,6 +18,10 @@ A holder's writes show that the job is *mine*: running, of my epoch, and held by
 what an older holder still sends is refused. Leaving running removes the lease but keeps epoch and holder, so that "was
 it me?" can be answered after a lost reply. Everybody else's moves show status and version as seen; every write adds 1 to
 `version`. What follows from an end (model, notices, quota, lists) is `jobs.endings`, made by anybody and safe to repeat.
+
+A trainer that died is charged to the job: 3 attempts in a row without a new checkpoint end it, 10 in all. A platform
+fault (a lost worker, a full disk, a store that is away) is not: those are counted apart, and 30 of them in a row without
+a new checkpoint end the job, so that one that brings down its workers cannot go on for ever. Both wait longer each time.
 """
 
 from __future__ import annotations
@@ -50,6 +54,7 @@ Desired = Literal["run", "pause", "cancel"]
 PROCESS = secrets.token_hex(8)  # names this start of this process
 BELLS = 8  # rung at most for waiting jobs; more workers than that hear of them from the reconciler
 TOO_SLOW = "The submission took too long. Send it again."
+PLATFORM_FAULTS = frozenset({"lost", "broke off"})  # ways out of running that spend no attempt
 TRIES = 50  # of a person's move against a job that keeps moving
 queue_position = queueing.position
 after_end = endings.after_end
@@ -376,6 +381,7 @@ class Claim:
                 Job.checkpoint_step.set(step),
                 Job.checkpoints.set(kept),
                 Job.attempts_without_progress.set(0),
+                Job.platform_faults.set(0),
             ],
             self._mine() & (Job.checkpoint_step.does_not_exist() | (Job.checkpoint_step < step)),
             lambda found: self.is_mine(found) and found.checkpoint_key == key,
@@ -420,8 +426,10 @@ class Claim:
         return self._leave("stopped")
 
     def trainer_died(self, reason: str, message: str = "", advice: str = "") -> str:
-        """One attempt is charged: tried again, or failed when they are spent. Returns where the job landed."""
-        return self._leave("died", reason, message, advice)
+        """Tried again, or failed when it was tried too often; a platform fault spends no attempt. Returns where the job
+        landed."""
+        event = "broke off" if reasons.is_platform_fault(reason) else "died"
+        return self._leave(event, reason, message, advice)
 
     def _leave(
         self,
@@ -468,18 +476,26 @@ def landing(event: str, job: Job) -> str:
         return event
     if event == "stopped":
         return {"run": "queued", "pause": "paused"}[job.desired]
-    spent = job.attempts + 1 >= settings.JOBS["max_attempts"]
-    stuck = job.attempts_without_progress + 1 >= settings.JOBS["max_attempts_without_progress"]
-    if spent or stuck:
+    if event in PLATFORM_FAULTS:
+        spent = job.platform_faults + 1 >= settings.JOBS["max_platform_faults"]
+    else:
+        spent = (
+            job.attempts + 1 >= settings.JOBS["max_attempts"]
+            or job.attempts_without_progress + 1 >= settings.JOBS["max_attempts_without_progress"]
+        )
+    if spent:
         return "failed"
     return "paused" if job.desired == "pause" else "retrying"
 
 
 def _leaving(event: str, job: Job, status: str, reason: str, message: str, advice: str) -> list[Action]:
     actions = [Job.lease.remove(), *_entering(job, status)]
-    if event in {"died", "lost"} and status != "cancelled":
+    tried = event == "died" or event in PLATFORM_FAULTS
+    if event == "died" and status != "cancelled":
         actions += [Job.attempts.add(1), Job.attempts_without_progress.add(1)]
-    if status == "failed" and event in {"died", "lost"}:
+    if event in PLATFORM_FAULTS and status != "cancelled":
+        actions.append(Job.platform_faults.add(1))
+    if status == "failed" and tried:
         message = " ".join(
             part for part in (message or reasons.sentence(reason), reasons.sentence("attempts_spent")) if part
         )
@@ -519,7 +535,7 @@ def requeue(job: Job) -> Job | None:
 
 def backoff_s(job: Job) -> float:
     """Nothing the first time, then 10 s · 2ⁿ up to 10 min; progress starts the count again."""
-    tries = job.attempts_without_progress
+    tries = job.attempts_without_progress + job.platform_faults
     if tries <= 1:
         return 0.0
     return float(min(settings.JOBS["backoff_first_s"] * 2 ** (tries - 2), settings.JOBS["backoff_max_s"]))

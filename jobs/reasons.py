@@ -12,8 +12,9 @@ REASONS: dict[str, Reason] = TRAINER_REASONS | {
     "dataset_deleted": Reason(-1, "The dataset was deleted before training began.", "Upload it again and start a new job.", True),
     "killed": Reason(-1, "The trainer was killed, most likely because memory ran out.", "Lower micro_batch_tokens or sequence_length if it happens again."),
     "stalled": Reason(-1, "The trainer made no progress for too long and was stopped.", "The log holds its last words; try again."),
-    "lost_worker": Reason(-1, "The worker that ran the job went silent.", "Check that its machine is up; the job goes on from its last checkpoint on another."),
-    "store": Reason(-1, "Files could not be read from or written to the object storage.", "Check the storage; the job goes on from its last checkpoint."),
+    "lost_worker": Reason(-1, "The worker that ran the job went silent.", "Check that its machine is up; the job goes on from its last checkpoint on another.", platform_fault=True),
+    "store": Reason(-1, "Files could not be read from or written to the object storage.", "Check the storage; the job goes on from its last checkpoint.", platform_fault=True),
+    "file_damaged": Reason(-1, "A file that the job needs is missing from the object storage, or damaged.", "Upload the dataset again, and start a new job."),
     "attempts_spent": Reason(-1, "The job was tried too often without getting further.", "The log tells what happened each time. Press Retry to go on from the last checkpoint."),
     "time_limit": Reason(-1, "The job took longer than the operator allows.", "Train fewer epochs, or ask the operator to raise the limit.", True),
     "too_many_events": Reason(-1, "The trainer printed more than can be kept.", "Evaluate and sample less often.", True),
@@ -29,6 +30,6 @@ def advice(reason: str) -> str:
     return REASONS[reason].advice if reason in REASONS else ""
 
 
-def is_final(reason: str) -> bool:
-    """Would trying again end the same way?"""
-    return reason in REASONS and REASONS[reason].user_fault
+def is_platform_fault(reason: str) -> bool:
+    """Is it neither the job's nor its owner's doing?"""
+    return reason in REASONS and REASONS[reason].platform_fault

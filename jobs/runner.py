@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from django.conf import settings
+from pynamodb.exceptions import PynamoDBException
 
 from jobs import doctor, failpoints, prepare, standby, uploads
 from jobs.doctor import Diagnosis
@@ -42,18 +43,19 @@ def run(claim: Claim, stop: threading.Event | None = None) -> None:
     Never raises for anything that happens to the job; what it can't write down, the reconciler finds."""
     failpoints.passing("claimed")
     folder = prepare.work_folder(claim.job_id, claim.epoch)
-    with standby.folder_lock(folder):
-        attempt = _Attempt(claim, stop or threading.Event(), folder)
-        try:
-            attempt.run()
-        except LostRace:
-            log.warning("%s: the lease of epoch %s is lost; its trainer ends", claim.job_id, claim.epoch)
-        except Exception:
-            log.exception("%s: the attempt broke off", claim.job_id)
-            attempt.broke_off()
-        finally:
-            attempt.close()
-            shutil.rmtree(folder, ignore_errors=True)
+    attempt = _Attempt(claim, stop or threading.Event(), folder)
+    try:
+        with standby.folder_lock(folder):
+            try:
+                attempt.run()
+            finally:
+                attempt.close()
+                shutil.rmtree(folder, ignore_errors=True)
+    except LostRace:
+        log.warning("%s: the lease of epoch %s is lost; its trainer ends", claim.job_id, claim.epoch)
+    except Exception as error:
+        log.exception("%s: the attempt broke off", claim.job_id)
+        attempt.broke_off(error)
 
 
 def _in_thread(work: Callable[[], Answer]) -> Future[Answer]:
@@ -107,13 +109,11 @@ class _Attempt:
             if diagnosis.verdict == "done":
                 self._succeed(found.config)
                 return
-        except Failure as failure:
-            diagnosis = Diagnosis("fault", failure.reason, failure.message, failure.advice)
         except _Asked:
             diagnosis = Diagnosis("stopped")
-        except (OSError, *uploads.STORAGE_ERRORS) as error:
-            log.warning("%s: storage: %s", self.claim.job_id, error)
-            diagnosis = Diagnosis("died", "store", f"The storage said: {error}"[:500])
+        except (Failure, OSError, PynamoDBException, *uploads.STORAGE_ERRORS) as error:
+            log.warning("%s: %s: %s", self.claim.job_id, type(error).__name__, error)
+            diagnosis = doctor.of_error(error)
         self._settle(diagnosis)
 
     def _train(self, config: dict[str, Any]) -> Diagnosis:
@@ -211,12 +211,11 @@ class _Attempt:
         else:
             self._insist(lambda: self.claim.trainer_died(reason, message, advice))
 
-    def broke_off(self) -> None:
+    def broke_off(self, error: Exception) -> None:
         """A fault of ours: say so, if anybody still listens."""
+        diagnosis = doctor.of_error(error)
         try:
-            self.claim.trainer_died(
-                "unexpected", "The worker met something unexpected; its own log holds the details."
-            )
+            self.claim.trainer_died(diagnosis.reason, diagnosis.message, diagnosis.advice)
         except Exception:
             log.warning("%s: left to the reconciler", self.claim.job_id)
 
@@ -255,8 +254,11 @@ class _Attempt:
                 self.writer.pointer = future.result()
             except Exception as error:
                 log.warning("%s: a checkpoint was not stored: %s", self.claim.job_id, error)
+                why = doctor.of_error(error).message
                 self._say(
-                    "log", "A checkpoint could not be stored; the next one will be tried.", level="warning"
+                    "log",
+                    f"A checkpoint could not be stored; the next one will be tried. {why}",
+                    level="warning",
                 )
         if self.waiting and self.upload is None and self.writer.pointer is None:
             checkpoint = self.waiting.pop(0)
@@ -344,8 +346,6 @@ class _Attempt:
 
     def _insist(self, move: Callable[[], Any]) -> None:
         """The last move. Repeated while the store is away: it is the same write each time."""
-        from pynamodb.exceptions import PynamoDBException
-
         until = time.monotonic() + (10 if self.stop.is_set() else 3600)
         while True:
             try:

@@ -215,6 +215,7 @@ class _JobAttributes(Table):
     lease = UnicodeAttribute(null=True)  # changes with each heartbeat; absent unless running
     attempts = NumberAttribute(default=0)
     attempts_without_progress = NumberAttribute(default=0)
+    platform_faults = NumberAttribute(default=0)  # without progress; they spend no attempt
 
     # What came of it
     last_seq = NumberAttribute(default=0)  # number of the last event

@@ -270,6 +270,8 @@ JOBS = env.numbers(
         # tries
         "max_attempts": 10,
         "max_attempts_without_progress": 3,
+        # Platform faults in a row without progress: with the waits below about four hours, then the job fails.
+        "max_platform_faults": 30,
         "backoff_first_s": 10.0,
         "backoff_max_s": 600.0,
         # events

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from typing import Any
 
 from training import catalog, memory
 from training.config import ConfigError, Run
-from training.events import EXIT, MAX_LINE_BYTES, REASONS, Failure
+from training.events import EXIT, MAX_LINE_BYTES, REASONS, Failure, reason_of
 
 LONGEST_TEXT = 4000  # characters of one text in an event
 
@@ -74,9 +73,10 @@ def as_failure(error: BaseException) -> Failure:
         return error
     if isinstance(error, ConfigError):
         return Failure("bad_settings", str(error))
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    reason = reason_of(error) if isinstance(error, OSError) else ""
+    if isinstance(error, OSError) and reason == "disk_full":
         return Failure("disk_full", f"The disk is full: {error.filename or 'a file'} could not be written.")
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if isinstance(error, OSError) and reason == "not_writable":
         return Failure(
             "not_writable", f"{error.filename or 'The work folder'} cannot be written: {error.strerror}."
         )

@@ -5,6 +5,7 @@ Imports no torch: the web process and the workers read the same tables.
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -116,6 +117,7 @@ class Reason:
     sentence: str
     advice: str
     user_fault: bool = False  # never retried
+    platform_fault: bool = False  # retried, and spends none of a job's attempts
 
 
 # The closed list of why a trainer ends. 10–19 the user's fault, 20–29 the machine's, 75 asked to stop.
@@ -127,16 +129,25 @@ REASONS: dict[str, Reason] = {
     "no_trained_token": Reason(14, "No example holds a token to learn from.", "Give completions that are not empty, or train on all tokens (train_on = all).", True),
     "too_long": Reason(15, "An example is longer than the model can read.", "Shorten the example, or let long examples be cut.", True),
     "tokenizer": Reason(16, "The tokenizer does not fit the base model.", "Use the tokenizer that came with the model.", True),
-    "disk_full": Reason(20, "The disk is full.", "Free some space; training goes on from the last good checkpoint."),
+    "disk_full": Reason(20, "The disk is full.", "Free some space; training goes on from the last good checkpoint.", platform_fault=True),
     "out_of_memory": Reason(21, "Memory ran out.", "Lower micro_batch_tokens or sequence_length, or switch gradient checkpointing on."),
     "checkpoint_unreadable": Reason(22, "No checkpoint could be verified.", "Start the job again from its beginning."),
-    "not_writable": Reason(23, "The work folder cannot be written.", "Give the trainer's user the right to write there."),
+    "not_writable": Reason(23, "The work folder cannot be written.", "Give the trainer's user the right to write there.", platform_fault=True),
     "unexpected": Reason(29, "Something unexpected happened in the trainer.", "The log holds the details; the job will be tried again."),
     "stopped": Reason(75, "Stopped as asked, after a checkpoint.", "Resume it when you like."),
 }  # fmt: skip
 
 EXIT: dict[str, int] = {"done": 0} | {code: reason.exit for code, reason in REASONS.items()}
 REASON_OF_EXIT: dict[int, str] = {reason.exit: code for code, reason in REASONS.items()}
+
+
+def reason_of(error: OSError) -> str:
+    """The reason that an error of the operating system stands for; "" for one that may mean anything."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "disk_full"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "not_writable"
+    return ""
 
 
 class Failure(Exception):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from training import catalog
-from training.events import Failure
+from training.events import Failure, reason_of
 
 # Weights as safetensors and plain descriptions; nothing that could be run, no other formats, no subfolders.
 WANTED = [
@@ -78,9 +78,9 @@ def fetch(name: str, revision: str | None = None, *, with_token: bool = True, on
         raise Failure(
             "base_model", f"The Hub cannot be reached and {name} was not fetched before.", advice
         ) from error
-    except (
-        Exception
-    ) as error:  # httpx's and the library's many others: a download that broke off, a full disk
+    except Exception as error:  # httpx's and the library's many others: a download that broke off
+        if isinstance(error, OSError) and (reason := reason_of(error)):
+            raise Failure(reason) from error
         raise Failure("base_model", f"The model {name} could not be fetched: {error}") from error
 
 

@@ -31,7 +31,8 @@ from jobs.tables import ENDED, Dataset, new_id
 STEPS = 2  # of the trainer that the workers play
 NUMBERS = {
     "lease_s": 10.0, "reconcile_s": 10.0, "watch_gap_s": 1e9, "void_after_s": 40.0, "backoff_first_s": 5.0,
-    "janitor_s": 20.0, "audit_s": 60.0, "max_attempts": 10, "max_attempts_without_progress": 3, "max_jobs_per_owner": 5,
+    "janitor_s": 20.0, "audit_s": 60.0, "max_attempts": 10, "max_attempts_without_progress": 3, "max_platform_faults": 3,
+    "max_jobs_per_owner": 5,
 }  # fmt: skip
 READS = {"GetItem", "BatchGetItem", "Query"}
 
@@ -241,10 +242,10 @@ class Sim:
             self.winners[job_id, new["epoch"]] = self.holders[job_id] = new["holder"]
         if new["status"] != "running":
             self.holders.pop(job_id, None)
-        if new["attempts"] > old["attempts"]:
+        if any(new[name] > old[name] for name in ("attempts", "platform_faults")):
             count = self.charged[job_id, new["epoch"]] = self.charged.get((job_id, new["epoch"]), 0) + 1
             if count > 1:
-                raise Violation("I8 one attempt was charged twice")
+                raise Violation("I8 one attempt was counted twice")
         if old["desired"] == "cancel" and new["desired"] != "cancel":
             raise Violation("I13 a cancel was taken back")
 
@@ -528,9 +529,10 @@ class Sim:
             by_key = self.by_key.setdefault(f"{job.get('suffix')}", set())
             if job["status"] != "void":
                 by_key.add(job_id)
-            if self.scenario.get("lossy") and (job["attempts"] or job["status"] not in ("succeeded", "void")):
+            tried_again = job["attempts"] or job["platform_faults"]
+            if self.scenario.get("lossy") and (tried_again or job["status"] not in ("succeeded", "void")):
                 raise Violation(
-                    f"I14 a lost reply cost something: {job['status']}, {job['attempts']} attempts"
+                    f"I14 a lost reply cost something: {job['status']}, tried again: {tried_again}"
                 )
         if any(len(ids) > 1 for ids in self.by_key.values()):
             raise Violation("I12 two jobs for one key")

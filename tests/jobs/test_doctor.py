@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 
 import pytest
+from pynamodb.exceptions import GetError
 
-from jobs.doctor import SMALLEST_MICRO_BATCH, diagnose, halved
+from jobs import storage
+from jobs.doctor import SMALLEST_MICRO_BATCH, diagnose, halved, of_error
 from jobs.proof import Proof
-from training.events import EXIT, REASONS
+from training.events import EXIT, REASONS, Failure
 
 
 def test_nought_is_done_and_seventy_five_is_stopped():
@@ -56,6 +59,55 @@ def test_an_unknown_exit_code_is_unexpected():
 def test_why_we_killed_it_wins():
     assert diagnose(-9, None, killed_by_us="stalled").reason == "stalled"
     assert diagnose(-9, None, killed_by_us="time_limit").verdict == "fault"
+
+
+def caused_by(error: OSError) -> storage.StorageError:
+    try:
+        raise storage.StorageError(f"jobs/x/weights: {error}") from error
+    except storage.StorageError as raised:
+        return raised
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/srv/work/x"),
+            "disk_full",
+            "The worker's disk is full.",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk_full", "The worker's disk is full."),
+        (
+            caused_by(OSError(errno.ENOSPC, "No space")),
+            "disk_full",
+            "The disk of the object storage is full.",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only", "/srv/work/x"),
+            "not_writable",
+            "The work folder cannot be written.",
+        ),
+        (storage.StorageError("no route to the bucket"), "store", "no route to the bucket"),
+        (caused_by(OSError(errno.EIO, "Input/output error", "/srv/x")), "store", "Input/output error"),
+        (GetError("down"), "store", "The database did not answer."),
+        (storage.Missing("datasets/x"), "file_damaged", "missing"),
+        (storage.Damaged("datasets/x"), "file_damaged", "damaged"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "unexpected", "own log"),
+        (KeyError("x"), "unexpected", "own log"),
+        (Failure("disk_full"), "disk_full", "The disk is full."),
+    ],
+)
+def test_an_error_beside_the_trainer_has_its_reason(error, reason, words):
+    found = of_error(error)
+    assert (found.verdict, found.reason) == ("died", reason)
+    assert words in found.message
+    assert "/srv" not in found.message  # a person need not know where it lies
+    assert found.advice
+
+
+def test_a_users_fault_that_the_worker_finds_ends_the_job():
+    found = of_error(Failure("base_model", "It was deleted.", "Choose another."))
+    assert (found.verdict, found.message, found.advice) == ("fault", "It was deleted.", "Choose another.")
 
 
 def test_the_proof_counts_equal_losses_and_names_the_first_that_differs():

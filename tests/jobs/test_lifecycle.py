@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from jobs import access, datasets, endings, lifecycle, limits, queueing, tables
+from jobs import access, datasets, endings, lifecycle, limits, queueing, reasons, tables
 from jobs.lifecycle import LostRace, OverQuota, Refused
 from jobs.tables import JobIndex, TunedModel, month_of, new_id
 from tests.jobs.makers import (
@@ -220,6 +220,59 @@ def test_a_dead_trainer_is_tried_again_until_nothing_gets_further():
     assert make_claim(job).trainer_died("killed") == "failed"
     assert read(job).attempts == 5
     assert "tried too often" in read(job).message
+
+
+@pytest.mark.parametrize("reason", ["disk_full", "not_writable", "store"])
+def test_a_platform_fault_spends_no_attempt(reason):
+    claim = make_claim()
+    assert claim.trainer_died(reason) == "retrying"
+    job = read(claim.job)
+    assert (job.attempts, job.attempts_without_progress, job.platform_faults) == (0, 0, 1)
+    assert (job.reason, job.message) == (reason, reasons.sentence(reason))
+
+
+def test_a_lost_worker_spends_no_attempt():
+    job = lifecycle.lose_lease(make_claim().job)
+    assert (job.status, job.reason, job.attempts, job.platform_faults) == ("retrying", "lost_worker", 0, 1)
+
+
+def test_platform_faults_end_a_job_when_there_are_many_in_a_row(settings):
+    settings.JOBS = settings.JOBS | {"max_platform_faults": 3}
+    job = make_job()
+    make_claim(job).trainer_died("disk_full")
+    lifecycle.requeue(read(job))
+    claim = make_claim(job)
+    claim.move_pointer(checkpoint(claim, 1))  # it got further: the count begins again
+    for fault in ("store", "disk_full"):
+        assert claim.trainer_died(fault) == "retrying"
+        lifecycle.requeue(read(job))
+        claim = make_claim(job)
+    assert lifecycle.lose_lease(claim.job).status == "failed"
+    job = read(job)
+    assert (job.reason, job.attempts, job.platform_faults) == ("lost_worker", 0, 3)
+    assert "tried too often" in job.message
+
+
+def test_platform_faults_do_not_hide_a_trainer_that_dies():
+    job = make_job()
+    for reason, landed in (
+        ("killed", "retrying"),
+        ("store", "retrying"),
+        ("killed", "retrying"),
+        ("killed", "failed"),
+    ):
+        assert make_claim(job).trainer_died(reason) == landed
+        lifecycle.requeue(read(job))
+    assert (read(job).attempts, read(job).platform_faults) == (3, 1)
+
+
+def test_platform_faults_wait_longer_each_time_too():
+    job = make_job()
+    job.attempts_without_progress = 1
+    waits = []
+    for job.platform_faults in range(4):
+        waits.append(lifecycle.backoff_s(job))
+    assert waits == [0, 10, 20, 40]
 
 
 def test_backoff_doubles():

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 from django.conf import settings
+from django.core.files.storage import storages
 
 from jobs import datasets, feed, lifecycle, runner, standby, storage, tables, tuned_models
+from tests import services
 from tests.jobs.makers import WORKER, make_owner, read
 
 pytestmark = [pytest.mark.usefixtures("stores"), pytest.mark.slow]
@@ -256,6 +258,48 @@ def test_a_users_fault_fails_at_once_and_says_what_to_do():
     assert job.reason in ("no_trained_token", "bad_data")
     assert job.message
     assert job.advice
+
+
+def test_a_full_disk_has_its_own_reason_and_spends_no_attempt():
+    claim = claim_one()
+    data = runner.prepare.work_folder(claim.job_id, 1) / "data" / "train"
+    data.mkdir(parents=True)
+    (data / ".data.jsonl.part").symlink_to("/dev/full")  # what the dataset is fetched into
+    runner.run(claim)
+    job = read(claim.job)
+    assert (job.status, job.attempts, job.reason) == ("retrying", 0, "disk_full")
+    assert job.message == "The worker's disk is full."
+
+
+def test_a_disk_too_full_for_a_work_folder_is_told_at_once(monkeypatch):
+    """Not a lost worker half a minute later."""
+    claim = claim_one()
+    lock = runner.prepare.work_folder(claim.job_id, 1) / ".lock"
+    lock.parent.mkdir(parents=True)
+    lock.symlink_to("/dev/full")
+    runner.run(claim)
+    job = read(claim.job)
+    assert (job.status, job.attempts, job.reason) == ("retrying", 0, "disk_full")
+
+
+def test_an_object_storage_that_is_away_spends_no_attempt(monkeypatch):
+    claim = claim_one()
+    options = {"bucket_name": "bucket", "endpoint_url": f"http://127.0.0.1:{services.free_port()}"}
+    options |= {"access_key": "key", "secret_key": "secret", "region_name": "us-east-1"}
+    away = storages.create_storage({"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options})
+    monkeypatch.setattr(storage, "_storage", lambda: away)
+    runner.run(claim)
+    job = read(claim.job)
+    assert (job.status, job.attempts, job.reason) == ("retrying", 0, "store")
+    assert "The storage said" in job.message
+
+
+def test_a_dataset_whose_bytes_are_lost_is_not_tried_for_ever():
+    claim = claim_one()
+    storage.delete_file(tables.get(tables.Dataset, claim.owner, claim.job.dataset_id).key)
+    runner.run(claim)
+    job = read(claim.job)
+    assert (job.status, job.attempts, job.reason) == ("retrying", 1, "file_damaged")
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before():

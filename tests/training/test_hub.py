@@ -33,9 +33,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
         yield server
 
 
-def ask(server: HubServer, home: Path, name: str, revision: str | None = None, **environment: str):
-    """`hub.locate` in a process of its own: the library reads HF_ENDPOINT when it is imported."""
+def ask(
+    server: HubServer,
+    home: Path,
+    name: str,
+    revision: str | None = None,
+    most_bytes: int = -1,
+    **environment: str,
+):
+    """`hub.locate` in a process of its own: the library reads HF_ENDPOINT when it is imported. `most_bytes`: the longest
+    file that it may write."""
     script = (
+        f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({most_bytes}, {most_bytes}))\n"
         "import json, sys\nfrom training import hub\nfrom training.events import Failure\n"
         "try:\n    print(json.dumps({'folder': str(hub.locate(*json.loads(sys.argv[1])))}))\n"
         "except Failure as f:\n    print(json.dumps({'reason': f.reason, 'message': f.message}))\n"
@@ -64,6 +73,10 @@ def test_a_model_is_fetched_once_without_what_could_be_run(server, tmp_path):
     assert ask(server, tmp_path, "gpt2", COMMIT)["folder"] == str(folder)
     assert ask(server, tmp_path, "gpt2", None, HF_HUB_OFFLINE="1")["folder"] == str(folder)
     assert server.fetched == before
+
+
+def test_a_disk_that_is_full_is_not_the_models_fault(server, tmp_path):
+    assert ask(server, tmp_path, "gpt2", most_bytes=2_000)["reason"] == "disk_full"
 
 
 @pytest.mark.parametrize(
