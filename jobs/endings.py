@@ -3,6 +3,7 @@ harmless to repeat, and what would be lost by stopping half-way stands in a list
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable
 
@@ -27,6 +28,7 @@ def after_end(owner: str, job_id: str) -> None:
         JobIndex(partition, job_id, owner=owner, name=job.name, base=job.base).save()
         webhooks.tell(job)
     limits.release(owner, "jobs", job_id)
+    limits.note_checkpoints(job)
     sweep(job)
     tables.remove(JobIndex, queueing.shard(job_id), job_id)
 
@@ -49,6 +51,34 @@ def sweep(job: Job) -> int:
     for key in old:
         storage.delete_file(key)
     return len(old)
+
+
+def after_pointer(job: Job) -> None:
+    """What follows when the holder of a job has moved its pointer; `job` is what that write returned. References first,
+    then bytes: what the job no longer names goes now, not at the end of a long job."""
+    limits.note_checkpoints(job)
+    for folder in superseded(job):
+        storage.delete_prefix(f"{folder}/")
+
+
+def superseded(job: Job) -> list[str]:
+    """Checkpoints before the pointer's that the job no longer names. Those of a later epoch are not for an older holder
+    to judge, and later steps may be on their way."""
+    named = {str(entry["key"]) for entry in job.checkpoints} | {str(job.checkpoint_key)}
+    stored = {key.rpartition("/")[0] for key in storage.list_keys(f"jobs/{job.job_id}/e")}
+    return [
+        folder
+        for folder in sorted(stored - named)
+        if "/checkpoints/" in folder
+        and _epoch(folder) <= job.epoch
+        and _step(folder) < int(job.checkpoint_step or 0)
+    ]
+
+
+def _step(folder: str) -> int:
+    """Of …/checkpoints/e<epoch>-s<step>; a folder of another name is nobody's to delete here."""
+    text = folder.rpartition("s")[2]
+    return int(text) if text.isdigit() else sys.maxsize
 
 
 def _named(job: Job) -> tuple[str, ...]:
@@ -128,6 +158,7 @@ def _delete_job(owner: str, job_id: str) -> bool:
     for key in storage.list_keys(f"jobs/{job_id}/"):
         if not key.startswith(kept):
             storage.delete_file(key)
+    limits.note_checkpoints(job)
     for chunk in tables.rows(EventChunk, job_id):
         tables.remove(EventChunk, job_id, chunk.first_seq)
     for partition in (

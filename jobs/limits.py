@@ -9,7 +9,9 @@ from django.conf import settings
 from pynamodb.expressions.condition import size
 
 from jobs import tables
-from jobs.tables import Dataset, TunedModel, Usage
+from jobs.tables import Dataset, Job, TunedModel, Usage
+
+CHECKPOINTS = "checkpoints#"  # and the job's id: how many bytes its checkpoints hold
 
 
 class OverQuota(Exception):
@@ -53,22 +55,40 @@ def held(owner: str, what: str) -> set[str]:
 def check_room(owner: str) -> None:
     """Is there room for more bytes and one more model? Asked before a job is taken on, or a file of unknown size."""
     limit, most = int(settings.JOBS["max_stored_bytes_per_owner"]), int(settings.JOBS["max_models_per_owner"])
-    sizes = {table: _sizes(table, owner) for table in (Dataset, TunedModel)}
-    if sum(map(sum, sizes.values())) >= limit:
+    models = _sizes(TunedModel, owner)
+    if stored_bytes(owner, models) >= limit:
         raise _full(limit)
-    if len(sizes[TunedModel]) >= most:
+    if len(models) >= most:
         raise OverQuota(f"You have {most:,} models, the most at a time. Delete some first.")
 
 
 def check_fits(owner: str) -> None:
     """Asked after a file of unknown size was received: do all that came at the same time fit together?"""
     limit = int(settings.JOBS["max_stored_bytes_per_owner"])
-    if sum(sum(_sizes(table, owner)) for table in (Dataset, TunedModel)) > limit:
+    if stored_bytes(owner) > limit:
         raise _full(limit)
 
 
+def stored_bytes(owner: str, models: list[int] | None = None) -> int:
+    """What a person's files, models and checkpoints hold. `models`: their sizes, where the caller has read them."""
+    models = _sizes(TunedModel, owner) if models is None else models
+    notes = tables.rows(Usage, owner, Usage.what.startswith(CHECKPOINTS))
+    return sum(_sizes(Dataset, owner)) + sum(models) + sum(int((note.data or {})["bytes"]) for note in notes)
+
+
+def note_checkpoints(job: Job) -> None:
+    """Notes what a job's checkpoints hold, in a row of its own: reading whole jobs to add up would cost a megabyte for
+    every hundred. Again is harmless, and so is an old sight of the job: a newer one stays."""
+    own = [entry for entry in job.checkpoints if str(entry["key"]).startswith(f"jobs/{job.job_id}/")]
+    size = 0 if job.gone else sum(int(entry.get("bytes") or 0) for entry in own)
+    note = Usage(job.owner, CHECKPOINTS + job.job_id, data={"bytes": size}, version=job.version)
+    tables.put_if(note, Usage.version.does_not_exist() | (Usage.version < job.version), lambda found: True)
+
+
 def _full(limit: int) -> OverQuota:
-    return OverQuota(f"Your files and models fill the {limit:,} bytes you may store. Delete some first.")
+    return OverQuota(
+        f"Your files, models and checkpoints fill the {limit:,} bytes you may store. Delete files, models or jobs first."
+    )
 
 
 def reserve(owner: str, id: str, size: int) -> None:
@@ -79,11 +99,10 @@ def reserve(owner: str, id: str, size: int) -> None:
         row, kept = _set_aside(owner)
         if kept.get(id) == size:
             return
-        stored = sum(sum(_sizes(table, owner)) for table in (Dataset, TunedModel))
-        room = limit - stored - sum(kept.values()) + kept.get(id, 0)
+        room = limit - stored_bytes(owner) - sum(kept.values()) + kept.get(id, 0)
         if size > room:
             raise OverQuota(
-                f"The file has {size:,} bytes, and {max(0, room):,} of your {limit:,} are free. Delete some files or models first."
+                f"The file has {size:,} bytes, and {max(0, room):,} of your {limit:,} are free. Delete some files, models or jobs first."
             )
         if _write_aside(owner, row, kept | {id: size}, lambda found: (found.data or {}).get(id) == size):
             return

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from django.conf import settings
 from pynamodb.exceptions import PynamoDBException
 
-from jobs import doctor, failpoints, prepare, standby, uploads
+from jobs import doctor, endings, failpoints, prepare, standby, uploads
 from jobs.doctor import Diagnosis
 from jobs.lifecycle import Claim, LostRace
 from jobs.listener import Listener
@@ -83,6 +83,7 @@ class _Attempt:
         self.writer = Writer(claim)
         self.listener = Listener(self.writer)
         self.upload: Future[dict[str, Any]] | None = None  # one at a time
+        self.deleting: Future[None] | None = None  # superseded checkpoints
         self.waiting: list[
             dict[str, Any]
         ] = []  # checkpoints to be uploaded: the best one and the newest, no more
@@ -263,6 +264,18 @@ class _Attempt:
         if self.waiting and self.upload is None and self.writer.pointer is None:
             checkpoint = self.waiting.pop(0)
             self.upload = _in_thread(lambda: uploads.put_checkpoint(checkpoint, self.claim.prefix))
+        self._delete_superseded()
+
+    def _delete_superseded(self) -> None:
+        """What can't be deleted now is deleted with the next ones, at the latest when the job has ended."""
+        if self.deleting and self.deleting.done():
+            if error := self.deleting.exception():
+                log.warning("%s: superseded checkpoints are left: %s", self.claim.job_id, error)
+            self.deleting = None
+        if self.writer.pointer_moved and self.deleting is None:
+            self.writer.pointer_moved = False
+            job = self.claim.job
+            self.deleting = _in_thread(lambda: endings.after_pointer(job))
 
     def _obey(self, child: Child) -> None:
         """SIGTERM lets the trainer write a checkpoint; who doesn't end in time is killed."""
@@ -330,9 +343,11 @@ class _Attempt:
             raise _Asked
 
     def _finish_uploads(self, seconds: float) -> None:
-        """Waits for what is being stored, and moves the pointer."""
+        """Waits for what is being stored, moves the pointer, and deletes what it no longer names."""
         until = time.monotonic() + seconds
-        while (self.upload or self.waiting or self.writer.pointer) and time.monotonic() < until:
+        while time.monotonic() < until and (
+            self.upload or self.waiting or self.writer.pointer or self.writer.pointer_moved or self.deleting
+        ):
             self._turn()
 
     def _flush(self, seconds: float = 3600) -> None:

@@ -348,7 +348,8 @@ class HubModel(Table):
 
 
 class Usage(Table):
-    """Conditional sets behind quotas (`jobs`, `datasets`), and `idem#<key>` rows that make a submission one."""
+    """Conditional sets behind quotas (`jobs`, `datasets`), bytes by job (`checkpoints#<job>`), and `idem#<key>` rows that
+    make a submission one."""
 
     class Meta(Where):
         table_name = _name("Usage")

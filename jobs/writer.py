@@ -43,6 +43,7 @@ class Writer:
         # A stored checkpoint that the pointer doesn't name yet. It must wait until the events up to number "after" are
         # stored too: what a checkpoint is ahead of is never printed again.
         self.pointer: dict[str, Any] | None = None
+        self.pointer_moved = False  # what follows from that is still to be done
         self.heard = time.monotonic()  # the last success
         self.not_before = 0.0
         self.hurry = False  # the end: batches don't wait to fill
@@ -91,7 +92,7 @@ class Writer:
                 self.claim.move_pointer(
                     {name: self.pointer[name] for name in self.pointer if name != "after"}
                 )
-                self.pointer = None
+                self.pointer, self.pointer_moved = None, True
         except PynamoDBException:
             self.not_before = time.monotonic() + AGAIN_S
             return False

@@ -160,6 +160,20 @@ def janitor_forgets_the_fallbacks(sim: Any) -> list[Patch]:
     return [(endings, "_named", pointer_only), (endings, "_epoch", lambda key: -1)]
 
 
+def superseded_bytes_go_before_their_references(sim: Any) -> list[Patch]:
+    """Deleted as if the pointer had moved, and then it is moved."""
+
+    def move_pointer(self: Claim, checkpoint: Any) -> str:
+        ahead = Job()
+        ahead.attribute_values = dict(self.job.attribute_values)
+        ahead.checkpoints = lifecycle._kept([*self.job.checkpoints, dict(checkpoint)])
+        ahead.checkpoint_key, ahead.checkpoint_step = checkpoint["key"], checkpoint["step"]
+        endings.after_pointer(ahead)
+        return REAL_MOVE_POINTER(self, checkpoint)
+
+    return [(Claim, "move_pointer", move_pointer)]
+
+
 def success_ignores_a_cancel(sim: Any) -> list[Patch]:
     def landing(event: str, job: Job) -> str:
         return "succeeded" if event == "succeeded" else REAL["landing"](event, job)
@@ -234,12 +248,13 @@ def jobs_are_listed_after_they_are_made(sim: Any) -> list[Patch]:
 
 
 REAL_PUT_NEW = tables.put_new
+REAL_MOVE_POINTER = Claim.move_pointer
 EVERY: list[Callable[[Any], list[Patch]]] = [
     holder_may_write_after_leaving, epoch_is_not_shown, claim_ignores_what_was_seen, replies_are_believed,
     chunks_overwrite, chunks_are_put_once, batches_change_between_sends, readers_read_chunks_first,
     model_is_made_before_the_end, broken_submissions_are_dropped, wishes_only_wait_for_a_holder, paused_is_an_end,
     quota_is_a_counter, deleted_means_removed, janitor_sweeps_everything, janitor_forgets_the_fallbacks,
-    success_ignores_a_cancel, lost_leases_are_taken_blindly, requeueing_is_blind, keys_are_never_renewed,
+    superseded_bytes_go_before_their_references, success_ignores_a_cancel, lost_leases_are_taken_blindly, requeueing_is_blind, keys_are_never_renewed,
     cancels_can_be_taken_back, the_list_is_cleared_first, jobs_are_listed_after_they_are_made,
 ]  # fmt: skip
 PLANTED = {plant.__name__.replace("_", " "): plant for plant in EVERY}

@@ -28,7 +28,7 @@ from jobs.queueing import WorkerInfo
 from jobs.reconciler import Reconciler
 from jobs.tables import ENDED, Dataset, new_id
 
-STEPS = 2  # of the trainer that the workers play
+STEPS = 2  # of the trainer that the workers play, unless the scenario has more
 NUMBERS = {
     "lease_s": 10.0, "reconcile_s": 10.0, "watch_gap_s": 1e9, "void_after_s": 40.0, "backoff_first_s": 5.0,
     "janitor_s": 20.0, "audit_s": 60.0, "max_attempts": 10, "max_attempts_without_progress": 3, "max_platform_faults": 3,
@@ -316,7 +316,8 @@ class Sim:
             if not there:
                 return
         step = int(claim.job.checkpoint_step or 0)
-        while step < STEPS and claim.desired == "run":
+        steps = self.scenario.get("steps", STEPS)
+        while step < steps and claim.desired == "run":
             step += 1
             self.flush(
                 claim, [f'{{"t":"e{claim.epoch}.s{step}.{i}"}}' for i in range(1 + (claim.epoch + step) % 3)]
@@ -331,10 +332,11 @@ class Sim:
             folder = f"{claim.prefix}checkpoints/s{step}"
             self.gate("w", f"upload step {step}", lambda folder=folder: self.objects.add(folder + "/weights"))
             claim.move_pointer({"key": folder, "step": step, "epoch": claim.epoch})
-        if claim.desired == "cancel" or (claim.desired == "pause" and step < STEPS):
+            endings.after_pointer(claim.job)
+        if claim.desired == "cancel" or (claim.desired == "pause" and step < steps):
             claim.finish("cancelled" if claim.desired == "cancel" else "paused")
             return
-        if step < STEPS:
+        if step < steps:
             return
         final = f"{claim.prefix}final"
         self.gate("w", "upload the model", lambda: self.objects.add(final + "/weights"))
@@ -574,6 +576,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "pause": {"submits": [("k1", "b")], "people": [["pause", "run"]]},
     "mixed": {"submits": [("k1", "b")], "people": [["pause", "run"], ["cancel"]]},
     "delete": {"submits": [("k1", "b")], "people": [["delete"]]},
+    "superseded": {"submits": [("k1", "b")], "steps": 5},
     "not sent again": {"submits": [("k1", "b")], "again": False},
     "lossy": {"submits": [("k1", "b")], "faults": ["late", "lost", "bell"], "lossy": True},
 }

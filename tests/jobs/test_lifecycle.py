@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import pytest
 
-from jobs import access, datasets, endings, lifecycle, limits, queueing, reasons, tables
+from jobs import access, datasets, endings, lifecycle, limits, queueing, reasons, storage, tables
 from jobs.lifecycle import LostRace, OverQuota, Refused
 from jobs.tables import JobIndex, TunedModel, month_of, new_id
 from tests.jobs.makers import (
@@ -171,6 +172,78 @@ def test_the_pointer_goes_back_to_what_verifies():
     claim.pointer_back(None)
     assert (read(claim.job).checkpoint_key, read(claim.job).checkpoints) == (None, [])
     claim.move_pointer(checkpoint(claim, 1))
+
+
+def stored(claim, *steps, **fields):
+    """Checkpoints with bytes, each of 7."""
+    for step in steps:
+        entry = checkpoint(claim, step, bytes=7, **fields)
+        storage.put_file(f"{entry['key']}/weights", io.BytesIO(b"weights"))
+        claim.move_pointer(entry)
+        endings.after_pointer(claim.job)
+
+
+def bytes_of(job):
+    return [key.split("/", 2)[2].removesuffix("/weights") for key in storage.list_keys(f"jobs/{job.job_id}/")]
+
+
+def test_superseded_checkpoints_are_deleted():
+    claim = make_claim()
+    stored(claim, 1, 2, 3)
+    storage.put_file(f"{claim.prefix}checkpoints/s4/weights", io.BytesIO(b"on its way"))
+    endings.after_pointer(claim.job)
+    assert bytes_of(claim.job) == ["e1/checkpoints/s2", "e1/checkpoints/s3", "e1/checkpoints/s4"]
+
+
+def test_superseded_checkpoints_of_earlier_attempts_are_deleted_and_later_ones_are_not():
+    old = make_claim()
+    stored(old, 1, 3)
+    lifecycle.lose_lease(old.job)
+    lifecycle.requeue(read(old.job))
+    new = make_claim(old.job)
+    new.pointer_back(new.job.checkpoints[0])  # step 3 is damaged
+    stored(new, 2)
+    endings.after_pointer(old.job)  # a former holder that is late
+    assert bytes_of(new.job) == ["e1/checkpoints/s1", "e1/checkpoints/s3", "e2/checkpoints/s2"]
+    stored(new, 4, 5)
+    assert bytes_of(new.job) == ["e2/checkpoints/s4", "e2/checkpoints/s5"]
+
+
+def test_the_checkpoint_of_another_job_is_left_to_it():
+    first = make_claim()
+    stored(first, 1)
+    first.finish("failed", "not_finite")
+    second = make_claim(lifecycle.retry(first.owner, first.job_id))
+    stored(second, 2, 3)
+    assert bytes_of(first.job) == ["e1/checkpoints/s1"]
+    assert limits.stored_bytes(first.owner) == 35 + 7 + 14  # the dataset; what each job's own folder holds
+
+
+def test_checkpoints_count_against_the_storage_quota(settings):
+    settings.JOBS = settings.JOBS | {"max_stored_bytes_per_owner": 50}
+    claim = make_claim()  # its dataset has 35 bytes
+    stored(claim, 1, 2, 3)  # two are kept
+    limits.check_room(claim.owner)
+    with pytest.raises(OverQuota):
+        limits.reserve(claim.owner, "upload-1", 2)
+    limits.reserve(claim.owner, "upload-1", 1)
+    stored(claim, 4, best=True)
+    stored(claim, 5, 6)
+    for full in (limits.check_room, limits.check_fits):
+        with pytest.raises(OverQuota, match="checkpoints"):
+            full(claim.owner)
+
+
+def test_a_deleted_jobs_checkpoints_count_no_more():
+    claim = make_claim()
+    stored(claim, 1, 2)
+    claim.finish("failed", "not_finite")
+    seen = read(claim.job)
+    lifecycle.delete(claim.owner, claim.job_id)
+    endings.delete_bytes(claim.owner, claim.job_id)
+    limits.note_checkpoints(seen)  # a late writer
+    assert limits.stored_bytes(claim.owner) == 35
+    assert bytes_of(claim.job) == []
 
 
 def test_a_success_makes_a_model_and_clears_the_lists():

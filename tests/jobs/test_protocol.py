@@ -28,6 +28,7 @@ FOUND: dict[str, tuple[str, int]] = {
     "paused is an end": ("pause", 0),
     "janitor forgets the fallbacks": ("delete", 0),
     "janitor sweeps everything": ("delete", 0),
+    "superseded bytes go before their references": ("superseded", 0),
     "lost leases are taken blindly": ("delete", 3),
     "jobs are listed after they are made": ("delete", 0),
     "quota is a counter": ("cancel", 0),

@@ -14,7 +14,7 @@ import pytest
 from django.conf import settings
 from django.core.files.storage import storages
 
-from jobs import datasets, feed, lifecycle, runner, standby, storage, tables, tuned_models
+from jobs import datasets, feed, lifecycle, limits, runner, standby, storage, tables, tuned_models
 from tests import services
 from tests.jobs.makers import WORKER, make_owner, read
 
@@ -129,6 +129,27 @@ def test_a_stopped_worker_gives_back_and_the_next_attempt_is_exact(undisturbed):
     assert read(job).status == "succeeded"
     assert curve(job) == curve(undisturbed)
     assert weights(job) == weights(undisturbed)
+
+
+def stored_checkpoints(job):
+    keys = storage.list_keys(f"jobs/{job.job_id}/")
+    return {key.rpartition("/")[0] for key in keys if "/checkpoints/" in key}
+
+
+def test_only_the_checkpoints_that_a_job_may_need_stay_stored():
+    """While it runs: what its end would sweep is not there any more."""
+    claim = claim_one(checkpoint_every_steps=4)
+    runner.run(claim)
+    job = read(claim.job)
+    wanted = {entry["key"] for entry in job.checkpoints}
+    assert 2 <= len(wanted) <= 3
+    until = time.monotonic() + 60  # they are deleted beside the training
+    while time.monotonic() < until and stored_checkpoints(job) != wanted:
+        time.sleep(0.1)
+    assert stored_checkpoints(job) == wanted
+    folders = storage.local_path(job.checkpoint_key).parent
+    assert {folder.name for folder in folders.iterdir()} == {key.rpartition("/")[2] for key in wanted}
+    assert limits.stored_bytes(job.owner) >= sum(entry["bytes"] for entry in job.checkpoints) > 0
 
 
 @pytest.mark.parametrize("wish", ["stop", "cancel", "stalled"])
