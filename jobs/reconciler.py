@@ -13,7 +13,7 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs import endings, errands, lifecycle, limits, queueing, tables
+from jobs import endings, errands, lifecycle, limits, queueing, storage, tables
 from jobs.tables import Job
 
 log = logging.getLogger(__name__)
@@ -127,11 +127,12 @@ class Reconciler:
                 self.watch.again(row.job_id)
 
     def _hourly(self, jobs: list[Job]) -> None:
-        """Bytes: what lost attempts left goes. Quotas: an id whose job has ended goes."""
+        """Bytes: what lost attempts and killed processes left goes. Quotas: an id whose job has ended goes."""
         if self._falls_due("janitor", settings.JOBS["janitor_s"]):
             for job in jobs:
                 if job.epoch > 1:
                     endings.sweep(job)
+            storage.sweep_unfinished()
         if self._falls_due("audit", settings.JOBS["audit_s"]):
             for owner in {job.owner for job in jobs}:
                 limits.audit(owner, "jobs", lambda id, owner=owner: is_over(owner, id))  # type: ignore[misc]  # bound now

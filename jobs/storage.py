@@ -12,6 +12,7 @@ import io
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -26,6 +27,8 @@ from django.core.signing import BadSignature, SignatureExpired, TimestampSigner
 
 BLOCK = 1 << 20
 LINK_S = 3600  # how long a part may be put by its link
+UNFINISHED = ".put-"  # begins the name of a file that is being stored on local disk
+UNFINISHED_S = 3600  # without a byte more: whoever stored it is gone
 PART = 16 << 20  # of a multipart upload: what is held in memory at once
 
 
@@ -120,7 +123,7 @@ def _put_local(key: str, reader: _Hashing) -> None:
     """Beside the place, to disk, then renamed: whole or not at all."""
     path = local_path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".put-", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=UNFINISHED, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as out:
             while block := reader.read(BLOCK):
@@ -346,7 +349,7 @@ def list_keys(prefix: str) -> list[str]:
         base = _root() / PurePosixPath(prefix)
         folder = base if prefix.endswith("/") or not prefix else base.parent
         found = (str(path.relative_to(_root())) for path in folder.rglob("*") if path.is_file())
-        return sorted(key for key in found if key.startswith(prefix) and "/.put-" not in key)
+        return sorted(key for key in found if key.startswith(prefix) and f"/{UNFINISHED}" not in key)
     try:
         pages = _s3().get_paginator("list_objects_v2").paginate(Bucket=_bucket(), Prefix=prefix)
         return sorted(item["Key"] for page in pages for item in page.get("Contents", []))
@@ -376,6 +379,20 @@ def delete_prefix(prefix: str) -> int:
     if is_local() and prefix.endswith("/"):
         shutil.rmtree(_root() / PurePosixPath(prefix), ignore_errors=True)  # the empty folders
     return len(keys)
+
+
+def sweep_unfinished() -> int:
+    """Deletes what processes that were killed had half stored on local disk; returns how many files. (S3 shows no half
+    objects; a rule of the bucket ends uploads that broke off.)"""
+    if not is_local():
+        return 0
+    swept = 0
+    for path in _root().rglob(f"{UNFINISHED}*"):
+        with suppress(OSError):  # stored meanwhile, or swept by another process
+            if time.time() - path.stat().st_mtime > UNFINISHED_S:
+                path.unlink()
+                swept += 1
+    return swept
 
 
 # ---- links ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pathlib import Path
 from django.conf import settings
 from pynamodb.exceptions import PynamoDBException
 
-from jobs import bells, lifecycle, relay, standby
+from jobs import bells, lifecycle, relay, standby, storage
 from jobs.queueing import WorkerInfo
 from jobs.tables import Worker
 
@@ -150,8 +150,9 @@ class _Canary:
 
 
 def clear_leftovers() -> None:
-    """Work folders of attempts whose worker is gone. A running one holds its lock."""
+    """Work folders of attempts whose worker is gone (a running one holds its lock), and files they had half stored."""
     for folder in Path(settings.WORK_DIR).glob("ftjob-*/e*"):
         with standby.folder_lock(folder) as mine:
             if mine:
                 shutil.rmtree(folder, ignore_errors=True)
+    storage.sweep_unfinished()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 
 import pytest
@@ -203,6 +204,25 @@ def test_the_audit_removes_what_has_ended_from_the_quota(alone, settings):
     reconciler.tick()
     assert claim.job_id not in limits.held(claim.owner, "jobs")
     assert len(limits.held(claim.owner, "jobs")) == 1
+
+
+def test_the_janitor_sweeps_what_a_killed_process_was_storing(alone):
+    from jobs import storage, worker
+
+    folder = storage.local_path(f"jobs/{new_id('ftjob')}/e1")
+    folder.mkdir(parents=True)
+    start_one = folder / f"{storage.UNFINISHED}start"
+    later_one = folder / f"{storage.UNFINISHED}later"
+    for left, sweep in ((start_one, worker.clear_leftovers), (later_one, None)):
+        left.write_bytes(b"half")
+        os.utime(left, (time.time() - 7200,) * 2)
+        if sweep:
+            sweep()
+            assert not left.exists()
+    reconciler, clock = start()
+    clock.now += 3601
+    reconciler.tick()
+    assert not later_one.exists()
 
 
 def test_the_janitor_deletes_only_what_nothing_names(alone, monkeypatch):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import secrets
+import signal
+import time
 import urllib.error
 import urllib.request
 
@@ -157,6 +160,36 @@ async def get(link, **headers):
     response = await AsyncClient().get(link, headers=headers)
     parts = [part async for part in response.streaming_content] if response.streaming else [response.content]
     return response, b"".join(parts)
+
+
+@pytest.mark.parametrize("store", ["local"], indirect=True)
+def test_what_a_killed_process_was_storing_is_swept(store):
+    """The process is really killed in the middle, which no clean-up of its own survives."""
+    where = key()
+    storage.put_file(where, io.BytesIO(b"whole"))
+    folder = storage.local_path(where).parent
+
+    def blocks():
+        yield b"half of it"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        try:
+            storage.put_file(f"{where.rpartition('/')[0]}/other", blocks())
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (left,) = set(folder.iterdir()) - {storage.local_path(where)}
+    assert storage.sweep_unfinished() == 0  # it may still be written
+    os.utime(left, (time.time() - 7200,) * 2)
+    assert storage.sweep_unfinished() == 1
+    assert list(folder.iterdir()) == [storage.local_path(where)]
+
+
+def test_where_there_is_nothing_to_sweep_nothing_is_swept(store):
+    storage.put_file(key(), io.BytesIO(b"whole"))
+    assert storage.sweep_unfinished() == 0
 
 
 @pytest.mark.parametrize("store", ["local"], indirect=True)
