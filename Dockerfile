@@ -1,7 +1,7 @@
 FROM python:3.11-slim-bookworm
 # --build-arg TORCH_INDEX_URL=… takes PyTorch from another index: its CPU wheels, or another CUDA.
 ARG TORCH_INDEX_URL=
-ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 VAR_DIR=/var/lib/llmtuner
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 VAR_DIR=/var/lib/llmtuner WEB_HOST=0.0.0.0
 WORKDIR /app
 COPY requirements.txt constraints.txt ./
 RUN pip install ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -c constraints.txt "$(grep '^torch==' requirements.txt)" \
@@ -11,4 +11,4 @@ RUN useradd --system --create-home --home-dir /var/lib/llmtuner tuner \
  && LLMTUNER_ENV=production SECRET_KEY=only-to-collect-static-files-during-the-build python manage.py collectstatic --noinput
 USER tuner
 EXPOSE 8420
-CMD ["uvicorn", "llmtuner.asgi:application", "--host", "0.0.0.0", "--port", "8420", "--no-proxy-headers", "--timeout-graceful-shutdown", "5", "--limit-concurrency", "4000"]
+CMD ["python", "-m", "llmtuner", "web"]

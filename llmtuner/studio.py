@@ -30,23 +30,11 @@ import redis
 from supervisor.xmlrpc import SupervisorTransport
 
 from llmtuner.env import kept_secret
+from llmtuner.processes import QUEUES
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / ".tools"
 STOP_WORKERS_S = 45  # a worker checkpoints and gives its job back within 30 s
-
-
-def worker_argv(queue: str) -> list[str]:
-    """`python -m` arguments of one Celery worker. Inference and notifications only wait for others, so threads do; the
-    rest run one task at a time in the main thread, since the trainer must be a child of it."""
-    pool = ["-P", "threads", "-c", "16"] if queue in {"inference", "notifications"} else ["-P", "solo"]
-    name = f"{queue}-{secrets.token_hex(3)}@%h"
-    quiet = [
-        "--without-gossip",
-        "--without-mingle",
-        "--without-heartbeat",
-    ]  # workers meet in the store, not on the bell
-    return ["celery", "-A", "llmtuner", "worker", "-Q", queue, "-n", name, "-l", "warning", *quiet, *pool]
 
 
 class Trouble(Exception):
@@ -71,26 +59,9 @@ def programs() -> Iterator[tuple[str, int, list[str], int]]:
             [*dynalite, "--port", os.environ["DYNAMODB_PORT"], "--path", f"{var}/dynamodb"],
             10,
         )
-    web = [
-        "uvicorn",
-        "llmtuner.asgi:application",
-        "--host",
-        os.environ["WEB_HOST"],
-        "--port",
-        os.environ["WEB_PORT"],
-    ]
-    web += [
-        "--log-level",
-        "warning",
-        "--no-proxy-headers",
-        "--timeout-graceful-shutdown",
-        "5",
-        "--limit-concurrency",
-        "4000",
-    ]
-    yield "web", 10, [sys.executable, "-m", *web], 15
-    for queue in ("checks", "notifications", "training", "inference"):
-        yield queue, 20, [sys.executable, "-m", *worker_argv(queue)], STOP_WORKERS_S
+    yield "web", 10, [sys.executable, "-m", "llmtuner", "web"], 15
+    for queue in QUEUES:
+        yield queue, 20, [sys.executable, "-m", "llmtuner", "worker", queue], STOP_WORKERS_S
 
 
 def dying_with_parent() -> list[str]:

@@ -83,10 +83,16 @@ class Studio:
     url: str
     folder: Path
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
 
     def start(self, name: str, *argv: str) -> subprocess.Popen[bytes]:
         log = (self.folder / f"{name}.log").open("ab")
-        environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.settings"}
+        environment = {
+            **os.environ,
+            "DJANGO_SETTINGS_MODULE": "tests.settings",
+            "WEB_PORT": self.url.rsplit(":", 1)[1],
+            **self.environment,
+        }
         self.processes[name] = subprocess.Popen(
             [sys.executable, "-m", *argv],
             cwd=ROOT,
@@ -102,23 +108,10 @@ class Studio:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
     def start_worker(self, queue: str) -> subprocess.Popen[bytes]:
-        from llmtuner.studio import worker_argv
-
-        return self.start(queue, *worker_argv(queue))
+        return self.start(queue, "llmtuner", "worker", queue)
 
     def start_web(self) -> subprocess.Popen[bytes]:
-        port = self.url.rsplit(":", 1)[1]
-        process = self.start(
-            "web",
-            "uvicorn",
-            "llmtuner.asgi:application",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            port,
-            "--log-level",
-            "warning",
-        )
+        process = self.start("web", "llmtuner", "web")
         for _ in range(900):
             try:
                 urllib.request.urlopen(f"{self.url}/healthz", timeout=2)

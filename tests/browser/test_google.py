@@ -54,8 +54,9 @@ def studio_with_google(stores: None, django_db_setup: None) -> Iterator[str]:
     processes = [
         start(["oidc_provider_mock", "--port", str(google)], issuer),
         start(
-            ["uvicorn", "llmtuner.asgi:application", "--port", str(web), "--no-proxy-headers"],
+            ["llmtuner", "web"],
             f"{url}/healthz",
+            WEB_PORT=str(web),
             DJANGO_SETTINGS_MODULE="tests.settings",
             PUBLIC_URL=url,
             GOOGLE_CLIENT_ID="llm-tuner",

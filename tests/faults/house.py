@@ -138,24 +138,12 @@ class House:
         self, name: str, queue: str = "training", *, shift_s: int = 0, **environment: str
     ) -> subprocess.Popen[bytes]:
         """`shift_s`: by how much its wall clock is wrong."""
-        from llmtuner.studio import worker_argv
-
         shifted = ["tests.faults.shifted", str(shift_s)] if shift_s else []
-        return self._start(name, [*shifted, *worker_argv(queue)], environment)
+        return self._start(name, [*shifted, "llmtuner", "worker", queue], environment)
 
     def start_web(self) -> None:
         """Returns when it answers."""
-        quiet = ["--log-level", "warning", "--no-access-log"]
-        argv = [
-            "uvicorn",
-            "llmtuner.asgi:application",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(web_port()),
-            *quiet,
-        ]
-        process = self._start("web", argv, {})
+        process = self._start("web", ["llmtuner", "web"], {})
         while not services._answers_http(web_port()):
             assert process.poll() is None, self.log("web").read_text()[-3000:]
             time.sleep(0.05)

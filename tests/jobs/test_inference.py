@@ -24,11 +24,9 @@ pytestmark = [pytest.mark.usefixtures("stores"), pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def worker(stores, folder):
-    from llmtuner.studio import worker_argv
-
     with (folder / "inference-of-tests.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", *worker_argv("inference")],
+            [sys.executable, "-m", "llmtuner", "worker", "inference"],
             cwd=services.ROOT,
             stdout=log,
             stderr=log,

@@ -1,0 +1,3 @@
+from llmtuner.processes import main
+
+main()
