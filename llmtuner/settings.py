@@ -32,6 +32,13 @@ ALLOWED_HOSTS = env.words(
 CSRF_TRUSTED_ORIGINS = [PUBLIC_URL]
 # How many reverse proxies stand before us. 0: X-Forwarded-For and X-Forwarded-Proto are believed from nobody.
 TRUSTED_PROXY_COUNT = env.number("TRUSTED_PROXY_COUNT", 0)
+# Of slow senders and of many connections: see llmtuner/connections.py.
+WEB_HEADER_TIMEOUT_S = env.number("WEB_HEADER_TIMEOUT_S", 10.0)
+WEB_BODY_TIMEOUT_S = env.number("WEB_BODY_TIMEOUT_S", 30.0)
+# 0: no limit. Through a proxy everybody comes from the proxy's address: there it is the proxy that has to limit them.
+WEB_MAX_CONNECTIONS_PER_ADDRESS = env.number(
+    "WEB_MAX_CONNECTIONS_PER_ADDRESS", 0 if TRUSTED_PROXY_COUNT else 256
+)
 if TRUSTED_PROXY_COUNT:
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from django.test import Client
 
 from accounts.models import User
+from tests import services
+from tests.conftest import Studio
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +60,20 @@ def bobs(bob: User) -> Client:
 @pytest.fixture
 def sams(sam: User) -> Client:
     return browser_of(sam)
+
+
+@pytest.fixture
+def start_web(tmp_path: Path) -> Iterator[Callable[..., int]]:
+    """Starts a web process of the test's own with these settings, and returns its port."""
+    studios = []
+
+    def start(**environment: str) -> int:
+        port = services.free_port()
+        studio = Studio(f"http://localhost:{port}", tmp_path, environment=environment)
+        studios.append(studio)
+        studio.start_web()
+        return port
+
+    yield start
+    for studio in studios:
+        studio.stop()
