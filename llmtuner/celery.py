@@ -13,6 +13,7 @@ from celery import Celery, signals
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "llmtuner.settings")
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 
 os.umask(0o077)  # what a worker writes holds people's data: for its own account only
 
@@ -49,6 +50,18 @@ app.conf.update(
     worker_cancel_long_running_tasks_on_connection_loss=False,
 )
 app.autodiscover_tasks(["jobs"])
+
+
+@signals.worker_init.connect
+def _init(**_: Any) -> None:
+    from llmtuner import checks
+
+    try:
+        checks.refuse_unsafe_start(needs_sql=False)
+    except ImproperlyConfigured as error:
+        raise SystemExit(
+            f"This worker does not start: {error}"
+        ) from None  # any other exception Celery only logs
 
 
 @signals.worker_ready.connect

@@ -1,7 +1,9 @@
-"""Refuses to start where it would be unsafe. `LLMTUNER_ENV=production` turns these on."""
+"""Refuses to start where it would be unsafe, or would keep its data in this machine's own stores unasked.
+`LLMTUNER_ENV=production` turns these on."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,15 +16,39 @@ from llmtuner import env
 
 @register(Tags.security)
 def production_is_safe(**kwargs: Any) -> list[CheckMessage]:
+    return problems(needs_sql=True)
+
+
+def problems(needs_sql: bool) -> list[CheckMessage]:
     if settings.LLMTUNER_ENV not in {"development", "test", "production"}:
         return [Error("LLMTUNER_ENV must be development, test or production", id="llmtuner.E001")]
-    return list(_problems()) if settings.PRODUCTION else []
+    if not settings.PRODUCTION:
+        return []
+    return [*_problems(), *_store_problems(needs_sql)]
 
 
-def refuse_unsafe_start() -> None:
+def refuse_unsafe_start(needs_sql: bool = True) -> None:
     """For servers, which run no system checks by themselves."""
-    if problems := production_is_safe():
-        raise ImproperlyConfigured("; ".join(f"{problem.msg} ({problem.id})" for problem in problems))
+    if found := problems(needs_sql):
+        raise ImproperlyConfigured("; ".join(f"{problem.msg} ({problem.id})" for problem in found))
+
+
+def _store_problems(needs_sql: bool) -> Iterator[CheckMessage]:
+    """What was forgotten would otherwise be a store of this machine alone, empty, and without a backup."""
+    if needs_sql and not env.text("DATABASE_URL").startswith(("postgres://", "postgresql://")):
+        yield Error("DATABASE_URL must be set to a PostgreSQL database", id="llmtuner.E014")
+    if not env.text("REDIS_URL") or env.text("LLMTUNER_OWN_REDIS"):
+        yield Error("REDIS_URL must be set: production uses no embedded Redis", id="llmtuner.E015")
+    if "DYNAMODB_ENDPOINT" not in os.environ or env.text("LLMTUNER_OWN_DYNAMODB"):
+        yield Error(
+            "DYNAMODB_ENDPOINT must be set: production uses no embedded DynamoDB",
+            hint="Leave it empty for AWS's own: DYNAMODB_ENDPOINT=",
+            id="llmtuner.E016",
+        )
+    if not settings.AWS_STORAGE_BUCKET_NAME:
+        yield Error(
+            "AWS_STORAGE_BUCKET_NAME must be set: files are shared by all machines", id="llmtuner.E017"
+        )
 
 
 def _problems() -> Iterator[CheckMessage]:

@@ -337,6 +337,17 @@ def keep_private(var: Path) -> None:
             ) from e
 
 
+def refuse_unsafe_production() -> None:
+    from django.core.exceptions import ImproperlyConfigured
+
+    from llmtuner import checks  # late: it reads the environment
+
+    try:
+        checks.refuse_unsafe_start()
+    except ImproperlyConfigured as error:
+        raise Trouble(str(error)) from None
+
+
 def set_environment(var: Path) -> None:
     """Defaults of the embedded parts. What the person has set is left as it is."""
     env = os.environ
@@ -398,6 +409,7 @@ def main() -> int:
         held.truncate(0)
         held.write(f"{os.getpid()} {os.environ['PUBLIC_URL']}\n")
         held.flush()
+        refuse_unsafe_production()
         refuse_taken_ports()
         supervisor = Supervisor(write_configuration(var), var)
         start_redis(supervisor, var)

@@ -17,7 +17,12 @@ SAFE = {
     "PUBLIC_URL": "https://tuner.example.com",
     "EMAIL_URL": "smtp+tls://user:password@smtp.example.com:587",
     "TRUSTED_PROXY_COUNT": "1",
+    "DATABASE_URL": "postgres://tuner:secret@postgres:5432/llmtuner",
+    "REDIS_URL": "redis://:secret@redis:6379/0",
+    "DYNAMODB_ENDPOINT": "",
+    "AWS_STORAGE_BUCKET_NAME": "bucket",
 }
+FORGOTTEN = None
 
 
 def check(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -53,15 +58,26 @@ def test_a_safe_production_passes_without_warnings(tmp_path: Path):
         ({"EMAIL_URL": ""}, "E009"),
         ({"PUBLIC_URL": "https://localhost"}, "E011"),
         ({"GOOGLE_CLIENT_ID": "abc"}, "E013"),
+        ({"DATABASE_URL": FORGOTTEN}, "E014"),
+        ({"DATABASE_URL": "sqlite:////data/db.sqlite3"}, "E014"),
+        ({"REDIS_URL": FORGOTTEN}, "E015"),
+        ({"LLMTUNER_OWN_REDIS": "1"}, "E015"),
+        ({"DYNAMODB_ENDPOINT": FORGOTTEN}, "E016"),
+        ({"LLMTUNER_OWN_DYNAMODB": "1"}, "E016"),
+        ({"AWS_STORAGE_BUCKET_NAME": FORGOTTEN}, "E017"),
     ],
     ids=str,
 )
-def test_an_unsafe_production_is_refused(change: dict[str, str], error: str, monkeypatch):
+def test_an_unsafe_production_is_refused(change: dict[str, str | None], error: str, monkeypatch):
     """In this process, with the settings as that environment would make them: a process each would take a minute."""
     assert f"llmtuner.{error}" in problems_with(SAFE | change, monkeypatch)
 
 
-def problems_with(environment: dict[str, str], monkeypatch) -> set[str]:
+def test_a_worker_needs_no_sql(monkeypatch):
+    assert not problems_with(SAFE | {"DATABASE_URL": FORGOTTEN}, monkeypatch, needs_sql=False)
+
+
+def problems_with(environment: dict[str, str | None], monkeypatch, needs_sql: bool = True) -> set[str]:
     import importlib.util
     from types import SimpleNamespace
 
@@ -77,7 +93,10 @@ def problems_with(environment: dict[str, str], monkeypatch) -> set[str]:
     ):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+        if value is FORGOTTEN:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
     spec = importlib.util.spec_from_file_location(
         "settings_of_another", services.ROOT / "llmtuner/settings.py"
     )
@@ -86,7 +105,7 @@ def problems_with(environment: dict[str, str], monkeypatch) -> set[str]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(checks, "settings", SimpleNamespace(**vars(module)))
-    return {str(message.id) for message in checks.production_is_safe()}
+    return {str(message.id) for message in checks.problems(needs_sql)}
 
 
 def test_the_safe_one_has_no_problem_of_ours(monkeypatch):
@@ -103,6 +122,40 @@ def test_an_unsafe_production_does_not_start(tmp_path: Path):
     )
     assert found.returncode != 0
     assert "SECRET_KEY must be set" in found.stderr
+
+
+@pytest.mark.parametrize("queue", ["checks", "training", "inference"])
+def test_a_worker_does_not_start_in_an_unsafe_production(tmp_path: Path, queue: str):
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment |= SAFE | {"VAR_DIR": str(tmp_path), "REDIS_URL": ""}
+    found = subprocess.run(
+        [sys.executable, "-m", "llmtuner", "worker", queue],
+        cwd=services.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.returncode == 1
+    assert "REDIS_URL must be set" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_bin_up_says_why_it_does_not_start_a_production_of_embedded_stores(tmp_path: Path):
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    environment |= SAFE | {"VAR_DIR": str(tmp_path)}
+    del environment["REDIS_URL"]
+    found = subprocess.run(
+        [sys.executable, "-m", "llmtuner.studio"],
+        cwd=services.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.returncode == 1
+    assert "REDIS_URL must be set" in found.stderr
+    assert "Traceback" not in found.stderr
 
 
 def test_a_clone_starts_with_no_environment_and_keeps_its_secret(tmp_path: Path):
