@@ -35,9 +35,17 @@ PROBLEMS = {
     ),
 }
 
+MISCONFIGURED = Problem(
+    "A part of the studio is set up incorrectly",
+    "Trying again will not help. Tell the person who runs this studio.",
+    "service_unavailable_error",
+)
 
-def respond(request: HttpRequest, status: int, advice: str = "") -> HttpResponse:
-    problem = PROBLEMS[status]
+
+def respond(
+    request: HttpRequest, status: int, advice: str = "", problem: Problem | None = None
+) -> HttpResponse:
+    problem = problem or PROBLEMS[status]
     advice = advice or problem.advice
     # Only where it helps to find the cause: a 404 must look the same for what never was and what is not yours.
     request_id = getattr(request, "request_id", "") if status >= 500 else ""

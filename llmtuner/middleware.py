@@ -11,14 +11,11 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from functools import lru_cache
 
-import redis
 from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.conf import settings
-from django.db import OperationalError
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from django.utils.cache import patch_vary_headers
 from django.utils.decorators import sync_and_async_middleware
-from pynamodb.exceptions import PynamoDBException
 from whitenoise.middleware import WhiteNoiseMiddleware
 
 from llmtuner import errors
@@ -152,13 +149,17 @@ def security_headers(get_response: Handler) -> Handler:
 
 @sync_and_async_middleware
 def unreachable_stores(get_response: Handler) -> Handler:
-    """Says that a store is away, with 503, instead of that something broke: it comes back by itself."""
+    """Says with 503 that a store is away, or set up incorrectly, instead of that something broke."""
 
     def process_exception(request: HttpRequest, exception: Exception) -> HttpResponse | None:
-        if not isinstance(exception, PynamoDBException | redis.exceptions.ConnectionError | OperationalError):
+        from jobs import store_errors  # late: logging imports this module before there are settings
+
+        state = store_errors.outage(exception)
+        if state is None:
             return None
-        log.error("a store does not answer: %s", exception)
-        return errors.respond(request, 503)
+        log.error("a store is %s: %s", state, exception)
+        problem = errors.MISCONFIGURED if state == store_errors.MISCONFIGURED else None
+        return errors.respond(request, 503, problem=problem)
 
     middleware = around(lambda request, response: None, get_response)
     middleware.process_exception = process_exception  # type: ignore[attr-defined]  # Django looks for it there

@@ -70,6 +70,7 @@ INSTALLED_APPS = [
 ]
 # Each of these runs without a thread of its own under ASGI; a test holds it.
 MIDDLEWARE = [
+    "llmtuner.health.probes",  # before anything that asks for the host, a session or https
     "llmtuner.middleware.request_id",
     "django.middleware.security.SecurityMiddleware",
     "llmtuner.middleware.security_headers",
@@ -250,7 +251,6 @@ SESSION_COOKIE_HTTPONLY = CSRF_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = CSRF_COOKIE_SAMESITE = "Lax"
 SESSION_COOKIE_AGE = 14 * 86400
 SECURE_SSL_REDIRECT = HTTPS
-SECURE_REDIRECT_EXEMPT = [r"^healthz$", r"^readyz$"]  # asked by machines next to us, over plain HTTP
 SECURE_HSTS_SECONDS = 365 * 86400 if HTTPS else 0
 SECURE_HSTS_INCLUDE_SUBDOMAINS = SECURE_HSTS_PRELOAD = HTTPS
 SECURE_CONTENT_TYPE_NOSNIFF = True

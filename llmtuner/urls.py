@@ -1,4 +1,4 @@
-"""Every address. The live stream `/jobs/<id>/stream` is mounted in asgi.py, before Django."""
+"""Every address, except the live stream `/jobs/<id>/stream` (asgi.py) and `/healthz` and `/readyz` (health.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from django.contrib import admin
 from django.urls import include, path
 
 from accounts import views
-from llmtuner import errors, health
+from llmtuner import errors
 from llmtuner.api import api
 
 # The admin signs in by the same door as everybody: same rate limits, same second factor.
@@ -18,8 +18,6 @@ admin.site.index_title = "Oversight"
 
 urlpatterns = [
     path("", views.home, name="home"),
-    path("healthz", health.alive),
-    path("readyz", health.ready),
     path("admin/", admin.site.urls),
     path("accounts/", include("allauth.urls")),
     path("account/", include("accounts.urls")),

@@ -10,10 +10,9 @@ from django.core.exceptions import RequestDataTooBig, SuspiciousOperation
 from django.http import HttpRequest, HttpResponse
 from django.http.multipartparser import MultiPartParserError
 from ninja.errors import AuthenticationError, HttpError, Throttled, ValidationError
-from pynamodb.exceptions import PynamoDBException
 
 from accounts.auth import TwoCredentials
-from jobs import access, datasets, inference, lifecycle, limits, storage
+from jobs import access, datasets, inference, lifecycle, limits, storage, store_errors
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ TYPES = {
     503: "service_unavailable_error",
 }
 # The official client sends a POST up to twice more on 409, 429 and 5xx, which helps nobody when nothing will have changed.
-FINAL_STATUS, FINAL_CODES = {409, 413, 501}, {"quota_exceeded"}
+FINAL_STATUS, FINAL_CODES = {409, 413, 501}, {"quota_exceeded", "misconfigured"}
 # What our modules call a field, as callers know it.
 PARAMS = {
     "dataset_id": "training_file",
@@ -134,23 +133,24 @@ def translate(exc: Exception) -> ApiError:
             return ApiError(
                 404, "The file's bytes are not there any more. Upload it again.", code="not_found"
             )
-        case storage.StorageError():
-            log.warning("objects: %s", exc)
-            return ApiError(
-                503, "The object storage is not reachable. Try again soon.", code="unavailable", retry_after=5
-            )
         case MultiPartParserError() | SuspiciousOperation():
             return bad("The request's body could not be read.", None, "invalid_body")
         case HttpError():
             cause = exc.__cause__
             return cause if isinstance(cause, ApiError) else ApiError(exc.status_code, str(exc))
-        case PynamoDBException():
-            log.warning("store: %s", exc)
-            return ApiError(
-                503, "The store is not reachable. Try again soon.", code="unavailable", retry_after=5
-            )
+    if state := store_errors.outage(exc):
+        return _store_error(exc, state)
     log.exception("unexpected error in /v1", exc_info=exc)
     return ApiError(500, "Something went wrong on our side. The request id tells the operator where to look.")
+
+
+def _store_error(exc: Exception, state: str) -> ApiError:
+    log.warning("a store is %s: %s", state, exc)
+    what = "object storage" if isinstance(exc, storage.StorageError) else "store"
+    if state == store_errors.MISCONFIGURED:
+        message = f"The {what} is set up incorrectly. Only the person who runs this studio can change that."
+        return ApiError(503, message, code="misconfigured")
+    return ApiError(503, f"The {what} is not reachable. Try again soon.", code="unavailable", retry_after=5)
 
 
 def too_large(limit: int | None = None) -> ApiError:

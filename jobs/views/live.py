@@ -25,7 +25,7 @@ from django.contrib.auth import get_user
 from django.contrib.auth.decorators import login_required
 from django.core.exceptions import DisallowedHost
 from django.core.handlers.asgi import ASGIRequest
-from django.db import close_old_connections
+from django.db import DatabaseError, close_old_connections
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.template.loader import render_to_string
 from django.views.decorators.http import require_safe
@@ -63,7 +63,10 @@ async def stream(scope: Scope, receive: Receive, send: Send) -> None:
         after = _cursor(request)
     except (DisallowedHost, ValueError):
         return await _answer(send, 400)
-    owner = await _owner(request)
+    try:
+        owner = await _owner(request)
+    except DatabaseError:
+        return await _answer(send, 503, [(b"retry-after", b"5")])
     if owner is None:
         return await _answer(send, 401)
     if _open[owner] >= settings.JOBS["max_streams_per_owner"]:

@@ -33,7 +33,7 @@ WRONG = {
     "a negative chunk size": POST + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n0\r\n\r\n",
     "two hosts": b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
     "no host": b"GET /v1/models HTTP/1.1\r\n\r\n",
-    "another host": b"GET /healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    "another host": b"GET /v1/models HTTP/1.1\r\nHost: evil.example\r\n\r\n",
     "an absolute address": b"GET http://evil.example/v1/models HTTP/1.1\r\nHost: evil.example\r\n\r\n",
     "a header of 100 KB": GET + b"X-A: " + b"a" * 100_000 + b"\r\n\r\n",
     "10,000 headers": GET + b"".join(b"X-%d: a\r\n" % i for i in range(10_000)) + b"\r\n",

@@ -102,7 +102,7 @@ OWN = {  # shows or makes things of whoever asks
     "account/export/",
     "account/delete/",
 }
-OPEN = {"healthz", "readyz", "v1/", "v1/docs", "v1/openapi.json"}
+OPEN = {"v1/", "v1/docs", "v1/openapi.json"}
 STAFF = ("admin/",)
 ALLAUTH = ("accounts/", "_allauth/app/v1/")
 
