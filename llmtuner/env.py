@@ -6,7 +6,7 @@ import os
 import secrets
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 Number = TypeVar("Number", int, float)
 
@@ -85,6 +85,33 @@ def kept_secret(path: Path) -> str:
         ) from e
 
 
+def url(name: str, default: str, password: str) -> str:
+    """The address in a variable, with the password in another one put in where it has none. There every character
+    stands for itself, while in an address many must be percent-encoded."""
+    found = text(name, default)
+    secret = os.environ.get(password, "")
+    parts = _split(name, found, password)
+    if not secret or not parts.hostname or parts.password is not None:
+        return found
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:{quote(secret, safe='')}@{host}"))
+
+
+def _split(name: str, url: str, password: str) -> SplitResult:
+    """Refuses an address whose password was not encoded: cut at a / or #, it would name another host."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  raises for one that is no number
+    except ValueError:
+        parts = None
+    if parts is None or parts.fragment or "@" in parts.path + parts.query:
+        raise BadEnvironment(
+            f"{name} cannot be read. Percent-encode @ : / # ? % and brackets in its password, or leave the password out "
+            f"and set {password}."
+        )
+    return parts
+
+
 def database(url: str) -> dict[str, Any]:
     """Django's DATABASES entry for sqlite:///path or postgres://user:password@host:port/name?option=value."""
     parts = urlsplit(url)
@@ -105,7 +132,7 @@ def database(url: str) -> dict[str, Any]:
             "PASSWORD": unquote(parts.password or ""),
             "HOST": parts.hostname or "",
             "PORT": str(parts.port or ""),
-            "OPTIONS": dict(parse_qsl(parts.query)),
+            "OPTIONS": {"connect_timeout": "5"} | dict(parse_qsl(parts.query)),
             # A pool instead of lasting connections: async views hop between threads.
             "CONN_HEALTH_CHECKS": True,
         }

@@ -111,7 +111,7 @@ USE_TZ = True
 TIME_ZONE = env.text("TIME_ZONE", "UTC")
 
 # ---- Stores: SQL holds people, DynamoDB work, objects bytes, Redis bells -----------------------
-DATABASE_URL = env.text("DATABASE_URL", f"sqlite:///{VAR_DIR}/db.sqlite3")
+DATABASE_URL = env.url("DATABASE_URL", f"sqlite:///{VAR_DIR}/db.sqlite3", "POSTGRES_PASSWORD")
 DATABASES = {"default": env.database(DATABASE_URL)}
 
 AWS_REGION = AWS_S3_REGION_NAME = env.text("AWS_REGION", "us-east-1")
@@ -140,7 +140,7 @@ else:
     }
 
 REDIS_PORT = env.number("REDIS_PORT", 8422)
-REDIS_URL = env.text("REDIS_URL") or (
+REDIS_URL = env.url("REDIS_URL", "", "REDIS_PASSWORD") or (
     f"redis://:{env.kept_secret(VAR_DIR / 'redis-password')}@127.0.0.1:{REDIS_PORT}/0"  # the one bin/up runs
 )
 CACHES = {
@@ -182,7 +182,7 @@ LOGIN_URL = "account_login"
 LOGIN_REDIRECT_URL = "/"
 LOGOUT_REDIRECT_URL = "account_login"
 
-EMAIL_URL = env.text("EMAIL_URL")
+EMAIL_URL = env.url("EMAIL_URL", "", "EMAIL_PASSWORD")
 # Without a mail server, mails are written to the log, where the operator finds the codes in them.
 EMAIL_BACKEND = "django.core.mail.backends.console.EmailBackend"
 if EMAIL_URL:

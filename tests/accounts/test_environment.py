@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 import pytest
 
 from llmtuner import env
+from tests import services
 
 
 def test_each_number_of_the_job_life_can_be_changed(monkeypatch):
@@ -41,9 +44,62 @@ def test_databases():
     assert env.database("sqlite:////var/lib/db.sqlite3")["NAME"] == "/var/lib/db.sqlite3"
     found = env.database("postgres://kim:p%40ss@db:5433/tuner?sslmode=require")
     assert (found["USER"], found["PASSWORD"], found["HOST"], found["PORT"]) == ("kim", "p@ss", "db", "5433")
-    assert found["OPTIONS"] == {"sslmode": "require"}
+    assert found["OPTIONS"] == {"sslmode": "require", "connect_timeout": "5"}
     with pytest.raises(env.BadEnvironment, match="mysql"):
         env.database("mysql://db/tuner")
+
+
+ANY_CHARACTERS = "p@ss:/w#rd%"
+
+
+@pytest.mark.parametrize(
+    ("name", "password", "url", "in_url"),
+    [
+        (
+            "DATABASE_URL",
+            "POSTGRES_PASSWORD",
+            "postgres://tuner@db:5432/tuner?sslmode=require",
+            "tuner:{}@db:5432",
+        ),
+        ("REDIS_URL", "REDIS_PASSWORD", "redis://redis:6379/0", ":{}@redis:6379"),
+        ("EMAIL_URL", "EMAIL_PASSWORD", "smtp+tls://kim@mail.example.com:587", "kim:{}@mail.example.com:587"),
+    ],
+)
+def test_a_password_may_have_any_character(monkeypatch, name: str, password: str, url: str, in_url: str):
+    monkeypatch.setenv(name, url)
+    monkeypatch.setenv(password, ANY_CHARACTERS)
+    found = env.url(name, "", password)
+    assert urlsplit(found).netloc == in_url.format("p%40ss%3A%2Fw%23rd%25")
+    if name == "DATABASE_URL":
+        assert env.database(found)["PASSWORD"] == ANY_CHARACTERS
+    if name == "EMAIL_URL":
+        assert env.mail(found)["EMAIL_HOST_PASSWORD"] == ANY_CHARACTERS
+    monkeypatch.setenv(password, "another")
+    monkeypatch.setenv(name, found)
+    assert env.url(name, "", password) == found  # the one in the address is meant
+
+    monkeypatch.setenv(name, f"redis://:{ANY_CHARACTERS}@redis:6379/0")
+    with pytest.raises(env.BadEnvironment, match=f"{name}.*{password}"):
+        env.url(name, "", password)
+
+
+def test_redis_and_celery_understand_such_a_password(monkeypatch, tmp_path):
+    import kombu
+    import redis
+
+    monkeypatch.setattr(services, "REDIS_PASSWORD", ANY_CHARACTERS)
+    service = services.redis(tmp_path).start()
+    try:
+        monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{service.port}/0")
+        monkeypatch.setenv("REDIS_PASSWORD", ANY_CHARACTERS)
+        url = env.url("REDIS_URL", "", "REDIS_PASSWORD")
+        with redis.Redis.from_url(url) as client:
+            assert client.ping()
+        with kombu.Connection(url) as connection:
+            connection.ensure_connection(max_retries=1)
+            connection.default_channel.client.ping()
+    finally:
+        service.kill()
 
 
 def test_mail():
