@@ -6,6 +6,7 @@ G1 to G7 are the parser's: tests/training/test_grammar.py.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.test import Client
 
-from jobs import access, datasets, limits, storage
+from jobs import access, datasets, limits, storage, tables
+from jobs.tables import Upload
+from llmtuner import bounded
 from tests.api.conftest import Person, make_person
 from tests.jobs.makers import make_owner
 
@@ -43,23 +47,33 @@ class Door:
     canary: Path
 
     def send(
-        self, body: bytes, *, headers: dict[str, str] | None = None, close: bool = False
+        self,
+        body: bytes,
+        *,
+        headers: dict[str, str] | None = None,
+        close: bool = False,
+        path: str = "/v1/files",
     ) -> tuple[int, Any]:
         """(status, JSON) of an upload of exactly these bytes; status 0 when the connection ended without an answer."""
-        told = {"Content-Type": f"multipart/form-data; boundary={MARK}", "Content-Length": str(len(body))} | (headers or {})  # fmt: skip
+        told = {
+            "Authorization": f"Bearer {self.dora.key}",
+            "Content-Type": f"multipart/form-data; boundary={MARK}",
+            "Content-Length": str(len(body)),
+        } | (headers or {})
         head = "".join(f"{name}: {value}\r\n" for name, value in told.items() if value)
         with socket.create_connection(("localhost", self.port), timeout=20) as connection:
-            connection.sendall(
-                f"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {self.dora.key}\r\n"
-                f"Connection: close\r\n{head}\r\n".encode()
-                + body
-            )
+            with contextlib.suppress(ConnectionError):  # it may refuse and hang up while we are still sending
+                connection.sendall(
+                    f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{head}\r\n".encode()
+                    + body
+                )
             if close:
                 connection.shutdown(socket.SHUT_RDWR)
                 return 0, None
             answer = b""
-            while piece := connection.recv(1 << 16):
-                answer += piece
+            with contextlib.suppress(ConnectionError):
+                while piece := connection.recv(1 << 16):
+                    answer += piece
         found = re.match(rb"HTTP/1\.1 (\d+)", answer)
         text = answer.partition(b"\r\n\r\n")[2]
         return int(found[1]) if found else 0, json.loads(text) if text.startswith(b"{") else text
@@ -168,6 +182,55 @@ def test_sizes_are_counted_and_not_believed(door: Door, kind: str) -> None:
     if sent.close:
         time.sleep(1)  # what the server still does with what it has
     assert door.count() == int(status == 200)
+
+
+CHUNKED = {"Content-Length": "", "Transfer-Encoding": "chunked"}
+
+
+def in_chunks(body: bytes, size: int = 1 << 16) -> bytes:
+    pieces = [body[start : start + size] for start in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("rows", [3, 200_000], ids=["small", "larger than memory may hold"])
+def test_a_form_of_unknown_length_is_read(door: Door, rows: int) -> None:
+    """Node's client sends a file stream so."""
+    content = GOOD[: len(GOOD) // 3] * rows
+    status, told = door.send(
+        in_chunks(form(part('name="file"; filename="a.jsonl"', content))), headers=CHUNKED
+    )
+    assert status == 200, told
+    assert storage.open_file(access.get_dataset_for(door.dora.owner, told["id"]).key).read() == content
+
+
+def test_a_part_of_unknown_length_is_read_and_bounded(door: Door) -> None:
+    upload = Upload(door.dora.owner, tables.new_id("upload"), filename="a.jsonl", bytes=len(GOOD))
+    upload.save()
+    path = f"/v1/uploads/{upload.upload_id}/parts"
+    data = part('name="data"; filename="part"', GOOD) + f"--{MARK}--\r\n".encode()
+    status, told = door.send(in_chunks(data), headers=CHUNKED, path=path)
+    assert status == 200, told
+    kept = tables.get(Upload, door.dora.owner, upload.upload_id)
+    assert kept is not None
+    assert kept.part_ids == {f"{told['id']}:{len(GOOD)}"}
+    data = part('name="data"; filename="part"', bytes(bounded.MAX_PART + bounded.FORM_EXTRA))
+    status, told = door.send(in_chunks(data, 1 << 20), headers=CHUNKED, path=path)
+    assert status == 413
+    assert b"request_too_large" in told
+
+
+def test_a_page_takes_a_form_of_unknown_length(door: Door) -> None:
+    page = Client()
+    page.force_login(door.dora.user)
+    token = str(page.get("/datasets/").context["csrf_token"])
+    cookies = {"Cookie": "; ".join(f"{name}={cookie.value}" for name, cookie in page.cookies.items())}
+    body = form(
+        part('name="csrfmiddlewaretoken"', token.encode()), part('name="file"; filename="a.jsonl"', GOOD)
+    )
+    status, _ = door.send(
+        in_chunks(body), headers=CHUNKED | cookies | {"Authorization": ""}, path="/datasets/upload/"
+    )
+    assert (status, door.count()) == (302, 1)
 
 
 @pytest.mark.parametrize(("size", "fits"), [(999, True), (1000, True), (1001, False)])
