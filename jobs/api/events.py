@@ -23,61 +23,100 @@ PING_S = 15
 _ID = re.compile(r"ftevent-([0-9A-HJKMNP-TV-Z]{26})-(\d{1,12})")
 _open: Counter[str] = Counter()  # streams by owner
 LEVELS = {"warn": "warn", "warning": "warn", "error": "error"}
-ENDS = {
-    "succeeded": "The job has succeeded",
-    "failed": "The job has failed",
-    "cancelled": "The job was cancelled",
+# Scripts look for OpenAI's messages, so these differ from the sentences of the pages.
+PHASES = {
+    "preparing": "Fine-tuning job started",
+    "training": "Training",
+    "evaluating": "Evaluating on held-out examples",
 }
+COMPLETED = "The job has successfully completed"
 
 
 def newest_first(owner: str, job: Job, limit: int, after: str | None) -> tuple[list[Json], bool]:
     """The page of events before `after`, the latest first. Events are numbered without gaps, so it is one short read."""
-    top = (
-        _seq(job, after) if after else int(job.last_seq) + (2 if job.ended else 1)
-    )  # the end is no stored event
+    last = int(job.last_seq)
+    ends = (2 if job.status == "succeeded" else 1) if job.ended else 0  # these are not stored
+    top = _number(job, after) if after else last + ends + 1
     start = max(0, top - 1 - limit)
-    found = [event for event in feed.read(owner, job.job_id, start, limit + 1) if event.seq < top]
-    return [show(job.job_id, event) for event in reversed(found)][:limit], start > 0
+    found = [
+        (number, told)
+        for event in feed.read(owner, job.job_id, min(start, last), limit + 1)
+        for number, told in _numbered(job, event, (job.plan or {}).get("total_steps"))
+        if start < number < top
+    ]
+    return [told for _, told in reversed(found)], start > 0
 
 
-def _seq(job: Job, event_id: str) -> int:
+def _number(job: Job, event_id: str) -> int:
     found = _ID.fullmatch(event_id)
-    if found is None or found[1] != job.job_id.removeprefix("ftjob-"):
+    number = int(found[2]) if found and found[1] == job.job_id.removeprefix("ftjob-") else 0
+    if not 0 < number <= job.last_seq + (2 if job.ended else 0):
         raise bad("This is no event of this job.", "after")
-    return int(found[2])
+    return number
 
 
-def show(job_id: str, event: feed.Event) -> Json:
+def show(job: Job, event: feed.Event, total_steps: int | None) -> list[Json]:
+    """One event, or two for a success: the model's name, and that the job is complete."""
+    return [told for _, told in _numbered(job, event, total_steps)]
+
+
+def _numbered(job: Job, event: feed.Event, total_steps: int | None) -> list[tuple[int, Json]]:
     line = event.data
-    message, level = story.sentence(line)
+    if line.get("t") == "end" and line.get("status") == "succeeded":
+        messages = [f"New fine-tuned model created: {line.get('model')}", COMPLETED]
+    else:
+        messages = [_message(job, line, total_steps)]
+    return [
+        (number, _shown(job, number, line, message, total_steps))
+        for number, message in enumerate(messages, event.seq)
+    ]
+
+
+def _shown(job: Job, number: int, line: Json, message: str, total_steps: int | None) -> Json:
     return {
-        "id": f"ftevent-{job_id.removeprefix('ftjob-')}-{event.seq:06d}",
+        "id": f"ftevent-{job.job_id.removeprefix('ftjob-')}-{number:06d}",
         "object": "fine_tuning.job.event",
         "created_at": int(line.get("time") or time.time()),
-        "level": LEVELS.get(level, "info"),
-        "message": message or _message(line),
+        "level": LEVELS.get(story.sentence(line)[1], "info"),
+        "message": message,
         "type": "metrics" if line.get("t") in {"metric", "eval"} else "message",
-        "data": _data(line),
+        "data": _data(line, total_steps),
     }
 
 
-def _message(line: Json) -> str:
-    kind = line.get("t")
+def _message(job: Job, line: Json, total_steps: int | None) -> str:
+    kind, step = line.get("t"), line.get("step")
+    if kind in {"metric", "eval"}:
+        what = "training" if kind == "metric" else "validation"
+        return f"Step {step}/{total_steps or '?'}: {what} loss={float(line.get('loss') or 0):.2f}"
+    if kind == "checkpoint" and not line.get("final"):
+        return f"Checkpoint created at step {step} with Snapshot ID: {job.model_id}:ckpt-step-{step}"
+    if kind == "phase" and line.get("phase") in PHASES:
+        return PHASES[line["phase"]]
     if kind == "sample":
-        return f"Sample at step {line.get('step')}: {line.get('text', '')}"
+        return f"Sample at step {step}: {line.get('text', '')}"
+    if kind == "verdict":
+        return "Compared with the base model on held-out examples"
     if kind == "end":
-        return str(line.get("message") or ENDS.get(str(line.get("status")), "The job has ended"))
-    return {"verdict": "Compared with the base model on held-out examples"}.get(str(kind), str(kind))
+        ended = "The job was cancelled" if line.get("status") == "cancelled" else "The job failed"
+        return ": ".join(part for part in (ended, str(line.get("message") or "")) if part)
+    return story.sentence(line)[0] or "No message"
 
 
-def _data(line: Json) -> Json:
-    numbers: Json = {"step": line.get("step")}
+def _data(line: Json, total_steps: int | None) -> Json:
+    loss, accuracy = line.get("loss"), line.get("accuracy")
     if line.get("t") == "metric":
-        numbers |= {"train_loss": line.get("loss"), "train_mean_token_accuracy": line.get("accuracy")}
-    elif line.get("t") == "eval":
-        numbers |= {"valid_loss": line.get("loss"), "valid_mean_token_accuracy": line.get("accuracy")}
+        numbers = {"train_loss": loss, "train_mean_token_accuracy": accuracy}
+    elif line.get("t") == "eval":  # always over all held-out examples
+        numbers = {
+            "valid_loss": loss,
+            "valid_mean_token_accuracy": accuracy,
+            "full_valid_loss": loss,
+            "full_valid_mean_token_accuracy": accuracy,
+        }
     else:
         return {"llmtuner": line}
+    numbers = {"step": line.get("step"), "total_steps": total_steps, **numbers}
     return {name: value for name, value in numbers.items() if value is not None} | {"llmtuner": line}
 
 
@@ -88,14 +127,13 @@ def check_room(owner: str) -> None:
         raise errors.ApiError(429, message, code="rate_limit_exceeded", retry_after=5)
 
 
-async def stream(
-    owner: str, job_id: str, still_allowed: Callable[[], Awaitable[bool]]
-) -> AsyncIterator[bytes]:
+async def stream(job: Job, still_allowed: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
     """All events from the first, then each as it comes, until the job ends or the key is revoked."""
     give_thread_back()  # the middlewares have used it again
+    owner, total_steps = job.owner, None
     _open[owner] += 1
     looked = time.monotonic()
-    events = feed.follow(owner, job_id)
+    events = feed.follow(owner, job.job_id)
     coming = asyncio.ensure_future(anext(events))
     try:
         while True:
@@ -108,17 +146,20 @@ async def stream(
                 yield b": still here\n\n"
                 continue
             for event in coming.result():
-                yield _line(show(job_id, event))
+                if event.data.get("t") == "plan":  # comes before the first step
+                    total_steps = event.data.get("total_steps")
+                for told in show(job, event, total_steps):
+                    yield _line(told)
             coming = asyncio.ensure_future(anext(events))
     except StopAsyncIteration:
         yield b"data: [DONE]\n\n"
     except (access.NotFound, feed.TooSlow) as error:
-        told = (
+        refusal = (
             errors.translate(error)
             if isinstance(error, access.NotFound)
             else errors.ApiError(503, str(error))
         )
-        yield _line(errors.body(told.message, told.status, told.param, told.code))
+        yield _line(errors.body(refusal.message, refusal.status, refusal.param, refusal.code))
     finally:
         _open[owner] -= 1
         coming.cancel()

@@ -125,9 +125,7 @@ async def list_events(
     async def still_allowed() -> bool:
         return await in_pool(authenticate, request) is not None
 
-    response = StreamingHttpResponse(
-        events.stream(owner, job_id, still_allowed), content_type="text/event-stream"
-    )
+    response = StreamingHttpResponse(events.stream(job, still_allowed), content_type="text/event-stream")
     response["X-Accel-Buffering"] = "no"
     return response
 

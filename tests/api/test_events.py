@@ -1,0 +1,157 @@
+"""A job's events and checkpoints in the words that scripts written for OpenAI look for."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from django.test import AsyncClient, Client
+
+from jobs import tables
+from jobs.api import events
+from jobs.feed import Event
+from jobs.listener import KINDS
+from tests.api.conftest import Person
+from training.events import PHASES
+
+pytestmark = pytest.mark.usefixtures("stores")
+LINES: list[dict[str, Any]] = [
+    {"t": "phase", "phase": "preparing"},
+    {"t": "plan", "total_steps": 4, "examples": 8, "tokens": 80, "trained_tokens": 40, "settings": {}},
+    {"t": "eval", "step": 0, "loss": 3.25, "accuracy": 0.125},
+    {"t": "phase", "phase": "training"},
+    {"t": "metric", "step": 1, "loss": 2.5, "accuracy": 0.25, "lr": 1e-3, "tokens_per_s": 100.0},
+    {"t": "checkpoint", "step": 1, "bytes": 10, "files": [], "sha256": "0" * 64, "final": False},
+    {"t": "metric", "step": 4, "loss": 1.0, "accuracy": 0.5, "lr": 1e-3, "tokens_per_s": 100.0},
+    {"t": "eval", "step": 4, "loss": 1.5, "accuracy": 0.375},
+    {"t": "done", "step": 4, "path": "final", "files": [], "metrics": {}},
+]
+
+
+def put_job(person: Person, status: str, **fields: Any) -> tables.Job:
+    """A job with these events, as an attempt would leave it."""
+    job = tables.Job(person.owner, tables.new_id("ftjob"), base="starter", status=status)
+    job.model_id = f"ft:starter:alice:events:{job.job_id[-8:].lower()}"
+    job.plan, job.last_seq, job.ended_at = LINES[1], len(LINES), 1_700_000_100
+    job.checkpoints = [{"step": 1, "key": "jobs/x/1", "sha256": "0" * 64, "time": 1_700_000_001}]
+    for name, value in fields.items():
+        setattr(job, name, value)
+    lines = [json.dumps(line | {"time": 1_700_000_000 + number}) for number, line in enumerate(LINES)]
+    tables.EventChunk(job.job_id, 1, last_seq=len(LINES), epoch=1, holder="h", lines=lines).save()
+    job.save()
+    return job
+
+
+def get(person: Person, path: str) -> Any:
+    answer = Client().get(f"/v1/fine_tuning/jobs{path}", headers={"Authorization": f"Bearer {person.key}"})
+    assert answer.status_code == 200, answer.content
+    return answer.json()
+
+
+def test_a_succeeded_job_ends_with_openais_two_messages(people: dict[str, Person]):
+    alice = people["alice"]
+    job = put_job(alice, "succeeded", result={"step": 4})
+    newest = get(alice, f"/{job.job_id}/events?limit=2")
+    assert [event["message"] for event in newest["data"]] == [
+        "The job has successfully completed",
+        f"New fine-tuned model created: {job.model_id}",
+    ]
+    assert {(event["level"], event["type"]) for event in newest["data"]} == {("info", "message")}
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 100])
+def test_pages_of_any_size_join_without_gap_or_double(people: dict[str, Person], limit: int):
+    alice = people["alice"]
+    job = put_job(alice, "succeeded", result={"step": 4})
+    found: list[dict[str, Any]] = []
+    after = ""
+    while True:
+        page = get(alice, f"/{job.job_id}/events?limit={limit}{after}")
+        found += page["data"]
+        if not page["has_more"]:
+            break
+        after = f"&after={page['last_id']}"
+    numbers = [int(event["id"].rpartition("-")[2]) for event in found]
+    assert numbers == list(range(len(LINES) + 2, 0, -1))
+
+
+@pytest.mark.parametrize(
+    ("status", "fields", "message", "level"),
+    [
+        ("failed", {"message": "The disk is full."}, "The job failed: The disk is full.", "error"),
+        ("failed", {}, "The job failed", "error"),
+        ("cancelled", {}, "The job was cancelled", "warn"),
+    ],
+)
+def test_other_ends_are_told_once(
+    people: dict[str, Person], status: str, fields: dict[str, Any], message: str, level: str
+):
+    job = put_job(people["alice"], status, **fields)
+    page = get(people["alice"], f"/{job.job_id}/events?limit=100")
+    assert len(page["data"]) == len(LINES) + 1
+    assert (page["data"][0]["message"], page["data"][0]["level"]) == (message, level)
+
+
+def test_steps_are_told_as_openai_tells_them(people: dict[str, Person]):
+    job = put_job(people["alice"], "running", ended_at=None)
+    told = get(people["alice"], f"/{job.job_id}/events?limit=100")["data"]
+    metrics = [event for event in told if event["type"] == "metrics"]
+    steps = [
+        re.fullmatch(r"Step (\d+)/(\d+): training loss=(\d+\.\d+)", event["message"]) for event in metrics
+    ]
+    assert [found.groups() for found in steps if found] == [("4", "4", "1.00"), ("1", "4", "2.50")]
+    assert [event["message"] for event in metrics if "validation" in event["message"]] == [
+        "Step 4/4: validation loss=1.50",
+        "Step 0/4: validation loss=3.25",
+    ]
+    data = [{name: value for name, value in event["data"].items() if name != "llmtuner"} for event in metrics]
+    assert data == [
+        {
+            "step": 4,
+            "total_steps": 4,
+            "valid_loss": 1.5,
+            "valid_mean_token_accuracy": 0.375,
+            "full_valid_loss": 1.5,
+            "full_valid_mean_token_accuracy": 0.375,
+        },
+        {"step": 4, "total_steps": 4, "train_loss": 1.0, "train_mean_token_accuracy": 0.5},
+        {"step": 1, "total_steps": 4, "train_loss": 2.5, "train_mean_token_accuracy": 0.25},
+        {
+            "step": 0,
+            "total_steps": 4,
+            "valid_loss": 3.25,
+            "valid_mean_token_accuracy": 0.125,
+            "full_valid_loss": 3.25,
+            "full_valid_mean_token_accuracy": 0.125,
+        },
+    ]
+    assert f"Checkpoint created at step 1 with Snapshot ID: {job.model_id}:ckpt-step-1" in [
+        event["message"] for event in told
+    ]
+
+
+async def test_the_stream_says_the_same_as_the_list(people: dict[str, Person]):
+    from asgiref.sync import sync_to_async
+
+    alice = people["alice"]
+    job = await sync_to_async(put_job)(alice, "succeeded", result={"step": 4})
+    listed = (await sync_to_async(get)(alice, f"/{job.job_id}/events?limit=100"))["data"]
+    answer = await AsyncClient().get(
+        f"/v1/fine_tuning/jobs/{job.job_id}/events?stream=true",
+        headers={"Authorization": f"Bearer {alice.key}"},
+    )
+    body = b"".join([piece async for piece in answer.streaming_content]).decode()
+    lines = [line.removeprefix("data: ") for line in body.split("\n\n") if line]
+    assert lines.pop() == "[DONE]"
+    assert [json.loads(line) for line in lines] == listed[::-1]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS - {"phase"}) + [f"phase {phase}" for phase in PHASES])
+def test_no_message_is_a_bare_word_of_ours(kind: str):
+    job = tables.Job("user-A", "ftjob-01HZZZZZZZZZZZZZZZZZZZZZZZ")
+    line: dict[str, Any] = {"t": kind.split()[0], "phase": kind.partition(" ")[2], "time": 1.0}
+    for told in events.show(job, Event(1, line), None):
+        assert told["message"]
+        assert told["message"] not in {*KINDS, *PHASES}
