@@ -143,9 +143,11 @@ def list_checkpoints(
 ) -> Json:
     """The latest first. Each is a model one can generate with, by the name it carries."""
     job = _find(request.auth.owner, job_id)
-    told = story.fold(feed.read(request.auth.owner, job_id)) if job.checkpoints else story.Story()
+    names = _checkpoint_names(job)
+    told = story.fold(feed.read(request.auth.owner, job_id)) if names else story.Story()
+    times = {int(entry["step"]): entry.get("time") for entry in job.checkpoints}
     rows = [
-        _checkpoint(job, entry, told) for entry in sorted(job.checkpoints, key=lambda entry: -entry["step"])
+        _checkpoint(job, step, names[step], times.get(step), told) for step in sorted(names, reverse=True)
     ]
     if after is not None:
         ids = [row["id"] for row in rows]
@@ -360,14 +362,24 @@ def checkpoint_id(job: Row, step: int) -> str:
     return f"ftckpt-{job.job_id.removeprefix('ftjob-')}-{step}"
 
 
-def _checkpoint(job: Row, entry: Json, told: story.Story) -> Json:
-    step = int(entry["step"])
+def _checkpoint_names(job: Row) -> dict[int, str]:
+    """What each kept checkpoint is called, by its step. The last one is the model itself, as at OpenAI."""
+    names = {int(entry["step"]): f"{job.model_id}:ckpt-step-{entry['step']}" for entry in job.checkpoints}
+    last = int((job.result or {}).get("step") or 0)
+    if job.status == "succeeded" and last:
+        model = tables.get(tables.TunedModel, job.owner, job.model_id)
+        if model is None or not model.gone:  # made a moment after the job has ended
+            names[last] = job.model_id
+    return names
+
+
+def _checkpoint(job: Row, step: int, name: str, at: float | None, told: story.Story) -> Json:
     metric, held_out = told.metrics.get(step, {}), told.evals.get(step, {})
     return {
         "id": checkpoint_id(job, step),
         "object": "fine_tuning.job.checkpoint",
-        "created_at": int(entry.get("time") or job.ended_at or job.created_at),
-        "fine_tuned_model_checkpoint": f"{job.model_id}:ckpt-step-{step}",
+        "created_at": int(at or job.ended_at or job.created_at),
+        "fine_tuned_model_checkpoint": name,
         "fine_tuning_job_id": job.job_id,
         "metrics": {
             "step": step,

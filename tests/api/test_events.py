@@ -155,3 +155,38 @@ def test_no_message_is_a_bare_word_of_ours(kind: str):
     for told in events.show(job, Event(1, line), None):
         assert told["message"]
         assert told["message"] not in {*KINDS, *PHASES}
+
+
+# ---- checkpoints and cancelling ----------------------------------------------------------------
+
+
+def test_the_last_checkpoint_is_the_model_itself(people: dict[str, Person]):
+    alice = people["alice"]
+    job = put_job(alice, "succeeded", result={"step": 4})
+    found = get(alice, f"/{job.job_id}/checkpoints")["data"]
+    assert [(c["step_number"], c["fine_tuned_model_checkpoint"]) for c in found] == [
+        (4, job.model_id),
+        (1, f"{job.model_id}:ckpt-step-1"),
+    ]
+    assert found[0]["metrics"]["train_loss"] == 1.0
+    assert found[0]["metrics"]["full_valid_loss"] == 1.5
+    assert found[0]["created_at"] == 1_700_000_100
+    only_older = get(alice, f"/{job.job_id}/checkpoints?after={found[0]['id']}")["data"]
+    assert [c["step_number"] for c in only_older] == [1]
+
+
+def test_a_checkpoint_written_at_the_last_step_is_listed_once(people: dict[str, Person]):
+    job = put_job(people["alice"], "succeeded", result={"step": 1})
+    found = get(people["alice"], f"/{job.job_id}/checkpoints")["data"]
+    assert [c["fine_tuned_model_checkpoint"] for c in found] == [job.model_id]
+
+
+def test_a_deleted_model_is_no_checkpoint_any_more(people: dict[str, Person]):
+    alice = people["alice"]
+    job = put_job(alice, "succeeded", result={"step": 4})
+    tables.TunedModel(alice.owner, job.model_id, gone=True).save()
+    found = get(alice, f"/{job.job_id}/checkpoints")["data"]
+    assert [c["step_number"] for c in found] == [1]
+    running = put_job(alice, "running", ended_at=None)
+    found = get(alice, f"/{running.job_id}/checkpoints")["data"]
+    assert [c["step_number"] for c in found] == [1]

@@ -257,8 +257,10 @@ def test_checkpoints_are_listed_and_generate(client: openai.OpenAI, job: FineTun
     found = [checked(checkpoint) for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id, limit=1)]
     assert found
     assert [c.step_number for c in found] == sorted((c.step_number for c in found), reverse=True)
-    assert all(c.fine_tuned_model_checkpoint == f"{model}:ckpt-step-{c.step_number}" for c in found)
-    name = found[0].fine_tuned_model_checkpoint
+    assert found[0].fine_tuned_model_checkpoint == model  # the last step's is the model itself
+    assert found[1:]
+    assert all(c.fine_tuned_model_checkpoint == f"{model}:ckpt-step-{c.step_number}" for c in found[1:])
+    name = found[1].fine_tuned_model_checkpoint
     assert checked(client.models.retrieve(name)).id == name
     answer = client.chat.completions.create(
         model=name, messages=[{"role": "user", "content": "colour 1?"}], max_tokens=4, temperature=0
