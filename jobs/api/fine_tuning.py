@@ -251,7 +251,8 @@ def _idempotency(request: CallerRequest, body: JobCreate) -> str:
     for key in (f"body#{digest}#{window - 1}", f"body#{digest}#{window}"):
         # A chain: after a job that has ended, the same body may start another.
         while (job := _submitted(request.auth.owner, key)) is not None:
-            if not job.ended and time.time() - job.created_at < WINDOW_S:
+            over = job.ended or job.desired == "cancel"  # as the caller sees it
+            if not over and time.time() - job.created_at < WINDOW_S:
                 return key
             key += f"#{job.job_id}"
     return key
@@ -292,7 +293,7 @@ def show(job: Row) -> Json:
         "organization_id": job.owner,
         "result_files": [results.id_for(job.job_id)] if succeeded else [],
         "seed": _seed(job),
-        "status": STATUS.get(job.status, job.status),
+        "status": _status(job),
         "trained_tokens": int((job.progress or {}).get("tokens") or 0) if succeeded else None,
         "training_file": job.dataset_id,
         "validation_file": job.validation_dataset_id or None,
@@ -302,6 +303,14 @@ def show(job: Row) -> Json:
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         "llmtuner": _extras(job),
     }
+
+
+def _status(job: Row) -> str:
+    """A job that is being cancelled shows as cancelled, as at OpenAI: a cancel is never taken back, and the worker hears
+    of it with its next heartbeat. What is stored stands under `llmtuner`. A success stored before it stays one."""
+    if job.desired == "cancel" and not job.ended:
+        return "cancelled"
+    return STATUS.get(job.status, job.status)
 
 
 def _error(job: Row) -> Json | None:
@@ -331,7 +340,7 @@ def _seed(job: Row) -> int:
 
 def _estimated_finish(job: Row) -> int | None:
     eta = (job.progress or {}).get("eta_s")
-    if job.status != "running" or eta is None or (job.progress or {}).get("silent_s"):
+    if _status(job) != "running" or eta is None or (job.progress or {}).get("silent_s"):
         return None
     return int(time.time() + float(eta))
 

@@ -190,3 +190,49 @@ def test_a_deleted_model_is_no_checkpoint_any_more(people: dict[str, Person]):
     running = put_job(alice, "running", ended_at=None)
     found = get(alice, f"/{running.job_id}/checkpoints")["data"]
     assert [c["step_number"] for c in found] == [1]
+
+
+def test_cancelling_a_running_job_answers_cancelled_at_once(people: dict[str, Person]):
+    alice = people["alice"]
+    job = put_job(alice, "running", ended_at=None, lease="l", epoch=1)
+    told = Client().post(
+        f"/v1/fine_tuning/jobs/{job.job_id}/cancel", headers={"Authorization": f"Bearer {alice.key}"}
+    )
+    assert told.json()["status"] == "cancelled"
+    assert told.json()["llmtuner"]["status"] == "running"
+    assert get(alice, f"/{job.job_id}")["status"] == "cancelled"
+    assert get(alice, "?limit=1")["data"][0]["status"] == "cancelled"
+    stored = tables.get(tables.Job, alice.owner, job.job_id)
+    assert stored is not None
+    assert (stored.status, stored.desired) == ("running", "cancel")
+
+
+def test_a_success_that_is_already_stored_wins_over_a_cancel(people: dict[str, Person]):
+    job = put_job(people["alice"], "succeeded", result={"step": 4}, desired="cancel")
+    told = get(people["alice"], f"/{job.job_id}")
+    assert (told["status"], told["fine_tuned_model"]) == ("succeeded", job.model_id)
+
+
+def test_the_same_body_starts_a_new_job_while_the_old_one_is_being_cancelled(people: dict[str, Person]):
+    alice = people["alice"]
+    file_id = tables.new_id("file")
+    tables.Dataset(alice.owner, file_id, name="a.jsonl", status="ready", bytes=10).save()
+    body = {"model": "starter", "training_file": file_id}
+
+    def create() -> str:
+        told = Client().post(
+            "/v1/fine_tuning/jobs",
+            body,
+            content_type="application/json",
+            headers={"Authorization": f"Bearer {alice.key}"},
+        )
+        assert told.status_code == 200, told.content
+        return str(told.json()["id"])
+
+    first = create()
+    assert create() == first
+    row = tables.get(tables.Job, alice.owner, first)
+    assert row is not None
+    row.status, row.desired = "running", "cancel"  # as a worker holds it until its next heartbeat
+    row.save()
+    assert create() != first
