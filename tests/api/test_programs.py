@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.api.conftest import Person
+from tests.api.conftest import Person, rows
+from tests.services import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("studio")]
 RECIPE = Path(__file__).with_name("cookbook_recipe.py")
@@ -93,3 +94,38 @@ def test_the_llm_tool_chats_with_a_tuned_model(
     )
     assert logged[0]["response"].strip() == done.stdout.strip()
     assert logged[0]["output_tokens"] in range(1, 13)
+
+
+def test_openais_node_client_uploads_trains_chats_and_deletes(
+    web: Any, people: dict[str, Person], tmp_path: Path
+):
+    """`openai` from npm, as bin/setup installs it."""
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(rows(60))
+    done = subprocess.run(
+        [str(ROOT / ".tools/node"), str(Path(__file__).with_name("node_client.cjs")), str(path)],
+        env=environment(
+            NODE_PATH=str(ROOT / ".tools/node_modules"),
+            OPENAI_BASE_URL=f"{web.url}/v1",
+            OPENAI_API_KEY=people["alice"].key,
+        ),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    size = str(path.stat().st_size)
+    assert (printed["Uploaded bytes"], printed["File name"]) == (size, "train.jsonl")
+    assert (printed["File status"], printed["Same bytes"]) == ("processed", "true")
+    assert (printed["Upload status"], printed["Upload bytes"]) == ("completed", size)
+    assert printed["Job status"] == "succeeded"
+    model = printed["Model"]
+    assert ":node:" in model
+    messages = [event["message"] for event in json.loads(printed["Events"])]
+    assert messages[:2] == ["The job has successfully completed", f"New fine-tuned model created: {model}"]
+    assert printed["Newest checkpoint"] == model
+    assert printed["Answer"] == printed["Streamed answer"]
+    assert (printed["Model deleted"], printed["File deleted"]) == ("true", "true")
+    assert printed["Afterwards"] == "NotFoundError"
