@@ -18,6 +18,8 @@ from django.conf import settings
 from django.core.handlers.asgi import ASGIRequest
 from django.db import DatabaseError, connections
 
+from llmtuner.api_shell import is_call_without_prefix, unknown_url_error
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -57,6 +59,9 @@ def bounded(app: App) -> App:
         limit = limit_of(scope["path"], headers.get(b"content-type", b"").decode("latin-1").lower())
         length = headers.get(b"content-length", b"0" if b"transfer-encoding" not in headers else b"")
         if length.isdigit() and int(length) > limit:
+            if not scope["path"].startswith("/v1/") and is_call_without_prefix(scope["path"]):
+                error = unknown_url_error(scope["method"], scope["path"])
+                return await _answer(send, 404, error.message, "unknown_url")
             return await _refuse(send, limit)
         if limit <= MAX_BODY or (length.isdigit() and int(length) <= MAX_BODY):
             return await _counted(app, limit, scope, receive, send)
