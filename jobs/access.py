@@ -5,12 +5,21 @@ Lists are newest first and cost one read, plus one for each page of deleted rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from itertools import islice
+from operator import and_
 from typing import Generic, TypeVar
+
+from pynamodb.expressions.condition import Condition
+from pynamodb.expressions.operand import Path
 
 from jobs import tables
 from jobs.tables import Dataset, Job, Table, TunedModel
+
+SEARCHED = 5000  # rows after which an answer reads no further, once it has found something
 
 
 class NotFound(Exception):
@@ -46,12 +55,50 @@ def get_model_for(owner: str, model_id: str) -> TunedModel:
     return _get(TunedModel, owner, model_id, lambda row: not row.gone, "model")
 
 
-def list_datasets(owner: str, limit: int = 20, after: str | None = None) -> Page[Dataset]:
+def list_datasets(
+    owner: str, limit: int = 20, after: str | None = None, *, purpose: str | None = None
+) -> Page[Dataset]:
+    if purpose is not None:
+        return _search(Dataset, owner, limit, after, Dataset.purpose == purpose, lambda row: not row.gone)
     return _list(Dataset, owner, limit, after, lambda row: not row.gone)
 
 
-def list_jobs(owner: str, limit: int = 20, after: str | None = None) -> Page[Job]:
-    return _list(Job, owner, limit, after, is_shown)
+def list_oldest_datasets(
+    owner: str, limit: int = 20, after: str | None = None, *, purpose: str | None = None
+) -> Page[Dataset]:
+    """The other way round: oldest first."""
+    rows = tables.rows(Dataset, owner, Dataset.dataset_id > after if after is not None else None)
+    shown = (row for row in rows if not row.gone and purpose in (None, row.purpose))
+    found = list(islice(shown, limit + 1))
+    return Page(found[:limit], len(found) > limit)
+
+
+def list_jobs(
+    owner: str,
+    limit: int = 20,
+    after: str | None = None,
+    *,
+    status: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Page[Job]:
+    """With `status` or `metadata`, a page may have fewer rows than `limit` although there are more."""
+    conditions: list[Condition] = [Job.status == status] if status is not None else []
+    wanted = dict(metadata or {})
+    # Stored as JSON text. A text that holds the pair may still be another's, so the rows are compared once more.
+    conditions += [
+        Path("metadata").contains(f"{json.dumps(name)}: {json.dumps(value)}")
+        for name, value in wanted.items()
+    ]
+    if not conditions:
+        return _list(Job, owner, limit, after, is_shown)
+    return _search(
+        Job,
+        owner,
+        limit,
+        after,
+        reduce(and_, conditions),
+        lambda job: is_shown(job) and wanted.items() <= (job.metadata or {}).items(),
+    )
 
 
 def list_models(owner: str, limit: int = 20, after: str | None = None) -> Page[TunedModel]:
@@ -84,3 +131,21 @@ def _list(
             if len(found) > limit:
                 break
     return Page(found[:limit], len(found) > limit)
+
+
+def _search(
+    table: type[Row],
+    owner: str,
+    limit: int,
+    after: str | None,
+    where: Condition,
+    shown: Callable[[Row], bool],
+) -> Page[Row]:
+    """Rows that are few among many. An empty page would end the list for OpenAI's clients, so it reads on until there is
+    something to show, or nothing left; with something to show it stops after SEARCHED rows, and the next page goes on."""
+    found: list[Row] = []
+    for rows, read in tables.search(table, owner, where, after):
+        found += [row for row in rows if shown(row)]
+        if len(found) > limit or (found and read >= SEARCHED):
+            return Page(found[:limit], True)
+    return Page(found, False)

@@ -577,6 +577,20 @@ def newest(
     )
 
 
+def search(
+    table: type[Row], hash_key: str, where: Condition, after: str | None = None
+) -> Iterator[tuple[list[Row], int]]:
+    """Rows of a partition for which `where` holds, newest first, and how many have been read for them so far. The store
+    leaves out the others, which costs neither transfer nor parsing. Reads grow from 100 rows to the 1 MB that DynamoDB
+    reads at once: short where matches are many, few where they are rare."""
+    keys = _range_key(table) < after if after is not None else None
+    found = table.query(hash_key, keys, where, scan_index_forward=False, consistent_read=True, page_size=100)
+    reads = found.page_iter
+    for page in reads:
+        yield [table.from_raw_data(item) for item in page["Items"]], reads.total_scanned_count
+        reads.page_size = 2 * (reads.page_size or 100)
+
+
 def rows(table: type[Row], hash_key: str, keep: Condition | None = None) -> Iterator[Row]:
     """All rows of a partition in the order of their keys."""
     return iter(table.query(hash_key, keep, consistent_read=True))

@@ -36,7 +36,7 @@ def newest_first(owner: str, job: Job, limit: int, after: str | None) -> tuple[l
     """The page of events before `after`, the latest first. Events are numbered without gaps, so it is one short read."""
     last = int(job.last_seq)
     ends = (2 if job.status == "succeeded" else 1) if job.ended else 0  # these are not stored
-    top = _number(job, after) if after else last + ends + 1
+    top = _number(job, after) if after is not None else last + ends + 1
     start = max(0, top - 1 - limit)
     found = [
         (number, told)

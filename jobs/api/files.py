@@ -12,7 +12,7 @@ from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
 from ninja import File as Upload
 from ninja import Form, Query, Router, UploadedFile
 
-from jobs import access, datasets, storage
+from jobs import access, datasets, storage, tables
 from jobs.api import paging, results
 from jobs.api.caller import READ, WRITE, CallerRequest
 from jobs.api.errors import bad, not_found
@@ -57,28 +57,10 @@ def list_files(
     if purpose == results.PURPOSE:
         rows, has_more = results.list_files(owner, limit, after)
         return paging.page(rows, has_more)
-    if order == "desc":
-        found, has_more = paging.collect(
-            lambda count, cursor: access.list_datasets(owner, count, cursor),
-            lambda row: row.dataset_id,
-            limit,
-            after,
-            keep=(lambda row: row.purpose == purpose) if purpose else None,
-        )
-        return paging.page([show(row) for row in found], has_more)
-    # Oldest first is rare: read what there is (quotas bound it) and turn it round.
-    every, _ = paging.collect(
-        lambda count, cursor: access.list_datasets(owner, count, cursor),
-        lambda row: row.dataset_id,
-        5000,
-        None,
-    )
-    rows = [
-        show(row)
-        for row in reversed(every)
-        if purpose in (None, row.purpose) and (after is None or row.dataset_id > after)
-    ]
-    return paging.page(rows[:limit], len(rows) > limit)
+    paging.check_after(tables.Dataset, owner, after)
+    fetch = access.list_datasets if order == "desc" else access.list_oldest_datasets
+    found = fetch(owner, limit, after, purpose=purpose)
+    return paging.page([show(row) for row in found], found.has_more)
 
 
 @router.get("/{file_id}", response={200: File, 404: Error}, summary="Retrieve a file's description")

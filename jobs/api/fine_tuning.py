@@ -61,14 +61,10 @@ def list_jobs(
 ) -> Json:
     """`metadata[key]=value` keeps the jobs that carry it."""
     wanted = {found[1]: value for name, value in request.GET.items() if (found := _METADATA.fullmatch(name))}
-    jobs, has_more = paging.collect(
-        lambda count, cursor: access.list_jobs(request.auth.owner, count, cursor),
-        lambda job: job.job_id,
-        limit,
-        after,
-        keep=(lambda job: wanted.items() <= (job.metadata or {}).items()) if wanted else None,
-    )
-    return paging.page([show(job) for job in jobs], has_more)
+    owner = request.auth.owner
+    paging.check_after(Row, owner, after)
+    jobs = access.list_jobs(owner, limit, after, metadata=wanted)
+    return paging.page([show(job) for job in jobs], jobs.has_more)
 
 
 @router.get("/{job_id}", response={200: Job, 404: Error}, summary="Retrieve a job")
@@ -149,11 +145,7 @@ def list_checkpoints(
     rows = [
         _checkpoint(job, step, names[step], times.get(step), told) for step in sorted(names, reverse=True)
     ]
-    if after is not None:
-        ids = [row["id"] for row in rows]
-        if after not in ids:
-            raise bad("This is no checkpoint of this job.", "after")
-        rows = rows[ids.index(after) + 1 :]
+    rows = paging.rest(rows, after)
     return paging.page(rows[:limit], len(rows) > limit)
 
 

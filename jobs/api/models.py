@@ -16,6 +16,7 @@ from training import catalog
 
 router = Router(auth=READ)
 Json = dict[str, Any]
+ALL = 1_000_000  # the quota of models bounds them
 
 
 def local_name(name: str) -> str:
@@ -48,15 +49,13 @@ def base_for_training(owner: str, name: str) -> str:
     )
 
 
-@router.get("", response={200: Page[Model]}, summary="List models")
-def list_models(request: CallerRequest) -> Json:
+@router.get("", response={200: Page[Model], 400: Error}, summary="List models")
+def list_models(request: CallerRequest, after: paging.After = None) -> Json:
     """All bases and all tuned models, in one page as at OpenAI."""
     owner = request.auth.owner
-    rows, has_more = paging.collect(
-        lambda limit, after: access.list_models(owner, limit, after), lambda row: row.model_id, 1000, None
-    )
     known = [_base(base) for base in (*catalog.base_models(), *bases.from_hub(owner))]
-    return paging.page([*known, *map(_tuned, rows)], has_more)
+    tuned = [_tuned(row) for row in access.list_models(owner, ALL)]
+    return paging.page(paging.rest([*known, *tuned], after), False)
 
 
 @router.get("/{path:model}", response={200: Model, 404: Error}, summary="Retrieve a model")

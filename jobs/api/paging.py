@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from ninja import Query
 from pydantic import Field
 
-from jobs.access import Page
+from jobs import tables
+from jobs.api.errors import ApiError, bad
 from jobs.tables import Table
 
-T = TypeVar("T", bound=Table)
 After = Annotated[str | None, Field(max_length=400, description="The last id of the page before.")]
 Limit = Annotated[int, Query(20, ge=1, le=1000, description="How many at most.")]
-STEP = 100  # rows read at once where some are left out
 
 
-def collect(
-    fetch: Callable[[int, str | None], Page[T]],
-    id_of: Callable[[T], str],
-    limit: int,
-    after: str | None,
-    keep: Callable[[T], bool] | None = None,
-    most: int = 5000,
-) -> tuple[list[T], bool]:
-    """Up to `limit` rows after `after` that are to be kept, and whether there are more. Reads at most `most` rows."""
-    kept: list[T] = []
-    read = 0
-    while len(kept) <= limit and read < most:
-        found = fetch(STEP if keep else limit + 1 - len(kept), after)
-        kept += [row for row in found.rows if keep is None or keep(row)]
-        read += len(found.rows)
-        if not found.has_more:
-            break
-        after = id_of(found.rows[-1])
-    return kept[:limit], len(kept) > limit
+def check_after(table: type[Table], owner: str, after: str | None) -> None:
+    """Refuses a cursor that is no id of the owner's. Rows that were deleted count: one may delete while one lists."""
+    if after is None:
+        return
+    known = after.isascii() and after and tables.get(table, owner, after)
+    if not known:
+        raise _unknown(after)
+
+
+def rest(items: list[dict[str, Any]], after: str | None) -> list[dict[str, Any]]:
+    """What comes after this id in a list that is always read whole."""
+    if after is None:
+        return items
+    ids = [item["id"] for item in items]
+    if after not in ids:
+        raise _unknown(after)
+    return items[ids.index(after) + 1 :]
+
+
+def _unknown(after: str) -> ApiError:
+    return bad(f"Nothing in this list has the id '{after[:100]}'.", "after")
 
 
 def page(items: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:

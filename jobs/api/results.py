@@ -7,7 +7,7 @@ import io
 import re
 from typing import Any
 
-from jobs import access, feed, story
+from jobs import access, feed, story, tables
 from jobs.api import paging
 from jobs.api.errors import not_found
 
@@ -60,15 +60,13 @@ def describe(owner: str, file_id: str) -> Json:
 
 
 def list_files(owner: str, limit: int, after: str | None) -> tuple[list[Json], bool]:
-    cursor = "ftjob-" + after.removeprefix("file-results-") if after else None
-    jobs, has_more = paging.collect(
-        lambda count, start: access.list_jobs(owner, count, start),
-        lambda job: job.job_id,
-        min(limit, 100),
-        cursor,
-        _has_results,
-    )
-    return [show(job, len(content(owner, id_for(job.job_id)))) for job in jobs], has_more
+    cursor = None
+    if after is not None:
+        found = _ID.fullmatch(after)
+        cursor = f"ftjob-{found[1]}" if found else after
+        paging.check_after(tables.Job, owner, cursor)
+    jobs = access.list_jobs(owner, min(limit, 100), cursor, status="succeeded")
+    return [show(job, len(content(owner, id_for(job.job_id)))) for job in jobs], jobs.has_more
 
 
 def show(job: Any, size: int) -> Json:

@@ -33,9 +33,10 @@ def create_webhook(request: CallerRequest, body: WebhookCreate) -> Json:
     return {**show(row), "signing_secret": row.secret}
 
 
-@router.get("", response={200: Page[WebhookEndpoint]}, summary="List webhooks")
-def list_webhooks(request: CallerRequest) -> Json:
-    return paging.page([show(row) for row in webhooks.list_endpoints(request.auth.owner)], False)
+@router.get("", response={200: Page[WebhookEndpoint], 400: Error}, summary="List webhooks")
+def list_webhooks(request: CallerRequest, after: paging.After = None) -> Json:
+    rows = [show(row) for row in webhooks.list_endpoints(request.auth.owner)]
+    return paging.page(paging.rest(rows, after), False)
 
 
 @router.get(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -118,3 +119,145 @@ def test_a_large_file_sent_without_v1_is_told_so_too(web: Any, people: dict[str,
     assert answer.status == 404
     assert b"base_url" in answer.read()
     connection.close()
+
+
+# ---- lists -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def things(stores: None, people: dict[str, Person]) -> dict[str, str]:
+    from tests.api.things import put_things
+
+    return put_things(people["alice"])
+
+
+LISTS = ["files", "files?order=asc", "files?purpose=fine-tune-results", "fine_tuning/jobs", "models"]
+LISTS += ["fine_tuning/jobs?metadata[note]=x", "webhook_endpoints"]
+LISTS += ["fine_tuning/jobs/{job_id}/events", "fine_tuning/jobs/{job_id}/checkpoints"]
+
+
+@pytest.mark.parametrize("after", ["unknown", "", "file-01HZZZZZZZZZZZZZZZZZZZZZZZ", "ü", "ftjob-1"])
+@pytest.mark.parametrize("path", LISTS)
+def test_an_unknown_cursor_is_refused_by_every_list(
+    path: str, after: str, things: dict[str, str], people: dict[str, Person]
+):
+    path = path.format(**things)
+    answer = Client().get(
+        f"/v1/{path}{'&' if '?' in path else '?'}after={after}",
+        headers={"Authorization": f"Bearer {people['alice'].key}"},
+    )
+    assert answer.status_code == 400, answer.content
+    assert answer.json()["error"]["param"] == "after"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("files", "file_id"),
+        ("files?order=asc", "file_id"),
+        ("fine_tuning/jobs", "job_id"),
+        ("models", "model_id"),
+        ("webhook_endpoints", "webhook_endpoint_id"),
+    ],
+)
+def test_a_cursor_of_somebody_else_is_unknown(
+    path: str, name: str, things: dict[str, str], people: dict[str, Person]
+):
+    for person, status in (("alice", 200), ("bob", 400)):
+        answer = Client().get(
+            f"/v1/{path}{'&' if '?' in path else '?'}after={things[name]}",
+            headers={"Authorization": f"Bearer {people[person].key}"},
+        )
+        assert answer.status_code == status, answer.content
+        if status == 200:
+            assert things[name] not in [row["id"] for row in answer.json()["data"]]
+
+
+def test_a_list_goes_on_after_a_file_that_was_just_deleted(stores: None, people: dict[str, Person]):
+    """As `for file in client.files.list(): client.files.delete(file.id)` does."""
+    from jobs import access, tables
+
+    bob = people["bob"]
+    for row in access.list_datasets(bob.owner, 1000):
+        row.delete()
+    ids = []
+    for _ in range(3):
+        ids.append(tables.new_id("file"))
+        tables.Dataset(bob.owner, ids[-1], name="a", status="ready").save()
+    page, key = Client(), {"Authorization": f"Bearer {bob.key}"}
+    after, seen = "", []
+    while True:
+        told = page.get(f"/v1/files?limit=1{after}", headers=key).json()
+        seen += [row["id"] for row in told["data"]]
+        if not told["has_more"]:
+            break
+        assert page.delete(f"/v1/files/{seen[-1]}", headers=key).status_code == 200
+        after = f"&after={seen[-1]}"
+    assert seen == ids[::-1]
+
+
+# ---- filters -----------------------------------------------------------------------------------
+
+
+def listed(person: Person, path: str) -> list[str]:
+    """All ids, page by page, as the client follows them: an empty page ends the list."""
+    ids: list[str] = []
+    after = ""
+    while True:
+        answer = Client().get(f"/v1/{path}{after}", headers={"Authorization": f"Bearer {person.key}"})
+        assert answer.status_code == 200, answer.content
+        told = answer.json()
+        ids += [row["id"] for row in told["data"]]
+        if not told["has_more"] or not told["data"]:
+            return ids
+        after = f"&after={told['last_id']}"
+
+
+@pytest.fixture
+def many(stores: None, people: dict[str, Person]) -> Iterator[list[str]]:
+    """5,100 jobs, of which the first and the last are of team blue and have succeeded."""
+    from jobs import tables
+    from jobs.tables import Job
+
+    bob = people["bob"]
+    for row in tables.rows(Job, bob.owner):
+        row.delete()
+    ids = [f"ftjob-{number:026d}" for number in range(5100)]
+    with Job.batch_write() as batch:
+        for number, job_id in enumerate(ids):
+            blue = job_id in (ids[0], ids[-1])
+            job = Job(bob.owner, job_id, base="starter", status="succeeded" if blue else "failed")
+            job.metadata = {"team": "blue" if blue else "red", "n": str(number), "quote": '"team": "blue"'}
+            batch.save(job)
+    yield ids
+    with Job.batch_write() as batch:
+        for job_id in ids:
+            batch.delete(Job(bob.owner, job_id))
+
+
+@pytest.mark.slow
+def test_no_match_is_lost_behind_thousands_of_others(
+    many: list[str], people: dict[str, Person], monkeypatch: pytest.MonkeyPatch
+):
+    from jobs import access, tables
+
+    bob, blue = people["bob"], [many[-1], many[0]]
+    assert listed(bob, "fine_tuning/jobs?limit=100&metadata[team]=blue") == blue
+    assert listed(bob, "fine_tuning/jobs?metadata[team]=blue&metadata[n]=0") == [many[0]]
+    for nothing in ("metadata[team]=green", "metadata[te]=blue", "metadata[team]=blue&metadata[n]=1"):
+        assert listed(bob, f"fine_tuning/jobs?{nothing}") == []
+    results = listed(bob, "files?purpose=fine-tune-results&limit=100")
+    assert results == [id.replace("ftjob-", "file-results-") for id in blue]
+
+    with tables.counted() as counter:  # many matches: one short read
+        reds = access.list_jobs(bob.owner, 20, metadata={"team": "red"})
+    assert [job.job_id for job in reds] == many[-2:-22:-1]
+    assert (reds.has_more, tables.reads(counter)) == (True, 1)
+
+    monkeypatch.setattr(access, "SEARCHED", 1000)  # few: an answer that has something stops
+    with tables.counted() as counter:
+        first = access.list_jobs(bob.owner, 20, metadata={"team": "blue"})
+    assert [job.job_id for job in first] == blue[:1]
+    assert first.has_more
+    assert tables.reads(counter) == 4  # 100 + 200 + 400 + 800 rows
+    assert listed(bob, "fine_tuning/jobs?metadata[team]=blue") == blue
