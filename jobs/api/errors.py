@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from typing import Any
 
 from django.core.exceptions import RequestDataTooBig, SuspiciousOperation
@@ -30,6 +31,8 @@ TYPES = {
 }
 # The official client sends a POST up to twice more on 409, 429 and 5xx, which helps nobody when nothing will have changed.
 FINAL_STATUS, FINAL_CODES = {409, 413, 501}, {"quota_exceeded", "misconfigured"}
+# How pydantic names the kinds of a union in an error's place.
+_KIND = re.compile(r"(function-|constrained-|(literal|list|dict|union|nullable)\[)|(str|int|float|bool)$")
 # What our modules call a field, as callers know it.
 PARAMS = {
     "dataset_id": "training_file",
@@ -159,17 +162,35 @@ def too_large(limit: int | None = None) -> ApiError:
 
 
 def _invalid(exc: ValidationError) -> ApiError:
-    """The first thing wrong, in words, with the name of the parameter as the caller wrote it."""
-    first = exc.errors[0]
-    places = [str(part) for part in first["loc"]]
-    # ninja's place is (source, argument, field, …); the caller knows only the field.
-    places = places[2:] if places[0] == "body" and len(places) > 2 else places[1:]
-    param = (
-        ".".join(part for part in places if not part.startswith(("function-", "constrained-", "literal[")))
-        or None
-    )
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return bad(f"Invalid '{param}': {message}." if param else f"{message}.", param, str(first["type"]))
+    """The first thing wrong, in words, with the name of the parameter as the caller wrote it.
+
+    Of a field that takes several kinds, pydantic lists what each kind found wrong. Meant was the one that was followed
+    furthest into the value, and among those the one whose type was right."""
+    places = [(_place(error["loc"]), error) for error in exc.errors]
+    first = places[0][0]
+    within = [found for found in places if found[0][: len(first)] == first]
+    depth = max(len(place) for place, _ in within)
+    place = next(place for place, _ in within if len(place) == depth)
+    branches = [error for found, error in within if found == place]
+    meant = min(branches, key=_far_off)
+    message = str(meant["msg"]).removeprefix("Value error, ")
+    words = [error["ctx"]["expected"] for error in branches if error["type"] == "literal_error"]
+    if words and meant["type"] != "literal_error":
+        message += f", or {words[0]}"
+    param = ".".join(place) or None
+    return bad(f"Invalid '{param}': {message}." if param else f"{message}.", param, str(meant["type"]))
+
+
+def _place(loc: tuple[Any, ...]) -> tuple[str, ...]:
+    """Without ninja's (source, argument) and without the names that pydantic gives to the kinds of a union."""
+    parts = [str(part) for part in loc]
+    parts = parts[2:] if parts[0] == "body" and len(parts) > 2 else parts[1:]
+    return tuple(part for part in parts if not _KIND.match(part))
+
+
+def _far_off(error: dict[str, Any]) -> int:
+    kind = str(error["type"])
+    return 2 if kind == "literal_error" else 1 if kind.endswith("_type") else 0
 
 
 def handle(request: HttpRequest, exc: Exception) -> HttpResponse:

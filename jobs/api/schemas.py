@@ -5,7 +5,19 @@ from __future__ import annotations
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from ninja import Schema
-from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, field_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 MAX_SEED = 2**31 - 1
 T = TypeVar("T")
@@ -102,14 +114,33 @@ class UploadPart(Schema):
 Auto = Literal["auto"]
 
 
+def _in_range(words: str) -> WrapValidator:
+    """Says the whole range where a number is outside of it; pydantic names only the bound that was passed."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as refused:
+            if any(error["type"].endswith("_type") for error in refused.errors()):
+                raise
+            raise PydanticCustomError("out_of_range", f"Input should be {words}") from refused
+
+    return WrapValidator(check)
+
+
+Epochs = Annotated[StrictInt, Field(ge=1, le=50), _in_range("from 1 to 50")]
+BatchSize = Annotated[StrictInt, Field(ge=1, le=256), _in_range("from 1 to 256")]
+Multiplier = Annotated[StrictFloat | StrictInt, Field(gt=0, le=1000), _in_range("more than 0, up to 1000")]
+
+
 class Hyperparameters(Request):
     model_config = ConfigDict(
         extra="forbid", allow_inf_nan=False
     )  # a misspelt one must not be trained without
 
-    n_epochs: Auto | Annotated[StrictInt, Field(ge=1, le=50)] | None = None
-    batch_size: Auto | Annotated[StrictInt, Field(ge=1, le=256)] | None = None
-    learning_rate_multiplier: Auto | Annotated[StrictFloat | StrictInt, Field(gt=0, le=1000)] | None = None
+    n_epochs: Auto | Epochs | None = None
+    batch_size: Auto | BatchSize | None = None
+    learning_rate_multiplier: Auto | Multiplier | None = None
 
 
 class Supervised(Request):
