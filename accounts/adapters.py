@@ -1,26 +1,33 @@
-"""Where allauth asks us: who may sign up, and what Google must have vouched for."""
+"""Where allauth asks us: who may sign up, what Google must have vouched for, and how often a refresh token is good."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 import secrets
 from typing import Any
 
 from allauth.account.adapter import DefaultAccountAdapter
 from allauth.core.exceptions import ImmediateHttpResponse
+from allauth.headless.tokens.strategies.jwt import JWTTokenStrategy, internal
 from allauth.mfa.adapter import DefaultMFAAdapter
 from allauth.socialaccount.adapter import DefaultSocialAccountAdapter
 from allauth.socialaccount.models import SocialApp, SocialLogin
+from allauth.usersessions.models import UserSession
 from cryptography.fernet import Fernet, MultiFernet
 from django.conf import settings
 from django.contrib import messages
 from django.contrib.auth.hashers import make_password
+from django.contrib.sessions.models import Session
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied, ValidationError
+from django.db import transaction
 from django.http import Http404, HttpRequest
 from django.shortcuts import redirect
 
 from llmtuner import env
+
+log = logging.getLogger(__name__)
 
 
 class AccountAdapter(DefaultAccountAdapter):
@@ -49,6 +56,28 @@ class AccountAdapter(DefaultAccountAdapter):
             return str(super().get_client_ip(request))
         except (ImproperlyConfigured, PermissionDenied):
             return str(request.META.get("REMOTE_ADDR") or "0.0.0.0")  # noqa: S104  a name for "unknown", nothing is bound
+
+
+class TokenStrategy(JWTTokenStrategy):
+    def refresh_token(self, refresh_token: str) -> tuple[str, str] | None:
+        """The next access and refresh token. A refresh token that was used before ends its session, and with it all tokens
+        of that sign-in: it was copied, and nobody can tell whether the thief or the owner came first (RFC 9700, 4.14.2)."""
+        payload = internal.decode_token(refresh_token, "refresh")  # signed by us and not expired, or None
+        session = internal.get_token_session(payload) if payload else None
+        if payload is None or session is None:
+            return None
+        key = session.session_key
+        with transaction.atomic():
+            # One at a time: of two requests with the same token the second must see that it is used.
+            Session.objects.select_for_update().filter(session_key=key).first()
+            tokens = super().refresh_token(refresh_token)
+            if tokens is None:
+                log.warning(
+                    "user %s: a used refresh token came again; its sign-in is revoked", payload["sub"]
+                )
+                UserSession.objects.filter(session_key=key).delete()
+                Session.objects.filter(session_key=key).delete()
+        return tokens
 
 
 class MFAAdapter(DefaultMFAAdapter):

@@ -235,7 +235,7 @@ MFA_WEBAUTHN_ALLOW_INSECURE_ORIGIN = not HTTPS and LOOPBACK  # browsers allow pa
 
 # Programs sign in by allauth's headless app client; its access token is good for /v1.
 HEADLESS_CLIENTS = ("app",)
-HEADLESS_TOKEN_STRATEGY = "allauth.headless.tokens.strategies.jwt.JWTTokenStrategy"  # noqa: S105  a class, no secret
+HEADLESS_TOKEN_STRATEGY = "accounts.adapters.TokenStrategy"  # noqa: S105  a class, no secret
 HEADLESS_JWT_ALGORITHM = "HS256"  # signed with SECRET_KEY; only we verify
 HEADLESS_JWT_ACCESS_TOKEN_EXPIRES_IN = 300
 HEADLESS_JWT_REFRESH_TOKEN_EXPIRES_IN = 30 * 86400
