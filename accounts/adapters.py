@@ -9,7 +9,12 @@ import secrets
 from typing import Any
 
 from allauth.account.adapter import DefaultAccountAdapter
+from allauth.account.app_settings import EmailVerificationMethod
+from allauth.account.models import EmailAddress
+from allauth.account.utils import passthrough_next_redirect_url
 from allauth.core.exceptions import ImmediateHttpResponse
+from allauth.core.internal.httpkit import is_headless_request
+from allauth.headless.base.response import AuthenticationResponse
 from allauth.headless.tokens.strategies.jwt import JWTTokenStrategy, internal
 from allauth.mfa.adapter import DefaultMFAAdapter
 from allauth.socialaccount.adapter import DefaultSocialAccountAdapter
@@ -18,13 +23,16 @@ from allauth.usersessions.models import UserSession
 from cryptography.fernet import Fernet, MultiFernet
 from django.conf import settings
 from django.contrib import messages
-from django.contrib.auth.hashers import make_password
+from django.contrib.auth.base_user import AbstractBaseUser
 from django.contrib.sessions.models import Session
 from django.core.exceptions import ImproperlyConfigured, PermissionDenied, ValidationError
-from django.db import transaction
-from django.http import Http404, HttpRequest
-from django.shortcuts import redirect
+from django.db import IntegrityError, transaction
+from django.forms import BaseForm
+from django.http import Http404, HttpRequest, HttpResponse
+from django.shortcuts import redirect, resolve_url
+from django.utils.cache import add_never_cache_headers
 
+from accounts.models import User
 from llmtuner import env
 
 log = logging.getLogger(__name__)
@@ -46,9 +54,48 @@ class AccountAdapter(DefaultAccountAdapter):
         return email
 
     def send_account_already_exists_mail(self, email: str) -> None:
-        """Sign-up takes as long for an address that has an account: hashing a password is what takes time."""
-        make_password(secrets.token_hex(16))
+        """Does the work of making an account and drops it, so that sign-up takes as long for an address that has one."""
+        with transaction.atomic():
+            user = User.objects.create_user(f"{secrets.token_hex(8)}@invalid", secrets.token_hex(8))
+            EmailAddress.objects.create(user=user, email=user.email)
+            transaction.set_rollback(True)
         super().send_account_already_exists_mail(email)
+
+    def save_user(
+        self, request: HttpRequest, user: User, form: BaseForm, commit: bool = True
+    ) -> AbstractBaseUser:
+        """Makes the account. Where no mail is sent, the database's refusal of a second one with the same address is answered
+        like success: until then, the same work was done."""
+        try:
+            with transaction.atomic():
+                return super().save_user(request, user, form, commit)
+        except IntegrityError as e:
+            if not User.objects.filter(email=user.email).exists():
+                raise
+            raise ImmediateHttpResponse(self._respond_signed_up(request)) from e
+
+    def pre_login(self, request: HttpRequest, user: AbstractBaseUser, **login: Any) -> HttpResponse | None:
+        """Nobody is signed in by signing up without a code from a mail: it would tell that the address had no account.
+        Google's users are, for Google knows them."""
+        unverified = login["email_verification"] == EmailVerificationMethod.NONE
+        if login["signup"] and unverified and "sociallogin" not in (login["signal_kwargs"] or {}):
+            return self._respond_signed_up(request)
+        return super().pre_login(request, user, **login)
+
+    def _respond_signed_up(self, request: HttpRequest) -> HttpResponse:
+        request.session.pop(
+            "account_verified_email", None
+        )  # allauth leaves it, empty, with a new account only
+        if is_headless_request(request):
+            return AuthenticationResponse(request)  # 401, and sign-in among what can be done next
+        messages.info(
+            request,
+            "You can sign in now with your address and the password you chose. "
+            "If there already was an account with this address, it keeps its old password.",
+        )
+        response = redirect(passthrough_next_redirect_url(request, resolve_url("account_login"), "next"))
+        add_never_cache_headers(response)  # the view does so for a new account only: save_user raises past it
+        return response
 
     def get_client_ip(self, request: HttpRequest) -> str:
         """Who came past the proxies, with a forged or no header, is known by the address of the connection."""
@@ -129,9 +176,19 @@ class SocialAccountAdapter(DefaultSocialAccountAdapter):
 
     def pre_social_login(self, request: HttpRequest, sociallogin: SocialLogin) -> None:
         """Only an address that Google has verified counts: anything else could be somebody else's."""
-        if sociallogin.is_existing or any(address.verified for address in sociallogin.email_addresses):
+        if sociallogin.is_existing:
             return
-        messages.error(
-            request, "Google has not verified that e-mail address, so we cannot sign you in with it."
-        )
-        raise ImmediateHttpResponse(redirect("account_login"))
+        if not any(address.verified for address in sociallogin.email_addresses):
+            messages.error(
+                request, "Google has not verified that e-mail address, so we cannot sign you in with it."
+            )
+            raise ImmediateHttpResponse(redirect("account_login"))
+        emails = [address.email.lower() for address in sociallogin.email_addresses]
+        if request.user.is_anonymous and User.objects.filter(email__in=emails).exists():
+            # The account may be that of somebody who only claimed the address: it is not opened without its password.
+            messages.error(
+                request,
+                "There is an account with this address already. Sign in with its password, or reset that first. "
+                "Then you can connect Google on your account page.",
+            )
+            raise ImmediateHttpResponse(redirect("account_login"))

@@ -130,9 +130,15 @@ def test_an_address_google_has_not_verified_does_not_sign_in(db, google: Google,
 def test_the_address_of_a_local_account_opens_nothing(db, google: Google, page: Client, verified: bool):
     alice = make_user("alice")
     google.has("g-7", alice.email, verified=verified)
-    page.get(google.agree(page, "g-7"))
+    answer = page.get(google.agree(page, "g-7"), follow=True)
+    assert answer.request["PATH_INFO"] == "/accounts/login/"
+    words = "Sign in with its password" if verified else "has not verified"
+    assert words in answer.content.decode()
     assert not is_signed_in(page)
     assert User.objects.count() == 1
+    assert not page.get("/accounts/3rdparty/signup/").content.count(
+        b"<form"
+    )  # where one could try other addresses
 
 
 def test_a_person_who_says_no_is_told_so(db, google: Google, page: Client):

@@ -42,9 +42,14 @@ def test_from_signing_up_to_the_model_elsewhere(
 ) -> None:
     rows = sample_rows(tmp_path)
 
+    email = f"carol-{tmp_path.name}@example.com"
     page.goto("/accounts/signup/")
-    page.fill("input[name=email]", f"carol-{tmp_path.name}@example.com")
+    page.fill("input[name=email]", email)
     page.fill("input[name=password1]", PASSWORD)
+    page.click("main form button:not([type=button])")
+    page.get_by_text("You can sign in now").wait_for()
+    page.fill("input[name=login]", email)
+    page.fill("input[name=password]", PASSWORD)
     page.click("main form button:not([type=button])")
     page.wait_for_url("**/jobs/")
     assert page.get_by_text("Nothing has been trained yet").is_visible()
