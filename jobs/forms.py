@@ -14,6 +14,15 @@ from training.config import FIELDS, ConfigError, Field, Settings, parse
 NAME_LENGTH = 120
 
 
+def whole_number(text: str, most: int) -> int | None:
+    """The number that is written here in plain digits, or None; also where it is above `most`. Python's own reader takes
+    signs, spaces and other scripts' digits, and raises at 4,300 of them."""
+    if len(text) > 20 or not (text.isascii() and text.isdigit()):
+        return None
+    number = int(text)
+    return number if number <= most else None
+
+
 class NewJobForm(forms.Form):
     """Everything of a new job but its settings, which `SettingsForm` reads from the same POST."""
 

@@ -489,6 +489,8 @@ Row = TypeVar("Row", bound=Table)
 
 def get(table: type[Row], hash_key: Any, range_key: Any) -> Row | None:
     """The row as it is now (a consistent read), or None."""
+    if len(str(hash_key).encode()) > 2048 or len(str(range_key).encode()) > 1024:
+        return None  # no row has such a key, and DynamoDB takes the question for an error
     try:
         return table.get(hash_key, range_key, consistent_read=True)
     except table.DoesNotExist:

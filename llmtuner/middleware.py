@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.conf import settings
+from django.db import DataError
 from django.http import HttpRequest, HttpResponse, HttpResponseBase
 from django.utils.cache import patch_vary_headers
 from django.utils.decorators import sync_and_async_middleware
@@ -160,6 +161,30 @@ def unreachable_stores(get_response: Handler) -> Handler:
         log.error("a store is %s: %s", state, exception)
         problem = errors.MISCONFIGURED if state == store_errors.MISCONFIGURED else None
         return errors.respond(request, 503, problem=problem)
+
+    middleware = around(lambda request, response: None, get_response)
+    middleware.process_exception = process_exception  # type: ignore[attr-defined]  # Django looks for it there
+    return middleware
+
+
+# ---- what nobody can read ------------------------------------------------------------------------
+
+
+@sync_and_async_middleware
+def unreadable_input(get_response: Handler) -> Handler:
+    """Says 400 where a number is too long or JSON too deep for Python: Django and allauth do not expect that of a body, and
+    no exception of its own tells either."""
+
+    def process_exception(request: HttpRequest, exception: Exception) -> HttpResponse | None:
+        words = str(exception)
+        if (
+            (isinstance(exception, ValueError) and "integer string conversion" in words)
+            or (isinstance(exception, RecursionError) and "decoding a JSON" in words)
+            or (isinstance(exception, OverflowError) and "too large to convert" in words)  # SQLite
+            or (isinstance(exception, DataError) and "out of range" in words)  # PostgreSQL
+        ):
+            return errors.respond(request, 400)
+        return None
 
     middleware = around(lambda request, response: None, get_response)
     middleware.process_exception = process_exception  # type: ignore[attr-defined]  # Django looks for it there

@@ -85,6 +85,7 @@ MIDDLEWARE = [
     "allauth.account.middleware.AccountMiddleware",
     "django_htmx.middleware.HtmxMiddleware",
     "llmtuner.middleware.unreachable_stores",
+    "llmtuner.middleware.unreadable_input",
 ]
 ROOT_URLCONF = "llmtuner.urls"
 ASGI_APPLICATION = "llmtuner.asgi.application"

@@ -145,7 +145,9 @@ def of_config(config: Mapping[str, Any], *, id: str = "", folder: str = "") -> B
     """What a Hugging Face config.json says; the names differ between architectures."""
 
     def first(*names: str, default: int = 0) -> int:
-        return next((int(config[name]) for name in names if isinstance(config.get(name), int)), default)
+        # A number that no model has counts as absent: a stranger's file must not overflow what is computed from it.
+        found = (config.get(name) for name in names)
+        return next((n for n in found if isinstance(n, int) and 0 < n < 10**9), default)
 
     width, layers = (
         first("n_embd", "hidden_size", "d_model"),

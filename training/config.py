@@ -180,7 +180,7 @@ def _names(name: str, raw: Any) -> tuple[str, ...]:
 def _number(name: str, spec: Field, raw: Any) -> int | float:
     try:
         number = float(raw)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(name, "Give a number.") from None
     if isinstance(raw, bool) or not math.isfinite(number):
         raise ConfigError(name, "Give a number.")

@@ -16,7 +16,7 @@ from django.utils.text import Truncator
 from django.views.decorators.http import require_GET, require_POST
 
 from jobs import access, bases, datasets, parts, reports, tables, versions
-from jobs.forms import ColumnsForm, UploadForm
+from jobs.forms import ColumnsForm, UploadForm, whole_number
 from jobs.limits import OverQuota
 from jobs.tables import Dataset, DatasetReport
 from jobs.templatetags.figures import count, size, when
@@ -131,19 +131,14 @@ def delete(request: HttpRequest, dataset_id: str) -> HttpResponse:
 def row(request: HttpRequest, dataset_id: str) -> HttpResponse:
     """Has the tokens of one row made, by its `line`, and leads to them."""
     dataset = access.get_dataset_for(owner_of(request), dataset_id)
-    line, base = request.POST.get("line", "").strip(), request.POST.get("as", "")
+    line, base = whole_number(request.POST.get("line", "").strip(), 10**10), request.POST.get("as", "")
     other = tables.get(DatasetReport, dataset_id, base) if base else None
     address = reverse("jobs:dataset", args=[dataset_id])
-    if (
-        dataset.status != "ready"
-        or not line.isascii()
-        or not line.isdigit()
-        or not 0 < int(line[:12]) < 10**10
-    ):
+    if dataset.status != "ready" or not line:
         messages.error(request, "Line: write the number of a line of the file.")
         return redirect(address)
-    reports.ask_row(dataset, other.facts if other else {"id": catalog.STARTER}, int(line))
-    query = {"as": other.base, "line": line} if other else {"line": line}
+    reports.ask_row(dataset, other.facts if other else {"id": catalog.STARTER}, line)
+    query = {"as": other.base, "line": str(line)} if other else {"line": str(line)}
     return redirect(f"{address}?{urlencode(query)}#row")
 
 

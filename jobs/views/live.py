@@ -31,6 +31,7 @@ from django.template.loader import render_to_string
 from django.views.decorators.http import require_safe
 
 from jobs import access, feed
+from jobs.forms import whole_number
 from jobs.story import log_line
 from jobs.tables import Job
 from jobs.views import showing
@@ -88,9 +89,10 @@ async def stream(scope: Scope, receive: Receive, send: Send) -> None:
 
 def _cursor(request: HttpRequest) -> int:
     raw = request.headers.get("Last-Event-ID") or request.GET.get("after") or "0"
-    if not raw.isascii() or not raw.isdigit() or len(raw) > 19:
+    number = whole_number(raw, 10**19)
+    if number is None:
         raise ValueError(raw)
-    return int(raw)
+    return number
 
 
 @dataclass

@@ -11,6 +11,7 @@ from django.views.decorators.http import require_http_methods, require_POST
 
 from jobs import parts
 from jobs.datasets import Rejected
+from jobs.forms import whole_number
 from jobs.limits import OverQuota
 from jobs.templatetags.figures import when
 from jobs.views.doors import for_people, owner_of
@@ -25,17 +26,17 @@ def _refused(message: str) -> JsonResponse:
 def begin(request: HttpRequest) -> HttpResponse:
     """`name`, `bytes` and `mark` of a file. Says where it is already (unless `again`), or which parts are there."""
     name, mark = request.POST.get("name", ""), request.POST.get("mark", "")[:100]
-    size = request.POST.get("bytes", "")
-    if not size.isascii() or not size.isdigit() or len(size) > 15:
+    size = whole_number(request.POST.get("bytes", ""), 10**15)
+    if size is None:
         return _refused("Choose a file to upload.")
     owner = owner_of(request)
-    if not request.POST.get("again") and (same := parts.known(owner, int(size), mark)):
+    if not request.POST.get("again") and (same := parts.known(owner, size, mark)):
         address = reverse("jobs:dataset", args=[same.dataset_id])
         return JsonResponse(
             {"same": {"url": address, "name": same.name, "when": strip_tags(when(same.created_at))}}
         )
     try:
-        row = parts.begin(owner, name, int(size), mark)
+        row = parts.begin(owner, name, size, mark)
     except (Rejected, OverQuota) as error:
         return _refused(str(error))
     return JsonResponse(
@@ -68,9 +69,12 @@ def part(request: HttpRequest, upload_id: str, number: int) -> HttpResponse:
 def links(request: HttpRequest, upload_id: str) -> HttpResponse:
     """Signed links for the parts in `numbers`."""
     row = parts.get_for(owner_of(request), upload_id)
-    numbers = [int(n) for n in request.POST.get("numbers", "").split(",") if n.isascii() and n.isdigit()]
+    sent = request.POST.get("numbers", "")
+    numbers = [whole_number(number, 10**6) for number in sent.split(",")] if sent else []
+    if None in numbers:
+        return JsonResponse({"error": "The file has no such part."}, status=400)
     try:
-        return JsonResponse({"links": parts.links(row, numbers)})
+        return JsonResponse({"links": parts.links(row, [number for number in numbers if number is not None])})
     except Rejected as error:
         return _refused(str(error))
 

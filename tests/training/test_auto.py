@@ -8,7 +8,16 @@ from dataclasses import replace
 import pytest
 
 from training.auto import PRESETS, resolve
-from training.catalog import GPT2_FAMILY, BaseModel, Machine, find, fits, starter, training_memory
+from training.catalog import (
+    GPT2_FAMILY,
+    BaseModel,
+    Machine,
+    find,
+    fits,
+    of_config,
+    starter,
+    training_memory,
+)
 from training.config import FIELDS, Settings, parse
 from training.estimate import Past, estimate
 from training.report import Summary
@@ -114,6 +123,24 @@ def test_the_family_counts_its_parameters_as_its_files_do() -> None:
             "vocab_size": base.vocab,
         }
         assert of_config(config).parameters == base.parameters
+
+
+@pytest.mark.parametrize("number", [10**400, 10**12, 0, -1], ids=["1e400", "1e12", "0", "-1"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_config_with_impossible_sizes_is_refused_or_read_without_them(kind: str, number: int) -> None:
+    sizes = {
+        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "intermediate_size": 128, "max_position_embeddings": 512, "vocab_size": 100,
+    }  # fmt: skip
+    for name in sizes:
+        config = {"model_type": kind} | sizes | {name: number}
+        if name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+            with pytest.raises(ValueError, match="no language model we can read"):
+                of_config(config)
+        else:
+            base = of_config(config)
+            assert 0 < base.parameters < 10**6
+            assert base.heads > 0
 
 
 def test_the_starter_is_there_and_small() -> None:

@@ -48,6 +48,8 @@ def test_what_is_parsed_can_be_written_and_parsed_again() -> None:
         ({"learning_rate": 0}, "learning_rate"),
         ({"learning_rate": "fast"}, "learning_rate"),
         ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"learning_rate": 10**400}, "learning_rate"),
+        ({"epochs": "9" * 5000}, "epochs"),
         ({"epochs": True}, "epochs"),
         ({"batch_size": 2.5}, "batch_size"),
         ({"batch_size": 8, "batch_tokens": 512}, "batch_tokens"),
