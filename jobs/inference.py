@@ -1,8 +1,9 @@
 """Text from a model, token by token: the playground and /v1 both call `stream`.
 
-The request goes as a Celery message to an inference worker, which relays it (`jobs.relay`) to its one
-`python -m training serve` child. What that says comes back on the Redis stream `tokens:<request>`. The reader keeps
-`reading:<request>` alive; when it leaves or dies the key goes, and the worker cancels. Nothing is kept: all expires.
+The request waits in Redis (`jobs.generation_queue`) until an inference worker takes it, who relays it (`jobs.relay`) to
+its one `python -m training serve` child. What that says comes back on the Redis stream `tokens:<request>`, its entries
+numbered without a gap. The reader renews its sign of life; when it leaves or dies the request is dropped, and a worker
+that has it cancels. Nothing is kept: all expires.
 """
 
 from __future__ import annotations
@@ -19,40 +20,34 @@ from typing import Any
 import redis.exceptions
 from django.conf import settings
 
-from jobs import bases, bells, tuned_models
+from jobs import bases, bells, generation_queue, tuned_models
 from training import catalog
 
-MAX_WAITING = 64  # requests in all, running ones included; more are told to come back
-PATIENCE_S = 5.0  # how long an owner's request waits for another of the same owner to end
-TAKEN_S = 20.0  # a worker must take the request within this
-READING_S = 15  # without a sign of the reader for so long, the worker stops
-EXPIRES_S = 120
-
-# One place for a request, unless all are taken or the owner has its share. Places of the dead run out by themselves.
-TAKE_PLACE = """
-local now = tonumber(redis.call('TIME')[1])
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now)
-redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
-if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return 'full' end
-if redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[3]) then return 'share' end
-redis.call('ZADD', KEYS[1], now + ARGV[4], ARGV[1])
-redis.call('ZADD', KEYS[2], now + ARGV[4], ARGV[1])
-redis.call('EXPIRE', KEYS[2], ARGV[4])
-return 'ok'
-"""
+RENEW_S = 5.0  # between two signs of the reader
+NOBODY_S = 20.0  # so long a request waits while nobody at all is served: no worker is there
+WAIT_S = 600.0  # the longest wait in the queue; the official clients give up then, too
+REDIS_BACK_S = 30.0  # so long a request that waits bears with a Redis that is away
+TRIES = 3  # as often a request is asked for that Redis or its worker lost
+AWAY = "The models cannot be reached just now. Try again in a few seconds."
+SEQUENCES_AT_ONCE = 8  # of one person, in the server: half of what it writes at once
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What to write and how. Exactly one of `prompt` and `messages`."""
+    """What to write and how. Exactly one of `prompt`, `prompts` and `messages`."""
 
     model: str  # a tuned model's id or alias, a checkpoint's model id, or a base model's id
     prompt: str | None = None
+    prompts: list[str] | list[list[int]] | None = (
+        None  # texts or token ids; choice i of prompt k is k * n + i
+    )
     messages: list[dict[str, Any]] | None = None
     max_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     stop: list[str] = field(default_factory=list)
     seed: int | None = None
     n: int = 1
@@ -68,6 +63,10 @@ class Busy(Exception):
         super().__init__(message or f"The models are busy. Try again in {retry_after} s.")
 
 
+class Unavailable(Busy):
+    """Nobody can answer just now, however few are waiting."""
+
+
 class Failed(Exception):
     """The request was taken but could not be answered; the message says why. `code` is the server's word for it."""
 
@@ -77,26 +76,125 @@ class Failed(Exception):
         super().__init__(message)
 
 
+def timeout_s(choices: int) -> float:
+    """How long an answer of so many choices may take once a worker has taken the request."""
+    return float(settings.JOBS["generation_timeout_s"] * -(-choices // SEQUENCES_AT_ONCE))
+
+
+class _Lost(Exception):
+    """Redis or the worker lost the request."""
+
+
 async def stream(owner: str, request: GenerateRequest) -> AsyncGenerator[dict[str, Any], None]:
     """Yields the serve protocol's lines: {"t": "start", "prompt_tokens"}, {"t": "token", "index", "text", …} … and last
-    {"t": "done", "choices", "usage"}. Closing the generator cancels the request within 2 s.
+    {"t": "done", "choices", "usage"}. Closing the generator takes the request out of the queue, or cancels it within 2 s.
 
-    Raises, before the first line, access.NotFound for a model that isn't the owner's and Busy when the queue is full
-    or the owner has its share running; Failed at any time."""
+    Raises, before the first line, access.NotFound for a model that isn't the owner's, Busy when the queue is full (of
+    this person's requests, or of everybody's) and Unavailable; Failed at any time. A request that is lost before its
+    first token, with Redis or with its worker, is asked for again in its old place."""
     await asyncio.to_thread(check_model, owner, request.model)
-    rid = secrets.token_hex(16)
-    redis_client = bells.own_client(socket_timeout=8)
-    try:
-        await _take_place(redis_client, owner, rid)
-        await redis_client.set(f"reading:{rid}", 1, ex=READING_S)
-        await asyncio.to_thread(_send, owner, rid, request)
-        async for line in _lines(redis_client, owner, rid):
-            yield line
-    except redis.exceptions.RedisError as error:
-        raise Busy(5, "The models cannot be reached just now. Try again in a few seconds.") from error
-    finally:
-        # Shielded: this must be done also when the reader was cancelled, and a cancelled command spoils its connection.
-        await asyncio.shield(_leave(redis_client, owner, rid))
+    turn = _Turn(owner, request)
+    started = begun = False
+    for _ in range(TRIES):
+        lines = turn.lines()
+        try:
+            async for line in lines:
+                begun = begun or line["t"] != "start"
+                if line["t"] != "start" or not started:
+                    yield line
+                started = True
+            return
+        except (redis.exceptions.RedisError, _Lost) as error:
+            if begun:
+                raise Failed("server_died", "The model's server was lost. Try again.") from error
+            if not turn.arrival:
+                raise Unavailable(5, AWAY) from error
+        finally:
+            await lines.aclose()
+    raise Failed("server_died", "The model's server was lost several times. Try again.")
+
+
+class _Turn:
+    """One request in the queue, as its reader sees it."""
+
+    def __init__(self, owner: str, request: GenerateRequest) -> None:
+        self.owner, self.payload = owner, json.dumps(asdict(request))
+        self.arrival = ""  # in the queue's words; kept when the request has to enter again
+        self.since = time.monotonic()
+        self.most_s = timeout_s(len(request.prompts or [1]) * request.n)
+
+    async def lines(self) -> AsyncGenerator[dict[str, Any], None]:
+        """What comes on the request's stream, up to its end. Raises RedisError and _Lost."""
+        rid = secrets.token_hex(16)
+        client = bells.own_client(socket_timeout=8)
+        try:
+            await self._enter(client, rid)
+            await asyncio.to_thread(_ring)
+            async for line in self._read(client, rid):
+                yield line
+        finally:
+            # Shielded: this must be done also when the reader was cancelled, and a cancelled command spoils its connection.
+            await asyncio.shield(_leave(client, self.owner, rid))
+
+    async def _enter(self, client: Any, rid: str) -> None:
+        share = settings.JOBS["max_generations_per_owner"]
+        until = time.monotonic() + REDIS_BACK_S
+        while True:
+            try:
+                self.arrival = await generation_queue.enter(
+                    client, self.owner, rid, self.payload, self.arrival, share
+                )
+                return
+            except generation_queue.Full as full:
+                whose = "You have" if full.whose == "yours" else "All people together have"
+                message = f"{whose} as many requests waiting as may wait. Try again in {full.retry_after} s."
+                raise Busy(full.retry_after, message) from full
+            except redis.exceptions.RedisError:
+                if not self.arrival or time.monotonic() > until:
+                    raise
+                await asyncio.sleep(0.5)  # it was in the queue already: Redis is being started again
+
+    async def _read(self, client: Any, rid: str) -> AsyncGenerator[dict[str, Any], None]:
+        last, renewed = 0, time.monotonic()
+        taken: float | None = None
+        while True:
+            found = await client.xread({f"tokens:{rid}": f"{last}-0"}, block=2000, count=256)
+            now = time.monotonic()
+            for number, entry in found[0][1] if found else ():
+                if number != f"{last + 1}-0":
+                    raise Failed("server_died", "A part of the answer was lost. Try again.")
+                last += 1
+                line = json.loads(entry["line"])
+                if line["t"] == "taken":
+                    taken = now
+                elif line["t"] == "error":
+                    raise Failed(
+                        line.get("code", "failed"), line.get("message", "The model could not answer.")
+                    )
+                else:
+                    yield line
+                if line["t"] == "done":
+                    return
+            if now - renewed > RENEW_S:
+                renewed = now
+                await self._renew(client, rid, last)
+            if taken is not None and now - taken > self.most_s:
+                raise Failed("timeout", "The answer took too long and was stopped.")
+
+    async def _renew(self, client: Any, rid: str, last: int) -> None:
+        state = await generation_queue.renew(client, self.owner, rid)
+        waited = time.monotonic() - self.since
+        if state.word == "waiting":
+            if not state.served and waited > NOBODY_S:
+                raise Unavailable(10, "No inference worker took the request. Try again in a moment.")
+            if waited > WAIT_S:
+                raise Unavailable(30, "The request waited too long for its turn. Try again later.")
+            if not state.bells:
+                await asyncio.to_thread(_ring)
+        elif state.word == "lost" and not await client.xread({f"tokens:{rid}": f"{last}-0"}):
+            raise _Lost  # and not just ended, with its last lines unread
+        if last:
+            await client.xtrim(f"tokens:{rid}", minid=f"{last}-0", approximate=False)
 
 
 def check_model(owner: str, model_id: str) -> None:
@@ -106,83 +204,21 @@ def check_model(owner: str, model_id: str) -> None:
         tuned_models.get_for(owner, model_id)
 
 
-async def _take_place(redis_client: Any, owner: str, rid: str) -> None:
-    share = settings.JOBS["max_generations_per_owner"]
-    until = time.monotonic() + PATIENCE_S
-    while True:
-        answer = await redis_client.eval(
-            TAKE_PLACE, 2, "generating", f"generating:{owner}", rid, MAX_WAITING, share, EXPIRES_S
-        )
-        if answer == "ok":
-            return
-        if answer == "full":
-            raise Busy(5)
-        if time.monotonic() > until:
-            raise Busy(2, f"You have {share} requests running. Try again when one of them has ended.")
-        await asyncio.sleep(0.1)
+def _ring() -> None:
+    """Tells the workers that somebody waits. Best effort: a reader rings again, and each worker looks when it ends one."""
+    from jobs import tasks
+
+    tasks.ring(tasks.generate)
 
 
-def _send(owner: str, rid: str, request: GenerateRequest) -> None:
-    from jobs.tasks import generate
-
-    try:
-        generate.apply_async(args=[owner, rid, asdict(request)], expires=TAKEN_S)
-    except Exception as error:  # kombu wraps what its transport raises in several ways; all mean the same
-        raise Busy(5, "The models cannot be reached just now. Try again in a few seconds.") from error
-
-
-async def _lines(redis_client: Any, owner: str, rid: str) -> AsyncGenerator[dict[str, Any], None]:
-    """What comes on the request's stream, up to its end."""
-    last, taken, beaten = "0", False, time.monotonic()
-    started = time.monotonic()
-    while True:
-        found = await redis_client.xread({f"tokens:{rid}": last}, block=2000, count=256)
-        now = time.monotonic()
-        if now - beaten > READING_S / 3:
-            beaten = now
-            await _still_here(redis_client, owner, rid)
-        for number, entry in found[0][1] if found else ():
-            last = number
-            line = json.loads(entry["line"])
-            if line["t"] == "taken":
-                taken = True
-            elif line["t"] == "error":
-                raise Failed(line.get("code", "failed"), line.get("message", "The model could not answer."))
-            else:
-                yield line
-            if line["t"] == "done":
-                return
-        if not taken and now - started > TAKEN_S:
-            raise Busy(10, "No inference worker took the request. Try again in a moment.")
-        if now - started > settings.JOBS["generation_timeout_s"]:
-            raise Failed("timeout", "The answer took too long and was stopped.")
-
-
-async def _still_here(redis_client: Any, owner: str, rid: str) -> None:
-    """Renews the reader's sign and the request's place."""
-    pipe = redis_client.pipeline(transaction=False)
-    pipe.set(f"reading:{rid}", 1, ex=READING_S)
-    seconds = (await redis_client.time())[0]
-    for key in ("generating", f"generating:{owner}"):
-        pipe.zadd(key, {rid: seconds + EXPIRES_S}, xx=True)
-    pipe.expire(f"generating:{owner}", EXPIRES_S)
-    await pipe.execute()
-
-
-async def _leave(redis_client: Any, owner: str, rid: str) -> None:
+async def _leave(client: Any, owner: str, rid: str) -> None:
     with contextlib.suppress(redis.exceptions.RedisError, OSError):
-        await (
-            redis_client.aclose()
-        )  # a fresh connection: the old one may hold the reply of a cancelled command
-    redis_client = bells.own_client()
+        await client.aclose()  # a fresh connection: the old one may hold the reply of a cancelled command
+    client = bells.own_client()
     with contextlib.suppress(redis.exceptions.RedisError, OSError):
-        pipe = redis_client.pipeline(transaction=False)
-        pipe.delete(f"reading:{rid}", f"tokens:{rid}")
-        pipe.zrem("generating", rid)
-        pipe.zrem(f"generating:{owner}", rid)
-        await pipe.execute()
+        await generation_queue.leave(client, owner, rid)
     with contextlib.suppress(redis.exceptions.RedisError, OSError):
-        await redis_client.aclose()
+        await client.aclose()
 
 
 @dataclass(frozen=True)
@@ -197,8 +233,9 @@ class Completion:
 
 async def complete(owner: str, request: GenerateRequest) -> Completion:
     """All of `stream`, gathered."""
-    tokens: list[list[dict[str, Any]]] = [[] for _ in range(request.n)]
-    reasons, usage = ["stop"] * request.n, {}
+    choices = request.n * len(request.prompts or [1])
+    tokens: list[list[dict[str, Any]]] = [[] for _ in range(choices)]
+    reasons, usage = ["stop"] * choices, {}
     async with contextlib.aclosing(stream(owner, request)) as lines:
         async for line in lines:
             if line["t"] == "token":

@@ -21,14 +21,24 @@ from typing import Any
 import redis.exceptions
 from django.conf import settings
 
-from jobs import access, bases, bells, checkpoint_models, trainer_process, tuned_models
+from jobs import (
+    access,
+    bases,
+    bells,
+    checkpoint_models,
+    generation_queue,
+    inference,
+    storage,
+    trainer_process,
+    tuned_models,
+)
 from training import catalog
 from training.events import Failure
 
 log = logging.getLogger(__name__)
 MAX_LINE_BYTES = 1 << 20  # with many log probabilities a line grows
-STREAM_S = 120
 EXPORT_S = 300
+HOLD_S = 5.0  # between two signs of this worker for each request that it has
 MAX_TRIES = 2
 _exporting = threading.Lock()
 
@@ -42,6 +52,7 @@ class Waiting:
     done: threading.Event = field(default_factory=threading.Event)
     state: str = "sent"  # then reading (its prompt), then started
     tries: int = 1
+    said: int = 1  # entries of its stream: the queue wrote the first, that it was taken
 
 
 class Relay:
@@ -51,11 +62,13 @@ class Relay:
         self.child: trainer_process.Child | None = None
         self.ready = threading.Event()
         self.waiting: dict[str, Waiting] = {}
+        self.held: dict[str, str] = {}  # requests that this worker took, and whose they are
         self.lock = threading.Lock()
         self.stopping = False
 
     def start(self) -> None:
         threading.Thread(target=self._run, name="relay", daemon=True).start()
+        threading.Thread(target=self._hold, name="relay-hold", daemon=True).start()
 
     def stop(self) -> None:
         self.stopping = True
@@ -81,7 +94,15 @@ class Relay:
             if self.child and rid in self.waiting:
                 self.child.send({"id": rid, "op": "cancel"})
 
-    # ---- the relay's own thread
+    # ---- the relay's own threads
+
+    def _hold(self) -> None:
+        """Also while a model is fetched, which takes longer than a worker may be silent."""
+        while not self.stopping:
+            for rid, owner in list(self.held.items()):
+                with contextlib.suppress(redis.exceptions.RedisError):
+                    generation_queue.hold(owner, rid)
+            time.sleep(HOLD_S)
 
     def _run(self) -> None:
         while not self.stopping:
@@ -157,7 +178,7 @@ class Relay:
             if said["t"] in ("done", "error"):
                 ended.append(rid)
         for rid, said_lines in by_request.items():
-            publish(rid, said_lines)
+            self._publish(self.waiting[rid], said_lines)
         for rid in ended:
             self._end(rid)
 
@@ -175,8 +196,14 @@ class Relay:
                 "code": "prompt_failed",
                 "message": "The model's server stopped while it read this prompt.",
             }
-        publish(rid, [json.dumps(ERROR | error)])
+        if waiting:
+            self._publish(waiting, [json.dumps(ERROR | error)])
         self._end(rid)
+
+    @staticmethod
+    def _publish(waiting: Waiting, lines: list[str]) -> None:
+        publish(waiting.rid, lines, waiting.said)
+        waiting.said += len(lines)  # also when they were lost: the reader must see the gap
 
     def _end(self, rid: str) -> None:
         with self.lock:
@@ -186,49 +213,82 @@ class Relay:
 
 
 ERROR = {"t": "error"}
+DAMAGED = (
+    "The model's weights are damaged and cannot be loaded. Restore them, or train or add the model again."
+)
 RELAY = Relay()
 
 
-def publish(rid: str, lines: list[str]) -> None:
-    """Best effort: without Redis the reader can't be reached anyway, and its sign of life runs out."""
+class DamagedModel(Exception):
+    """What was stored of a model cannot be read."""
+
+
+def publish(rid: str, lines: list[str], after: int = 1) -> None:
+    """Appends to the request's stream, whose entries are numbered without a gap; `after` is how many are there. Best
+    effort: without Redis the reader can't be reached anyway, and its sign of life runs out."""
     try:
         pipe = bells.client().pipeline(transaction=False)
-        for line in lines:
-            pipe.xadd(f"tokens:{rid}", {"line": line})
-        pipe.expire(f"tokens:{rid}", STREAM_S)
+        for number, line in enumerate(lines, after + 1):
+            pipe.xadd(f"tokens:{rid}", {"line": line}, id=f"{number}-0")
+        pipe.expire(f"tokens:{rid}", generation_queue.STREAM_S)
         pipe.execute()
     except redis.exceptions.RedisError as error:
         log.warning("tokens of a request are lost: %s", error)
 
 
+def serve_next() -> bool:
+    """Takes the next request from the queue and relays it, in a thread of the worker's pool. False when there is none
+    that may run now."""
+    try:
+        taken = generation_queue.take(settings.JOBS["max_generations_per_owner"])
+    except redis.exceptions.RedisError as error:
+        log.warning("the queue cannot be read: %s", error)
+        return False
+    if taken is None:
+        return False
+    began = time.monotonic()
+    RELAY.held[taken.rid] = taken.owner
+    try:
+        serve(taken.owner, taken.rid, json.loads(taken.request))
+    finally:
+        del RELAY.held[taken.rid]
+        with contextlib.suppress(redis.exceptions.RedisError):  # its hold runs out by itself
+            generation_queue.end(taken.owner, taken.rid, time.monotonic() - began)
+    return True
+
+
 def serve(owner: str, rid: str, request: dict[str, Any]) -> None:
-    """One request from its message to its last line, in a thread of the worker's pool."""
-    if not is_read(rid):
-        return  # the reader left while the message lay in the queue
-    publish(rid, [json.dumps({"t": "taken"})])
+    """One request to its last line."""
     try:
         folder = model_folder(owner, request["model"])
         message = {key: value for key, value in request.items() if value is not None}
         waiting = RELAY.submit(rid, message | {"op": "generate", "model": str(folder), "who": owner})
-    except access.NotFound:
-        publish(rid, [json.dumps(ERROR | {"code": "model_not_found", "message": "There is no such model."})])
-        return
     except Exception as error:
-        log.exception("request %s", rid)
-        # Only what was written for people: other errors name paths, buckets and addresses.
-        why = str(error) if isinstance(error, Failure) else "Try again in a moment."
-        publish(
-            rid,
-            [json.dumps(ERROR | {"code": "unavailable", "message": f"The model cannot be loaded. {why}"})],
-        )
+        publish(rid, [json.dumps(ERROR | _refusal(error, rid))])
         return
-    until = time.monotonic() + settings.JOBS["generation_timeout_s"]
+    until = time.monotonic() + inference.timeout_s(len(request.get("prompts") or [1]) * request["n"])
     while not waiting.done.wait(0.5):
         if time.monotonic() > until or not is_read(rid):
             RELAY.cancel(rid)
             waiting.done.wait(10)
             RELAY._end(rid)
             return
+
+
+def _refusal(error: Exception, rid: str) -> dict[str, str]:
+    """Why a model cannot be used, with a code. Only what was written for people: other errors name paths, buckets and
+    addresses."""
+    match error:
+        case access.NotFound():
+            return {"code": "model_not_found", "message": "There is no such model."}
+        case storage.Damaged() | DamagedModel():
+            log.error("request %s: %s", rid, error)
+            return {"code": "model_damaged", "message": DAMAGED}
+        case Failure():
+            log.warning("request %s: %s", rid, error)
+            return {"code": "unavailable", "message": f"The model cannot be loaded. {error}"}
+    log.error("request %s", rid, exc_info=error)
+    return {"code": "unavailable", "message": "The model cannot be loaded. Try again in a moment."}
 
 
 def is_read(rid: str) -> bool:

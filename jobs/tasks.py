@@ -66,12 +66,13 @@ def deliver(owner: str, id: str, lease: str = "") -> None:
     webhooks.DELIVERIES.run(owner, id, work)
 
 
-@shared_task(name="generate")
-def generate(owner: str, rid: str, request: dict[str, Any]) -> None:
-    """Relays one request for text to this worker's server. See `jobs.inference`."""
-    from jobs import relay
+@shared_task(name="generate", expires=20)
+def generate() -> None:
+    """An empty bell: relays the requests for text that wait, one after another, until none is left that may run."""
+    from jobs import relay, worker
 
-    relay.serve(owner, rid, request)
+    while not worker.STOP.is_set() and relay.serve_next():
+        pass
 
 
 def ring_training(waiting: int) -> None:

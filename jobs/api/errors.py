@@ -125,6 +125,8 @@ def translate(exc: Exception) -> ApiError:
             return ApiError(
                 503, "Something else changed this at the same moment. Try again.", code="busy", retry_after=1
             )
+        case inference.Unavailable():
+            return ApiError(503, str(exc), code="unavailable", retry_after=exc.retry_after)
         case inference.Busy():
             return ApiError(
                 429, str(exc) or "All generators are busy.", code="busy", retry_after=exc.retry_after

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
+from redis.exceptions import RedisError
 
-from jobs import access, bells, inference, relay
+from jobs import access, bells, generation_queue, inference, relay
 from jobs.inference import Busy, Failed, GenerateRequest
 from tests import services
 from tests.jobs.makers import make_owner
@@ -39,6 +42,14 @@ def worker(stores, folder):
     process.wait(45)
 
 
+@pytest.fixture
+def paused(worker):
+    """The worker stands still until the test (or its end) lets it go on."""
+    worker.send_signal(signal.SIGSTOP)
+    yield lambda: worker.send_signal(signal.SIGCONT)
+    worker.send_signal(signal.SIGCONT)
+
+
 async def wait_for_answer():
     until = time.monotonic() + 90
     while True:
@@ -51,6 +62,16 @@ async def wait_for_answer():
 async def text_of(owner, **fields):
     request = GenerateRequest(**{"model": "starter", "prompt": "The dog is", "max_tokens": 8, **fields})
     return await inference.complete(owner, request)
+
+
+async def eventually(holds, seconds=60):
+    until = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(RedisError):
+            if await asyncio.to_thread(holds):
+                return
+        assert time.monotonic() < until
+        await asyncio.sleep(0.05)
 
 
 def servers_of(pid):
@@ -99,36 +120,91 @@ async def test_twelve_requests_of_six_people_are_all_answered(worker):
     assert len({answer.texts[0] for answer in answers}) == 1
 
 
-async def test_a_third_request_of_one_person_waits_for_its_turn_or_is_told_to(worker, monkeypatch):
-    monkeypatch.setattr(inference, "PATIENCE_S", 0.2)
+async def test_a_third_request_of_one_person_waits_for_its_turn(worker):
     owner = make_owner()
     streams = [
         inference.stream(owner, GenerateRequest("starter", prompt="A", max_tokens=100)) for _ in range(2)
     ]
     for stream in streams:
         await anext(stream)
-    with pytest.raises(Busy) as busy:
-        await text_of(owner)
-    assert busy.value.retry_after >= 1
+    third = asyncio.create_task(text_of(owner))
+    await eventually(lambda: bells.client().zcard(generation_queue.line_of(owner)) == 1)
     for stream in streams:
         await stream.aclose()
-    assert (await text_of(owner)).usage["completion_tokens"] == 8
+    assert (await third).usage["completion_tokens"] == 8
 
 
-async def test_leaving_early_frees_the_place_at_once(worker):
+async def test_leaving_early_frees_the_place(worker):
     owner = make_owner()
     stream = inference.stream(owner, GenerateRequest("starter", prompt="A", max_tokens=200))
     await anext(stream)
-    began = time.monotonic()
+    assert bells.client().zcard(f"generation:running:{owner}") == 1
     await stream.aclose()
-    assert time.monotonic() - began < 2
-    assert bells.client().zcard(f"generating:{owner}") == 0
+    await eventually(lambda: bells.client().zcard(f"generation:running:{owner}") == 0)
 
 
 async def test_a_full_queue_says_when_to_come_back(stores, monkeypatch):
-    monkeypatch.setattr(inference, "MAX_WAITING", 0)
-    with pytest.raises(Busy):
+    monkeypatch.setattr(generation_queue, "MAX_WAITING", 0)
+    with pytest.raises(Busy) as busy:
         await text_of(make_owner())
+    assert busy.value.retry_after >= 1
+
+
+async def test_without_a_worker_nobody_waits_long(paused, monkeypatch):
+    monkeypatch.setattr(inference, "NOBODY_S", 0)
+    monkeypatch.setattr(inference, "RENEW_S", 0)
+    bells.client().delete("generation:taken", "generation:running")
+    with pytest.raises(inference.Unavailable, match="No inference worker"):
+        await text_of(make_owner())
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["with its data", "without its data"])
+async def test_who_waits_keeps_the_place_when_redis_is_started_again(paused, redis, folder, kept):
+    owner = make_owner()
+    line = generation_queue.line_of(owner)
+    asked = []
+    for count in range(1, 9):
+        asked.append(asyncio.create_task(text_of(owner, max_tokens=2)))
+        await eventually(lambda count=count: bells.client().zcard(line) == count)
+    before = [score for _, score in bells.client().zrange(line, 0, -1, withscores=True)]
+    redis.kill()
+    for file in folder.glob("none" if kept else "appendonly*"):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()  # a folder since Redis 7
+    redis.start()
+
+    def back():
+        return [score for _, score in bells.client().zrange(line, 0, -1, withscores=True)] == before
+
+    await eventually(back)
+    paused()
+    assert [answer.usage["completion_tokens"] for answer in await asyncio.gather(*asked)] == [2] * 8
+
+
+async def test_what_a_lost_worker_held_is_asked_for_again(paused, monkeypatch):
+    monkeypatch.setattr(inference, "RENEW_S", 0)
+    owner = make_owner()
+    line = generation_queue.line_of(owner)
+    asked = asyncio.create_task(text_of(owner))
+    await eventually(lambda: bells.client().zcard(line) == 1)
+    taken = generation_queue.take(1)  # by a worker that dies at this moment
+    assert taken.owner == owner
+    generation_queue.end(owner, taken.rid, 1)  # as when its hold has run out
+    await eventually(lambda: bells.client().zcard(line) == 1)
+    paused()
+    assert (await asked).usage["completion_tokens"] == 8
+
+
+async def test_a_gap_in_an_answer_is_an_error_and_not_a_shorter_text(paused):
+    owner = make_owner()
+    asked = asyncio.create_task(text_of(owner))
+    await eventually(lambda: bells.client().zcard(generation_queue.line_of(owner)) == 1)
+    taken = generation_queue.take(1)
+    token = {"t": "token", "index": 0, "text": "x"}
+    relay.publish(taken.rid, [json.dumps({"t": "start", "prompt_tokens": 1}), json.dumps(token)])
+    relay.publish(taken.rid, [json.dumps(token)], 4)  # the one before was lost
+    with pytest.raises(Failed, match="was lost"):
+        await asked
+    generation_queue.end(owner, taken.rid, 1)
 
 
 async def test_a_dead_server_is_started_again(worker):
@@ -153,7 +229,7 @@ async def test_a_silent_server_is_started_again_and_who_waited_is_answered(worke
 
 def test_only_whose_prompt_was_being_read_is_told_so(stores, monkeypatch):
     said: dict[str, str] = {}
-    monkeypatch.setattr(relay, "publish", lambda rid, lines: said.update({rid: lines[-1]}))
+    monkeypatch.setattr(relay, "publish", lambda rid, lines, after: said.update({rid: lines[-1]}))
     asked = relay.Relay()
     for rid, state in (("r1", "sent"), ("r2", "reading"), ("r3", "started")):
         asked.waiting[rid] = relay.Waiting(rid, {}, state=state, tries=relay.MAX_TRIES)
@@ -170,7 +246,6 @@ def test_why_a_model_cannot_be_loaded_names_nothing_of_ours(stores, monkeypatch)
         raise OSError("no bucket s3://inside/ at 10.0.0.7")
 
     monkeypatch.setattr(relay, "model_folder", away)
-    monkeypatch.setattr(relay, "is_read", lambda rid: True)
     monkeypatch.setattr(relay, "publish", lambda rid, lines: said.extend(lines))
     relay.serve("user-A", "r1", {"model": "starter"})
     assert "cannot be loaded" in said[-1]

@@ -1,0 +1,186 @@
+"""Many chats at once: they wait in a queue, first come first served, and nobody's many stand before another's one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import openai
+import pytest
+import redis
+from django.conf import settings
+
+from jobs import bells, generation_queue
+from tests.api.conftest import Person
+
+pytestmark = pytest.mark.slow
+ASK: Any = [{"role": "user", "content": "colour?"}]
+FIRST = re.compile(r"XADD tokens:(\w+) 1-0 ")
+
+
+@pytest.fixture(scope="module")
+def generating(web: Any) -> Iterator[Any]:
+    """Web and one inference worker."""
+    web.start_worker("inference")
+    yield web
+    web.stop("inference")
+
+
+@pytest.fixture
+def paused(generating: Any) -> Iterator[Callable[[], None]]:
+    """The worker stands still until the test lets it go on."""
+    process = generating.processes["inference"]
+    process.send_signal(signal.SIGSTOP)
+    yield lambda: process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def watched_redis() -> Iterator[list[str]]:
+    """Every command that Redis runs meanwhile, in its order."""
+    commands: list[str] = []
+    client = redis.Redis.from_url(settings.REDIS_URL, decode_responses=True)
+    with client.monitor() as monitor:
+
+        def listen() -> None:
+            with contextlib.suppress(redis.exceptions.ConnectionError, ValueError, OSError):
+                for entry in monitor.listen():
+                    commands.append(entry["command"])
+
+        threading.Thread(target=listen, daemon=True).start()
+        yield commands
+        client.set("everything is seen", 1)
+        until = time.monotonic() + 30
+        while not any("everything is seen" in command for command in commands):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    client.delete("everything is seen")
+    client.close()
+
+
+def served(commands: list[str]) -> list[str]:
+    """The requests in the order in which a worker took them."""
+    return [found[1] for command in commands if (found := FIRST.match(command))]
+
+
+def arrived(commands: list[str]) -> list[str]:
+    """The requests in the order in which they came into the queue."""
+    found = [command.split()[1] for command in commands if command.startswith("SET generation:request:")]
+    return [key.rpartition(":")[2] for key in found]
+
+
+def many(url: str, person: Person) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=person.key, max_retries=0, timeout=240)
+
+
+async def until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not await asyncio.to_thread(holds):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+def waiting(person: Person) -> int:
+    return int(bells.client().zcard(generation_queue.line_of(person.owner)))
+
+
+async def test_fifty_chats_at_once_from_one_key_are_all_answered_in_order(
+    generating: Any, people: dict[str, Person]
+):
+    async with many(generating.url, people["alice"]) as client:
+        with watched_redis() as commands:
+            answers = await asyncio.gather(
+                *(
+                    client.chat.completions.create(model="starter", messages=ASK, max_tokens=8)
+                    for _ in range(50)
+                ),
+                return_exceptions=True,
+            )
+    refused = [answer for answer in answers if isinstance(answer, BaseException)]
+    assert not refused, f"{len(refused)} of 50: {refused[:3]}"
+    assert len(arrived(commands)) == 50
+    assert served(commands) == arrived(commands)
+
+
+async def test_people_take_turns_whoever_came_first(
+    generating: Any, people: dict[str, Person], paused: Callable[[], None]
+):
+    async with many(generating.url, people["alice"]) as hers, many(generating.url, people["bob"]) as his:
+        with watched_redis() as commands:
+
+            def ask(client: openai.AsyncOpenAI) -> asyncio.Task[Any]:
+                return asyncio.create_task(
+                    client.chat.completions.create(model="starter", messages=ASK, max_tokens=2)
+                )
+
+            asked = [ask(hers) for _ in range(20)]
+            await until(lambda: waiting(people["alice"]) == 20)
+            asked.append(ask(his))
+            await until(lambda: waiting(people["bob"]) == 1)
+            paused()
+            await asyncio.gather(*asked)
+    his_rid = arrived(commands)[-1]
+    assert served(commands).index(his_rid) < 2  # one of hers at most stood before it
+    hers_in_order = [rid for rid in served(commands) if rid != his_rid]
+    assert hers_in_order == arrived(commands)[:-1]
+
+
+async def test_who_leaves_frees_the_place_and_who_comes_too_late_is_told_when_to_come(
+    generating: Any, people: dict[str, Person], paused: Callable[[], None]
+):
+    alice = people["alice"]
+    async with many(generating.url, alice) as client:
+
+        def ask() -> asyncio.Task[Any]:
+            return asyncio.create_task(
+                client.chat.completions.create(model="starter", messages=ASK, max_tokens=2)
+            )
+
+        bells.client().set("generation:seconds", "1.0")
+        asked = [ask() for _ in range(generation_queue.MAX_WAITING_OF_ONE)]
+        await until(lambda: waiting(alice) == len(asked))
+        with pytest.raises(openai.RateLimitError) as refusal:
+            await ask()
+        assert int(refusal.value.response.headers["retry-after"]) == 32  # 64 of a second each, two at a time
+        asked.pop(3).cancel()  # the client hangs up
+        await until(lambda: waiting(alice) == len(asked))
+        asked.append(ask())
+        await until(lambda: waiting(alice) == len(asked))
+        paused()
+        answers = await asyncio.gather(*asked)
+    assert len(answers) == generation_queue.MAX_WAITING_OF_ONE
+
+
+async def test_two_webs_and_two_workers_share_one_queue(generating: Any, people: dict[str, Person]):
+    from llmtuner.studio import worker_argv
+    from tests.conftest import Studio
+    from tests.services import free_port
+
+    other = Studio(f"http://localhost:{free_port()}", generating.folder / "other")
+    other.folder.mkdir(exist_ok=True)
+    other.start_web()
+    other.start("second", *worker_argv("inference"))
+    try:
+        async with many(generating.url, people["alice"]) as one, many(other.url, people["alice"]) as two:
+
+            def crowd(count: int) -> Any:
+                return asyncio.gather(
+                    *(
+                        client.chat.completions.create(model="starter", messages=ASK, max_tokens=4)
+                        for client in (one, two)
+                        for _ in range(count)
+                    )
+                )
+
+            await until(lambda: "ready" in other.log("second") or other.processes["second"].poll() is None)
+            with watched_redis() as commands:
+                assert len(await crowd(20)) == 40
+        assert served(commands) == arrived(commands)
+    finally:
+        other.stop()
