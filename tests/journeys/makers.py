@@ -64,9 +64,9 @@ def make_job(
     return job
 
 
-def make_model(owner: str, name: str = "Orders", **fields: Any) -> TunedModel:
+def make_model(owner: str, name: str = "Orders", root: str = "starter", **fields: Any) -> TunedModel:
     files = []
-    model_id = f"ft:starter:alice:orders:{new_id('x')[-8:].lower()}"
+    model_id = f"ft:{root}:alice:orders:{new_id('x')[-8:].lower()}"
     for file, content in (("config.json", b"{}"), ("model.safetensors", b"weights" * 1000)):
         stored = storage.put_file(f"models/{owner}/{model_id}/{file}", io.BytesIO(content))
         files.append({"name": file, "bytes": stored.bytes, "sha256": stored.sha256})

@@ -11,7 +11,22 @@ from django.urls import reverse
 
 from accounts.models import User
 from jobs import access, tuned_models
-from tests.journeys.makers import make_model
+from tests.journeys.makers import make_job, make_model
+
+
+def test_every_page_of_a_model_tuned_from_the_hub_opens(alices: Client, alice: User) -> None:
+    """Its id has a slash, as names on the Hub have."""
+    model = make_model(alice.owner_id, root="people/tiny")
+    page = reverse("jobs:model", args=[model.model_id])
+    assert page in alices.get(reverse("jobs:models")).content.decode()
+    assert model.model_id in alices.get(page).content.decode()
+    job = make_job(alice.owner_id, "succeeded", model_id=model.model_id)
+    assert page in alices.get(reverse("jobs:job", args=[job.job_id])).content.decode()
+    assert alices.get(reverse("jobs:download_model", args=[model.model_id])).status_code == 200
+    alices.post(reverse("jobs:model_names", args=[model.model_id]), {"aliases": "ft:gpt-4o:acme::abc"})
+    assert b"ft:gpt-4o:acme::abc" in alices.get(page).content
+    alices.post(reverse("jobs:delete_model", args=[model.model_id]))
+    assert alices.get(page).status_code == 404
 
 
 def test_an_empty_list_says_how_models_come(alices: Client) -> None:
