@@ -1,0 +1,92 @@
+"""Every product module that the golden tests import. When a module moves or a name in it changes, this file follows, and
+nothing else in tests/golden/ does: the recorded formats must stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accounts.api_keys import PATTERN as API_KEY_PATTERN
+from accounts.api_keys import SCOPES as API_KEY_SCOPES
+from accounts.api_keys import _digest as api_key_digest
+from jobs import errands, hub_check, queueing, tables, webhooks
+from jobs.bases import reads_as as tokenizer_family
+from jobs.reasons import REASONS as JOB_REASONS
+from jobs.storage import _SALT as LINK_SALT
+from jobs.storage import read_link
+from jobs.submission import JobRequest
+from jobs.tables import ENDED as ENDED_STATUSES
+from jobs.tables import TABLES
+from jobs.trainer_process import ENVIRONMENT as TRAINER_ENVIRONMENT
+from jobs.views.live import PATH as STREAM_PATH
+from jobs.views.showing import STATUS_WORDS as JOB_STATUSES
+from llmtuner.api import api
+from llmtuner.celery import app as celery_app
+from training.__main__ import COMMANDS as TRAINER_COMMANDS
+from training.catalog import BaseModel, base_models
+from training.checkpoint import FILES as CHECKPOINT_FILES
+from training.checkpoint import FORMAT as CHECKPOINT_FORMAT
+from training.config import FIELDS, UNHASHED, Run, parse, settings_hash
+from training.events import EXIT as EXIT_CODES
+from training.events import MAX_LINE_BYTES, PHASES
+from training.events import REASONS as TRAINER_REASONS
+
+WORK_KINDS = errands.KINDS
+WORK_PARTITION = errands.PARTITION
+WEBHOOK_EVENT_TYPES = (*webhooks.EVENT_TYPES, webhooks.TEST_TYPE)
+HUB_ID = hub_check.ID
+shard = queueing.shard
+SHARDS = queueing.SHARDS
+time_of = tables.time_of
+month_of = tables.month_of
+
+
+def webhook_headers(secret: str, delivery_id: str, payload: str, now: float) -> dict[str, str]:
+    delivery = tables.WebhookDelivery("user-A", delivery_id, payload=payload)
+    return webhooks.signed(secret, delivery, now)
+
+
+def request_hash(**fields: Any) -> str:
+    """The `body_hash` of a submission."""
+    return JobRequest(**fields).hash()
+
+
+__all__ = [
+    "API_KEY_PATTERN",
+    "API_KEY_SCOPES",
+    "CHECKPOINT_FILES",
+    "CHECKPOINT_FORMAT",
+    "ENDED_STATUSES",
+    "EXIT_CODES",
+    "FIELDS",
+    "HUB_ID",
+    "JOB_REASONS",
+    "JOB_STATUSES",
+    "LINK_SALT",
+    "MAX_LINE_BYTES",
+    "PHASES",
+    "SHARDS",
+    "STREAM_PATH",
+    "TABLES",
+    "TRAINER_COMMANDS",
+    "TRAINER_ENVIRONMENT",
+    "TRAINER_REASONS",
+    "UNHASHED",
+    "WEBHOOK_EVENT_TYPES",
+    "WORK_KINDS",
+    "WORK_PARTITION",
+    "BaseModel",
+    "Run",
+    "api",
+    "api_key_digest",
+    "base_models",
+    "celery_app",
+    "month_of",
+    "parse",
+    "read_link",
+    "request_hash",
+    "settings_hash",
+    "shard",
+    "time_of",
+    "tokenizer_family",
+    "webhook_headers",
+]

@@ -1,0 +1,184 @@
+"""What the trainer says and writes, from real tiny runs: events, checkpoints, model folders, reports, served answers."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.golden import trainer
+from tests.golden.compare import compare
+from tests.golden.shapes import lines, mask, shape
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A full run, one with adapters, one that is stopped and goes on, and two that fail."""
+    folder = tmp_path_factory.mktemp("golden")
+    run = trainer.lay_out(folder)
+    found: dict[str, Any] = {"full": (folder / "full", *trainer.train(run, folder / "full"))}
+    adapters = trainer.lay_out(folder, method="lora", validation_fraction=0)
+    found["lora"] = (folder / "lora", *trainer.train(adapters, folder / "lora"))
+    found["stopped"] = (folder / "part", *trainer.train(run, folder / "part", stop_at=5))
+    again = run | {"resume_from": trainer.newest(found["stopped"][2]), "epoch": 2}
+    found["resumed"] = (folder / "part", *trainer.train(again, folder / "part"))
+    wrong = {"settings": {"max_steps": 2, "batch_size": 0}}
+    found["bad settings"] = (folder / "wrong", *trainer.train(run | wrong, folder / "wrong"))
+    (folder / "nothing.jsonl").write_bytes(b"")
+    empty = run | {"train_file": str(folder / "nothing.jsonl")}
+    found["bad data"] = (folder / "empty", *trainer.train(empty, folder / "empty"))
+    return found
+
+
+def test_exit_codes_of_real_runs(runs: dict[str, Any]):
+    compare("exit_codes", (f"{name}: {code}" for name, (_, code, _) in runs.items()))
+
+
+def test_events_and_their_keys(runs: dict[str, Any]):
+    told = (event for _, _, events in runs.values() for event in events)
+    optional = ["metric.eta_s: number", "metric.gemm_share: number", "plan.reasons.precision: text"]
+    compare("events", lines(pair for event in told for pair in shape(event, event["t"])), optional)
+
+
+def test_the_resumed_run_is_the_uninterrupted_one(runs: dict[str, Any]):
+    whole, again = trainer.losses(runs["full"][2]), trainer.losses(runs["resumed"][2])
+    assert again
+    assert whole | again == whole
+
+
+def test_files_a_run_leaves(runs: dict[str, Any]):
+    found = (
+        f"{name}: {mask(str(path.relative_to(folder)))}"
+        for name, (folder, _, _) in runs.items()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in ("run.json", "stderr.log")
+    )
+    compare("run_folder", found)
+
+
+def test_checkpoints(runs: dict[str, Any]):
+    compare("checkpoint", (line for name in ("full", "lora") for line in checkpoint_lines(name, runs[name])))
+
+
+def checkpoint_lines(name: str, run: Any) -> Iterator[str]:
+    _, _, told = run
+    checkpoint = Path(trainer.newest(told))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    tensors = manifest.pop("tensors")
+    yield from (f"{name}: {line}" for line in lines(shape(manifest, "manifest")))
+    yield from (f"{name}: manifest.tensors names {file}" for file in tensors)
+    state = json.loads((checkpoint / "state.json").read_text())
+    yield from (f"{name}: {line}" for line in lines(shape(state, "state")))
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        yield from (f"{name}: {file.name}: {line}" for line in tensor_lines(file))
+    # What says whether a checkpoint belongs to a run: the same run must give the same words in every later version.
+    yield from (f"{name}: identity {key} = {value}" for key, value in manifest["identity"].items())
+
+
+def tensor_lines(path: Path) -> Iterator[str]:
+    """Names, types and shapes, read from the file's header."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    yield from (f"{key}: {value}" for key, value in header.pop("__metadata__", {}).items())
+    for tensor, entry in header.items():
+        size = "" if path.name == "random.safetensors" else f" {entry['shape']}"
+        yield f"{tensor} {entry['dtype']}{size}"
+
+
+def test_model_folders(runs: dict[str, Any], tmp_path: Path):
+    folders = {name: Path(runs[name][2][-1]["path"]) for name in ("full", "lora")}
+    for kind in ("merged", "adapter"):
+        folders[f"exported {kind}"] = tmp_path / kind
+        checkpoint = trainer.newest(runs["lora"][2])
+        call("export", "--checkpoint", checkpoint, "--to", str(tmp_path / kind), "--format", kind)
+    compare("model_folder", (line for name, folder in folders.items() for line in folder_lines(name, folder)))
+
+
+def folder_lines(name: str, folder: Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".safetensors":
+            yield from (f"{name}: {path.name}: {line}" for line in tensor_lines(path))
+        elif path.suffix == ".json" and path.name != "tokenizer.json":
+            values = json.loads(path.read_text())
+            yield from (f"{name}: {line}" for line in lines(shape(values, path.name)))
+        else:
+            yield f"{name}: {path.name}"
+
+
+def call(*arguments: str, lines_in: str = "") -> str:
+    answer = subprocess.run(
+        [sys.executable, "-m", "training", *arguments],
+        cwd=trainer.ROOT,
+        env=trainer.environment(),
+        input=lines_in,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout
+
+
+def test_report_of_a_dataset(tmp_path: Path):
+    """`check` prints the report that the studio stores."""
+    good = trainer.rows()
+    (tmp_path / "rows.jsonl").write_bytes(
+        good + good.splitlines(keepends=True)[0] + b'{"prompt": "a"}\nno JSON\n'
+    )
+    report = call("check", str(tmp_path / "rows.jsonl"), "--tokenizer", str(trainer.BASE))
+    row = call("check", str(tmp_path / "rows.jsonl"), "--tokenizer", str(trainer.BASE), "--row", "1")
+    found = [pair for name, text in (("report", report), ("row", row)) for line in text.splitlines() for pair in shape(json.loads(line), name)]  # fmt: skip
+    compare("report", lines(found))
+
+
+def test_served_answers(runs: dict[str, Any]):
+    model = runs["full"][2][-1]["path"]
+    asked: list[dict[str, Any]] = [
+        {"id": "a", "op": "generate", "model": model, "prompt": "the cat", "max_tokens": 3, "logprobs": 2, "who": "x"},
+        {"id": "b", "op": "generate", "model": model, "messages": [{"role": "user", "content": "cat"}], "max_tokens": 2},
+        {"id": "c", "op": "generate", "model": "/nowhere", "prompt": "a"},
+        {"id": "d", "op": "load", "model": model},
+        {"id": "a", "op": "cancel"},
+        {"op": "status"},
+    ]  # fmt: skip
+    optional = [f"done.choices[].finish_reason: “{reason}”" for reason in ("stop", "length")]
+    compare("served", lines(pair for line in serve(asked) for pair in shape(line, line["t"])), optional)
+
+
+def serve(asked: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One request after the other, each to its last line."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "training", "serve"],
+        cwd=trainer.ROOT,
+        env=trainer.environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdin
+    assert server.stdout
+    waiting = iter(asked)
+    last = ("ready", "done", "error", "loaded", "status", "cancelled")
+    for text in server.stdout:
+        line = json.loads(text)
+        if line["t"] != "alive":
+            yield line
+        if line["t"] in last:
+            request = next(waiting, None)
+            while request and request["op"] == "cancel":  # of what is over already: no answer comes
+                server.stdin.write(json.dumps(request) + "\n")
+                request = next(waiting, None)
+            if request is None:
+                break
+            server.stdin.write(json.dumps(request) + "\n")
+            server.stdin.flush()
+    server.stdin.close()
+    assert server.wait(60) == 0

@@ -1,0 +1,245 @@
+"""The folder of a studio that an older version left behind (tests/golden/var, made by tests/golden/make_var.py): this
+version starts on it, every page opens, the killed and the paused job go on, the models still write."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests import hub_server
+from tests.golden import scenario, trainer
+from tests.golden.compare import EXPECTED
+from tests.golden.make_var import ARCHIVE, KILLED, TOLD, Studio
+from tests.golden.stack import Person, dynamodb_rows
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@dataclass
+class Old:
+    """The studio, running on the old folder, and what its people know of it."""
+
+    studio: Studio
+    told: dict[str, Any]
+    ada: Person
+    owner: Person
+    before: dict[int, str]  # losses of the killed job, as they were logged before its end
+    checkpoint: Path  # the one it goes on from, as it lay in the object storage
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Old]:
+    folder = tmp_path_factory.mktemp("old")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder)
+    told = json.loads(TOLD.read_text())
+    with hub_server.running(scenario.repositories(folder / "hub")) as hub:
+        studio = Studio(folder, HF_ENDPOINT=hub.url)
+        checkpoint = newest_checkpoint(studio, told["jobs"]["killed"])
+        try:
+            studio.start()
+            before = losses(studio, told["jobs"]["killed"], epoch=1)
+            people = {name: enter(studio, account) for name, account in told["people"].items()}
+            yield Old(studio, told, people["ada"], people["owner"], before, checkpoint)
+        finally:
+            studio.stop()
+
+
+def enter(studio: Studio, account: dict[str, str]) -> Person:
+    """By the old password, and with the old key."""
+    person = Person(studio.url, account["email"], account["password"]).sign_in()
+    person.use_key(account["key"])
+    return person
+
+
+def newest_checkpoint(studio: Studio, job_id: str) -> Path:
+    """A copy of what is stored, under the trainer's own name for it."""
+    folders = (studio.var / f"objects/jobs/{job_id}").glob("e*/checkpoints/*/manifest.json")
+    newest = max((path.parent for path in folders), key=lambda path: step_of(path))
+    copy = studio.folder / "checkpoints" / newest.name
+    copy.mkdir(parents=True)
+    for path in newest.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def step_of(folder: Path) -> int:
+    return int(json.loads((folder / "manifest.json").read_text())["step"])
+
+
+def losses(studio: Studio, job_id: str, epoch: int | None = None) -> dict[int, str]:
+    """Of every logged step as a hexadecimal number; the last word counts where a step was run twice."""
+    table = dynamodb_rows(studio.dynamodb_port)["llmtuner-EventChunk"]["rows"]
+    chunks = [
+        row for row in table if row["job_id"]["S"] == job_id and epoch in (None, int(row["epoch"]["N"]))
+    ]
+    found: dict[int, str] = {}
+    for chunk in sorted(chunks, key=lambda row: int(row["first_seq"]["N"])):
+        for line in json.loads(chunk["lines"]["S"]):
+            event = json.loads(line)
+            if event["t"] == "metric":
+                found[event["step"]] = event["loss_hex"]
+    return found
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_page_that_is_linked_opens(old: Old):
+    for person in (old.ada, old.owner):
+        opened, broken = crawl(person)
+        assert not broken
+        assert len(opened) > 15, opened
+        if person is old.ada:
+            wanted = [*old.told["jobs"].values(), *old.told["files"].values(), *old.told["models"].values()]
+            assert [id for id in wanted if not any(id in path for path in opened)] == []
+
+
+def crawl(person: Person) -> tuple[set[str], dict[str, int]]:
+    """Every address that pages link to, from the first one on: (those that opened, those that did not)."""
+    client = httpx.Client(
+        base_url=person.url, cookies=person.browser.cookies, follow_redirects=True, timeout=120
+    )
+    waiting, opened, broken = ["/", "/account/", "/notifications/", "/jobs/estimates/"], set(), {}
+    if person.get("/admin/").status_code == 200:
+        waiting.append("/admin/")
+    while waiting:
+        path = waiting.pop()
+        if path in opened or path in broken or re.search(NOT_FOLLOWED, path):
+            continue
+        answer = client.get(path)
+        if answer.status_code != 200:
+            broken[path] = answer.status_code
+            continue
+        opened.add(path)
+        if "text/html" in answer.headers.get("content-type", ""):
+            for link in re.findall(r'(?:href|hx-get|src)="([^"#]+)', answer.text):
+                parts = urlsplit(html.unescape(link))
+                if not parts.netloc and not parts.scheme:
+                    query = f"?{parts.query}" if parts.query else ""
+                    waiting.append(httpx.URL(path).join(parts.path or path).path + query)
+    return opened, broken
+
+
+NOT_FOLLOWED = r"/static/|logout|/v1|^/admin/(?!$|jobs/)"
+
+
+def test_no_recorded_address_answers_with_an_error_of_ours(old: Old):
+    """Each of expected/addresses.txt, filled with what is in the folder; some take only what pages post."""
+    ids = {
+        "job_id": old.told["jobs"]["full"],
+        "dataset_id": old.told["files"]["train"],
+        "file_id": old.told["files"]["train"],
+        "model_id": old.told["models"]["full"],
+        "model": old.told["models"]["lora"],
+        "webhook_endpoint_id": old.told["hook"],
+        "upload_id": "upload-none",
+        "owner": old.ada.job(old.told["jobs"]["full"])["organization_id"],
+    } | dict.fromkeys(("pk", "number"), "1") | dict.fromkeys(("token", "filename"), "none")  # fmt: skip
+    statuses = {}
+    for line in (EXPECTED / "addresses.txt").read_text().splitlines():
+        address = line.split("  ")[0]
+        if "…" in address or address.startswith("^"):
+            continue
+        path = re.sub(r"<(?:\w+:)?(\w+)>", lambda match: ids[match[1]], address)
+        for person in (old.ada, old.owner):
+            answer = person.api.get(f"{person.url}{path}") if path.startswith("/v1") else person.get(path)
+            statuses[f"{path} for {person.email}"] = answer.status_code
+    assert {path: status for path, status in statuses.items() if status >= 500} == {}
+    assert sum(status == 200 for status in statuses.values()) > 40
+
+
+# ---- what is stored ---------------------------------------------------------------------------------------------------
+
+
+def test_files_jobs_and_models_are_there(old: Old):
+    statuses = {name: old.ada.file(id)["status"] for name, id in old.told["files"].items()}
+    assert statuses.pop("rejected") == "error"
+    assert set(statuses.values()) == {"processed"}
+    jobs = {name: old.ada.job(old.told["jobs"][name])["status"] for name in ("full", "lora", "failed")}
+    assert jobs == {"full": "succeeded", "lora": "succeeded", "failed": "failed"}
+    models = {model["id"] for model in old.ada.call("GET", "models")["data"]}
+    assert {*old.told["models"].values()} <= models
+    hooks = [hook["id"] for hook in old.ada.call("GET", "webhook_endpoints")["data"]]
+    assert hooks == [old.told["hook"]]
+
+
+def test_a_submission_sent_again_is_still_the_same_job(old: Old):
+    """By its idempotency key, whose row keeps a hash of what was asked."""
+    things = scenario.Things(files=old.told["files"])
+    again = scenario.submit(old.ada, things, "killed", scenario.TINY, KILLED)
+    assert again == old.told["jobs"]["killed"]
+
+
+def test_models_write(old: Old):
+    full, lora = old.told["models"]["full"], old.told["models"]["lora"]
+    checkpoint = old.ada.checkpoints(old.told["jobs"]["full"])[-1]["fine_tuned_model_checkpoint"]
+    for model in (full, lora, checkpoint, scenario.OLD_NAME):
+        body = {"model": model, "prompt": "the cat", "max_tokens": 4, "seed": 1}
+        assert old.ada.call("POST", "completions", json=body)["usage"]["completion_tokens"] > 0, model
+
+
+def test_the_killed_job_goes_on_as_if_nothing_had_been(old: Old):
+    job_id = old.told["jobs"]["killed"]
+    job = old.ada.wait_for_job(job_id, "succeeded")
+    settings = job["llmtuner"]["plan"]["settings"]
+    after = losses(old.studio, job_id)
+    assert sorted(after) == list(range(1, KILLED["max_steps"] + 1))
+    start = step_of(old.checkpoint)
+    assert 0 < start < max(after)
+    stored = json.loads(old.checkpoint.joinpath("manifest.json").read_text())
+    messages = [event["message"] for event in old.ada.call("GET", f"fine_tuning/jobs/{job_id}/events", params={"limit": 1000})["data"]]  # fmt: skip
+    assert any(f"step {start}" in message for message in messages), messages
+
+    # On this machine from the same checkpoint, in one go: equal to the bit, on whatever processor it was made.
+    run = run_file(old, settings, job_id)
+    code, told = trainer.train(run | {"resume_from": str(old.checkpoint)}, old.studio.folder / "resumed")
+    assert code == 0
+    resumed = trainer.losses(told)
+    assert resumed == {step: loss for step, loss in after.items() if step > start}
+
+    # Uninterrupted from the first step: to the bit too, if this processor computes as the one that made the checkpoint.
+    code, told = trainer.train(run, old.studio.folder / "whole")
+    assert code == 0
+    whole = trainer.losses(told)
+    twin = json.loads((Path(trainer.newest(told)) / "manifest.json").read_text())
+    known = {step: loss for step, loss in old.before.items() if step <= start}
+    if twin["environment"] == stored["environment"] and all(
+        whole[step] == loss for step, loss in known.items()
+    ):
+        assert after == whole
+    else:  # roundings differ, and what follows from them grows with the steps
+        near = [step for step in known if step <= 50]
+        assert near
+        for step in near:
+            assert float.fromhex(whole[step]) == pytest.approx(float.fromhex(known[step]), rel=1e-4)
+
+
+def run_file(old: Old, settings: dict[str, Any], job_id: str) -> dict[str, Any]:
+    """What the worker gave the trainer: the settings as asked, and the resolved ones that depend on the machine."""
+    folder = old.studio.folder / "twin"
+    run = trainer.lay_out(folder)
+    asked = {**KILLED, "micro_batch_tokens": settings["micro_batch_tokens"]}
+    return run | {"job": job_id, "settings": asked}
+
+
+def test_the_paused_job_can_be_resumed(old: Old):
+    job_id = old.told["jobs"]["paused"]
+    assert old.ada.job(job_id)["llmtuner"]["status"] == "paused"
+    steps = old.ada.checkpoints(job_id)[0]["step_number"]
+    before = losses(old.studio, job_id)
+    old.ada.call("POST", f"fine_tuning/jobs/{job_id}/resume")
+    old.ada.wait_for_job(job_id, "succeeded")
+    after = losses(old.studio, job_id)
+    assert max(after) > steps
+    assert before.items() <= after.items() or max(before) > steps  # what was logged before is not lost
