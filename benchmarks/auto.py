@@ -71,7 +71,8 @@ def small() -> Path:
     """A GPT-2 of 0.97 million parameters, with the starter's tokenizer, taught by text that the starter writes."""
     import torch
 
-    from training.generate import GenerateOptions, generate, load_model
+    from training.generate import GenerateOptions, generate
+    from training.load import load_model
     from training.model import GPT2, GPT2Config
     from training.tokenizer import Tokenizer
 
@@ -127,8 +128,8 @@ class Trained:
 
 def train_once(base: Path, data: Path, settings: dict[str, Any], work: Path) -> dict[str, Any]:
     """Trains through our loop; the plan, as it was told."""
+    from training.command import train
     from training.config import Run
-    from training.loop import train
 
     told: dict[str, dict[str, Any]] = {}
     quiet = {"checkpoint_every_s": 0, "precision": "fp32"}
@@ -166,7 +167,7 @@ def test_loss(folder: Path, test: Path) -> float:
 
     from training.encode import Plain, examples
     from training.evaluate import evaluate
-    from training.generate import load_model
+    from training.load import load_model
     from training.packing import Examples
     from training.tokenizer import Tokenizer
 

@@ -147,7 +147,8 @@ def run(made: dict[str, Any], large: Path, scores: Any, *, teaches: bool) -> dic
     from training.auto import resolve
     from training.config import parse
     from training.encode import Plain
-    from training.report import Summary, report
+    from training.report import report
+    from training.summary import Summary
     from training.tokenizer import Tokenizer
 
     base = catalog.find(made["base"])

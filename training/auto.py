@@ -7,7 +7,7 @@ from typing import Any
 
 from training.catalog import BaseModel, Machine, training_memory
 from training.config import Settings
-from training.report import Summary
+from training.summary import Summary
 
 GPT2_SIZE = 124e6  # parameters of the model the rules were made for
 

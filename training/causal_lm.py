@@ -24,10 +24,10 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from training.batch import Batch, pack
 from training.events import Failure
 from training.kernels import main_grad
 from training.model import read_config
-from training.packing import Batch, pack
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

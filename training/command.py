@@ -12,12 +12,16 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training import catalog, memory
 from training.config import ConfigError, Run
 from training.events import EXIT, MAX_LINE_BYTES, REASONS, Failure, reason_of
+
+if TYPE_CHECKING:
+    from training.loop import Trained
 
 LONGEST_TEXT = 4000  # characters of one text in an event
 
@@ -42,16 +46,39 @@ def main(args: argparse.Namespace) -> int:
             _die_with_parent()
         _make_ready(run.base, run.settings.method)
         speaker.spool(Path(run.work_dir))
-        _train(run, speaker, stop)
+        train(run, speaker.say, stop.is_set)
     except BaseException as error:
         return _fail(error, speaker)
     return EXIT["done"]
 
 
-def _train(run: Run, speaker: Speaker, stop: threading.Event) -> None:
-    from training.loop import train
+def train(run: Run, say: Callable[..., None], stop: Callable[[], bool] = lambda: False) -> None:
+    """All of `python -m training train`: trains, exports what came of it, and compares the export with it.
 
-    train(run, speaker.say, stop.is_set)
+    Raises Failure with a reason of events.py, or `loop.Stopped`."""
+    from training import loop
+    from training.rehearsal import out_of_memory
+
+    try:
+        trained = loop.train(run, say, stop)
+        if trained is not None:
+            _export(trained, Path(run.work_dir) / "final", say)
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise Failure("out_of_memory", f"Memory ran out: {str(error).splitlines()[0][:200]}") from error
+        raise
+
+
+def _export(trained: Trained, folder: Path, say: Callable[..., None]) -> None:
+    from training.evaluate import verdict
+    from training.export import write_folder
+    from training.fidelity import compare
+
+    files = write_folder(trained.model, folder, base=trained.base, facts=trained.facts)
+    fidelity = compare(trained.model, folder, base=trained.base)
+    if trained.base_losses and trained.best_losses:
+        say("verdict", **verdict(trained.base_losses, trained.best_losses))
+    say("done", step=trained.step, path=str(folder), files=files, metrics=trained.metrics, fidelity=fidelity)
 
 
 def _fail(error: BaseException, speaker: Speaker) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from training.catalog import BaseModel, Machine, activation_memory, gib, lora_parameters
 from training.config import Settings
-from training.report import Summary
+from training.summary import Summary
 
 # The usual speeds, where nothing was measured. Of a core and of a graphics card, in operations a second:
 CPU_CORE, GPU = 45e9, 60e12

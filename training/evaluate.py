@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.batch import Batch, pack
 from training.kernels import head_loss
-from training.packing import Batch, Examples, pack, split
+from training.packing import Examples, split
 
 SHORT_ANSWER = 64  # tokens: answers up to this length are judged by exact match
 ROWS = 256  # tokens whose logits exist at once

@@ -21,10 +21,9 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 
-from training import checkpoint, hub, lora
+from training import checkpoint, hub
 from training.events import Failure
-from training.generate import load_model
-from training.model import GPT2
+from training.load import load_model
 from training.tokenizer import Tokenizer
 
 ExportFormat = Literal["safetensors", "merged", "adapter"]
@@ -117,10 +116,7 @@ def _write_generation_config(to: Path, base: Path) -> None:
 def _save_adapter(model: Any, folder: Path, base: str) -> None:
     if getattr(model, "lora", None) is None:
         raise Failure("bad_settings", "This model was trained whole; there is no adapter to export.", "Export it as safetensors.")  # fmt: skip
-    if isinstance(model, GPT2):
-        lora.save_adapter(model, folder, base)
-    else:
-        model.save_adapter(folder, base)
+    model.save_adapter(folder, base)
 
 
 def _sync(folder: Path) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.generate import load_model
+from training.batch import pack
+from training.load import load_model
 from training.model import GPT2
-from training.packing import pack
 from training.tokenizer import Tokenizer
 
 PROMPTS = (

@@ -12,15 +12,14 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from training import hub
-from training.decoder import Decoder, GPT2Decoder, sample
-from training.model import GPT2, is_plain_gpt2, read_config
+from training.decoder import Decoder, sample
+from training.load import decoder_for, load_model
 from training.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -113,24 +112,6 @@ def generate(
         )
         for s, tokens in zip(sequences, written, strict=True)
     ]
-
-
-def load_model(folder: str | Path) -> Any:
-    """A model folder behind the face that fits it. Raises Failure("base_model")."""
-    if is_plain_gpt2(read_config(folder)):
-        return GPT2.load(folder)
-    from training.causal_lm import CausalLM  # late: importing transformers takes seconds
-
-    return CausalLM.load(folder)
-
-
-def decoder_for(model: Any, pack: bool = True) -> Decoder:
-    """A decoder for either implementation of the model face. `pack` copies the weights for speed."""
-    own = getattr(model, "decoder", None)  # CausalLM brings its own, over transformers' cache
-    if own is not None:
-        decoder: Decoder = own()
-        return decoder
-    return GPT2Decoder(model.merged_weights(), model.config.n_head, model.config.layer_norm_epsilon, pack)
 
 
 # --- sequences -------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from training.events import Failure
 from training.formats import BadRow, Format
 from training.model import read_config
 from training.packing import Examples, hold_out
-from training.report import Summary
+from training.summary import Summary
 from training.tokenizer import Tokenizer, TokenizerError
 
 PINNED = 3  # prompts for samples, where none are given

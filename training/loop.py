@@ -1,7 +1,7 @@
 """The training loop, told top to bottom: prepare, resume, rehearse, train, finish.
 
-`train(run, say, stop)` is all of `python -m training train`; `say` takes event lines (events.py), `stop()` tells
-whether somebody asked for a checkpoint and an end.
+`say` takes event lines (events.py), `stop()` tells whether somebody asked for a checkpoint and an end. Who calls it
+exports the model it returns: see training/command.py.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import numpy as np
 import torch
 
 from training import catalog, checkpoint, config, device, inputs, report
+from training.batch import Batch, pack
 from training.checkpoint import Identity, Restored, Snapshot, Writer
 from training.config import Run, Settings
-from training.evaluate import Evaluation, Interrupted, batch_loss, evaluate, verdict
+from training.evaluate import Evaluation, Interrupted, batch_loss, evaluate
 from training.events import Failure
-from training.export import write_folder
-from training.fidelity import compare
-from training.generate import GenerateError, GenerateOptions, generate, load_model
+from training.generate import GenerateError, GenerateOptions, generate
 from training.inputs import Inputs
+from training.load import load_model
 from training.optimizer import AdamW
-from training.packing import Batch, example_at, pack, plan_steps, split
-from training.rehearsal import out_of_memory, rehearse
+from training.packing import example_at, plan_steps, split
+from training.rehearsal import rehearse
 from training.schedule import learning_rate
 from training.team import Team
 
@@ -66,19 +66,30 @@ class State:
     metrics: dict[str, Any] | None = None  # of the best evaluation
 
 
-def train(run: Run, say: Say, stop: Callable[[], bool] = lambda: False) -> None:
-    """Trains as `run` says. Raises Failure with a reason of events.py, or Stopped."""
+@dataclass(frozen=True)
+class Trained:
+    """A model whose training is done, as it is to be exported."""
+
+    model: Any  # whole, fp32, on the CPU
+    base: Path  # folder of the base model
+    step: int
+    metrics: dict[str, Any]
+    facts: dict[str, Any]  # for the model card
+    base_losses: list[float] | None  # of each held-out example, before training
+    best_losses: list[float] | None  # and of the model
+
+
+def train(run: Run, say: Say, stop: Callable[[], bool] = lambda: False) -> Trained | None:
+    """Trains as `run` says; of several processes the first gets the model, the others None.
+
+    Raises Failure with a reason of events.py, or Stopped."""
     try:
-        _train(run, say, stop)
+        return _train(run, say, stop)
     except Interrupted:
         raise Stopped from None
-    except (MemoryError, RuntimeError) as error:
-        if out_of_memory(error):
-            raise Failure("out_of_memory", f"Memory ran out: {str(error).splitlines()[0][:200]}") from error
-        raise
 
 
-def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
+def _train(run: Run, say: Say, stop: Callable[[], bool]) -> Trained | None:
     # ---- prepare -------------------------------------------------------------------------------------------------
     gc.freeze()  # what is imported lives to the end: the collector need not look at it every few steps
     say("phase", phase="preparing")
@@ -313,15 +324,10 @@ def _train(run: Run, say: Say, stop: Callable[[], bool]) -> None:
         "job": run.job, "base": run.base, "settings": settings.as_dict(), "examples": len(examples),
         "tokens": examples.tokens, "steps": state.step, "metrics": metrics,
     }  # fmt: skip
-    if team.leads:
-        files = write_folder(model, work / "final", base=found.base, facts=facts)
-        fidelity = compare(model, work / "final", base=found.base)
-        if state.base_losses and state.best_losses:
-            say("verdict", **verdict(state.base_losses, state.best_losses))
-        say(
-            "done", step=state.step, path=str(work / "final"), files=files, metrics=metrics, fidelity=fidelity
-        )
     team.leave()
+    if not team.leads:
+        return None
+    return Trained(model, found.base, state.step, metrics, facts, state.base_losses, state.best_losses)
 
 
 # ---- the pieces ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,9 +19,6 @@ from torch import Tensor, nn
 from training import kernels
 from training.events import Failure
 from training.kernels import give_product, product
-
-if TYPE_CHECKING:
-    from training.model import GPT2
 
 DEFAULT_TARGETS = ("c_attn",)  # peft's for GPT-2
 
@@ -92,9 +89,11 @@ class AdaptedLinear(torch.autograd.Function):
 
 
 def add(
-    model: GPT2, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
-) -> None:
-    """Freezes the model and puts adapters beside the linear layers whose name ends in one of `targets`."""
+    model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
+) -> dict[str, Any]:
+    """Freezes the model and puts adapters beside the linear layers whose name ends in one of `targets`.
+
+    Returns what was done: {"rank", "alpha", "dropout", "targets"}."""
     wanted = tuple(targets or DEFAULT_TARGETS)
     for p in model.parameters():
         p.requires_grad_(False)
@@ -109,7 +108,7 @@ def add(
     for name, module in linear:
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, Adapted(module, rank, alpha, dropout, rng))
-    model.lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": sorted(wanted)}
+    return {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": sorted(wanted)}
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -132,9 +131,8 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     return plain | folded
 
 
-def save_adapter(model: GPT2, folder: str | Path, base: str) -> None:
+def save_adapter(model: nn.Module, lora: dict[str, Any], folder: str | Path, base: str) -> None:
     """adapter_config.json and adapter_model.safetensors, for `peft.PeftModel.from_pretrained(base_model, folder)`."""
-    lora: Any = model.lora
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {
         f"base_model.model.{name}": p.detach().to("cpu", torch.float32).contiguous()

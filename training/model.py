@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from training import kernels, lora
+from training.batch import Batch
 from training.events import Failure
-from training.packing import Batch
 
 Param = nn.Parameter
 
@@ -183,7 +183,7 @@ class GPT2(nn.Module):
         self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
     ) -> None:
         """Freezes the weights and puts adapters beside them (in place)."""
-        lora.add(self, rank, alpha, dropout, targets, seed)
+        self.lora = lora.add(self, rank, alpha, dropout, targets, seed)
 
     def merged_weights(self) -> dict[str, Tensor]:
         """Every weight under its Hugging Face name, adapters folded in."""
@@ -205,6 +205,11 @@ class GPT2(nn.Module):
         """(V, D); GPT-2 reads and writes tokens with the same matrix."""
         t: Any = self.transformer
         return t["wte"].weight
+
+    def save_adapter(self, folder: str | Path, base: str) -> None:
+        """Writes the adapter as peft does; `base` names the model it belongs to."""
+        assert self.lora is not None
+        lora.save_adapter(self, self.lora, folder, base)
 
     # ---- files ---------------------------------------------------------------------------------------------------
 

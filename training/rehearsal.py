@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from training import checkpoint
+from training.batch import Batch
 from training.config import Settings
 from training.device import Device, random_state, restore_random_state
 from training.evaluate import batch_loss, evaluate
 from training.events import Failure
 from training.optimizer import AdamW
-from training.packing import Batch, Examples, split
+from training.packing import Examples, split
 from training.team import Team
 
 

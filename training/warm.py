@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from training import loop  # noqa: F401  # imported for its imports
+from training.batch import pack
 from training.config import Settings
 from training.evaluate import batch_loss
 from training.model import GPT2, GPT2Config
 from training.optimizer import AdamW
-from training.packing import pack
 
 
 def warm_up() -> None:

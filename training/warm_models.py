@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.decoder import Decoder
-from training.generate import GenerateError, decoder_for, load_model
+from training.generate import GenerateError
+from training.load import decoder_for, load_model
 from training.tokenizer import Tokenizer
 
 

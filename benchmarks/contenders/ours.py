@@ -26,9 +26,10 @@ use_memory_well()  # before torch, as `python -m training` does
 import torch  # noqa: E402
 
 from benchmarks.common import run_file  # noqa: E402
+from training.command import train  # noqa: E402
 from training.config import Run  # noqa: E402
-from training.generate import GenerateOptions, decoder_for, generate, load_model, prompt_ids  # noqa: E402, prompt_ids
-from training.loop import train  # noqa: E402
+from training.generate import GenerateOptions, generate, prompt_ids  # noqa: E402, prompt_ids
+from training.load import decoder_for, load_model  # noqa: E402, prompt_ids
 from training.tokenizer import Tokenizer  # noqa: E402
 
 

@@ -10,7 +10,7 @@ from tests.jobs.makers import make_job, read
 from training.auto import resolve
 from training.catalog import starter
 from training.config import Settings
-from training.report import Summary
+from training.summary import Summary
 
 SUMMARY = {"examples": 480, "tokens": 20_000, "trained_tokens": 8_000, "longest": 60, "kind": "completion"}
 

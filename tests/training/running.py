@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.resume import lay_out
+from training.command import train
 from training.config import Run
-from training.loop import Stopped, train
+from training.loop import Stopped
 
 Event = dict[str, Any]
 

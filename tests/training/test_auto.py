@@ -20,7 +20,7 @@ from training.catalog import (
 )
 from training.config import FIELDS, Settings, parse
 from training.estimate import Past, estimate
-from training.report import Summary
+from training.summary import Summary
 
 MACHINE = Machine("cpu", "2 cores", 16 << 30, 2)
 AUTOMATIC = {

@@ -14,16 +14,17 @@ import torch.nn.functional as F
 import transformers as t
 
 from tests.training.tiny import write_tokenizer
-from training import device, loop
+from training import command, device
+from training.batch import Batch, pack
 from training.causal_lm import CausalLM
 from training.config import Run
 from training.decoder import GPT2Decoder
 from training.evaluate import batch_loss
 from training.events import Failure
 from training.fidelity import logits_of
-from training.generate import GenerateOptions, decoder_for, generate, load_model
+from training.generate import GenerateOptions, generate
 from training.kernels import main_grad
-from training.packing import Batch, pack
+from training.load import decoder_for, load_model
 from training.tokenizer import Tokenizer
 
 SHAPE: dict[str, Any] = {
@@ -213,7 +214,7 @@ def train(base: Path, work: Path, **settings: Any) -> list[dict[str, Any]]:
     }
     lines: list[dict[str, Any]] = []
     run = {"base": str(base), "train_file": str(data), "work_dir": str(work), "settings": chosen | settings, "rehearse": False}  # fmt: skip
-    loop.train(Run.parse(run), lambda t, **values: lines.append({"t": t, **values}))
+    command.train(Run.parse(run), lambda t, **values: lines.append({"t": t, **values}))
     return lines
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from tests.training.tiny import write_model
-from training import loop
+from training import command
 from training.config import Run
 from training.fidelity import logits_of
-from training.generate import load_model
+from training.load import load_model
 
 STEPS = 6
 
@@ -38,7 +38,7 @@ def train(
     run = {"base": str(base), "train_file": str(data), "work_dir": str(work / "out"), "settings": chosen | settings, "rehearse": False, "resume_from": resume_from}  # fmt: skip
     if processes == 1:  # in this one: importing torch once more would take longer than the training
         lines: list[dict[str, Any]] = []
-        loop.train(Run.parse(run), lambda t, **values: lines.append({"t": t, **values}))
+        command.train(Run.parse(run), lambda t, **values: lines.append({"t": t, **values}))
         return lines
     (work / "run.json").write_text(json.dumps(run))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from training.catalog import SAMPLE_FOLDER, STARTER_FOLDER
 from training.encode import Example, Plain, encode, encode_batch, examples
 from training.formats import BadRow, Row, rows
-from training.report import Summary
+from training.summary import Summary
 from training.tokenizer import CHAT_TEMPLATE, Tokenizer, TokenizerError
 
 PLAIN = Plain(512)

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training import kernels
+from training.batch import pack
 from training.config import Settings
 from training.evaluate import batch_loss, evaluate
 from training.model import GPT2, GPT2Config
 from training.optimizer import AdamW
-from training.packing import Examples, pack
+from training.packing import Examples
 
 Document = tuple[np.ndarray, np.ndarray]
 VOCAB = 5000  # more than one block of the fused head

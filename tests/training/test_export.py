@@ -18,7 +18,7 @@ from tests.training.tiny import END, gpt2, write_model
 from training import export, fidelity
 from training.causal_lm import CausalLM
 from training.events import Failure
-from training.generate import load_model
+from training.load import load_model
 from training.model import GPT2
 from training.tokenizer import Tokenizer
 

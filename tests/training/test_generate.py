@@ -12,7 +12,8 @@ import transformers
 
 from tests.training.tiny import gpt2, write_model
 from training.decoder import GPT2Decoder, sample
-from training.generate import GenerateError, GenerateOptions, TextStream, Token, decoder_for, generate
+from training.generate import GenerateError, GenerateOptions, TextStream, Token, generate
+from training.load import decoder_for
 from training.model import GPT2
 from training.tokenizer import Tokenizer
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from tests.training.running import Event, Runner, losses, of
 from training import device, rehearsal
+from training.batch import Batch
 from training.command import encode
 from training.evaluate import verdict
 from training.events import EXIT, MAX_LINE_BYTES, REASONS
-from training.packing import Batch
 
 
 @pytest.fixture(scope="module")

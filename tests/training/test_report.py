@@ -16,7 +16,8 @@ from training.catalog import SAMPLE_FOLDER, STARTER_FOLDER
 from training.encode import Plain, examples
 from training.findings import KINDS, personal, secret
 from training.formats import Part
-from training.report import Summary, _Report, colour_row, report
+from training.report import _Report, colour_row, report
+from training.summary import Summary
 from training.tokenizer import Tokenizer
 
 PLAIN = Plain(512)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from tests.training.tiny import write_model
-from training.generate import GenerateOptions, generate, load_model
+from training.generate import GenerateOptions, generate
+from training.load import load_model
 from training.tokenizer import Tokenizer
 
 PROMPT = "the cat sat on"

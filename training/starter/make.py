@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from training import kernels
+from training.batch import Batch, pack
 from training.model import GPT2, GPT2Config
-from training.packing import Batch, pack
 from training.starter.text import documents
 from training.tokenizer import CHAT_TEMPLATE, Tokenizer
 
