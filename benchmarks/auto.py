@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks import tasks
 from benchmarks.common import ROOT, Scores
-from training.catalog import STARTER_FOLDER, describe
+from training.plan.catalog import STARTER_FOLDER, describe
 
 CACHE = ROOT / ".bench" / "small-1"  # the smaller model, made once
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -71,10 +71,10 @@ def small() -> Path:
     """A GPT-2 of 0.97 million parameters, with the starter's tokenizer, taught by text that the starter writes."""
     import torch
 
-    from training.generate import GenerateOptions, generate
-    from training.load import load_model
-    from training.model import GPT2, GPT2Config
-    from training.tokenizer import Tokenizer
+    from training.models.generate import GenerateOptions, generate
+    from training.models.gpt2 import GPT2, GPT2Config
+    from training.models.load import load_model
+    from training.text.tokenizer import Tokenizer
 
     if (CACHE / "model.safetensors").exists():
         return CACHE
@@ -104,8 +104,8 @@ def small() -> Path:
 
 
 def models(scores: Scores) -> dict[str, Path]:
-    from training import hub
-    from training.events import Failure
+    from training.plan import hub
+    from training.plan.events import Failure
 
     found = {"small": small(), "starter": STARTER_FOLDER}
     try:
@@ -129,7 +129,7 @@ class Trained:
 def train_once(base: Path, data: Path, settings: dict[str, Any], work: Path) -> dict[str, Any]:
     """Trains through our loop; the plan, as it was told."""
     from training.command import train
-    from training.config import Run
+    from training.plan.config import Run
 
     told: dict[str, dict[str, Any]] = {}
     quiet = {"checkpoint_every_s": 0, "precision": "fp32"}
@@ -165,11 +165,11 @@ def passes_of(method: str) -> int:
 def test_loss(folder: Path, test: Path) -> float:
     import torch
 
-    from training.encode import Plain, examples
-    from training.evaluate import evaluate
-    from training.load import load_model
-    from training.packing import Examples
-    from training.tokenizer import Tokenizer
+    from training.engine.evaluate import evaluate
+    from training.engine.packing import Examples
+    from training.models.load import load_model
+    from training.text.encode import Plain, examples
+    from training.text.tokenizer import Tokenizer
 
     found = Examples.of(examples(test, Tokenizer.load(folder), Plain(describe(folder).context)))
     return evaluate(load_model(folder), found, 4096, torch.device("cpu")).loss

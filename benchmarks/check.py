@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import Scores  # noqa: E402
-from training.catalog import SAMPLE_FOLDER, STARTER_FOLDER  # noqa: E402
-from training.encode import pieces  # noqa: E402
-from training.formats import rows  # noqa: E402
-from training.tokenizer import Tokenizer  # noqa: E402
+from training.data.formats import rows  # noqa: E402
+from training.plan.catalog import SAMPLE_FOLDER, STARTER_FOLDER  # noqa: E402
+from training.text.encode import pieces  # noqa: E402
+from training.text.tokenizer import Tokenizer  # noqa: E402
 
 
 def write_chats(path: Path, size: int) -> None:

@@ -143,13 +143,13 @@ def lay_out_large() -> Path:
 def run(made: dict[str, Any], large: Path, scores: Any, *, teaches: bool) -> dict[str, float]:
     from jobs import datasets, estimates, lifecycle
     from tests.faults import house
-    from training import catalog
-    from training.auto import resolve
-    from training.config import parse
-    from training.encode import Plain
-    from training.report import report
-    from training.summary import Summary
-    from training.tokenizer import Tokenizer
+    from training.data.summary import Summary
+    from training.plan import catalog
+    from training.plan.auto_settings import resolve
+    from training.plan.config import parse
+    from training.report.report import report
+    from training.text.encode import Plain
+    from training.text.tokenizer import Tokenizer
 
     base = catalog.find(made["base"])
     assert base is not None

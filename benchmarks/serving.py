@@ -94,7 +94,7 @@ def make_key(folder: Path) -> str:
     from accounts import api_keys
     from jobs.tables import HubModel
     from tests.factories import make_user
-    from training import catalog
+    from training.plan import catalog
 
     user = make_user("bench")
     HubModel(

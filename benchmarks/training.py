@@ -28,7 +28,7 @@ import numpy as np
 import tokenizers
 
 from benchmarks.common import ROOT, Contender, Scores, in_turns, run_file
-from training.catalog import STARTER_FOLDER
+from training.plan.catalog import STARTER_FOLDER
 
 PEERS = ROOT / ".bench" / "bin" / "python"
 HERE = ROOT / "benchmarks" / "contenders"
@@ -73,10 +73,10 @@ class Bench:
 def lay_out(folder: Path, shape: dict[str, int], examples: int = 400) -> None:
     """A random GPT-2, a tokenizer whose words are numbers, and the examples: as text for ours, as ids in the order of
     our training for the peers."""
-    from training import inputs
-    from training.config import Run
-    from training.model import GPT2, GPT2Config
-    from training.packing import example_at
+    from training.engine import inputs
+    from training.engine.packing import example_at
+    from training.models.gpt2 import GPT2, GPT2Config
+    from training.plan.config import Run
 
     GPT2.new(GPT2Config(vocab_size=VOCABULARY, n_positions=1024, extra={"bos_token_id": 50256, "eos_token_id": 50256}, **shape)).save(folder)  # fmt: skip
     words = {str(i): i for i in range(VOCABULARY - 1)} | {"<|endoftext|>": VOCABULARY - 1}
@@ -203,10 +203,10 @@ def packed_gradients(bench: Bench) -> None:
     import torch
     import transformers
 
-    from training.evaluate import batch_loss
-    from training.kernels import main_grad
-    from training.model import GPT2
-    from training.packing import pack
+    from training.engine.evaluate import batch_loss
+    from training.engine.packing import pack
+    from training.models.gpt2 import GPT2
+    from training.models.kernels import main_grad
 
     model = GPT2.load(bench.folder).eval()
     lm: Any = transformers.GPT2LMHeadModel.from_pretrained(

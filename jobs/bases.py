@@ -14,9 +14,9 @@ from typing import Any
 
 from jobs import access, hub_check, storage, tables, tuned_models
 from jobs.tables import HubModel, Job, TunedModel
-from training import catalog, hub
-from training.catalog import BaseModel
-from training.events import Failure
+from training.plan import catalog, hub
+from training.plan.catalog import BaseModel
+from training.plan.events import Failure
 
 MOST = 100  # models of the Hub that one person may add
 SHOWN = 100  # of their tuned models, in a list to choose from

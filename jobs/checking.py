@@ -10,7 +10,7 @@ from django.conf import settings
 
 from jobs import datasets, reading, storage, tables, versions
 from jobs.tables import Dataset
-from training import catalog
+from training.plan import catalog
 
 FULL = frozenset(
     {"samples", "findings", "head"}

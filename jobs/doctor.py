@@ -15,7 +15,7 @@ from pynamodb.exceptions import PynamoDBException
 
 from jobs import storage
 from jobs.reasons import REASONS
-from training.events import EXIT, REASON_OF_EXIT, Failure, reason_of
+from training.plan.events import EXIT, REASON_OF_EXIT, Failure, reason_of
 
 Verdict = Literal["done", "stopped", "fault", "died", "smaller"]
 SMALLEST_MICRO_BATCH = 64  # tokens

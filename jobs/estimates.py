@@ -10,12 +10,12 @@ from django.conf import settings
 
 from jobs import bases, queueing, reports, tables
 from jobs.tables import Dataset, EstimateRecord, Job, Worker
-from training.auto import resolve
-from training.catalog import BaseModel, Machine, this_machine
-from training.config import Settings, parse
-from training.estimate import Estimate, Past
-from training.estimate import estimate as predict
-from training.report import Summary
+from training.plan.auto_settings import resolve
+from training.plan.catalog import BaseModel, Machine, this_machine
+from training.plan.config import Settings, parse
+from training.plan.estimate import Estimate, Past
+from training.plan.estimate import estimate as predict
+from training.report.report import Summary
 
 KEPT = 50  # finished jobs that count
 REMEMBERED_S = 30.0  # the form asks at every key; the store is asked this seldom

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from django import forms
 
-from training.auto import PRESETS
-from training.config import FIELDS, ConfigError, Field, Settings, parse
+from training.plan.auto_settings import PRESETS
+from training.plan.config import FIELDS, ConfigError, Field, Settings, parse
 
 NAME_LENGTH = 120
 

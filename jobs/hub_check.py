@@ -21,8 +21,8 @@ from typing import Any
 
 from django.conf import settings
 
-from training import catalog, hub
-from training.catalog import BaseModel
+from training.plan import catalog, hub
+from training.plan.catalog import BaseModel
 
 # owner/name, as the Hub has them. Nothing that could be read as a path of this machine or lead out of an address.
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)

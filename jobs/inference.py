@@ -21,7 +21,7 @@ import redis.exceptions
 from django.conf import settings
 
 from jobs import bases, bells, generation_queue, tuned_models
-from training import catalog
+from training.plan import catalog
 
 RENEW_S = 5.0  # between two signs of the reader
 NOBODY_S = 20.0  # so long a request waits while nobody at all is served: no worker is there

@@ -16,7 +16,7 @@ from jobs.proof import Proof
 from jobs.redact import redact
 from jobs.trainer_process import Child
 from jobs.writer import Writer
-from training.events import PHASES
+from training.plan.events import PHASES
 
 KINDS = frozenset(
     [

@@ -17,7 +17,7 @@ from django.conf import settings
 
 from jobs import access, bases, datasets, proof, reports, storage
 from jobs.tables import Dataset, Job
-from training.events import Failure
+from training.plan.events import Failure
 
 log = logging.getLogger(__name__)
 

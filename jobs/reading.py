@@ -16,7 +16,7 @@ from django.conf import settings
 from jobs import trainer_process
 from jobs.redact import redact
 from jobs.trainer_process import Limits
-from training import catalog
+from training.plan import catalog
 
 log = logging.getLogger(__name__)
 MAX_ANSWER_BYTES = 8 << 20

@@ -1,11 +1,11 @@
 """Why a job ends or needs a person: a short closed list, each with the sentence that is read and what to do next.
 
-The trainer's own reasons (training.events) come first; these are the platform's."""
+The trainer's own reasons (training.plan.events) come first; these are the platform's."""
 
 from __future__ import annotations
 
-from training.events import REASONS as TRAINER_REASONS
-from training.events import Reason
+from training.plan.events import REASONS as TRAINER_REASONS
+from training.plan.events import Reason
 
 REASONS: dict[str, Reason] = TRAINER_REASONS | {
     "dataset_rejected": Reason(-1, "The dataset was refused.", "Open the dataset's report: it names the lines to repair.", True),

@@ -32,8 +32,8 @@ from jobs import (
     trainer_process,
     tuned_models,
 )
-from training import catalog
-from training.events import Failure
+from training.plan import catalog
+from training.plan.events import Failure
 
 log = logging.getLogger(__name__)
 MAX_LINE_BYTES = 1 << 20  # with many log probabilities a line grows

@@ -17,8 +17,8 @@ from typing import Any
 
 from jobs import bases, checking, errands, storage, tables
 from jobs.tables import Dataset, DatasetReport, Job
-from training import catalog
-from training.events import Failure
+from training.plan import catalog
+from training.plan.events import Failure
 
 LEAKS = "#leaks#"  # in the place of a base: what two datasets have in common
 

@@ -27,7 +27,7 @@ from jobs.lifecycle import Claim, LostRace
 from jobs.listener import Listener
 from jobs.trainer_process import Child
 from jobs.writer import Writer
-from training.events import Failure
+from training.plan.events import Failure
 
 log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")

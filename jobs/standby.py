@@ -18,7 +18,7 @@ from django.conf import settings
 
 from jobs import trainer_process
 from jobs.trainer_process import Child, Limits
-from training.catalog import Machine, measured, this_machine
+from training.plan.catalog import Machine, measured, this_machine
 
 LOOKS = 5  # at the machine's rate
 _child: Child | None = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.templatetags.figures import clock, count, loss, memory, rate, short_hash, size
-from training.events import REASONS
+from training.plan.events import REASONS
 
 KEPT_LOG_LINES = 300  # of a long log the page shows the end; the whole is a download
 KEPT_POINTS = 1500  # more than a screen has pixels

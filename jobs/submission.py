@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs import access, bases, reports
 from jobs.tables import Dataset, Job, time_of
-from training.config import ConfigError, parse
+from training.plan.config import ConfigError, parse
 
 
 class Refused(Exception):
@@ -30,7 +30,9 @@ class JobRequest:
     dataset_id: str
     name: str = ""
     validation_dataset_id: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)  # training.config.FIELDS; left out = automatic
+    settings: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # training.plan.config.FIELDS; left out = automatic
     prompts: tuple[str, ...] = ()  # pinned prompts for samples
     suffix: str = ""
     seed: int | None = None

@@ -192,7 +192,9 @@ class _JobAttributes(Table):
     dataset_id = UnicodeAttribute(default="")
     dataset_name = UnicodeAttribute(default="")  # as it was then: the dataset may be deleted
     validation_dataset_id = UnicodeAttribute(null=True)
-    settings: JSONAttribute = JSONAttribute(default=dict)  # hyperparameters as asked (training.config.FIELDS)
+    settings: JSONAttribute = JSONAttribute(
+        default=dict
+    )  # hyperparameters as asked (training.plan.config.FIELDS)
     prompts: JSONAttribute = JSONAttribute(default=list)  # pinned prompts for samples
     suffix = UnicodeAttribute(default="")
     seed = NumberAttribute(null=True)
@@ -343,7 +345,7 @@ class HubModel(Table):
 
     owner = UnicodeAttribute(hash_key=True)
     name = UnicodeAttribute(range_key=True)  # owner/name on the Hub
-    facts: JSONAttribute = JSONAttribute(default=dict)  # training.catalog.BaseModel, and the revision
+    facts: JSONAttribute = JSONAttribute(default=dict)  # training.plan.catalog.BaseModel, and the revision
     checked_at = NumberAttribute(default=time.time)
 
 

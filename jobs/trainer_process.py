@@ -26,7 +26,7 @@ from typing import IO, Any
 
 from django.conf import settings
 
-from training.events import MAX_LINE_BYTES
+from training.plan.events import MAX_LINE_BYTES
 
 # What a child may know of our environment: nothing that opens a store, a mailbox or the Hub.
 ENVIRONMENT = (

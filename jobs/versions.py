@@ -15,8 +15,8 @@ from django.conf import settings
 
 from jobs import access, bases, datasets, reading, storage, tables
 from jobs.tables import Dataset, DatasetReport, Usage, new_id
-from training import catalog
-from training.events import Failure
+from training.plan import catalog
+from training.plan.events import Failure
 
 SPLIT = "split"
 FRACTION = 0.1  # of the rows, set aside for validation

@@ -9,17 +9,17 @@ import argparse
 import importlib
 import sys
 
-from training import memory
-from training.events import EXIT, Failure
+from training.engine import memory
+from training.plan.events import EXIT, Failure
 
 COMMANDS = {
     "train": ("training.command", "train as a run file says; events on standard output"),
     "standby": ("training.command", "be warm and wait for a run file on standard input"),
-    "generate": ("training.generate", "write text with a model"),
-    "serve": ("training.serve", "answer generation requests, JSON lines"),
-    "export": ("training.export", "turn a checkpoint into a model folder"),
-    "check": ("training.check", "read a dataset and report on it"),
-    "fix": ("training.fix", "write a new version of a dataset without the rows that findings name"),
+    "generate": ("training.models.generate", "write text with a model"),
+    "serve": ("training.serving.serve", "answer generation requests, JSON lines"),
+    "export": ("training.export.huggingface", "turn a checkpoint into a model folder"),
+    "check": ("training.report.check", "read a dataset and report on it"),
+    "fix": ("training.report.fix", "write a new version of a dataset without the rows that findings name"),
 }
 
 
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
 
 def _refusal(error: Exception) -> str:
     """What to say of a file or folder that was named and cannot be read; empty when the fault is ours."""
-    from training.tokenizer import TokenizerError
+    from training.text.tokenizer import TokenizerError
 
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"

@@ -16,19 +16,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training import catalog, memory
-from training.config import ConfigError, Run
-from training.events import EXIT, MAX_LINE_BYTES, REASONS, Failure, reason_of
+from training.engine import memory
+from training.plan import catalog
+from training.plan.config import ConfigError, Run
+from training.plan.events import EXIT, MAX_LINE_BYTES, REASONS, Failure, reason_of
 
 if TYPE_CHECKING:
-    from training.loop import Trained
+    from training.engine.loop import Trained
 
 LONGEST_TEXT = 4000  # characters of one text in an event
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     if parser.prog.endswith(" train"):
-        parser.add_argument("config", help="the run file (training/config.py: Run)")
+        parser.add_argument("config", help="the run file (training/plan/config.py: Run)")
     else:
         parser.add_argument("--base", help="a folder: hold the memory that fine-tuning this model takes")
 
@@ -56,8 +57,8 @@ def train(run: Run, say: Callable[..., None], stop: Callable[[], bool] = lambda:
     """All of `python -m training train`: trains, exports what came of it, and compares the export with it.
 
     Raises Failure with a reason of events.py, or `loop.Stopped`."""
-    from training import loop
-    from training.rehearsal import out_of_memory
+    from training.engine import loop
+    from training.engine.rehearsal import out_of_memory
 
     try:
         trained = loop.train(run, say, stop)
@@ -70,9 +71,9 @@ def train(run: Run, say: Callable[..., None], stop: Callable[[], bool] = lambda:
 
 
 def _export(trained: Trained, folder: Path, say: Callable[..., None]) -> None:
-    from training.evaluate import verdict
-    from training.export import write_folder
-    from training.fidelity import compare
+    from training.engine.evaluate import verdict
+    from training.export.export_check import compare
+    from training.export.huggingface import write_folder
 
     files = write_folder(trained.model, folder, base=trained.base, facts=trained.facts)
     fidelity = compare(trained.model, folder, base=trained.base)
@@ -188,7 +189,7 @@ def _make_ready(base: str, method: str) -> int:
 
 def _wait_warm(base: str | None) -> str | None:
     """Import torch, run a dummy step, and wait for `{"config": path}`. None at the end of input: nobody needs us."""
-    from training.warm import warm_up
+    from training.engine.warm_up import warm_up
 
     warm_up()
     if base and (row := _make_ready(base, "full")):

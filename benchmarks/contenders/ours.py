@@ -19,7 +19,7 @@ import turns
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from training.memory import use_memory_well  # noqa: E402
+from training.engine.memory import use_memory_well  # noqa: E402
 
 use_memory_well()  # before torch, as `python -m training` does
 
@@ -27,10 +27,10 @@ import torch  # noqa: E402
 
 from benchmarks.common import run_file  # noqa: E402
 from training.command import train  # noqa: E402
-from training.config import Run  # noqa: E402
-from training.generate import GenerateOptions, generate, prompt_ids  # noqa: E402, prompt_ids
-from training.load import decoder_for, load_model  # noqa: E402, prompt_ids
-from training.tokenizer import Tokenizer  # noqa: E402
+from training.models.generate import GenerateOptions, generate, prompt_ids  # noqa: E402, prompt_ids
+from training.models.load import decoder_for, load_model  # noqa: E402, prompt_ids
+from training.plan.config import Run  # noqa: E402
+from training.text.tokenizer import Tokenizer  # noqa: E402
 
 
 class Turns:

@@ -18,8 +18,8 @@ from jobs.api.caller import READ, READ_STREAM, WRITE, CallerRequest, in_pool
 from jobs.api.errors import bad, not_found
 from jobs.api.schemas import Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page
 from jobs.tables import Job as Row
-from training import auto, config
-from training.catalog import BaseModel
+from training.plan import auto_settings, config
+from training.plan.catalog import BaseModel
 
 router = Router(auth=READ)
 Json = dict[str, Any]
@@ -205,7 +205,7 @@ def _times(multiplier: float, base: BaseModel | None, method: Any) -> float:
     """OpenAI multiplies a rate of its own choosing; we multiply the one we would choose."""
     if base is None:  # deleted at this moment
         raise bad("This base model is gone. Choose another one.", "model", "model_not_available")
-    return float(f"{multiplier * auto.learning_rate(str(method), base)[0]:.6g}")
+    return float(f"{multiplier * auto_settings.learning_rate(str(method), base)[0]:.6g}")
 
 
 def _prompts(body: JobCreate) -> tuple[str, ...]:

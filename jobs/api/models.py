@@ -12,7 +12,7 @@ from jobs.api import paging
 from jobs.api.caller import READ, WRITE, CallerRequest
 from jobs.api.errors import bad, not_found
 from jobs.api.schemas import Deleted, Error, Model, Page
-from training import catalog
+from training.plan import catalog
 
 router = Router(auth=READ)
 Json = dict[str, Any]

@@ -22,8 +22,8 @@ from jobs.tables import Dataset, DatasetReport
 from jobs.templatetags.figures import count, size, when
 from jobs.views.doors import asks_for_part, for_people, owner_of
 from jobs.views.new_job import report_at, shown_sample
-from training import catalog
-from training.formats import BadRow, Row, preview
+from training.data.formats import BadRow, Row, preview
+from training.plan import catalog
 
 PAGE = 20
 STATUS = {

@@ -13,12 +13,12 @@ from jobs.forms import NewJobForm, preset_of, rows, settings_from, shown, with_p
 from jobs.lifecycle import JobRequest
 from jobs.tables import Dataset, DatasetReport, Job
 from jobs.templatetags.figures import count, size
-from training import catalog
-from training.auto import PRESETS, resolve
-from training.catalog import BaseModel, gib
-from training.config import FIELDS, Settings
-from training.estimate import in_bf16
-from training.report import Summary
+from training.plan import catalog
+from training.plan.auto_settings import PRESETS, resolve
+from training.plan.catalog import BaseModel, gib
+from training.plan.config import FIELDS, Settings
+from training.plan.estimate import in_bf16
+from training.report.report import Summary
 
 WATCHED = 3  # prompts that are answered again and again while it learns
 MANY = 5  # bases of a group that are shown at once

@@ -15,7 +15,7 @@ from jobs import access, inference
 from jobs.forms import GenerateForm
 from jobs.inference import GenerateRequest
 from jobs.views.doors import for_people_async, owner_of
-from training import catalog
+from training.plan import catalog
 
 DEFAULTS: dict[str, Any] = {"temperature": 0, "top_p": 1, "max_tokens": 128}
 

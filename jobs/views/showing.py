@@ -26,7 +26,7 @@ from jobs.templatetags.figures import (
     rate,
     span,
 )
-from training.config import FIELDS
+from training.plan.config import FIELDS
 
 ALIVE, GOOD, BAD, QUIET, WAITING = "bg-primary", "bg-success", "bg-error", "bg-base-content/40", "bg-warning"
 STATUS_WORDS = {

@@ -14,7 +14,7 @@ from jobs.api import events
 from jobs.feed import Event
 from jobs.listener import KINDS
 from tests.api.conftest import Person
-from training.events import PHASES
+from training.plan.events import PHASES
 
 pytestmark = pytest.mark.usefixtures("stores")
 LINES: list[dict[str, Any]] = [

@@ -29,7 +29,7 @@ sys.stdout.write(tokenizer.decode(written[asked["input_ids"].shape[1]:], skip_sp
 
 
 def sample_rows(folder: Path) -> Path:
-    from training.catalog import SAMPLE_FOLDER
+    from training.plan.catalog import SAMPLE_FOLDER
 
     lines = (SAMPLE_FOLDER / "train.jsonl").read_text().splitlines()[:ROWS]
     path = folder / "orders.jsonl"

@@ -71,8 +71,8 @@ def objects() -> Path:
 
 MAKE_TINY = """
 import sys, torch
-from training.model import GPT2, GPT2Config
-from training.tokenizer import Tokenizer
+from training.models.gpt2 import GPT2, GPT2Config
+from training.text.tokenizer import Tokenizer
 torch.manual_seed(0)
 tokens = max(Tokenizer.load(sys.argv[1]).backend.get_vocab(with_added_tokens=True).values()) + 1
 GPT2.new(GPT2Config(vocab_size=tokens, n_positions=128, n_embd=32, n_layer=2, n_head=2), seed=1).save(sys.argv[2])
@@ -81,7 +81,7 @@ GPT2.new(GPT2Config(vocab_size=tokens, n_positions=128, n_embd=32, n_layer=2, n_
 
 def make_tiny_base() -> None:
     """2 layers, 32 wide, in the place where the Hub's client keeps what it fetched."""
-    from training import catalog
+    from training.plan import catalog
 
     home = hub_folder()
     snapshot = home / "snapshots" / REVISION
@@ -228,7 +228,7 @@ def open_house() -> House:
 def submit(dataset_id: str, owner: str = OWNER, **settings: Any) -> str:
     from jobs import bases, lifecycle
     from jobs.tables import DatasetReport, HubModel
-    from training import catalog
+    from training.plan import catalog
 
     tiny = catalog.describe(hub_folder() / "snapshots" / REVISION, id=TINY)
     facts = tiny.as_dict() | {"revision": REVISION}

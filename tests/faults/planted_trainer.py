@@ -3,7 +3,7 @@
 import sys
 
 from training import __main__ as program
-from training import device
+from training.engine import device
 
 device.restore_random_state = lambda *_: None
 

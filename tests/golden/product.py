@@ -22,13 +22,13 @@ from jobs.views.showing import STATUS_WORDS as JOB_STATUSES
 from llmtuner.api import api
 from llmtuner.celery import app as celery_app
 from training.__main__ import COMMANDS as TRAINER_COMMANDS
-from training.catalog import BaseModel, base_models
-from training.checkpoint import FILES as CHECKPOINT_FILES
-from training.checkpoint import FORMAT as CHECKPOINT_FORMAT
-from training.config import FIELDS, UNHASHED, Run, parse, settings_hash
-from training.events import EXIT as EXIT_CODES
-from training.events import MAX_LINE_BYTES, PHASES
-from training.events import REASONS as TRAINER_REASONS
+from training.engine.checkpoint import FILES as CHECKPOINT_FILES
+from training.engine.checkpoint import FORMAT as CHECKPOINT_FORMAT
+from training.plan.catalog import BaseModel, base_models
+from training.plan.config import FIELDS, UNHASHED, Run, parse, settings_hash
+from training.plan.events import EXIT as EXIT_CODES
+from training.plan.events import MAX_LINE_BYTES, PHASES
+from training.plan.events import REASONS as TRAINER_REASONS
 
 WORK_KINDS = errands.KINDS
 WORK_PARTITION = errands.PARTITION

@@ -19,7 +19,7 @@ from jobs import (
 from jobs.tables import DatasetReport, HubModel, Job, TunedModel
 from tests.jobs.makers import make_claim, make_dataset, make_job, make_owner, read, result
 from tests.jobs.test_runner import ASKED, again, claim_one
-from training.events import Failure
+from training.plan.events import Failure
 
 pytestmark = pytest.mark.usefixtures("stores")
 FACTS = {"id": "people/tiny", "name": "people/tiny", "parameters": 1000, "layers": 2, "width": 8, "heads": 2, "context": 64, "vocab": 300, "revision": "0" * 40}  # fmt: skip

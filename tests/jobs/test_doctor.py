@@ -11,7 +11,7 @@ from pynamodb.exceptions import GetError
 from jobs import storage
 from jobs.doctor import SMALLEST_MICRO_BATCH, diagnose, halved, of_error
 from jobs.proof import Proof
-from training.events import EXIT, REASONS, Failure
+from training.plan.events import EXIT, REASONS, Failure
 
 
 def test_nought_is_done_and_seventy_five_is_stopped():

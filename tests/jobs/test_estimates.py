@@ -7,10 +7,10 @@ import pytest
 from jobs import estimates, queueing, tables
 from jobs.tables import Dataset, EstimateRecord, Job
 from tests.jobs.makers import make_job, read
-from training.auto import resolve
-from training.catalog import starter
-from training.config import Settings
-from training.summary import Summary
+from training.data.summary import Summary
+from training.plan.auto_settings import resolve
+from training.plan.catalog import starter
+from training.plan.config import Settings
 
 SUMMARY = {"examples": 480, "tokens": 20_000, "trained_tokens": 8_000, "longest": 60, "kind": "completion"}
 

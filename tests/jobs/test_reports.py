@@ -12,7 +12,7 @@ from jobs import bases, checking, datasets, lifecycle, prepare, reports, runner,
 from jobs.tables import Dataset, DatasetReport, HubModel, JobIndex
 from tests.jobs.makers import make_owner, read
 from tests.jobs.test_runner import again
-from training import catalog
+from training.plan import catalog
 
 pytestmark = pytest.mark.usefixtures("stores")
 REVISION = "0" * 40

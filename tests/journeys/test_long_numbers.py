@@ -17,7 +17,7 @@ from llmtuner.bounded import bounded
 from tests.factories import PASSWORD
 from tests.journeys.conftest import browser_of, make_person
 from tests.journeys.makers import make_dataset, make_job, make_model
-from training.config import FIELDS
+from training.plan.config import FIELDS
 
 LONG = "9" * 5000
 PADDED = "0" * 11 + "1" * 4989  # its beginning looks like a small number

@@ -17,8 +17,8 @@ from jobs import access, estimates, hub_check, tables
 from jobs.tables import Dataset, DatasetReport
 from tests.hub_server import COMMIT, HubServer, running, write_repository
 from tests.journeys.makers import make_dataset, make_model
-from training.catalog import Machine
-from training.config import FIELDS
+from training.plan.catalog import Machine
+from training.plan.config import FIELDS
 
 NEW, ESTIMATE = "/jobs/new/", "/jobs/new/estimate/"
 

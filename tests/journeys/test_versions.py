@@ -14,11 +14,11 @@ from accounts.models import User
 from jobs import access, checking, datasets, errands, limits, storage, tables, versions
 from jobs.tables import Dataset, DatasetReport
 from tests.journeys.makers import make_dataset
-from training.catalog import STARTER_FOLDER
-from training.encode import Plain
-from training.fix import DROPPABLE
-from training.report import report
-from training.tokenizer import Tokenizer
+from training.plan.catalog import STARTER_FOLDER
+from training.report.fix import DROPPABLE
+from training.report.report import report
+from training.text.encode import Plain
+from training.text.tokenizer import Tokenizer
 
 ROWS = [{"prompt": f"Number {i}?\n", "completion": f" It is {i * i}."} for i in range(60)]
 EMPTY = {"prompt": "And?\n", "completion": ""}

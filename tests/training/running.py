@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.resume import lay_out
 from training.command import train
-from training.config import Run
-from training.loop import Stopped
+from training.engine.loop import Stopped
+from training.plan.config import Run
 
 Event = dict[str, Any]
 

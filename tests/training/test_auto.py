@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from training.auto import PRESETS, resolve
-from training.catalog import (
+from training.data.summary import Summary
+from training.plan.auto_settings import PRESETS, resolve
+from training.plan.catalog import (
     GPT2_FAMILY,
     BaseModel,
     Machine,
@@ -18,9 +19,8 @@ from training.catalog import (
     starter,
     training_memory,
 )
-from training.config import FIELDS, Settings, parse
-from training.estimate import Past, estimate
-from training.summary import Summary
+from training.plan.config import FIELDS, Settings, parse
+from training.plan.estimate import Past, estimate
 
 MACHINE = Machine("cpu", "2 cores", 16 << 30, 2)
 AUTOMATIC = {
@@ -112,7 +112,7 @@ def test_presets_are_settings() -> None:
 
 def test_the_family_counts_its_parameters_as_its_files_do() -> None:
     """Layers, width and vocabulary give exactly the published numbers."""
-    from training.catalog import of_config
+    from training.plan.catalog import of_config
 
     for base in GPT2_FAMILY:
         config = {

@@ -14,18 +14,19 @@ import torch.nn.functional as F
 import transformers as t
 
 from tests.training.tiny import write_tokenizer
-from training import command, device
-from training.batch import Batch, pack
-from training.causal_lm import CausalLM
-from training.config import Run
-from training.decoder import GPT2Decoder
-from training.evaluate import batch_loss
-from training.events import Failure
-from training.fidelity import logits_of
-from training.generate import GenerateOptions, generate
-from training.kernels import main_grad
-from training.load import decoder_for, load_model
-from training.tokenizer import Tokenizer
+from training import command
+from training.engine import device
+from training.engine.evaluate import batch_loss
+from training.export.export_check import logits_of
+from training.models.batch import Batch, pack
+from training.models.causal_lm import CausalLM
+from training.models.decoder import GPT2Decoder
+from training.models.generate import GenerateOptions, generate
+from training.models.kernels import main_grad
+from training.models.load import decoder_for, load_model
+from training.plan.config import Run
+from training.plan.events import Failure
+from training.text.tokenizer import Tokenizer
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from tests.training.running import Event, Runner, of
 from tests.training.test_resume import _reseal, _rewrite
-from training import checkpoint
-from training.checkpoint import FILES, Identity, Snapshot, Unreadable, Writer
+from training.engine import checkpoint
+from training.engine.checkpoint import FILES, Identity, Snapshot, Unreadable, Writer
 
 SHAPES = {"a.weight": [40, 8], "a.bias": [8]}
 IDENTITY = Identity("ftjob-1", "settings", "data", "base")

@@ -7,8 +7,8 @@ from dataclasses import fields
 
 import pytest
 
-from training import config
-from training.config import FIELDS, ConfigError, Run, Settings, parse
+from training.plan import config
+from training.plan.config import FIELDS, ConfigError, Run, Settings, parse
 
 
 def test_the_table_and_the_dataclass_name_the_same_fields_and_defaults() -> None:

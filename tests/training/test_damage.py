@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from training.catalog import STARTER_FOLDER
-from training.encode import Plain
-from training.formats import BadRow, Format, detect, rows
-from training.report import report
-from training.tokenizer import Tokenizer
+from training.data.formats import BadRow, Format, detect, rows
+from training.plan.catalog import STARTER_FOLDER
+from training.report.report import report
+from training.text.encode import Plain
+from training.text.tokenizer import Tokenizer
 
 RECORDS = [{"prompt": f"Question {i}, naïve?\n", "completion": f" Answer “{i}”, 東京"} for i in range(30)]
 CHATS = [

@@ -14,9 +14,9 @@ import torch
 
 from tests.training.tiny import write_model
 from training import command
-from training.config import Run
-from training.fidelity import logits_of
-from training.load import load_model
+from training.export.export_check import logits_of
+from training.models.load import load_model
+from training.plan.config import Run
 
 STEPS = 6
 

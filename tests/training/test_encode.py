@@ -11,11 +11,11 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from training.catalog import SAMPLE_FOLDER, STARTER_FOLDER
-from training.encode import Example, Plain, encode, encode_batch, examples
-from training.formats import BadRow, Row, rows
-from training.summary import Summary
-from training.tokenizer import CHAT_TEMPLATE, Tokenizer, TokenizerError
+from training.data.formats import BadRow, Row, rows
+from training.data.summary import Summary
+from training.plan.catalog import SAMPLE_FOLDER, STARTER_FOLDER
+from training.text.encode import Example, Plain, encode, encode_batch, examples
+from training.text.tokenizer import CHAT_TEMPLATE, Tokenizer, TokenizerError
 
 PLAIN = Plain(512)
 TALK = [

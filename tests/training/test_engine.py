@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training import kernels
-from training.batch import pack
-from training.config import Settings
-from training.evaluate import batch_loss, evaluate
-from training.model import GPT2, GPT2Config
-from training.optimizer import AdamW
-from training.packing import Examples
+from training.engine.evaluate import batch_loss, evaluate
+from training.engine.optimizer import AdamW
+from training.engine.packing import Examples
+from training.models import kernels
+from training.models.batch import pack
+from training.models.gpt2 import GPT2, GPT2Config
+from training.plan.config import Settings
 
 Document = tuple[np.ndarray, np.ndarray]
 VOCAB = 5000  # more than one block of the fused head

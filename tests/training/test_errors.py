@@ -18,8 +18,8 @@ import pytest
 
 from tests.training.running import Event, Runner, of
 from training.command import as_failure
-from training.config import ConfigError
-from training.events import EXIT, Failure
+from training.plan.config import ConfigError
+from training.plan.events import EXIT, Failure
 
 ROOT = Path(__file__).resolve().parents[2]
 

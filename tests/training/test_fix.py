@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from training.__main__ import main
-from training.catalog import STARTER_FOLDER
-from training.encode import Plain
-from training.fix import fix
-from training.formats import BadRow, rows
-from training.report import report
-from training.tokenizer import Tokenizer
+from training.data.formats import BadRow, rows
+from training.plan.catalog import STARTER_FOLDER
+from training.report.fix import fix
+from training.report.report import report
+from training.text.encode import Plain
+from training.text.tokenizer import Tokenizer
 
 ROWS = [{"prompt": f"Number {i}?\n", "completion": f" It is {i * i}."} for i in range(200)]
 

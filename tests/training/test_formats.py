@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from training.formats import BadFile, BadRow, Format, Limits, Row, detect, rows
+from training.data.formats import BadFile, BadRow, Format, Limits, Row, detect, rows
 
 GOOD = {"prompt": "2 + 2 =", "completion": " 4"}
 CHAT = {

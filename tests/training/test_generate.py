@@ -11,11 +11,11 @@ import torch
 import transformers
 
 from tests.training.tiny import gpt2, write_model
-from training.decoder import GPT2Decoder, sample
-from training.generate import GenerateError, GenerateOptions, TextStream, Token, generate
-from training.load import decoder_for
-from training.model import GPT2
-from training.tokenizer import Tokenizer
+from training.models.decoder import GPT2Decoder, sample
+from training.models.generate import GenerateError, GenerateOptions, TextStream, Token, generate
+from training.models.gpt2 import GPT2
+from training.models.load import decoder_for
+from training.text.tokenizer import Tokenizer
 
 PROMPT = "the cat sat"
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.training.grammar import Case, cases
-from training.catalog import STARTER_FOLDER
+from training.plan.catalog import STARTER_FOLDER
 
 ALL = cases()
 SECONDS, MEMORY = 5.0, 128 << 20
@@ -23,10 +23,11 @@ OF_THE_WHOLE_FILE = {"few", "poor_fit"}  # no line to look at
 # One process for all, under the limits of a check: what it does with one file must not show in the next.
 CHECK_ALL = """
 import gc, json, sys, time
-from training import check, memory
-from training.encode import Plain
-from training.report import report
-from training.tokenizer import Tokenizer
+from training.engine import memory
+from training.report import check
+from training.text.encode import Plain
+from training.report.report import report
+from training.text.tokenizer import Tokenizer
 tokenizer = Tokenizer.load(sys.argv[1])
 report(sys.argv[2], tokenizer, Plain(512))
 for line in sys.stdin:

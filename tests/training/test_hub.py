@@ -13,8 +13,8 @@ import pytest
 
 from tests.hub_server import COMMIT, HubServer, running
 from tests.training.tiny import write_model
-from training import hub
-from training.events import Failure
+from training.plan import hub
+from training.plan.events import Failure
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def ask(
     file that it may write."""
     script = (
         f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({most_bytes}, {most_bytes}))\n"
-        "import json, sys\nfrom training import hub\nfrom training.events import Failure\n"
+        "import json, sys\nfrom training.plan import hub\nfrom training.plan.events import Failure\n"
         "try:\n    print(json.dumps({'folder': str(hub.locate(*json.loads(sys.argv[1])))}))\n"
         "except Failure as f:\n    print(json.dumps({'reason': f.reason, 'message': f.message}))\n"
         "assert 'torch' not in sys.modules"

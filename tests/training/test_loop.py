@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.running import Event, Runner, losses, of
-from training import device, rehearsal
-from training.batch import Batch
 from training.command import encode
-from training.evaluate import verdict
-from training.events import EXIT, MAX_LINE_BYTES, REASONS
+from training.engine import device, rehearsal
+from training.engine.evaluate import verdict
+from training.models.batch import Batch
+from training.plan.events import EXIT, MAX_LINE_BYTES, REASONS
 
 
 @pytest.fixture(scope="module")

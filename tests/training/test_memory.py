@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from training import memory
+from training.engine import memory
 
 MB = 1 << 20
 

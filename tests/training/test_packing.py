@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from training.batch import pack
-from training.packing import Examples, example_at, hold_out, plan_steps, split
+from training.engine.packing import Examples, example_at, hold_out, plan_steps, split
+from training.models.batch import pack
 
 
 def some(lengths: list[int], seed: int = 0) -> Examples:

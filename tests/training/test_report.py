@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from training.__main__ import main
-from training.catalog import SAMPLE_FOLDER, STARTER_FOLDER
-from training.encode import Plain, examples
-from training.findings import KINDS, personal, secret
-from training.formats import Part
-from training.report import _Report, colour_row, report
-from training.summary import Summary
-from training.tokenizer import Tokenizer
+from training.data.formats import Part
+from training.data.summary import Summary
+from training.plan.catalog import SAMPLE_FOLDER, STARTER_FOLDER
+from training.report.findings import KINDS, personal, secret
+from training.report.report import _Report, colour_row, report
+from training.text.encode import Plain, examples
+from training.text.tokenizer import Tokenizer
 
 PLAIN = Plain(512)
 
@@ -140,8 +140,8 @@ def test_a_large_file_is_read_in_halves_with_the_same_report(
     path = put(tmp_path, records)
     path.write_text("\n\n{oops\n" + path.read_text().replace("\n", "\n\n", 70) + "[1]\n")
     whole = report(path, starter if tokenized else None, PLAIN)
-    monkeypatch.setattr("training.report.HALVED", 1000)
-    monkeypatch.setattr("training.report._cores", lambda: 2)
+    monkeypatch.setattr("training.report.report.HALVED", 1000)
+    monkeypatch.setattr("training.report.report._cores", lambda: 2)
     joined = _Report._join
     times = []
     monkeypatch.setattr(_Report, "_join", lambda self, *rest: (times.append(1), joined(self, *rest))[1])
@@ -158,7 +158,8 @@ def test_what_ends_the_second_half_is_told_by_its_line(
     text = path.read_text()
     begin = text.index("\n", 20_000) + 1
     monkeypatch.setattr(
-        "training.report._halves", lambda path, format: (Part(0, begin), Part(begin, path.stat().st_size))
+        "training.report.report._halves",
+        lambda path, format: (Part(0, begin), Part(begin, path.stat().st_size)),
     )
     found = report(path, None, PLAIN)
     assert (found["rows"], found["ready"], found["error"][:9]) == (300, False, "Line 301:")

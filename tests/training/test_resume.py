@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from benchmarks import resume
 from tests.training.running import Event, Runner, losses, of
-from training import checkpoint, loop
+from training.engine import checkpoint, loop
 
 STEPS, CUT = 16, 9  # an epoch is ten steps and a bit: the second begins inside step 11
 

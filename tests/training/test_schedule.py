@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from training.schedule import learning_rate
+from training.engine.schedule import learning_rate
 
 
 def curve(schedule: str, warmup: float = 0.1, total: int = 100) -> list[float]:

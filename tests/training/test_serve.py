@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from tests.training.tiny import write_model
-from training.generate import GenerateOptions, generate
-from training.load import load_model
-from training.tokenizer import Tokenizer
+from training.models.generate import GenerateOptions, generate
+from training.models.load import load_model
+from training.text.tokenizer import Tokenizer
 
 PROMPT = "the cat sat on"
 START = ["-m", "training", "serve"]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from training import inputs
-from training.catalog import SAMPLE_FOLDER, STARTER_FOLDER
-from training.config import Run
+from training.engine import inputs
+from training.plan.catalog import SAMPLE_FOLDER, STARTER_FOLDER
+from training.plan.config import Run
 from training.starter import make_sample
 
 

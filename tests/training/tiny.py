@@ -9,7 +9,7 @@ from pathlib import Path
 import tokenizers
 import torch
 
-from training.model import GPT2, GPT2Config
+from training.models.gpt2 import GPT2, GPT2Config
 
 END = "<|endoftext|>"
 

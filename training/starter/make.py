@@ -24,11 +24,11 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from training import kernels
-from training.batch import Batch, pack
-from training.model import GPT2, GPT2Config
+from training.models import kernels
+from training.models.batch import Batch, pack
+from training.models.gpt2 import GPT2, GPT2Config
 from training.starter.text import documents
-from training.tokenizer import CHAT_TEMPLATE, Tokenizer
+from training.text.tokenizer import CHAT_TEMPLATE, Tokenizer
 
 MODEL = Path(__file__).parent / "model"
 END = "<|endoftext|>"

@@ -1,0 +1,385 @@
+"""The containers that rows come in: JSON Lines, a JSON array, tables, plain text. Each is read piece by piece and
+yields (line, record); a record that cannot be read is a BadRow in its place, a file that cannot be read on raises BadFile.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from training.data import row_schemas
+from training.data.row_schemas import BadFile, BadRow
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a file may ask of the process that reads it."""
+
+    line_bytes: int = 4 << 20
+    decoded_bytes: int = 8 << 30
+    depth: int = 32
+    columns: int = 1000
+    document_chars: int = (
+        64 * 1024
+    )  # plain text: longer documents are handed on in parts, cut between paragraphs
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a file is written. `columns` maps what a row needs (prompt, completion, text, messages, …) to the file's names."""
+
+    container: str  # jsonl | json | csv | parquet | text
+    shape: str = ""  # chat | completion | instruction | sharegpt | text
+    encoding: str = "utf-8"
+    delimiter: str = ","
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, value: Format | Mapping[str, Any]) -> Format:
+        """From the report's JSON, or a mapping a person chose in the page."""
+        if isinstance(value, Format):
+            return value
+        known = {name: value[name] for name in cls.__dataclass_fields__ if value.get(name)}
+        return cls(**{"container": "jsonl", **known})
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a JSON Lines file, from the beginning of a line to the end of one; lines are counted from its own
+    first."""
+
+    begin: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.begin
+
+
+# --- containers: (line, record) -------------------------------------------------------------------
+
+Record = dict[str, Any] | BadRow
+
+
+def records(
+    path: Path, format: Format, limits: Limits, part: Part | None = None
+) -> Iterator[tuple[int, Record]]:
+    if format.container == "parquet":
+        from training.data import parquet
+
+        yield from parquet.records(path, format.columns, limits.decoded_bytes)
+        return
+    with path.open("rb") as file:
+        if format.container == "jsonl":
+            yield from _jsonl(file, format, limits, part)
+        elif format.container == "json":
+            yield from _json_array(file, format, limits)
+        elif format.container == "csv":
+            yield from _csv(file, format, limits)
+        elif format.container == "text":
+            yield from _text(file, format, limits, path.suffix.lower() in (".md", ".markdown"))
+        else:
+            raise BadFile(
+                0,
+                f"{format.container!r} is no kind of file we read",
+                "Choose JSONL, JSON, CSV, Parquet or text.",
+            )
+
+
+def _jsonl(file: BinaryIO, format: Format, limits: Limits, part: Part | None) -> Iterator[tuple[int, Record]]:
+    for number, text in _lines(file, format, limits, part):
+        if isinstance(text, BadRow):
+            yield number, text
+        elif text and not text.isspace():
+            yield number, _parse(number, text, limits)
+
+
+def _lines(
+    file: BinaryIO, format: Format, limits: Limits, part: Part | None = None
+) -> Iterator[tuple[int, str | BadRow]]:
+    """Decoded lines. A line over the limit ends the file: what follows could be its other half."""
+    if format.encoding != "utf-8":
+        file = _transcoded(file, format.encoding)
+    if part:
+        file.seek(part.begin)
+    number, left = 0, part.bytes if part else math.inf
+    while left > 0 and (line := file.readline(limits.line_bytes + 1)):
+        number += 1
+        left -= len(line)
+        if len(line) > limits.line_bytes:
+            raise BadFile(
+                number,
+                f"this line is longer than {limits.line_bytes >> 20} MB",
+                "Write one example on each line.",
+            )
+        if number == 1 and line.startswith(codecs.BOM_UTF8) and not (part and part.begin):
+            line = line[3:]
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            yield number, _undecodable(number, line, error)
+
+
+def _undecodable(number: int, line: bytes, error: UnicodeDecodeError) -> BadRow:
+    return BadRow(
+        number,
+        f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8",
+        "Save the file as UTF-8; some of it seems to come from another encoding.",
+    )
+
+
+def _transcoded(file: BinaryIO, encoding: str) -> BinaryIO:
+    """The file as UTF-8 lines, decoded piece by piece."""
+    return io.BufferedReader(_Utf8(file, encoding), 1 << 16)
+
+
+class _Utf8(io.RawIOBase):
+    """A raw stream that turns UTF-16 into UTF-8 as it is read; what cannot be decoded becomes U+FFFD, which the
+    report finds as damage."""
+
+    def __init__(self, file: BinaryIO, encoding: str) -> None:
+        self.file, self.decoder, self.left = (
+            file,
+            codecs.getincrementaldecoder(encoding)(errors="replace"),
+            b"",
+        )
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.left:
+            chunk = self.file.read(1 << 16)
+            self.left = self.decoder.decode(chunk, final=not chunk).encode("utf-8", "replace")
+            if not chunk and not self.left:
+                return 0
+        count = min(len(buffer), len(self.left))
+        buffer[:count], self.left = self.left[:count], self.left[count:]
+        return count
+
+
+def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tuple[int, Record]]:
+    """The elements of one big array, each parsed as soon as it is whole."""
+    stream = io.TextIOWrapper(
+        file if format.encoding == "utf-8" else _transcoded(file, format.encoding), "utf-8"
+    )
+    buffer, line, opened, ended = "", 1, False, False
+    want = 1 << 16
+    while True:
+        try:
+            chunk = stream.read(want)
+        except UnicodeDecodeError as error:
+            raise BadFile(
+                line,
+                f"the file is not UTF-8 near byte {error.start + 1} of this part",
+                "Save the file as UTF-8.",
+            ) from error
+        buffer += chunk
+        while True:
+            line, buffer = _skip(line, buffer, "\ufeff[" if not opened else ",")
+            if not buffer:
+                break
+            opened = True
+            if ended:
+                raise BadFile(
+                    line,
+                    "something stands after the end of the array",
+                    "Keep one array in the file, or write JSON Lines.",
+                )
+            if buffer[0] == "]":
+                ended, buffer = True, buffer[1:]
+                continue
+            try:
+                value, end = DECODER.raw_decode(buffer)
+            except json.JSONDecodeError as error:
+                if chunk and (error.pos >= len(buffer) - 12 or "Unterminated" in error.msg):
+                    break  # the element goes on in the next piece
+                raise BadFile(
+                    line + buffer.count("\n", 0, error.pos),
+                    f"broken JSON: {error.msg}",
+                    row_schemas.JSON_HINT,
+                ) from error
+            except (ValueError, RecursionError) as error:
+                raise BadFile(line, _reason(error), row_schemas.JSON_HINT) from error
+            yield line, _object(line, value, limits)
+            line, buffer, want = line + buffer.count("\n", 0, end), buffer[end:], 1 << 16
+        if not chunk:
+            break
+        if len(buffer) > limits.line_bytes:
+            raise BadFile(
+                line,
+                f"one element is longer than {limits.line_bytes >> 20} MB",
+                "Write one example in each element.",
+            )
+        want = max(want, len(buffer))  # read as much again, so that long elements cost no more than twice
+    if not ended:
+        raise BadFile(line, "the array is never closed: the file seems cut off", "Upload the whole file.")
+
+
+def _skip(line: int, text: str, marks: str) -> tuple[int, str]:
+    """Leave out white space and the marks between elements, counting lines."""
+    rest = text.lstrip(" \t\r\n" + marks)
+    return line + text.count("\n", 0, len(text) - len(rest)), rest
+
+
+def _csv(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tuple[int, Record]]:
+    csv.field_size_limit(limits.line_bytes)
+    stream = io.TextIOWrapper(
+        file, "utf-8-sig" if format.encoding == "utf-8" else format.encoding, newline=""
+    )
+    reader = csv.reader(_bounded(stream, limits), delimiter=format.delimiter, strict=True)
+    header: list[str] | None = None
+    start = 1
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except UnicodeDecodeError as error:
+            raise BadFile(
+                start,
+                f"byte 0x{error.object[error.start]:02x} is not {format.encoding}",
+                "Save the file as UTF-8.",
+            ) from error
+        except csv.Error as error:
+            raise BadFile(
+                start,
+                f"broken CSV: {error}",
+                'A quote opened here is probably never closed; write "" for a quote inside a cell.',
+            ) from error
+        line, start = start, reader.line_num + 1
+        if not any(cells):
+            continue
+        if header is None:
+            header = _header(line, cells, limits)
+        elif len(cells) != len(header):
+            yield (
+                line,
+                BadRow(
+                    line,
+                    f"{len(cells)} cells where the header has {len(header)}",
+                    "Put cells that contain the delimiter in quotes.",
+                ),
+            )
+        else:
+            yield line, dict(zip(header, cells, strict=True))
+
+
+def _bounded(stream: TextIO, limits: Limits) -> Iterator[str]:
+    while line := stream.readline(limits.line_bytes):
+        yield line
+
+
+def _header(line: int, cells: list[str], limits: Limits) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    if len(names) > limits.columns:
+        raise BadFile(
+            line,
+            f"{len(names)} columns; at most {limits.columns} are read",
+            "Keep only the columns to train on.",
+        )
+    if "" in names:
+        raise BadFile(
+            line, f"column {names.index('') + 1} has no name", "Give every column a name in the first line."
+        )
+    doubled = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if doubled is not None:
+        raise BadFile(line, f"two columns are named {doubled!r}", "Give every column its own name.")
+    return names
+
+
+def _text(file: BinaryIO, format: Format, limits: Limits, markdown: bool) -> Iterator[tuple[int, Record]]:
+    """Documents: separated by a line of dashes or `<|endoftext|>`; in Markdown also before each top heading."""
+    held: list[str] = []
+    start, size = 1, 0
+    for number, line in _lines(file, format, limits):
+        if isinstance(line, BadRow):
+            yield number, line
+            continue
+        line = line.replace("\r\n", "\n")
+        ends = re.fullmatch(r"(-{3,}|\*{3,}|={3,}|<\|endoftext\|>)\s*", line) is not None
+        heading = markdown and line.startswith("# ")
+        if held and (ends or heading or (size > limits.document_chars and line.isspace())):
+            yield from _document(start, held)
+            held, size = [], 0
+        if not ends:
+            start = start if held else number
+            held.append(line)
+            size += len(line)
+    yield from _document(start, held)
+
+
+def _document(line: int, held: list[str]) -> Iterator[tuple[int, Record]]:
+    text = "".join(held).strip()
+    if text:
+        yield line, {"text": text}
+
+
+# --- one JSON value, strictly ----------------------------------------------------------------------
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {name!r} stands twice in one object")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+
+
+def _parse(number: int, text: str, limits: Limits) -> Record:
+    try:
+        value = DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        return BadRow(number, *row_schemas.explain_json(text, error))
+    except (ValueError, RecursionError) as error:
+        return BadRow(number, _reason(error), row_schemas.JSON_HINT)
+    return _object(number, value, limits, text.count("{") + text.count("["))
+
+
+def _object(number: int, value: Any, limits: Limits, brackets: float = math.inf) -> Record:
+    """`brackets`: how many the text opens; as deep as that and no deeper it can be."""
+    if not isinstance(value, dict):
+        return BadRow(
+            number,
+            f"this is {row_schemas.kind_of(value)}, not an object",
+            'Each example is an object: {"messages": [...]} or {"prompt": ..., "completion": ...}.',
+        )
+    if brackets > limits.depth and row_schemas.deeper_than(value, limits.depth):
+        return BadRow(number, f"values are nested more than {limits.depth} deep", "Keep examples flat.")
+    return value
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "values are nested far too deep"
+    return (
+        "a number has thousands of digits"
+        if "int_max_str_digits" in str(error) or "integer string" in str(error)
+        else str(error)
+    )

@@ -1,0 +1,70 @@
+"""The counts of a dataset under one tokenizer: what the report shows, the plan starts from and the trainer must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
+from typing import Any, Protocol
+
+
+class Countable(Protocol):
+    """An encoded example, all of whose tokens need not be listed yet (`training.text.encode`)."""
+
+    @property
+    def length(self) -> int: ...
+    @property
+    def trained(self) -> int: ...
+    @property
+    def truncated(self) -> int: ...
+
+
+@dataclass
+class Summary:
+    """Counts of what will be trained on, with the target tokenizer; the trainer's own counts must equal these."""
+
+    examples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0  # tokens of the longest example, before any cut
+    truncated: int = 0  # examples cut
+    lost_tokens: int = 0
+    untrained: int = 0  # examples with nothing to train
+    kind: str = ""  # chat | completion | text
+    histogram: list[int] = field(default_factory=list)  # examples of up to 16, 32, 64, … tokens
+
+    def add(self, example: Countable) -> None:
+        length, trained = example.length, example.trained
+        self.examples += 1
+        self.tokens += length
+        self.trained_tokens += trained
+        self.longest = max(self.longest, length + example.truncated)
+        self.truncated += example.truncated > 0
+        self.lost_tokens += example.truncated
+        self.untrained += trained == 0
+        bucket = max(0, (length - 1).bit_length() - 4)
+        while len(self.histogram) <= bucket:
+            self.histogram.append(0)
+        self.histogram[bucket] += 1
+
+    def join(self, other: Summary) -> None:
+        for name in ("examples", "tokens", "trained_tokens", "truncated", "lost_tokens", "untrained"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        pairs = zip_longest(self.histogram, other.histogram, fillvalue=0)
+        self.histogram = [mine + more for mine, more in pairs]
+
+    @classmethod
+    def of(cls, examples: Iterable[Countable], kind: str = "") -> Summary:
+        summary = cls(kind=kind)
+        for example in examples:
+            summary.add(example)
+        return summary
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Summary:
+        """From a stored report; names it does not know are left aside."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

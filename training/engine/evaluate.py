@@ -1,0 +1,127 @@
+"""Judging a model on examples it was never trained on: loss, perplexity, token accuracy, exact match, and the verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.engine.packing import Examples, split
+from training.models.batch import Batch, pack
+from training.models.kernels import head_loss
+
+SHORT_ANSWER = 64  # tokens: answers up to this length are judged by exact match
+ROWS = 256  # tokens whose logits exist at once
+
+
+class Interrupted(Exception):
+    """Asked to stop in the middle."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float  # nats per trained token, over all examples together
+    accuracy: float  # share of trained tokens that argmax predicts
+    examples: int
+    exact_match: float | None  # share of the examples with short answers whose every token argmax predicts
+    losses: list[float]  # mean loss of each example, in their order
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    def line(self) -> dict[str, Any]:
+        found = {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "accuracy": self.accuracy,
+            "examples": self.examples,
+        }
+        return found | ({} if self.exact_match is None else {"exact_match": self.exact_match})
+
+
+def batch_loss(model: Any, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy summed over the trained tokens of a row, times `scale`, and how many of them argmax hits."""
+    hidden = model.hidden(batch)  # (N, D), or logits (N, V) from a model whose head is no plain product
+    head = model.head()  # afterwards: a model spread over processes has just gathered it
+    if head is not None:
+        return head_loss(hidden, batch.targets, head, scale)
+    logits = hidden.float()
+    hits = (logits.argmax(1) == batch.targets).sum()
+    return F.cross_entropy(logits, batch.targets, reduction="sum") * scale, hits
+
+
+@torch.no_grad()
+def evaluate(model: Any, examples: Examples, tokens_at_once: int, device: torch.device, stopped: Callable[[], bool] = lambda: False) -> Evaluation:  # fmt: skip
+    """One pass over all examples, nothing dropped out. Raises Interrupted when `stopped()`.
+
+    Exact match needs no generating: greedy text equals the answer exactly if argmax hits each of its tokens, given the
+    ones before it."""
+    was_training = model.training
+    model.eval()
+    losses, hits = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
+    trained = examples.trained()
+    try:
+        for row in split(examples.lengths.tolist(), tokens_at_once):
+            if stopped():
+                raise Interrupted
+            batch = pack([examples[i] for i in row])
+            token_loss, token_hits = _each_token(model, batch.to(device))
+            document = np.repeat(row, trained[row])  # whose token it is
+            np.add.at(losses, document, token_loss.double().cpu().numpy())
+            np.add.at(hits, document, token_hits.cpu().numpy())
+    finally:
+        model.train(was_training)
+    short = (trained > 0) & (trained <= SHORT_ANSWER) & (examples.lengths > trained + 1)
+    total = max(int(trained.sum()), 1)
+    return Evaluation(
+        loss=float(losses.sum()) / total,
+        accuracy=float(hits.sum()) / total,
+        examples=len(examples),
+        exact_match=float((hits == trained)[short].mean()) if short.any() else None,
+        losses=(losses / np.maximum(trained, 1)).tolist(),
+    )
+
+
+def _each_token(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Loss and hit of each trained token, (N,) and (N,)."""
+    hidden = model.hidden(batch)
+    head = model.head()
+    losses, hits = [], []
+    for h, y in zip(hidden.split(ROWS), batch.targets.split(ROWS), strict=True):
+        logits = (h if head is None else h @ head.t()).float()  # (n, V)
+        losses.append(F.cross_entropy(logits, y, reduction="none"))
+        hits.append(logits.argmax(1) == y)
+    return torch.cat(losses), torch.cat(hits).long()
+
+
+def verdict(before: list[float], after: list[float]) -> dict[str, Any]:
+    """Did it help? The mean fall of the loss over held-out examples, with a 95 % interval from 2,000 resamplings.
+
+    Each example is compared with itself, so easy and hard examples do not blur the difference."""
+    fall = np.asarray(before) - np.asarray(after)
+    rng = np.random.Generator(np.random.PCG64(0))
+    means = fall[rng.integers(0, len(fall), (2000, len(fall)))].mean(1)
+    low, high = (float(x) for x in np.quantile(means, [0.025, 0.975]))
+    helped = "yes" if low > 0 else "no" if high < 0 else "unclear"
+    words = {
+        "yes": "It helped: the loss on held-out examples fell by {fall:.3f} (95 % sure of {low:.3f} to {high:.3f}).",
+        "no": "It did harm: the loss on held-out examples rose by {rise:.3f}. Lower the learning rate or the epochs.",
+        "unclear": "No difference can be shown on {n} held-out examples ({low:.3f} to {high:.3f}). More of them would tell.",
+    }
+    mean = float(fall.mean())
+    sentence = words[helped].format(fall=mean, rise=-mean, low=low, high=high, n=len(fall))
+    return {
+        "helped": helped,
+        "fall": mean,
+        "low": low,
+        "high": high,
+        "examples": len(fall),
+        "sentence": sentence,
+    }

@@ -1,0 +1,182 @@
+"""What a run starts from: the base model's folder, its tokenizer, the encoded examples, the settings made whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training.data.formats import BadRow, Format
+from training.data.summary import Summary
+from training.engine.packing import Examples, hold_out
+from training.models.gpt2 import read_config
+from training.plan import auto_settings, catalog, hub
+from training.plan.config import Run, Settings
+from training.plan.events import Failure
+from training.text.encode import Example, examples
+from training.text.tokenizer import Tokenizer, TokenizerError
+
+PINNED = 3  # prompts for samples, where none are given
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    ids: list[int]
+
+
+@dataclass
+class Inputs:
+    base: Path
+    model_config: dict[str, Any]
+    tokenizer: Tokenizer
+    train: Examples
+    held_out: Examples
+    settings: Settings  # every automatic field resolved
+    reasons: dict[str, str]
+    prompts: list[Prompt]
+    notes: list[str]  # for the log
+
+
+def read(run: Run, resolved: Settings | None = None) -> Inputs:
+    """Reads and checks everything but the weights. `resolved` are the settings an earlier attempt trained with."""
+    base = hub.locate(run.base, run.base_revision)
+    model_config = _model_config(base)
+    described = catalog.of_config(model_config, id=run.base, folder=str(base))
+    tokenizer = _tokenizer(base, described.vocab)
+    settings = resolved or run.settings
+    notes: list[str] = []
+    longest = settings.sequence_length or described.context
+    wants = Wanted(longest, settings.train_on)
+    everything = _encode(run.train_file, run.train_format, tokenizer, wants, bool(run.expected), notes)
+    _as_expected(run.expected, everything)
+    if resolved is None:
+        settings, reasons = auto_settings.resolve(
+            settings, Summary.of(everything), described, catalog.this_machine()
+        )
+    else:
+        reasons = {}
+    _fits_context(everything, described.context)
+    kept = [example for example in everything if example.trained]
+    if len(kept) < len(everything):
+        notes.append(f"{len(everything) - len(kept)} examples hold nothing to learn and are left out.")
+    if not kept:
+        raise Failure(
+            "no_trained_token", f"None of the {len(everything)} examples holds a token to learn from."
+        )
+    train, held_out = Examples.of(kept), Examples.of([])
+    if run.validation_file:
+        held = _encode(run.validation_file, run.validation_format, tokenizer, wants, True, notes)
+        _fits_context(held, described.context)
+        seen = {tuple(example.ids) for example in kept}
+        fresh = [example for example in held if tuple(example.ids) not in seen]
+        held_out = Examples.of([example for example in fresh if example.trained])
+        if leaked := len(held) - len(fresh):
+            notes.append(
+                f"{leaked} of {len(held)} validation examples are also trained on and are left out of it."
+            )
+    elif settings.validation_fraction:
+        train, held_out = hold_out(train, settings.validation_fraction, settings.seed)
+    prompts = _prompts(run, tokenizer, held_out if len(held_out) else train)
+    return Inputs(base, model_config, tokenizer, train, held_out, settings, reasons, prompts, notes)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    sequence_length: int
+    train_on: str
+
+
+def _model_config(base: Path) -> dict[str, Any]:
+    values = read_config(base)
+    try:
+        catalog.of_config(values)
+    except (ValueError, TypeError) as error:
+        raise Failure("base_model", f"The model in {base} cannot be used: {error}.") from error
+    return values
+
+
+def _tokenizer(base: Path, vocabulary: int) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.load(base)
+        highest = max([*tokenizer.backend.get_vocab(with_added_tokens=True).values(), tokenizer.eos_id])
+    except TokenizerError as error:
+        raise Failure("tokenizer", f"The tokenizer in {base} cannot be used: {error}.") from error
+    if highest >= vocabulary:
+        raise Failure("tokenizer", f"The tokenizer knows {highest + 1} tokens, the model only {vocabulary}.")
+    return tokenizer
+
+
+def _encode(
+    path: str,
+    format: dict[str, Any] | None,
+    tokenizer: Tokenizer,
+    wants: Wanted,
+    forgiving: bool,
+    notes: list[str],
+) -> list[Example]:
+    """Every example. Bad rows end it, unless a report has already shown them to a person (`forgiving`)."""
+    bad: list[BadRow] = []
+    try:
+        chosen = Format.of(format) if format else None
+        found = list(examples(path, tokenizer, wants, chosen, bad.append if forgiving else None))
+    except BadRow as error:
+        fix = f" {error.fix}" if error.fix else ""
+        raise Failure("bad_data", f"{Path(path).name}, {error}.{fix}") from error
+    except OSError as error:
+        raise Failure("bad_data", f"The file {path} cannot be read: {error}") from error
+    if bad:
+        notes.append(
+            f"{len(bad)} rows of {Path(path).name} cannot be read and are left out; the first: {bad[0]}."
+        )
+    if not found:
+        raise Failure("bad_data", f"There is no example in {Path(path).name}.")
+    return found
+
+
+def _as_expected(expected: dict[str, int] | None, found: list[Example]) -> None:
+    """The trainer must see what the report counted, or the report was not worth reading."""
+    counts = {"examples": len(found), "tokens": sum(len(example.ids) for example in found)}
+    for what, count in counts.items():
+        if expected and expected.get(what) not in (None, count):
+            raise Failure("bad_data", f"The dataset's report counted {expected[what]} {what}; there are {count}.", "Have the dataset checked again: the file or the tokenizer has changed since.")  # fmt: skip
+
+
+def _fits_context(found: Iterable[Example], context: int) -> None:
+    for example in found:
+        if len(example.ids) > context:
+            raise Failure(
+                "too_long",
+                f"The example in line {example.line} has {len(example.ids)} tokens; the model reads {context}.",
+                f"Set sequence_length to {context} or less to have it cut, or shorten the example.",
+            )
+
+
+def _prompts(run: Run, tokenizer: Tokenizer, examples: Examples) -> list[Prompt]:
+    """The pinned prompts: those given, else how the first examples begin, up to their answer."""
+    if run.prompts:
+        chat = (run.train_format or {}).get("shape") in ("chat", "sharegpt")
+        return [Prompt(text, _prompt_ids(text, tokenizer, chat)) for text in run.prompts]
+    found = []
+    for i in range(min(PINNED, len(examples))):
+        ids, mask = examples[i]
+        begin = ids[: max(1, int(np.argmax(mask)))].tolist()
+        found.append(Prompt(tokenizer.decode(begin), begin))
+    return found
+
+
+def _prompt_ids(text: str, tokenizer: Tokenizer, chat: bool) -> list[int]:
+    if chat:
+        return tokenizer.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True)
+    begin = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
+    return begin + tokenizer.encode(text)
+
+
+def fingerprint(*parts: Any) -> str:
+    """Short name of values that must not change between attempts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

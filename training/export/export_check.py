@@ -1,0 +1,121 @@
+"""The proof that what was written is what was trained: read the folder back, give both models the same prompts, and
+compare every logit.
+
+fp32 must be equal bit for bit: the same numbers go through the same operations. Half precision and adapters (whose
+product is added in another order) must be close, and how close is said.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.models.batch import pack
+from training.models.gpt2 import GPT2
+from training.models.load import load_model
+from training.text.tokenizer import Tokenizer
+
+PROMPTS = (
+    "The quick brown fox",
+    "Once upon a time",
+    "User:\nWhat is it?\n\nAssistant:\n",
+    "1 + 1 =",
+    "def main():",
+)
+CLOSE = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1}  # largest difference, against the largest logit
+
+
+def compare(
+    model: Any, folder: str | Path, *, base: str | Path, prompts: Sequence[str] = PROMPTS
+) -> dict[str, Any]:
+    """Compare the trained `model` in memory with `folder` read back.
+
+    {"exact": equal bit for bit, "close", "max_difference", "logits": how many, "prompts", "sha256": of the folder's
+    logits, "dtype"}. For an exported adapter, `base` is the model it belongs to."""
+    folder = Path(folder)
+    tokenizer = Tokenizer.load(folder)
+    batches = [ids for ids in map(tokenizer.encode, prompts) if ids]
+    trained = _merged(model)
+    adapter = (folder / "adapter_config.json").is_file()
+    read = _with_adapter(folder, Path(base)) if adapter else load_model(folder)
+    digest, count, worst, largest, exact = hashlib.sha256(), 0, 0.0, 0.0, True
+    with _evaluating(trained), _evaluating(read):
+        for ids in batches:
+            ours, theirs = logits_of(trained, ids), logits_of(read, ids)  # (T, V)
+            exact = exact and torch.equal(ours, theirs)
+            worst = max(worst, float((ours - theirs).abs().max()))
+            largest = max(largest, float(ours.abs().max()))
+            digest.update(theirs.contiguous().numpy().tobytes())
+            count += theirs.numel()
+    dtype = (
+        "float32"
+        if adapter
+        else str(json.loads((folder / "config.json").read_text()).get("dtype", "float32"))
+    )
+    return {
+        "exact": exact,
+        "close": exact or worst <= CLOSE.get(dtype, 1e-4) * max(largest, 1e-9),
+        "max_difference": worst,
+        "logits": count,
+        "prompts": len(batches),
+        "sha256": digest.hexdigest(),
+        "dtype": dtype,
+    }
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: Sequence[int]) -> Tensor:
+    """fp32 logits of every token of one document, (T, V), on the CPU."""
+    tokens = torch.tensor(ids[: model.context])
+    batch = pack([(tokens.numpy(), torch.ones(len(tokens)).numpy())])
+    device = next(model.parameters()).device
+    states, head = model.hidden(batch.to(device), every=True), model.head()
+    return (states if head is None else states @ head.t()).float().cpu()
+
+
+def _merged(model: Any) -> Any:
+    """The model as it is exported: adapters folded in, fp32, on the CPU. Weights are shared where nothing changes."""
+    if not isinstance(model, GPT2):
+        return model if model.lora is None else type(model)(model.merged())
+    with torch.device("meta"):
+        plain = GPT2(copy.copy(model.config))
+    for name, weight in model.merged_weights().items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(
+            plain.get_submodule(owner),
+            attribute,
+            torch.nn.Parameter(weight.float().cpu(), requires_grad=False),
+        )
+    return plain
+
+
+def _with_adapter(folder: Path, base: Path) -> Any:
+    import peft
+    import transformers
+
+    from training.models.causal_lm import CausalLM
+
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        str(base), dtype=torch.float32, use_safetensors=True
+    )
+    merged = peft.PeftModel.from_pretrained(plain, str(folder)).merge_and_unload()
+    return CausalLM(merged)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without dropout, for a moment."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,336 @@
+"""Any other causal language model of Hugging Face's transformers, with the face the loop knows (model.py has the
+other one): `hidden(batch) -> (N, D)`, `head() -> (V, D)`, `config`, `context`, `save(folder)`.
+
+Trust nothing, measure at load: packed rows are used only if this model, with a block mask and positions that restart,
+gives what it gives for each document alone; and the fused head only if states times head equal the model's own logits
+(soft-capped or biased heads do not). A model that fails reads each document alone, or gives whole logits: `head()` is
+then None and `hidden` returns logits (N, V).
+
+Weights come from safetensors only. Code that comes with a model is never run.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from training.models.batch import Batch, pack
+from training.models.gpt2 import read_config
+from training.models.kernels import main_grad
+from training.plan.events import Failure
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+TOLERANCE = 1e-4  # largest difference of a state or logit, against the largest of them
+
+
+class CausalLM(nn.Module):
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+        self.config = lm.config
+        self.packed = self.fused = False
+        self.why: list[str] = []  # what the self-test found wanting, for the log
+        self.lora: dict[str, Any] | None = None
+        self._self_test()
+        collect_gradients(self)
+
+    @staticmethod
+    def load(folder: str | Path, attention: str | None = None) -> CausalLM:
+        """Reads a folder of Hugging Face files, fp32 on the CPU. Raises Failure("base_model")."""
+        values = read_config(folder)
+        if values.get("auto_map"):
+            raise Failure(
+                "base_model",
+                f"The model in {folder} needs code of its own (auto_map), which is never run here.",
+                "Choose a model whose architecture is part of transformers.",
+            )
+        if not any(Path(folder).glob("*.safetensors")):
+            raise Failure(
+                "base_model", f"There are no safetensors weights in {folder}; other formats are not read."
+            )
+        try:
+            lm = transformers.AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                **({"attn_implementation": attention} if attention else {}),
+            )
+        except Exception as error:  # transformers raises anything: ValueError, KeyError, ImportError, its own
+            raise Failure("base_model", f"transformers cannot load the model in {folder}: {error}") from error
+        return CausalLM(lm)
+
+    # ---- the face ------------------------------------------------------------------------------------------------
+
+    @property
+    def context(self) -> int:
+        """Tokens it can read; a model that names no limit gets a careful one."""
+        text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+        return int(getattr(text, "max_position_embeddings", None) or 2048)
+
+    def hidden(self, batch: Batch, every: bool = False) -> Tensor:
+        """Final states where the loss is taken, (N, D), of every token if `every`; logits where `head()` is None."""
+        states = self._packed_states(batch) if self.packed else self._separate_states(batch)  # (T, D or V)
+        return states if every else states[batch.where]
+
+    def head(self) -> Tensor | None:
+        weight: Tensor | None = self.lm.get_output_embeddings().weight if self.fused else None
+        return weight
+
+    def set_dropout(self, p: float) -> None:
+        for module in self.lm.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+            for name in (
+                "attention_dropout",
+                "dropout",
+                "hidden_dropout",
+            ):  # kept as numbers by some architectures
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, p)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return bool(self.lm.is_gradient_checkpointing)
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        if on:
+            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.lm.gradient_checkpointing_disable()
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Hugging Face's files, adapters merged in."""
+        lm = self.merged()
+        if dtype != torch.float32:
+            lm = copy.deepcopy(lm).to(dtype)
+        lm.config.dtype = dtype
+        lm.save_pretrained(folder)
+
+    def decoder(self) -> TransformersDecoder:
+        return TransformersDecoder(self.lm, self.context)
+
+    # ---- adapters ------------------------------------------------------------------------------------------------
+
+    def add_lora(
+        self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
+    ) -> None:
+        """Freezes the weights and puts peft's adapters beside them (in place)."""
+        import peft
+
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # peft computes alpha / r; a fraction is fine
+            lora_dropout=dropout,
+            target_modules=list(targets) if targets else None,
+            task_type="CAUSAL_LM",
+        )
+        for p in self.lm.parameters():
+            p.requires_grad_(False)
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                peft.inject_adapter_in_model(config, self.lm)
+        except ValueError as error:
+            raise Failure("bad_settings", f"lora_targets do not fit this model: {error}") from error
+        self.lora = {
+            "rank": rank,
+            "alpha": alpha,
+            "dropout": dropout,
+            "targets": sorted(config.target_modules or []),
+        }
+        collect_gradients(self)
+
+    def save_adapter(self, folder: str | Path, base: str) -> None:
+        """peft's two files, for `PeftModel.from_pretrained(base_model, folder)`."""
+        config = copy.copy(self.lm.peft_config["default"])
+        config.base_model_name_or_path, config.inference_mode = base, True
+        config.save_pretrained(folder)
+        tensors = {
+            f"base_model.model.{name.replace('.default.', '.')}": p.detach().cpu().contiguous()
+            for name, p in self.lm.named_parameters()
+            if ".lora_" in name
+        }
+        save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def merged(self) -> Any:
+        """The transformers model with its adapters folded into the weights (a copy), or as it is without adapters."""
+        if self.lora is None:
+            return self.lm
+        lm = copy.deepcopy(self.lm)
+        for name, module in list(lm.named_modules()):
+            if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
+                module.merge()
+                parent, _, attribute = name.rpartition(".")
+                setattr(lm.get_submodule(parent), attribute, module.get_base_layer())
+        lm._hf_peft_config_loaded = False
+        return lm
+
+    # ---- how it is computed --------------------------------------------------------------------------------------
+
+    def _packed_states(self, batch: Batch) -> Tensor:
+        out = self._inner()(
+            input_ids=batch.ids[None],
+            attention_mask=self._mask(batch),
+            position_ids=batch.positions[None],
+            use_cache=False,
+            **({} if self.fused else {"logits_to_keep": 0}),
+        )
+        return (out.last_hidden_state if self.fused else out.logits)[0]
+
+    def _separate_states(self, batch: Batch) -> Tensor:
+        rows = []
+        for start, end in batch.bounds:
+            out = self._inner()(input_ids=batch.ids[None, start:end], use_cache=False)
+            rows.append((out.last_hidden_state if self.fused else out.logits)[0])
+        return torch.cat(rows)
+
+    def _inner(self) -> Any:
+        return self.lm.base_model if self.fused else self.lm
+
+    def _mask(self, batch: Batch) -> Any:
+        """What each token may look at: itself and what stands before it in its own document, (1, 1, T, T) to add to
+        the scores. Models with layers of several kinds get one mask for each kind."""
+        T, device = len(batch.ids), batch.ids.device
+        document = torch.zeros(T, dtype=torch.int64, device=device)
+        for i, (start, end) in enumerate(batch.bounds):
+            document[start:end] = i
+        place = torch.arange(T, device=device)
+        back = place[:, None] - place[None, :]  # how far behind a key stands
+        allowed = (document[:, None] == document[None, :]) & (back >= 0)
+        window = getattr(self.config, "sliding_window", None)
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        if "sliding_attention" in kinds and window:
+            near = self._additive(allowed & (back < window))
+            if kinds == {"sliding_attention"}:
+                return near
+            return {"full_attention": self._additive(allowed), "sliding_attention": near}
+        return self._additive(allowed & (back < window) if window and not kinds else allowed)
+
+    def _additive(self, allowed: Tensor) -> Tensor:
+        lowest = torch.finfo(self.lm.dtype).min
+        return torch.zeros(allowed.shape, dtype=self.lm.dtype, device=allowed.device).masked_fill_(~allowed, lowest)[None, None]  # fmt: skip
+
+    # ---- self-test -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _self_test(self) -> None:
+        """Two short documents, one longer than any window if that is small: alone through the model as transformers
+        runs it, then by our ways; and a third way that differs only in the first document, which the second must not
+        feel."""
+        was_training = self.lm.training
+        self.lm.eval()
+        rng = torch.Generator().manual_seed(1)
+        size = int(self.lm.get_input_embeddings().weight.shape[0])
+        longest = min(96, self.context)
+        lengths = (min(17, longest), longest)
+        first, second, other = (
+            torch.randint(0, size, (n,), generator=rng, dtype=torch.int64)
+            for n in (lengths[0], *lengths[1:], lengths[0])
+        )
+        alone = [self.lm(input_ids=ids[None], use_cache=False).logits[0] for ids in (first, second)]
+        truth = torch.cat(alone)  # (T, V)
+        scale = float(truth.abs().max()) or 1.0
+        self.fused = self._fused_head_holds([first, second], truth, scale)
+        self.packed = self._packing_holds([first, second], other, truth, scale)
+        self.lm.train(was_training)
+
+    def _fused_head_holds(self, documents: list[Tensor], truth: Tensor, scale: float) -> bool:
+        head = self.lm.get_output_embeddings()
+        try:
+            states = [
+                self.lm.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+                for ids in documents
+            ]
+            wrong = float((torch.cat(states) @ head.weight.t() - truth).abs().max()) / scale
+        except (AttributeError, TypeError, RuntimeError) as error:
+            self.why.append(f"no plain head ({error}): whole logits")
+            return False
+        if not wrong <= TOLERANCE:
+            self.why.append(f"its head is no plain product (differs by {wrong:.1e}): whole logits")
+        return wrong <= TOLERANCE
+
+    def _packing_holds(self, documents: list[Tensor], other: Tensor, truth: Tensor, scale: float) -> bool:
+        try:
+            batch, changed = (_batch([d, documents[1]]) for d in (documents[0], other))
+            states, moved = self._packed_states(batch), self._packed_states(changed)
+        except Exception as error:  # whatever an architecture says to a mask or positions it does not know
+            self.why.append(
+                f"it cannot be given packed rows ({type(error).__name__}): one document at a time"
+            )
+            return False
+        logits = states @ self.lm.get_output_embeddings().weight.t() if self.fused else states
+        wrong = float((logits - truth).abs().max()) / scale
+        second = slice(len(documents[0]), None)
+        leak = float((moved[second] - states[second]).abs().max() / states.abs().max())
+        if not (wrong <= TOLERANCE and leak <= TOLERANCE):
+            self.why.append(f"packed rows differ by {wrong:.1e}, leak {leak:.1e}: one document at a time")
+            return False
+        return True
+
+
+def _batch(documents: list[Tensor]) -> Batch:
+    return pack([(d.numpy(), torch.ones(len(d)).numpy()) for d in documents])
+
+
+def collect_gradients(model: nn.Module) -> None:
+    """Autograd's gradients go where ours go: into `main_grad`, a piece of one flat buffer (kernels.py)."""
+    for p in model.parameters():
+        if p.requires_grad and not getattr(p, "collected", False):
+            p.register_post_accumulate_grad_hook(_collect)
+            p.collected = True  # type: ignore[attr-defined]  # ours
+
+
+def _collect(p: Tensor) -> None:
+    if p.grad is not None:  # the fused head writes its gradient itself, and tells autograd that there is none
+        main_grad(p).add_(p.grad)
+        p.grad = None
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+class TransformersDecoder:
+    """The decoder face (decoder.py) over transformers' own caches; sequences are stepped one after the other."""
+
+    def __init__(self, lm: Any, context: int) -> None:
+        self.lm, self.context = lm, context
+        self.device = lm.device
+
+    @torch.inference_mode()
+    def prefill(self, ids: Sequence[int], room: int, every: bool = False) -> tuple[Any, Tensor]:
+        cache = transformers.DynamicCache(config=self.lm.config)
+        logits = self._run(cache, ids, every)  # (T or 1, V)
+        return cache, logits if every else logits[-1]
+
+    def fork(self, cache: Any) -> Any:
+        return copy.deepcopy(cache)
+
+    @torch.inference_mode()
+    def step(self, caches: Sequence[Any], ids: Sequence[int]) -> Tensor:
+        return torch.cat([self._run(cache, [token], False) for cache, token in zip(caches, ids, strict=True)])
+
+    def _run(self, cache: Any, ids: Sequence[int], every: bool) -> Tensor:
+        was_training = self.lm.training
+        self.lm.eval()
+        tokens = torch.tensor([list(ids)], device=self.device)
+        out = self.lm(
+            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=0 if every else 1
+        )
+        self.lm.train(was_training)
+        logits: Tensor = out.logits[0]
+        return logits

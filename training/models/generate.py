@@ -1,0 +1,340 @@
+"""Writing text with a model: a prompt in, tokens out one by one.
+
+One sequence or many go the same way: `open_sequences` reads the prompt once, `advance` writes one token for every
+sequence in one batched pass through the model. `generate` is the plain loop over them; `serve` advances the sequences
+of many requests together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from training.models.decoder import Decoder, sample
+from training.models.load import decoder_for, load_model
+from training.plan import hub
+from training.text.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length", "cancelled"]
+TopLogprobs = list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How to write. The defaults are greedy, so that the same prompt gives the same text."""
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = (
+        None  # None: none; k: of the token written and of the k likeliest, before the temperature
+    )
+    echo: bool = False
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token as it is written. Joined, the `text`s are the completion: a token's text comes late (in a later
+    token, `text` empty here) while a character is not whole or a stop string may have begun."""
+
+    index: int
+    id: int
+    token: str
+    text: str
+    logprob: float | None = None
+    top: TopLogprobs = field(default_factory=list)
+
+
+@dataclass
+class Completion:
+    """What became of one of the `n` sequences."""
+
+    index: int
+    text: str
+    ids: list[int]
+    finish_reason: FinishReason
+    tokens: list[Token]
+
+
+class GenerateError(ValueError):
+    """The request cannot be answered; `code` is short and stable, the message is for the person who asked."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def generate(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    options: GenerateOptions,
+    on_token: Callable[[Token], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    decoder: Decoder | None = None,
+) -> list[Completion]:
+    """Write `options.n` completions of `prompt_ids`. `on_token` hears of each token; `should_stop` ends it early.
+
+    Without a `decoder` the model's weights are read where they lie; who writes much makes one with `decoder_for`."""
+    decoder = decoder or decoder_for(model, pack=False)
+    sequences = open_sequences(decoder, tokenizer, prompt_ids, options)
+    written: list[list[Token]] = [[] for _ in sequences]
+
+    def hear(sequence: TextSequence, token: Token) -> None:
+        written[sequence.index].append(token)
+        if on_token is not None:
+            on_token(token)
+
+    for sequence in sequences:
+        for token in sequence.prompt_tokens:
+            hear(sequence, token)
+    while live := [s for s in sequences if s.finish_reason is None]:
+        if should_stop is not None and should_stop():
+            for sequence in live:
+                sequence.finish_reason = "cancelled"
+            break
+        advance(decoder, live, hear)
+    return [
+        Completion(
+            s.index, "".join(t.text for t in written[s.index]), s.ids, s.finish_reason or "length", tokens
+        )
+        for s, tokens in zip(sequences, written, strict=True)
+    ]
+
+
+# --- sequences -------------------------------------------------------------------------------------
+
+
+@dataclass
+class TextSequence:
+    """One completion while it is written."""
+
+    index: int
+    options: GenerateOptions
+    tokenizer: Tokenizer
+    cache: Any
+    logits: Tensor  # (V,) of the token to come
+    stream: TextStream
+    room: int  # tokens it may still write
+    rng: random.Random
+    ids: list[int] = field(default_factory=list)
+    prompt_tokens: list[Token] = field(default_factory=list)  # only when they are to be echoed
+    finish_reason: FinishReason | None = None
+
+    def take(self) -> Token | None:
+        """Choose the next token from `logits`; None when it is the end token."""
+        options = self.options
+        token_id = sample(self.logits, options.temperature, options.top_k, options.top_p, self.rng.random())
+        if token_id == self.tokenizer.eos_id and not options.ignore_eos:
+            self.finish_reason = "stop"
+            rest = self.stream.finish()
+            return self._token(token_id, rest, hidden=True) if rest else None
+        self.ids.append(token_id)
+        self.room -= 1
+        text = self.stream.push(token_id)
+        if self.stream.stopped:
+            self.finish_reason = "stop"
+        elif self.room <= 0:
+            self.finish_reason = "length"
+            text += self.stream.finish()
+        return self._token(token_id, text)
+
+    def _token(self, token_id: int, text: str, hidden: bool = False) -> Token:
+        if hidden:  # the end token itself is never shown; it only lets go of the text that was held back
+            return Token(self.index, token_id, "", text)
+        name = self.tokenizer.decode([token_id], skip_special_tokens=False)
+        if self.options.logprobs is None:
+            return Token(self.index, token_id, name, text)
+        logprob, top = logprobs_of(self.logits, token_id, self.options.logprobs, self.tokenizer)
+        return Token(self.index, token_id, name, text, logprob, top)
+
+
+def open_sequences(
+    decoder: Decoder, tokenizer: Tokenizer, prompt_ids: Sequence[int], options: GenerateOptions
+) -> list[TextSequence]:
+    """Read the prompt once and start `options.n` sequences from it."""
+    prompt = list(prompt_ids) or [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
+    if len(prompt) >= decoder.context and not (options.echo and options.max_tokens == 0):
+        raise GenerateError(
+            "prompt_too_long",
+            f"the prompt has {len(prompt)} tokens and this model reads {decoder.context}; shorten the prompt",
+        )
+    room = min(options.max_tokens, decoder.context - len(prompt))
+    scores = options.echo and options.logprobs is not None
+    cache, logits = decoder.prefill(prompt, len(prompt) + room, every=scores)
+    echoed = _echo(logits if scores else None, prompt, tokenizer, options) if options.echo else []
+    last = logits[-1] if scores else logits
+    seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(63)
+    return [
+        TextSequence(
+            index,
+            options,
+            tokenizer,
+            cache if index == 0 else decoder.fork(cache),
+            last,
+            TextStream(tokenizer, prompt, options.stop),
+            room,
+            random.Random(f"{seed}:{index}"),  # noqa: S311 (sampling text, not keeping secrets)
+            prompt_tokens=[Token(index, t.id, t.token, t.text, t.logprob, t.top) for t in echoed],
+            finish_reason=None if room > 0 else "length",
+        )
+        for index in range(options.n)
+    ]
+
+
+def advance(
+    decoder: Decoder, sequences: Sequence[TextSequence], hear: Callable[[TextSequence, Token], None]
+) -> None:
+    """One token for each sequence (told to `hear` before the pass that computes the next one)."""
+    for sequence in sequences:
+        token = sequence.take()
+        if token is not None:
+            hear(sequence, token)
+    live = [s for s in sequences if s.finish_reason is None]
+    if live:
+        logits = decoder.step([s.cache for s in live], [s.ids[-1] for s in live])  # (B, V)
+        for sequence, row in zip(live, logits, strict=True):
+            sequence.logits = row
+    for sequence in sequences:
+        if sequence.finish_reason is not None:
+            sequence.cache = None  # its keys and values are the largest thing a finished request would hold
+
+
+def logprobs_of(logits: Tensor, token_id: int, count: int, tokenizer: Tokenizer) -> tuple[float, TopLogprobs]:
+    """Natural log-probability of the token and the `count` likeliest, as the model says before temperature."""
+    scores = torch.log_softmax(logits.float(), -1)
+    values, ids = torch.topk(scores, min(count, scores.numel()))
+    names = tokenizer.token_texts(ids.tolist())
+    return float(scores[token_id]), list(zip(names, values.tolist(), strict=True))
+
+
+def _echo(
+    logits: Tensor | None, prompt: list[int], tokenizer: Tokenizer, options: GenerateOptions
+) -> list[Token]:
+    """The prompt as tokens; its first one has no log-probability, for nothing stands before it."""
+    stream = TextStream(tokenizer, [], ())
+    tokens = []
+    for i, token_id in enumerate(prompt):
+        text = stream.push(token_id) + (stream.finish() if i == len(prompt) - 1 else "")
+        name = tokenizer.decode([token_id], skip_special_tokens=False)
+        if logits is None or i == 0:
+            tokens.append(Token(0, token_id, name, text))
+        else:
+            logprob, top = logprobs_of(logits[i - 1], token_id, options.logprobs or 0, tokenizer)
+            tokens.append(Token(0, token_id, name, text, logprob, top))
+    return tokens
+
+
+# --- text ------------------------------------------------------------------------------------------
+
+HELD_TOKENS = (
+    8  # a character has at most four bytes; a model that writes broken ones must not be held for ever
+)
+BROKEN = "\ufffd"
+
+
+class TextStream:
+    """Token ids in, text that will not change out. Characters are handed over whole, a stop string and what follows
+    it never, whichever tokens they are spread over."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+        # Decoding starts a little before the first new token: some tokenizers write a space only between words.
+        self.ids = list(prompt_ids[-4:])
+        self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
+        self.start, self.done = 0, len(self.ids)  # ids[start:done] are decoded already, and give the context
+        self.held = ""  # whole characters that may be the beginning of a stop string
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        self.ids.append(token_id)
+        return self._release(self._decode(final=False), final=False)
+
+    def finish(self) -> str:
+        """What is still held back, at the end."""
+        return "" if self.stopped else self._release(self._decode(final=True), final=True)
+
+    def _decode(self, final: bool) -> str:
+        known = self.tokenizer.decode(self.ids[self.start : self.done]).rstrip(BROKEN)
+        text = self.tokenizer.decode(self.ids[self.start :])
+        if text.endswith(BROKEN) and not final and len(self.ids) - self.done < HELD_TOKENS:
+            return ""
+        self.start, self.done = self.done, len(self.ids)
+        return text[len(known) :]
+
+    def _release(self, text: str, final: bool) -> str:
+        text = self.held + text
+        found = [at for at in (text.find(s) for s in self.stop) if at >= 0]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)]
+        keep = 0 if final else max((_overlap(text, s) for s in self.stop), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+# --- command line ----------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="a model folder, `starter`, or a name on the Hub")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", help="text to continue")
+    asked.add_argument("--messages", help='a conversation as JSON: [{"role": "user", "content": …}]')
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument(
+        "--stop", action="append", default=[], help="end before this text (may be given several times)"
+    )
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--n", type=int, default=1, help="how many completions")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a completion")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the text as it is written; several completions one after the other."""
+    folder = hub.locate(args.model)
+    tokenizer, decoder = Tokenizer.load(folder), decoder_for(load_model(folder))
+    prompt = prompt_ids(json.loads(args.messages) if args.messages else args.prompt, tokenizer)
+    options = GenerateOptions(
+        args.max_tokens, args.temperature, args.top_p, args.top_k, tuple(args.stop), args.seed, args.n
+    )
+    live = args.n == 1 and not args.json
+    show = (lambda token: print(token.text, end="", flush=True)) if live else None
+    for completion in generate(None, tokenizer, prompt, options, show, decoder=decoder):
+        if args.json:
+            row = {
+                "index": completion.index,
+                "text": completion.text,
+                "finish_reason": completion.finish_reason,
+            }
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            print("" if live else f"[{completion.index}] {completion.text}")
+    return 0
+
+
+def prompt_ids(prompt: str | list[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
+    """The tokens a model reads, put together as training put them together."""
+    if isinstance(prompt, list):
+        return tokenizer.encode_chat(prompt, add_generation_prompt=True)
+    ids = tokenizer.encode(prompt)
+    return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]

@@ -1,0 +1,283 @@
+"""Base models a person can choose, what each needs, and whether it fits the machine at hand. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STARTER = "starter"
+STARTER_FOLDER = Path(__file__).parent.parent / "starter" / "model"
+SAMPLE_FOLDER = Path(__file__).parent.parent / "starter" / "sample"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What a person needs to know of a base model before choosing it. Sizes in bytes."""
+
+    id: str
+    name: str
+    parameters: int
+    layers: int
+    width: int
+    heads: int
+    context: int
+    vocab: int
+    licence: str = "unknown"
+    languages: str = "unknown"
+    download: int = 0
+    about: str = ""
+    architecture: str = "gpt2"
+    folder: str = ""  # where it lies on this machine; empty = comes from the Hub
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def source(self) -> str:
+        """What `base` in a run file is: a folder, or an id of the Hub."""
+        return self.folder or self.id
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a worker computes on. `memory` in bytes: the GPU's own, or the machine's where there is none."""
+
+    device: str = "cpu"  # cpu | cuda
+    name: str = "processor"
+    memory: int = 8 << 30
+    cores: int = 1
+    count: int = 1
+    bf16: bool = False  # has units for it
+    rate: float = 0.0  # operations a second of a bare matrix product on all cores; 0 = not measured
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a base model can be trained on a machine, and the sentence that says so."""
+
+    fits: bool
+    needs: int  # bytes
+    why: str
+
+
+def _gpt2(
+    id: str, name: str, parameters: int, layers: int, width: int, heads: int, download: int
+) -> BaseModel:
+    return BaseModel(
+        id=id,
+        name=name,
+        parameters=parameters,
+        layers=layers,
+        width=width,
+        heads=heads,
+        context=1024,
+        vocab=50257,
+        licence="MIT",
+        languages="English",
+        download=download,
+        about="OpenAI's GPT-2, trained on web pages. Downloaded from the Hugging Face Hub when first used.",
+    )
+
+
+GPT2_FAMILY: tuple[BaseModel, ...] = (
+    replace(_gpt2("distilgpt2", "DistilGPT-2", 81_912_576, 6, 768, 12, 352_824_413), licence="Apache-2.0"),
+    _gpt2("gpt2", "GPT-2 small", 124_439_808, 12, 768, 12, 548_105_171),
+    _gpt2("gpt2-medium", "GPT-2 medium", 354_823_168, 24, 1024, 16, 1_519_984_962),
+    _gpt2("gpt2-large", "GPT-2 large", 774_030_080, 36, 1280, 20, 3_247_159_078),
+    _gpt2("gpt2-xl", "GPT-2 XL", 1_557_611_200, 48, 1600, 25, 6_431_829_964),
+)
+
+
+def base_models() -> list[BaseModel]:
+    """The catalogue, the smallest first."""
+    return [starter(), *GPT2_FAMILY]
+
+
+def starter() -> BaseModel:
+    """The model that comes with the program; works without any network."""
+    found = describe(STARTER_FOLDER, id=STARTER)
+    return replace(
+        found,
+        name="Starter",
+        licence="Apache-2.0 (text: WordNet License)",
+        languages="English",
+        about="A tiny GPT-2 that comes with the studio, trained from scratch on dictionary English. For first steps, not for wisdom.",
+    )
+
+
+def find(id: str) -> BaseModel | None:
+    """A model of the catalogue by its id; None for any other Hub id or folder (see `describe`)."""
+    aliases = {"openai-community/gpt2": "gpt2", "distilbert/distilgpt2": "distilgpt2"} | {
+        f"openai-community/{m.id}": m.id for m in GPT2_FAMILY if m.id.startswith("gpt2")
+    }
+    wanted = aliases.get(id, id)
+    if wanted == STARTER:
+        return starter()
+    return next((model for model in GPT2_FAMILY if model.id == wanted), None)
+
+
+@lru_cache(maxsize=64)
+def _described(folder: str, stamp: int) -> BaseModel:
+    return of_config(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")), folder=folder)
+
+
+def describe(folder: str | Path, id: str = "") -> BaseModel:
+    """What a folder of Hugging Face files holds, from its config.json. Raises OSError or ValueError."""
+    folder = Path(folder).absolute()
+    found = _described(str(folder), (folder / "config.json").stat().st_mtime_ns)
+    size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+    return replace(found, id=id or folder.name, name=found.name or folder.name, download=size)
+
+
+def of_config(config: Mapping[str, Any], *, id: str = "", folder: str = "") -> BaseModel:
+    """What a Hugging Face config.json says; the names differ between architectures."""
+
+    def first(*names: str, default: int = 0) -> int:
+        # A number that no model has counts as absent: a stranger's file must not overflow what is computed from it.
+        found = (config.get(name) for name in names)
+        return next((n for n in found if isinstance(n, int) and 0 < n < 10**9), default)
+
+    width, layers = (
+        first("n_embd", "hidden_size", "d_model"),
+        first("n_layer", "num_hidden_layers", "num_layers"),
+    )
+    heads = first("n_head", "num_attention_heads", default=1)
+    vocab = first("vocab_size")
+    inner = first("n_inner", "intermediate_size", "ffn_dim", default=4 * width)
+    context = first("n_positions", "n_ctx", "max_position_embeddings", default=1024)
+    if not (width and layers and vocab):
+        raise ValueError(
+            "config.json names no layers, width or vocabulary; this is no language model we can read"
+        )
+    kind = str(config.get("model_type", "gpt2"))
+    if kind == "gpt2":
+        each = (
+            4 * width * width + 2 * width * inner + 9 * width + inner
+        )  # attention, MLP, biases and two norms
+        parameters = vocab * width + context * width + layers * each + 2 * width
+    else:
+        shared = first("num_key_value_heads", default=heads) / heads
+        gated = 3 if str(config.get("hidden_act", "")) in ("silu", "gelu_pytorch_tanh", "swiglu") else 2
+        tied = 1 if config.get("tie_word_embeddings", False) else 2
+        parameters = round(
+            tied * vocab * width + layers * ((2 + 2 * shared) * width * width + gated * width * inner)
+        )
+    return BaseModel(
+        id, "", parameters, layers, width, heads, context, vocab, architecture=kind, folder=folder
+    )
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def training_memory(
+    base: BaseModel, method: str = "full", tokens: int = 2048, checkpointing: bool = False
+) -> int:
+    """Peak bytes of training: weights and optimizer, and what is kept of `tokens` tokens computed at once.
+
+    Full: weight, gradient and AdamW's two means, 4 bytes each. LoRA: the frozen weight, and its adapters apart."""
+    trained = base.parameters if method == "full" else lora_parameters(base, 8)
+    state = 4 * base.parameters + 12 * trained
+    own = 300 << 20  # what Python and torch take themselves
+    return int(state + activation_memory(base, tokens, checkpointing) + own)
+
+
+def activation_memory(base: BaseModel, tokens: int, checkpointing: bool = False) -> int:
+    """Bytes kept of `tokens` tokens for the backward pass, and the logits that exist at once."""
+    per_layer = 2 * base.width if checkpointing else 17 * base.width  # floats
+    return 4 * tokens * (base.layers * per_layer + 8 * base.width) + 4 * min(tokens, 1024) * base.vocab * 2
+
+
+def lora_parameters(base: BaseModel, rank: int) -> int:
+    """Adapters on the attention projections: c_attn (width → 3 width) and c_proj (width → width)."""
+    return base.layers * rank * (4 * base.width + 2 * base.width)
+
+
+def fits(base: BaseModel, machine: Machine, method: str = "full", tokens: int = 2048) -> Fit:
+    """Whether it can be trained there, with nine tenths of the memory."""
+    needs = training_memory(base, method, tokens)
+    have = machine.memory * 9 // 10
+    if needs <= have:
+        return Fit(True, needs, f"needs about {gib(needs)} of {gib(machine.memory)}")
+    other = " LoRA would fit." if method == "full" and training_memory(base, "lora", tokens) <= have else ""
+    return Fit(False, needs, f"needs about {gib(needs)}, this machine has {gib(machine.memory)}.{other}")
+
+
+def gib(size: float) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.0f} MiB"
+
+
+@lru_cache(maxsize=1)
+def this_machine() -> Machine:
+    """What this process could train on, found without torch."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _gpu(cores) or Machine(
+        "cpu", f"{cores} cores", _cgroup_limit(memory), cores, bf16=processor_knows_bf16()
+    )
+
+
+def measured(machine: Machine) -> Machine:
+    """With the rate of a bare matrix product, of the shape of a GPT-2 block, on its processor (a fifth of a second). Without
+    torch a graphics card cannot be measured."""
+    if machine.device != "cpu":
+        return machine
+    a, b = np.ones((512, 768), np.float32), np.ones((768, 3072), np.float32)
+    best = math.inf
+    for _ in range(5):
+        begun = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - begun)
+    return replace(machine, rate=2.0 * 512 * 768 * 3072 / best)
+
+
+def processor_knows_bf16() -> bool:
+    """Whether it has units for bf16 (Linux tells): matrix products are twice as fast as in fp32 then, without them sixty times
+    slower (measured)."""
+    try:
+        known = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return bool(re.search(r"^flags\b.*\b(avx512_bf16|amx_bf16)\b", known, re.MULTILINE))
+
+
+def _cgroup_limit(memory: int) -> int:
+    """A container may have less than the machine."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return memory
+    return min(memory, int(limit)) if limit.isdigit() else memory
+
+
+def _gpu(cores: int) -> Machine | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    try:
+        found = subprocess.run(
+            [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = [line.split(", ") for line in found.splitlines() if line.count(", ") == 2]
+    if not lines:
+        return None
+    name, memory, capability = lines[0]
+    return Machine("cuda", name, int(memory) << 20, cores, len(lines), float(capability) >= 8)

@@ -1,0 +1,362 @@
+"""What a run will take, before it starts: what its work consists of, at the usual speed of such a machine, corrected by
+what each part took in finished jobs.
+
+The rehearsal on the worker measures all this again and knows better; this is what the form can say within a moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from training.data.summary import Summary
+from training.plan.catalog import BaseModel, Machine, activation_memory, gib, lora_parameters
+from training.plan.config import Settings
+
+# The usual speeds, where nothing was measured. Of a core and of a graphics card, in operations a second:
+CPU_CORE, GPU = 45e9, 60e12
+SHARE = 0.85  # of the rate of a bare matrix product that training reaches
+BF16_WIDE, BF16_NARROW = 1.45, 0.6  # on a processor with units for it, against fp32: GPT-2, the starter
+OVERHEAD = 2.5e-4  # seconds a layer and row, whatever its size: what small models mostly wait for
+MEMORY_BYTES = 8e9  # a second, through the optimizer or a decoder
+DISK_BYTES = 4e8  # a second: written, hashed, copied
+PROMPTS, ANSWER = 3, 32  # samples shown at each evaluation, and their tokens
+HOLES = 1.35  # of a row's activations: what rows of other lengths leave unused between them in memory
+FEW = 3  # finished jobs below which nothing is learned
+UNSURE = 1.5  # P90 over P50 until then
+FADES = 0.98  # how much each job counts beside the one after it
+USUAL_NOISE = 0.1  # jobs farther off than that are believed less
+PULL = 0.02  # how much a part's speed keeps to the machine's general one, against what jobs show of it
+
+Work = dict[
+    str, dict[str, float]
+]  # part (start, training, evaluation, export) → what it consists of → seconds
+
+
+@dataclass(frozen=True)
+class Past:
+    """A finished job: what it consisted of, the seconds of each part, and the most memory it held."""
+
+    work: Work
+    took: dict[str, float]
+    memory: dict[str, float]
+    peak: float
+    base: str
+    method: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds; half the time under P50, nine times in ten under P90. `rows` and `basis` are for a page."""
+
+    seconds_p50: float
+    seconds_p90: float
+    steps: int
+    tokens: int  # read in training, all epochs together
+    memory: int
+    parts: dict[str, float]  # seconds of each part
+    cost_p50: float
+    cost_p90: float
+    rows: list[tuple[str, str]]
+    basis: str
+    work: Work
+    memory_parts: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(
+    base: BaseModel,
+    settings: Settings,
+    summary: Summary,
+    machine: Machine,
+    *,
+    validation: Summary | None = None,
+    past: Sequence[Past] = (),
+    queue: float = 0.0,
+    price_per_hour: float = 0.0,
+) -> Estimate:
+    """For settings without open fields (see auto.resolve). `queue`: seconds until a worker is free, which cost nothing."""
+    plan = _Plan.of(base, settings, summary, validation)
+    work, kept = plan.work(machine), plan.memory()
+    alike = [p for p in past if p.took][:50]
+    seconds, spread = _time(work, alike, base.id, settings.method)
+    memory = _memory(kept, alike, base.id, settings.method)
+    parts = {part: sum(of.values()) for part, of in seconds.items()}
+    total = sum(parts.values())
+    low, high = queue + total, (queue + total) * spread
+    cost = price_per_hour / 3600
+    saving = seconds["training"]["checkpoints"]  # a part for a person; written while training goes on
+    told = {"queue": queue} | parts | {"training": parts["training"] - saving, "checkpoints": saving}
+    return Estimate(
+        low, high, plan.steps, plan.tokens, memory, told, total * cost, total * spread * cost,
+        _rows(plan, told, memory, machine, (total * cost, total * spread * cost)), _basis(alike, machine), work, kept,
+    )  # fmt: skip
+
+
+def speed(machine: Machine) -> float:
+    """Operations a second that training is expected to reach."""
+    if machine.rate:
+        return SHARE * machine.rate * machine.count
+    return GPU * machine.count if machine.device == "cuda" else CPU_CORE * max(1, machine.cores)
+
+
+def in_bf16(base: BaseModel, settings: Settings, machine: Machine) -> float:
+    """How much faster than fp32 a processor is with it, where it is asked for."""
+    if machine.device != "cpu" or settings.precision != "bf16" or not machine.bf16:
+        return 1.0
+    return BF16_WIDE if base.width >= 512 else BF16_NARROW
+
+
+# --- what a run consists of -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    base: BaseModel
+    settings: Settings
+    summary: Summary
+    steps: int
+    tokens: int
+    examples: int  # to train on
+    held: int  # tokens of the examples held out
+    evaluations: int
+    batch: int  # tokens of the largest step
+    row: int  # and of its fullest row
+
+    @classmethod
+    def of(cls, base: BaseModel, settings: Settings, summary: Summary, validation: Summary | None) -> _Plan:
+        share = 0.0 if validation else settings.validation_fraction or 0.0
+        examples = max(1, round(summary.examples * (1 - share)))
+        mean = summary.tokens / max(1, summary.examples)
+        steps, seen = _steps(settings, examples, mean)
+        held = validation.tokens if validation else round(summary.tokens * share)
+        rounds = steps // settings.eval_every if settings.eval_every else math.ceil(seen / examples - 1e-9)
+        batch = _largest(summary, max(1, round(seen / steps)), steps)
+        row = min(batch, max(settings.micro_batch_tokens or 4096, min(summary.longest, batch)))
+        return cls(
+            base, settings, summary, steps, round(seen * mean), examples, held, 1 + rounds if held else 0, batch, row
+        )  # fmt: skip
+
+    @property
+    def trained(self) -> int:
+        """Parameters that change."""
+        full = self.settings.method == "full"
+        return self.base.parameters if full else lora_parameters(self.base, self.settings.lora_rank)
+
+    def work(self, machine: Machine) -> Work:
+        base, s = self.base, self.settings
+        mean = self.summary.tokens / max(1, self.summary.examples)
+        share = self.summary.trained_tokens / max(1, self.summary.tokens)
+        each = operations(base, s, mean, share) / (speed(machine) * in_bf16(base, s, machine))
+        pass_s = base.layers * OVERHEAD
+        micro = s.micro_batch_tokens or 4096
+        rows = self.steps * max(1.0, self.tokens / self.steps / micro)
+        update = 28 * self.trained / MEMORY_BYTES + 2e-3  # weight, gradient and two means, read and written
+        saved = 12 * self.trained / DISK_BYTES + 0.02
+        answers = PROMPTS * ANSWER * (pass_s / 2 + 4 * base.parameters / MEMORY_BYTES)
+        often = self.steps // s.checkpoint_every_steps if s.checkpoint_every_steps else 0
+        run = self.tokens * each + rows * pass_s
+        timed = int(run / s.checkpoint_every_s) if s.checkpoint_every_s else 0
+        best = self.evaluations - 1 if self.held and s.keep_best else 1
+        rehearsed = min(self.held, micro) * each / 3 + self.row * each * (2 if self.row < 2000 else 1)
+        return {
+            "start": {
+                "fixed": 2.0,
+                "reading": self.summary.tokens * 3e-6,
+                "weights": (4 * base.parameters + 12 * self.trained) / 2e9,
+                "rehearsal": rehearsed + update + saved + 3 * pass_s,
+            },
+            "training": {
+                "arithmetic": self.tokens * each, "rows": rows * pass_s, "updates": self.steps * update,
+                "checkpoints": max(1, often + timed + best) * saved,
+            },
+            "evaluation": {
+                "arithmetic": self.evaluations * self.held * each / 3,
+                "rows": self.evaluations * max(1.0, self.held / micro) * pass_s / 3 if self.held else 0.0,
+                "samples": self.evaluations * answers,
+            },
+            "export": {"fixed": 1.0, "bytes": 3 * 4 * base.parameters / DISK_BYTES},
+        }  # fmt: skip
+
+    def memory(self) -> dict[str, float]:
+        """Bytes at once: the process, the weights, what training adds to each, and the larger of what a row's backward
+        pass needs and the copy that a checkpoint is written from."""
+        row = HOLES * activation_memory(self.base, self.row, self.settings.gradient_checkpointing)
+        row *= 1 if self.settings.method == "full" else 0.75  # frozen weights need fewer inputs kept
+        return {
+            "process": 270e6,
+            "weights": 4.0 * self.base.parameters,
+            "training": 12.0 * self.trained,
+            "row": max(row, 12.0 * self.trained),
+        }
+
+
+def _steps(settings: Settings, examples: int, mean: float) -> tuple[int, int]:
+    """(optimizer steps, examples seen)."""
+    batch = settings.batch_size or max(1, round((settings.batch_tokens or 4096) / mean))
+    if settings.max_steps is not None:
+        return settings.max_steps, settings.max_steps * batch
+    seen = max(1, round(examples * (settings.epochs or 1.0)))
+    return math.ceil(seen / batch), seen
+
+
+def _largest(summary: Summary, batch: int, steps: int) -> int:
+    """Tokens of the largest of `steps` batches, as chance has it: mean and spread of lengths from the histogram."""
+    mean = summary.tokens / max(1, summary.examples)
+    # An example of the bucket up to 2ⁿ has about three quarters of it; the first bucket holds all up to 16.
+    squares = sum(n * (12 << i) ** 2 for i, n in enumerate(summary.histogram))
+    spread = math.sqrt(max(0.0, squares / max(1, summary.examples) - mean**2))
+    high = batch * mean + math.sqrt(2 * math.log(max(2, steps)) * batch) * spread
+    return max(1, round(min(high, batch * max(summary.longest, mean))))
+
+
+def operations(base: BaseModel, settings: Settings, mean: float, trained_share: float) -> float:
+    """A token, forward and backward. The head is computed for trained tokens only; LoRA spares the weights' gradients."""
+    body = base.parameters - (base.vocab + base.context) * base.width
+    attention = base.layers * base.width * mean * 2
+    head = base.vocab * base.width * trained_share
+    passes = 6 if settings.method == "full" else 4
+    return passes * (body + attention + head) * (4 / 3 if settings.gradient_checkpointing else 1)
+
+
+# --- what finished jobs teach ---------------------------------------------------------------------
+
+
+def _time(work: Work, past: Sequence[Past], base: str, method: str) -> tuple[Work, float]:
+    """(the work in seconds as they will be, P90 over P50)."""
+    if len(past) < FEW:
+        return work, UNSURE
+    totals = [sum(p.took.values()) for p in past]
+    alike = [_likeness(p, base, method) for p in past]
+    weights = [like * FADES**age for age, like in enumerate(alike)]
+    for _ in range(3):  # a job that something else disturbed teaches less each time
+        found, ratios = _fitted(work, past, totals, weights)
+        off = [abs(math.log(max(ratio, 1e-6))) for ratio in ratios]
+        weights = [w * min(1.0, USUAL_NOISE / max(o, 1e-9)) for w, o in zip(weights, off, strict=True)]
+    usual = _usual([(r, w) for r, w, like in zip(ratios, weights, alike, strict=True) if like == 1])
+    found = {part: {name: usual * seconds for name, seconds in of.items()} for part, of in found.items()}
+    return found, _spread(
+        [(r / (usual if like == 1 else 1), like) for r, like in zip(ratios, alike, strict=True)]
+    )
+
+
+def _fitted(
+    work: Work, past: Sequence[Past], totals: list[float], weights: list[float]
+) -> tuple[Work, list[float]]:
+    """(the work in seconds as past jobs say, how many times as long each of those took)."""
+    found: Work = {}
+    again = np.zeros(len(past))
+    for part, of in work.items():
+        rows = [p.work.get(part, {}) for p in past]
+        factors = _fit(list(of), rows, [p.took.get(part, 0.0) for p in past], totals, weights)
+        found[part] = {name: factors[name] * seconds for name, seconds in of.items()}
+        again += [sum(factors[name] * row.get(name, 0.0) for name in of) for row in rows]
+    return found, (np.array(totals) / np.maximum(again, 1e-9)).tolist()
+
+
+def _memory(kept: dict[str, float], past: Sequence[Past], base: str, method: str) -> int:
+    known = [p for p in past if p.peak and p.memory]
+    if len(known) < FEW:
+        return int(sum(kept.values()))
+    weights = [_likeness(p, base, method) for p in known]
+    peaks = [p.peak for p in known]
+    factors = _fit(list(kept), [p.memory for p in known], peaks, peaks, weights)
+    return int(sum(factors[name] * size for name, size in kept.items()))
+
+
+def _likeness(past: Past, base: str, method: str) -> float:
+    """How much a job tells of another: the same model and method the most."""
+    return 1.0 if (past.base, past.method) == (base, method) else 0.2 if past.base == base else 0.05
+
+
+def _fit(
+    names: list[str],
+    rows: Sequence[dict[str, float]],
+    took: list[float],
+    scale: list[float],
+    weights: list[float],
+) -> dict[str, float]:
+    """A factor for each of `names`, by least squares of what each job took as a share of `scale`; what jobs don't show
+    keeps to the middle of them all. No factor is under a tenth of that."""
+    expected = [sum(row.get(name, 0.0) for name in names) for row in rows]
+    ratios = [(t / e, w) for t, e, w in zip(took, expected, weights, strict=True) if e > 0]
+    middle = max(_quantile(ratios, 0.5), 1e-3) if ratios else 1.0
+    matrix = np.array([[row.get(name, 0.0) * middle for name in names] for row in rows])
+    largest = np.maximum(np.array(scale), matrix.sum(1))  # being far under counts as much as being far over
+    matrix, target = matrix / largest[:, None], np.array(took) / largest
+    heavy = np.array(weights)[:, None]
+    left = (matrix * heavy).T @ matrix + PULL * np.eye(len(names)) * max(weights) / len(names)
+    right = (matrix * heavy).T @ (target - matrix.sum(1))
+    change = np.zeros(len(names))
+    for _ in range(100):  # one by one, for the sake of the bound
+        for i in range(len(names)):
+            change[i] = max(-0.9, change[i] + (right[i] - left[i] @ change) / left[i, i])
+    return {name: middle * (1 + float(c)) for name, c in zip(names, change, strict=True)}
+
+
+def _usual(ratios: list[tuple[float, float]]) -> float:
+    """How far the jobs of the same model and method lie from what is said of all: what arithmetic doesn't know of
+    them."""
+    return _quantile(ratios, 0.5) if len(ratios) >= FEW else 1.0
+
+
+def _spread(ratios: list[tuple[float, float]]) -> float:
+    """P90 over P50, from how far (ratio, weight) finished jobs lie from what is now said of them, and half as much
+    again, since they are what it learned from."""
+    return min(max(1 + 1.5 * (_quantile(ratios, 0.9) - 1), 1.12), 1.35)
+
+
+def _quantile(ratios: list[tuple[float, float]], share: float) -> float:
+    """Of (value, weight): the least value with that share of the weight at or below it."""
+    wanted, seen = share * sum(weight for _, weight in ratios) - 1e-9, 0.0
+    ordered = sorted(ratios)
+    for value, weight in ordered:
+        seen += weight
+        if seen >= wanted:
+            return value
+    return ordered[-1][0]
+
+
+# --- in words -------------------------------------------------------------------------------------
+
+
+def _rows(
+    plan: _Plan, parts: dict[str, float], memory: int, machine: Machine, cost: tuple[float, float]
+) -> list[tuple[str, str]]:
+    share = plan.summary.trained_tokens / max(1, plan.summary.tokens)
+    table = [
+        ("Steps", f"{plan.steps:,}"),
+        ("Tokens read", f"{plan.tokens:,}"),
+        ("Trained tokens", f"{round(plan.tokens * share):,}"),
+        *((word, short(parts[part])) for part, word in WORDS.items() if parts[part] >= 0.5),
+        ("Peak memory", f"{gib(memory)} of {gib(machine.memory)}"),
+    ]
+    if cost[0]:
+        table.append(("Cost", f"{cost[0]:.2f}–{cost[1]:.2f}"))
+    return table
+
+
+WORDS = {
+    "queue": "Waiting for a worker", "start": "Start", "training": "Training", "checkpoints": "Checkpoints",
+    "evaluation": "Evaluations", "export": "Export",
+}  # fmt: skip
+
+
+def short(seconds: float) -> str:
+    """A time of a part, as short as it is sure."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _basis(past: Sequence[Past], machine: Machine) -> str:
+    if len(past) < FEW:
+        how = "measured" if machine.rate else "usual"
+        return f"From the data's exact tokens and the {how} speed of {machine.name}; it learns from finished jobs."
+    return f"From the data's exact tokens and the last {len(past)} jobs on such a machine."

@@ -1,0 +1,86 @@
+"""`python -m training check FILE --tokenizer DIR`: progress lines and, last, the report, as JSON lines.
+
+A program of its own because files come from strangers: whoever starts it gives it limits on memory and time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from training.data.formats import BadRow, Format
+from training.plan.catalog import describe
+from training.report.report import colour_row, report
+from training.text.encode import Plain
+from training.text.tokenizer import Tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file")
+    parser.add_argument(
+        "--tokenizer", help="folder of the base model; without it nothing is counted in tokens"
+    )
+    parser.add_argument("--format", help="how the file is written, as JSON; found out by itself if left away")
+    parser.add_argument(
+        "--sequence-length", type=int, help="tokens the model reads; its own context if left away"
+    )
+    parser.add_argument("--train-on", choices=("completion", "all"), default="completion")
+    parser.add_argument("--validation", help="a validation file to look for leaks in")
+    parser.add_argument("--validation-format", help="as --format, of that file")
+    parser.add_argument("--row", type=int, help="show the tokens of the row in this line instead of a report")
+    parser.add_argument("--limit-bytes", type=int, help="refuse a file larger than this")
+
+
+def main(given: argparse.Namespace) -> int:
+    """Exit 0 when a report was made, whatever it says."""
+    size = Path(given.file).stat().st_size
+    if given.limit_bytes and size > given.limit_bytes:
+        words = f"The file has {size:,} bytes; {given.limit_bytes:,} are allowed."
+        say({"t": "report", "ready": False, "error": words, "verdict": words, "findings": [], "samples": []})
+        return 0
+    tokenizer = Tokenizer.load(given.tokenizer) if given.tokenizer else None
+    length = given.sequence_length or (_context(Path(given.tokenizer)) if given.tokenizer else None)
+    if given.row is not None:
+        say({"t": "row", "line": given.row, **_row(given, tokenizer, length)})
+        return 0
+    gc.disable()  # rows and examples are no rings: what is no longer used goes by itself
+    found = report(
+        given.file,
+        tokenizer,
+        Plain(length, given.train_on),
+        format=json.loads(given.format) if given.format else None,
+        validation=given.validation,
+        validation_format=json.loads(given.validation_format) if given.validation_format else None,
+        progress=lambda rows, share: say({"t": "progress", "rows": rows, "share": round(share, 3)}),
+    )
+    say({"t": "report", "bytes": size, **found})
+    return 0
+
+
+def _row(given: argparse.Namespace, tokenizer: Tokenizer | None, length: int | None) -> dict[str, Any]:
+    if tokenizer is None:
+        return {"error": "Give --tokenizer: without one there are no tokens."}
+    format = Format.of(json.loads(given.format)) if given.format else None
+    try:
+        return colour_row(given.file, given.row, tokenizer, Plain(length, given.train_on), format)
+    except KeyError:
+        return {"error": f"No row begins in line {given.row:,}."}
+    except BadRow as bad:
+        return {"error": f"{bad}. {bad.fix}".strip()}
+
+
+def _context(folder: Path) -> int | None:
+    try:
+        return describe(folder).context
+    except (OSError, ValueError):
+        return None  # a folder with a tokenizer alone
+
+
+def say(line: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps({**line, "time": time.time()}) + "\n")
+    sys.stdout.flush()

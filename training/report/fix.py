@@ -1,0 +1,138 @@
+"""`python -m training fix FILE --to NEW.jsonl`: a new version of a dataset without the rows that findings name,
+and, if asked, with some rows set aside for validation. The old file stays as it is."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training.data.formats import BadRow, Format, Row, detect, rows
+from training.report.findings import KINDS
+from training.report.report import findings_of, preview_of
+from training.text.encode import Plain
+from training.text.tokenizer import Tokenizer
+
+LINES_TOLD = 10_000  # of each finding, by the command: a reader of its line has a limit
+SHOWN = 20  # rows that are gone, to look at
+DROPPABLE = frozenset(code for code, kind in KINDS.items() if kind.drop)
+
+
+@dataclass
+class Fixed:
+    """What became of the rows. `dropped` holds the lines by finding; a row named by several counts for each."""
+
+    rows: int = 0  # in the old file, also those that cannot be read
+    kept: int = 0
+    validation: int = 0
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    removed: list[dict[str, Any]] = field(default_factory=list)  # the first of them: line and preview
+
+
+def fix(
+    path: str | Path,
+    to: str | Path,
+    *,
+    drop: Collection[str] = DROPPABLE,
+    tokenizer: Tokenizer | None = None,
+    settings: Plain | None = None,
+    format: Format | None = None,
+    validation: str | Path | None = None,
+    fraction: float = 0.1,
+    seed: int = 0,
+) -> Fixed:
+    """Write the rows that stay as JSON Lines. Raises BadRow where a row cannot be read and "bad_row" is not dropped.
+
+    Which rows go to `validation` hangs on what they say and the seed, so twins never stand on both sides."""
+    unknown = set(drop) - DROPPABLE
+    if unknown:
+        raise ValueError(f"these findings name no rows to drop: {', '.join(sorted(unknown))}")
+    chosen = format or detect(path)
+    found = findings_of(path, tokenizer, settings or Plain(), chosen)
+    wanted = {code: set(found[code]) for code in sorted(set(found) & set(drop)) if code != "bad_row"}
+    result = Fixed()
+
+    def bad(row: BadRow) -> None:
+        if "bad_row" not in drop:
+            raise row
+        result.rows += 1
+        result.dropped.setdefault("bad_row", []).append(row.line)
+
+    with ExitStack() as files:
+        out = files.enter_context(Path(to).open("w", encoding="utf-8"))
+        aside = files.enter_context(Path(validation).open("w", encoding="utf-8")) if validation else None
+        for number, row in enumerate(rows(path, chosen, on_bad=bad), 1):
+            result.rows += 1
+            if codes := [code for code, numbers in wanted.items() if number in numbers]:
+                if len(result.removed) < SHOWN:
+                    result.removed.append({"line": row.line, "preview": preview_of(row)})
+                for code in codes:
+                    result.dropped.setdefault(code, []).append(row.line)
+            elif aside is not None and _share(row, seed) < fraction:
+                result.validation += 1
+                _write(aside, row)
+            else:
+                result.kept += 1
+                _write(out, row)
+    return result
+
+
+def _share(row: Row, seed: int) -> float:
+    """A number in [0, 1) that the row's text and the seed decide."""
+    digest = hashlib.sha256(f"{seed}:{row.preview}".encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _write(file: Any, row: Row) -> None:
+    if row.kind == "chat":
+        record: dict[str, Any] = {"messages": list(row.messages)}
+    elif row.kind == "completion":
+        record = {"prompt": row.prompt, "completion": row.completion}
+    else:
+        record = {"text": row.text}
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file")
+    parser.add_argument("--to", required=True, help="the new file, JSON Lines")
+    parser.add_argument(
+        "--drop",
+        help=f"findings whose rows go, with commas, or nothing; all of {', '.join(sorted(DROPPABLE))} if left away",
+    )
+    parser.add_argument("--format", help="how the file is written, as JSON; found out by itself if left away")
+    parser.add_argument(
+        "--tokenizer", help="folder of the base model; needed to find rows that are cut or teach nothing"
+    )
+    parser.add_argument("--sequence-length", type=int)
+    parser.add_argument("--validation", help="set rows aside in this file")
+    parser.add_argument("--fraction", type=float, default=0.1, help="how many of them")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def main(given: argparse.Namespace) -> int:
+    """Prints what was done as one JSON line. Exit 10 when the file cannot be read."""
+    try:
+        done = fix(
+            given.file,
+            given.to,
+            drop=DROPPABLE if given.drop is None else list(filter(None, given.drop.split(","))),
+            tokenizer=Tokenizer.load(given.tokenizer) if given.tokenizer else None,
+            settings=Plain(given.sequence_length),
+            format=Format.of(json.loads(given.format)) if given.format else None,
+            validation=given.validation,
+            fraction=given.fraction,
+            seed=given.seed,
+        )
+    except (BadRow, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 10
+    dropped = {code: lines[:LINES_TOLD] for code, lines in done.dropped.items()}
+    print(json.dumps({"t": "fixed", **asdict(done), "dropped": dropped}))
+    return 0

@@ -1,0 +1,363 @@
+"""Everything worth knowing about a dataset before a second of training is spent on it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from training.data.formats import BadFile, BadRow, Format, Part, Row, detect, head, look, rows
+from training.data.summary import Summary
+from training.report.findings import LINES_KEPT, Findings, Suspicion, Twins, fingerprint, look_at, normal
+from training.text.encode import Example, Plain, Tokens, batches, encode_batch, encoded_batches
+from training.text.tokenizer import Tokenizer
+
+SAMPLES, PREVIEW, SAMPLE_TOKENS = 5, 150, 400
+HALVED = 16 << 20  # bytes from which a file is read by two processes
+JOINED = ("rows", "characters", "foreign", "summary", "findings", "exact", "near", "prompts", "answers")
+ROW_TOKENS = 4000  # of one row that a person asks for
+FEW = 10
+CHARACTERS_PER_TOKEN = 2.0  # under this the tokenizer does not know the language
+
+Progress = Callable[[int, float], None]
+
+
+def report(
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    settings: Plain | None = None,
+    *,
+    format: Format | dict[str, Any] | None = None,
+    validation: str | Path | None = None,
+    validation_format: Format | dict[str, Any] | None = None,
+    progress: Progress = lambda rows, share: None,
+) -> dict[str, Any]:
+    """Reads every row of the file. Never raises for what the file holds: the verdict tells.
+
+    Without a tokenizer nothing is counted in tokens. `ready` says whether a job may train on it."""
+    path = Path(path)
+    run = _Report(tokenizer, settings or Plain())
+    try:
+        chosen = Format.of(format) if format else detect(path)
+        halves = _halves(path, chosen)
+        if halves:
+            run.read_both(path, chosen, progress, *halves)
+        else:
+            run.read(path, chosen, progress)
+        if validation is not None:
+            run.compare(Path(validation), Format.of(validation_format) if validation_format else None)
+    except BadRow as bad:
+        run.bad(bad)
+        chosen = Format.of(format) if format else Format("unknown")
+    return {**run.finish(chosen), **_to_choose(path, chosen, bool(format), run.summary.examples + run.rows)}
+
+
+def _to_choose(path: Path, chosen: Format, given: bool, read: int) -> dict[str, Any]:
+    """The beginning of a file with columns, so that a person may choose among them; `choose`: they have to, since none of
+    its rows could be read with those we know or were given."""
+    try:
+        written = look(path)
+        found = head(path, written) | {"format": written.as_dict()}
+    except BadRow:
+        return {}
+    if not found["columns"] or not found["rows"]:
+        return {}
+    return {"head": found, "choose": not read and (given or not chosen.shape)}
+
+
+def findings_of(
+    path: str | Path, tokenizer: Tokenizer | None, settings: Plain, format: Format
+) -> dict[str, list[int]]:
+    """Every row that a finding names, by its code: the first row is 1. Not lines: the elements of a JSON array may all
+    stand on one. Raises BadFile."""
+    run = _Report(tokenizer, settings, keep=sys.maxsize)
+    run.by_order = True
+    run.read(Path(path), format, lambda rows, share: None)
+    run.finish(format)
+    return run.findings.lines
+
+
+def _halves(path: Path, format: Format) -> tuple[Part, Part] | None:
+    """The two halves of a large JSON Lines file, where there is a second core to read one."""
+    size = path.stat().st_size
+    if format.container != "jsonl" or format.encoding != "utf-8" or size < HALVED or _cores() < 2:
+        return None
+    with path.open("rb") as file:
+        file.seek(size // 2)
+        if not file.readline(HALVED // 4).endswith(b"\n"):
+            return None
+        middle = file.tell()
+    return Part(0, middle), Part(middle, size)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+def _lines_in(path: Path, part: Part) -> int:
+    lines, left = 0, part.bytes
+    with path.open("rb") as file:
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            lines, left = lines + piece.count(b"\n"), left - len(piece)
+    return lines
+
+
+class _Report:
+    """One reading of one file."""
+
+    def __init__(self, tokenizer: Tokenizer | None, settings: Plain, keep: int = LINES_KEPT) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        self.summary, self.findings = Summary(), Findings(keep)
+        self.rows = self.characters = self.foreign = 0
+        self.by_order = False  # name rows by their place among those that can be read, not by their line
+        self.samples: list[dict[str, Any]] = []
+        self.exact, self.near, self.prompts = Twins(), Twins(), Twins()
+        self.answers: set[int] = set()
+        self.problem: BadRow | None = None
+
+    def bad(self, bad: BadRow) -> None:
+        self.problem = self.problem or bad
+        self.findings.add("bad_row", bad.line, f"{bad.reason}. {bad.fix}")
+
+    def read(self, path: Path, format: Format, progress: Progress, part: Part | None = None) -> None:
+        size, told = max(1, part.bytes if part else path.stat().st_size), time.monotonic()
+        for batch in self._batches(path, format, part):
+            texts = [row.preview for row, _ in batch]
+            special = self.tokenizer.special_pattern if self.tokenizer else None
+            may = Suspicion.of(texts, special)
+            for (row, examples), text in zip(batch, texts, strict=True):
+                self.rows += 1
+                if self.by_order:
+                    row = replace(row, line=self.rows)
+                self.characters += len(text)
+                if may.foreign:
+                    self.foreign += len(text) - len(text.encode("ascii", "ignore"))
+                look_at(row, text, self.findings, special, may)
+                self.row(row, text, examples)
+            if time.monotonic() - told > 0.5:
+                told = time.monotonic()
+                progress(self.rows, min(0.99, self.characters / size))
+        self.summary.kind = {"text": "text", "completion": "completion"}.get(format.shape, "chat")
+
+    def read_both(self, path: Path, format: Format, progress: Progress, first: Part, second: Part) -> None:
+        """Two halves at once, the second by a process of its own, which is gone when this one is."""
+        fork = get_context("fork")
+        receiver, sender = fork.Pipe(duplex=False)
+        ahead, parent = fork.Value("q", 0, lock=False), os.getpid()
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the halves have both cores busy
+
+        def watch(rows: int, share: float) -> None:
+            ahead.value = rows
+            if os.getppid() != parent:
+                os._exit(1)
+
+        def read() -> None:
+            other = _Report(self.tokenizer, self.settings, self.findings.keep)
+            try:
+                other.read(path, format, watch, second)
+            except BadRow as bad:
+                other.bad(bad)
+            sender.send(other._state())
+
+        process = fork.Process(target=read)
+        process.start()
+        sender.close()
+        try:
+            self.read(path, format, lambda rows, share: progress(rows + ahead.value, share), first)
+            self._join(receiver.recv(), _lines_in(path, first))
+        except EOFError:
+            raise MemoryError("the second half was not read to its end") from None
+        finally:
+            process.kill()
+            process.join()
+
+    def _state(self) -> dict[str, Any]:
+        problem = self.problem and (self.problem.line, self.problem.reason, self.problem.fix)
+        return {name: getattr(self, name) for name in JOINED} | {"problem": problem}
+
+    def _join(self, later: dict[str, Any], lines: int) -> None:
+        """Takes over what was seen in the half that begins after `lines` lines."""
+        for name in ("rows", "characters", "foreign"):
+            setattr(self, name, getattr(self, name) + later[name])
+        self.summary.join(later["summary"])
+        for name in ("findings", "exact", "near", "prompts"):
+            getattr(self, name).join(later[name], lines)
+        self.answers |= later["answers"]
+        if later["problem"] and not self.problem:
+            line, reason, fix = later["problem"]
+            self.problem = BadRow(line + lines, reason, fix)
+
+    def _batches(
+        self, path: Path, format: Format, part: Part | None
+    ) -> Iterable[list[tuple[Row, list[Tokens]]]]:
+        if self.tokenizer is None:
+            read = rows(path, format, on_bad=self.bad, part=part)
+            return ([(row, []) for row in batch] for batch in batches(read))
+        return encoded_batches(path, self.tokenizer, self.settings, format, self.bad, part)
+
+    def row(self, row: Row, text: str, examples: list[Tokens]) -> None:
+        tokenizer = self.tokenizer
+        self._remember(row, text)
+        untrained = self.summary.untrained
+        for example in examples:
+            self.summary.add(example)
+        if tokenizer is None:
+            if len(self.samples) < SAMPLES:
+                self.samples.append({"line": row.line, "preview": preview_of(row)})
+            return
+        if any(example.truncated for example in examples):
+            self.findings.add("truncated", row.line, f"{examples[0].truncated} tokens lost")
+        if self.summary.untrained - untrained == len(examples):
+            self.findings.add("nothing_to_train", row.line)
+        elif row.kind == "chat" and not _ends(examples[0], tokenizer):
+            self.findings.add("missing_end", row.line)
+        if len(self.samples) < SAMPLES and examples:
+            self.samples.append(
+                {"line": row.line, "preview": preview_of(row), **coloured(examples[0].example(), tokenizer)}
+            )
+
+    def _remember(self, row: Row, text: str) -> None:
+        asked, answer = question_and_answer(row)
+        self.exact.add(text, row.line)
+        self.near.add(f"{asked}\n{normal(answer)}", row.line)
+        if asked:
+            self.prompts.add(asked, row.line)
+        if len(self.answers) < 2:
+            self.answers.add(fingerprint(answer))
+
+    def compare(self, validation: Path, format: Format | None = None) -> None:
+        """Which rows of the validation file stand in the training file, whole or by their question."""
+        rows_there, questions = Twins(), Twins()
+        for row in rows(validation, format, on_bad=lambda bad: None):
+            asked, answer = question_and_answer(row)
+            rows_there.add(f"{asked}\n{normal(answer)}", row.line)
+            if asked:
+                questions.add(asked, row.line)
+        for line in sorted({*self.near.common(rows_there), *self.prompts.common(questions)}):
+            self.findings.add("leak", line)
+
+    def finish(self, format: Format) -> dict[str, Any]:
+        exact = dict(self.exact.again())
+        for line, first in exact.items():
+            self.findings.add("duplicate", line, f"as line {first}")
+        near = dict(self.near.again())
+        for line, first in near.items():
+            if line not in exact:
+                self.findings.add("near_duplicate", line, f"as line {first}")
+        for line, first in self.prompts.again():
+            if line not in near:
+                self.findings.add("conflict", line, f"asked as in line {first}")
+        if self.rows > 3 and len(self.answers) == 1 and self.summary.kind != "text":
+            self.findings.add("same_answer", 0)
+        if 0 < self.rows < FEW and self.summary.kind != "text":
+            self.findings.add("few", 0, f"{self.rows} examples")
+        tokens = self.summary.tokens + self.summary.lost_tokens
+        # Digits and code take many tokens too, and are no foreign language.
+        if (
+            self.foreign * 4 > self.characters
+            and self.characters / max(tokens, 1) < CHARACTERS_PER_TOKEN
+            and tokens > 200
+        ):
+            self.findings.add("poor_fit", 0, f"{self.characters / tokens:.1f} characters a token")
+        if self.rows == 0 and self.problem is None:
+            self.bad(
+                BadFile(
+                    0, "there is no example in the file", "Upload a file with at least one example in it."
+                )
+            )
+        return {
+            **self.summary.as_dict(),
+            "rows": self.rows,
+            "characters": self.characters,
+            "format": format.as_dict(),
+            "sequence_length": self.settings.sequence_length,
+            **self._verdict(),
+            "findings": self.findings.as_list(),
+            "samples": self.samples,
+        }
+
+    def _verdict(self) -> dict[str, Any]:
+        """`ready` (may be trained on), `error` (why not, for whoever reads one line) and a plain `verdict`."""
+        counts = self.findings.counts
+        if self.problem is not None:
+            more = counts["bad_row"] - 1
+            also = f" {more} more {'row' if more == 1 else 'rows'} cannot be read." if more else ""
+            where = f"Line {self.problem.line}: " if self.problem.line else ""
+            words = f"{where}{self.problem.reason}. {self.problem.fix}{also}"
+            return {"ready": False, "error": words, "verdict": words}
+        if self.tokenizer is not None and not self.summary.trained_tokens:
+            words = "There is nothing to learn in any row. Give the rows answers."
+            return {"ready": False, "error": words, "verdict": words}
+        many = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
+        serious = [f for f in self.findings.as_list() if f["severity"] != "info"]
+        if not serious:
+            return {"ready": True, "error": "", "verdict": f"{many}, and nothing to complain about."}
+        worst = ", ".join(f"{f['title'][0].lower()}{f['title'][1:]} ({f['count']:,})" for f in serious[:3])
+        return {"ready": True, "error": "", "verdict": f"{many} that can be trained on. Look at: {worst}."}
+
+
+def question_and_answer(row: Row) -> tuple[str, str]:
+    """What is asked and what is answered, capitals and spaces not counted in the question; text has no question."""
+    if row.kind == "completion":
+        return normal(row.prompt), row.completion
+    if row.kind == "text":
+        return "", row.text
+    answers = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
+    last = answers[-1] if answers else len(row.messages)
+    asked = "\n".join(f"{m['role']}: {m['content']}" for m in row.messages[:last])
+    return normal(asked), row.messages[last]["content"] if answers else ""
+
+
+def coloured(example: Example, tokenizer: Tokenizer, limit: int = SAMPLE_TOKENS) -> dict[str, Any]:
+    """The tokens of an example as a page shows them: text, whether trained, whether a line ends there."""
+    texts = tokenizer.token_texts(example.ids[:limit])
+    return {
+        "tokens": [
+            {"text": text, "trained": bool(trained), "breaks": text.endswith("\n")}
+            for text, trained in zip(texts, example.mask, strict=False)
+        ],
+        "more": max(0, len(example.ids) - limit),
+    }
+
+
+def colour_row(
+    path: str | Path, line: int, tokenizer: Tokenizer, settings: Plain, format: Format | None = None
+) -> dict[str, Any]:
+    """The coloured tokens of the row at `line`, and how many are cut off. Raises KeyError if no row begins there, and
+    BadRow for one that can't be read."""
+
+    def bad(bad: BadRow) -> None:
+        if bad.line == line:
+            raise bad
+
+    for row in rows(path, format, on_bad=bad):
+        if row.line == line:
+            found = encode_batch([row], tokenizer, settings)[0]
+            if isinstance(found, BadRow):
+                raise found
+            shown = coloured(found.example(), tokenizer, ROW_TOKENS)
+            return {"line": line, "preview": preview_of(row), "cut": found.truncated, **shown}
+        if row.line > line:
+            break
+    raise KeyError(line)
+
+
+def preview_of(row: Row) -> str:
+    """On one line, cut to 150 characters."""
+    return one_line(row.preview)
+
+
+def one_line(text: str) -> str:
+    text = " ".join(text[: 4 * PREVIEW].split())
+    return text if len(text) <= PREVIEW else text[: PREVIEW - 1] + "…"
+
+
+def _ends(example: Tokens, tokenizer: Tokenizer) -> bool:
+    """Whether the last trained token is a control token: the end that a model learns to write."""
+    ends = tokenizer.special_tokens
+    return bool(example.truncated) or not ends or example.last_trained.endswith(ends)

@@ -1,0 +1,391 @@
+"""The server: requests as JSON lines on standard input, tokens as JSON lines on standard output.
+
+    python -m training serve [--max-models 3] [--max-bytes 4000000000] [--max-sequences 16]
+
+    in   {"id", "op": "generate", "model": "/abs/folder", "prompt": … | "messages": […], "who": …, "max_tokens", …}
+         {"id", "op": "cancel"} · {"id", "op": "load" | "unload", "model"} · {"op": "status"}
+    out  {"t": "ready"} · {"t": "alive"} every 5 s while there is work · {"id", "t": "reading"} before a prompt is read
+         {"id", "t": "start", "prompt_tokens"} · {"id", "t": "token", "index", "text", …}
+         {"id", "t": "done", "choices", "usage"} · {"id", "t": "error", "code", "message"} · {"t": "status", …}
+
+One thread reads, one loads models, and the main one writes tokens: every pass advances all sequences of a model
+together, and lets waiting requests in between two passes, taking people in turn (`who`), so that nobody's hundred
+requests stand before another's one. Chat templates are rendered in a process of their own. It ends at the end of its
+input, and with the process that started it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from training.models.generate import (
+    GenerateError,
+    GenerateOptions,
+    TextSequence,
+    Token,
+    advance,
+    open_sequences,
+    prompt_ids,
+)
+from training.serving.warm_models import Loaded, Models
+from training.text.chat_template import STOPPED, Renderer
+from training.text.tokenizer import TemplateTooSlow, TokenizerError
+
+MAX_LINE_BYTES = 4 * 1024 * 1024  # a request; a longer line is refused and skipped
+MAX_WAITING = 256  # requests that wait; more are refused as busy
+MAX_N, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_CHARS = 8, 20, 16, 200
+MAX_TOKENS = 1_000_000
+ALIVE_S = 5.0
+NO_CHAT_S = 60  # a person's chats with a model are refused for so long after its template had to be stopped
+
+
+@dataclass
+class Request:
+    id: str
+    who: str
+    model: str
+    prompt: str | list[dict[str, Any]]
+    options: GenerateOptions
+    sequences: list[TextSequence] = field(default_factory=list)
+    prompt_tokens: int = 0
+
+
+class Server:
+    def __init__(self, models: Models, max_sequences: int) -> None:
+        self.models, self.max_sequences = models, max_sequences
+        self.share = max(1, max_sequences // 2)  # one person never holds more than half of what can run
+        self.waiting: OrderedDict[str, deque[Request]] = OrderedDict()  # by person, whose turn it is first
+        self.active: dict[str, Request] = {}
+        self.loads: dict[str, str] = {}  # ids of `load` requests by folder
+        self.renderer = Renderer()
+        self.no_chat: dict[tuple[str, str], float] = {}  # by person and model: until when
+
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self.active or self.loads)
+
+    # --- requests coming in ---------------------------------------------------------------------
+
+    def take(self, line: bytes) -> None:
+        """One line of input."""
+        try:
+            message = json.loads(line)
+            if not isinstance(message, dict):
+                raise ValueError("not an object")
+        except ValueError:
+            return say(
+                {"t": "error", "code": "bad_request", "message": "a request is one JSON object a line"}
+            )
+        try:
+            self._act(message)
+        except GenerateError as error:
+            refuse(str(message.get("id", "")), error)
+
+    def _act(self, message: Mapping[str, Any]) -> None:
+        op, request_id, model = message.get("op"), str(message.get("id", "")), str(message.get("model", ""))
+        if op == "generate":
+            self._queue(parse(message))
+        elif op == "cancel":
+            self._cancel(request_id)
+        elif op == "load":
+            self.loads[model] = request_id
+        elif op == "unload":
+            say({"id": request_id, "t": "unloaded", "model": model, "done": self.models.unload(model)})
+        elif op == "status":
+            say({"t": "status", **self.status()})
+        else:
+            raise GenerateError("bad_request", f"unknown op {op!r}")
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "active": len(self.active),
+            "sequences": self._running(),
+            "waiting": sum(map(len, self.waiting.values())),
+            "models": [{"model": f, "bytes": m.bytes, "users": m.users} for f, m in self.models.warm.items()],
+        }
+
+    def _queue(self, request: Request) -> None:
+        if request.id in self.active or any(
+            r.id == request.id for line in self.waiting.values() for r in line
+        ):
+            raise GenerateError("bad_request", "this id is in use")
+        if sum(map(len, self.waiting.values())) >= MAX_WAITING:
+            raise GenerateError("busy", "too many requests are waiting; try again in a moment")
+        self.waiting.setdefault(request.who, deque()).append(request)
+
+    def _cancel(self, request_id: str) -> None:
+        if request := self.active.get(request_id):
+            for sequence in request.sequences:
+                sequence.finish_reason = sequence.finish_reason or "cancelled"
+            return self._close(request)
+        for who, line in list(self.waiting.items()):
+            for request in [r for r in line if r.id == request_id]:
+                line.remove(request)
+                done(request)
+            if not line:
+                del self.waiting[who]
+        return None
+
+    # --- work -----------------------------------------------------------------------------------
+
+    def work(self) -> bool:
+        """Let requests in and write one token for each sequence. False when there was nothing to do."""
+        for folder, request_id in list(self.loads.items()):
+            self._finish_load(folder, request_id)
+        self._admit()
+        for folder in {request.model for request in self.active.values()}:
+            self._advance(folder)
+        return bool(self.active)
+
+    def _finish_load(self, folder: str, request_id: str) -> None:
+        try:
+            model = self.models.get(folder)
+        except GenerateError as error:
+            del self.loads[folder]
+            return refuse(request_id, error)
+        if model is not None:
+            del self.loads[folder]
+            say({"id": request_id, "t": "loaded", "model": folder, "bytes": model.bytes})
+        return None
+
+    def _admit(self) -> None:
+        """From each person in turn the oldest request that fits; people who were served go to the end of the line."""
+        for who in list(self.waiting):
+            line = self.waiting[who]
+            request = line[0]
+            if self._running(who) + request.options.n > self.share:
+                continue
+            if self._running() + request.options.n > self.max_sequences:
+                return  # nobody overtakes: places become free until a request for many has room
+            try:
+                model = self.models.get(request.model)
+                if model is None:
+                    continue  # still loading; the others do not wait for it
+                self._start(request, model)
+            except GenerateError as error:
+                refuse(request.id, error)
+            except RuntimeError as error:  # torch's own, out of memory among them
+                refuse(request.id, GenerateError("failed", f"reading the prompt failed: {error}"))
+            line.popleft()
+            self.waiting.move_to_end(who)
+            if not line:
+                del self.waiting[who]
+
+    def _running(self, who: str | None = None) -> int:
+        requests = [r for r in self.active.values() if who is None or r.who == who]
+        return sum(s.finish_reason is None for r in requests for s in r.sequences)
+
+    def _start(self, request: Request, model: Loaded) -> None:
+        say({"id": request.id, "t": "reading"})  # if it is our last word, whose prompt it was is known
+        ids = self._read(request, model)
+        request.sequences = open_sequences(model.decoder, model.tokenizer, ids, request.options)
+        request.prompt_tokens = len(ids)
+        model.users += 1
+        self.active[request.id] = request
+        say({"id": request.id, "t": "start", "prompt_tokens": len(ids)})
+        for sequence in request.sequences:
+            for token in sequence.prompt_tokens:
+                say_token(request, token)
+        if all(s.finish_reason for s in request.sequences):
+            self._close(request)
+
+    def _read(self, request: Request, model: Loaded) -> list[int]:
+        """The prompt's tokens. Everybody waits for a template that has to be stopped, so it is not tried again at once."""
+        key, now = (request.who, request.model), time.monotonic()
+        if isinstance(request.prompt, list) and now < self.no_chat.get(key, 0):
+            raise GenerateError("bad_request", f"{STOPPED}; give a prompt, or wait a minute")
+        model.tokenizer.render = self.renderer.render
+        try:
+            return prompt_ids(request.prompt, model.tokenizer)
+        except TokenizerError as refusal:
+            if isinstance(refusal, TemplateTooSlow):
+                self.no_chat = {other: until for other, until in self.no_chat.items() if now < until}
+                self.no_chat[key] = now + NO_CHAT_S
+            raise GenerateError("bad_request", str(refusal)) from refusal
+
+    def _advance(self, folder: str) -> None:
+        requests = [r for r in self.active.values() if r.model == folder]
+        owner = {id(s): r for r in requests for s in r.sequences}
+        live = [s for r in requests for s in r.sequences if s.finish_reason is None]
+        try:
+            advance(self.models.warm[folder].decoder, live, lambda s, token: say_token(owner[id(s)], token))
+        except (
+            RuntimeError
+        ) as error:  # torch's own, out of memory among them: these requests fail, the server lives
+            for request in requests:
+                self._close(request, GenerateError("failed", f"writing failed: {error}"))
+        for request in requests:
+            if request.id in self.active and all(s.finish_reason for s in request.sequences):
+                self._close(request)
+
+    def _close(self, request: Request, error: GenerateError | None = None) -> None:
+        del self.active[request.id]
+        self.models.warm[request.model].users -= 1
+        if error is not None:
+            refuse(request.id, error)
+        else:
+            done(request)
+
+
+# --- the protocol ----------------------------------------------------------------------------------
+
+
+def parse(message: Mapping[str, Any]) -> Request:
+    """A request from its line. Raises GenerateError naming the field that cannot be used."""
+    if not message.get("id"):
+        raise GenerateError("bad_request", "a request needs an id")
+    prompt = message.get("messages") if message.get("messages") is not None else message.get("prompt")
+    if not isinstance(prompt, str | list) or (
+        isinstance(prompt, list) and not all(isinstance(m, dict) for m in prompt)
+    ):
+        raise GenerateError("bad_request", "give a prompt (text) or messages (a list of objects)")
+    stop = message.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) for s in stop):
+        raise GenerateError("bad_request", f"stop is a text or up to {MAX_STOPS} of them")
+    if any(len(s) > MAX_STOP_CHARS for s in stop):
+        raise GenerateError("bad_request", f"a stop text has at most {MAX_STOP_CHARS} characters")
+    options = GenerateOptions(
+        max_tokens=int(_number(message, "max_tokens", 0, MAX_TOKENS)),
+        temperature=_number(message, "temperature", 0, 2),
+        top_p=_number(message, "top_p", 0, 1),
+        top_k=int(_number(message, "top_k", 0, 1_000_000)),
+        stop=tuple(stop),
+        seed=None if message.get("seed") is None else int(_number(message, "seed", -(2**63), 2**63)),
+        n=int(_number(message, "n", 1, MAX_N)),
+        logprobs=None
+        if message.get("logprobs") is None
+        else int(_number(message, "logprobs", 0, MAX_LOGPROBS)),
+        echo=bool(message.get("echo")),
+    )
+    who, model = str(message.get("who", "")), str(message.get("model", ""))
+    return Request(str(message["id"]), who, model, prompt, options)
+
+
+DEFAULTS = {f.name: f.default for f in fields(GenerateOptions)}
+
+
+def _number(message: Mapping[str, Any], name: str, low: float, high: float) -> float:
+    value = message.get(name)
+    value = DEFAULTS[name] if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise GenerateError("bad_request", f"{name} must be a number from {low} to {high}")
+    return value
+
+
+def say_token(request: Request, token: Token) -> None:
+    line: dict[str, Any] = {"id": request.id, "t": "token", "index": token.index, "text": token.text}
+    if request.options.logprobs is not None:
+        line |= {"token": token.token, "logprob": token.logprob, "top": token.top}
+    elif not token.text:
+        return  # nothing to show yet
+    else:
+        line["token"] = token.token
+    say(line)
+
+
+def done(request: Request) -> None:
+    written = sum(len(s.ids) for s in request.sequences)
+    say(
+        {
+            "id": request.id,
+            "t": "done",
+            "choices": [{"index": s.index, "finish_reason": s.finish_reason} for s in request.sequences]
+            or [{"index": i, "finish_reason": "cancelled"} for i in range(request.options.n)],
+            "usage": {
+                "prompt_tokens": request.prompt_tokens,
+                "completion_tokens": written,
+                "total_tokens": request.prompt_tokens + written,
+            },
+        }
+    )
+
+
+def refuse(request_id: str, error: GenerateError) -> None:
+    say({"id": request_id, "t": "error", "code": error.code, "message": str(error)})
+
+
+def say(line: Mapping[str, Any]) -> None:
+    """One write a line, so that a reader never sees half of one for long."""
+    os.write(_out, json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+
+
+_out = 1  # main() moves it: what a library prints must not land between the lines
+
+
+# --- the program -----------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-models", type=int, default=3, help="models kept warm")
+    parser.add_argument("--max-bytes", type=int, default=4_000_000_000, help="bytes of weights kept warm")
+    parser.add_argument("--max-sequences", type=int, default=16, help="sequences written at once")
+
+
+def main(args: argparse.Namespace) -> int:
+    status = 1
+    try:
+        status = run(args)
+    except Exception:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(status)  # a model may still be loading in its thread; nothing here needs to be put away
+
+
+def run(args: argparse.Namespace) -> int:
+    global _out
+    _out = os.dup(1)
+    os.dup2(2, 1)
+    inbox: queue.Queue[bytes | None] = queue.Queue(maxsize=1024)  # a full one makes the sender wait
+    threading.Thread(target=_read, args=(inbox,), daemon=True).start()
+    server = Server(Models(args.max_models, args.max_bytes), args.max_sequences)
+    server.renderer.start()
+    say({"t": "ready"})
+    spoke = time.monotonic()
+    try:
+        while True:
+            if time.monotonic() - spoke > ALIVE_S:
+                spoke = time.monotonic()
+                say({"t": "alive"})
+            for line in _lines(inbox, wait=None if server.idle else 0.0):
+                if line is None:
+                    return 0
+                server.take(line)
+            if not server.work() and not server.idle:
+                for line in _lines(inbox, wait=0.02):  # a model is being loaded; look again soon
+                    if line is None:
+                        return 0
+                    server.take(line)
+    except BrokenPipeError:
+        return 0  # nobody listens any more
+
+
+def _read(inbox: queue.Queue[bytes | None]) -> None:
+    while line := sys.stdin.buffer.readline(MAX_LINE_BYTES):
+        if not line.endswith(b"\n"):
+            while (rest := sys.stdin.buffer.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            line = b"too long"  # not JSON, so it is answered as a bad request
+        inbox.put(line)
+    inbox.put(None)
+
+
+def _lines(inbox: queue.Queue[bytes | None], wait: float | None) -> Iterator[bytes | None]:
+    """All lines there are; waits for the first (None: as long as it takes)."""
+    try:
+        yield inbox.get(timeout=wait) if wait != 0.0 else inbox.get_nowait()
+        while True:
+            yield inbox.get_nowait()
+    except queue.Empty:
+        return

@@ -1,0 +1,80 @@
+"""The models a server keeps warm: loaded in a thread of their own, the one unused for longest leaves first."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.models.decoder import Decoder
+from training.models.generate import GenerateError
+from training.models.load import decoder_for, load_model
+from training.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Loaded:
+    """A model that is warm. `users` counts the requests that are writing with it."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    bytes: int
+    users: int = 0
+
+
+def load(folder: str) -> Loaded:
+    """Read a model folder for generation. Raises GenerateError with what is wrong with it."""
+    if not os.path.isabs(folder) or not Path(folder, "config.json").is_file():
+        raise GenerateError("model_not_found", f"no model at {folder}")
+    try:
+        tokenizer, model = Tokenizer.load(folder), load_model(folder)
+        decoder = decoder_for(model, pack=True)
+    except Exception as error:
+        # Who asks sees no paths of ours.
+        why = str(error).replace(f"{folder}/", "").replace(folder, "its folder")
+        raise GenerateError("model_unusable", f"the model cannot be loaded: {why}") from error
+    size = sum(
+        p.numel() * p.element_size() for p in model.parameters()
+    )  # in memory, fp32: not what the file has
+    return Loaded(decoder, tokenizer, size)
+
+
+class Models:
+    """By folder."""
+
+    def __init__(self, max_models: int, max_bytes: int) -> None:
+        self.max_models, self.max_bytes = max_models, max_bytes
+        self.warm: OrderedDict[str, Loaded] = OrderedDict()
+        self.coming: dict[str, Future[Loaded]] = {}
+        self.pool = ThreadPoolExecutor(1, "load")
+
+    def get(self, folder: str) -> Loaded | None:
+        """The model, or None while it is still being loaded. Raises GenerateError when it cannot be."""
+        if folder in self.warm:
+            self.warm.move_to_end(folder)
+            return self.warm[folder]
+        if folder not in self.coming:
+            self.coming[folder] = self.pool.submit(load, folder)
+        if not self.coming[folder].done():
+            return None
+        self.warm[folder] = self.coming.pop(folder).result()
+        self._make_room()
+        return self.warm[folder]
+
+    def unload(self, folder: str) -> bool:
+        """False when it is in use (or not here)."""
+        if folder not in self.warm or self.warm[folder].users:
+            return False
+        del self.warm[folder]
+        return True
+
+    def _make_room(self) -> None:
+        newest = next(reversed(self.warm))
+        for folder, model in list(self.warm.items()):
+            too_many = len(self.warm) > self.max_models
+            if not too_many and sum(m.bytes for m in self.warm.values()) <= self.max_bytes:
+                return
+            if not model.users and folder != newest:
+                del self.warm[folder]

@@ -1,0 +1,135 @@
+"""A chat template makes text of a conversation, in jinja2's immutable sandbox, because it comes from wherever its model
+came from.
+
+The sandbox keeps a template from our files, not from looping for ever or filling the memory. A trainer and a report
+fail alone with theirs; who serves many people renders in a process of its own (`Renderer`), which the kernel stops.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Environment, Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+CPU_S = 1.0  # of one conversation; an ordinary one takes a millisecond
+MEMORY_BYTES = 1 << 30  # address space of the process that renders
+MAX_CHARS = 16_000_000  # of a conversation
+STOPPED = "the model's chat template takes too long or too much memory; it was stopped"
+ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    MemoryError,
+)
+
+
+class BadTemplate(ValueError):
+    """The template cannot be read, or it refuses these messages, in its own words."""
+
+
+class TemplateStopped(BadTemplate):
+    """The template took more time or memory than any conversation needs."""
+
+
+def render(template: str, variables: Mapping[str, Any]) -> str:
+    """Raises BadTemplate."""
+    try:
+        text = _compiled(template).render(variables)
+    except BadTemplate:
+        raise
+    except ERRORS as error:
+        why = str(error) or type(error).__name__
+        raise BadTemplate(f"the model's chat template refuses these messages: {why}") from error
+    if len(text) > MAX_CHARS:
+        raise BadTemplate(
+            f"the model's chat template makes more than {MAX_CHARS:,} characters of these messages"
+        )
+    return text
+
+
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> Template:
+    environment: Environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+    try:
+        return environment.from_string(template)
+    except ERRORS as error:
+        raise BadTemplate(f"the chat template cannot be read: {error}") from error
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+# --- in a process of its own -----------------------------------------------------------------------
+
+
+class Renderer:
+    """`render`, by a child that is started again after one that was stopped. For one thread."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> subprocess.Popen[bytes]:
+        if self.process is None:
+            argv = [sys.executable, "-m", "training.text.chat_template"]
+            self.process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return self.process
+
+    def render(self, template: str, variables: Mapping[str, Any]) -> str:
+        """Raises BadTemplate; TemplateStopped when the child was stopped over it."""
+        answer = self._ask(json.dumps([template, variables]).encode() + b"\n")
+        if not answer.endswith(b"\n"):
+            self.stop()
+            raise TemplateStopped(STOPPED)
+        said = json.loads(answer)
+        if "error" in said:
+            raise BadTemplate(said["error"])
+        return str(said["text"])
+
+    def _ask(self, line: bytes) -> bytes:
+        process = self.start()
+        assert process.stdin
+        assert process.stdout
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+        except BrokenPipeError:
+            return b""
+        return process.stdout.readline()
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    for line in sys.stdin.buffer:
+        template, variables = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, CPU_S)  # nobody handles its signal: it ends the process
+        try:
+            said = {"text": render(template, variables)}
+        except BadTemplate as error:
+            said = {"error": str(error)}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout.buffer.write(json.dumps(said).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

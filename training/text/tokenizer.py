@@ -1,0 +1,285 @@
+"""A tokenizer folder as Hugging Face writes it, read with the `tokenizers` library alone (no torch, no transformers).
+
+Two rules hold everywhere:
+- a person's text is text: `<|endoftext|>` typed inside a row is encoded as its letters, never as the control token;
+- chat templates run in a sandbox (`training.text.chat_template`), because they come from wherever the base model came from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import tokenizers
+
+from training.text.chat_template import BadTemplate, TemplateStopped, render
+
+# Plain-text roles and the end token, for models that bring no template (GPT-2 has none). The separator stands before
+# a turn, not after it, so that the rendered text of the first turns is always a prefix of the whole.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ m['role'].capitalize() + ':\\n' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\nAssistant:\\n' }}{% endif %}"
+)
+
+Message = Mapping[str, Any]
+
+
+class Piece(NamedTuple):
+    """A stretch of a row: a person's text, or (`made`) text from a template, in which control tokens count."""
+
+    text: str
+    trained: bool = False
+    made: bool = False
+    hidden: Mapping[str, str] = MappingProxyType({})  # what `Tokenizer.guard` swapped out of it
+
+
+Encoded = tokenizers.Encoding | list[int]  # as the library has them, or as a list: both know their length
+
+
+def ids_of(encoded: Encoded) -> list[int]:
+    return encoded if isinstance(encoded, list) else encoded.ids
+
+
+class TokenizerError(ValueError):
+    """The folder holds no tokenizer we can read, or its chat template cannot render the messages."""
+
+
+class TemplateTooSlow(TokenizerError):
+    """The chat template was stopped."""
+
+
+@dataclass
+class Tokenizer:
+    """`encode*` never adds tokens of its own; what goes around the text is decided in `training.text.encode`."""
+
+    backend: tokenizers.Tokenizer
+    config: dict[str, Any] = field(default_factory=dict)
+    chat_template: str = CHAT_TEMPLATE
+    own_template: bool = False  # True when the base model brought its own chat template
+    folder: Path | None = None
+    render: Callable[[str, Mapping[str, Any]], str] = render  # a server's renders in a process of its own
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Read tokenizer.json (or GPT-2's older vocab.json + merges.txt) and tokenizer_config.json."""
+        folder = Path(folder)
+        backend = _backend(folder)
+        backend.no_truncation()
+        backend.no_padding()
+        config = _read_json(folder / "tokenizer_config.json")
+        specials = _read_json(folder / "special_tokens_map.json")
+        model_config = _read_json(folder / "config.json")
+        merged = {**specials, **{k: v for k, v in config.items() if v is not None}}
+        # Old GPT-2 folders name their tokens nowhere but in the model's configuration.
+        for name in ("bos", "eos", "pad"):
+            token_id = model_config.get(f"{name}_token_id")
+            if f"{name}_token" not in merged and isinstance(token_id, int):
+                merged[f"{name}_token"] = backend.id_to_token(token_id)
+        template = _template(folder, config)
+        return cls(backend, merged, template or CHAT_TEMPLATE, bool(template), folder)
+
+    # --- facts ---------------------------------------------------------------------------------
+
+    @cached_property
+    def eos_id(self) -> int:
+        token_id = self._special_id("eos_token")
+        if token_id is None:
+            raise TokenizerError(
+                "this tokenizer names no end token (eos_token); the model could never learn to stop"
+            )
+        return token_id
+
+    @cached_property
+    def bos_id(self) -> int | None:
+        """The token put before plain text, for models whose tokenizer asks for one (GPT-2's does not)."""
+        if self.config.get("add_bos_token") is False:
+            return None
+        # What the tokenizer itself would put around an empty text tells whether it begins with a token.
+        around = self.backend.encode("", add_special_tokens=True).ids
+        bos = self._special_id("bos_token")
+        return bos if bos is not None and (around[:1] == [bos] or self.config.get("add_bos_token")) else None
+
+    @cached_property
+    def eos_text(self) -> str:
+        return self.backend.id_to_token(self.eos_id) or ""
+
+    @cached_property
+    def bos_text(self) -> str:
+        return "" if self.bos_id is None else self.backend.id_to_token(self.bos_id) or ""
+
+    @cached_property
+    def pad_id(self) -> int | None:
+        return self._special_id("pad_token")
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The longest first."""
+        found = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
+        return tuple(sorted(found, key=len, reverse=True))
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str] | None:
+        """Finds the spelling of a control token inside somebody's text."""
+        return re.compile("|".join(map(re.escape, self.special_tokens))) if self.special_tokens else None
+
+    def _special_id(self, name: str) -> int | None:
+        token = self.config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        return self.backend.token_to_id(token) if isinstance(token, str) else None
+
+    # --- text to ids and back ------------------------------------------------------------------
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, reading control tokens in a text as plain letters. A second copy, because the switch
+        is a property of the whole object and encoding may run in several threads."""
+        copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        copy.no_truncation()
+        copy.no_padding()
+        copy.encode_special_tokens = True
+        return copy
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of somebody's text; control tokens spelled in it stay letters."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts at once, several times faster."""
+        return [ids_of(encoded) for encoded in self.encode_each([Piece(text) for text in texts])]
+
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of text we or a chat template made: control tokens spelled in it are control tokens."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_each(self, pieces: Sequence[Piece]) -> list[Encoded]:
+        """The tokens of each stretch of text, by one call for all of them."""
+        pattern = self.special_pattern
+        texts = [piece.text for piece in pieces]
+        found: list[Encoded] = [*self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        for i, piece in enumerate(pieces):
+            if piece.hidden:
+                found[i] = self.encode_pieces(piece.text, piece.hidden)
+            elif not piece.made and pattern is not None and pattern.search(piece.text):
+                found[i] = self._plain.encode(piece.text, add_special_tokens=False)
+        return found
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """The text each token stands for, for colouring; bytes of a cut character show as the replacement sign."""
+        return [self.backend.decode([i], skip_special_tokens=False) for i in ids]
+
+    # --- chat ----------------------------------------------------------------------------------
+
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The text the template makes of the messages. Raises TokenizerError with the template's own words."""
+        if self.chat_template == CHAT_TEMPLATE and all(
+            type(m.get("role")) is str and type(m.get("content")) is str for m in messages
+        ):
+            return _ours(messages, self._token_text("eos_token"), add_generation_prompt)
+        variables = {
+            "messages": [dict(m) for m in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self._token_text("bos_token"),
+            "eos_token": self._token_text("eos_token"),
+            "pad_token": self._token_text("pad_token"),
+        }
+        try:
+            return self.render(self.chat_template, variables)
+        except TemplateStopped as error:
+            raise TemplateTooSlow(str(error)) from error
+        except BadTemplate as error:
+            raise TokenizerError(str(error)) from error
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
+        """Ids of a rendered conversation, ready to generate from."""
+        guarded, hidden = self.guard(messages)
+        return self.encode_pieces(self.render_chat(guarded, add_generation_prompt), hidden)
+
+    def guard(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
+        """Swap contents that spell a control token for a mark, so that rendering cannot turn them into one.
+
+        Only such contents are touched: every other conversation is encoded exactly as the template wrote it."""
+        pattern, guarded = self.special_pattern, list(messages)
+        hidden: dict[str, str] = {}
+        for i, message in enumerate(messages):
+            content = message.get("content")
+            if pattern is not None and isinstance(content, str) and pattern.search(content):
+                mark = f"\ue000{len(hidden)}\ue001"
+                hidden[mark], guarded[i] = content, {**message, "content": mark}
+        return guarded, hidden
+
+    def encode_pieces(self, text: str, hidden: Mapping[str, str]) -> list[int]:
+        """Encode rendered text, putting back what `guard` swapped out, as plain letters."""
+        if not hidden:
+            return self.encode_template(text)
+        ids: list[int] = []
+        for piece in re.split("(" + "|".join(map(re.escape, hidden)) + ")", text):
+            ids += self.encode(hidden[piece]) if piece in hidden else self.encode_template(piece)
+        return ids
+
+    def _token_text(self, name: str) -> str:
+        token = self.config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        return token if isinstance(token, str) else ""
+
+
+def _ours(messages: Sequence[Message], end: str, add_generation_prompt: bool) -> str:
+    """What CHAT_TEMPLATE makes of them, thirty times faster."""
+    said = [
+        f"{m['role'].capitalize()}:\n{m['content']}{end if m['role'] == 'assistant' else chr(10)}"
+        for m in messages
+    ]
+    return "\n".join(said) + ("\nAssistant:\n" if add_generation_prompt else "")
+
+
+def _backend(folder: Path) -> tokenizers.Tokenizer:
+    try:
+        if (folder / "tokenizer.json").is_file():
+            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(
+                str(folder / "vocab.json"), str(folder / "merges.txt")
+            )
+            backend = tokenizer._tokenizer
+            if backend.token_to_id("<|endoftext|>") is not None:
+                backend.add_special_tokens(["<|endoftext|>"])
+            return backend
+    except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
+        raise TokenizerError(f"the tokenizer in {folder.name} cannot be read: {error}") from error
+    raise TokenizerError(f"no tokenizer.json (nor vocab.json with merges.txt) in {folder.name}")
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates: the default one
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path.name} cannot be read: {error}") from error
+    return value if isinstance(value, dict) else {}
