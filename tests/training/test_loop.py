@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.training.running import Event, Runner, losses, of
 from training.command import encode
-from training.engine import device, rehearsal
+from training.engine import device, objectives
 from training.engine.evaluate import verdict
 from training.models.batch import Batch
 from training.plan.events import EXIT, MAX_LINE_BYTES, REASONS
@@ -172,14 +173,14 @@ def test_half_precision_learns_as_full_precision_does(
 def test_where_memory_is_short_the_rehearsal_takes_smaller_parts_of_the_same_steps(
     runner: Runner, events: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proper = rehearsal.batch_loss
+    supervised = objectives.OBJECTIVES["supervised"]
 
     def short_of_memory(model: Any, batch: Batch, scale: float) -> Any:
         if len(batch.ids) > 50:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
-        return proper(model, batch, scale)
+        return supervised.loss(model, batch, scale)
 
-    monkeypatch.setattr(rehearsal, "batch_loss", short_of_memory)
+    monkeypatch.setitem(objectives.OBJECTIVES, "supervised", replace(supervised, loss=short_of_memory))
     found = runner.train("short", settings={"dropout": 0})
     assert 32 <= of(found, "estimate")[0]["micro_batch_tokens"] <= 50  # it began with 64
     assert [m["tokens"] for m in of(found, "metric")] == [m["tokens"] for m in of(events, "metric")]

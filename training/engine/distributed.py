@@ -1,6 +1,6 @@
-"""Several processes as one: each computes its share of every step, and all hold the same weights.
+"""Several processes train one model: each computes its share of every step, and all hold the same weights.
 
-`torchrun --nproc-per-node 2 -m training train CONFIG.json`. Alone, every call here does nothing."""
+`torchrun --nproc-per-node 2 -m training train CONFIG.json`. With one process every call here does nothing."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Team:
+class Processes:
     rank: int = 0
     size: int = 1
 
     @staticmethod
-    def join() -> Team:
-        """The team torchrun made (WORLD_SIZE, RANK, …), or a team of one."""
+    def join() -> Processes:
+        """The process group that torchrun set up (WORLD_SIZE, RANK, …), or this process alone."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
-            return Team()
+            return Processes()
         import torch.distributed as dist
 
         if not dist.is_initialized():
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        return Team(dist.get_rank(), size)
+        return Processes(dist.get_rank(), size)
 
     @property
-    def neighbours(self) -> int:
-        """Processes of the team on this machine."""
+    def on_this_machine(self) -> int:
+        """How many of the processes share this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
 
     @property
     def leads(self) -> bool:
-        """One speaks, evaluates and writes for all."""
+        """The first process emits events, evaluates and writes for all."""
         return self.rank == 0
 
     def add_up(self, tensor: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Team:
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Everybody's tensor, by rank."""
+        """The tensor of every process, by rank."""
         if self.size == 1:
             return [tensor]
         import torch.distributed as dist
@@ -57,7 +57,7 @@ class Team:
         return parts
 
     def least(self, number: int) -> int:
-        """The smallest of everybody's numbers."""
+        """The smallest of the numbers of all processes."""
         device = "cuda" if self.size > 1 and torch.cuda.is_available() else "cpu"
         return min(int(part) for part in self.gather(torch.tensor(number, device=device)))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from training.engine.packing import Examples, split
 from training.models.batch import Batch, pack
+from training.models.interface import LanguageModel
 from training.models.kernels import head_loss
 
 SHORT_ANSWER = 64  # tokens: answers up to this length are judged by exact match
@@ -46,7 +47,7 @@ class Evaluation:
         return found | ({} if self.exact_match is None else {"exact_match": self.exact_match})
 
 
-def batch_loss(model: Any, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
+def batch_loss(model: LanguageModel, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
     """Cross-entropy summed over the trained tokens of a row, times `scale`, and how many of them argmax hits."""
     hidden = model.hidden(batch)  # (N, D), or logits (N, V) from a model whose head is no plain product
     head = model.head()  # afterwards: a model spread over processes has just gathered it
@@ -58,7 +59,7 @@ def batch_loss(model: Any, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def evaluate(model: Any, examples: Examples, tokens_at_once: int, device: torch.device, stopped: Callable[[], bool] = lambda: False) -> Evaluation:  # fmt: skip
+def evaluate(model: LanguageModel, examples: Examples, tokens_at_once: int, device: torch.device, stopped: Callable[[], bool] = lambda: False) -> Evaluation:  # fmt: skip
     """One pass over all examples, nothing dropped out. Raises Interrupted when `stopped()`.
 
     Exact match needs no generating: greedy text equals the answer exactly if argmax hits each of its tokens, given the
@@ -89,7 +90,7 @@ def evaluate(model: Any, examples: Examples, tokens_at_once: int, device: torch.
     )
 
 
-def _each_token(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def _each_token(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Loss and hit of each trained token, (N,) and (N,)."""
     hidden = model.hidden(batch)
     head = model.head()

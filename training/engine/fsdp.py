@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 from training.engine.device import Device
-from training.engine.distributed import Team
+from training.engine.distributed import Processes
 from training.models import kernels
 from training.plan.config import Settings
 
@@ -25,13 +25,13 @@ from training.plan.config import Settings
 class ShardedAdamW:
     sharded = True
 
-    def __init__(self, model: nn.Module, settings: Settings, place: Device, team: Team) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, place: Device, processes: Processes) -> None:
         """Takes the model's fp32 weights, on the CPU, apart; each process keeps its share of them on its device."""
-        self.settings, self.team, self.place = settings, team, place
+        self.settings, self.processes, self.place = settings, processes, place
         kernels.by_autograd = True  # FSDP2 adds up what autograd collects
         half = None if place.dtype == torch.float32 else place.dtype
         options: dict[str, Any] = {
-            "mesh": init_device_mesh(place.device.type, (team.size,)),
+            "mesh": init_device_mesh(place.device.type, (processes.size,)),
             "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32),
         }
         for layer in _layers(model):
@@ -53,13 +53,13 @@ class ShardedAdamW:
         for p in self.params.values():
             p.grad = None
 
-    def add_up(self, team: Team) -> None:
+    def add_up(self, processes: Processes) -> None:
         """FSDP2 has added them up already."""
 
     def grad_norm(self) -> float:
         parts = [torch.linalg.vector_norm(_local(p.grad)) for p in self.params.values() if p.grad is not None]
         square = torch.stack(parts).double().square().sum()
-        return float(self.team.add_up(square).sqrt())
+        return float(self.processes.add_up(square).sqrt())
 
     def step(self, lr: float, norm: float) -> None:
         s = self.settings
@@ -104,7 +104,7 @@ class ShardedAdamW:
         whole = {}
         for name, part in parts.items():
             full = part.detach().full_tensor()
-            if self.team.leads:
+            if self.processes.leads:
                 whole[name] = full.cpu()
         return whole
 

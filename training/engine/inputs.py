@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import numpy as np
 
 from training.data.formats import BadRow, Format
 from training.data.summary import Summary
+from training.engine.objectives import OBJECTIVES, Objective
 from training.engine.packing import Examples, hold_out
 from training.models.gpt2 import read_config
 from training.plan import auto_settings, catalog, hub
 from training.plan.config import Run, Settings
 from training.plan.events import Failure
-from training.text.encode import Example, examples
+from training.text.encode import Example
 from training.text.tokenizer import Tokenizer, TokenizerError
 
 PINNED = 3  # prompts for samples, where none are given
@@ -32,6 +34,7 @@ class Prompt:
 
 @dataclass
 class Inputs:
+    objective: Objective
     base: Path
     model_config: dict[str, Any]
     tokenizer: Tokenizer
@@ -45,6 +48,7 @@ class Inputs:
 
 def read(run: Run, resolved: Settings | None = None) -> Inputs:
     """Reads and checks everything but the weights. `resolved` are the settings an earlier attempt trained with."""
+    objective = OBJECTIVES["supervised"]
     base = hub.locate(run.base, run.base_revision)
     model_config = _model_config(base)
     described = catalog.of_config(model_config, id=run.base, folder=str(base))
@@ -53,7 +57,8 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     notes: list[str] = []
     longest = settings.sequence_length or described.context
     wants = Wanted(longest, settings.train_on)
-    everything = _encode(run.train_file, run.train_format, tokenizer, wants, bool(run.expected), notes)
+    encode = partial(_encode, objective, tokenizer, wants, notes)
+    everything = encode(run.train_file, run.train_format, forgiving=bool(run.expected))
     _as_expected(run.expected, everything)
     if resolved is None:
         settings, reasons = auto_settings.resolve(
@@ -71,7 +76,7 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
         )
     train, held_out = Examples.of(kept), Examples.of([])
     if run.validation_file:
-        held = _encode(run.validation_file, run.validation_format, tokenizer, wants, True, notes)
+        held = encode(run.validation_file, run.validation_format, forgiving=True)
         _fits_context(held, described.context)
         seen = {tuple(example.ids) for example in kept}
         fresh = [example for example in held if tuple(example.ids) not in seen]
@@ -83,7 +88,9 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     elif settings.validation_fraction:
         train, held_out = hold_out(train, settings.validation_fraction, settings.seed)
     prompts = _prompts(run, tokenizer, held_out if len(held_out) else train)
-    return Inputs(base, model_config, tokenizer, train, held_out, settings, reasons, prompts, notes)
+    return Inputs(
+        objective, base, model_config, tokenizer, train, held_out, settings, reasons, prompts, notes
+    )
 
 
 @dataclass(frozen=True)
@@ -113,18 +120,20 @@ def _tokenizer(base: Path, vocabulary: int) -> Tokenizer:
 
 
 def _encode(
-    path: str,
-    format: dict[str, Any] | None,
+    objective: Objective,
     tokenizer: Tokenizer,
     wants: Wanted,
-    forgiving: bool,
     notes: list[str],
+    path: str,
+    format: dict[str, Any] | None,
+    *,
+    forgiving: bool,
 ) -> list[Example]:
     """Every example. Bad rows end it, unless a report has already shown them to a person (`forgiving`)."""
     bad: list[BadRow] = []
     try:
         chosen = Format.of(format) if format else None
-        found = list(examples(path, tokenizer, wants, chosen, bad.append if forgiving else None))
+        found = list(objective.encode(path, tokenizer, wants, chosen, bad.append if forgiving else None))
     except BadRow as error:
         fix = f" {error.fix}" if error.fix else ""
         raise Failure("bad_data", f"{Path(path).name}, {error}.{fix}") from error

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from training.engine.distributed import Team
+from training.engine.distributed import Processes
 from training.engine.memory import fresh
 from training.plan.config import Settings
 
@@ -68,9 +68,9 @@ class AdamW:
     def zero_grad(self) -> None:
         self.grads.zero_()
 
-    def add_up(self, team: Team) -> None:
+    def add_up(self, processes: Processes) -> None:
         """The gradients of all processes."""
-        team.add_up(self.grads)
+        processes.add_up(self.grads)
 
     def grad_norm(self) -> float:
         return float(torch.linalg.vector_norm(self.grads))

@@ -15,6 +15,8 @@ from typing import Protocol
 
 import numpy as np
 
+from training.plan.config import Settings
+
 
 class Encoded(Protocol):
     """One encoded example, as `training.text.encode` makes it."""
@@ -169,3 +171,64 @@ def split(lengths: Sequence[int], limit: int, parts: int = 1) -> list[list[int]]
         if not too_full or wanted >= len(lengths):
             return [sorted(row) for row in rows]
         wanted += parts
+
+
+# ---- both together -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which examples each optimizer step takes, and the packed rows they are dealt into."""
+
+    examples: Examples
+    ends: np.ndarray  # (steps,) int64: the cursor after each step
+    seed: int
+    processes: int = 1  # rows of a step come in multiples of it, where there are examples enough
+
+    @staticmethod
+    def of(examples: Examples, settings: Settings, processes: int = 1) -> StepPlan:
+        ends = plan_steps(
+            examples.lengths, settings.seed, epochs=settings.epochs, max_steps=settings.max_steps,
+            batch_size=settings.batch_size, batch_tokens=settings.batch_tokens,
+        )  # fmt: skip
+        return StepPlan(examples, ends, settings.seed, processes)
+
+    @property
+    def steps(self) -> int:
+        return len(self.ends)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps: whole epochs counted, the rest by the mean."""
+        lengths = self.examples.lengths
+        epochs, rest = divmod(int(self.ends[-1]), len(lengths))
+        return int(lengths.sum() * epochs + lengths.mean() * rest)
+
+    def end(self, step: int) -> int:
+        """The cursor after optimizer step `step` (0 ≤ step < steps)."""
+        return int(self.ends[step])
+
+    def start(self, step: int) -> int:
+        """The cursor before it."""
+        return self.end(step - 1) if step else 0
+
+    def rows(self, begin: int, end: int, limit: int) -> list[list[int]]:
+        """Examples from cursor to cursor dealt into rows of at most `limit` tokens: numbers of examples."""
+        which = [example_at(at, self.seed, len(self.examples)) for at in range(begin, end)]
+        rows = split([int(self.examples.lengths[i]) for i in which], limit, self.processes)
+        return [[which[i] for i in row] for row in rows]
+
+    def fullest_row(self, limit: int) -> list[int]:
+        """The row with the most tokens (of 500 steps spread over the plan, where it is long)."""
+        some = range(0, self.steps, max(1, self.steps // 500))
+        rows = [row for step in some for row in self.rows(self.start(step), self.end(step), limit)]
+        return max(rows, key=lambda row: sum(self.examples.lengths[i] for i in row))
+
+    def evaluation_steps(self, every: int) -> set[int]:
+        """Before the first step, every `every` steps or (0) at the end of each epoch, and after the last step."""
+        if every:
+            return {0, *range(every, self.steps, every), self.steps}
+        whole = range(
+            len(self.examples), int(self.ends[-1]), len(self.examples)
+        )  # cursors where an epoch ends
+        return {0, *(int(np.searchsorted(self.ends, end)) + 1 for end in whole), self.steps}

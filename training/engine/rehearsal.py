@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from training.engine import checkpoint
-from training.engine.device import Device, random_state, restore_random_state
-from training.engine.distributed import Team
-from training.engine.evaluate import batch_loss, evaluate
+from training.engine.device import random_state, restore_random_state
 from training.engine.optimizer import AdamW
-from training.engine.packing import Examples, split
-from training.models.batch import Batch
+from training.engine.packing import split
+from training.engine.saver import Saver, State
+from training.engine.setup import Session
+from training.models.batch import Batch, pack
 from training.plan.config import Settings
 from training.plan.events import Failure
 
@@ -39,31 +37,41 @@ class Estimate:
     micro_batch_tokens: int
 
 
-def rehearse(
-    model: Any,
-    optimizer: AdamW,
-    worst_row: Callable[[int], Batch],
-    longest: int,
-    held_out: Examples,
-    settings: Settings,
-    device: Device,
-    *,
-    tokens_to_train: int,
-    steps: int,
-    evaluations: int,
-    snapshot: Callable[[], checkpoint.Snapshot],
-    folder: Path,
-    team: Team,
-) -> tuple[Settings, Estimate]:
-    """Settings with a micro-batch that fits, and the estimate. `worst_row(limit)` is the fullest row of the whole plan
-    under such a micro-batch; `longest` is the longest document. Raises Failure("out_of_memory") if one document is too much."""
+def rehearse(session: Session, saver: Saver) -> tuple[Settings, Estimate]:
+    """Settings with a micro-batch that fits, and the estimate.
+
+    Raises Failure("out_of_memory") if not even one document fits into memory."""
+    device, optimizer, plan = session.device, session.optimizer, session.plan
+    assert isinstance(optimizer, AdamW)  # a model that is spread over processes is not rehearsed
     before = random_state()
-    limit = settings.micro_batch_tokens or 4096
+    limit, row, seconds, update = _largest_that_fits(session, optimizer)
+    evaluation = _evaluation_seconds(session, limit)
+    written = _checkpoint_seconds(saver, Path(session.run.work_dir)) if session.processes.leads else 0.0
+    limit = session.processes.least(limit)
+    optimizer.reset()
+    restore_random_state(before, device)
+    training = seconds / len(row.ids) * plan.tokens + update * plan.steps
+    rest = evaluation * len(session.evaluation_steps) + 2 * written
+    estimate = Estimate(
+        seconds_p50=training + rest,
+        seconds_p90=1.3 * training + 1.6 * rest + 2,
+        step_s=training / max(plan.steps, 1),
+        evaluation_s=evaluation,
+        checkpoint_s=written,
+        peak_memory=device.peak_memory(),
+        micro_batch_tokens=limit,
+    )
+    return replace(session.settings, micro_batch_tokens=limit), estimate
+
+
+def _largest_that_fits(session: Session, optimizer: AdamW) -> tuple[int, Batch, float, float]:
+    """Halves the micro-batch until the plan's fullest row fits: (tokens, that row, its seconds, those of an update)."""
+    data, longest = session.data.train, int(session.data.train.lengths.max())
+    limit = session.settings.micro_batch_tokens or 4096
     while True:
         try:
-            row = worst_row(limit)
-            seconds, update = _timed_step(model, optimizer, row, device)
-            break
+            row = pack([data[i] for i in session.plan.fullest_row(limit)])
+            return limit, row, *_timed_step(session, optimizer, row)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -72,30 +80,14 @@ def rehearse(
                     "out_of_memory", f"Not even one example of {longest} tokens fits into memory."
                 ) from error
             limit = max(longest, limit // 2)
-            model.zero_grad(set_to_none=True)
-            if device.on_gpu:
+            session.model.zero_grad(set_to_none=True)
+            if session.device.on_gpu:
                 torch.cuda.empty_cache()
-    evaluation = _evaluation_seconds(model, held_out, limit, device)
-    written = _checkpoint_seconds(snapshot, folder) if team.leads else 0.0
-    limit = team.least(limit)
-    optimizer.reset()
-    restore_random_state(before, device)
-    training = seconds / len(row.ids) * tokens_to_train + update * steps
-    rest = evaluation * evaluations + 2 * written
-    estimate = Estimate(
-        seconds_p50=training + rest,
-        seconds_p90=1.3 * training + 1.6 * rest + 2,
-        step_s=training / max(steps, 1),
-        evaluation_s=evaluation,
-        checkpoint_s=written,
-        peak_memory=device.peak_memory(),
-        micro_batch_tokens=limit,
-    )
-    return replace(settings, micro_batch_tokens=limit), estimate
 
 
-def _timed_step(model: Any, optimizer: AdamW, row: Batch, device: Device) -> tuple[float, float]:
+def _timed_step(session: Session, optimizer: AdamW, row: Batch) -> tuple[float, float]:
     """Seconds of a row, and of an update (at a learning rate of zero)."""
+    device = session.device
     batch = row.to(device.device)
     begun = time.perf_counter()
     for _ in range(
@@ -103,7 +95,7 @@ def _timed_step(model: Any, optimizer: AdamW, row: Batch, device: Device) -> tup
     ):  # the first run through small models mostly measures cold caches
         device.synchronize()
         begun = time.perf_counter()
-        batch_loss(model, batch, 1.0)[0].backward()
+        session.data.objective.loss(session.model, batch, 1.0)[0].backward()
         device.synchronize()
     seconds = time.perf_counter() - begun
     begun = time.perf_counter()
@@ -113,24 +105,25 @@ def _timed_step(model: Any, optimizer: AdamW, row: Batch, device: Device) -> tup
     return seconds, time.perf_counter() - begun
 
 
-def _evaluation_seconds(model: Any, held_out: Examples, limit: int, device: Device) -> float:
+def _evaluation_seconds(session: Session, limit: int) -> float:
     """One row of the held-out examples, scaled to all of them."""
+    held_out = session.data.held_out
     if not len(held_out):
         return 0.0
     row = split(held_out.lengths.tolist(), limit)[0]
     part = held_out.take(row)
     begun = time.perf_counter()
-    evaluate(model, part, limit, device.device)
+    session.data.objective.evaluate(session.model, part, limit, session.device.device)
     return (time.perf_counter() - begun) * held_out.tokens / max(part.tokens, 1)
 
 
-def _checkpoint_seconds(snapshot: Callable[[], checkpoint.Snapshot], folder: Path) -> float:
+def _checkpoint_seconds(saver: Saver, folder: Path) -> float:
     """A real one, then removed: a full disk or a read-only folder shows now and not after an hour."""
     shutil.rmtree(
         folder / "rehearsal", ignore_errors=True
     )  # of an attempt that was killed in this very moment
     begun = time.perf_counter()
-    path, _, _ = checkpoint.write(snapshot(), folder / "rehearsal")
+    path, _, _ = checkpoint.write(saver.snapshot(State()), folder / "rehearsal")
     seconds = time.perf_counter() - begun
     shutil.rmtree(path.parent)
     return seconds

@@ -1,0 +1,204 @@
+"""Saving and resuming a run: when a checkpoint is due, what goes into it, and how a run goes on from one.
+
+checkpoint.py knows the files; this module knows the run.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from training.engine import checkpoint, device
+from training.engine.checkpoint import Restored, Snapshot
+from training.engine.setup import Session
+from training.plan import config
+from training.plan.config import Run, Settings
+from training.plan.events import Failure
+
+
+@dataclass
+class State:
+    """What a step changes besides weights, optimizer and random numbers. All of it is in every checkpoint."""
+
+    step: int = 0
+    cursor: int = 0  # examples taken so far, counted over epochs
+    tokens: int = 0
+    loss: float | None = None  # of the last step
+    seconds: float = 0.0  # spent training, over all attempts
+    evaluated: int = -1  # step of the last evaluation
+    base_losses: list[float] | None = None  # of each held-out example, before training
+    best_losses: list[float] | None = None
+    best_loss: float | None = None
+    best_step: int = -1
+    best_checkpoint: str = ""
+    worse: int = 0  # evaluations since the best
+    early: bool = False  # stopped early
+    metrics: dict[str, Any] | None = None  # of the best evaluation
+
+    def advance(self, cursor: int, tokens: int, loss: float, seconds: float) -> None:
+        """One optimizer step more."""
+        self.step += 1
+        self.cursor = cursor
+        self.tokens += tokens
+        self.loss = loss
+        self.seconds += seconds
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """Where a run may go on from: the checkpoint asked for and older ones, and the settings they were made with."""
+
+    folders: list[Path]
+    settings: Settings | None
+
+
+def find_resumable(run: Run) -> Resumable:
+    """Tidies the checkpoint folder and looks for what `run.resume_from` asks for."""
+    parent = _folder(run)
+    parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.sweep(parent)
+    folders = checkpoint.candidates(Path(run.resume_from), [parent]) if run.resume_from else []
+    earlier = checkpoint.settings_of(folders, run.job, config.settings_hash(run.settings))
+    if earlier is None:
+        return Resumable(folders, None)
+    smaller = run.settings.micro_batch_tokens
+    if smaller and smaller < earlier["micro_batch_tokens"]:  # memory ran out before
+        earlier["micro_batch_tokens"] = smaller
+    return Resumable(folders, config.parse(earlier))
+
+
+def _folder(run: Run) -> Path:
+    return Path(run.work_dir) / "checkpoints"
+
+
+class Saver:
+    """Writes checkpoints of one run beside its training, and takes their place after a crash."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._writer = checkpoint.Writer(_folder(session.run), self._announce)
+        self._saved_step = -1
+        self._saved_at = time.monotonic()
+
+    @property
+    def last_seconds(self) -> float:
+        """How long the last checkpoint took to write."""
+        return self._writer.last_seconds
+
+    def due_by_steps(self, step: int) -> bool:
+        every = self.session.settings.checkpoint_every_steps
+        return bool(every and step and step % every == 0)
+
+    def due_by_time(self) -> bool:
+        """Decided by the first process, and never while the last one is still being written."""
+        every = self.session.settings.checkpoint_every_s
+        waited = time.monotonic() - self._saved_at
+        return self.session.processes.leads and 0 < every <= waited and not self._writer.busy
+
+    def save(self, state: State, *, best: bool, final: bool) -> None:
+        """Starts writing a checkpoint, once a step. Every process calls it: each has random numbers of its own."""
+        if self._saved_step == state.step:
+            return
+        session = self.session
+        self._saved_step, self._saved_at = state.step, time.monotonic()
+        if best:
+            state.best_checkpoint = f"e{session.run.epoch}-s{state.step}"
+        generators = session.processes.gather(device.generator_state(session.device))
+        if not (session.processes.leads or session.optimizer.sharded):
+            return
+        shot = self.snapshot(state, best, final)
+        if session.processes.leads:
+            shot.random |= {f"process.{rank}": t.cpu() for rank, t in enumerate(generators) if rank}
+            self._writer.submit(shot)
+
+    def snapshot(self, state: State, best: bool = False, final: bool = False) -> Snapshot:
+        """A copy of everything, so that training goes on while it is written."""
+        session, optimizer = self.session, self.session.optimizer
+        weights = {name: t.to("cpu", copy=True) for name, t in optimizer.weight_tensors().items()}
+        moments = {name: t.to("cpu", copy=True) for name, t in optimizer.state_tensors().items()}
+        randoms = device.random_state()
+        return Snapshot(
+            state.step, session.run.epoch, weights, moments, randoms, asdict(state), session.identity,
+            session.environment, session.settings.as_dict(), str(session.data.base), best, final,
+        )  # fmt: skip
+
+    def wait(self) -> None:
+        """Until the checkpoint under way is on the disk; raises what went wrong with it."""
+        self._writer.wait()
+
+    def _announce(self, shot: Snapshot, folder: Path, manifest: dict[str, Any], sha256: str) -> None:
+        size = (folder / "manifest.json").stat().st_size
+        files = [*manifest["files"], {"name": "manifest.json", "bytes": size, "sha256": sha256}]
+        self.session.emit(
+            "checkpoint", step=shot.step, path=str(folder), bytes=sum(f["bytes"] for f in files), files=files,
+            sha256=sha256, best=shot.best, final=shot.final,
+        )  # fmt: skip
+
+    # ---- going on ------------------------------------------------------------------------------------------------
+
+    def restore(self, folders: list[Path]) -> State:
+        """Puts the first checkpoint that verifies in place: weights, optimizer, random numbers. Returns its counters.
+
+        Raises Failure("checkpoint_unreadable")."""
+        session = self.session
+        restored = self._first_readable(folders)
+        session.optimizer.load(restored.weights, restored.optimizer)
+        state = State(**restored.state)
+        self._saved_step = restored.step
+        device.restore_random_state(restored.random, session.device, session.processes.rank)
+        self._writer.protected = {state.best_checkpoint} - {""}
+        why = self._why_not_exact(restored)
+        session.emit(
+            "resumed", step=state.step, from_step=checkpoint.step_of(Path(str(session.run.resume_from))), exact=not why,
+            why=why or "the same machine, program and data",
+        )  # fmt: skip
+        return state
+
+    def _first_readable(self, folders: list[Path]) -> Restored:
+        shapes = self.session.optimizer.shapes()
+        why = ""
+        for folder in folders:
+            try:
+                return checkpoint.read(folder, self.session.identity, shapes)
+            except checkpoint.Unreadable as error:
+                why = why or str(error)
+                self._warn(f"The checkpoint {folder.name} cannot be used: {error}.")
+        raise Failure(
+            "checkpoint_unreadable",
+            f"None of {len(folders)} checkpoints can be used; the one asked for: {why}.",
+        )
+
+    def _why_not_exact(self, restored: Restored) -> str:
+        """Why the run may go on with other bits than an uninterrupted one; empty if it will not."""
+        session = self.session
+        environment = session.environment
+        different = [name for name, value in environment.items() if restored.environment.get(name) != value]
+        if restored.settings["micro_batch_tokens"] != session.settings.micro_batch_tokens:
+            different.append("micro-batch")  # the same sums in another order
+        if different:
+            return f"made with another {', '.join(different)}"
+        if session.device.on_gpu and not session.device.deterministic:
+            return "a GPU adds up in any order, unless deterministic is on"
+        return ""
+
+    def return_to_best(self, state: State) -> None:
+        """Loads the weights of the best evaluation, for the export, where the settings keep them."""
+        session = self.session
+        if not (session.processes.leads or session.optimizer.sharded) or not session.settings.keep_best:
+            return
+        if state.best_step in (-1, state.step):
+            return
+        folder = _folder(session.run) / state.best_checkpoint
+        try:
+            restored = checkpoint.read(folder, session.identity, session.optimizer.shapes())
+        except checkpoint.Unreadable as error:
+            self._warn(f"The best checkpoint ({state.best_checkpoint}) cannot be used ({error}); the last weights are kept.")  # fmt: skip
+            return
+        session.optimizer.load_weights(restored.weights)
+        message = f"The weights of step {state.best_step} had the lowest held-out loss and are kept."
+        session.emit("log", level="info", message=message)
+
+    def _warn(self, message: str) -> None:
+        self.session.emit("log", level="warning", message=message)

@@ -1,0 +1,164 @@
+"""Putting a run together: data, settings, device, model, optimizer and the plan of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from training.engine import device, inputs
+from training.engine.checkpoint import Identity
+from training.engine.device import Device
+from training.engine.distributed import Processes
+from training.engine.inputs import Inputs
+from training.engine.optimizer import AdamW
+from training.engine.packing import StepPlan
+from training.models.interface import LanguageModel
+from training.models.load import load_model
+from training.plan import catalog, config
+from training.plan.config import Run, Settings
+from training.report import report
+
+if TYPE_CHECKING:
+    from training.engine.fsdp import ShardedAdamW
+
+Emit = Callable[..., None]  # emit("metric", step=1, …)
+PREVIEW_TOKENS = 200  # of an example in the log
+
+
+@dataclass
+class Session:
+    """What a run consists of once it is prepared. Only `settings` changes: the rehearsal may lower the micro-batch."""
+
+    run: Run
+    settings: Settings  # every automatic value resolved
+    data: Inputs
+    model: LanguageModel
+    optimizer: AdamW | ShardedAdamW
+    plan: StepPlan
+    device: Device
+    processes: Processes
+    identity: Identity
+    evaluation_steps: set[int]
+    emit: Emit
+    stop: Callable[[], bool]
+
+    @property
+    def micro_batch(self) -> int:
+        """Tokens computed at once."""
+        return self.settings.micro_batch_tokens or int(self.data.train.lengths.max())
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What decides the bits of a result."""
+        return self.device.environment() | {"processes": self.processes.size}
+
+    def summary(self) -> dict[str, Any]:
+        """The `plan` event: what is about to be trained, with which settings and why."""
+        return {
+            "total_steps": self.plan.steps,
+            "examples": len(self.data.train),
+            "held_out": len(self.data.held_out),
+            "tokens": self.data.train.tokens,
+            "trained_tokens": self.data.train.trained_tokens,
+            "settings": self.settings.as_dict(),
+            "reasons": self.data.reasons,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "trainable": self.optimizer.parameters,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What the model card tells of the run."""
+        return {
+            "job": self.run.job,
+            "base": self.run.base,
+            "settings": self.settings.as_dict(),
+            "examples": len(self.data.train),
+            "tokens": self.data.train.tokens,
+        }
+
+
+def prepare(run: Run, resolved: Settings | None, emit: Emit, stop: Callable[[], bool]) -> Session:
+    """Reads data and model and resolves the settings; `resolved` are those an earlier attempt trained with.
+
+    Raises Failure."""
+    processes = Processes.join()
+    data = inputs.read(run, resolved)
+    settings = data.settings
+    _describe(data, run, emit)
+    chosen = device.pick(settings)
+    if settings.precision == "bf16" and chosen.dtype != torch.bfloat16:
+        emit("log", level="warning", message="bf16 is far slower than fp32 on this processor; fp32 is used.")
+    device.seed_everything(settings.seed + 1_000_003 * processes.rank)
+    model, optimizer = _model_and_optimizer(data, settings, chosen, processes, emit)
+    plan = StepPlan.of(data.train, settings, processes.size)
+    identity = Identity(
+        run.job,
+        config.settings_hash(run.settings),
+        inputs.fingerprint(data.train.hash(), data.held_out.hash()),
+        inputs.fingerprint(data.model_config, optimizer.shapes()),
+    )
+    evaluation_steps = plan.evaluation_steps(settings.eval_every) if len(data.held_out) else set()
+    return Session(
+        run, settings, data, model, optimizer, plan, chosen, processes, identity, evaluation_steps, emit, stop
+    )  # fmt: skip
+
+
+def _describe(data: Inputs, run: Run, emit: Emit) -> None:
+    """Notes on the data, and the first examples as the model will see them."""
+    for note in data.notes:
+        emit("log", level="warning", message=note)
+    shown = 0 if run.resume_from else min(report.SAMPLES, len(data.train))
+    for i in range(shown):
+        text = report.one_line(data.tokenizer.decode(data.train[i][0][:PREVIEW_TOKENS].tolist()))
+        emit("log", level="info", message=f"Example {i + 1} of {len(data.train)}: {text}")
+
+
+def _model_and_optimizer(
+    data: Inputs, settings: Settings, place: Device, processes: Processes, emit: Emit
+) -> tuple[LanguageModel, AdamW | ShardedAdamW]:
+    """The base model on its device: whole in each process, or spread over all where it does not fit into one."""
+    model = _base_model(data, settings)
+    described = catalog.of_config(data.model_config, id=str(data.base), folder=str(data.base))
+    machine = catalog.this_machine()
+    if not place.on_gpu:  # the processes of one machine share its memory
+        machine = replace(machine, memory=machine.memory // processes.on_this_machine)
+    room = catalog.fits(described, machine, settings.method, settings.micro_batch_tokens or 2048)
+    if processes.size > 1 and (settings.shard or not room.fits):
+        from training.engine.fsdp import ShardedAdamW
+
+        emit("log", level="info", message="The model is spread over all processes; no rehearsal, and no samples on the way.")  # fmt: skip
+        assert isinstance(model, nn.Module)
+        return model, ShardedAdamW(model, settings, place, processes)
+    return model, AdamW(model.to(place.device), settings, place.dtype)
+
+
+def _base_model(data: Inputs, settings: Settings) -> LanguageModel:
+    """The base model in fp32, with its dropout, and with adapters if the settings ask for them."""
+    model = load_model(data.base)
+    model.set_dropout(settings.dropout or 0.0)
+    if settings.method == "lora":
+        model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    return model
+
+
+def whole_model(session: Session) -> LanguageModel:
+    """The trained model for the export: whole, in fp32, on the CPU; what was frozen is as the base model has it.
+
+    Every process must call it; only the first gets the weights of a model that is spread over several."""
+    model, optimizer = session.model, session.optimizer
+    if isinstance(optimizer, AdamW):
+        optimizer.use_masters()
+        if session.device.dtype == torch.float32 or session.settings.method == "full":
+            return model.cpu().float().eval()
+    weights = optimizer.weight_tensors()
+    if not weights:  # only the first process has them
+        return model
+    model = _base_model(session.data, session.settings)
+    for name, p in model.named_parameters():
+        p.data = weights.get(name, p.data).cpu()
+    return model.float().eval()

@@ -1,0 +1,70 @@
+"""What the engine asks of a model. GPT2 (gpt2.py) and CausalLM (causal_lm.py) are the implementations.
+
+Shapes: T tokens of a packed row, N of them trained, D the width of the model, V its vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from training.models.batch import Batch
+
+
+class LanguageModel(Protocol):
+    """A causal language model over packed rows. All implementations are `torch.nn.Module`s."""
+
+    lora: dict[str, Any] | None  # rank, alpha, dropout, targets; None = every weight is trained
+    training: bool
+    config: Any  # of the implementation: Hugging Face's names where they have one
+
+    @property
+    def context(self) -> int:
+        """The most tokens of one document that it can read."""
+        ...
+
+    @property
+    def gradient_checkpointing(self) -> bool: ...
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None: ...
+
+    def hidden(self, batch: Batch, every: bool = False) -> Tensor:
+        """Final states at the trained places, (N, D), or of every token, (T, D).
+
+        Where `head()` is None they are logits already: (N, V) or (T, V)."""
+        ...
+
+    def head(self) -> Tensor | None:
+        """(V, D): logits are states @ head.T. None where the head is no plain product (soft-capped, biased)."""
+        ...
+
+    def set_dropout(self, p: float) -> None: ...
+
+    def add_lora(
+        self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
+    ) -> None:
+        """Freezes the weights and adds adapters, in place. Raises Failure("bad_settings") for unknown targets."""
+        ...
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes config.json and safetensors weights under Hugging Face's names, adapters folded in."""
+        ...
+
+    def save_adapter(self, folder: str | Path, base: str) -> None:
+        """Writes peft's two files; `base` names the model that the adapter belongs to."""
+        ...
+
+    # ---- of torch.nn.Module --------------------------------------------------------------------------------------
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
+    def float(self) -> Any: ...
+    def cpu(self) -> Any: ...
+    def to(self, device: torch.device) -> Any: ...
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
