@@ -17,7 +17,7 @@ COMMANDS = {
     "standby": ("training.command", "be warm and wait for a run file on standard input"),
     "generate": ("training.models.generate", "write text with a model"),
     "serve": ("training.serving.serve", "answer generation requests, JSON lines"),
-    "export": ("training.export.huggingface", "turn a checkpoint into a model folder"),
+    "export": ("training.export.command", "turn a checkpoint into a model folder"),
     "check": ("training.report.check", "read a dataset and report on it"),
     "fix": ("training.report.fix", "write a new version of a dataset without the rows that findings name"),
 }

@@ -72,11 +72,10 @@ def train(run: Run, say: Callable[..., None], stop: Callable[[], bool] = lambda:
 
 def _export(trained: Trained, folder: Path, say: Callable[..., None]) -> None:
     from training.engine.evaluate import verdict
-    from training.export.export_check import compare
-    from training.export.huggingface import write_folder
+    from training.export.folder import verify, write_folder
 
     files = write_folder(trained.model, folder, base=trained.base, facts=trained.facts)
-    fidelity = compare(trained.model, folder, base=trained.base)
+    fidelity = verify(trained.model, folder, base=trained.base)
     if trained.base_losses and trained.best_losses:
         say("verdict", **verdict(trained.base_losses, trained.best_losses))
     say("done", step=trained.step, path=str(folder), files=files, metrics=trained.metrics, fidelity=fidelity)

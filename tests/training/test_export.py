@@ -15,7 +15,7 @@ import transformers
 
 from tests.training.running import Runner, of
 from tests.training.tiny import END, gpt2, write_model
-from training.export.huggingface import export_check, huggingface
+from training.export import command, export_check, folder
 from training.models.causal_lm import CausalLM
 from training.models.gpt2 import GPT2
 from training.models.load import load_model
@@ -27,9 +27,9 @@ IDS = list(range(3, 30))
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_model(tmp_path_factory.mktemp("base"))
-    (folder / "LICENSE").write_text("Do as you like.")
-    return folder
+    home = write_model(tmp_path_factory.mktemp("base"))
+    (home / "LICENSE").write_text("Do as you like.")
+    return home
 
 
 def adapted(base: Path) -> GPT2:
@@ -59,8 +59,8 @@ def logits(lm: Any) -> torch.Tensor:
 
 def test_a_trained_model_comes_back_equal_bit_for_bit(base, tmp_path):
     model = gpt2(seed=5)
-    huggingface.write_folder(model, tmp_path / "out", base=base)
-    found = export_check.compare(model, tmp_path / "out", base=base)
+    folder.write_folder(model, tmp_path / "out", base=base)
+    found = folder.verify(model, tmp_path / "out", base=base)
     assert found["exact"]
     assert found["max_difference"] == 0
     assert found["logits"] > 1000
@@ -68,24 +68,24 @@ def test_a_trained_model_comes_back_equal_bit_for_bit(base, tmp_path):
 
 def test_a_changed_number_in_the_files_is_found(base, tmp_path):
     model = gpt2(seed=5)
-    huggingface.write_folder(model, tmp_path / "out", base=base)
+    folder.write_folder(model, tmp_path / "out", base=base)
     other = GPT2.load(tmp_path / "out")
     with torch.no_grad():
         other.head()[40, 3] += 1e-3
     other.save(tmp_path / "out")
-    assert not export_check.compare(model, tmp_path / "out", base=base)["exact"]
+    assert not folder.verify(model, tmp_path / "out", base=base)["exact"]
 
 
 def test_transformers_opens_it_with_no_missing_or_unexpected_key(base, tmp_path):
     model = gpt2(seed=5)
-    huggingface.write_folder(model, tmp_path / "out", base=base)
+    folder.write_folder(model, tmp_path / "out", base=base)
     torch.testing.assert_close(
         logits(theirs(tmp_path / "out")), export_check.logits_of(model, IDS), rtol=1e-4, atol=1e-4
     )
 
 
 def test_the_tokenizer_goes_along_with_the_chat_template(base, tmp_path):
-    huggingface.write_folder(gpt2(), tmp_path / "out", base=base)
+    folder.write_folder(gpt2(), tmp_path / "out", base=base)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
     ours = Tokenizer.load(base)
@@ -96,9 +96,9 @@ def test_the_tokenizer_goes_along_with_the_chat_template(base, tmp_path):
 
 def test_a_half_precision_folder_is_close_and_half_as_large(base, tmp_path):
     model = gpt2(seed=5)
-    whole = huggingface.write_folder(model, tmp_path / "fp32", base=base)
-    half = huggingface.write_folder(model, tmp_path / "fp16", base=base, dtype="fp16")
-    found = export_check.compare(model, tmp_path / "fp16", base=base)
+    whole = folder.write_folder(model, tmp_path / "fp32", base=base)
+    half = folder.write_folder(model, tmp_path / "fp16", base=base, dtype="fp16")
+    found = folder.verify(model, tmp_path / "fp16", base=base)
     assert (found["close"], found["exact"], found["dtype"]) == (True, False, "float16")
     sizes = [next(f["bytes"] for f in files if f["name"] == "model.safetensors") for files in (whole, half)]
     assert sizes[1] < 0.6 * sizes[0]
@@ -107,8 +107,8 @@ def test_a_half_precision_folder_is_close_and_half_as_large(base, tmp_path):
 
 def test_adapters_are_folded_in(base, tmp_path):
     model = adapted(base)
-    huggingface.write_folder(model, tmp_path / "out", base=base, format="merged")
-    assert export_check.compare(model, tmp_path / "out", base=base)["exact"]
+    folder.write_folder(model, tmp_path / "out", base=base, format="merged")
+    assert folder.verify(model, tmp_path / "out", base=base)["exact"]
     torch.testing.assert_close(
         logits(theirs(tmp_path / "out")), export_check.logits_of(model, IDS), rtol=1e-4, atol=1e-4
     )
@@ -131,23 +131,23 @@ def test_peft_opens_an_adapter(base, tmp_path, kind):
             for name, p in model.named_parameters():
                 if "lora_B" in name:
                     p.normal_(0, 0.1)
-    files = huggingface.write_folder(
+    files = folder.write_folder(
         model, tmp_path / "out", base=base, format="adapter", facts={"base": str(base)}
     )
     assert {"adapter_model.safetensors", "adapter_config.json"} <= {f["name"] for f in files}
     read = peft.PeftModel.from_pretrained(theirs(base), str(tmp_path / "out")).eval()
     torch.testing.assert_close(logits(read), export_check.logits_of(model, IDS), rtol=1e-4, atol=1e-4)
-    assert export_check.compare(model, tmp_path / "out", base=base)["close"]
+    assert folder.verify(model, tmp_path / "out", base=base, format="adapter")["close"]
 
 
 def test_a_model_trained_whole_has_no_adapter_to_give(base, tmp_path):
     with pytest.raises(Failure, match="no adapter"):
-        huggingface.write_folder(gpt2(), tmp_path / "out", base=base, format="adapter")
+        folder.write_folder(gpt2(), tmp_path / "out", base=base, format="adapter")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_list_of_files_is_true(base, tmp_path):
-    files = huggingface.write_folder(gpt2(), tmp_path / "out", base=base)
+    files = folder.write_folder(gpt2(), tmp_path / "out", base=base)
     listed = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
     assert listed == files
     assert {f["name"] for f in files} | {"manifest.json"} == {p.name for p in (tmp_path / "out").iterdir()}
@@ -157,20 +157,18 @@ def test_the_list_of_files_is_true(base, tmp_path):
 
 
 def test_a_failed_export_leaves_the_old_folder(base, tmp_path, monkeypatch):
-    huggingface.write_folder(gpt2(seed=1), tmp_path / "out", base=base)
+    folder.write_folder(gpt2(seed=1), tmp_path / "out", base=base)
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(
-        huggingface, "write_tokenizer", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr(folder, "write_tokenizer", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        huggingface.write_folder(gpt2(seed=2), tmp_path / "out", base=base)
+        folder.write_folder(gpt2(seed=2), tmp_path / "out", base=base)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_model_card_tells_where_it_comes_from(base, tmp_path):
     facts = {"base": "gpt2", "name": "Orders", "examples": 480, "settings": {"learning_rate": 3e-4}, "metrics": {"loss": 1.25}, "licence": "mit", "fidelity": {"exact": True, "logits": 10}}  # fmt: skip
-    huggingface.write_folder(gpt2(), tmp_path / "out", base=base, facts=facts)
+    folder.write_folder(gpt2(), tmp_path / "out", base=base, facts=facts)
     text = (tmp_path / "out" / "README.md").read_text()
     for piece in (
         'base_model: "gpt2"',
@@ -186,9 +184,9 @@ def test_the_model_card_tells_where_it_comes_from(base, tmp_path):
 
 def test_the_command_line_exports_a_folder(base, tmp_path, capsys):
     parser = argparse.ArgumentParser()
-    huggingface.add_arguments(parser)
+    command.add_arguments(parser)
     args = parser.parse_args(["--checkpoint", str(base), "--to", str(tmp_path / "out"), "--dtype", "fp16"])
-    assert huggingface.main(args) == 0
+    assert command.main(args) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["fidelity"]["close"]
     assert load_model(tmp_path / "out").config.n_layer == 2
@@ -200,9 +198,9 @@ def test_the_command_line_exports_a_folder(base, tmp_path, capsys):
 def test_a_checkpoint_is_exported_as_the_run_itself_would(tmp_path, method, format):
     events = Runner(tmp_path, steps=3, method=method).train()
     last = of(events, "checkpoint")[-1]["path"]
-    model, base, facts = huggingface.load_trained(Path(last), None)
-    huggingface.write_folder(model.eval(), tmp_path / "out", base=base, format=format, facts=facts)
-    found = export_check.compare(load_model(tmp_path / "work" / "final"), tmp_path / "out", base=base)
+    model, base, facts = command.load_trained(Path(last), None)
+    folder.write_folder(model.eval(), tmp_path / "out", base=base, format=format, facts=facts)
+    found = folder.verify(load_model(tmp_path / "work" / "final"), tmp_path / "out", base=base, format=format)
     assert found["close"]
     assert found["exact"] == (format != "adapter")
 
@@ -213,4 +211,4 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     content[-5] ^= 1
     (last / "weights.safetensors").write_bytes(content)
     with pytest.raises(Failure, match="cannot be used"):
-        huggingface.load_trained(last, None)
+        command.load_trained(last, None)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from training.models.batch import pack
 from training.models.gpt2 import GPT2
-from training.models.load import load_model
+from training.models.interface import LanguageModel
 from training.text.tokenizer import Tokenizer
 
 PROMPTS = (
@@ -34,32 +32,27 @@ CLOSE = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1}  # largest differen
 
 
 def compare(
-    model: Any, folder: str | Path, *, base: str | Path, prompts: Sequence[str] = PROMPTS
+    model: LanguageModel,
+    opened: LanguageModel,
+    tokenizer: Tokenizer,
+    dtype: str,
+    prompts: Sequence[str] = PROMPTS,
 ) -> dict[str, Any]:
-    """Compare the trained `model` in memory with `folder` read back.
+    """Compares the trained `model` in memory with the export as it was `opened` again; `dtype` is that of its weights.
 
-    {"exact": equal bit for bit, "close", "max_difference", "logits": how many, "prompts", "sha256": of the folder's
-    logits, "dtype"}. For an exported adapter, `base` is the model it belongs to."""
-    folder = Path(folder)
-    tokenizer = Tokenizer.load(folder)
+    {"exact": equal bit for bit, "close", "max_difference", "logits": how many, "prompts", "sha256": of the export's
+    logits, "dtype"}."""
     batches = [ids for ids in map(tokenizer.encode, prompts) if ids]
     trained = _merged(model)
-    adapter = (folder / "adapter_config.json").is_file()
-    read = _with_adapter(folder, Path(base)) if adapter else load_model(folder)
     digest, count, worst, largest, exact = hashlib.sha256(), 0, 0.0, 0.0, True
-    with _evaluating(trained), _evaluating(read):
+    with _evaluating(trained), _evaluating(opened):
         for ids in batches:
-            ours, theirs = logits_of(trained, ids), logits_of(read, ids)  # (T, V)
+            ours, theirs = logits_of(trained, ids), logits_of(opened, ids)  # (T, V)
             exact = exact and torch.equal(ours, theirs)
             worst = max(worst, float((ours - theirs).abs().max()))
             largest = max(largest, float(ours.abs().max()))
             digest.update(theirs.contiguous().numpy().tobytes())
             count += theirs.numel()
-    dtype = (
-        "float32"
-        if adapter
-        else str(json.loads((folder / "config.json").read_text()).get("dtype", "float32"))
-    )
     return {
         "exact": exact,
         "close": exact or worst <= CLOSE.get(dtype, 1e-4) * max(largest, 1e-9),
@@ -95,19 +88,6 @@ def _merged(model: Any) -> Any:
             torch.nn.Parameter(weight.float().cpu(), requires_grad=False),
         )
     return plain
-
-
-def _with_adapter(folder: Path, base: Path) -> Any:
-    import peft
-    import transformers
-
-    from training.models.causal_lm import CausalLM
-
-    plain = transformers.AutoModelForCausalLM.from_pretrained(
-        str(base), dtype=torch.float32, use_safetensors=True
-    )
-    merged = peft.PeftModel.from_pretrained(plain, str(folder)).merge_and_unload()
-    return CausalLM(merged)
 
 
 @contextmanager

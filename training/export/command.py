@@ -1,0 +1,69 @@
+"""`python -m training export --checkpoint DIR --to DIR [--format NAME] [--dtype NAME]`: a checkpoint becomes a model folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from training.engine import checkpoint
+from training.export.folder import verify, write_folder
+from training.models.load import load_model
+from training.plan import hub
+from training.plan.events import Failure
+from training.plan.export_formats import FORMATS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint of a training run, or a folder of Hugging Face files")  # fmt: skip
+    parser.add_argument(
+        "--base",
+        help="the base model of that checkpoint, if it is no longer where it was: a folder, or a name on the Hub",
+    )
+    parser.add_argument("--to", required=True, help="the folder to write")
+    parser.add_argument("--format", default="safetensors", choices=list(FORMATS))
+    parser.add_argument(
+        "--dtype",
+        default="fp32",
+        choices=sorted({dtype for format in FORMATS.values() for dtype in format.dtypes}),
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints one JSON line: the files written and how they compare with the model in memory."""
+    model, base, facts = load_trained(Path(args.checkpoint), args.base)
+    files = write_folder(model, args.to, base=base, format=args.format, dtype=args.dtype, facts=facts)
+    found = verify(model, args.to, base=base, format=args.format)
+    print(json.dumps({"files": files, "fidelity": found}))
+    return 0 if found["close"] else 1
+
+
+def load_trained(folder: Path, base: str | None) -> tuple[Any, Path, dict[str, Any]]:
+    """The model of a checkpoint (made from `base`) or of a Hugging Face folder, the folder its tokenizer lies in, and
+    what is known of it."""
+    if (folder / "config.json").is_file():
+        return load_model(folder), folder, {}
+    try:
+        manifest = checkpoint.verify_files(folder)
+    except (checkpoint.Unreadable, OSError, ValueError, KeyError) as error:
+        raise Failure("checkpoint_unreadable", f"The checkpoint {folder} cannot be used: {error}.") from error
+    base = base or str(manifest["base"])
+    home, settings = hub.locate(base), manifest["settings"]
+    model = load_model(home)
+    if settings.get("method") == "lora":
+        model.add_lora(*(settings[f"lora_{name}"] for name in ("rank", "alpha", "dropout", "targets")))
+    trained = load_file(folder / "weights.safetensors")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in trained:
+                p.copy_(trained.pop(name))
+    if trained:
+        raise Failure(
+            "base_model", f"The checkpoint is not one of {base}: that has no {next(iter(trained))}."
+        )
+    facts = {"base": base, "steps": manifest["step"], "settings": settings}
+    return model, home, facts

@@ -1,0 +1,32 @@
+"""The registry of export formats. The command line, the pages and the API all list these.
+
+A new format is an entry here and a module of training/export/ with `write`, `verify` and `describe` (see
+training/export/interface.py). Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ExportFormat:
+    label: str
+    help: str
+    dtypes: tuple[str, ...]
+    """Number formats it can be written in; the first is the default."""
+    module: str
+    """Of training/export/."""
+
+
+FORMATS: dict[str, ExportFormat] = {
+    "safetensors": ExportFormat(
+        "Hugging Face folder", "The whole model, adapters merged in, as transformers opens it.", ("fp32", "fp16"), "huggingface"
+    ),
+    "merged": ExportFormat(
+        "Merged weights", "The same as safetensors: adapters are merged into the base model.", ("fp32", "fp16"), "huggingface"
+    ),
+    "adapter": ExportFormat(
+        "LoRA adapter", "Only the adapter, as peft opens it on top of the base model.", ("fp32",), "adapter"
+    ),
+}  # fmt: skip
