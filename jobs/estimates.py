@@ -12,7 +12,7 @@ from jobs import bases, queueing, reports, tables
 from jobs.tables import Dataset, EstimateRecord, Job, Worker
 from training.plan.auto_settings import resolve
 from training.plan.catalog import BaseModel, Machine, this_machine
-from training.plan.config import Settings, parse
+from training.plan.config import Settings, current_names, parse
 from training.plan.estimate import Estimate, Past
 from training.plan.estimate import estimate as predict
 from training.report.report import Summary
@@ -78,8 +78,12 @@ def history(on: Machine) -> list[Past]:
 
 
 def _past(found: list[dict[str, Any]]) -> list[Past]:
-    names = ("work", "took", "memory", "peak", "base", "method")
-    return [Past(**{name: r[name] for name in names}) for r in found if all(name in r for name in names)]
+    names = ("work", "took", "memory", "peak", "base")
+    return [
+        Past(**{name: r[name] for name in names}, adapter=current_names({"method": r["method"]})["adapter"])
+        for r in found
+        if all(name in r for name in (*names, "method"))
+    ]
 
 
 def records(on: Machine | str) -> list[dict[str, Any]]:
@@ -120,7 +124,7 @@ def record(job: Job) -> None:
         "took": _took(actual, (job.progress or {}).get("spent") or {}),
         "learned": len(before),
         "base": job.base,
-        "method": chosen.method,
+        "method": chosen.stored()["method"],
         "tokens": predicted.tokens,
         "when": job.ended_at,
     }

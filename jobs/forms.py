@@ -135,7 +135,7 @@ class GenerateForm(forms.Form):
 
 
 CHOICE_WORDS = {
-    "full": "Full: every weight",
+    "none": "None: full fine-tuning",
     "lora": "LoRA: small adapters",
     "completion": "The answers only",
     "all": "Prompts and answers",

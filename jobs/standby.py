@@ -39,7 +39,7 @@ def take(config: dict[str, Any]) -> Child:
     global _child, _base
     warm_up()
     child, _child = _child, None
-    _base = config["base"] if config["settings"].get("method") != "lora" else ""
+    _base = config["base"] if config["settings"].get("adapter") != "lora" else ""
     assert child
     return child
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs import access, bases, reports
 from jobs.tables import Dataset, Job, time_of
-from training.plan.config import ConfigError, parse
+from training.plan.config import ConfigError, parse, stored_names
 
 
 class Refused(Exception):
@@ -98,17 +98,18 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
         request.suffix,
         job_id[-8:].lower(),
     ]
+    stored = stored_names(request.settings)
     job = Job(
         owner,
         job_id,
         name=request.name or datasets[0].name,
         base=request.base,
         base_facts=dict(request.base_facts) if request.base_facts else None,
-        method=str(request.settings.get("method") or "full"),
+        method=str(stored.get("method") or "full"),
         dataset_id=request.dataset_id,
         dataset_name=datasets[0].name,
         validation_dataset_id=request.validation_dataset_id or None,
-        settings=dict(request.settings),
+        settings=stored,
         prompts=list(request.prompts),
         suffix=request.suffix,
         seed=request.seed,

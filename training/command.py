@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
         run = Run.load(path)
         if args.command == "standby" or run.job is not None:
             _die_with_parent()
-        _make_ready(run.base, run.settings.method)
+        _make_ready(run.base, run.settings.adapter)
         speaker.spool(Path(run.work_dir))
         train(run, speaker.say, stop.is_set)
     except BaseException as error:
@@ -172,11 +172,11 @@ def _clean(value: Any) -> Any:
 ROW = 512  # tokens whose activations a standby holds memory for
 
 
-def _make_ready(base: str, method: str) -> int:
+def _make_ready(base: str, adapter: str) -> int:
     """Begins to touch the memory of weights, gradients and both means, where one processor trains all of a model: while
     torch is imported and data are read. Returns the bytes of a row's activations there; 0 elsewhere (adapters need
     little, a graphics card has memory of its own, and several processes may share the model out)."""
-    here = method == "full" and catalog.this_machine().device == "cpu" and "RANK" not in os.environ
+    here = adapter == "none" and catalog.this_machine().device == "cpu" and "RANK" not in os.environ
     try:
         described = catalog.describe(base)
     except (OSError, ValueError):
@@ -191,7 +191,7 @@ def _wait_warm(base: str | None) -> str | None:
     from training.engine.warm_up import warm_up
 
     warm_up()
-    if base and (row := _make_ready(base, "full")):
+    if base and (row := _make_ready(base, "none")):
         memory.touch_heap(row)
     os.write(sys.stdout.fileno(), encode({"t": "ready", "time": time.time()}))
     for line in iter(sys.stdin.buffer.readline, b""):

@@ -183,29 +183,34 @@ def _settings(owner: str, body: JobCreate, base: str) -> Json:
     asked = _hyperparameters(body)
     ours = {name: value for name, value in (body.llmtuner or {}).items() if name not in OURS}
     settings: Json = {}
+    adapter = _parsed(ours).adapter
     if isinstance(asked.n_epochs, int):
         settings["epochs"] = asked.n_epochs
     if isinstance(asked.batch_size, int) and "batch_tokens" not in ours:
         settings["batch_size"] = asked.batch_size
     if asked.learning_rate_multiplier not in (None, "auto"):
         settings["learning_rate"] = _times(
-            float(asked.learning_rate_multiplier or 1), bases.find(owner, base), ours.get("method", "full")
+            float(asked.learning_rate_multiplier or 1), bases.find(owner, base), adapter
         )
     if body.seed is not None:
         settings["seed"] = body.seed
     settings |= ours
-    try:
-        config.parse(settings)
-    except config.ConfigError as error:
-        raise bad(error.message, f"llmtuner.{error.field}") from error
+    _parsed(settings)
     return settings
 
 
-def _times(multiplier: float, base: BaseModel | None, method: Any) -> float:
+def _parsed(settings: Json) -> config.Settings:
+    try:
+        return config.parse(settings)
+    except config.ConfigError as error:
+        raise bad(error.message, f"llmtuner.{error.field}") from error
+
+
+def _times(multiplier: float, base: BaseModel | None, adapter: str) -> float:
     """OpenAI multiplies a rate of its own choosing; we multiply the one we would choose."""
     if base is None:  # deleted at this moment
         raise bad("This base model is gone. Choose another one.", "model", "model_not_available")
-    return float(f"{multiplier * auto_settings.learning_rate(str(method), base)[0]:.6g}")
+    return float(f"{multiplier * auto_settings.learning_rate(adapter, base)[0]:.6g}")
 
 
 def _prompts(body: JobCreate) -> tuple[str, ...]:

@@ -166,7 +166,7 @@ class JobCreate(Request):
     integrations: list[Any] | None = None
     llmtuner: dict[str, Any] | None = Field(
         None,
-        description="Any setting of ours by its own name, for instance `method`, `lora_rank`, `sequence_length`.",
+        description="Any setting of ours by its own name, for instance `adapter`, `lora_rank`, `sequence_length`.",
     )
 
     @field_validator("metadata")

@@ -16,7 +16,7 @@ from jobs.templatetags.figures import count, size
 from training.plan import catalog
 from training.plan.auto_settings import PRESETS, resolve
 from training.plan.catalog import BaseModel, gib
-from training.plan.config import FIELDS, Settings
+from training.plan.config import FIELDS, Settings, current_names
 from training.plan.estimate import in_bf16
 from training.report.report import Summary
 
@@ -166,7 +166,7 @@ class Draft:
         if summary and base and resolved and not self.errors:
             estimate = estimates.estimate(base, resolved, summary, machine, self._validation(facts))
         basic, advanced = rows(self.typed, self.errors, resolved, reasons, suggested)
-        method = resolved.method if resolved else "full"
+        adapter = resolved.adapter if resolved else "none"
         return {
             "job": self.job,
             "values": self.values,
@@ -180,11 +180,11 @@ class Draft:
             "sample": self._sample(found),
             "counting": self._counting(facts, found) if summary else None,
             # Asked by the whole page only: a keystroke costs no more reads.
-            "bases": lambda: self._choices(machine, method),
+            "bases": lambda: self._choices(machine, adapter),
             "base": _facts(base, machine) if base else None,
             "machine": machine,
             "basic": basic,
-            "advanced": [row for row in advanced if not row.spec.choices or row.name != "method"],
+            "advanced": [row for row in advanced if len(row.spec.choices) != 1],
             "advanced_open": any(row.error or row.value for row in advanced),
             "presets": list(PRESETS),
             "preset": preset_of(self.typed),
@@ -195,7 +195,7 @@ class Draft:
             "default_name": self._default_name(),
         }
 
-    def _choices(self, machine: catalog.Machine, method: str) -> list[dict[str, Any]]:
+    def _choices(self, machine: catalog.Machine, adapter: str) -> list[dict[str, Any]]:
         """The bases, in groups: the catalogue, one's own, and what was added from the Hub."""
         groups = [
             ("", catalog.base_models()),
@@ -207,7 +207,7 @@ class Draft:
             {
                 "title": title,
                 "choices": [
-                    _choice(one, machine, method, chosen)
+                    _choice(one, machine, adapter, chosen)
                     for one in models
                     if self.job is None or one.id == self.job.base
                 ],
@@ -277,7 +277,7 @@ class Draft:
 
 def _facts(base: BaseModel, machine: catalog.Machine) -> dict[str, Any]:
     """What a person should know of the chosen base."""
-    fits = {method: catalog.fits(base, machine, method) for method in ("full", "lora")}
+    fits = {adapter: catalog.fits(base, machine, adapter) for adapter in ("none", "lora")}
     numbers = [
         ("Parameters", count(base.parameters)),
         ("Layers", count(base.layers)),
@@ -289,15 +289,15 @@ def _facts(base: BaseModel, machine: catalog.Machine) -> dict[str, Any]:
         ("Languages", base.languages),
         ("Download", size(base.download) if not base.folder else "none: it comes with the studio"),
     ]
-    words = {"full": "All weights", "lora": "LoRA adapters"}
+    words = {"none": "Full fine-tuning", "lora": "LoRA"}
     memory = [
         {
-            "name": words[method],
+            "name": words[adapter],
             "needs": gib(fit.needs),
             "word": "fits" if fit.fits else "does not fit",
             "tone": "text-success" if fit.fits else "text-error",
         }
-        for method, fit in fits.items()
+        for adapter, fit in fits.items()
     ]
     return {"model": base, "numbers": numbers, "memory": memory}
 
@@ -306,7 +306,7 @@ def _as_typed(job: Job) -> dict[str, str]:
     """What its person asked for, as the form's fields."""
     asked = {
         name: value
-        for name, value in (job.settings or {}).items()
+        for name, value in current_names(job.settings or {}).items()
         if name in FIELDS and value != FIELDS[name].default
     }
     return {
@@ -320,11 +320,11 @@ def _as_typed(job: Job) -> dict[str, str]:
     }
 
 
-def _choice(base: BaseModel, machine: catalog.Machine, method: str, chosen: str) -> dict[str, Any]:
+def _choice(base: BaseModel, machine: catalog.Machine, adapter: str, chosen: str) -> dict[str, Any]:
     """A line of the model list: what it is, and whether the worker can train it."""
-    fit = catalog.fits(base, machine, method)
+    fit = catalog.fits(base, machine, adapter)
     word, tone = ("fits", "text-success") if fit.fits else ("does not fit", "text-error")
-    if not fit.fits and method == "full" and catalog.fits(base, machine, "lora").fits:
+    if not fit.fits and adapter == "none" and catalog.fits(base, machine, "lora").fits:
         word, tone = "LoRA only", "text-warning"
     return {"model": base, "word": word, "tone": tone, "why": fit.why, "chosen": base.id == chosen}
 
@@ -353,7 +353,7 @@ def _warnings(
                 "text": "The model would learn not to finish. Raise the sequence length, or shorten the long rows.",
             }
         )
-    if base and settings and not (fit := catalog.fits(base, machine, settings.method)).fits:
+    if base and settings and not (fit := catalog.fits(base, machine, settings.adapter)).fits:
         found.append(
             {
                 "title": f"{base.name} will not fit the worker",

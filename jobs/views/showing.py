@@ -26,7 +26,7 @@ from jobs.templatetags.figures import (
     rate,
     span,
 )
-from training.plan.config import FIELDS
+from training.plan.config import FIELDS, current_names
 
 ALIVE, GOOD, BAD, QUIET, WAITING = "bg-primary", "bg-success", "bg-error", "bg-base-content/40", "bg-warning"
 STATUS_WORDS = {
@@ -343,8 +343,9 @@ def _verdict(story: Story) -> dict[str, Any]:
 def settings_rows(job: Job, story: Story) -> tuple[list[Row], list[Row]]:
     """What it trains with: the words of a few settings together, then every other one."""
     plan = story.plan or (job.plan if isinstance(job.plan, dict) else {}) or {}
-    chosen = job.settings if isinstance(job.settings, dict) else {}
-    values = {name: field.default for name, field in FIELDS.items()} | chosen | (plan.get("settings") or {})
+    chosen = current_names(job.settings if isinstance(job.settings, dict) else {})
+    values = {name: field.default for name, field in FIELDS.items()}
+    values |= chosen | current_names(plan.get("settings") or {})
     reasons = plan.get("reasons") or {}
 
     def changed(*names: str) -> bool:
@@ -362,9 +363,9 @@ def settings_rows(job: Job, story: Story) -> tuple[list[Row], list[Row]]:
     length = f"{_auto(values['max_steps'], ' steps')}" if values["max_steps"] else _auto(values["epochs"])
     first = [
         row(
-            "Method",
-            lora if values["method"] == "lora" else CHOICE_WORDS["full"],
-            "method",
+            "Fine-tuning",
+            lora if values["adapter"] == "lora" else "full",
+            "adapter",
             "lora_rank",
             "lora_alpha",
         ),
@@ -385,7 +386,8 @@ def settings_rows(job: Job, story: Story) -> tuple[list[Row], list[Row]]:
         row("Seed", str(values["seed"]), "seed"),
     ]
     told = {
-        "method",
+        "objective",
+        "adapter",
         "lora_rank",
         "lora_alpha",
         "epochs",

@@ -79,7 +79,7 @@ def test_an_unnamed_job_is_named_after_its_data(alices: Client, alice: User) -> 
         ("epochs", "nan", "Give a number."),
         ("batch_size", "1.5", "Give a whole number."),
         ("learning_rate", "fast", "Give a number."),
-        ("method", "magic", "Choose one of full, lora."),
+        ("adapter", "magic", "Choose one of none, lora."),
         ("suffix", "Not A Slug", "lower-case letters"),
         ("base", "", "Choose the model"),
     ],

@@ -96,7 +96,7 @@ def test_small_models_get_larger_steps_and_adapters_larger_still() -> None:
         for base in (starter(), gpt2(), GPT2_FAMILY[-1])
     ]
     assert rates == sorted(rates, reverse=True)
-    assert resolve(parse({"method": "lora"}), data(), gpt2(), MACHINE)[0].learning_rate == pytest.approx(
+    assert resolve(parse({"adapter": "lora"}), data(), gpt2(), MACHINE)[0].learning_rate == pytest.approx(
         10 * rates[1]
     )
 
@@ -174,7 +174,7 @@ def predicted(**changes: object) -> float:
 
 def test_more_work_takes_longer() -> None:
     assert predicted(epochs=1) < predicted(epochs=3) < predicted(epochs=9)
-    assert predicted(method="lora") < predicted()
+    assert predicted(adapter="lora") < predicted()
     assert predicted(gradient_checkpointing=True) > predicted()
 
 
@@ -197,7 +197,7 @@ def past(base: BaseModel, times: float, noise: float = 0.0, seed: int = 0, **cha
         part: times * sum(of.values()) * (1 + noise * rng.uniform(-1, 1)) for part, of in found.work.items()
     }
     peak = 1.2 * found.memory
-    return Past(found.work, took, found.memory_parts, peak, base.id, settings.method)
+    return Past(found.work, took, found.memory_parts, peak, base.id, settings.adapter)
 
 
 def test_bf16_is_expected_to_help_large_models_where_the_processor_has_it() -> None:

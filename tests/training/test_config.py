@@ -3,16 +3,46 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 
 import pytest
 
 from training.plan import config
 from training.plan.config import FIELDS, ConfigError, Run, Settings, parse
 
+FIRST_RELEASE = "ad4dae69a98bdf91333ac545c47d03254c6be1aa92ed368fedd4f672c0c8270a"
 
-def test_the_table_and_the_dataclass_name_the_same_fields_and_defaults() -> None:
-    assert {f.name: f.default for f in fields(Settings)} == {name: f.default for name, f in FIELDS.items()}
+
+def test_the_adapter_keeps_its_stored_name() -> None:
+    assert parse({"method": "lora"}) == parse({"adapter": "lora"})
+    stored = parse({"adapter": "lora"}).stored()
+    assert (stored["method"], "adapter" in stored, "objective" in stored) == ("lora", False, False)
+    assert parse(stored) == parse({"adapter": "lora"})
+
+
+def test_two_names_for_the_adapter_must_agree() -> None:
+    with pytest.raises(ConfigError, match="differ"):
+        parse({"method": "full", "adapter": "lora"})
+
+
+def test_a_checkpoint_of_the_first_release_is_recognised() -> None:
+    """The hash that the first release wrote for these settings."""
+    assert config.settings_hash(parse({"method": "lora", "epochs": 2})) == FIRST_RELEASE
+
+
+def test_a_new_setting_or_default_changes_no_earlier_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "SCHEMA", 2)
+    monkeypatch.setitem(config.ADDED, "deterministic", 2)
+    monkeypatch.setitem(config.FORMER_DEFAULTS, "lora_rank", (2, 4))
+    assert (parse({}, 1).lora_rank, parse({}, 2).lora_rank, parse({}).lora_rank) == (4, 8, 8)
+    hashes = [config.settings_hash(parse(values, 1), 1) for values in ({}, {"deterministic": True})]
+    assert hashes[0] != hashes[1]
+    monkeypatch.undo()
+    monkeypatch.setattr(config, "FIELDS", {n: f for n, f in FIELDS.items() if n != "deterministic"})
+    plain = {n: v for n, v in parse({"lora_rank": 4}).stored().items() if n != "deterministic"}
+    monkeypatch.setattr(Settings, "stored", lambda self: plain)
+    assert (
+        config.settings_hash(parse({"lora_rank": 4})) == hashes[0]
+    )  # as a program without the setting wrote it
 
 
 def test_every_field_explains_itself() -> None:

@@ -104,7 +104,7 @@ def test_a_missing_tokenizer(runner: Runner) -> None:
 
 
 def test_lora_targets_that_no_layer_has(runner: Runner) -> None:
-    assert reason(runner, settings={"method": "lora", "lora_targets": ["q_proj"]}).reason == "bad_settings"
+    assert reason(runner, settings={"adapter": "lora", "lora_targets": ["q_proj"]}).reason == "bad_settings"
 
 
 @pytest.mark.parametrize("seed", range(3))

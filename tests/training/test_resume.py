@@ -67,7 +67,7 @@ def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(
 
 
 def test_lora_resumes_bit_for_bit_too(runner: Runner) -> None:
-    lora = {"method": "lora", "lora_dropout": 0.1, "learning_rate": 1e-2, "max_steps": 8, "eval_every": 0}
+    lora = {"adapter": "lora", "lora_dropout": 0.1, "learning_rate": 1e-2, "max_steps": 8, "eval_every": 0}
     whole = runner.train("lora", settings=lora)
     last = of(runner.train("lora-cut", stop_at=4, settings=lora), "checkpoint")[-1]
     events = runner.train("lora-again", resume_from=last["path"], epoch=2, settings=lora)

@@ -48,7 +48,7 @@ class Inputs:
 
 def read(run: Run, resolved: Settings | None = None) -> Inputs:
     """Reads and checks everything but the weights. `resolved` are the settings an earlier attempt trained with."""
-    objective = OBJECTIVES["supervised"]
+    objective = OBJECTIVES[(resolved or run.settings).objective]
     base = hub.locate(run.base, run.base_revision)
     model_config = _model_config(base)
     described = catalog.of_config(model_config, id=run.base, folder=str(base))

@@ -82,7 +82,7 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
     # ---- train ---------------------------------------------------------------------------------------------------
     trained_tokens = data.train.trained()  # (examples,): N of each
     peak_rate = settings.learning_rate or 0.0
-    count_flops = device.flop_counter(model, lora=settings.method == "lora")
+    count_flops = device.flop_counter(model, lora=settings.adapter == "lora")
     gemm_rate = 0.0  # FLOP/s of a bare matrix product here
     recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds of the last steps
     must_stop = checkpoint_due = False

@@ -60,13 +60,15 @@ def find_resumable(run: Run) -> Resumable:
     parent.mkdir(parents=True, exist_ok=True)
     checkpoint.sweep(parent)
     folders = checkpoint.candidates(Path(run.resume_from), [parent]) if run.resume_from else []
-    earlier = checkpoint.settings_of(folders, run.job, config.settings_hash(run.settings))
+    earlier = checkpoint.settings_of(
+        folders, run.job, config.settings_hash(run.settings, run.settings_schema)
+    )
     if earlier is None:
         return Resumable(folders, None)
     smaller = run.settings.micro_batch_tokens
     if smaller and smaller < earlier["micro_batch_tokens"]:  # memory ran out before
         earlier["micro_batch_tokens"] = smaller
-    return Resumable(folders, config.parse(earlier))
+    return Resumable(folders, config.parse(earlier, run.settings_schema))
 
 
 def _folder(run: Run) -> Path:
@@ -121,7 +123,7 @@ class Saver:
         randoms = device.random_state()
         return Snapshot(
             state.step, session.run.epoch, weights, moments, randoms, asdict(state), session.identity,
-            session.environment, session.settings.as_dict(), str(session.data.base), best, final,
+            session.environment, session.settings.stored(), str(session.data.base), best, final,
         )  # fmt: skip
 
     def wait(self) -> None:

@@ -64,7 +64,7 @@ class Session:
             "held_out": len(self.data.held_out),
             "tokens": self.data.train.tokens,
             "trained_tokens": self.data.train.trained_tokens,
-            "settings": self.settings.as_dict(),
+            "settings": self.settings.stored(),
             "reasons": self.data.reasons,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trainable": self.optimizer.parameters,
@@ -75,7 +75,7 @@ class Session:
         return {
             "job": self.run.job,
             "base": self.run.base,
-            "settings": self.settings.as_dict(),
+            "settings": self.settings.stored(),
             "examples": len(self.data.train),
             "tokens": self.data.train.tokens,
         }
@@ -97,7 +97,7 @@ def prepare(run: Run, resolved: Settings | None, emit: Emit, stop: Callable[[], 
     plan = StepPlan.of(data.train, settings, processes.size)
     identity = Identity(
         run.job,
-        config.settings_hash(run.settings),
+        config.settings_hash(run.settings, run.settings_schema),
         inputs.fingerprint(data.train.hash(), data.held_out.hash()),
         inputs.fingerprint(data.model_config, optimizer.shapes()),
     )
@@ -126,7 +126,7 @@ def _model_and_optimizer(
     machine = catalog.this_machine()
     if not place.on_gpu:  # the processes of one machine share its memory
         machine = replace(machine, memory=machine.memory // processes.on_this_machine)
-    room = catalog.fits(described, machine, settings.method, settings.micro_batch_tokens or 2048)
+    room = catalog.fits(described, machine, settings.adapter, settings.micro_batch_tokens or 2048)
     if processes.size > 1 and (settings.shard or not room.fits):
         from training.engine.fsdp import ShardedAdamW
 
@@ -140,7 +140,7 @@ def _base_model(data: Inputs, settings: Settings) -> LanguageModel:
     """The base model in fp32, with its dropout, and with adapters if the settings ask for them."""
     model = load_model(data.base)
     model.set_dropout(settings.dropout or 0.0)
-    if settings.method == "lora":
+    if settings.adapter == "lora":
         model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
     model.gradient_checkpointing = settings.gradient_checkpointing
     return model
@@ -153,7 +153,7 @@ def whole_model(session: Session) -> LanguageModel:
     model, optimizer = session.model, session.optimizer
     if isinstance(optimizer, AdamW):
         optimizer.use_masters()
-        if session.device.dtype == torch.float32 or session.settings.method == "full":
+        if session.device.dtype == torch.float32 or session.settings.adapter == "none":
             return model.cpu().float().eval()
     weights = optimizer.weight_tensors()
     if not weights:  # only the first process has them

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from training.engine import checkpoint
 from training.export.folder import verify, write_folder
 from training.models.load import load_model
-from training.plan import hub
+from training.plan import config, hub
 from training.plan.events import Failure
 from training.plan.export_formats import FORMATS
 
@@ -54,8 +54,10 @@ def load_trained(folder: Path, base: str | None) -> tuple[Any, Path, dict[str, A
     base = base or str(manifest["base"])
     home, settings = hub.locate(base), manifest["settings"]
     model = load_model(home)
-    if settings.get("method") == "lora":
-        model.add_lora(*(settings[f"lora_{name}"] for name in ("rank", "alpha", "dropout", "targets")))
+    trained_with = config.parse(settings)
+    if trained_with.adapter == "lora":
+        s = trained_with
+        model.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets)
     trained = load_file(folder / "weights.safetensors")
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -38,7 +38,7 @@ def resolve(
     batch = _batch(summary)[0] if settings.batch_tokens else choose("batch_size", *_batch(summary))
     if settings.max_steps is None:
         choose("epochs", *_epochs(summary, base))
-    choose("learning_rate", *learning_rate(settings.method, base))
+    choose("learning_rate", *learning_rate(settings.adapter, base))
     choose("dropout", *_dropout(summary, base))
     choose("micro_batch_tokens", *_micro(settings, summary, base, machine, length, batch))
     return replace(settings, **values), reasons
@@ -84,13 +84,13 @@ def _epochs(summary: Summary, base: BaseModel) -> tuple[float, str]:
     return float(min(more, 50)), f"{min(more, 50)}, because {why}"
 
 
-def learning_rate(method: str, base: BaseModel) -> tuple[float, str]:
+def learning_rate(adapter: str, base: BaseModel) -> tuple[float, str]:
     """Smaller models bear larger steps; adapters bear ten times what full weights do."""
     rate = 1e-4 * (GPT2_SIZE / max(1, base.parameters)) ** 0.5
-    if method == "lora":
+    if adapter == "lora":
         rate *= 10
     rate = float(f"{min(rate, 3e-3):.1e}")
-    return rate, f"{rate:g}, for {_millions(base)}" + (" by LoRA" if method == "lora" else "")
+    return rate, f"{rate:g}, for {_millions(base)}" + (" by LoRA" if adapter == "lora" else "")
 
 
 def _millions(base: BaseModel) -> str:
@@ -109,7 +109,7 @@ def _micro(
     tokens = 1 << 15 if machine.device == "cuda" else 4096
     while (
         tokens > length
-        and training_memory(base, settings.method, tokens, checkpointing) > machine.memory // 2
+        and training_memory(base, settings.adapter, tokens, checkpointing) > machine.memory // 2
     ):
         tokens //= 2
     tokens = max(length, min(tokens, settings.batch_tokens or batch * length))

@@ -183,12 +183,12 @@ def of_config(config: Mapping[str, Any], *, id: str = "", folder: str = "") -> B
 
 
 def training_memory(
-    base: BaseModel, method: str = "full", tokens: int = 2048, checkpointing: bool = False
+    base: BaseModel, adapter: str = "none", tokens: int = 2048, checkpointing: bool = False
 ) -> int:
     """Peak bytes of training: weights and optimizer, and what is kept of `tokens` tokens computed at once.
 
     Full: weight, gradient and AdamW's two means, 4 bytes each. LoRA: the frozen weight, and its adapters apart."""
-    trained = base.parameters if method == "full" else lora_parameters(base, 8)
+    trained = base.parameters if adapter == "none" else lora_parameters(base, 8)
     state = 4 * base.parameters + 12 * trained
     own = 300 << 20  # what Python and torch take themselves
     return int(state + activation_memory(base, tokens, checkpointing) + own)
@@ -205,13 +205,13 @@ def lora_parameters(base: BaseModel, rank: int) -> int:
     return base.layers * rank * (4 * base.width + 2 * base.width)
 
 
-def fits(base: BaseModel, machine: Machine, method: str = "full", tokens: int = 2048) -> Fit:
+def fits(base: BaseModel, machine: Machine, adapter: str = "none", tokens: int = 2048) -> Fit:
     """Whether it can be trained there, with nine tenths of the memory."""
-    needs = training_memory(base, method, tokens)
+    needs = training_memory(base, adapter, tokens)
     have = machine.memory * 9 // 10
     if needs <= have:
         return Fit(True, needs, f"needs about {gib(needs)} of {gib(machine.memory)}")
-    other = " LoRA would fit." if method == "full" and training_memory(base, "lora", tokens) <= have else ""
+    other = " LoRA would fit." if adapter == "none" and training_memory(base, "lora", tokens) <= have else ""
     return Fit(False, needs, f"needs about {gib(needs)}, this machine has {gib(machine.memory)}.{other}")
 
 

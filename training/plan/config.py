@@ -1,4 +1,4 @@
-"""The hyperparameters and the run file. One table, FIELDS, drives the form, the API and the command line.
+"""The hyperparameters and the run file. One class, Settings, drives the form, the API and the command line.
 
 Imports no torch: pages validate with it. A field left out, None or "auto" takes its default; where the default is
 None the value is found by `training.plan.auto_settings.resolve` from the data, the base model and the machine.
@@ -40,82 +40,170 @@ class Field:
         return self.default is None
 
 
-LORA_TARGETS = ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj")
-
-FIELDS: dict[str, Field] = {
-    "method": Field("full", "choice", "Train every weight, or small adapters beside the frozen ones (LoRA: less memory).", "Method", choices=("full", "lora"), group="basic"),
-    "epochs": Field(None, "float", "How often each example is seen.", "Epochs", 0.01, 1000, group="basic"),
-    "max_steps": Field(None, "int", "Stop after so many optimizer steps instead.", "Steps", 1, 10_000_000),
-    "batch_size": Field(None, "int", "Examples per optimizer step.", "Batch size", 1, 65_536, group="basic"),
-    "batch_tokens": Field(None, "int", "Fill each step with so many tokens instead of a number of examples.", "Batch in tokens", 16, 16_777_216),
-    "micro_batch_tokens": Field(None, "int", "Tokens computed at once; a step is the sum of such parts. Saves memory, changes nothing else.", "Micro-batch in tokens", 16, 16_777_216),
-    "learning_rate": Field(None, "float", "Size of each update.", "Learning rate", 1e-8, 10.0, group="basic"),
-    "schedule": Field("linear", "choice", "How the learning rate falls: to zero in a line, along a cosine, not at all, or level and then down at the end (wsd).", "Schedule", choices=("linear", "cosine", "constant", "wsd")),
-    "warmup": Field(0.05, "float", "Learning rate rises over this share of the steps (0–0.5), or over so many steps (1 and more).", "Warm-up", 0, 1_000_000),
-    "weight_decay": Field(0.01, "float", "Pulls weights to zero; not applied to biases and norms.", "Weight decay", 0, 1),
-    "clip_norm": Field(1.0, "float", "Longest gradient allowed; 0 = no clipping.", "Clip gradients at", 0, 1e6),
-    "beta1": Field(0.9, "float", "Memory of AdamW's mean of gradients.", "Beta 1", 0, 0.9999),
-    "beta2": Field(0.999, "float", "Memory of AdamW's mean of squares.", "Beta 2", 0, 0.999999),
-    "eps": Field(1e-8, "float", "Keeps AdamW from dividing by zero.", "Epsilon", 1e-15, 1e-2),
-    "dropout": Field(None, "float", "Share of activations dropped while training, against overfitting.", "Dropout", 0, 0.9),
-    "sequence_length": Field(None, "int", "Longest example in tokens; longer ones are cut.", "Sequence length", 8, 1_048_576),
-    "lora_rank": Field(8, "int", "Width of the adapters.", "LoRA rank", 1, 1024),
-    "lora_alpha": Field(16.0, "float", "Strength of the adapters: they count alpha / rank.", "LoRA alpha", 0.01, 4096),
-    "lora_dropout": Field(0.0, "float", "Dropout before the adapters.", "LoRA dropout", 0, 0.9),
-    "lora_targets": Field(None, "list", "Names of the layers that get adapters; automatic = the attention projections.", "LoRA targets"),
-    "gradient_checkpointing": Field(False, "bool", "Compute activations twice to hold fewer of them: about a third slower, far less memory.", "Gradient checkpointing"),
-    "eval_every": Field(0, "int", "Steps between evaluations; 0 = at the end of each epoch.", "Evaluate every", 0, 10_000_000),
-    "early_stopping_patience": Field(0, "int", "Stop after so many evaluations without a better loss; 0 = never.", "Early stopping", 0, 1000),
-    "keep_best": Field(True, "bool", "Keep the weights with the lowest held-out loss instead of the last ones.", "Keep the best"),
-    "checkpoint_every_s": Field(300.0, "float", "Seconds between checkpoints; 0 = not by time.", "Checkpoint every (s)", 0, 86_400),
-    "checkpoint_every_steps": Field(0, "int", "Steps between checkpoints; 0 = not by steps.", "Checkpoint every (steps)", 0, 10_000_000),
-    "sample_every": Field(0, "int", "Steps between sample answers; 0 = at each evaluation.", "Sample every", 0, 10_000_000),
-    "seed": Field(0, "int", "Decides the order of examples and all randomness.", "Seed", 0, 2**31 - 1),
-    "precision": Field("auto", "choice", "Numbers to compute with; automatic = bf16 on GPUs that have it, else fp32. On a processor with bf16 units bf16 makes GPT-2 1.4 times as fast, and small models slower.", "Precision", choices=("auto", "fp32", "bf16")),
-    "deterministic": Field(False, "bool", "Refuse every operation that could give other bits on the same machine. Processors: always so; GPUs: slower.", "Deterministic"),
-    "shard": Field(False, "bool", "Spread the weights over all processes of a run (FSDP2). Done by itself where the model does not fit into one; alone it changes nothing.", "Spread the model"),
-    "validation_fraction": Field(None, "float", "Share of the examples held out to evaluate on, where no validation file is given.", "Held out", 0, 0.5),
-    "train_on": Field("completion", "choice", "Learn the answers only, or the prompts too.", "Learn", choices=("completion", "all"), group="basic"),
-}  # fmt: skip
+def setting(
+    default: Any,
+    kind: Literal["int", "float", "bool", "choice", "list"],
+    help: str,
+    label: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+    group: Literal["basic", "advanced"] = "advanced",
+) -> Any:
+    """A field of Settings together with everything the form, the API and the command line know of it."""
+    spec = Field(default, kind, help, label, minimum, maximum, choices, group)
+    return field(default=default, metadata={"spec": spec})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Hyperparameters. None = automatic, still to be resolved. FIELDS explains each."""
+    """Hyperparameters. None = automatic, still to be resolved."""
 
-    method: str = "full"
-    epochs: float | None = None
-    max_steps: int | None = None
-    batch_size: int | None = None
-    batch_tokens: int | None = None
-    micro_batch_tokens: int | None = None
-    learning_rate: float | None = None
-    schedule: str = "linear"
-    warmup: float = 0.05
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    dropout: float | None = None
-    sequence_length: int | None = None
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] | None = None
-    gradient_checkpointing: bool = False
-    eval_every: int = 0
-    early_stopping_patience: int = 0
-    keep_best: bool = True
-    checkpoint_every_s: float = 300.0
-    checkpoint_every_steps: int = 0
-    sample_every: int = 0
-    seed: int = 0
-    precision: str = "auto"
-    deterministic: bool = False
-    shard: bool = False
-    validation_fraction: float | None = None
-    train_on: str = "completion"
+    objective: str = setting(
+        "supervised",
+        "choice",
+        "What the run optimizes: the answers in the examples.",
+        "Objective",
+        choices=("supervised",),
+    )
+    adapter: str = setting(
+        "none",
+        "choice",
+        "Full fine-tuning changes every weight. LoRA trains small adapters beside the frozen weights: less memory.",
+        "Adapter",
+        choices=("none", "lora"),
+        group="basic",
+    )
+    epochs: float | None = setting(
+        None, "float", "How often each example is seen.", "Epochs", 0.01, 1000, group="basic"
+    )
+    max_steps: int | None = setting(
+        None, "int", "Stop after so many optimizer steps instead.", "Steps", 1, 10_000_000
+    )
+    batch_size: int | None = setting(
+        None, "int", "Examples per optimizer step.", "Batch size", 1, 65_536, group="basic"
+    )
+    batch_tokens: int | None = setting(
+        None,
+        "int",
+        "Fill each step with so many tokens instead of a number of examples.",
+        "Batch in tokens",
+        16,
+        16_777_216,
+    )
+    micro_batch_tokens: int | None = setting(
+        None,
+        "int",
+        "Tokens computed at once; a step is the sum of such parts. Saves memory, changes nothing else.",
+        "Micro-batch in tokens",
+        16,
+        16_777_216,
+    )
+    learning_rate: float | None = setting(
+        None, "float", "Size of each update.", "Learning rate", 1e-8, 10.0, group="basic"
+    )
+    schedule: str = setting(
+        "linear",
+        "choice",
+        "How the learning rate falls: to zero in a line, along a cosine, not at all, or level and then down at the end (wsd).",
+        "Schedule",
+        choices=("linear", "cosine", "constant", "wsd"),
+    )
+    warmup: float = setting(
+        0.05,
+        "float",
+        "Learning rate rises over this share of the steps (0–0.5), or over so many steps (1 and more).",
+        "Warm-up",
+        0,
+        1_000_000,
+    )
+    weight_decay: float = setting(
+        0.01, "float", "Pulls weights to zero; not applied to biases and norms.", "Weight decay", 0, 1
+    )
+    clip_norm: float = setting(
+        1.0, "float", "Longest gradient allowed; 0 = no clipping.", "Clip gradients at", 0, 1e6
+    )
+    beta1: float = setting(0.9, "float", "Memory of AdamW's mean of gradients.", "Beta 1", 0, 0.9999)
+    beta2: float = setting(0.999, "float", "Memory of AdamW's mean of squares.", "Beta 2", 0, 0.999999)
+    eps: float = setting(1e-8, "float", "Keeps AdamW from dividing by zero.", "Epsilon", 1e-15, 1e-2)
+    dropout: float | None = setting(
+        None, "float", "Share of activations dropped while training, against overfitting.", "Dropout", 0, 0.9
+    )
+    sequence_length: int | None = setting(
+        None, "int", "Longest example in tokens; longer ones are cut.", "Sequence length", 8, 1_048_576
+    )
+    lora_rank: int = setting(8, "int", "Width of the adapters.", "LoRA rank", 1, 1024)
+    lora_alpha: float = setting(
+        16.0, "float", "Strength of the adapters: they count alpha / rank.", "LoRA alpha", 0.01, 4096
+    )
+    lora_dropout: float = setting(0.0, "float", "Dropout before the adapters.", "LoRA dropout", 0, 0.9)
+    lora_targets: tuple[str, ...] | None = setting(
+        None,
+        "list",
+        "Names of the layers that get adapters; automatic = the attention projections.",
+        "LoRA targets",
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "bool",
+        "Compute activations twice to hold fewer of them: about a third slower, far less memory.",
+        "Gradient checkpointing",
+    )
+    eval_every: int = setting(
+        0, "int", "Steps between evaluations; 0 = at the end of each epoch.", "Evaluate every", 0, 10_000_000
+    )
+    early_stopping_patience: int = setting(
+        0,
+        "int",
+        "Stop after so many evaluations without a better loss; 0 = never.",
+        "Early stopping",
+        0,
+        1000,
+    )
+    keep_best: bool = setting(
+        True,
+        "bool",
+        "Keep the weights with the lowest held-out loss instead of the last ones.",
+        "Keep the best",
+    )
+    checkpoint_every_s: float = setting(
+        300.0, "float", "Seconds between checkpoints; 0 = not by time.", "Checkpoint every (s)", 0, 86_400
+    )
+    checkpoint_every_steps: int = setting(
+        0, "int", "Steps between checkpoints; 0 = not by steps.", "Checkpoint every (steps)", 0, 10_000_000
+    )
+    sample_every: int = setting(
+        0, "int", "Steps between sample answers; 0 = at each evaluation.", "Sample every", 0, 10_000_000
+    )
+    seed: int = setting(0, "int", "Decides the order of examples and all randomness.", "Seed", 0, 2**31 - 1)
+    precision: str = setting(
+        "auto",
+        "choice",
+        "Numbers to compute with; automatic = bf16 on GPUs that have it, else fp32. On a processor with bf16 units bf16 makes GPT-2 1.4 times as fast, and small models slower.",
+        "Precision",
+        choices=("auto", "fp32", "bf16"),
+    )
+    deterministic: bool = setting(
+        False,
+        "bool",
+        "Refuse every operation that could give other bits on the same machine. Processors: always so; GPUs: slower.",
+        "Deterministic",
+    )
+    shard: bool = setting(
+        False,
+        "bool",
+        "Spread the weights over all processes of a run (FSDP2). Done by itself where the model does not fit into one; alone it changes nothing.",
+        "Spread the model",
+    )
+    validation_fraction: float | None = setting(
+        None,
+        "float",
+        "Share of the examples held out to evaluate on, where no validation file is given.",
+        "Held out",
+        0,
+        0.5,
+    )
+    train_on: str = setting("completion", "choice", "Learn the answers only, or the prompts too.", "Learn", choices=("completion", "all"), group="basic")  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `parse` takes them back."""
@@ -124,23 +212,82 @@ class Settings:
             values["lora_targets"] = list(self.lora_targets)
         return values
 
+    def stored(self) -> dict[str, Any]:
+        """As rows, events and checkpoints hold them: `parse` takes these back too.
 
-def parse(values: Mapping[str, Any]) -> Settings:
-    """Settings from a form, the API or a file. Raises ConfigError with the field and what to change."""
+        The adapter is stored as `method`, its name in the first release, and the only objective of that release is
+        left out, so that programs of that release read what this one writes."""
+        return stored_names(self.as_dict())
+
+
+FIELDS: dict[str, Field] = {f.name: f.metadata["spec"] for f in fields(Settings)}
+
+_METHODS = {"none": "full", "lora": "lora"}  # adapter -> its stored name
+
+
+# The version of the settings' schema: raised whenever a setting is added or a default changes. Jobs and checkpoints
+# keep the version they were made under.
+SCHEMA = 1
+
+# name -> (the schema that brought the present default, the default before it)
+FORMER_DEFAULTS: dict[str, tuple[int, Any]] = {}
+
+# name -> the schema that brought the setting; those that are not listed came with the first
+ADDED: dict[str, int] = {}
+
+
+def _default(name: str, schema: int) -> Any:
+    changed, former = FORMER_DEFAULTS.get(name, (0, None))
+    return former if schema < changed else FIELDS[name].default
+
+
+def parse(values: Mapping[str, Any], schema: int | None = None) -> Settings:
+    """Settings from a form, the API or a file. Raises ConfigError with the field and what to change.
+
+    `schema` is the version they were submitted under: what was left out then takes the default of then."""
+    values = current_names(values)
     unknown = sorted(set(values) - set(FIELDS))
     if unknown:
         raise ConfigError(
             unknown[0], f"There is no setting of this name. The settings are: {', '.join(FIELDS)}."
         )
-    settings = Settings(**{name: _value(name, values.get(name)) for name in FIELDS})
+    settings = Settings(**{name: _value(name, values.get(name), schema or SCHEMA) for name in FIELDS})
     _check_together(settings)
     return settings
 
 
-def _value(name: str, raw: Any) -> Any:
+def stored_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Some settings under the names that rows hold them by: the adapter as `method`. See Settings.stored."""
+    stored = current_names(values)
+    if stored.get("adapter") in _METHODS:
+        stored["method"] = _METHODS[stored.pop("adapter")]
+    if stored.get("objective") == "supervised":
+        stored.pop("objective")
+    return stored
+
+
+def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Some settings under the names of FIELDS: `method` was the name of `adapter` in the first release.
+
+    Raises ConfigError where both are given and differ."""
+    renamed = dict(values)
+    method = renamed.pop("method", None)
+    if method in (None, "", "auto"):
+        return renamed
+    adapters = {stored: adapter for adapter, stored in _METHODS.items()}
+    if method not in adapters:
+        raise ConfigError("method", f"Choose one of {', '.join(adapters)}.")
+    if renamed.get("adapter") not in (None, "", "auto", adapters[method]):
+        raise ConfigError(
+            "method", "`method` is the former name of `adapter`, and the two differ: give one of them."
+        )
+    return renamed | {"adapter": adapters[method]}
+
+
+def _value(name: str, raw: Any, schema: int) -> Any:
     spec = FIELDS[name]
     if raw is None or raw == "" or (raw == "auto" and "auto" not in spec.choices):
-        return spec.default
+        return _default(name, schema)
     if spec.kind == "choice":
         if raw not in spec.choices:
             raise ConfigError(name, f"Choose one of {', '.join(spec.choices)}.")
@@ -222,6 +369,7 @@ class Run:
     train_file: str
     work_dir: str
     settings: Settings = field(default_factory=Settings)
+    settings_schema: int = SCHEMA  # the version of the settings' schema that the job was submitted under
     base_revision: str | None = None
     train_format: dict[str, Any] | None = None  # as the report found it; None = look
     validation_file: str | None = None
@@ -258,8 +406,18 @@ class Run:
         settings = values.get("settings") or {}
         if not isinstance(settings, Mapping):
             raise ConfigError("settings", "Must be a JSON object.")
+        schema = values.get("settings_schema", SCHEMA)
+        if schema not in range(1, SCHEMA + 1):
+            raise ConfigError("settings_schema", f"Must be a whole number from 1 to {SCHEMA}.")
         given = {name: value for name, value in values.items() if value is not None}
-        return Run(**given | {"settings": parse(settings), "prompts": tuple(values.get("prompts") or ())})
+        return Run(
+            **given
+            | {
+                "settings": parse(settings, schema),
+                "settings_schema": schema,
+                "prompts": tuple(values.get("prompts") or ()),
+            }
+        )
 
     def as_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -276,7 +434,14 @@ UNHASHED = (
 )
 
 
-def settings_hash(settings: Settings) -> str:
-    """Names what was trained with: a checkpoint made under other settings is a stranger's."""
-    values = {name: value for name, value in settings.as_dict().items() if name not in UNHASHED}
+def settings_hash(settings: Settings, schema: int | None = None) -> str:
+    """Identifies what a run was trained with: a checkpoint made under other settings belongs to another run.
+
+    Under an earlier schema, settings added since count only where they differ from their default."""
+    schema = schema or SCHEMA
+    values = {
+        name: value
+        for name, value in settings.stored().items()
+        if name not in UNHASHED and (ADDED.get(name, 1) <= schema or value != FIELDS[name].default)
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

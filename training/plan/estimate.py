@@ -46,7 +46,7 @@ class Past:
     memory: dict[str, float]
     peak: float
     base: str
-    method: str
+    adapter: str
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def estimate(
     plan = _Plan.of(base, settings, summary, validation)
     work, kept = plan.work(machine), plan.memory()
     alike = [p for p in past if p.took][:50]
-    seconds, spread = _time(work, alike, base.id, settings.method)
-    memory = _memory(kept, alike, base.id, settings.method)
+    seconds, spread = _time(work, alike, base.id, settings.adapter)
+    memory = _memory(kept, alike, base.id, settings.adapter)
     parts = {part: sum(of.values()) for part, of in seconds.items()}
     total = sum(parts.values())
     low, high = queue + total, (queue + total) * spread
@@ -146,7 +146,7 @@ class _Plan:
     @property
     def trained(self) -> int:
         """Parameters that change."""
-        full = self.settings.method == "full"
+        full = self.settings.adapter == "none"
         return self.base.parameters if full else lora_parameters(self.base, self.settings.lora_rank)
 
     def work(self, machine: Machine) -> Work:
@@ -188,7 +188,7 @@ class _Plan:
         """Bytes at once: the process, the weights, what training adds to each, and the larger of what a row's backward
         pass needs and the copy that a checkpoint is written from."""
         row = HOLES * activation_memory(self.base, self.row, self.settings.gradient_checkpointing)
-        row *= 1 if self.settings.method == "full" else 0.75  # frozen weights need fewer inputs kept
+        row *= 1 if self.settings.adapter == "none" else 0.75  # frozen weights need fewer inputs kept
         return {
             "process": 270e6,
             "weights": 4.0 * self.base.parameters,
@@ -221,19 +221,19 @@ def operations(base: BaseModel, settings: Settings, mean: float, trained_share: 
     body = base.parameters - (base.vocab + base.context) * base.width
     attention = base.layers * base.width * mean * 2
     head = base.vocab * base.width * trained_share
-    passes = 6 if settings.method == "full" else 4
+    passes = 6 if settings.adapter == "none" else 4
     return passes * (body + attention + head) * (4 / 3 if settings.gradient_checkpointing else 1)
 
 
 # --- what finished jobs teach ---------------------------------------------------------------------
 
 
-def _time(work: Work, past: Sequence[Past], base: str, method: str) -> tuple[Work, float]:
+def _time(work: Work, past: Sequence[Past], base: str, adapter: str) -> tuple[Work, float]:
     """(the work in seconds as they will be, P90 over P50)."""
     if len(past) < FEW:
         return work, UNSURE
     totals = [sum(p.took.values()) for p in past]
-    alike = [_likeness(p, base, method) for p in past]
+    alike = [_likeness(p, base, adapter) for p in past]
     weights = [like * FADES**age for age, like in enumerate(alike)]
     for _ in range(3):  # a job that something else disturbed teaches less each time
         found, ratios = _fitted(work, past, totals, weights)
@@ -260,19 +260,19 @@ def _fitted(
     return found, (np.array(totals) / np.maximum(again, 1e-9)).tolist()
 
 
-def _memory(kept: dict[str, float], past: Sequence[Past], base: str, method: str) -> int:
+def _memory(kept: dict[str, float], past: Sequence[Past], base: str, adapter: str) -> int:
     known = [p for p in past if p.peak and p.memory]
     if len(known) < FEW:
         return int(sum(kept.values()))
-    weights = [_likeness(p, base, method) for p in known]
+    weights = [_likeness(p, base, adapter) for p in known]
     peaks = [p.peak for p in known]
     factors = _fit(list(kept), [p.memory for p in known], peaks, peaks, weights)
     return int(sum(factors[name] * size for name, size in kept.items()))
 
 
-def _likeness(past: Past, base: str, method: str) -> float:
-    """How much a job tells of another: the same model and method the most."""
-    return 1.0 if (past.base, past.method) == (base, method) else 0.2 if past.base == base else 0.05
+def _likeness(past: Past, base: str, adapter: str) -> float:
+    """How much a job tells of another: the same model and adapter the most."""
+    return 1.0 if (past.base, past.adapter) == (base, adapter) else 0.2 if past.base == base else 0.05
 
 
 def _fit(
@@ -301,7 +301,7 @@ def _fit(
 
 
 def _usual(ratios: list[tuple[float, float]]) -> float:
-    """How far the jobs of the same model and method lie from what is said of all: what arithmetic doesn't know of
+    """How far the jobs of the same model and adapter lie from what is said of all: what arithmetic doesn't know of
     them."""
     return _quantile(ratios, 0.5) if len(ratios) >= FEW else 1.0
 
