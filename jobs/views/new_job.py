@@ -17,7 +17,7 @@ from training.plan import catalog
 from training.plan.auto_settings import PRESETS, resolve
 from training.plan.catalog import BaseModel, gib
 from training.plan.config import FIELDS, Settings, current_names
-from training.plan.estimate import in_bf16
+from training.plan.warnings import Planned, Warning, warnings
 from training.report.report import Summary
 
 WATCHED = 3  # prompts that are answered again and again while it learns
@@ -165,6 +165,7 @@ class Draft:
         estimate = None
         if summary and base and resolved and not self.errors:
             estimate = estimates.estimate(base, resolved, summary, machine, self._validation(facts))
+        planned = Planned(resolved, base, machine, summary) if resolved and base and summary else None
         basic, advanced = rows(self.typed, self.errors, resolved, reasons, suggested)
         adapter = resolved.adapter if resolved else "none"
         return {
@@ -174,7 +175,7 @@ class Draft:
             "datasets": self.datasets,
             "dataset": self.dataset,
             "summary": summary,
-            "warnings": _warnings(self.dataset, summary, resolved, base, machine),
+            "warnings": _warnings(self.dataset, planned),
             "leaks": self._leaks(),
             "difference": [row for row in (*basic, *advanced) if row.own and not row.error],
             "sample": self._sample(found),
@@ -329,73 +330,16 @@ def _choice(base: BaseModel, machine: catalog.Machine, adapter: str, chosen: str
     return {"model": base, "word": word, "tone": tone, "why": fit.why, "chosen": base.id == chosen}
 
 
-def _warnings(
-    dataset: Dataset | None,
-    summary: Summary | None,
-    settings: Settings | None,
-    base: BaseModel | None,
-    machine: catalog.Machine,
-) -> list[dict[str, str]]:
-    """What will happen that a person may not want. Errors are a different thing: they stop the start."""
+def _warnings(dataset: Dataset | None, planned: Planned | None) -> list[Warning]:
     found = []
     if dataset and dataset.status in ("receiving", "checking"):
         found.append(
-            {
-                "title": "This dataset is still being checked",
-                "text": "You can start already: the job waits for the check, and stops if the file is rejected.",
-            }
+            Warning(
+                "This dataset is still being checked",
+                "You can start already: the job waits for the check, and stops if the file is rejected.",
+            )
         )
-    length = settings.sequence_length if settings else None
-    if summary and length and summary.longest > length and summary.kind != "text":
-        found.append(
-            {
-                "title": f"The longest example has {summary.longest:,} tokens and loses its end after {length:,}",
-                "text": "The model would learn not to finish. Raise the sequence length, or shorten the long rows.",
-            }
-        )
-    if base and settings and not (fit := catalog.fits(base, machine, settings.adapter)).fits:
-        found.append(
-            {
-                "title": f"{base.name} will not fit the worker",
-                "text": f"Training it so {fit.why.rstrip('.')}. The rehearsal would stop the job. Choose LoRA or a smaller model.",
-            }
-        )
-    if settings and settings.precision == "bf16" and machine.device == "cpu" and not machine.bf16:
-        found.append(
-            {
-                "title": "The worker's processor has no units for bf16",
-                "text": "It would be far slower than fp32 there, so fp32 is used.",
-            }
-        )
-    if base and settings and in_bf16(base, settings, machine) < 1:
-        found.append(
-            {
-                "title": f"{base.name} is slower in bf16",
-                "text": "It is too small for the processor to gain by it. Automatic computes in fp32.",
-            }
-        )
-    if summary and settings and settings.validation_fraction == 0 and summary.examples >= 40:
-        found.append(
-            {
-                "title": "Nothing is held out",
-                "text": "The job will not tell learning from memorising: no held-out loss, no best checkpoint, no verdict.",
-            }
-        )
-    if summary and settings and settings.epochs and settings.epochs > 20 and summary.examples >= 40:
-        found.append(
-            {
-                "title": f"Each example is seen {settings.epochs:g} times",
-                "text": "After so many passes a model usually recites its examples. Watch the held-out loss, or set early stopping.",
-            }
-        )
-    if summary and summary.untrained:
-        found.append(
-            {
-                "title": f"{summary.untrained:,} examples have nothing to learn from",
-                "text": "Their answers are empty; they are read and cost time, and teach nothing.",
-            }
-        )
-    return found
+    return found + (warnings(planned) if planned else [])
 
 
 @lru_cache(maxsize=200)

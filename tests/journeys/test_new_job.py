@@ -272,7 +272,7 @@ def test_warnings_say_what_will_happen_and_stop_nothing(
     assert post(alices, NEW, dataset, validation_fraction="0", epochs="30").status_code == 302
 
 
-@pytest.mark.parametrize(("units", "words"), [(True, "is slower in bf16"), (False, "has no units for bf16")])
+@pytest.mark.parametrize(("units", "words"), [(True, "is slower in bf16"), (False, "has no bf16 units")])
 def test_bf16_is_warned_of_where_it_gains_nothing(
     alices: Client, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, units: bool, words: str
 ) -> None:

@@ -1,4 +1,21 @@
-"""What a trainer says: one JSON object a line, its exit codes, and the sentence a person reads for each reason.
+"""What a trainer writes: one JSON object a line, its exit codes, and the sentence a person reads for each reason.
+
+Every line has `t` (its kind) and `time` (Unix seconds). Numbers are finite or left out.
+
+    phase       phase
+    plan        total_steps, examples (held-out ones left out), held_out, tokens (of one epoch), trained_tokens,
+                settings (resolved), reasons (why an automatic value is what it is), parameters, trainable
+    estimate    seconds_p50, seconds_p90, step_s, evaluation_s, checkpoint_s, peak_memory, micro_batch_tokens
+    metric      step, loss (nats per trained token), loss_hex (the same, exact), lr, grad_norm (before clipping), tokens
+                (since the first step), tokens_per_s, epoch, accuracy, memory (peak bytes), eta_s, gemm_share
+    eval        step (0 = the base model), loss, perplexity, accuracy, examples, exact_match
+    sample      step, prompt, text
+    checkpoint  step, path, bytes, files, sha256 (of manifest.json), best, final
+    resumed     step (where this attempt goes on), from_step (what was asked for), exact, why
+    log         level (info, warning, error), message
+    verdict     helped, fall, low, high, examples, sentence
+    done        step, path, files, metrics, fidelity
+    failed      reason, message, advice
 
 Imports no torch: the web process and the workers read the same tables.
 """
@@ -7,108 +24,12 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Literal
 
 Phase = Literal["preparing", "rehearsing", "training", "evaluating", "exporting"]
 PHASES: tuple[Phase, ...] = ("preparing", "rehearsing", "training", "evaluating", "exporting")
 
 MAX_LINE_BYTES = 16 * 1024
-
-
-class Line(TypedDict):
-    t: str
-    time: float  # unix seconds
-
-
-class PhaseLine(Line):
-    phase: Phase
-
-
-class PlanLine(Line):
-    total_steps: int
-    examples: int  # training examples, held-out ones left out
-    tokens: int  # tokens of one epoch
-    trained_tokens: int  # those of them the loss is taken on
-    settings: dict[str, Any]  # resolved: no field is None that the method needs
-    reasons: dict[str, str]  # why an automatic value is what it is, by field
-    parameters: int
-    trainable: int
-
-
-class MetricLine(Line):
-    step: int
-    loss: float  # nats per trained token of this step
-    loss_hex: str  # the same number, exact
-    lr: float
-    grad_norm: float  # before clipping
-    tokens: int  # seen since the first step
-    tokens_per_s: float
-    epoch: float
-    memory: int  # peak bytes
-    accuracy: NotRequired[float]
-    gemm_share: NotRequired[float]  # useful FLOPs over the matrix rate measured on this machine
-    eta_s: NotRequired[float]
-
-
-class EvalLine(Line):
-    step: int  # 0 = the base model
-    loss: float
-    perplexity: float
-    accuracy: float
-    examples: int
-    exact_match: NotRequired[float]  # of the examples whose answers are short
-
-
-class SampleLine(Line):
-    step: int  # 0 = the base model
-    prompt: str
-    text: str
-
-
-class CheckpointLine(Line):
-    step: int
-    path: str
-    bytes: int
-    files: list[dict[str, Any]]
-    sha256: str  # of manifest.json
-    best: bool
-    final: bool
-
-
-class LogLine(Line):
-    level: Literal["info", "warning", "error"]
-    message: str
-
-
-class ResumedLine(Line):
-    step: int  # where this attempt goes on
-    from_step: int  # what the pointer asked for
-    exact: bool
-    why: str
-
-
-class EstimateLine(Line):
-    seconds_p50: float
-    seconds_p90: float
-    step_s: float
-    evaluation_s: float
-    checkpoint_s: float
-    peak_memory: int
-    micro_batch_tokens: int
-
-
-class FailedLine(Line):
-    reason: str
-    message: str
-    advice: str
-
-
-class DoneLine(Line):
-    step: int
-    path: str
-    files: list[dict[str, Any]]
-    metrics: dict[str, Any]
-    fidelity: NotRequired[dict[str, Any]]
 
 
 @dataclass(frozen=True)

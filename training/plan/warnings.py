@@ -1,0 +1,109 @@
+"""What a person may not want to happen, said before a job starts. Errors are another thing: they stop the start.
+
+Each check looks at one thing and is an entry of CHECKS; pages and the API show the same warnings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from training.data.summary import Summary
+from training.plan.catalog import BaseModel, Machine, fits
+from training.plan.config import Settings
+from training.plan.estimate import in_bf16
+
+ENOUGH_TO_HOLD_OUT = 40  # examples from which automatic settings hold some out
+MANY_EPOCHS = 20
+
+
+@dataclass(frozen=True)
+class Warning:
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job as it would start: settings are resolved."""
+
+    settings: Settings
+    base: BaseModel
+    machine: Machine
+    summary: Summary
+
+
+def warnings(planned: Planned) -> list[Warning]:
+    return [warning for check in CHECKS if (warning := check(planned)) is not None]
+
+
+def cut(p: Planned) -> Warning | None:
+    length = p.settings.sequence_length
+    if not length or p.summary.longest <= length or p.summary.kind == "text":
+        return None
+    return Warning(
+        f"The longest example has {p.summary.longest:,} tokens and is cut after {length:,}",
+        "An example without its end teaches the model not to finish. Raise the sequence length, or shorten the long rows.",
+    )
+
+
+def does_not_fit(p: Planned) -> Warning | None:
+    fit = fits(p.base, p.machine, p.settings.adapter)
+    if fit.fits:
+        return None
+    how = "LoRA" if p.settings.adapter == "lora" else "Full fine-tuning"
+    return Warning(
+        f"{p.base.name} will not fit into the worker's memory",
+        f"{how} {fit.why.rstrip('.')}. The job would stop before training. Choose LoRA or a smaller model.",
+    )
+
+
+def bf16_is_missing(p: Planned) -> Warning | None:
+    if p.settings.precision != "bf16" or p.machine.device != "cpu" or p.machine.bf16:
+        return None
+    return Warning(
+        "The worker's processor has no bf16 units",
+        "bf16 would be far slower than fp32 there, so fp32 is used.",
+    )
+
+
+def bf16_is_slower(p: Planned) -> Warning | None:
+    if in_bf16(p.base, p.settings, p.machine) >= 1:
+        return None
+    return Warning(
+        f"{p.base.name} is slower in bf16",
+        "The model is too small to gain from bf16 on this processor. Automatic uses fp32.",
+    )
+
+
+def nothing_held_out(p: Planned) -> Warning | None:
+    if p.settings.validation_fraction != 0 or p.summary.examples < ENOUGH_TO_HOLD_OUT:
+        return None
+    return Warning(
+        "Nothing is held out",
+        "Without held-out examples there is no held-out loss, no best checkpoint and no verdict: learning and memorizing look the same.",
+    )
+
+
+def many_epochs(p: Planned) -> Warning | None:
+    epochs = p.settings.epochs
+    if not epochs or epochs <= MANY_EPOCHS or p.summary.examples < ENOUGH_TO_HOLD_OUT:
+        return None
+    return Warning(
+        f"Each example is seen {epochs:g} times",
+        "After so many epochs a model usually recites its examples. Watch the held-out loss, or set early stopping.",
+    )
+
+
+def nothing_to_learn(p: Planned) -> Warning | None:
+    if not p.summary.untrained:
+        return None
+    return Warning(
+        f"{p.summary.untrained:,} examples have nothing to learn from",
+        "Their answers are empty. They take time and teach nothing.",
+    )
+
+
+CHECKS: tuple[Callable[[Planned], Warning | None], ...] = (
+    cut, does_not_fit, bf16_is_missing, bf16_is_slower, nothing_held_out, many_epochs, nothing_to_learn,
+)  # fmt: skip
