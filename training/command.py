@@ -40,20 +40,20 @@ def main(args: argparse.Namespace) -> int:
         return EXIT["stopped"]
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())  # until here, nothing is lost by dying of it
-    speaker = Speaker()
+    events = EventWriter()
     try:
         run = Run.load(path)
         if args.command == "standby" or run.job is not None:
             _die_with_parent()
         _make_ready(run.base, run.settings.adapter)
-        speaker.spool(Path(run.work_dir))
-        train(run, speaker.say, stop.is_set)
+        events.spool(Path(run.work_dir))
+        train(run, events.emit, stop.is_set)
     except BaseException as error:
-        return _fail(error, speaker)
+        return _fail(error, events)
     return EXIT["done"]
 
 
-def train(run: Run, say: Callable[..., None], stop: Callable[[], bool] = lambda: False) -> None:
+def train(run: Run, emit: Callable[..., None], stop: Callable[[], bool] = lambda: False) -> None:
     """All of `python -m training train`: trains, exports what came of it, and compares the export with it.
 
     Raises Failure with a reason of events.py, or `loop.Stopped`."""
@@ -61,36 +61,36 @@ def train(run: Run, say: Callable[..., None], stop: Callable[[], bool] = lambda:
     from training.engine.rehearsal import out_of_memory
 
     try:
-        trained = loop.train(run, say, stop)
+        trained = loop.train(run, emit, stop)
         if trained is not None:
-            _export(trained, Path(run.work_dir) / "final", say)
+            _export(trained, Path(run.work_dir) / "final", emit)
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
             raise Failure("out_of_memory", f"Memory ran out: {str(error).splitlines()[0][:200]}") from error
         raise
 
 
-def _export(trained: Trained, folder: Path, say: Callable[..., None]) -> None:
+def _export(trained: Trained, folder: Path, emit: Callable[..., None]) -> None:
     from training.engine.evaluate import verdict
     from training.export.folder import verify, write_folder
 
     files = write_folder(trained.model, folder, base=trained.base, facts=trained.facts)
     fidelity = verify(trained.model, folder, base=trained.base)
     if trained.base_losses and trained.best_losses:
-        say("verdict", **verdict(trained.base_losses, trained.best_losses))
-    say("done", step=trained.step, path=str(folder), files=files, metrics=trained.metrics, fidelity=fidelity)
+        emit("verdict", **verdict(trained.base_losses, trained.best_losses))
+    emit("done", step=trained.step, path=str(folder), files=files, metrics=trained.metrics, fidelity=fidelity)
 
 
-def _fail(error: BaseException, speaker: Speaker) -> int:
+def _fail(error: BaseException, events: EventWriter) -> int:
     """The one place where an error becomes a line, and an exit code."""
     if type(error).__name__ == "Stopped" or isinstance(error, KeyboardInterrupt):
-        speaker.say("log", level="info", message=REASONS["stopped"].sentence)
+        events.emit("log", level="info", message=REASONS["stopped"].sentence)
         return EXIT["stopped"]
     failure = as_failure(error)
     if failure.reason == "unexpected":
         traceback.print_exception(error)
-        speaker.say("log", level="error", message="".join(traceback.format_exception(error))[-LONGEST_TEXT:])
-    speaker.say("failed", reason=failure.reason, message=failure.message, advice=failure.advice)
+        events.emit("log", level="error", message="".join(traceback.format_exception(error))[-LONGEST_TEXT:])
+    events.emit("failed", reason=failure.reason, message=failure.message, advice=failure.advice)
     return EXIT[failure.reason]
 
 
@@ -112,7 +112,7 @@ def as_failure(error: BaseException) -> Failure:
     return Failure("unexpected", f"{type(error).__name__}: {error}"[:1000])
 
 
-class Speaker:
+class EventWriter:
     """Writes event lines: each by one write on standard output, and into the spool file of the work folder.
 
     Over the spool an attempt can be told again when the pipe was not read to its end."""
@@ -128,7 +128,7 @@ class Speaker:
             work.mkdir(parents=True, exist_ok=True)
             self._spool = os.open(work / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
-    def say(self, t: str, **values: Any) -> None:
+    def emit(self, t: str, **values: Any) -> None:
         if self._silent:
             return
         line = encode({"t": t, "time": time.time(), **values})

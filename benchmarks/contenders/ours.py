@@ -39,7 +39,7 @@ class Turns:
     def __init__(self, size: int = 1) -> None:
         self.size, self.seen, self.turn = size, 0, 0
 
-    def say(self, t: str, **values: Any) -> None:
+    def emit(self, t: str, **values: Any) -> None:
         if t == "phase" and values["phase"] == "training" and not self.seen:
             turns.begin()
         elif t == "metric" and values["step"] % self.size == 0:
@@ -51,13 +51,13 @@ class Turns:
 
 def training(folder: Path, **settings: Any) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        train(Run.parse(run_file(folder, work, **settings)), Turns().say)
+        train(Run.parse(run_file(folder, work, **settings)), Turns().emit)
 
 
 def platform(folder: Path, size: int) -> None:
     """The loop in every other turn with all that the product puts on it: events through a pipe and into the spool, heartbeats
     coming in, and in every fifteenth of them a checkpoint. All turns are of the same work."""
-    from training.command import Speaker
+    from training.command import EventWriter
 
     reader, writer = os.pipe()
     os.dup2(writer, 1)
@@ -65,19 +65,19 @@ def platform(folder: Path, size: int) -> None:
     heart_out, heart_in = os.pipe()
     _in_background(lambda: [None for _ in iter(lambda: os.read(heart_out, 1 << 16), b"")])
     _in_background(lambda: [(os.write(heart_in, b'{"lease": "ok"}\n'), time.sleep(5)) for _ in iter(int, 1)])
-    speaker, counted = Speaker(), Turns(size)
-    speaker.spool(Path(tempfile.mkdtemp(dir=folder)))
+    events, counted = EventWriter(), Turns(size)
+    events.spool(Path(tempfile.mkdtemp(dir=folder)))
 
-    def say(t: str, **values: Any) -> None:
+    def emit(t: str, **values: Any) -> None:
         if counted.turn % 2 == 0:  # a checkpoint is written at the beginning of such a turn
-            speaker.say(t, **values)
-        counted.say(t, **values)
+            events.emit(t, **values)
+        counted.emit(t, **values)
 
     with tempfile.TemporaryDirectory(dir=folder) as work:
         data = Path(work) / "equal.jsonl"
         data.write_text(400 * (json.dumps({"text": " ".join(map(str, range(113)))}) + "\n"))
         settings = {"batch_size": 2, "max_steps": 100_000, "checkpoint_every_steps": 30 * size}
-        train(Run.parse(run_file(folder, work, **settings) | {"train_file": str(data)}), say)
+        train(Run.parse(run_file(folder, work, **settings) | {"train_file": str(data)}), emit)
 
 
 def _in_background(work: Callable[[], Any]) -> None:

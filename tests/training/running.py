@@ -28,7 +28,7 @@ class Runner:
         """All event lines. `stop_at` asks for an end once that step is told."""
         told: list[Event] = []
 
-        def say(t: str, **values: Any) -> None:
+        def emit(t: str, **values: Any) -> None:
             told.append({"t": t, **values})
             if hear is not None:
                 hear(told[-1])
@@ -41,7 +41,7 @@ class Runner:
             self.values | {"work_dir": str(self.folder / work)} | changes | {"settings": settings}
         )
         try:
-            train(run, say, stop)
+            train(run, emit, stop)
         except Stopped:
             told.append({"t": "stopped"})
         return told
