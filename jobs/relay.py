@@ -33,7 +33,7 @@ from jobs import (
     tuned_models,
 )
 from training.plan import catalog
-from training.plan.events import Failure
+from training.plan.events import EXIT, Failure
 
 log = logging.getLogger(__name__)
 MAX_LINE_BYTES = 1 << 20  # with many log probabilities a line grows
@@ -175,6 +175,8 @@ class Relay:
             waiting.state = "reading" if said["t"] == "reading" else "started"
             if waiting.state == "started":
                 by_request.setdefault(rid, []).append(json.dumps(said))
+            if said.get("code") == "model_damaged":
+                verify_again(Path(waiting.message["model"]))
             if said["t"] in ("done", "error"):
                 ended.append(rid)
         for rid, said_lines in by_request.items():
@@ -311,6 +313,12 @@ def model_folder(owner: str, model_id: str) -> Path:
     return folder if (folder / "config.json").exists() else exported(folder)
 
 
+def verify_again(folder: Path) -> None:
+    """A copy of a tuned model was damaged on this disk: the next request compares every file with what is stored."""
+    if folder.is_relative_to(settings.MODEL_CACHE_DIR):
+        (folder / tuned_models.WHOLE).unlink(missing_ok=True)
+
+
 def exported(checkpoint: Path) -> Path:
     """A checkpoint is a training state; generation needs a model. Made once on each machine, beside it."""
     target = checkpoint.with_name(checkpoint.name + "-model")
@@ -321,6 +329,8 @@ def exported(checkpoint: Path) -> Path:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(10)
             child.kill()
+            if child.process.returncode == EXIT["checkpoint_unreadable"]:
+                raise DamagedModel(" ".join(said)[-300:])
             if child.process.returncode != 0:
                 raise RuntimeError(f"the checkpoint cannot be turned into a model: {' '.join(said)[-300:]}")
     return target

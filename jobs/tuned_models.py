@@ -21,6 +21,7 @@ from jobs.tables import Job, TunedModel
 
 BLOCK = 1 << 20
 MAX_ALIASES = 8
+WHOLE = ".whole"  # a file in a folder whose files were all fetched and verified
 ALIAS = re.compile(r"ft:[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")  # what OpenAI calls a model that was tuned there
 
 
@@ -147,7 +148,7 @@ def fetch_files(prefix: str, files: list[dict[str, Any]]) -> Path:
         f"{storage.is_local()} {prefix} {sorted(f['sha256'] for f in files)}".encode()
     ).hexdigest()[:32]
     folder = Path(settings.MODEL_CACHE_DIR) / name
-    whole = folder / ".whole"
+    whole = folder / WHOLE
     if not whole.exists():
         with _only_one(folder):
             if not whole.exists():

@@ -120,7 +120,7 @@ def test_it_stops_at_the_end_token_and_does_not_show_it(tokenizer):
 def test_it_stops_at_the_context_and_refuses_a_longer_prompt(tokenizer):
     model = gpt2(context=16)
     assert len(write(model, tokenizer, max_tokens=100)[0].ids) == 16 - len(tokenizer.encode(PROMPT))
-    with pytest.raises(GenerateError, match="reads 16"):
+    with pytest.raises(GenerateError, match="maximum context length is 16 tokens"):
         write(model, tokenizer, prompt="the cat " * 20)
 
 
@@ -140,22 +140,59 @@ def test_it_can_be_cancelled_between_two_tokens(model, tokenizer):
 # --- sampling --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.6), (8, 0.5), (0, 0.999)])
-def test_sampling_follows_the_distribution_of_transformers_filters(top_k, top_p):
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [
+        (0, 1.0, 0),
+        (5, 1.0, 0),
+        (0, 0.6, 0),
+        (8, 0.5, 0),
+        (0, 0.999, 0),
+        (0, 1.0, 0.1),
+        (20, 1.0, 0.2),
+        (0, 0.9, 0.05),
+        (0, 1.0, 0.0001),
+    ],
+)
+def test_sampling_follows_the_distribution_of_transformers_filters(top_k, top_p, min_p):
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 2
     scores = logits[None] / 0.8
     if top_k:
         scores = transformers.TopKLogitsWarper(top_k)(None, scores)
     if top_p < 1:
         scores = transformers.TopPLogitsWarper(top_p)(None, scores)
+    if min_p:
+        scores = transformers.MinPLogitsWarper(min_p)(None, scores)
     truth = torch.softmax(scores[0], -1)
     draws = 4000
     counts = torch.zeros(1000)
     for i in range(
         draws
     ):  # an even comb of uniforms instead of luck: counts are the probabilities, to 1 / draws
-        counts[sample(logits, 0.8, top_k, top_p, (i + 0.5) / draws)] += 1
+        counts[sample(logits, 0.8, top_k, top_p, (i + 0.5) / draws, min_p)] += 1
     assert float((counts / draws - truth).abs().max()) <= 1.5 / draws
+
+
+def test_top_p_of_nought_takes_the_likeliest():
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert {sample(logits, 2.0, 0, 0.0, i / 10) for i in range(10)} == {int(logits.argmax())}
+
+
+def test_the_repetition_penalty_is_that_of_transformers(model, tokenizer, theirs):
+    ids = tokenizer.encode(PROMPT)
+    [plain] = write(model, tokenizer, max_tokens=30)
+    [ours] = write(model, tokenizer, max_tokens=30, repetition_penalty=1.7)
+    whole = theirs.generate(
+        torch.tensor([ids]),
+        max_new_tokens=30,
+        min_new_tokens=30,
+        do_sample=False,
+        repetition_penalty=1.7,
+        pad_token_id=0,
+        suppress_tokens=None,
+    )
+    assert ours.ids == whole[0, len(ids) :].tolist()
+    assert ours.ids != plain.ids
 
 
 # --- text ------------------------------------------------------------------------------------------

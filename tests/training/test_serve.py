@@ -130,12 +130,72 @@ def test_a_conversation_is_rendered_with_the_models_template(server, folder):
         ({"prompt": "x", "stop": ["y"] * 99}, "bad_request"),
         ({"messages": [{"role": "user"}]}, "bad_request"),
         ({"prompt": "the cat " * 600}, "prompt_too_long"),
+        ({"prompt": "the cat " * 600, "echo": True, "max_tokens": 0}, "prompt_too_long"),
+        ({"prompts": ["the cat", "the cat " * 600]}, "prompt_too_long"),
+        ({"prompt": [5, 10**6]}, "bad_request"),
+        ({"prompt": [5, -1]}, "bad_request"),
+        ({"prompt": []}, "bad_request"),
+        ({"prompts": ["x"] * 129}, "bad_request"),
+        ({"prompt": "x", "min_p": 2}, "bad_request"),
+        ({"prompt": "x", "repetition_penalty": 0}, "bad_request"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_with_a_code(server, folder, line, code):
     lines = server.ask(**{"model": folder} | line)
     assert [(x["t"], x.get("code")) for x in lines] == [("error", code)]
     assert lines[0]["message"]
+
+
+def test_many_prompts_are_written_as_one_request(server, folder):
+    tokenizer = Tokenizer.load(folder)
+    prompts = [f"{a} {b}" for a in ("the cat", "the moon", "a mat") for b in ("sat", "looked", "and", "on")]
+    alone = [text(server.ask(model=folder, prompt=p, max_tokens=9)) for p in prompts]
+    lines = server.ask(model=folder, prompts=prompts, max_tokens=9, n=2, who="alice")
+    assert [line["t"] for line in lines if line["t"] != "token"] == ["start", "done"]
+    assert [text(lines, index=2 * i) for i in range(len(prompts))] == alone
+    assert [text(lines, index=2 * i + 1) for i in range(len(prompts))] == alone
+    tokens = [len(tokenizer.encode(p)) for p in prompts]
+    assert lines[-1]["usage"]["prompt_tokens"] == lines[0]["prompt_tokens"] == sum(tokens)
+    assert sorted(c["index"] for c in lines[-1]["choices"]) == list(range(2 * len(prompts)))
+    ids = server.ask(model=folder, prompts=[tokenizer.encode(p) for p in prompts], max_tokens=9)
+    assert [text(ids, index=i) for i in range(len(prompts))] == alone
+    server.send(op="status")
+    status = server.read()
+    assert (status["active"], status["waiting"]) == (0, 0)
+    assert not any(m["users"] for m in status["models"])
+
+
+def test_anothers_request_is_let_in_between_many_prompts(server, folder):
+    many = ["the cat"] * 40
+    server.send(
+        id="many", op="generate", model=folder, prompts=many, max_tokens=60, temperature=2, seed=1, who="a"
+    )
+    server.send(id="one", op="generate", model=folder, prompt="the", max_tokens=2, who="b")
+    assert ends(server.until("many", "one")) == ["one", "many"]
+
+
+def test_a_request_with_many_prompts_is_cancelled_whole(server, folder):
+    server.send(
+        id="many", op="generate", model=folder, prompts=["the"] * 99, max_tokens=400, temperature=2, seed=1
+    )
+    while server.read()["t"] != "token":
+        pass
+    server.send(id="many", op="cancel")
+    server.until("many")
+    server.send(op="status")
+    status = server.read()
+    assert (status["active"], status["waiting"]) == (0, 0)
+
+
+@pytest.mark.parametrize("kept", [0, 100, 5000])
+def test_a_truncated_model_is_called_damaged(server, tmp_path, kept):
+    broken = write_model(tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    [line] = server.ask(model=str(broken), prompt="the")
+    assert line["code"] == "model_damaged"
+    assert "damaged" in line["message"]
+    assert str(tmp_path) not in line["message"]
 
 
 def test_a_damaged_line_does_not_disturb_the_next(server, folder):

@@ -153,13 +153,28 @@ class GPT2Decoder:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: float) -> int:
-    """The token that `uniform` (0 ≤ u < 1) points at among the likeliest; the first of the likeliest at temperature 0."""
-    if temperature <= 0:
+def penalized(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
+    """Logits (V,) with each token that was read or written already made less likely (CTRL, arXiv 1909.05858): what is
+    above 0 is divided by `penalty`, what is below is multiplied, as transformers does it."""
+    if penalty == 1 or not seen:
+        return logits
+    ids = torch.tensor(sorted(set(seen)), device=logits.device)
+    chosen = logits[ids]
+    return logits.index_copy(0, ids, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: float, min_p: float = 0.0
+) -> int:
+    """The token that `uniform` (0 ≤ u < 1) points at among the likeliest; the first of the likeliest at temperature 0.
+
+    The filters follow each other as in transformers: top_k, then top_p among those, then min_p (of the likeliest
+    one's probability)."""
+    if temperature <= 0 or top_p <= 0:
         return int(logits.argmax())
     logits = logits.float() / temperature
     size = logits.numel()
-    if top_k <= 0 and top_p >= 1:
+    if top_k <= 0 and top_p >= 1 and min_p <= 0:
         return _pick(torch.softmax(logits, -1), uniform)
     total = torch.logsumexp(logits, -1)
     wanted = (
@@ -170,12 +185,16 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform
         # Nucleus after top-k, as transformers does: the probabilities are those among the top_k.
         probs = torch.softmax(values, -1) if top_k > 0 else (values - total).exp()
         mass = torch.cumsum(probs.double(), 0)
-        if top_p >= 1 or top_k > 0 or float(mass[-1]) >= top_p or wanted == size:
+        nucleus = top_p < 1 and float(mass[-1]) >= top_p
+        unlikely = min_p > 0 and float(probs[-1]) < min_p * float(probs[0])
+        if top_k > 0 or nucleus or unlikely or wanted == size:
             break
         wanted = min(size, wanted * 8)
     if top_p < 1:
         keep = int(torch.searchsorted(mass, torch.tensor(top_p, dtype=mass.dtype, device=mass.device))) + 1
         probs = probs[:keep]
+    if min_p > 0:
+        probs = probs[probs >= min_p * probs[0]]  # sorted: the first ones
     return int(ids[_pick(probs, uniform)])
 
 

@@ -12,12 +12,12 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from training.models.decoder import Decoder, sample
+from training.models.decoder import Decoder, penalized, sample
 from training.models.load import decoder_for, load_model
 from training.plan import hub
 from training.text.tokenizer import Tokenizer
@@ -34,6 +34,8 @@ class GenerateOptions:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0  # least probability of a token, as a part of the likeliest one's
+    repetition_penalty: float = 1.0  # of tokens that the prompt or the text has already; 1: none
     stop: tuple[str, ...] = ()
     seed: int | None = None
     n: int = 1
@@ -129,6 +131,7 @@ class TextSequence:
     stream: TextStream
     room: int  # tokens it may still write
     rng: random.Random
+    prompt: Sequence[int] = ()
     ids: list[int] = field(default_factory=list)
     prompt_tokens: list[Token] = field(default_factory=list)  # only when they are to be echoed
     finish_reason: FinishReason | None = None
@@ -136,7 +139,12 @@ class TextSequence:
     def take(self) -> Token | None:
         """Choose the next token from `logits`; None when it is the end token."""
         options = self.options
-        token_id = sample(self.logits, options.temperature, options.top_k, options.top_p, self.rng.random())
+        logits = self.logits
+        if options.repetition_penalty != 1:
+            logits = penalized(logits, [*self.prompt, *self.ids], options.repetition_penalty)
+        token_id = sample(
+            logits, options.temperature, options.top_k, options.top_p, self.rng.random(), options.min_p
+        )
         if token_id == self.tokenizer.eos_id and not options.ignore_eos:
             self.finish_reason = "stop"
             rest = self.stream.finish()
@@ -161,16 +169,28 @@ class TextSequence:
         return Token(self.index, token_id, name, text, logprob, top)
 
 
-def open_sequences(
-    decoder: Decoder, tokenizer: Tokenizer, prompt_ids: Sequence[int], options: GenerateOptions
-) -> list[TextSequence]:
-    """Read the prompt once and start `options.n` sequences from it."""
-    prompt = list(prompt_ids) or [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
-    if len(prompt) >= decoder.context and not (options.echo and options.max_tokens == 0):
+def check_length(count: int, context: int, options: GenerateOptions) -> None:
+    """Raises GenerateError for a prompt of `count` tokens that leaves no room for an answer. OpenAI's words: programs
+    look for them."""
+    only_scored = options.echo and options.max_tokens == 0
+    if count > context or (count == context and not only_scored):
         raise GenerateError(
             "prompt_too_long",
-            f"the prompt has {len(prompt)} tokens and this model reads {decoder.context}; shorten the prompt",
+            f"This model's maximum context length is {context} tokens. However, your prompt has {count} tokens"
+            f"{'' if count > context else ', which leaves no room for an answer'}. Please reduce its length.",
         )
+
+
+def open_sequences(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    options: GenerateOptions,
+    first: int = 0,
+) -> list[TextSequence]:
+    """Read the prompt once and start `options.n` sequences from it, numbered from `first`."""
+    prompt = list(prompt_ids) or [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
+    check_length(len(prompt), decoder.context, options)
     room = min(options.max_tokens, decoder.context - len(prompt))
     scores = options.echo and options.logprobs is not None
     cache, logits = decoder.prefill(prompt, len(prompt) + room, every=scores)
@@ -179,7 +199,7 @@ def open_sequences(
     seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(63)
     return [
         TextSequence(
-            index,
+            first + index,
             options,
             tokenizer,
             cache if index == 0 else decoder.fork(cache),
@@ -187,7 +207,8 @@ def open_sequences(
             TextStream(tokenizer, prompt, options.stop),
             room,
             random.Random(f"{seed}:{index}"),  # noqa: S311 (sampling text, not keeping secrets)
-            prompt_tokens=[Token(index, t.id, t.token, t.text, t.logprob, t.top) for t in echoed],
+            prompt=prompt,
+            prompt_tokens=[Token(first + index, t.id, t.token, t.text, t.logprob, t.top) for t in echoed],
             finish_reason=None if room > 0 else "length",
         )
         for index in range(options.n)
@@ -301,6 +322,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--repetition-penalty", type=float, default=1.0)
     parser.add_argument(
         "--stop", action="append", default=[], help="end before this text (may be given several times)"
     )
@@ -315,7 +338,15 @@ def main(args: argparse.Namespace) -> int:
     tokenizer, decoder = Tokenizer.load(folder), decoder_for(load_model(folder))
     prompt = prompt_ids(json.loads(args.messages) if args.messages else args.prompt, tokenizer)
     options = GenerateOptions(
-        args.max_tokens, args.temperature, args.top_p, args.top_k, tuple(args.stop), args.seed, args.n
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        stop=tuple(args.stop),
+        seed=args.seed,
+        n=args.n,
     )
     live = args.n == 1 and not args.json
     show = (lambda token: print(token.text, end="", flush=True)) if live else None
@@ -332,9 +363,21 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def prompt_ids(prompt: str | list[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
-    """The tokens a model reads, put together as training put them together."""
-    if isinstance(prompt, list):
-        return tokenizer.encode_chat(prompt, add_generation_prompt=True)
-    ids = tokenizer.encode(prompt)
-    return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+def prompt_ids(prompt: str | list[int] | list[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
+    """The tokens a model reads, put together as training put them together; token ids are taken as they are."""
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+        return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+    if prompt and isinstance(prompt[0], int):
+        return check_ids(prompt, tokenizer.vocab_size)
+    return tokenizer.encode_chat(cast(list[dict[str, Any]], prompt), add_generation_prompt=True)
+
+
+def check_ids(ids: Sequence[Any], vocab_size: int) -> list[int]:
+    """Raises GenerateError unless each is the id of a token."""
+    wrong = next((i for i in ids if type(i) is not int or not 0 <= i < vocab_size), None)
+    if wrong is not None:
+        raise GenerateError(
+            "bad_request", f"{wrong!r} is not the id of a token: this model has the ids 0 to {vocab_size - 1}"
+        )
+    return list(ids)

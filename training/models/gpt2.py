@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -279,5 +280,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         return weights
     except FileNotFoundError as error:
         raise Failure("base_model", f"There are no safetensors weights in {folder} ({Path(str(error.filename or '')).name or 'model.safetensors'} is missing).") from None  # fmt: skip
-    except Exception as error:  # safetensors has errors of its own for damaged files
+    except SafetensorError as error:
+        raise Failure("base_model", f"The weights in {folder} are damaged: {error}") from error
+    except Exception as error:  # of the index: anything a JSON file can hold
         raise Failure("base_model", f"The weights in {folder} cannot be read: {error}") from error

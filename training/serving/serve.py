@@ -2,7 +2,7 @@
 
     python -m training serve [--max-models 3] [--max-bytes 4000000000] [--max-sequences 16]
 
-    in   {"id", "op": "generate", "model": "/abs/folder", "prompt": … | "messages": […], "who": …, "max_tokens", …}
+    in   {"id", "op": "generate", "model": "/abs/folder", "prompt" | "prompts" | "messages": …, "who": …, "max_tokens", …}
          {"id", "op": "cancel"} · {"id", "op": "load" | "unload", "model"} · {"op": "status"}
     out  {"t": "ready"} · {"t": "alive"} every 5 s while there is work · {"id", "t": "reading"} before a prompt is read
          {"id", "t": "start", "prompt_tokens"} · {"id", "t": "token", "index", "text", …}
@@ -10,7 +10,8 @@
 
 One thread reads, one loads models, and the main one writes tokens: every pass advances all sequences of a model
 together, and lets waiting requests in between two passes, taking people in turn (`who`), so that nobody's hundred
-requests stand before another's one. Chat templates are rendered in a process of their own. It ends at the end of its
+requests stand before another's one. A request with many `prompts` (texts or lists of token ids) lets them in one by one;
+choice i of prompt k has the index k * n + i. Chat templates are rendered in a process of their own. It ends at the end of its
 input, and with the process that started it.
 """
 
@@ -35,6 +36,7 @@ from training.models.generate import (
     TextSequence,
     Token,
     advance,
+    check_length,
     open_sequences,
     prompt_ids,
 )
@@ -42,10 +44,13 @@ from training.serving.warm_models import Loaded, Models
 from training.text.chat_template import STOPPED, Renderer
 from training.text.tokenizer import TemplateTooSlow, TokenizerError
 
-MAX_LINE_BYTES = 4 * 1024 * 1024  # a request; a longer line is refused and skipped
+MAX_LINE_BYTES = (
+    16 * 1024 * 1024
+)  # a request (JSON may triple the 4 MB that /v1 takes); a longer line is refused and skipped
 MAX_WAITING = 256  # requests that wait; more are refused as busy
 MAX_N, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_CHARS = 8, 20, 16, 200
 MAX_TOKENS = 1_000_000
+MAX_PROMPTS = 128
 ALIVE_S = 5.0
 NO_CHAT_S = 60  # a person's chats with a model are refused for so long after its template had to be stopped
 
@@ -55,10 +60,15 @@ class Request:
     id: str
     who: str
     model: str
-    prompt: str | list[dict[str, Any]]
+    prompts: list[Any]  # of one request: texts, lists of token ids, or one conversation
     options: GenerateOptions
+    ids: list[list[int]] = field(default_factory=list)  # of all prompts, once they were read
+    opened: int = 0  # prompts whose sequences were started
     sequences: list[TextSequence] = field(default_factory=list)
-    prompt_tokens: int = 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.opened == len(self.prompts) and all(s.finish_reason for s in self.sequences)
 
 
 class Server:
@@ -129,13 +139,18 @@ class Server:
             for sequence in request.sequences:
                 sequence.finish_reason = sequence.finish_reason or "cancelled"
             return self._close(request)
-        for who, line in list(self.waiting.items()):
+        for line in list(self.waiting.values()):
             for request in [r for r in line if r.id == request_id]:
-                line.remove(request)
+                self._no_longer_waiting(request)
                 done(request)
-            if not line:
-                del self.waiting[who]
         return None
+
+    def _no_longer_waiting(self, request: Request) -> None:
+        line = self.waiting.get(request.who)
+        if line and request in line:
+            line.remove(request)
+            if not line:
+                del self.waiting[request.who]
 
     # --- work -----------------------------------------------------------------------------------
 
@@ -174,40 +189,49 @@ class Server:
                     continue  # still loading; the others do not wait for it
                 self._start(request, model)
             except GenerateError as error:
-                refuse(request.id, error)
+                self._close(request, error)
             except RuntimeError as error:  # torch's own, out of memory among them
-                refuse(request.id, GenerateError("failed", f"reading the prompt failed: {error}"))
-            line.popleft()
-            self.waiting.move_to_end(who)
-            if not line:
-                del self.waiting[who]
+                self._close(request, GenerateError("failed", f"reading the prompt failed: {error}"))
+            if request.opened == len(request.prompts):
+                self._no_longer_waiting(request)
+            if who in self.waiting:
+                self.waiting.move_to_end(who)
 
     def _running(self, who: str | None = None) -> int:
         requests = [r for r in self.active.values() if who is None or r.who == who]
         return sum(s.finish_reason is None for r in requests for s in r.sequences)
 
     def _start(self, request: Request, model: Loaded) -> None:
+        """The next prompt of a request; before the first one all are read, so that a request is refused whole."""
         say({"id": request.id, "t": "reading"})  # if it is our last word, whose prompt it was is known
-        ids = self._read(request, model)
-        request.sequences = open_sequences(model.decoder, model.tokenizer, ids, request.options)
-        request.prompt_tokens = len(ids)
-        model.users += 1
-        self.active[request.id] = request
-        say({"id": request.id, "t": "start", "prompt_tokens": len(ids)})
-        for sequence in request.sequences:
+        if request.id not in self.active:
+            request.ids = [self._read(prompt, request, model) for prompt in request.prompts]
+            for ids in request.ids:
+                check_length(len(ids), model.decoder.context, request.options)
+            model.users += 1
+            self.active[request.id] = request
+            say({"id": request.id, "t": "start", "prompt_tokens": sum(map(len, request.ids))})
+        first = request.opened * request.options.n
+        sequences = open_sequences(
+            model.decoder, model.tokenizer, request.ids[request.opened], request.options, first
+        )
+        request.opened += 1
+        request.sequences += sequences
+        for sequence in sequences:
             for token in sequence.prompt_tokens:
                 say_token(request, token)
-        if all(s.finish_reason for s in request.sequences):
+            sequence.prompt_tokens = []
+        if request.is_done:
             self._close(request)
 
-    def _read(self, request: Request, model: Loaded) -> list[int]:
-        """The prompt's tokens. Everybody waits for a template that has to be stopped, so it is not tried again at once."""
+    def _read(self, prompt: Any, request: Request, model: Loaded) -> list[int]:
+        """A prompt's tokens. Everybody waits for a template that has to be stopped, so it is not tried again at once."""
         key, now = (request.who, request.model), time.monotonic()
-        if isinstance(request.prompt, list) and now < self.no_chat.get(key, 0):
+        if is_conversation(prompt) and now < self.no_chat.get(key, 0):
             raise GenerateError("bad_request", f"{STOPPED}; give a prompt, or wait a minute")
         model.tokenizer.render = self.renderer.render
         try:
-            return prompt_ids(request.prompt, model.tokenizer)
+            return prompt_ids(prompt, model.tokenizer)
         except TokenizerError as refusal:
             if isinstance(refusal, TemplateTooSlow):
                 self.no_chat = {other: until for other, until in self.no_chat.items() if now < until}
@@ -226,12 +250,13 @@ class Server:
             for request in requests:
                 self._close(request, GenerateError("failed", f"writing failed: {error}"))
         for request in requests:
-            if request.id in self.active and all(s.finish_reason for s in request.sequences):
+            if request.id in self.active and request.is_done:
                 self._close(request)
 
     def _close(self, request: Request, error: GenerateError | None = None) -> None:
-        del self.active[request.id]
-        self.models.warm[request.model].users -= 1
+        self._no_longer_waiting(request)
+        if self.active.pop(request.id, None):
+            self.models.warm[request.model].users -= 1
         if error is not None:
             refuse(request.id, error)
         else:
@@ -245,11 +270,7 @@ def parse(message: Mapping[str, Any]) -> Request:
     """A request from its line. Raises GenerateError naming the field that cannot be used."""
     if not message.get("id"):
         raise GenerateError("bad_request", "a request needs an id")
-    prompt = message.get("messages") if message.get("messages") is not None else message.get("prompt")
-    if not isinstance(prompt, str | list) or (
-        isinstance(prompt, list) and not all(isinstance(m, dict) for m in prompt)
-    ):
-        raise GenerateError("bad_request", "give a prompt (text) or messages (a list of objects)")
+    prompts = _prompts(message)
     stop = message.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) for s in stop):
@@ -261,6 +282,8 @@ def parse(message: Mapping[str, Any]) -> Request:
         temperature=_number(message, "temperature", 0, 2),
         top_p=_number(message, "top_p", 0, 1),
         top_k=int(_number(message, "top_k", 0, 1_000_000)),
+        min_p=_number(message, "min_p", 0, 1),
+        repetition_penalty=_number(message, "repetition_penalty", 0.01, 2),
         stop=tuple(stop),
         seed=None if message.get("seed") is None else int(_number(message, "seed", -(2**63), 2**63)),
         n=int(_number(message, "n", 1, MAX_N)),
@@ -270,7 +293,34 @@ def parse(message: Mapping[str, Any]) -> Request:
         echo=bool(message.get("echo")),
     )
     who, model = str(message.get("who", "")), str(message.get("model", ""))
-    return Request(str(message["id"]), who, model, prompt, options)
+    return Request(str(message["id"]), who, model, prompts, options)
+
+
+def _prompts(message: Mapping[str, Any]) -> list[Any]:
+    """A conversation, one prompt or many. Token ids are looked at when the model is there."""
+    if message.get("messages") is not None:
+        prompts = [message["messages"]]
+        good = is_conversation(message["messages"])
+    else:
+        prompts = message["prompts"] if message.get("prompts") is not None else [message.get("prompt")]
+        good = isinstance(prompts, list) and all(map(is_prompt, prompts)) and 0 < len(prompts) <= MAX_PROMPTS
+    if not good:
+        raise GenerateError(
+            "bad_request",
+            "give a prompt (text or token ids), "
+            f"prompts (up to {MAX_PROMPTS} of them) or messages (a list of objects)",
+        )
+    return prompts
+
+
+def is_conversation(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
+
+
+def is_prompt(prompt: Any) -> bool:
+    if isinstance(prompt, list):
+        return bool(prompt) and all(type(token_id) is int for token_id in prompt)
+    return isinstance(prompt, str)
 
 
 DEFAULTS = {f.name: f.default for f in fields(GenerateOptions)}
@@ -297,6 +347,7 @@ def say_token(request: Request, token: Token) -> None:
 
 def done(request: Request) -> None:
     written = sum(len(s.ids) for s in request.sequences)
+    read = sum(map(len, request.ids))
     say(
         {
             "id": request.id,
@@ -304,9 +355,9 @@ def done(request: Request) -> None:
             "choices": [{"index": s.index, "finish_reason": s.finish_reason} for s in request.sequences]
             or [{"index": i, "finish_reason": "cancelled"} for i in range(request.options.n)],
             "usage": {
-                "prompt_tokens": request.prompt_tokens,
+                "prompt_tokens": read,
                 "completion_tokens": written,
-                "total_tokens": request.prompt_tokens + written,
+                "total_tokens": read + written,
             },
         }
     )

@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from training.models.decoder import Decoder
 from training.models.generate import GenerateError
 from training.models.load import decoder_for, load_model
@@ -34,11 +36,22 @@ def load(folder: str) -> Loaded:
     except Exception as error:
         # Who asks sees no paths of ours.
         why = str(error).replace(f"{folder}/", "").replace(folder, "its folder")
+        if is_damage(error):
+            raise GenerateError("model_damaged", f"the model's weights are damaged: {why}") from error
         raise GenerateError("model_unusable", f"the model cannot be loaded: {why}") from error
     size = sum(
         p.numel() * p.element_size() for p in model.parameters()
     )  # in memory, fp32: not what the file has
     return Loaded(decoder, tokenizer, size)
+
+
+def is_damage(error: BaseException | None) -> bool:
+    """Does this error, or one behind it, come from a safetensors file that is not what was written?"""
+    while error is not None:
+        if isinstance(error, SafetensorError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class Models:
