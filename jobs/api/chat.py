@@ -24,6 +24,8 @@ from jobs.api.schemas import ChatCompletion, ChatCreate, Completion, CompletionC
 
 router = Router(auth=INFERENCE)
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own
+MAX_CHOICES = 1024  # of one request: its prompts times n
+MAX_KEPT = 400_000  # tokens and likeliest tokens of an answer that is gathered in memory
 DEFAULT_CHAT_TOKENS = 512  # or to the end of the context, whichever comes first
 STREAMED: dict[str, Any] = {
     "responses": {200: {"content": {"text/event-stream": {}}}},
@@ -34,7 +36,9 @@ FINAL = {
     "prompt_too_long": "context_length_exceeded",
     "prompt_failed": "prompt_failed",
     "model_unusable": "model_unusable",
+    "model_damaged": "model_damaged",
 }
+OF_THE_PROMPT = {"context_length_exceeded", "prompt_failed"}
 Line = dict[str, Any]
 
 
@@ -46,21 +50,16 @@ Line = dict[str, Any]
     summary="Continue a text",
 )
 async def create_completion(request: CallerRequest, body: CompletionCreate) -> Any:
-    _refuse_what_we_lack(body)
-    if body.suffix:
-        raise bad("Inserting before a suffix is not supported.", "suffix", "unsupported_parameter")
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise bad("best_of is not supported; leave it out or give n.", "best_of", "unsupported_parameter")
     if body.max_tokens == 0 and not body.echo:
         raise bad("max_tokens may be 0 only together with echo.", "max_tokens")
-    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    if len(prompts) * (body.n or 1) > 16:
-        raise bad("At most 16 choices in one request: give fewer prompts or a smaller n.", "n")
+    one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
+    prompts: Any = [body.prompt] if one else body.prompt
+    if len(prompts) * (body.n or 1) > MAX_CHOICES:
+        raise bad(f"At most {MAX_CHOICES} choices in one request: give fewer prompts or a smaller n.", "n")
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    asked = [
-        _ask(body, max_tokens, prompt=prompt, logprobs=body.logprobs, echo=bool(body.echo))
-        for prompt in prompts
-    ]
+    asked = _ask(body, max_tokens, prompts=prompts, logprobs=body.logprobs, echo=bool(body.echo))
     return await _answer(request, body, asked, TEXT)
 
 
@@ -72,39 +71,29 @@ async def create_completion(request: CallerRequest, body: CompletionCreate) -> A
     summary="Answer a conversation",
 )
 async def create_chat(request: CallerRequest, body: ChatCreate) -> Any:
-    _refuse_what_we_lack(body)
-    if body.tools:
-        raise bad("Tools are not supported.", "tools", "unsupported_parameter")
-    if body.response_format and body.response_format.get("type") != "text":
-        raise bad("Only text answers are supported.", "response_format", "unsupported_parameter")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise bad("top_logprobs needs logprobs to be true.", "top_logprobs")
     max_tokens = body.max_completion_tokens or body.max_tokens or DEFAULT_CHAT_TOKENS
     messages = [message.plain() for message in body.messages]
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     asked = _ask(body, max_tokens, messages=messages, logprobs=logprobs)
-    return await _answer(request, body, [asked], CHAT)
+    return await _answer(request, body, asked, CHAT)
 
 
 # ---- asking ------------------------------------------------------------------------------------
 
 
-def _refuse_what_we_lack(body: Generation) -> None:
-    """Rather a clear no than an answer that silently ignored half of the question."""
-    for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
-        if getattr(body, name):
-            raise bad(f"{name} is not supported.", name, "unsupported_parameter")
+def _ask(body: Generation, max_tokens: int, **what: Any) -> inference.GenerateRequest:
     if body.stream_options and not body.stream:
         raise bad("stream_options is only for streams.", "stream_options")
-
-
-def _ask(body: Generation, max_tokens: int, **what: Any) -> inference.GenerateRequest:
     extras = body.llmtuner or {}
     if set(extras) - {"top_k"}:
         raise bad("For generation llmtuner takes only top_k.", "llmtuner")
     top_k = extras.get("top_k", 0)
     if type(top_k) is not int or not 0 <= top_k <= 1_000_000:
         raise bad("top_k must be a whole number from 0 (all tokens).", "llmtuner.top_k")
+    if body.top_k is not None:
+        top_k = max(body.top_k, 0)
     stop = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
     return inference.GenerateRequest(
         model=models.local_name(body.model),
@@ -112,35 +101,27 @@ def _ask(body: Generation, max_tokens: int, **what: Any) -> inference.GenerateRe
         temperature=1.0 if body.temperature is None else float(body.temperature),
         top_p=1.0 if body.top_p is None else float(body.top_p),
         top_k=top_k,
-        stop=stop,
+        min_p=float(body.min_p or 0),
+        repetition_penalty=1.0 if body.repetition_penalty is None else float(body.repetition_penalty),
+        stop=[text for text in stop if text],
         seed=body.seed,
         n=body.n or 1,
         **what,
     )
 
 
-async def _one_after_another(owner: str, asked: list[inference.GenerateRequest]) -> AsyncIterator[Line]:
-    """The lines of all requests as if they were one: choices numbered through, one usage at the end."""
-    usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 0)
-    choices: list[Line] = []
-    for place, one in enumerate(asked):
-        lines = inference.stream(owner, one)
-        try:
-            async for line in lines:
-                if line["t"] == "done":
-                    choices += [
-                        {**choice, "index": choice["index"] + place * one.n} for choice in line["choices"]
-                    ]
-                    usage = {name: usage[name] + int(line["usage"].get(name, 0)) for name in usage}
-                elif line["t"] == "token":
-                    yield {**line, "index": line["index"] + place * one.n}
-                elif place == 0:
-                    yield line
-        except access.NotFound as missing:
-            raise errors.not_found("model") from missing
-        finally:
-            await lines.aclose()
-    yield {"t": "done", "choices": choices, "usage": usage}
+async def _lines_of(owner: str, asked: inference.GenerateRequest) -> AsyncIterator[Line]:
+    """What the model says, with the failures in the API's words."""
+    lines = inference.stream(owner, asked)
+    try:
+        async for line in lines:
+            yield line
+    except access.NotFound as missing:
+        raise errors.not_found("model") from missing
+    except inference.Failed as failed:
+        raise _failure(failed, "prompt" if asked.messages is None else "messages") from failed
+    finally:
+        await lines.aclose()
 
 
 # ---- answering ---------------------------------------------------------------------------------
@@ -159,9 +140,9 @@ class Shape:
 
 
 async def _answer(
-    request: CallerRequest, body: Generation, asked: list[inference.GenerateRequest], shape: Shape
+    request: CallerRequest, body: Generation, asked: inference.GenerateRequest, shape: Shape
 ) -> Any:
-    lines = _one_after_another(request.auth.owner, asked)
+    lines = _lines_of(request.auth.owner, asked)
     head = {
         "id": f"{shape.prefix}-{secrets.token_hex(12)}",
         "object": shape.part if body.stream else shape.whole,
@@ -179,14 +160,21 @@ async def _answer(
 async def _whole(lines: AsyncIterator[Line], head: Line, shape: Shape) -> Line:
     tokens: dict[int, list[Line]] = {}
     done: Line = {"choices": [], "usage": {}}
+    kept = 0
     try:
         async for line in lines:
             if line["t"] == "token":
                 tokens.setdefault(line["index"], []).append(line)
+                kept += 1 + len(line.get("top") or ())
+                if kept > MAX_KEPT:
+                    raise bad(
+                        "The answer is too large. Ask for fewer prompts at a time, or for a stream.",
+                        code="answer_too_large",
+                    )
             elif line["t"] == "done":
                 done = line
-    except inference.Failed as failed:
-        raise _failure(failed) from failed
+    finally:
+        await lines.aclose()  # type: ignore[attr-defined]  # an async generator, typed as an iterator
     choices = [
         shape.choice(choice["index"], tokens.get(choice["index"], []), _reason(choice))
         for choice in done["choices"]
@@ -194,10 +182,10 @@ async def _whole(lines: AsyncIterator[Line], head: Line, shape: Shape) -> Line:
     return {**head, "choices": sorted(choices, key=lambda choice: choice["index"]), "usage": done["usage"]}
 
 
-def _failure(failed: inference.Failed) -> errors.ApiError:
+def _failure(failed: inference.Failed, prompt: str) -> errors.ApiError:
     code = FINAL.get(failed.code)
     if code is not None:
-        return bad(failed.message, code=code)
+        return bad(failed.message, prompt if code in OF_THE_PROMPT else None, code)
     return errors.ApiError(503, failed.message, code=failed.code, retry_after=2)
 
 
@@ -267,10 +255,7 @@ async def _streamed(
     lines: AsyncIterator[Line], head: Line, body: Generation, shape: Shape
 ) -> HttpResponseBase:
     """Waits for the first line, so that a refusal still has a status of its own; after that errors are data lines."""
-    try:
-        first = await anext(lines)
-    except inference.Failed as failed:
-        raise _failure(failed) from failed
+    first = await anext(lines)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     chunks = _chunks(first, lines, head, body.n or 1, include_usage, shape)
     response = StreamingHttpResponse(chunks, content_type="text/event-stream")
@@ -302,7 +287,7 @@ async def _chunks(
                     yield _data({**head, "choices": [], "usage": line["usage"]})
         yield b"data: [DONE]\n\n"
     except Exception as error:  # the status line is long gone: the stream must carry what happened
-        told = _failure(error) if isinstance(error, inference.Failed) else errors.translate(error)
+        told = errors.translate(error)
         yield _data(errors.body(told.message, told.status, told.param, told.code))
     finally:
         await rest.aclose()  # type: ignore[attr-defined]  # an async generator, typed as an iterator

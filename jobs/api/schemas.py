@@ -16,8 +16,11 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from jobs.api import parameters
 
 MAX_SEED = 2**31 - 1
 T = TypeVar("T")
@@ -277,15 +280,19 @@ class StreamOptions(Request):
 
 
 Temperature = Annotated[StrictFloat | StrictInt, Field(ge=0, le=2)]
-TopP = Annotated[StrictFloat | StrictInt, Field(gt=0, le=1)]
+TopP = Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)]
 MaxTokens = Annotated[StrictInt, Field(ge=1, le=1_000_000)]
-Stop = Annotated[StrictStr, Field(min_length=1, max_length=500)]
+Stop = Annotated[StrictStr, Field(max_length=500)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=16)]
 Seed = Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)]
 Text = Annotated[StrictStr, Field(max_length=1_000_000)]
+TokenId = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
+MAX_PROMPTS = 128
 
 
 class Generation(Request):
+    """Only what is honoured. What else there is, and what becomes of it: `jobs.api.parameters`."""
+
     model: Annotated[StrictStr, Field(min_length=1, max_length=300)]
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -294,23 +301,56 @@ class Generation(Request):
     seed: Seed | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
-    presence_penalty: StrictFloat | StrictInt | None = None
-    frequency_penalty: StrictFloat | StrictInt | None = None
-    logit_bias: dict[str, Any] | None = None
-    user: StrictStr | None = None
-    llmtuner: dict[str, Any] | None = Field(
-        None, description="`top_k`: sample from the k likeliest tokens only."
+    top_k: Annotated[StrictInt, Field(ge=-1, le=1_000_000)] | None = Field(
+        None, description="Sample from the k likeliest tokens only; 0 or -1: from all."
     )
+    min_p: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[StrictFloat | StrictInt, Field(ge=0.01, le=2)] | None = None
+    llmtuner: dict[str, Any] | None = Field(None, description="`top_k`, as above.")
+
+
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 class CompletionCreate(Generation):
-    # Lists of token ids are OpenAI's third form; they would bind callers to one tokenizer, so text only.
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=16)]
-    max_tokens: MaxTokens | None = None
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[StrictInt, Field(ge=0, le=1_000_000)] | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     echo: StrictBool | None = None
-    suffix: StrictStr | None = None
     best_of: StrictInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        parameters.check("completions", data)
+        return data
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_of_four(cls, prompt: Any) -> Any:
+        """Before the union, whose errors would name four branches."""
+        if isinstance(prompt, str):
+            return prompt
+        if not isinstance(prompt, list) or not prompt:
+            raise ValueError("give a text, a list of texts, token ids, or a list of lists of token ids")
+        if type(prompt[0]) is int:
+            if any(type(token_id) is not int for token_id in prompt):
+                raise ValueError("a prompt that begins with a token id has nothing but token ids")
+            return prompt
+        if len(prompt) > MAX_PROMPTS:
+            raise ValueError(f"at most {MAX_PROMPTS} prompts in one request")
+        if not all(isinstance(one, str) for one in prompt) and not all(map(_are_token_ids, prompt)):
+            raise ValueError("give a text, a list of texts, token ids, or a list of lists of token ids")
+        return prompt
+
+
+def _are_token_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(type(token_id) is int for token_id in prompt)
 
 
 class TextPart(Request):
@@ -334,8 +374,12 @@ class ChatCreate(Generation):
     max_completion_tokens: MaxTokens | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
-    tools: list[Any] | None = None
-    response_format: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        parameters.check("chat", data)
+        return data
 
 
 class Usage(Schema):

@@ -109,7 +109,7 @@ def test_what_is_not_there_is_not_found(client: openai.OpenAI):
 WRONG_CHAT: dict[str, dict[str, Any]] = {
     "messages": {"messages": []},
     "temperature": {"temperature": 9},
-    "top_p": {"top_p": 0},
+    "top_p": {"top_p": 1.5},
     "n": {"n": 100},
     "max_tokens": {"max_tokens": 10**9},
     "max_completion_tokens": {"max_completion_tokens": 0},
