@@ -8,4 +8,5 @@ class JobsConfig(AppConfig):
     verbose_name = "Work"
 
     def ready(self) -> None:
-        from jobs import people  # noqa: F401  hears of people who take their data or leave
+        # These register themselves: for people who take their data or leave, and as handlers of work in the outbox.
+        from jobs import checking, estimates, people, reports  # noqa: F401

@@ -8,7 +8,7 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs import datasets, reading, storage, tables, versions
+from jobs import datasets, errands, reading, storage, tables, versions
 from jobs.tables import Dataset
 from training.plan import catalog
 
@@ -20,6 +20,14 @@ FULL = frozenset(
 OVER_LIMITS = (
     "The file could not be checked in the time and memory allowed. Split it, or look for endless rows."
 )
+
+
+@errands.handler("check")
+def run(owner: str, dataset_id: str) -> bool:
+    """True once the dataset is ready, rejected or deleted."""
+    check(owner, dataset_id)
+    dataset = tables.get(Dataset, owner, dataset_id)
+    return dataset is None or dataset.gone or dataset.status not in {"receiving", "checking"}
 
 
 def check(owner: str, dataset_id: str) -> None:

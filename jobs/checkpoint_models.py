@@ -14,7 +14,7 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs import access, bases, prepare, trainer_process
+from jobs import access, bases, checkpoint_files, trainer_process
 from jobs.tables import Job
 
 MARK = ":ckpt-step-"
@@ -48,7 +48,7 @@ def folder(owner: str, model_id: str) -> Path:
 def _export(job: Job, checkpoint: dict[str, Any], place: Path) -> None:
     fetched = Path(tempfile.mkdtemp(prefix=".ckpt-", dir=place.parent))
     try:
-        prepare.fetch_checkpoint(checkpoint, fetched / "checkpoint")
+        checkpoint_files.fetch(checkpoint, fetched / "checkpoint")
         where = (
             "--checkpoint",
             str(fetched / "checkpoint"),

@@ -16,7 +16,8 @@ from typing import IO, Any
 
 from django.conf import settings
 
-from jobs import access, endings, errands, limits, storage, tables
+from jobs import access, errands, limits, queueing, storage, tables
+from jobs.dataset_signals import dataset_settled
 from jobs.limits import OverQuota
 from jobs.tables import Dataset, DatasetReport, new_id
 
@@ -191,14 +192,14 @@ def finish_check(
     if found and status == "rejected" and not keep:
         storage.delete_file(key)
     if found:
-        move_waiting_jobs(owner, dataset_id)
+        dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
     return found
 
 
 def read_again(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Dataset:
     """Reads the file in another way (other columns) from now on: checked again. Raises NotFound, Rejected."""
     dataset = access.get_dataset_for(owner, dataset_id)
-    active = (job for job in endings.active_of(owner) if not job.ended)
+    active = (job for job in queueing.active_of(owner) if not job.ended)
     if any(dataset_id in (job.dataset_id, job.validation_dataset_id) for job in active):
         raise Rejected(
             "A job that hasn't ended reads this dataset as it is. Wait for its end, or upload the file again."
@@ -233,9 +234,10 @@ def delete(owner: str, dataset_id: str) -> None:
     """Gone at once for people; the bytes go when no job that was already checked needs them. Raises NotFound."""
     access.get_dataset_for(owner, dataset_id)
     _forget(owner, dataset_id)
-    move_waiting_jobs(owner, dataset_id)
+    dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
 
 
+@errands.handler("expire")
 def expire(owner: str, id: str) -> bool:
     """The errand of a file that its owner wanted kept until a time, which has come."""
     with contextlib.suppress(access.NotFound):
@@ -259,12 +261,23 @@ def _forget(owner: str, dataset_id: str) -> None:
     errands.ring("delete", owner, dataset_id)
 
 
-def move_waiting_jobs(owner: str, dataset_id: str) -> None:
-    from jobs import lifecycle  # it asks access about datasets
+@errands.deletes("file-")
+def _delete_bytes(owner: str, dataset_id: str) -> bool:
+    dataset = tables.get(Dataset, owner, dataset_id)
+    if dataset is None or not dataset.gone:
+        return True
+    checked = (job for job in queueing.active_of(owner) if not job.ended and job.status != "validating")
+    if any(dataset_id in (job.dataset_id, job.validation_dataset_id) for job in checked):
+        return False  # a job that was already checked still reads it
+    for row in tables.rows(DatasetReport, dataset_id):
+        tables.remove(DatasetReport, dataset_id, row.base)
+    storage.delete_prefix(f"datasets/{owner}/{dataset_id}/")
+    return True
 
-    for job in endings.active_of(owner):
-        if job.status == "validating" and dataset_id in (job.dataset_id, job.validation_dataset_id):
-            lifecycle.validate(job)
+
+def is_being_checked(owner: str, dataset_id: str) -> bool:
+    dataset = tables.get(Dataset, owner, dataset_id)
+    return dataset is not None and not dataset.gone and dataset.status in {"receiving", "checking"}
 
 
 def small(summary: Mapping[str, Any]) -> dict[str, Any]:

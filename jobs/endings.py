@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
 
-from jobs import errands, estimates, limits, queueing, storage, tables, tuned_models, webhooks
-from jobs.tables import ENDED, Dataset, DatasetReport, EventChunk, Job, JobIndex, TunedModel, Upload, month_of
-
-PUT_TOGETHER_S = 3600  # the longest that putting an upload's parts together takes
+from jobs import end_steps, errands, limits, queueing, storage, tables, tuned_models
+from jobs.tables import ENDED, EventChunk, Job, JobIndex, month_of
 
 
 def after_end(owner: str, job_id: str) -> None:
@@ -18,15 +15,12 @@ def after_end(owner: str, job_id: str) -> None:
     job = tables.get(Job, owner, job_id)
     if job is None or not job.ended:
         return
-    if job.status == "succeeded" and not job.gone:
-        tuned_models.create_from(job)
-        estimates.record(job)
     if job.status == "void":
         tables.remove(JobIndex, f"all#{month_of(tables.time_of(job_id))}", job_id)
     elif not job.gone:
         partition = f"{job.status}#{month_of(job.ended_at or job.created_at)}"
         JobIndex(partition, job_id, owner=owner, name=job.name, base=job.base).save()
-        webhooks.tell(job)
+    end_steps.run(job)
     limits.release(owner, "jobs", job_id)
     limits.note_checkpoints(job)
     sweep(job)
@@ -84,20 +78,10 @@ def _step(folder: str) -> int:
 def _named(job: Job) -> tuple[str, ...]:
     folders = [str(c["key"]) for c in job.checkpoints]
     folders += [job.checkpoint_key] if job.checkpoint_key else []
-    folders += _of_model(job)
+    folders += tuned_models.folders_of(job)
     if job.result and not job.gone:
         folders.append(str(job.result.get("prefix") or ""))
     return tuple(folder.rstrip("/") + "/" for folder in folders if folder)
-
-
-def _of_model(job: Job) -> list[str]:
-    model = tables.get(TunedModel, job.owner, job.model_id) if job.model_id else None
-    return [model.prefix] if model and (not model.gone or _is_a_base(model)) else []
-
-
-def _is_a_base(model: TunedModel) -> bool:
-    """Of a job that hasn't ended: it may still have to fetch the files."""
-    return any(job.base == model.model_id and not job.ended for job in active_of(model.owner))
 
 
 def _epoch(key: str) -> int:
@@ -120,41 +104,12 @@ def delete_job(job: Job, *, with_model: bool) -> None:
     errands.ring("delete", job.owner, job.job_id)
 
 
-def delete_bytes(owner: str, id: str) -> bool:
-    """The errand of a deletion. False while something still needs the bytes."""
-    if id.startswith("file-"):
-        return _delete_dataset(owner, id)
-    if id.startswith("ftjob-"):
-        return _delete_job(owner, id)
-    if id.startswith("upload-"):
-        return _delete_parts(owner, id)
-    model = tables.get(TunedModel, owner, id)
-    if model and model.gone and model.prefix:
-        if _is_a_base(model):
-            return False
-        storage.delete_prefix(model.prefix.rstrip("/") + "/")
-    return True
-
-
-def _delete_parts(owner: str, upload_id: str) -> bool:
-    """Of an upload that is over: completed, cancelled, expired, or its owner gone."""
-    from jobs import parts  # it calls what calls this module
-
-    row = tables.get(Upload, owner, upload_id)
-    if row and row.status in {"pending", "completing"} and time.time() < row.expires_at + PUT_TOGETHER_S:
-        return False
-    if row is not None:
-        parts.drop(row)
-    limits.unreserve(owner, upload_id)  # also of one that broke off before its row was put
-    storage.delete_prefix(f"uploads/{upload_id}/")
-    return True
-
-
+@errands.deletes("ftjob-")
 def _delete_job(owner: str, job_id: str) -> bool:
     job = tables.get(Job, owner, job_id)
     if job is None or not job.gone:
         return True  # the deletion broke off before it began
-    kept = tuple(folder.rstrip("/") + "/" for folder in _of_model(job))
+    kept = tuple(folder.rstrip("/") + "/" for folder in tuned_models.folders_of(job))
     for key in storage.list_keys(f"jobs/{job_id}/"):
         if not key.startswith(kept):
             storage.delete_file(key)
@@ -167,28 +122,3 @@ def _delete_job(owner: str, job_id: str) -> bool:
     ):
         tables.remove(JobIndex, partition, job_id)
     return True
-
-
-def _delete_dataset(owner: str, dataset_id: str) -> bool:
-    dataset = tables.get(Dataset, owner, dataset_id)
-    if dataset is None or not dataset.gone:
-        return True
-    if any(dataset_id in (job.dataset_id, job.validation_dataset_id) for job in _unended(owner)):
-        return False  # a job that was already checked still reads it
-    for row in tables.rows(DatasetReport, dataset_id):
-        tables.remove(DatasetReport, dataset_id, row.base)
-    storage.delete_prefix(f"datasets/{owner}/{dataset_id}/")
-    return True
-
-
-def is_being_checked(owner: str, dataset_id: str) -> bool:
-    dataset = tables.get(Dataset, owner, dataset_id)
-    return dataset is not None and not dataset.gone and dataset.status in {"receiving", "checking"}
-
-
-def _unended(owner: str) -> Iterable[Job]:
-    return (job for job in active_of(owner) if not job.ended and job.status != "validating")
-
-
-def active_of(owner: str) -> list[Job]:
-    return queueing.active_jobs([row for row in queueing.index_rows() if row.owner == owner])

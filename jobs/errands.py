@@ -17,13 +17,44 @@ from functools import partial
 from django.conf import settings
 from pynamodb.exceptions import PynamoDBException
 
-from jobs import tables
+from jobs import bells, tables
 from jobs.tables import JobIndex
 
 log = logging.getLogger(__name__)
 
 PARTITION = "work"
 KINDS = ("check", "report", "delete", "deliver", "leave", "expire")
+
+Handler = Callable[[str, str], bool]  # (owner, id) -> nothing is left to do
+_handlers: dict[str, Handler] = {}
+_deletions: dict[str, Handler] = {}  # by how the ids of what is deleted begin
+
+
+def handler(kind: str) -> Callable[[Handler], Handler]:
+    """Registers a function as what does this kind of work. jobs/apps.py imports every module that has one."""
+
+    def register(function: Handler) -> Handler:
+        _handlers[kind] = function
+        return function
+
+    return register
+
+
+def deletes(prefix: str) -> Callable[[Handler], Handler]:
+    """Registers a function as what deletes the bytes behind ids that begin so. It returns False while something still
+    needs them."""
+
+    def register(function: Handler) -> Handler:
+        _deletions[prefix] = function
+        return function
+
+    return register
+
+
+@handler("delete")
+def delete_bytes(owner: str, id: str) -> bool:
+    """The last part of a deletion: entry first, then the tombstone, then the bytes."""
+    return next(delete for prefix, delete in _deletions.items() if id.startswith(prefix))(owner, id)
 
 
 def put(kind: str, owner: str, id: str) -> None:
@@ -33,12 +64,10 @@ def put(kind: str, owner: str, id: str) -> None:
 
 def ring(kind: str, owner: str, id: str, lease: str = "") -> None:
     """Best effort, after everything is written."""
-    from jobs import tasks  # it calls this module
-
     if kind == "deliver":
-        tasks.ring(tasks.deliver, owner, id, lease)
+        bells.enqueue("deliver", owner, id, lease)
     else:
-        tasks.ring(tasks.errand, kind, owner, id, lease)
+        bells.enqueue("errand", kind, owner, id, lease)
 
 
 def run(kind: str, owner: str, id: str, lease: str) -> None:
@@ -50,7 +79,7 @@ def run(kind: str, owner: str, id: str, lease: str) -> None:
     if not tables.update(row, [JobIndex.lease.set(mine)], condition, lambda found: found.lease == mine):
         return
     with _renewed(row):
-        done = _worker(kind)(owner, id)
+        done = _handlers[kind](owner, id)
     if done:
         tables.remove(JobIndex, PARTITION, f"{kind}#{id}")
 
@@ -73,25 +102,6 @@ def name_of(row: JobIndex) -> tuple[str, str, str]:
     """(kind, owner, id), as `ring` wants them."""
     kind, _, id = row.job_id.partition("#")
     return kind, row.owner, id
-
-
-def _worker(kind: str) -> Callable[[str, str], bool]:
-    """Returns True when there is nothing left to do. They import what imports this module."""
-    from jobs import datasets, endings, people, reports, tasks, webhooks
-
-    def check(owner: str, dataset_id: str) -> bool:
-        tasks.check_dataset(owner, dataset_id)
-        return not endings.is_being_checked(owner, dataset_id)
-
-    workers = {
-        "check": check,
-        "report": reports.make,
-        "delete": endings.delete_bytes,
-        "deliver": webhooks.deliver,
-        "leave": people.leave,
-        "expire": datasets.expire,
-    }
-    return workers[kind]
 
 
 @contextmanager

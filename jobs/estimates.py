@@ -9,13 +9,14 @@ from typing import Any
 from django.conf import settings
 
 from jobs import bases, queueing, reports, tables
+from jobs.end_steps import step
 from jobs.tables import Dataset, EstimateRecord, Job, Worker
+from training.data.summary import Summary
 from training.plan.auto_settings import resolve
 from training.plan.catalog import BaseModel, Machine, this_machine
 from training.plan.config import Settings, current_names, parse
 from training.plan.estimate import Estimate, Past
 from training.plan.estimate import estimate as predict
-from training.report.report import Summary
 
 KEPT = 50  # finished jobs that count
 REMEMBERED_S = 30.0  # the form asks at every key; the store is asked this seldom
@@ -94,16 +95,19 @@ def records(on: Machine | str) -> list[dict[str, Any]]:
     return [{"job_id": record.job_id, **record.data} for record in found]
 
 
+@step(20)
 def record(job: Job) -> None:
     """Keep what a finished job took beside what the jobs before it made of it. Repeating it changes nothing.
 
     Only whole runs teach: ended well, and not tried twice."""
+    if job.status != "succeeded" or job.gone or job.attempts or job.epoch > 1:
+        return
+    if not (job.started_at and job.ended_at):
+        return
     dataset = tables.get(Dataset, job.owner, job.dataset_id)
     base, on = bases.of_job(job), _machine(job.worker)
     counted = _counted(dataset, job)
-    if job.status != "succeeded" or job.attempts or job.epoch > 1 or base is None or counted is None:
-        return
-    if not (job.started_at and job.ended_at):
+    if base is None or counted is None:
         return
     validation = None
     if job.validation_dataset_id:

@@ -13,15 +13,13 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import redis.exceptions
 
 from jobs import access, bells
+from jobs.lease import Lease, LostRace
 from jobs.tables import EventChunk, HeartbeatChunk, Job, put_if
-
-if TYPE_CHECKING:
-    from jobs.lifecycle import Claim
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +57,9 @@ class TooSlow(Exception):
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def append(claim: Claim, batch: Batch) -> None:
+def append(claim: Lease, batch: Batch) -> None:
     """Puts the chunk if none is there, or one of a lower epoch. The heartbeat that follows moves `last_seq`, and only
     then do readers see it. Raises LostRace when a later holder has written here."""
-    from jobs.lifecycle import LostRace
-
     chunk = HeartbeatChunk(
         claim.job_id,
         batch.first_seq,

@@ -206,9 +206,7 @@ def check_model(owner: str, model_id: str) -> None:
 
 def _ring() -> None:
     """Tells the workers that somebody waits. Best effort: a reader rings again, and each worker looks when it ends one."""
-    from jobs import tasks
-
-    tasks.ring(tasks.generate)
+    bells.enqueue("generate", expires=20)
 
 
 async def _leave(client: Any, owner: str, rid: str) -> None:

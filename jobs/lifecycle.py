@@ -36,11 +36,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from django.conf import settings
+from django.dispatch import receiver
 from pynamodb.exceptions import PynamoDBException
 from pynamodb.expressions.condition import Condition
 from pynamodb.expressions.update import Action
 
-from jobs import access, endings, limits, queueing, reasons, reports, submission, tables
+from jobs import access, bells, endings, feed, limits, queueing, reasons, reports, submission, tables
+from jobs.dataset_signals import dataset_settled
+from jobs.lease import LostRace
 from jobs.limits import OverQuota
 from jobs.queueing import WorkerInfo
 from jobs.submission import JobRequest, Refused, clone_request
@@ -58,10 +61,6 @@ PLATFORM_FAULTS = frozenset({"lost", "broke off"})  # ways out of running that s
 TRIES = 50  # of a person's move against a job that keeps moving
 queue_position = queueing.position
 after_end = endings.after_end
-
-
-class LostRace(Exception):
-    """Somebody else's write was first: the lease is lost, or the job moved on."""
 
 
 # ---- submit --------------------------------------------------------------------------------------------------------
@@ -560,6 +559,14 @@ def validate(job: Job) -> Job | None:
     return _told(_move(job, _entering(job, "queued"), _as_seen(job)))
 
 
+@receiver(dataset_settled)
+def validate_waiting(owner: str, dataset_id: str, **kwargs: Any) -> None:
+    """The jobs that wait for this dataset."""
+    for job in queueing.active_of(owner):
+        if job.status == "validating" and dataset_id in (job.dataset_id, job.validation_dataset_id):
+            validate(job)
+
+
 def _fail_unchecked(job: Job, reason: str, message: str) -> Job | None:
     actions = _leaving("failed", job, "failed", reason, message, "")
     return _told(_move(job, actions, _as_seen(job)))
@@ -617,13 +624,11 @@ def _told(moved: Job | None) -> Job | None:
 
 def _news(job: Job) -> None:
     """Rings, after the write. Losing these loses nothing: readers poll, and the reconciler rings again."""
-    from jobs import feed, tasks  # they import this module
-
     feed.announce(job.job_id, int(job.last_seq))
     if job.ended:
-        tasks.ring(tasks.after_end, job.owner, job.job_id)
+        bells.enqueue("after_end", job.owner, job.job_id)
     elif job.status == "queued" and job.desired == "run":
-        tasks.ring_training(BELLS)
+        bells.enqueue_training(BELLS)
 
 
 def this_worker(**has: Any) -> WorkerInfo:

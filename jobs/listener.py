@@ -188,7 +188,7 @@ class Listener:
         if writer.next_seq < THIN_AFTER or event["step"] % 10 == 0:
             self._keep(event)
         if self.proof and self.proof.see(event):
-            writer.say_proof(self)
+            writer.say_proof(self.proof)
 
     def _keep(self, event: dict[str, Any]) -> None:
         for name in ("message", "advice"):

@@ -23,6 +23,7 @@ PART = 5 << 20  # bytes, the least that S3 takes: three stand in memory at once;
 LIFETIME_S = 24 * 3600  # from the last part on
 MAX_OPEN = 20  # of one person at a time
 LINKS = 64  # signed at once
+PUT_TOGETHER_S = 3600  # the longest that putting an upload's parts together takes
 
 
 def begin(owner: str, name: str, size: int, mark: str = "") -> Upload:
@@ -225,3 +226,16 @@ def shown(row: Upload) -> dict[str, Any]:
     """For the page that goes on with it."""
     came = sum(have(row).values())
     return {"upload": row, "came": came, "percent": int(100 * came / max(1, int(row.bytes)))}
+
+
+@errands.deletes("upload-")
+def _delete_parts(owner: str, upload_id: str) -> bool:
+    """Of an upload that is over: completed, cancelled, expired, or its owner gone."""
+    row = tables.get(Upload, owner, upload_id)
+    if row and row.status in {"pending", "completing"} and time.time() < row.expires_at + PUT_TOGETHER_S:
+        return False
+    if row is not None:
+        drop(row)
+    limits.unreserve(owner, upload_id)  # also of one that broke off before its row was put
+    storage.delete_prefix(f"uploads/{upload_id}/")
+    return True

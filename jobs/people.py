@@ -102,6 +102,7 @@ def begin_to_leave(owner: str, **kwargs: Any) -> None:
     errands.ring("leave", owner, owner)
 
 
+@errands.handler("leave")
 def leave(owner: str, _id: str) -> bool:
     """Removes all that can be removed now. True when nothing is left; a running job is left until its worker stops."""
     _cancel_all(owner)

@@ -15,7 +15,7 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs import access, bases, datasets, proof, reports, storage
+from jobs import access, bases, checkpoint_files, datasets, proof, reports, storage
 from jobs.tables import Dataset, Job
 from training.plan.events import Failure
 
@@ -116,7 +116,7 @@ def newest_good(
         # Where the trainer keeps its own, so that it finds the others beside it.
         target = folder / "work" / "checkpoints" / Path(entry["key"]).name
         try:
-            fetch_checkpoint(entry, target)
+            checkpoint_files.fetch(entry, target)
         except (storage.Missing, storage.Damaged, ValueError, KeyError, TypeError) as error:
             log.warning("%s: checkpoint %s does not verify: %s", job.job_id, entry["key"], error)
             shutil.rmtree(target, ignore_errors=True)
@@ -136,21 +136,10 @@ def _fetch_best(resume: Path, known: list[dict[str, Any]], gone_on: Callable[[],
         if name == best and name != resume.name:
             gone_on()
             try:
-                fetch_checkpoint(entry, resume.parent / name)
+                checkpoint_files.fetch(entry, resume.parent / name)
             except (storage.Missing, storage.Damaged, ValueError, KeyError, TypeError) as error:
                 log.warning("the best checkpoint %s does not verify: %s", entry["key"], error)
                 shutil.rmtree(resume.parent / name, ignore_errors=True)
-
-
-def fetch_checkpoint(entry: dict[str, Any], target: Path) -> None:
-    """Fetches by the manifest, whose own sha256 the pointer names; the manifest names all others'."""
-    target.mkdir(parents=True, exist_ok=True)
-    prefix = entry["key"].rstrip("/")
-    storage.fetch(f"{prefix}/manifest.json", target / "manifest.json", sha256=entry["sha256"])
-    manifest = json.loads((target / "manifest.json").read_text())
-    for file in manifest["files"]:
-        name = Path(file["name"]).name
-        storage.fetch(f"{prefix}/{name}", target / name, sha256=file["sha256"])
 
 
 def work_folder(job_id: str, epoch: int) -> Path:

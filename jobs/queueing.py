@@ -45,6 +45,11 @@ def active_jobs(rows: Iterable[JobIndex] | None = None) -> list[Job]:
     return list(Job.batch_get(keys, consistent_read=True)) if keys else []
 
 
+def active_of(owner: str) -> list[Job]:
+    """The jobs of one person that have not ended."""
+    return active_jobs([row for row in index_rows() if row.owner == owner])
+
+
 def in_order(jobs: Iterable[Job], served: Mapping[str, int] | None = None) -> list[Job]:
     """The queued ones of `jobs`, who is next first. `served`: a worker's own memory of whom it had when."""
     served = served or {}

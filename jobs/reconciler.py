@@ -13,7 +13,7 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs import endings, errands, lifecycle, limits, queueing, storage, tables
+from jobs import bells, endings, errands, lifecycle, limits, queueing, storage, tables
 from jobs.tables import Job
 
 log = logging.getLogger(__name__)
@@ -115,10 +115,8 @@ class Reconciler:
             lifecycle.requeue(job)
 
     def _bells(self, jobs: list[Job]) -> None:
-        from jobs import tasks
-
         if waiting := len(queueing.in_order(jobs)):
-            tasks.ring_training(waiting)
+            bells.enqueue_training(waiting)
 
     def _errands(self) -> None:
         for row in errands.waiting():

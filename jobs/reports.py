@@ -15,7 +15,8 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from jobs import bases, checking, errands, storage, tables
+from jobs import bases, checking, datasets, errands, storage, tables
+from jobs.dataset_signals import dataset_settled
 from jobs.tables import Dataset, DatasetReport, Job
 from training.plan import catalog
 from training.plan.events import Failure
@@ -109,10 +110,9 @@ def for_job(job: Job, dataset: Dataset) -> DatasetReport | None:
     return found if found is not None and found.status == "failed" else ask(dataset, facts)
 
 
+@errands.handler("report")
 def make(owner: str, id: str) -> bool:
     """The errand. True when there is nothing left to do; raises what the stores raise, and is then rung for again."""
-    from jobs import datasets  # it asks this module
-
     dataset_id, _, base = id.partition("@")
     row = tables.get(DatasetReport, dataset_id, base)
     dataset = tables.get(Dataset, owner, dataset_id)
@@ -136,7 +136,7 @@ def make(owner: str, id: str) -> bool:
         ]
     tables.update(row, actions, DatasetReport.asked == row.asked, lambda found: found.status == status)
     if line is None:
-        datasets.move_waiting_jobs(owner, dataset_id)
+        dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
     found = tables.get(DatasetReport, dataset_id, base)
     return (
         make(owner, id) if found is not None and found.status == "checking" else True

@@ -182,7 +182,7 @@ class _Attempt:
         }
         if self.listener.verdict:
             result["verdict"] = self.listener.verdict
-        self.writer.end_proof(self.listener)
+        self.writer.end_proof(self.listener.proof)
         self._flush()
         failpoints.passing("model stored")
         self._insist(
@@ -202,7 +202,7 @@ class _Attempt:
                 self._insist(lambda: self.claim.finish("cancelled"))
             return
         self._finish_uploads(settings.JOBS["sigterm_grace_s"])
-        self.writer.end_proof(self.listener)
+        self.writer.end_proof(self.listener.proof)
         if not self.listener.failed:
             self._say("log", diagnosis.message, level="error")
         self._flush()

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.templatetags.figures import clock, count, loss, memory, rate, short_hash, size
+from jobs.formatting import clock, count, loss, memory, rate, short_hash, size
 from training.plan.events import REASONS
 
 KEPT_LOG_LINES = 300  # of a long log the page shows the end; the whole is a download

@@ -5,12 +5,7 @@ Losing a message loses nothing: all unfinished work has a row in the store, and 
 
 from __future__ import annotations
 
-import logging
-from typing import Any
-
 from celery import shared_task
-
-log = logging.getLogger(__name__)
 
 
 @shared_task(name="run_next")
@@ -66,30 +61,10 @@ def deliver(owner: str, id: str, lease: str = "") -> None:
     webhooks.DELIVERIES.run(owner, id, work)
 
 
-@shared_task(name="generate", expires=20)
+@shared_task(name="generate")
 def generate() -> None:
     """An empty bell: relays the requests for text that wait, one after another, until none is left that may run."""
     from jobs import relay, worker
 
     while not worker.STOP.is_set() and relay.serve_next():
         pass
-
-
-def ring_training(waiting: int) -> None:
-    """Rings for training workers, unless as many bells lie in the list as jobs are `waiting`. Best effort: never raises."""
-    from jobs import bells
-
-    try:
-        lying = int(bells.client().llen("training"))
-        if lying < waiting:
-            run_next.apply_async()
-    except Exception as error:
-        log.warning("no bell for training: %s", error)
-
-
-def ring(task: Any, *args: str) -> None:
-    """Sends a task's message. Best effort: never raises and never waits long; the reconciler rings again."""
-    try:
-        task.apply_async(args=args)
-    except Exception as error:
-        log.warning("no bell for %s: %s", task.name, error)

@@ -16,7 +16,8 @@ from typing import IO, Any, cast
 from asgiref.sync import sync_to_async
 from django.conf import settings
 
-from jobs import access, errands, storage, tables
+from jobs import access, errands, queueing, storage, tables
+from jobs.end_steps import step
 from jobs.tables import Job, TunedModel
 
 BLOCK = 1 << 20
@@ -25,8 +26,11 @@ WHOLE = ".whole"  # a file in a folder whose files were all fetched and verified
 ALIAS = re.compile(r"ft:[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")  # what OpenAI calls a model that was tuned there
 
 
+@step(10)
 def create_from(job: Job) -> None:
     """The row of the model that a succeeded job made, if none is there (also no tombstone of it)."""
+    if job.status != "succeeded" or job.gone:
+        return
     result = dict(job.result or {})
     files = [{name: entry[name] for name in ("name", "bytes", "sha256")} for entry in result.get("files", [])]
     model = TunedModel(
@@ -62,6 +66,28 @@ def delete(owner: str, model_id: str) -> None:
 def bury(owner: str, model_id: str) -> None:
     """A tombstone, also where no model is: a late writer puts none any more."""
     TunedModel(owner, model_id).update(actions=[TunedModel.gone.set(True), TunedModel.files.set([])])
+
+
+@errands.deletes("ft:")
+def delete_bytes(owner: str, model_id: str) -> bool:
+    """False while a job that starts from the model may still have to fetch its files."""
+    model = tables.get(TunedModel, owner, model_id)
+    if model and model.gone and model.prefix:
+        if _is_a_base(model):
+            return False
+        storage.delete_prefix(model.prefix.rstrip("/") + "/")
+    return True
+
+
+def folders_of(job: Job) -> list[str]:
+    """Folders of the job's objects that its model still needs."""
+    model = tables.get(TunedModel, job.owner, job.model_id) if job.model_id else None
+    return [model.prefix] if model and (not model.gone or _is_a_base(model)) else []
+
+
+def _is_a_base(model: TunedModel) -> bool:
+    """Of a job that hasn't ended: it may still have to fetch the files."""
+    return any(job.base == model.model_id and not job.ended for job in queueing.active_of(model.owner))
 
 
 class BadAlias(ValueError):

@@ -27,6 +27,7 @@ from django.conf import settings
 from django.core.mail import send_mail
 
 from jobs import errands, limits, reasons, tables
+from jobs.end_steps import step
 from jobs.ip_ranges import is_public
 from jobs.tables import Job, WebhookDelivery, WebhookEndpoint, new_id
 
@@ -89,9 +90,10 @@ def set_email(owner: str, address: str) -> None:
 # ---- tell ----------------------------------------------------------------------------------------------------------
 
 
+@step(30)
 def tell(job: Job) -> None:
     """Puts a delivery for each place its owner wants to be told at. Again is harmless."""
-    if job.status not in EVENTS:
+    if job.status not in EVENTS or job.gone:
         return
     event = f"fine_tuning.job.{job.status}"
     body = {"id": f"evt-{job.job_id}-{job.status}", "object": "event", "type": event}
@@ -180,6 +182,7 @@ class PerOwner:
 DELIVERIES = PerOwner()
 
 
+@errands.handler("deliver")
 def deliver(owner: str, delivery_id: str) -> bool:
     """The errand: one try if it is time. True when nothing is left to do."""
     delivery = tables.get(WebhookDelivery, owner, delivery_id)

@@ -97,9 +97,7 @@ def _sign_of_life(queues: set[str]) -> None:
 
 def ring_self() -> None:
     """A worker that starts looks for work without waiting for a bell."""
-    from jobs import tasks
-
-    tasks.ring_training(1)
+    bells.enqueue_training(1)
 
 
 def _reconcile(queues: set[str]) -> None:

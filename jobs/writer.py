@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django.conf import settings
 from pynamodb.exceptions import PynamoDBException
@@ -18,9 +18,7 @@ from pynamodb.exceptions import PynamoDBException
 from jobs import failpoints, feed
 from jobs.feed import Batch
 from jobs.lifecycle import Claim
-
-if TYPE_CHECKING:
-    from jobs.listener import Listener
+from jobs.proof import Proof
 
 MOST_BYTES = 64 << 20  # of lines that wait for the store
 AGAIN_S = 1.0
@@ -138,13 +136,12 @@ class Writer:
         self.first_at = now
         return Batch(self.next_seq, tuple(lines))
 
-    def end_proof(self, listener: Listener) -> None:
+    def end_proof(self, proof: Proof | None) -> None:
         """Tells how far the proof of exact resume came, if training ended before it was complete."""
-        if listener.proof and listener.proof.compared and not listener.proof.told:
-            self.say_proof(listener)
+        if proof and proof.compared and not proof.told:
+            self.say_proof(proof)
 
-    def say_proof(self, listener: Listener) -> None:
-        assert listener.proof
-        event = listener.proof.event()
+    def say_proof(self, proof: Proof) -> None:
+        event = proof.event()
         self.proof = {key: value for key, value in event.items() if key not in ("t", "level")}
         self.say(event)

@@ -1,207 +1,38 @@
-"""Numbers and times the way a person reads them. Every filter answers an em dash for what isn't known."""
+"""Template filters: jobs/formatting.py's functions, and a few that only templates need."""
 
 from __future__ import annotations
 
-import datetime as dt
-import math
-import time
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from django import template
-from django.utils import timezone
-from django.utils.html import format_html
-from django.utils.safestring import SafeString
+
+from jobs import formatting
 
 register = template.Library()
 
-UNKNOWN = "—"
-BYTE_UNITS = ("B", "KB", "MB", "GB", "TB")
-
-
-def finite(value: Any) -> float | None:
-    """The number, or None for what is no finite number."""
-    if value is None or value == "" or isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-@register.filter
-def count(value: Any) -> str:
-    """1480 → 1,480"""
-    number = finite(value)
-    return UNKNOWN if number is None else f"{number:,.0f}"
-
-
-@register.filter
-def compact(value: Any) -> str:
-    """124439808 → 124M"""
-    number = finite(value)
-    if number is None:
-        return UNKNOWN
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= limit:
-            scaled = number / limit
-            return f"{scaled:.1f}{unit}" if scaled < 10 else f"{scaled:.0f}{unit}"
-    return f"{number:.0f}"
-
-
-@register.filter
-def size(value: Any) -> str:
-    """31400000 → 31.4 MB"""
-    number = finite(value)
-    if number is None:
-        return UNKNOWN
-    for unit in BYTE_UNITS:
-        if number < 1000 or unit == BYTE_UNITS[-1]:
-            return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"
-        number /= 1000
-    return UNKNOWN
-
-
-@register.filter
-def memory(value: Any) -> str:
-    """Memory is counted in powers of two: 1406140000 → 1.31 GiB"""
-    number = finite(value)
-    if number is None:
-        return UNKNOWN
-    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
-
-
-@register.filter
-def gib(value: Any) -> str:
-    """Of a whole machine nobody wants decimals: 24 GiB"""
-    number = finite(value)
-    return UNKNOWN if number is None else f"{number / 2**30:.0f} GiB"
-
-
-@register.filter
-def loss(value: Any) -> str:
-    number = finite(value)
-    return UNKNOWN if number is None else f"{number:.3f}" if abs(number) < 100 else f"{number:.1f}"
-
-
-@register.filter
-def rate(value: Any) -> str:
-    """Small numbers as people write learning rates: 0.00021 → 2.1e-4"""
-    number = finite(value)
-    if number is None:
-        return UNKNOWN
-    if number == 0 or 0.001 <= abs(number) < 10_000:
-        return f"{number:.4g}"
-    mantissa, exponent = f"{number:.2e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-
-
-@register.filter
-def percent(value: Any) -> str:
-    """0.62 → 62 %"""
-    number = finite(value)
-    return UNKNOWN if number is None else f"{100 * number:.0f}\u202f%"
-
-
-@register.filter
-def duration(value: Any) -> str:
-    """Seconds → 45 s, 12 min, 3 h 5 min"""
-    number = finite(value)
-    if number is None:
-        return UNKNOWN
-    seconds = max(0, round(number))
-    if seconds < 90:
-        return f"{seconds} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if minutes and hours < 10 else f"{hours} h"
-
-
-@register.filter
-def span(low: Any, high: Any) -> str:
-    """Two durations as one range: 31–36 min"""
-    first, second = duration(low), duration(high)
-    if first == second or second == UNKNOWN:
-        return first
-    amount, _, unit = first.partition(" ")
-    return (
-        f"{amount}–{second}"
-        if second.endswith(f" {unit}") and second.count(" ") == 1
-        else f"{first} – {second}"
-    )
-
-
-@register.filter
-def money(value: Any) -> str:
-    number = finite(value)
-    if number is None:
-        return UNKNOWN
-    if 0 < number < 0.01:
-        return "< $0.01"
-    return f"${number:,.2f}"
-
-
-@register.filter
-def moment(value: Any) -> dt.datetime | None:
-    """Unix seconds, a datetime or an ISO text → an aware datetime in the person's zone."""
-    if isinstance(value, dt.datetime):
-        return timezone.localtime(value if value.tzinfo else value.replace(tzinfo=dt.UTC))
-    if isinstance(value, str):
-        try:
-            return moment(dt.datetime.fromisoformat(value))
-        except ValueError:
-            return None
-    number = finite(value)
-    if number is None:
-        return None
-    return timezone.localtime(dt.datetime.fromtimestamp(number, dt.UTC))
-
-
-@register.filter
-def when(value: Any) -> str | SafeString:
-    """A <time> that says 10:21 for today, 3 March 10:21 for this year; the whole date in its title."""
-    at = moment(value)
-    if at is None:
-        return UNKNOWN
-    now = timezone.localtime()
-    if at.date() == now.date():
-        text = f"{at:%H:%M}"
-    elif at.year == now.year:
-        text = f"{at.day} {at:%b %H:%M}"
-    else:
-        text = f"{at.day} {at:%b %Y}"
-    return format_html(
-        '<time datetime="{}" title="{}">{}</time>', at.isoformat(), f"{at:%Y-%m-%d %H:%M:%S %Z}", text
-    )
-
-
-@register.filter
-def clock(value: Any) -> str:
-    at = moment(value)
-    return UNKNOWN if at is None else f"{at:%H:%M:%S}"
-
-
-@register.filter
-def from_now(seconds: Any) -> str:
-    """The time of day that many seconds ahead."""
-    number = finite(seconds)
-    return UNKNOWN if number is None else f"{moment(time.time() + number):%H:%M}"
-
-
-@register.filter
-def short_id(value: str) -> str:
-    """ftjob-01K8Q3Z…7ZC"""
-    prefix, _, rest = str(value).partition("-")
-    return f"{prefix}-{rest[:5]}…{rest[-3:]}" if len(rest) > 12 else str(value)
-
-
-@register.filter
-def short_hash(value: Any) -> str:
-    text = str(value or "")
-    return f"{text[:4]}…{text[-2:]}" if len(text) > 8 else text or UNKNOWN
+for name in (
+    "count",
+    "compact",
+    "size",
+    "memory",
+    "gib",
+    "loss",
+    "rate",
+    "percent",
+    "duration",
+    "span",
+    "money",
+    "moment",
+    "when",
+    "clock",
+    "from_now",
+    "short_id",
+    "short_hash",
+    "tail",
+    "lines",
+    "sparkline",
+):
+    register.filter(name, getattr(formatting, name))
 
 
 @register.filter
@@ -220,37 +51,5 @@ def taken_from(value: float, whole: float) -> float:
 
 
 @register.filter
-def tail(model_id: str) -> str:
-    """The last part of a model's id, which tells models of one name apart."""
-    return str(model_id).rpartition(":")[2]
-
-
-@register.filter
 def words(text: str) -> list[str]:
     return text.split()
-
-
-@register.filter
-def lines(numbers: Sequence[int], shown: int = 3) -> str:
-    """Lines 88, 203, 611 and 9 more"""
-    if not numbers:
-        return ""
-    head = ", ".join(f"{n:,}" for n in numbers[:shown])
-    more = f" and {len(numbers) - shown:,} more" if len(numbers) > shown else ""
-    return f"Line{'s' if len(numbers) > 1 else ''} {head}{more}"
-
-
-@register.filter
-def sparkline(values: Iterable[float], box: str = "160x40") -> str:
-    """The path of a small line chart; static/js/job.js draws the same one when numbers arrive."""
-    width, height = (int(side) for side in box.split("x"))
-    numbers = [n for n in (finite(v) for v in values) if n is not None]
-    if len(numbers) < 2:
-        return ""
-    low, high = min(numbers), max(numbers)
-    reach = (high - low) or 1.0
-    step = width / (len(numbers) - 1)
-    points = (
-        f"{i * step:.1f},{4 + (height - 8) * (1 - (n - low) / reach):.1f}" for i, n in enumerate(numbers)
-    )
-    return "M" + " L".join(points)

@@ -16,10 +16,10 @@ from django.utils.text import Truncator
 from django.views.decorators.http import require_GET, require_POST
 
 from jobs import access, bases, datasets, parts, reports, tables, versions
+from jobs.formatting import count, size, when
 from jobs.forms import ColumnsForm, UploadForm, whole_number
 from jobs.limits import OverQuota
 from jobs.tables import Dataset, DatasetReport
-from jobs.templatetags.figures import count, size, when
 from jobs.views.doors import asks_for_part, for_people, owner_of
 from jobs.views.new_job import report_at, shown_sample
 from training.data.formats import BadRow, Row, preview

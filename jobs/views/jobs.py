@@ -12,10 +12,10 @@ from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from jobs import access, feed, lifecycle, webhooks
+from jobs.formatting import moment
 from jobs.forms import RenameForm
 from jobs.story import chart, fold, sentence, summary, thin
 from jobs.tables import Job
-from jobs.templatetags.figures import moment
 from jobs.views import new_job, showing
 from jobs.views.doors import asks_for_part, for_people, owner_of
 

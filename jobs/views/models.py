@@ -12,8 +12,8 @@ from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_POST
 
 from jobs import access, bases, tuned_models
+from jobs.formatting import count, size
 from jobs.tables import TunedModel
-from jobs.templatetags.figures import count, size
 from jobs.views import playground
 from jobs.views.doors import for_people, for_people_async, owner_of
 

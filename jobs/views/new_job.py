@@ -9,10 +9,10 @@ from functools import lru_cache
 from typing import Any
 
 from jobs import access, bases, estimates, hub_check, reports, storage
+from jobs.formatting import count, size
 from jobs.forms import NewJobForm, preset_of, rows, settings_from, shown, with_preset
 from jobs.lifecycle import JobRequest
 from jobs.tables import Dataset, DatasetReport, Job
-from jobs.templatetags.figures import count, size
 from training.plan import catalog
 from training.plan.auto_settings import PRESETS, resolve
 from training.plan.catalog import BaseModel, gib

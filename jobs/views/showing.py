@@ -9,11 +9,7 @@ from typing import Any
 from django.conf import settings
 
 from jobs import bases, lifecycle
-from jobs.forms import CHOICE_WORDS
-from jobs.reasons import REASONS
-from jobs.story import Story
-from jobs.tables import Job
-from jobs.templatetags.figures import (
+from jobs.formatting import (
     UNKNOWN,
     compact,
     count,
@@ -26,6 +22,10 @@ from jobs.templatetags.figures import (
     rate,
     span,
 )
+from jobs.forms import CHOICE_WORDS
+from jobs.reasons import REASONS
+from jobs.story import Story
+from jobs.tables import Job
 from training.plan.config import FIELDS, current_names
 
 ALIVE, GOOD, BAD, QUIET, WAITING = "bg-primary", "bg-success", "bg-error", "bg-base-content/40", "bg-warning"

@@ -11,9 +11,9 @@ from django.views.decorators.http import require_http_methods, require_POST
 
 from jobs import parts
 from jobs.datasets import Rejected
+from jobs.formatting import when
 from jobs.forms import whole_number
 from jobs.limits import OverQuota
-from jobs.templatetags.figures import when
 from jobs.views.doors import for_people, owner_of
 
 

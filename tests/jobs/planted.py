@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jobs import access, endings, feed, lifecycle, limits, queueing, tables
+from jobs import access, endings, feed, lifecycle, limits, queueing, tables, tuned_models
 from jobs.lifecycle import Claim
 from jobs.tables import EventChunk, Job, JobIndex, TunedModel, Usage
 
@@ -156,7 +156,9 @@ def janitor_sweeps_everything(sim: Any) -> list[Patch]:
 
 
 def janitor_forgets_the_fallbacks(sim: Any) -> list[Patch]:
-    pointer_only = lambda job: tuple(k + "/" for k in [job.checkpoint_key, *endings._of_model(job)] if k)  # noqa: E731
+    def pointer_only(job: Job) -> tuple[str, ...]:
+        return tuple(f"{key}/" for key in [job.checkpoint_key, *tuned_models.folders_of(job)] if key)
+
     return [(endings, "_named", pointer_only), (endings, "_epoch", lambda key: -1)]
 
 

@@ -22,7 +22,7 @@ from botocore.exceptions import ReadTimeoutError
 from greenlet import GreenletExit, getcurrent, greenlet
 from pynamodb.connection.base import Connection
 
-from jobs import access, endings, errands, feed, lifecycle, queueing, storage, tables, tasks, tuned_models
+from jobs import access, bells, endings, errands, feed, lifecycle, queueing, storage, tables, tuned_models
 from jobs.lifecycle import JobRequest, LostRace, OverQuota, Refused
 from jobs.queueing import WorkerInfo
 from jobs.reconciler import Reconciler
@@ -410,7 +410,7 @@ class Sim:
                 lifecycle.delete(self.owner, job_id, with_model=True)
                 self.deleted.add(job_id)
                 for id in (job_id, model_id):
-                    endings.delete_bytes(self.owner, id)
+                    errands.delete_bytes(self.owner, id)
                 continue
             with suppress(Refused, access.NotFound):
                 lifecycle.ask(self.owner, job_id, wish)  # type: ignore[arg-type]
@@ -604,11 +604,11 @@ def world(sim: Sim) -> Iterator[None]:
             "r", "list objects", lambda: sorted(key for key in sim.objects if key.startswith(prefix))
         )
 
-    def ring(task: Any, *args: str) -> None:
-        if task is tasks.after_end:
+    def enqueue(task: str, *args: str) -> None:
+        if task == "after_end":
             sim.ends.append((args[0], args[1]))
 
-    def ring_training(waiting: int) -> None:
+    def enqueue_training(waiting: int) -> None:
         if len(sim.bells) < 3:
             sim.bells.append(waiting)
 
@@ -621,8 +621,8 @@ def world(sim: Sim) -> Iterator[None]:
             (storage, "delete_file", delete_file),
             (storage, "delete_prefix", delete_prefix),
             (storage, "list_keys", list_keys),
-            (tasks, "ring", ring),
-            (tasks, "ring_training", ring_training),
+            (bells, "enqueue", enqueue),
+            (bells, "enqueue_training", enqueue_training),
             (feed, "announce", lambda *args: None),
             (
                 settings,

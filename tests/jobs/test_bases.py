@@ -8,7 +8,6 @@ from safetensors.numpy import load_file
 from jobs import (
     access,
     bases,
-    endings,
     errands,
     inference,
     lifecycle,
@@ -122,11 +121,11 @@ def test_the_files_of_a_base_stay_until_the_jobs_from_it_have_ended(monkeypatch)
     monkeypatch.setattr(errands, "ring", lambda *args: None)
     tuned_models.delete(owner, parent.model_id)
     lifecycle.delete(owner, parent.job_id)
-    assert not endings.delete_bytes(owner, parent.model_id)
-    endings.delete_bytes(owner, parent.job_id)
+    assert not errands.delete_bytes(owner, parent.model_id)
+    errands.delete_bytes(owner, parent.job_id)
     assert storage.size_of(key) == 2
     lifecycle.ask(owner, job.job_id, "cancel")
-    assert endings.delete_bytes(owner, parent.model_id)
+    assert errands.delete_bytes(owner, parent.model_id)
     assert storage.size_of(key) is None
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from jobs import access, datasets, endings, errands, lifecycle, limits, storage, tables
+from jobs import access, datasets, errands, lifecycle, limits, storage, tables
 from jobs.tables import Dataset
 from tests.jobs.makers import ROWS, make_claim, make_job, make_owner
 
@@ -119,12 +119,12 @@ def test_bytes_stay_until_no_job_needs_them():
     datasets.delete(dataset.owner, dataset.dataset_id)
     with pytest.raises(access.NotFound):
         access.get_dataset_for(dataset.owner, dataset.dataset_id)
-    assert not endings.delete_bytes(dataset.owner, dataset.dataset_id)
+    assert not errands.delete_bytes(dataset.owner, dataset.dataset_id)
     assert datasets.of_job(dataset.owner, dataset.dataset_id).key == dataset.key
     claim = make_claim(job)
     claim.finish("failed", "bad_data")
     lifecycle.after_end(job.owner, job.job_id)
-    assert endings.delete_bytes(dataset.owner, dataset.dataset_id)
+    assert errands.delete_bytes(dataset.owner, dataset.dataset_id)
     assert stored(dataset) == []
 
 
@@ -150,13 +150,13 @@ def test_parts_of_an_upload_go_when_it_is_over(status: str, age: float, goes: bo
     owner, upload_id = make_owner(), tables.new_id("upload")
     tables.Upload(owner, upload_id, status=status, expires_at=time.time() + 60 - age).save()
     part = storage.put_file(f"uploads/{upload_id}/part-1", io.BytesIO(b"abc"))
-    assert endings.delete_bytes(owner, upload_id) is goes
+    assert errands.delete_bytes(owner, upload_id) is goes
     assert (storage.size_of(part.key) is None) is goes
 
 
 def test_parts_of_an_upload_go_with_their_owner():
     part = storage.put_file("uploads/upload-GONE/part-1", io.BytesIO(b"abc"))
-    assert endings.delete_bytes(make_owner(), "upload-GONE")
+    assert errands.delete_bytes(make_owner(), "upload-GONE")
     assert storage.size_of(part.key) is None
 
 

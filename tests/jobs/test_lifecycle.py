@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from jobs import access, datasets, endings, lifecycle, limits, queueing, reasons, storage, tables
+from jobs import access, datasets, endings, errands, lifecycle, limits, queueing, reasons, storage, tables
 from jobs.lifecycle import LostRace, OverQuota, Refused
 from jobs.tables import JobIndex, TunedModel, month_of, new_id
 from tests.jobs.makers import (
@@ -240,7 +240,7 @@ def test_a_deleted_jobs_checkpoints_count_no_more():
     claim.finish("failed", "not_finite")
     seen = read(claim.job)
     lifecycle.delete(claim.owner, claim.job_id)
-    endings.delete_bytes(claim.owner, claim.job_id)
+    errands.delete_bytes(claim.owner, claim.job_id)
     limits.note_checkpoints(seen)  # a late writer
     assert limits.stored_bytes(claim.owner) == 35
     assert bytes_of(claim.job) == []

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from jobs import access, datasets, endings, errands, lifecycle, limits, queueing, tables, tasks
+from jobs import access, bells, datasets, endings, errands, lifecycle, limits, queueing, tables
 from jobs.reconciler import Reconciler, Watch
 from jobs.tables import Dataset, JobIndex, new_id
 from tests.jobs.makers import ROWS, checkpoint, make_claim, make_dataset, make_job, make_owner, read, result
@@ -31,8 +31,8 @@ def alone(monkeypatch):
     monkeypatch.setattr(queueing, "index_rows", lambda: list(tables.rows(JobIndex, mine)))
     monkeypatch.setattr(errands, "PARTITION", f"work-{mine}")
     rung: list[tuple] = []
-    monkeypatch.setattr(tasks, "ring", lambda task, *args: rung.append((task.name, *args)))
-    monkeypatch.setattr(tasks, "ring_training", lambda waiting: rung.append(("training", waiting)))
+    monkeypatch.setattr(bells, "enqueue", lambda task, *args: rung.append((task, *args)))
+    monkeypatch.setattr(bells, "enqueue_training", lambda waiting: rung.append(("training", waiting)))
     return rung
 
 
@@ -173,7 +173,7 @@ def test_a_file_goes_when_its_time_has_come_and_not_before(alone):
 
 def test_an_errand_is_done_once_however_often_the_bell_rings(alone, monkeypatch):
     owner, done = make_owner(), []
-    monkeypatch.setattr(endings, "delete_bytes", lambda *args: done.append(args) or True)
+    monkeypatch.setitem(errands._handlers, "delete", lambda *args: done.append(args) or True)
     errands.put("delete", owner, "x")
     errands.run("delete", owner, "x", "")
     errands.run("delete", owner, "x", "")
@@ -183,7 +183,7 @@ def test_an_errand_is_done_once_however_often_the_bell_rings(alone, monkeypatch)
 
 def test_an_errand_that_waits_for_something_stays(alone, monkeypatch):
     owner = make_owner()
-    monkeypatch.setattr(endings, "delete_bytes", lambda *args: False)
+    monkeypatch.setitem(errands._handlers, "delete", lambda *args: False)
     errands.put("delete", owner, "x")
     errands.run("delete", owner, "x", "")
     (row,) = errands.waiting()

@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from jobs import access, endings, storage, tables, tuned_models
+from jobs import access, errands, storage, tables, tuned_models
 from jobs.tables import TunedModel
 from tests.jobs.makers import checkpoint, make_claim, make_owner, result
 
@@ -90,7 +90,7 @@ def test_a_deleted_model_loses_its_bytes_and_stays_away():
     tuned_models.delete(model.owner, model.model_id)
     with pytest.raises(access.NotFound):
         access.get_model_for(model.owner, model.model_id)
-    assert endings.delete_bytes(model.owner, model.model_id)
+    assert errands.delete_bytes(model.owner, model.model_id)
     assert storage.list_keys(model.prefix) == []
     assert tables.put_new(TunedModel(model.owner, model.model_id), lambda found: False) is None
 
@@ -107,7 +107,7 @@ def test_deleting_a_job_leaves_its_model():
     lifecycle.after_end(claim.owner, claim.job_id)
     assert len(storage.list_keys(claim.prefix)) == 2
     lifecycle.delete(claim.owner, claim.job_id)
-    endings.delete_bytes(claim.owner, claim.job_id)
+    errands.delete_bytes(claim.owner, claim.job_id)
     assert storage.list_keys(claim.prefix) == [claim.prefix + "final/config.json"]
     assert access.get_model_for(claim.owner, claim.job.model_id).prefix == told["prefix"]
 

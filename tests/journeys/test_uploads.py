@@ -15,7 +15,7 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import access, checking, datasets, endings, limits, parts, storage, tables
+from jobs import access, checking, datasets, errands, limits, parts, storage, tables
 from jobs.tables import Dataset, Upload
 from tests import services
 
@@ -119,10 +119,10 @@ def test_an_upload_nobody_comes_back_to_leaves_nothing(alices: Client, alice: Us
     told = begin(alices, data).json()
     put(alices, told, data, 1)
     id = told["url"].split("/")[3]
-    assert not endings.delete_bytes(alice.owner_id, id)
-    long_ago = time.time() - 2 * endings.PUT_TOGETHER_S
+    assert not errands.delete_bytes(alice.owner_id, id)
+    long_ago = time.time() - 2 * parts.PUT_TOGETHER_S
     Upload(alice.owner_id, id).update(actions=[Upload.expires_at.set(long_ago)])
-    assert endings.delete_bytes(alice.owner_id, id)
+    assert errands.delete_bytes(alice.owner_id, id)
     assert not storage.list_keys(f"uploads/{id}")
     assert limits._set_aside(alice.owner_id)[1] == {}
 
@@ -259,7 +259,7 @@ def test_a_failure_while_it_is_put_together_may_be_tried_again(
 
 def test_what_was_set_aside_for_an_upload_that_never_came_to_be_is_given_back(alice: User) -> None:
     limits.reserve(alice.owner_id, "upload-1", 1000)
-    assert endings.delete_bytes(alice.owner_id, "upload-1")
+    assert errands.delete_bytes(alice.owner_id, "upload-1")
     assert limits._set_aside(alice.owner_id)[1] == {}
 
 
