@@ -72,8 +72,12 @@ def check_fits(owner: str) -> None:
 def stored_bytes(owner: str, models: list[int] | None = None) -> int:
     """What a person's files, models and checkpoints hold. `models`: their sizes, where the caller has read them."""
     models = _sizes(TunedModel, owner) if models is None else models
+    return sum(_sizes(Dataset, owner)) + sum(models) + checkpoint_bytes(owner)
+
+
+def checkpoint_bytes(owner: str) -> int:
     notes = tables.rows(Usage, owner, Usage.what.startswith(CHECKPOINTS))
-    return sum(_sizes(Dataset, owner)) + sum(models) + sum(int((note.data or {})["bytes"]) for note in notes)
+    return sum(int((note.data or {})["bytes"]) for note in notes)
 
 
 def note_checkpoints(job: Job) -> None:
