@@ -42,7 +42,7 @@ class Service:
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
-    def start(self, timeout: float = 60) -> Service:
+    def start(self, timeout: float = 120) -> Service:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.argv,
@@ -62,12 +62,12 @@ class Service:
     def kill(self, sig: int = signal.SIGKILL) -> None:
         if self.process and self.process.poll() is None:
             self.process.send_signal(sig)
-            self.process.wait(10)
+            self.process.wait(60)
 
 
 def _answers_http(port: int) -> bool:
     try:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2)
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20)
     except urllib.error.HTTPError:
         return True  # any answer will do: S3 refuses an unsigned one with 403
     except OSError:

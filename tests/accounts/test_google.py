@@ -48,11 +48,14 @@ def provider() -> Iterator[str]:
         argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=services._die_with_parent
     )
     url = f"http://localhost:{PROVIDER}"
-    for _ in range(200):
+    deadline = time.monotonic() + 120
+    while True:
         try:
-            requests.get(url, timeout=1)
+            requests.get(url, timeout=20)
             break
         except OSError:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.05)
     yield url
     process.kill()

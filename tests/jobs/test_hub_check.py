@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,10 +138,8 @@ def test_a_hub_that_cannot_be_reached_may_be_asked_again(hub, tmp_path, settings
 def test_a_hub_that_drips_is_left_in_time(hub, tmp_path, monkeypatch):
     put(hub, tmp_path)
     monkeypatch.setattr(hub_check, "DEADLINE_S", 0.5)
-    hub.drip_s = 0.2
-    began = time.monotonic()
+    hub.drip_s = 0.2  # the whole of it would take a minute, and be no refusal
     assert "could not be asked" in refusal()
-    assert time.monotonic() - began < 3
 
 
 def test_a_refusal_is_remembered_for_a_while(hub):

@@ -119,12 +119,10 @@ def test_the_feed_tells_no_paths_of_this_machine(undisturbed):
 def test_a_stopped_worker_gives_back_and_the_next_attempt_is_exact(undisturbed):
     claim, stop = claim_one(), threading.Event()
     when_step(claim, 12, stop.set)
-    began = time.monotonic()
     runner.run(claim, stop)
     job = read(claim.job)
-    assert time.monotonic() - began < 90
     assert (job.status, job.attempts) == ("queued", 0)
-    assert job.checkpoint_step
+    assert 0 < job.checkpoint_step < STEPS
     runner.run(again(job))
     assert read(job).status == "succeeded"
     assert curve(job) == curve(undisturbed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -62,7 +63,7 @@ def test_its_limits_are_set_from_outside(child):
 def test_it_reaches_no_network(child):
     if not trainer_process.without_network():
         pytest.skip("this system lets nobody have a network of their own")
-    until = time.monotonic() + 5
+    until = time.monotonic() + 120
     while os.readlink(f"/proc/{child.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -73,13 +74,13 @@ def test_it_does_not_hear_ctrl_c_of_its_parent(child):
 
 
 def test_telling_it_that_we_live_never_waits_for_it(child):
-    began = time.monotonic()
-    for _ in range(10_000):  # far more than its pipe holds
+    for _ in range(
+        10_000
+    ):  # far more than its pipe holds, and nobody reads: one that waited would do so for ever
         child.beat()
-    assert time.monotonic() - began < 5
 
 
-def test_it_is_dead_within_a_second_of_its_killed_parent():
+def test_it_is_killed_with_its_parent():
     program = (
         "import django, sys, time; django.setup(); from jobs import trainer_process;"
         "child = trainer_process.start('serve'); print(child.pid, flush=True); time.sleep(60)"
@@ -90,13 +91,14 @@ def test_it_is_dead_within_a_second_of_its_killed_parent():
     )
     assert parent.stdout
     pid = int(parent.stdout.readline())
+    os.kill(pid, signal.SIGSTOP)  # it can do nothing for it: only the kernel's signal ends it
     parent.kill()
     parent.wait()
-    began = time.monotonic()
+    until = time.monotonic() + 120
     while Path(f"/proc/{pid}").exists() and (
         Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     ):
-        assert time.monotonic() - began < 1
+        assert time.monotonic() < until
         time.sleep(0.01)
 
 

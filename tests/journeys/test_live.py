@@ -54,10 +54,10 @@ class Stream:
         self.text += message.get("body", b"").decode()
 
     async def answer(self) -> int:
-        await asyncio.wait_for(live.stream(self.scope, self.receive, self.send), 20)
+        await asyncio.wait_for(live.stream(self.scope, self.receive, self.send), 120)
         return self.status
 
-    async def until(self, part: str, seconds: float = 20) -> None:
+    async def until(self, part: str, seconds: float = 120) -> None:
         for _ in range(int(seconds * 50)):
             if part in self.text:
                 return
@@ -77,7 +77,7 @@ async def watching(*streams: Stream) -> AsyncIterator[None]:
     finally:
         for stream in streams:
             stream.left.set()
-        await asyncio.wait_for(asyncio.gather(*tasks), 20)
+        await asyncio.wait_for(asyncio.gather(*tasks), 120)
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ async def test_sign_out_closes_the_stream(
     task = asyncio.create_task(live.stream(stream.scope, stream.receive, stream.send))
     await stream.until("id: 1")
     await sync_to_async(browser.logout)()
-    await asyncio.wait_for(task, 20)
+    await asyncio.wait_for(task, 120)
 
 
 async def test_a_person_may_watch_twenty_times_at_once(browser: Client, alice: User) -> None:

