@@ -32,8 +32,14 @@ from tests.golden.stack import Person, answers, receiver, wait_until
 ROOT = services.ROOT
 VAR = Path(__file__).parent / "var"
 ARCHIVE, TOLD = VAR / "var.tar.xz", VAR / "told.json"
-KILLED = scenario.SETTINGS | {"max_steps": 2000, "eval_every": 1000, "sample_every": 2000, "checkpoint_every_steps": 50, "dropout": 0.1}  # fmt: skip
-PAUSED = KILLED | {"max_steps": 4000}
+KILLED = scenario.SETTINGS | {
+    "max_steps": 1500,
+    "eval_every": 750,
+    "sample_every": 1500,
+    "checkpoint_every_steps": 50,
+    "dropout": 0.1,
+}
+PAUSED = KILLED
 NO_DATA = {
     "supervisord.conf",
     "supervisor.sock",
@@ -163,6 +169,7 @@ def main() -> int:
             finally:
                 studio.stop()
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)  # fmt: skip
+        told["note"] = "Made up for this folder: the keys and passwords open nothing else."
         told["made"] = {"commit": commit.stdout.strip(), "on": time.strftime("%Y-%m-%d", time.gmtime())}
         pack(studio.var)
     TOLD.write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")

@@ -52,7 +52,7 @@ class Things:
 def submit(ada: Person, things: Things, name: str, base: str, settings: dict[str, Any], **fields: Any) -> str:
     body = {"model": base, "training_file": things.files["train"], "suffix": name, "llmtuner": {"name": name, "prompts": ["the cat"], **settings}}  # fmt: skip
     answer = ada.call("POST", "fine_tuning/jobs", json=body | fields, headers={"Idempotency-Key": name})
-    things.answers["fine_tuning/jobs POST"] = answer
+    things.answers.setdefault("fine_tuning/jobs POST", answer)
     things.jobs[name] = answer["id"]
     return str(answer["id"])
 
@@ -107,6 +107,7 @@ def with_workers(ada: Person, staff: Person, things: Things, *, keep_all: bool) 
         assert told["status"] == ("error" if name == "rejected" else "processed"), told
     model = ada.wait_for_job(things.jobs["full"], "succeeded")["fine_tuned_model"]
     things.models["full"] = model
+    ada.wait_for_model(model)
     # From the tuned model, with adapters, by the page's form.
     form = {"dataset": things.files["train"], "base": model, "name": "adapters", "suffix": "adapters", "prompts": "the cat"}  # fmt: skip
     numbers = {name: str(value) for name, value in SETTINGS.items()}
@@ -116,6 +117,7 @@ def with_workers(ada: Person, staff: Person, things: Things, *, keep_all: bool) 
     things.jobs["lora"] = found[1]
     submit(ada, things, "failed", BROKEN, SETTINGS)
     things.models["lora"] = ada.wait_for_job(things.jobs["lora"], "succeeded")["fine_tuned_model"]
+    ada.wait_for_model(things.models["lora"])
     ada.wait_for_job(things.jobs["failed"], "failed")
     ada.post(f"/models/{model}/names/", aliases=OLD_NAME)
     generate(ada, things)

@@ -225,6 +225,10 @@ class Person:
 
         return dict(wait_until(there, 600, id))
 
+    def wait_for_model(self, id: str) -> None:
+        """Its row is written after the job's end, by whoever comes first."""
+        wait_until(lambda: self.api.get(f"models/{id}").status_code == 200, 300, id)
+
 
 class Receiver(ThreadingHTTPServer):
     """Takes webhooks and keeps them."""

@@ -44,8 +44,7 @@ def test_exit_codes_of_real_runs(runs: dict[str, Any]):
 
 def test_events_and_their_keys(runs: dict[str, Any]):
     told = (event for _, _, events in runs.values() for event in events)
-    optional = ["metric.eta_s: number", "metric.gemm_share: number", "plan.reasons.precision: text"]
-    compare("events", lines(pair for event in told for pair in shape(event, event["t"])), optional)
+    compare("events", lines(pair for event in told for pair in shape(event, event["t"])))
 
 
 def test_the_resumed_run_is_the_uninterrupted_one(runs: dict[str, Any]):
@@ -149,8 +148,7 @@ def test_served_answers(runs: dict[str, Any]):
         {"id": "a", "op": "cancel"},
         {"op": "status"},
     ]  # fmt: skip
-    optional = [f"done.choices[].finish_reason: “{reason}”" for reason in ("stop", "length")]
-    compare("served", lines(pair for line in serve(asked) for pair in shape(line, line["t"])), optional)
+    compare("served", lines(pair for line in serve(asked) for pair in shape(line, line["t"])))
 
 
 def serve(asked: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
