@@ -52,8 +52,8 @@ def main() -> int:
 
 def campaign(stage: Any, options: argparse.Namespace) -> int:
     from benchmarks.common import Scores
-    from jobs import estimates
-    from jobs.tables import EstimateRecord
+    from jobs.lifecycle import estimates
+    from jobs.store.tables import EstimateRecord
 
     scores, begun = Scores(), time.monotonic()
     folder = lay_out_large()
@@ -141,7 +141,8 @@ def lay_out_large() -> Path:
 
 
 def run(made: dict[str, Any], large: Path, scores: Any, *, teaches: bool) -> dict[str, float]:
-    from jobs import datasets, estimates, lifecycle
+    from jobs.datasets import datasets
+    from jobs.lifecycle import estimates, transitions
     from tests.faults import house
     from training.data.summary import Summary
     from training.plan import catalog
@@ -172,8 +173,8 @@ def run(made: dict[str, Any], large: Path, scores: Any, *, teaches: bool) -> dic
     epochs = round(epochs, 1)
     before = estimated(epochs)
     asked = made["settings"] | {"epochs": epochs}
-    job = lifecycle.submit(
-        OWNER, lifecycle.JobRequest(base=base.id, dataset_id=dataset.dataset_id, settings=asked)
+    job = transitions.submit(
+        OWNER, transitions.JobRequest(base=base.id, dataset_id=dataset.dataset_id, settings=asked)
     )
     job = house.wait_ended(job.job_id, 400, OWNER)
     assert job.status == "succeeded", job.message
@@ -190,8 +191,8 @@ def run(made: dict[str, Any], large: Path, scores: Any, *, teaches: bool) -> dic
 
 
 def all_records() -> list[dict[str, Any]]:
-    from jobs import estimates
-    from jobs.tables import EstimateRecord
+    from jobs.lifecycle import estimates
+    from jobs.store.tables import EstimateRecord
 
     kinds = (estimates.kind_of(estimates.machine()),)
     return [

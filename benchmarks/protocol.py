@@ -62,7 +62,7 @@ def open_store() -> Any:
 
     django.setup()
     logging.disable(logging.ERROR)
-    from jobs import tables
+    from jobs.store import tables
     from tests import services
 
     service = services.dynamodb(Path(tempfile.mkdtemp()), int(os.environ["DYNAMODB_PORT"])).start()
@@ -107,8 +107,8 @@ def planted(scores: Scores) -> None:
 
 def claims(scores: Scores, count: int, processes: int) -> None:
     """All processes go for the same job at the same moment, one job after another."""
-    from jobs import tables
-    from jobs.tables import Job
+    from jobs.store import tables
+    from jobs.store.tables import Job
 
     owner = tables.new_id("user")
     for _ in range(count):
@@ -134,21 +134,27 @@ def race(owner: str, together: Barrier, results: Any) -> None:
 
     django.setup()
     no_bells()
-    from jobs import lifecycle, tables
+    from jobs.lifecycle import transitions
+    from jobs.store import tables
 
     won = []
     for job in list(tables.rows(tables.Job, owner)):  # all have seen every job queued
         together.wait()
-        won.append(lifecycle.claim(job, lifecycle.this_worker()) is not None)
+        won.append(transitions.claim(job, transitions.this_worker()) is not None)
     results.put(won)
 
 
 def no_bells() -> None:
     """There is no Redis here."""
     logging.disable(logging.ERROR)
-    from jobs import bells, feed
+    from jobs.events import event_log
+    from jobs.store import redis_client
 
-    for module, name in ((feed, "announce"), (bells, "enqueue_training"), (bells, "enqueue")):
+    for module, name in (
+        (event_log, "announce"),
+        (redis_client, "enqueue_training"),
+        (redis_client, "enqueue"),
+    ):
         setattr(module, name, lambda *_: None)
 
 

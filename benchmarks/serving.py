@@ -92,7 +92,7 @@ def make_key(folder: Path) -> str:
 
     call_command("migrate", verbosity=0)
     from accounts import api_keys
-    from jobs.tables import HubModel
+    from jobs.store.tables import HubModel
     from tests.factories import make_user
     from training.plan import catalog
 

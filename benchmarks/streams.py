@@ -70,21 +70,23 @@ def write(owner: str, job_id: str, word: str, every: float, stop: Any) -> None:
     import django
 
     django.setup()
-    from jobs import feed, lifecycle, tables
+    from jobs.events import event_log
+    from jobs.lifecycle import transitions
+    from jobs.store import tables
 
     job = tables.get(tables.Job, owner, job_id)
     assert job
-    claim = lifecycle.claim(job, lifecycle.this_worker())
+    claim = transitions.claim(job, transitions.this_worker())
     assert claim
     number, due = 1, time.monotonic()
     while not stop.wait(max(0.0, due - time.monotonic())):
         due += every
         event = {"t": "metric", "step": number, "loss": 1.5, "word": word, "time": round(time.time(), 4)}
-        feed.append(claim, feed.Batch(number, (json.dumps(event),)))
+        event_log.append(claim, event_log.Batch(number, (json.dumps(event),)))
         claim.heartbeat(
             {"step": number, "total_steps": 100_000}, {"loss": 1.5}, number, number, phase="training"
         )
-        feed.announce(job_id, number)
+        event_log.announce(job_id, number)
         number += 1
     claim.finish("failed")
 
@@ -141,7 +143,7 @@ class Watcher:
 
 
 async def watch(scores: Scores, house: Any, person: Any, count: int, seconds: int) -> None:
-    from jobs import tables
+    from jobs.store import tables
     from tests.faults import house as h
 
     pid, writers = house.workers["web"].pid, Writers()

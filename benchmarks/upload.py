@@ -97,8 +97,8 @@ class Browser:
 
 
 async def measure(scores: Scores, house: Any, browser: Browser, other: str, path: Path) -> None:
-    from jobs import tables
-    from jobs.tables import Dataset
+    from jobs.store import tables
+    from jobs.store.tables import Dataset
     from tests.faults.house import OWNER
 
     pid = house.workers["web"].pid

@@ -8,5 +8,9 @@ class JobsConfig(AppConfig):
     verbose_name = "Work"
 
     def ready(self) -> None:
-        # These register themselves: for people who take their data or leave, and as handlers of work in the outbox.
-        from jobs import checking, estimates, people, reports  # noqa: F401
+        # These modules register themselves: handlers of work in the outbox, steps after a job's end, receivers of
+        # signals about people and datasets. The rest of them is imported by these.
+        import jobs.datasets.checks
+        import jobs.datasets.reports
+        import jobs.lifecycle.estimates
+        import jobs.personal_data  # noqa: F401

@@ -1,4 +1,4 @@
-"""Work is kept in DynamoDB (`jobs.tables`). This one unmanaged model has no table: it only gives Django's admin an entry
+"""Work is kept in DynamoDB (`jobs.store.tables`). This one unmanaged model has no table: it only gives Django's admin an entry
 and permissions for overseeing jobs; `jobs.admin` brings the views."""
 
 from __future__ import annotations

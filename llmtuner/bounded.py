@@ -27,7 +27,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 MAX_BODY = 4 * 1024 * 1024
 MAX_PART = 64 * 1024 * 1024  # of a file that comes in parts
-PAGE_PART = 5 * 1024 * 1024  # of one that comes in parts from a page, as it is: jobs.parts.PART
+PAGE_PART = 5 * 1024 * 1024  # of one that comes in parts from a page, as it is: jobs.datasets.multipart.PART
 FORM_EXTRA = 64 * 1024  # what the form around a file may weigh
 _coming: Counter[str] = Counter()  # large bodies on their way, by owner
 

@@ -49,7 +49,7 @@ app.conf.update(
     worker_send_task_events=False,
     worker_cancel_long_running_tasks_on_connection_loss=False,
 )
-app.autodiscover_tasks(["jobs"])
+app.autodiscover_tasks(["jobs.worker"])
 
 
 @signals.worker_init.connect
@@ -66,20 +66,20 @@ def _init(**_: Any) -> None:
 
 @signals.worker_ready.connect
 def _ready(sender: Any, **_: Any) -> None:
-    from jobs import worker
+    from jobs.worker import worker_process
 
-    worker.start(set(app.amqp.queues.consume_from))
+    worker_process.start(set(app.amqp.queues.consume_from))
 
 
 @signals.worker_shutting_down.connect
 def _shutting_down(**_: Any) -> None:
-    from jobs import worker
+    from jobs.worker import worker_process
 
-    worker.STOP.set()
+    worker_process.STOP.set()
 
 
 @signals.worker_shutdown.connect
 def _shutdown(**_: Any) -> None:
-    from jobs import worker
+    from jobs.worker import worker_process
 
-    worker.finish()
+    worker_process.finish()

@@ -85,7 +85,7 @@ class Probe:
         return done.pop().result() if done else "unreachable"
 
     def _outcome(self) -> str:
-        from jobs import store_errors  # late: it needs the settings
+        from jobs.store import errors as store_errors  # late: it needs the settings
 
         keep_s = KEEP_S
         try:
@@ -109,7 +109,7 @@ def _sql() -> None:
 
 def _dynamodb() -> None:
     """A read of every table, by a key that no row has: it shows that the table exists and that we may read it."""
-    from jobs.tables import TABLES
+    from jobs.store.tables import TABLES
 
     for table in TABLES:
         hash_key, range_key = table._hash_key_attribute(), table._range_key_attribute()
@@ -127,12 +127,12 @@ def _redis() -> None:
 
 
 def _bucket() -> None:
-    from jobs import storage
+    from jobs.store import blobs
 
-    storage.put_file("probes/readyz", [b"ok"])
-    with storage.open_file("probes/readyz") as file:
+    blobs.put_file("probes/readyz", [b"ok"])
+    with blobs.open_file("probes/readyz") as file:
         if file.read() != b"ok":
-            raise storage.Damaged("probes/readyz")
+            raise blobs.Damaged("probes/readyz")
 
 
 PROBES = (

@@ -117,10 +117,10 @@ def _google_origin() -> str:
 @lru_cache(maxsize=1)
 def _bucket_origin() -> str:
     """Where the page with the upload may send parts of files: the bucket, if there is one."""
-    from jobs import storage
+    from jobs.store import blobs
 
     try:
-        return storage.direct_origin()
+        return blobs.direct_origin()
     except Exception:  # without credentials nothing is signed, and the parts go through us
         logging.getLogger(__name__).warning("uploads can't go straight to the bucket", exc_info=True)
         return ""
@@ -153,7 +153,9 @@ def unreachable_stores(get_response: Handler) -> Handler:
     """Says with 503 that a store is away, or set up incorrectly, instead of that something broke."""
 
     def process_exception(request: HttpRequest, exception: Exception) -> HttpResponse | None:
-        from jobs import store_errors  # late: logging imports this module before there are settings
+        from jobs.store import (
+            errors as store_errors,  # late: logging imports this module before there are settings
+        )
 
         state = store_errors.outage(exception)
         if state is None:

@@ -11,7 +11,12 @@ from typing import Any
 from django.conf import settings
 from django.contrib.auth import get_user_model
 
-from jobs import access, datasets, feed, inference, lifecycle, webhooks
+from jobs.datasets import datasets
+from jobs.events import event_log
+from jobs.inference import generation
+from jobs.lifecycle import transitions
+from jobs.notifications import webhooks
+from jobs.store import access
 
 SAMPLE = settings.BASE_DIR / "training/starter/sample"
 SHOWN_PROMPTS = 3
@@ -24,7 +29,7 @@ def run_sample(url: str) -> bool:
     did not work: no reason for the studio to end."""
     try:
         return _run_sample(url)
-    except (NotChecked, inference.Busy, inference.Failed) as e:
+    except (NotChecked, generation.Busy, generation.Failed) as e:
         print(f"  The sample: {e}", file=sys.stderr, flush=True)
         return False
 
@@ -80,7 +85,7 @@ def submit(user: Any) -> Any:
         with (SAMPLE / f"{part}.jsonl").open("rb") as file:
             dataset = datasets.receive(user.owner_id, f"sample-{part}.jsonl", file)
         files[part] = wait_until_checked(user.owner_id, dataset.dataset_id)
-    request = lifecycle.JobRequest(
+    request = transitions.JobRequest(
         name="Sample: orders to fields",
         base="starter",
         dataset_id=files["train"],
@@ -88,7 +93,7 @@ def submit(user: Any) -> Any:
         suffix="sample",
     )
     webhooks.set_email(user.owner_id, user.notification_email)
-    return lifecycle.submit(user.owner_id, request, slug=user.slug)
+    return transitions.submit(user.owner_id, request, slug=user.slug)
 
 
 def wait_until_checked(owner: str, dataset_id: str) -> str:
@@ -110,7 +115,7 @@ def follow(owner: str, job_id: str) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     seq, total, deadline = 0, 0, time.monotonic() + JOB_TIMEOUT_S
     while True:
-        for event in feed.read(owner, job_id, seq):
+        for event in event_log.read(owner, job_id, seq):
             seq = event.seq
             events.append(event.data)
             total = event.data.get("total_steps", total)
@@ -156,12 +161,12 @@ def show_result(owner: str, base: str, model: str, events: list[dict[str, Any]],
 
 
 def answer(owner: str, model: str, prompt: str) -> str:
-    request = inference.GenerateRequest(model=model, prompt=prompt, max_tokens=48, stop=["\n"])
+    request = generation.GenerateRequest(model=model, prompt=prompt, max_tokens=48, stop=["\n"])
     deadline = time.monotonic() + 60
     while True:
         try:
-            return asyncio.run(inference.complete(owner, request)).texts[0].strip()
-        except inference.Busy as busy:
+            return asyncio.run(generation.complete(owner, request)).texts[0].strip()
+        except generation.Busy as busy:
             if time.monotonic() > deadline:
                 raise
             time.sleep(busy.retry_after)

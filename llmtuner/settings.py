@@ -266,7 +266,7 @@ DATA_UPLOAD_MAX_NUMBER_FIELDS = 1000
 JOBS = env.numbers(
     "JOBS",
     {
-        # the lease (see the table in jobs/lifecycle.py)
+        # the lease (see the table in jobs/lifecycle/transitions.py)
         "heartbeat_s": 5.0,
         "heartbeat_timeout_s": 3.0,  # one try
         "lease_s": 30.0,

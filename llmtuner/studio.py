@@ -419,7 +419,7 @@ def main() -> int:
         from django.core.management import call_command
 
         django.setup()
-        from jobs.tables import create_tables
+        from jobs.store.tables import create_tables
 
         call_command("migrate", verbosity=0)
         create_tables()

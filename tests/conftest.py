@@ -39,7 +39,7 @@ def django_db_modify_db_settings_xdist_suffix() -> None:
 @pytest.fixture(scope="session")
 def dynamodb(folder: Path) -> Iterator[services.Service]:
     service = services.dynamodb(folder, int(os.environ["DYNAMODB_PORT"])).start()
-    from jobs.tables import create_tables
+    from jobs.store.tables import create_tables
 
     create_tables()
     yield service
@@ -147,12 +147,12 @@ def web(stores: None, django_db_setup: None, folder: Path) -> Iterator[Studio]:
 def studio(web: Studio) -> Iterator[Studio]:
     """The whole studio: web and the four kinds of worker. They leave with the module, for they would take the work that
     other tests do by hand."""
-    from jobs import queueing
+    from jobs.store import queue
 
-    for row in queueing.index_rows():  # jobs that tests made up and left: real workers would begin with them
+    for row in queue.index_rows():  # jobs that tests made up and left: real workers would begin with them
         row.delete()
     queues = ("checks", "notifications", "training", "inference")
-    for queue in queues:
-        web.start_worker(queue)
+    for name in queues:
+        web.start_worker(name)
     yield web
-    web.stop(*(queue for queue in queues if queue in web.processes))
+    web.stop(*(name for name in queues if name in web.processes))

@@ -90,7 +90,7 @@ def test_the_torch_free_parts_import_no_torch():
 def test_web_and_celery_processes_import_no_torch(module: str, stores: None):
     code = f"import sys, django\ndjango.setup()\nimport {module}\n"  # a worker sets Django up as it starts
     code += "from django.urls import get_resolver\nget_resolver().url_patterns\n"
-    code += "import jobs.tasks\nassert not {'torch', 'transformers'} & set(sys.modules)"
+    code += "import jobs.worker.tasks\nassert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ)
 
 

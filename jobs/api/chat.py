@@ -16,11 +16,12 @@ from typing import Any
 from django.http import HttpResponseBase, StreamingHttpResponse
 from ninja import Router
 
-from jobs import access, inference
 from jobs.api import errors, models
 from jobs.api.caller import INFERENCE, CallerRequest, give_thread_back
 from jobs.api.errors import bad
 from jobs.api.schemas import ChatCompletion, ChatCreate, Completion, CompletionCreate, Error, Generation
+from jobs.inference import generation
+from jobs.store import access
 
 router = Router(auth=INFERENCE)
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own
@@ -83,7 +84,7 @@ async def create_chat(request: CallerRequest, body: ChatCreate) -> Any:
 # ---- asking ------------------------------------------------------------------------------------
 
 
-def _ask(body: Generation, max_tokens: int, **what: Any) -> inference.GenerateRequest:
+def _ask(body: Generation, max_tokens: int, **what: Any) -> generation.GenerateRequest:
     if body.stream_options and not body.stream:
         raise bad("stream_options is only for streams.", "stream_options")
     extras = body.llmtuner or {}
@@ -95,7 +96,7 @@ def _ask(body: Generation, max_tokens: int, **what: Any) -> inference.GenerateRe
     if body.top_k is not None:
         top_k = max(body.top_k, 0)
     stop = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
-    return inference.GenerateRequest(
+    return generation.GenerateRequest(
         model=models.local_name(body.model),
         max_tokens=max_tokens,
         temperature=1.0 if body.temperature is None else float(body.temperature),
@@ -110,15 +111,15 @@ def _ask(body: Generation, max_tokens: int, **what: Any) -> inference.GenerateRe
     )
 
 
-async def _lines_of(owner: str, asked: inference.GenerateRequest) -> AsyncIterator[Line]:
+async def _lines_of(owner: str, asked: generation.GenerateRequest) -> AsyncIterator[Line]:
     """What the model says, with the failures in the API's words."""
-    lines = inference.stream(owner, asked)
+    lines = generation.stream(owner, asked)
     try:
         async for line in lines:
             yield line
     except access.NotFound as missing:
         raise errors.not_found("model") from missing
-    except inference.Failed as failed:
+    except generation.Failed as failed:
         raise _failure(failed, "prompt" if asked.messages is None else "messages") from failed
     finally:
         await lines.aclose()
@@ -140,7 +141,7 @@ class Shape:
 
 
 async def _answer(
-    request: CallerRequest, body: Generation, asked: inference.GenerateRequest, shape: Shape
+    request: CallerRequest, body: Generation, asked: generation.GenerateRequest, shape: Shape
 ) -> Any:
     lines = _lines_of(request.auth.owner, asked)
     head = {
@@ -182,7 +183,7 @@ async def _whole(lines: AsyncIterator[Line], head: Line, shape: Shape) -> Line:
     return {**head, "choices": sorted(choices, key=lambda choice: choice["index"]), "usage": done["usage"]}
 
 
-def _failure(failed: inference.Failed, prompt: str) -> errors.ApiError:
+def _failure(failed: generation.Failed, prompt: str) -> errors.ApiError:
     code = FINAL.get(failed.code)
     if code is not None:
         return bad(failed.message, prompt if code in OF_THE_PROMPT else None, code)

@@ -13,7 +13,11 @@ from django.http.multipartparser import MultiPartParserError
 from ninja.errors import AuthenticationError, HttpError, Throttled, ValidationError
 
 from accounts.auth import TwoCredentials
-from jobs import access, datasets, inference, lifecycle, limits, storage, store_errors
+from jobs.datasets import datasets
+from jobs.inference import generation
+from jobs.lifecycle import transitions
+from jobs.store import access, blobs, quotas
+from jobs.store import errors as store_errors
 
 log = logging.getLogger(__name__)
 
@@ -117,23 +121,23 @@ def translate(exc: Exception) -> ApiError:
             return not_found("object")
         case datasets.Rejected():
             return bad(str(exc), "file", "invalid_file")
-        case limits.OverQuota():
+        case quotas.OverQuota():
             return ApiError(429, str(exc), code="quota_exceeded", retry_after=60)
-        case lifecycle.Refused():
+        case transitions.Refused():
             return bad(exc.message, PARAMS.get(exc.field, f"llmtuner.{exc.field}"))
-        case lifecycle.LostRace():
+        case transitions.LostRace():
             return ApiError(
                 503, "Something else changed this at the same moment. Try again.", code="busy", retry_after=1
             )
-        case inference.Unavailable():
+        case generation.Unavailable():
             return ApiError(503, str(exc), code="unavailable", retry_after=exc.retry_after)
-        case inference.Busy():
+        case generation.Busy():
             return ApiError(
                 429, str(exc) or "All generators are busy.", code="busy", retry_after=exc.retry_after
             )
-        case RequestDataTooBig() | storage.TooLarge():
+        case RequestDataTooBig() | blobs.TooLarge():
             return too_large()
-        case storage.Missing():
+        case blobs.Missing():
             log.warning("objects: %s", exc)
             return ApiError(
                 404, "The file's bytes are not there any more. Upload it again.", code="not_found"
@@ -151,7 +155,7 @@ def translate(exc: Exception) -> ApiError:
 
 def _store_error(exc: Exception, state: str) -> ApiError:
     log.warning("a store is %s: %s", state, exc)
-    what = "object storage" if isinstance(exc, storage.StorageError) else "store"
+    what = "object storage" if isinstance(exc, blobs.StorageError) else "store"
     if state == store_errors.MISCONFIGURED:
         message = f"The {what} is set up incorrectly. Only the person who runs this studio can change that."
         return ApiError(503, message, code="misconfigured")

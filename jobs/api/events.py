@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from jobs import access, feed, story
 from jobs.api import errors
 from jobs.api.caller import give_thread_back
 from jobs.api.errors import bad
-from jobs.tables import Job
+from jobs.events import event_log, history
+from jobs.store import access
+from jobs.store.tables import Job
 
 Json = dict[str, Any]
 REAUTHORISE_S = 30
@@ -40,7 +41,7 @@ def newest_first(owner: str, job: Job, limit: int, after: str | None) -> tuple[l
     start = max(0, top - 1 - limit)
     found = [
         (number, told)
-        for event in feed.read(owner, job.job_id, min(start, last), limit + 1)
+        for event in event_log.read(owner, job.job_id, min(start, last), limit + 1)
         for number, told in _numbered(job, event, (job.plan or {}).get("total_steps"))
         if start < number < top
     ]
@@ -55,12 +56,12 @@ def _number(job: Job, event_id: str) -> int:
     return number
 
 
-def show(job: Job, event: feed.Event, total_steps: int | None) -> list[Json]:
+def show(job: Job, event: event_log.Event, total_steps: int | None) -> list[Json]:
     """One event, or two for a success: the model's name, and that the job is complete."""
     return [told for _, told in _numbered(job, event, total_steps)]
 
 
-def _numbered(job: Job, event: feed.Event, total_steps: int | None) -> list[tuple[int, Json]]:
+def _numbered(job: Job, event: event_log.Event, total_steps: int | None) -> list[tuple[int, Json]]:
     line = event.data
     if line.get("t") == "end" and line.get("status") == "succeeded":
         messages = [f"New fine-tuned model created: {line.get('model')}", COMPLETED]
@@ -77,7 +78,7 @@ def _shown(job: Job, number: int, line: Json, message: str, total_steps: int | N
         "id": f"ftevent-{job.job_id.removeprefix('ftjob-')}-{number:06d}",
         "object": "fine_tuning.job.event",
         "created_at": int(line.get("time") or time.time()),
-        "level": LEVELS.get(story.sentence(line)[1], "info"),
+        "level": LEVELS.get(history.sentence(line)[1], "info"),
         "message": message,
         "type": "metrics" if line.get("t") in {"metric", "eval"} else "message",
         "data": _data(line, total_steps),
@@ -100,7 +101,7 @@ def _message(job: Job, line: Json, total_steps: int | None) -> str:
     if kind == "end":
         ended = "The job was cancelled" if line.get("status") == "cancelled" else "The job failed"
         return ": ".join(part for part in (ended, str(line.get("message") or "")) if part)
-    return story.sentence(line)[0] or "No message"
+    return history.sentence(line)[0] or "No message"
 
 
 def _data(line: Json, total_steps: int | None) -> Json:
@@ -133,7 +134,7 @@ async def stream(job: Job, still_allowed: Callable[[], Awaitable[bool]]) -> Asyn
     owner, total_steps = job.owner, None
     _open[owner] += 1
     looked = time.monotonic()
-    events = feed.follow(owner, job.job_id)
+    events = event_log.follow(owner, job.job_id)
     coming = asyncio.ensure_future(anext(events))
     try:
         while True:
@@ -153,7 +154,7 @@ async def stream(job: Job, still_allowed: Callable[[], Awaitable[bool]]) -> Asyn
             coming = asyncio.ensure_future(anext(events))
     except StopAsyncIteration:
         yield b"data: [DONE]\n\n"
-    except (access.NotFound, feed.TooSlow) as error:
+    except (access.NotFound, event_log.TooSlow) as error:
         refusal = (
             errors.translate(error)
             if isinstance(error, access.NotFound)

@@ -12,11 +12,12 @@ from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
 from ninja import File as Upload
 from ninja import Form, Query, Router, UploadedFile
 
-from jobs import access, datasets, storage, tables
 from jobs.api import paging, results
 from jobs.api.caller import READ, WRITE, CallerRequest
 from jobs.api.errors import bad, not_found
 from jobs.api.schemas import Deleted, Error, File, Page
+from jobs.datasets import datasets
+from jobs.store import access, blobs, tables
 
 router = Router(auth=READ)
 Json = dict[str, Any]
@@ -100,7 +101,7 @@ def file_content(request: CallerRequest, file_id: str) -> HttpResponseBase:
     if not dataset.key:
         raise bad("The file is still being received.", "file_id", "not_ready")
     response = StreamingHttpResponse(
-        _pieces(storage.open_file(dataset.key)), content_type="application/octet-stream"
+        _pieces(blobs.open_file(dataset.key)), content_type="application/octet-stream"
     )
     if dataset.bytes:
         response["Content-Length"] = str(int(dataset.bytes))

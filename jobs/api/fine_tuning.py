@@ -12,12 +12,16 @@ from django.http import StreamingHttpResponse
 from ninja import Query, Router
 
 from accounts.auth import authenticate
-from jobs import access, bases, feed, lifecycle, story, tables, webhooks
 from jobs.api import events, models, paging, results
 from jobs.api.caller import READ, READ_STREAM, WRITE, CallerRequest, in_pool
 from jobs.api.errors import bad, not_found
 from jobs.api.schemas import Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page
-from jobs.tables import Job as Row
+from jobs.events import event_log, history
+from jobs.lifecycle import transitions
+from jobs.notifications import webhooks
+from jobs.registry import base_models
+from jobs.store import access, tables
+from jobs.store.tables import Job as Row
 from training.plan import auto_settings, config
 from training.plan.catalog import BaseModel
 
@@ -36,7 +40,7 @@ def create_job(request: CallerRequest, body: JobCreate) -> Json:
     owner = request.auth.owner
     _refuse_what_we_lack(body)
     base = models.base_for_training(owner, body.model)
-    asked = lifecycle.JobRequest(
+    asked = transitions.JobRequest(
         name=str((body.llmtuner or {}).get("name") or body.suffix or ""),
         base=base,
         dataset_id=_file(owner, body.training_file, "training_file"),
@@ -52,7 +56,7 @@ def create_job(request: CallerRequest, body: JobCreate) -> Json:
     )
     key = _idempotency(request, body)
     webhooks.set_email(owner, request.auth.user.notification_email)
-    return show(lifecycle.submit(owner, asked, idempotency_key=key, slug=request.auth.slug))
+    return show(transitions.submit(owner, asked, idempotency_key=key, slug=request.auth.slug))
 
 
 @router.get("", response={200: Page[Job], 400: Error}, summary="List jobs")
@@ -140,7 +144,7 @@ def list_checkpoints(
     """The latest first. Each is a model one can generate with, by the name it carries."""
     job = _find(request.auth.owner, job_id)
     names = _checkpoint_names(job)
-    told = story.fold(feed.read(request.auth.owner, job_id)) if names else story.Story()
+    told = history.fold(event_log.read(request.auth.owner, job_id)) if names else history.Story()
     times = {int(entry["step"]): entry.get("time") for entry in job.checkpoints}
     rows = [
         _checkpoint(job, step, names[step], times.get(step), told) for step in sorted(names, reverse=True)
@@ -190,7 +194,7 @@ def _settings(owner: str, body: JobCreate, base: str) -> Json:
         settings["batch_size"] = asked.batch_size
     if asked.learning_rate_multiplier not in (None, "auto"):
         settings["learning_rate"] = _times(
-            float(asked.learning_rate_multiplier or 1), bases.find(owner, base), adapter
+            float(asked.learning_rate_multiplier or 1), base_models.find(owner, base), adapter
         )
     if body.seed is not None:
         settings["seed"] = body.seed
@@ -270,9 +274,9 @@ def _find(owner: str, job_id: str) -> Row:
         raise not_found("fine-tuning job") from missing
 
 
-def _ask(request: CallerRequest, job_id: str, desired: lifecycle.Desired) -> Json:
+def _ask(request: CallerRequest, job_id: str, desired: transitions.Desired) -> Json:
     _find(request.auth.owner, job_id)
-    return show(lifecycle.ask(request.auth.owner, job_id, desired))
+    return show(transitions.ask(request.auth.owner, job_id, desired))
 
 
 def show(job: Row) -> Json:
@@ -379,7 +383,7 @@ def _checkpoint_names(job: Row) -> dict[int, str]:
     return names
 
 
-def _checkpoint(job: Row, step: int, name: str, at: float | None, told: story.Story) -> Json:
+def _checkpoint(job: Row, step: int, name: str, at: float | None, told: history.Story) -> Json:
     metric, held_out = told.metrics.get(step, {}), told.evals.get(step, {})
     return {
         "id": checkpoint_id(job, step),

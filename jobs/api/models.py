@@ -7,11 +7,12 @@ from typing import Any
 from django.conf import settings
 from ninja import Router
 
-from jobs import access, bases, hub_check, tuned_models
 from jobs.api import paging
 from jobs.api.caller import READ, WRITE, CallerRequest
 from jobs.api.errors import bad, not_found
 from jobs.api.schemas import Deleted, Error, Model, Page
+from jobs.registry import base_models, hub_models, tuned_models
+from jobs.store import access
 from training.plan import catalog
 
 router = Router(auth=READ)
@@ -29,15 +30,15 @@ def base_for_training(owner: str, name: str) -> str:
     """The local base to train, or a 400 that says which there are and which setting maps foreign names. A model of the Hub
     is checked the first time; one's own tuned models are bases too."""
     wanted = local_name(name)
-    known = bases.find(owner, wanted)
+    known = base_models.find(owner, wanted)
     if known is None and (model := tuned_models.named(owner, wanted)):
-        known = bases.find(owner, model.model_id)
+        known = base_models.find(owner, model.model_id)
     if known is not None:
         return known.id
-    if hub_check.is_id(wanted):
+    if hub_models.is_id(wanted):
         try:
-            return bases.add(owner, wanted)
-        except hub_check.Refused as refused:
+            return base_models.add(owner, wanted)
+        except hub_models.Refused as refused:
             raise bad(str(refused), "model", "model_not_available") from refused
     listed = ", ".join(base.id for base in catalog.base_models())
     raise bad(
@@ -53,7 +54,7 @@ def base_for_training(owner: str, name: str) -> str:
 def list_models(request: CallerRequest, after: paging.After = None) -> Json:
     """All bases and all tuned models, in one page as at OpenAI."""
     owner = request.auth.owner
-    known = [_base(base) for base in (*catalog.base_models(), *bases.from_hub(owner))]
+    known = [_base(base) for base in (*catalog.base_models(), *base_models.from_hub(owner))]
     tuned = [_tuned(row) for row in access.list_models(owner, ALL)]
     return paging.page(paging.rest([*known, *tuned], after), False)
 
@@ -63,8 +64,8 @@ def retrieve_model(request: CallerRequest, model: str) -> Json:
     known = catalog.find(local_name(model))
     if known is not None:
         return {**_base(known), "id": model}
-    if added := bases.added(request.auth.owner, local_name(model)):
-        return {**_base(bases.described(added.facts)), "id": model}
+    if added := base_models.added(request.auth.owner, local_name(model)):
+        return {**_base(base_models.described(added.facts)), "id": model}
     return {**_tuned(_find(request, local_name(model))), "id": model}
 
 

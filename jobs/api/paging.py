@@ -7,9 +7,9 @@ from typing import Annotated, Any
 from ninja import Query
 from pydantic import Field
 
-from jobs import tables
 from jobs.api.errors import ApiError, bad
-from jobs.tables import Table
+from jobs.store import tables
+from jobs.store.tables import Table
 
 After = Annotated[str | None, Field(max_length=400, description="The last id of the page before.")]
 Limit = Annotated[int, Query(20, ge=1, le=1000, description="How many at most.")]

@@ -7,9 +7,10 @@ import io
 import re
 from typing import Any
 
-from jobs import access, feed, story, tables
 from jobs.api import paging
 from jobs.api.errors import not_found
+from jobs.events import event_log, history
+from jobs.store import access, tables
 
 PURPOSE = "fine-tune-results"
 Json = dict[str, Any]
@@ -27,7 +28,7 @@ def is_result(file_id: str) -> bool:
 
 def content(owner: str, file_id: str) -> str:
     job = _job(owner, file_id)
-    told = story.fold(feed.read(owner, job.job_id))
+    told = history.fold(event_log.read(owner, job.job_id))
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     table.writerow(COLUMNS)

@@ -11,12 +11,13 @@ from django.conf import settings
 from ninja import File as Part
 from ninja import Router, UploadedFile
 
-from jobs import datasets, errands, limits, parts, storage, tables
 from jobs.api import files
 from jobs.api.caller import WRITE, CallerRequest
 from jobs.api.errors import ApiError, bad, not_found
 from jobs.api.schemas import Error, Upload, UploadComplete, UploadCreate, UploadPart
-from jobs.tables import Upload as Row
+from jobs.datasets import datasets, multipart
+from jobs.store import blobs, outbox, quotas, tables
+from jobs.store.tables import Upload as Row
 
 router = Router(auth=WRITE)
 Json = dict[str, Any]
@@ -35,7 +36,7 @@ def create_upload(request: CallerRequest, body: UploadCreate) -> Json:
         raise bad(f"A file may have at most {limit:,} bytes here.", "bytes", "file_too_large")
     owner = request.auth.owner
     if sum(_status(row) == "pending" for row in tables.rows(Row, owner)) >= MAX_OPEN:
-        raise limits.OverQuota(f"You have {MAX_OPEN} open uploads. Complete or cancel one first.")
+        raise quotas.OverQuota(f"You have {MAX_OPEN} open uploads. Complete or cancel one first.")
     row = Row(
         owner,
         tables.new_id("upload"),
@@ -46,8 +47,8 @@ def create_upload(request: CallerRequest, body: UploadCreate) -> Json:
         keep_s=body.expires_after.seconds if body.expires_after else None,
         expires_at=time.time() + LIFETIME_S,
     )
-    errands.put("delete", owner, row.upload_id)  # the parts, also of an upload that nobody comes back to
-    limits.reserve(owner, row.upload_id, body.bytes)
+    outbox.put("delete", owner, row.upload_id)  # the parts, also of an upload that nobody comes back to
+    quotas.reserve(owner, row.upload_id, body.bytes)
     tables.put_new(row)
     return show(row)
 
@@ -67,7 +68,7 @@ def add_part(
     if taken + size > 2 * row.bytes or len(row.part_ids or ()) >= MAX_PARTS:
         raise bad("The parts are larger than the upload was announced.", "data", "too_many_bytes")
     part_id = tables.new_id("part")
-    storage.put_file(_key(row, part_id), data)
+    blobs.put_file(_key(row, part_id), data)
     entry = {f"{part_id}:{size}"}
     kept = tables.update(
         row,
@@ -76,7 +77,7 @@ def add_part(
         lambda found: entry <= (found.part_ids or set()),
     )
     if kept is None:
-        storage.delete_prefix(_key(row, part_id))
+        blobs.delete_prefix(_key(row, part_id))
         raise bad("This upload is no longer open.", "upload_id", "upload_not_pending")
     return {"id": part_id, "object": "upload.part", "created_at": int(time.time()), "upload_id": upload_id}
 
@@ -124,7 +125,7 @@ def complete_upload(request: CallerRequest, upload_id: str, body: UploadComplete
         claimed, [Row.status.set("completed"), Row.dataset_id.set(dataset.dataset_id)], Row.status == "completing",
         lambda found: found.dataset_id == dataset.dataset_id,
     )  # fmt: skip
-    parts.drop(row)
+    multipart.drop(row)
     return show(done or claimed, dataset)
 
 
@@ -141,7 +142,7 @@ def cancel_upload(request: CallerRequest, upload_id: str) -> Json:
     )
     if cancelled is None:
         raise bad("This upload is no longer open.", "upload_id", "upload_not_pending")
-    parts.drop(row)
+    multipart.drop(row)
     return show(cancelled)
 
 
@@ -181,7 +182,7 @@ def _key(row: Row, part_id: str) -> str:
 
 
 def _bytes(row: Row, part_ids: list[str]) -> Iterator[bytes]:
-    yield from files.concatenated(storage.open_file(_key(row, part_id)) for part_id in part_ids)
+    yield from files.concatenated(blobs.open_file(_key(row, part_id)) for part_id in part_ids)
 
 
 def _md5(row: Row, part_ids: list[str]) -> str:

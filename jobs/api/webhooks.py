@@ -6,12 +6,12 @@ from typing import Any
 
 from ninja import Router
 
-from jobs import webhooks
 from jobs.api import paging
 from jobs.api.caller import READ, WRITE, CallerRequest
 from jobs.api.errors import bad, not_found
 from jobs.api.schemas import Deleted, Error, Page, WebhookCreate, WebhookEndpoint, WebhookWithSecret
-from jobs.tables import WebhookEndpoint as Row
+from jobs.notifications import webhooks
+from jobs.store.tables import WebhookEndpoint as Row
 
 router = Router(auth=READ)
 Json = dict[str, Any]

@@ -15,12 +15,14 @@ from django.utils.http import urlencode
 from django.utils.text import Truncator
 from django.views.decorators.http import require_GET, require_POST
 
-from jobs import access, bases, datasets, parts, reports, tables, versions
+from jobs.datasets import datasets, multipart, reports, versions
 from jobs.formatting import count, size, when
 from jobs.forms import ColumnsForm, UploadForm, whole_number
-from jobs.limits import OverQuota
-from jobs.tables import Dataset, DatasetReport
-from jobs.views.doors import asks_for_part, for_people, owner_of
+from jobs.registry import base_models
+from jobs.store import access, tables
+from jobs.store.quotas import OverQuota
+from jobs.store.tables import Dataset, DatasetReport
+from jobs.views.decorators import asks_for_part, for_people, owner_of
 from jobs.views.new_job import report_at, shown_sample
 from training.data.formats import BadRow, Row, preview
 from training.plan import catalog
@@ -51,7 +53,7 @@ def index(request: HttpRequest) -> HttpResponse:
         "more": page.rows[-1].dataset_id if page.has_more else "",
         "waiting": waiting,
         "most": settings.JOBS["max_upload_bytes"],
-        "open_uploads": lambda: [parts.shown(row) for row in parts.open_of(owner_of(request))],
+        "open_uploads": lambda: [multipart.shown(row) for row in multipart.open_of(owner_of(request))],
     }
     return render(request, template, context)
 
@@ -107,7 +109,7 @@ def read_as(request: HttpRequest, dataset_id: str) -> HttpResponse:
     dataset = access.get_dataset_for(owner, dataset_id)
     name = request.POST.get("base", "").strip()
     try:
-        facts = bases.pin(owner, name)
+        facts = base_models.pin(owner, name)
     except access.NotFound:
         messages.error(request, f"There is no model {name[:100]} to read it as. Choose one of the list.")
         return redirect("jobs:dataset", dataset_id)
@@ -339,7 +341,7 @@ def _row(dataset: Dataset, base: str, line: str) -> dict[str, Any] | None:
 def _read_as(dataset: Dataset, chosen: str) -> dict[str, Any]:
     """The bases it was read for, and those it can be read for."""
     made = reports.all_of(dataset.dataset_id)
-    known = [*catalog.base_models()[1:], *bases.from_hub(dataset.owner)]
+    known = [*catalog.base_models()[1:], *base_models.from_hub(dataset.owner)]
     return {
         "made": [
             {"base": row.base, "name": row.base.partition("@")[0], "status": row.status,

@@ -10,8 +10,8 @@ from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import render
 from django.views.decorators.http import require_GET
 
-from jobs import estimates
-from jobs.views.doors import for_people, owner_of
+from jobs.lifecycle import estimates
+from jobs.views.decorators import for_people, owner_of
 
 # The picture: a job every STEP units, the time it took over the P50 it was told, on a scale where double and half lie
 # equally far from the line.

@@ -11,13 +11,16 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
-from jobs import access, feed, lifecycle, webhooks
+from jobs.events import event_log
+from jobs.events.history import chart, fold, sentence, summary, thin
 from jobs.formatting import moment
 from jobs.forms import RenameForm
-from jobs.story import chart, fold, sentence, summary, thin
-from jobs.tables import Job
-from jobs.views import new_job, showing
-from jobs.views.doors import asks_for_part, for_people, owner_of
+from jobs.lifecycle import transitions
+from jobs.notifications import webhooks
+from jobs.store import access
+from jobs.store.tables import Job
+from jobs.views import new_job, presenters
+from jobs.views.decorators import asks_for_part, for_people, owner_of
 
 PAGE = 20
 WHOLE, TAIL, WINDOWS, WINDOW = 10_000, 2_000, 15, 300  # events of a job's page
@@ -27,7 +30,7 @@ WHOLE, TAIL, WINDOWS, WINDOW = 10_000, 2_000, 15, 300  # events of a job's page
 @require_GET
 def index(request: HttpRequest) -> HttpResponse:
     page = access.list_jobs(owner_of(request), PAGE, request.GET.get("after") or None)
-    rows = [{"job": job, "state": showing.state(job)} for job in page]
+    rows = [{"job": job, "state": presenters.state(job)} for job in page]
     context = {
         "rows": rows,
         "more": page.rows[-1].job_id if page.has_more else "",
@@ -55,10 +58,10 @@ def new(request: HttpRequest) -> HttpResponse:
     if draft.is_valid():
         try:
             webhooks.set_email(owner, request.user.notification_email)
-            job = lifecycle.submit(owner, draft.request(), slug=request.user.slug)
-        except lifecycle.Refused as refused:
+            job = transitions.submit(owner, draft.request(), slug=request.user.slug)
+        except transitions.Refused as refused:
             draft.refuse(refused.field, refused.message)
-        except lifecycle.OverQuota as over:
+        except transitions.OverQuota as over:
             draft.refuse("", str(over))
         else:
             return redirect("jobs:job", job.job_id)
@@ -113,7 +116,7 @@ def detail(request: HttpRequest, job_id: str) -> HttpResponse:
     """`?part=aside` is the column beside the curve alone, fetched again when samples and proofs arrive."""
     job = access.get_job_for(owner_of(request), job_id)
     story = fold(_skimmed(job))
-    context = showing.aside(job, story)
+    context = presenters.aside(job, story)
     if request.GET.get("part") == "aside" and asks_for_part(request):
         return render(request, "jobs/_job_aside.html", context)
     curve = chart(story)
@@ -123,24 +126,24 @@ def detail(request: HttpRequest, job_id: str) -> HttpResponse:
         "chart": curve,
         "rows": [story.metrics[step] for step in steps],
         "summary": summary(story),
-        "sparks": showing.sparks(story, curve),
+        "sparks": presenters.sparks(story, curve),
         "page_data": {"seq": story.seq, "chart": curve, "status": job.status, "ended": job.ended},
     }
     return render(request, "jobs/job_detail.html", context)
 
 
-def _skimmed(job: Job) -> list[feed.Event]:
+def _skimmed(job: Job) -> list[event_log.Event]:
     """All events of a usual job. Of a very long one its beginning, its end, and windows evenly between: the curve on the
     page is thinned anyway, the CSV and the log have everything."""
     last = int(job.last_seq)
     if last <= WHOLE:
-        return feed.read(job.owner, job.job_id)
+        return event_log.read(job.owner, job.job_id)
     stride = (last - TAIL) // WINDOWS
-    events: list[feed.Event] = []
+    events: list[event_log.Event] = []
     for n in range(WINDOWS):
         after = max(n * stride, events[-1].seq if events else 0)
-        events += feed.read(job.owner, job.job_id, after, limit=WINDOW)[:WINDOW]
-    return events + feed.read(job.owner, job.job_id, max(last - TAIL, events[-1].seq))
+        events += event_log.read(job.owner, job.job_id, after, limit=WINDOW)[:WINDOW]
+    return events + event_log.read(job.owner, job.job_id, max(last - TAIL, events[-1].seq))
 
 
 @for_people
@@ -148,7 +151,7 @@ def _skimmed(job: Job) -> list[feed.Event]:
 def edit(request: HttpRequest, job_id: str) -> HttpResponse:
     """The form of a job whose first attempt has not begun."""
     job = access.get_job_for(owner_of(request), job_id)
-    if not showing.state(job).can_edit:
+    if not presenters.state(job).can_edit:
         messages.warning(request, "The job has started. Clone it, and change the copy.")
         return redirect("jobs:job", job_id)
     if request.method == "GET":
@@ -156,10 +159,10 @@ def edit(request: HttpRequest, job_id: str) -> HttpResponse:
     draft = new_job.Draft.editing(job, request.POST)
     if draft.is_valid():
         try:
-            lifecycle.edit(job.owner, job_id, draft.request())
-        except lifecycle.Refused as refused:
+            transitions.edit(job.owner, job_id, draft.request())
+        except transitions.Refused as refused:
             draft.refuse(refused.field, refused.message)
-        except lifecycle.LostRace as lost:
+        except transitions.LostRace as lost:
             draft.refuse("", str(lost))
         else:
             messages.success(request, "The job is changed. It keeps its place in the queue.")
@@ -173,7 +176,7 @@ def actions(request: HttpRequest, job_id: str) -> HttpResponse:
     job = access.get_job_for(owner_of(request), job_id)
     if not asks_for_part(request):
         return redirect("jobs:job", job_id)
-    return render(request, "jobs/_job_actions.html", {"job": job, "state": showing.state(job)})
+    return render(request, "jobs/_job_actions.html", {"job": job, "state": presenters.state(job)})
 
 
 @for_people
@@ -196,8 +199,8 @@ def cancel(request: HttpRequest, job_id: str) -> HttpResponse:
 
 def _ask(request: HttpRequest, job_id: str, desired: Any) -> HttpResponse:
     try:
-        lifecycle.ask(owner_of(request), job_id, desired)
-    except lifecycle.Refused as refused:
+        transitions.ask(owner_of(request), job_id, desired)
+    except transitions.Refused as refused:
         messages.warning(request, refused.message)
     return redirect("jobs:job", job_id)
 
@@ -208,8 +211,8 @@ def retry(request: HttpRequest, job_id: str) -> HttpResponse:
     """A new job with the same data and settings, from the last checkpoint where there is one."""
     try:
         webhooks.set_email(owner_of(request), request.user.notification_email)
-        job = lifecycle.retry(owner_of(request), job_id, slug=request.user.slug)
-    except (lifecycle.Refused, lifecycle.OverQuota) as refused:
+        job = transitions.retry(owner_of(request), job_id, slug=request.user.slug)
+    except (transitions.Refused, transitions.OverQuota) as refused:
         messages.warning(request, str(refused))
         return redirect("jobs:job", job_id)
     return redirect("jobs:job", job.job_id)
@@ -221,7 +224,7 @@ def rename(request: HttpRequest, job_id: str) -> HttpResponse:
     access.get_job_for(owner_of(request), job_id)
     form = RenameForm(request.POST)
     if form.is_valid():
-        lifecycle.rename(owner_of(request), job_id, form.cleaned_data["name"])
+        transitions.rename(owner_of(request), job_id, form.cleaned_data["name"])
     else:
         messages.error(request, "; ".join(form.errors["name"]))
     return redirect("jobs:job", job_id)
@@ -232,8 +235,8 @@ def rename(request: HttpRequest, job_id: str) -> HttpResponse:
 def delete(request: HttpRequest, job_id: str) -> HttpResponse:
     job = access.get_job_for(owner_of(request), job_id)
     try:
-        lifecycle.delete(owner_of(request), job_id)
-    except lifecycle.Refused as refused:
+        transitions.delete(owner_of(request), job_id)
+    except transitions.Refused as refused:
         messages.warning(request, refused.message)
         return redirect("jobs:job", job_id)
     messages.success(request, f"{job.name} is deleted.")
@@ -250,7 +253,7 @@ CSV_COLUMNS = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "tokens
 def metrics_csv(request: HttpRequest, job_id: str) -> HttpResponse:
     """Every step, all numbers: nothing in it is text, so nothing in it can be a formula."""
     job = access.get_job_for(owner_of(request), job_id)
-    story = fold(feed.read(job.owner, job_id))
+    story = fold(event_log.read(job.owner, job_id))
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(CSV_COLUMNS)
@@ -269,7 +272,7 @@ def metrics_csv(request: HttpRequest, job_id: str) -> HttpResponse:
 def log_text(request: HttpRequest, job_id: str) -> HttpResponse:
     job = access.get_job_for(owner_of(request), job_id)
     lines = []
-    for event in feed.read(job.owner, job_id):
+    for event in event_log.read(job.owner, job_id):
         text, level = sentence(event.data)
         if text:
             at = moment(event.data.get("time"))

@@ -30,11 +30,12 @@ from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.template.loader import render_to_string
 from django.views.decorators.http import require_safe
 
-from jobs import access, feed
+from jobs.events import event_log
+from jobs.events.history import log_line
 from jobs.forms import whole_number
-from jobs.story import log_line
-from jobs.tables import Job
-from jobs.views import showing
+from jobs.store import access
+from jobs.store.tables import Job
+from jobs.views import presenters
 
 PING_S = 15.0
 AUTHORISE_S = 30.0
@@ -74,7 +75,7 @@ async def stream(scope: Scope, receive: Receive, send: Send) -> None:
         return await _answer(send, 429, [(b"retry-after", b"5")])
     _open[owner] += 1
     try:
-        async with contextlib.aclosing(feed.watch(owner, match[1], after)) as ticks:
+        async with contextlib.aclosing(event_log.watch(owner, match[1], after)) as ticks:
             first = await anext(ticks, None)
             if first is None or (first.job.ended and not first.events):
                 return await _answer(send, 204)  # all is told; tells EventSource not to come back
@@ -106,7 +107,9 @@ class _Watch:
     status: str = ""
     written: float = 0.0
 
-    async def run(self, first: feed.Tick, ticks: AsyncGenerator[feed.Tick, None], receive: Receive) -> None:
+    async def run(
+        self, first: event_log.Tick, ticks: AsyncGenerator[event_log.Tick, None], receive: Receive
+    ) -> None:
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-store"),
@@ -120,14 +123,14 @@ class _Watch:
             await self._follow(ticks, left)
             if not left.done():
                 await self._write("", last=True)
-        except (access.NotFound, feed.TooSlow):
+        except (access.NotFound, event_log.TooSlow):
             await self._write("", last=True)  # the page comes back with its number, or finds a 404
         except TimeoutError:
             pass  # it takes nothing any more: the server closes the connection
         finally:
             left.cancel()
 
-    async def _follow(self, ticks: AsyncGenerator[feed.Tick, None], left: asyncio.Future[None]) -> None:
+    async def _follow(self, ticks: AsyncGenerator[event_log.Tick, None], left: asyncio.Future[None]) -> None:
         authorised = time.monotonic()
         coming: asyncio.Future[Any] = asyncio.ensure_future(anext(ticks, None))
         try:
@@ -153,7 +156,7 @@ class _Watch:
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await coming
 
-    async def _show(self, tick: feed.Tick) -> None:
+    async def _show(self, tick: event_log.Tick) -> None:
         """Sends the events and, where the job has changed since, how it looks now."""
         text = "".join(frame(tick.job.job_id, event) for event in tick.events)
         if tick.job.version != self.version:
@@ -221,7 +224,7 @@ _frames = _Made(5000)  # by job and number of the event
 _statuses = _Made(500)  # by job and its version
 
 
-def frame(job_id: str, event: feed.Event) -> str:
+def frame(job_id: str, event: event_log.Event) -> str:
     """An event as text of the stream."""
 
     def make() -> str:
@@ -234,7 +237,7 @@ def _status_field(job: Job) -> str:
     return _statuses.get((job.job_id, int(job.version)), lambda: _field("status", status_html(job)))
 
 
-def told(event: feed.Event) -> dict[str, Any]:
+def told(event: event_log.Event) -> dict[str, Any]:
     """The event, its number, and the line of the log that it is to a person."""
     line = log_line(event.seq, event.data)
     words = {"line": {"at": line.at, "level": line.level, "text": line.text}} if line else {}
@@ -243,7 +246,7 @@ def told(event: feed.Event) -> dict[str, Any]:
 
 def status_html(job: Job) -> str:
     """The parts of the page that change with every heartbeat. They hold no form, so one rendering serves everybody."""
-    context = {"job": job, "state": showing.state(job)}
+    context = {"job": job, "state": presenters.state(job)}
     return "".join(render_to_string(f"jobs/job_detail.html#{part}", context) for part in ("state", "status"))
 
 
@@ -266,10 +269,10 @@ def poll(request: HttpRequest, job_id: str) -> HttpResponse:
     owner = request.user.owner_id
     try:
         job = access.get_job_for(owner, job_id)
-        events = feed.read(owner, job_id, after, limit=500)
+        events = event_log.read(owner, job_id, after, limit=500)
     except access.NotFound as error:
         raise Http404 from error
-    state = showing.state(job)
+    state = presenters.state(job)
     last = events[-1].seq if events else after
     return JsonResponse(
         {

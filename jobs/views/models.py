@@ -11,11 +11,12 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBase, StreamingHt
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_POST
 
-from jobs import access, bases, tuned_models
 from jobs.formatting import count, size
-from jobs.tables import TunedModel
+from jobs.registry import base_models, tuned_models
+from jobs.store import access
+from jobs.store.tables import TunedModel
 from jobs.views import playground
-from jobs.views.doors import for_people, for_people_async, owner_of
+from jobs.views.decorators import for_people, for_people_async, owner_of
 
 PAGE = 20
 METRICS = (
@@ -46,7 +47,7 @@ def detail(request: HttpRequest, model_id: str) -> HttpResponse:
     context = {
         "model": model,
         "parent": _parent(model),
-        "can_go_on": bases.can_be_base(model),
+        "can_go_on": base_models.can_be_base(model),
         "metrics": metrics,
         "verdict": (model.verdict or {}).get("sentence", ""),
         "facts": _facts(model),

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from jobs import access, bases, estimates, hub_check, reports, storage
+from jobs.datasets import reports
 from jobs.formatting import count, size
 from jobs.forms import NewJobForm, preset_of, rows, settings_from, shown, with_preset
-from jobs.lifecycle import JobRequest
-from jobs.tables import Dataset, DatasetReport, Job
+from jobs.lifecycle import estimates
+from jobs.lifecycle.transitions import JobRequest
+from jobs.registry import base_models, hub_models
+from jobs.store import access, blobs
+from jobs.store.tables import Dataset, DatasetReport, Job
 from training.plan import catalog
 from training.plan.auto_settings import PRESETS, resolve
 from training.plan.catalog import BaseModel, gib
@@ -96,7 +99,7 @@ class Draft:
 
     def _resolved(self) -> tuple[Settings | None, dict[str, str], dict[str, str]]:
         facts = self._base_facts()
-        base = bases.described(facts) if facts else None
+        base = base_models.described(facts) if facts else None
         return self._resolve(self._summary(self._report(facts)), base, estimates.machine())
 
     def _resolve(
@@ -115,9 +118,9 @@ class Draft:
         if not name:
             return
         try:
-            self.values["base"], self.values["hub"] = bases.add(self.owner, name), ""
+            self.values["base"], self.values["hub"] = base_models.add(self.owner, name), ""
             self.errors.pop("base", None)
-        except hub_check.Refused as refused:
+        except hub_models.Refused as refused:
             self.refuse("hub", str(refused))
 
     def is_valid(self) -> bool:
@@ -157,7 +160,7 @@ class Draft:
 
     def context(self) -> dict[str, Any]:
         facts = self._base_facts()
-        base = bases.described(facts) if facts else None
+        base = base_models.described(facts) if facts else None
         found = self._report(facts)
         summary = self._summary(found)
         machine = estimates.machine()
@@ -200,8 +203,8 @@ class Draft:
         """The bases, in groups: the catalogue, one's own, and what was added from the Hub."""
         groups = [
             ("", catalog.base_models()),
-            ("Your tuned models", bases.tuned(self.owner)),
-            ("Added from the Hub", bases.from_hub(self.owner)),
+            ("Your tuned models", base_models.tuned(self.owner)),
+            ("Added from the Hub", base_models.from_hub(self.owner)),
         ]
         chosen = self.values["base"]
         return [
@@ -229,7 +232,7 @@ class Draft:
 
     def _base_facts(self) -> dict[str, Any] | None:
         try:
-            return bases.pin(self.owner, self.values["base"])
+            return base_models.pin(self.owner, self.values["base"])
         except access.NotFound:
             return None
 
@@ -260,7 +263,7 @@ class Draft:
         """What to say where the counts shown are not of the chosen base's tokenizer."""
         if facts is None or reports.is_own(facts) or (found is not None and found.status == "ready"):
             return None
-        base = bases.described(facts)
+        base = base_models.described(facts)
         return {
             "base": base.name if base else "",
             "status": found.status if found else "",
@@ -352,9 +355,9 @@ def _first_sample(report_key: str) -> dict[str, Any] | None:
 def report_at(key: str) -> dict[str, Any]:
     """The whole report of a dataset, from its object."""
     try:
-        with storage.open_file(key) as file:
+        with blobs.open_file(key) as file:
             full = json.load(file)
-    except storage.Missing:
+    except blobs.Missing:
         return {}
     return full if isinstance(full, dict) else {}
 

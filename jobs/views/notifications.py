@@ -15,8 +15,9 @@ from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_POST
 
 from accounts.models import User
-from jobs import limits, webhooks
-from jobs.tables import WebhookDelivery, WebhookEndpoint
+from jobs.notifications import webhooks
+from jobs.store import quotas
+from jobs.store.tables import WebhookDelivery, WebhookEndpoint
 
 SHOWN = 20  # notices
 
@@ -111,7 +112,7 @@ def test(request: HttpRequest, webhook_endpoint_id: str) -> HttpResponse:
     endpoint = _find(request, webhook_endpoint_id)
     try:
         webhooks.tell_test(endpoint)
-    except limits.OverQuota as over:
+    except quotas.OverQuota as over:
         messages.error(request, str(over))
     else:
         messages.success(request, "A test event is being sent. Its delivery status appears below.")

@@ -20,27 +20,27 @@ from django.http import (
     StreamingHttpResponse,
 )
 
-from jobs import storage
+from jobs.store import blobs
 
 BLOCK = 256 * 1024
 
 
 async def download(request: HttpRequest, token: str, filename: str) -> HttpResponseBase:
     """`/objects/<token>/<filename>`; answers one byte range, as browsers ask to go on after a break."""
-    told = storage.read_link(token)
+    told = blobs.read_link(token)
     if told is None:
         return HttpResponse(
             "This link has expired. Ask for a new one on the page it came from.\n", status=403
         )
     key, name = told
-    size = await sync_to_async(storage.size_of)(key)
+    size = await sync_to_async(blobs.size_of)(key)
     if size is None:
         return HttpResponseNotFound("There is no such object.\n")
     wanted = byte_range(request.headers.get("Range", ""), size)
     if wanted is None:
         return HttpResponse(status=416, headers={"Content-Range": f"bytes */{size}"})
     start, end = wanted
-    file = await sync_to_async(storage.open_file)(key, start)
+    file = await sync_to_async(blobs.open_file)(key, start)
     response = StreamingHttpResponse(
         _blocks(file, end - start), status=200 if (start, end) == (0, size) else 206
     )

@@ -16,10 +16,12 @@ from django.http import Http404, HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_POST
 
-from jobs import access, feed, lifecycle, queueing, tables
-from jobs.story import fold
-from jobs.tables import Audit, Job, JobIndex, month_of, new_id, time_of
-from jobs.views import showing
+from jobs.events import event_log
+from jobs.events.history import fold
+from jobs.lifecycle import transitions
+from jobs.store import access, queue, tables
+from jobs.store.tables import Audit, Job, JobIndex, month_of, new_id, time_of
+from jobs.views import presenters
 
 PAGE = 50
 PRIORITIES = {10: "before everybody's", 0: "ordinary", -10: "behind everybody's"}
@@ -30,7 +32,7 @@ STATES = ("all", "active", "succeeded", "failed", "cancelled")
 class Found:
     job: Job
     person: str
-    state: showing.State
+    state: presenters.State
 
 
 @require_GET
@@ -65,8 +67,8 @@ def index(request: HttpRequest, *, site: AdminSite) -> HttpResponse:
 def detail(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) -> HttpResponse:
     _allowed(request, "view")
     job = _job(owner, job_id)
-    story = fold(feed.read(owner, job_id))
-    first, more = showing.settings_rows(job, story)
+    story = fold(event_log.read(owner, job_id))
+    first, more = presenters.settings_rows(job, story)
     context = {
         **site.each_context(request),
         "title": job.name or job_id,
@@ -90,8 +92,8 @@ def cancel(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) ->
     actor = request.user.owner_id
     Audit(month_of(time.time()), new_id("audit"), actor=actor, action="cancel", target=job_id).save()
     try:
-        lifecycle.ask(owner, job_id, "cancel")
-    except lifecycle.Refused as refused:
+        transitions.ask(owner, job_id, "cancel")
+    except transitions.Refused as refused:
         messages.warning(request, refused.message)
     else:
         messages.success(request, "The job is cancelled, or will be with its next heartbeat.")
@@ -111,8 +113,8 @@ def prioritise(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite
     actor = request.user.owner_id
     Audit(month_of(time.time()), new_id("audit"), actor=actor, action=action, target=job_id).save()
     try:
-        lifecycle.prioritise(owner, job_id, int(priority))
-    except lifecycle.Refused as refused:
+        transitions.prioritise(owner, job_id, int(priority))
+    except transitions.Refused as refused:
         messages.warning(request, refused.message)
     else:
         messages.success(request, f"Its priority is {PRIORITIES[int(priority)]} now.")
@@ -136,7 +138,7 @@ def _job(owner: str, job_id: str) -> Job:
 
 def _listed(state: str, month: str, after: str | None) -> tuple[list[Job], str]:
     if state == "active":
-        rows = sorted(queueing.index_rows(), key=lambda row: row.job_id, reverse=True)[:PAGE]
+        rows = sorted(queue.index_rows(), key=lambda row: row.job_id, reverse=True)[:PAGE]
         return _behind(rows), ""
     rows = list(islice(tables.newest(JobIndex, f"{state}#{month}", PAGE + 1, after), PAGE + 1))
     more = rows[PAGE - 1].job_id if len(rows) > PAGE else ""
@@ -145,7 +147,7 @@ def _listed(state: str, month: str, after: str | None) -> tuple[list[Job], str]:
 
 def _behind(rows: list[JobIndex]) -> list[Job]:
     """The jobs of list rows, newest first."""
-    found = queueing.active_jobs(rows)
+    found = queue.active_jobs(rows)
     return sorted((job for job in found if access.is_shown(job)), key=lambda job: job.job_id, reverse=True)
 
 
@@ -166,7 +168,7 @@ def _with_people(jobs: list[Job]) -> list[Found]:
         .objects.filter(owner_id__in={job.owner for job in jobs})
         .values_list("owner_id", "email")
     )
-    return [Found(job, people.get(job.owner, job.owner), showing.state(job)) for job in jobs]
+    return [Found(job, people.get(job.owner, job.owner), presenters.state(job)) for job in jobs]
 
 
 def _month_beside(month: str, step: int) -> str:

@@ -11,10 +11,11 @@ from django.http import HttpRequest, HttpResponseBase, JsonResponse, StreamingHt
 from django.shortcuts import render
 from django.views.decorators.http import require_http_methods, require_POST
 
-from jobs import access, inference
 from jobs.forms import GenerateForm
-from jobs.inference import GenerateRequest
-from jobs.views.doors import for_people_async, owner_of
+from jobs.inference import generation
+from jobs.inference.generation import GenerateRequest
+from jobs.store import access
+from jobs.views.decorators import for_people_async, owner_of
 from training.plan import catalog
 
 DEFAULTS: dict[str, Any] = {"temperature": 0, "top_p": 1, "max_tokens": 128}
@@ -57,10 +58,10 @@ def _beside(form: GenerateForm, base: str) -> list[str]:
 
 async def _whole(owner: str, data: dict[str, Any], model: str) -> dict[str, str]:
     try:
-        answer = await inference.complete(owner, _request(data, model))
+        answer = await generation.complete(owner, _request(data, model))
     except access.NotFound:
         return {"model": model, "error": "There is no such model, or it was deleted. Choose another one."}
-    except (inference.Busy, inference.Failed) as error:
+    except (generation.Busy, generation.Failed) as error:
         return {"model": model, "error": str(error)}
     return {"model": model, "text": answer.texts[0] if answer.texts else ""}
 
@@ -87,16 +88,16 @@ async def stream(request: HttpRequest) -> HttpResponseBase:
         ]
         return JsonResponse({"error": " ".join(errors)}, status=422)
     data = form.cleaned_data
-    tokens = inference.stream(owner_of(request), _request(data, data["model"]))
+    tokens = generation.stream(owner_of(request), _request(data, data["model"]))
     try:
         first = await anext(tokens)  # a refusal is an answer with a status, not a broken stream
     except access.NotFound:
         return JsonResponse(
             {"error": "There is no such model, or it was deleted. Choose another one."}, status=404
         )
-    except inference.Busy as busy:
+    except generation.Busy as busy:
         return JsonResponse({"error": str(busy)}, status=429, headers={"Retry-After": str(busy.retry_after)})
-    except inference.Failed as failed:
+    except generation.Failed as failed:
         return JsonResponse({"error": failed.message}, status=502)
     response = StreamingHttpResponse(_lines(first, tokens), content_type="application/x-ndjson")
     response["X-Accel-Buffering"] = "no"
@@ -108,7 +109,7 @@ async def _lines(first: dict[str, Any], tokens: AsyncIterator[dict[str, Any]]) -
         yield json.dumps(first).encode() + b"\n"
         async for line in tokens:
             yield json.dumps(line).encode() + b"\n"
-    except inference.Failed as failed:
+    except generation.Failed as failed:
         yield json.dumps({"t": "error", "message": failed.message}).encode() + b"\n"
     finally:
         await tokens.aclose()  # type: ignore[attr-defined]  # inference.stream is an async generator

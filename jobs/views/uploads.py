@@ -9,12 +9,12 @@ from django.urls import reverse
 from django.utils.html import strip_tags
 from django.views.decorators.http import require_http_methods, require_POST
 
-from jobs import parts
-from jobs.datasets import Rejected
+from jobs.datasets import multipart
+from jobs.datasets.datasets import Rejected
 from jobs.formatting import when
 from jobs.forms import whole_number
-from jobs.limits import OverQuota
-from jobs.views.doors import for_people, owner_of
+from jobs.store.quotas import OverQuota
+from jobs.views.decorators import for_people, owner_of
 
 
 def _refused(message: str) -> JsonResponse:
@@ -30,13 +30,13 @@ def begin(request: HttpRequest) -> HttpResponse:
     if size is None:
         return _refused("Choose a file to upload.")
     owner = owner_of(request)
-    if not request.POST.get("again") and (same := parts.known(owner, size, mark)):
+    if not request.POST.get("again") and (same := multipart.known(owner, size, mark)):
         address = reverse("jobs:dataset", args=[same.dataset_id])
         return JsonResponse(
             {"same": {"url": address, "name": same.name, "when": strip_tags(when(same.created_at))}}
         )
     try:
-        row = parts.begin(owner, name, size, mark)
+        row = multipart.begin(owner, name, size, mark)
     except (Rejected, OverQuota) as error:
         return _refused(str(error))
     return JsonResponse(
@@ -45,8 +45,8 @@ def begin(request: HttpRequest) -> HttpResponse:
             "links": reverse("jobs:upload_links", args=[row.upload_id]) if row.multipart else "",
             "complete": reverse("jobs:complete_upload", args=[row.upload_id]),
             "cancel": reverse("jobs:cancel_upload", args=[row.upload_id]),
-            "part_bytes": parts.PART,
-            "have": sorted(n for n, size in parts.have(row).items() if size == parts.size_of(row, n)),
+            "part_bytes": multipart.PART,
+            "have": sorted(n for n, size in multipart.have(row).items() if size == multipart.size_of(row, n)),
         },
         status=201,
     )
@@ -56,9 +56,9 @@ def begin(request: HttpRequest) -> HttpResponse:
 @require_http_methods(["PUT"])
 def part(request: HttpRequest, upload_id: str, number: int) -> HttpResponse:
     """The bytes of a part are the body."""
-    row = parts.get_for(owner_of(request), upload_id)
+    row = multipart.get_for(owner_of(request), upload_id)
     try:
-        parts.put(row, number, request, request.headers.get("X-Part-Sha256", ""))
+        multipart.put(row, number, request, request.headers.get("X-Part-Sha256", ""))
     except Rejected as error:
         return _refused(str(error))
     return JsonResponse({"part": number})
@@ -68,13 +68,15 @@ def part(request: HttpRequest, upload_id: str, number: int) -> HttpResponse:
 @require_POST
 def links(request: HttpRequest, upload_id: str) -> HttpResponse:
     """Signed links for the parts in `numbers`."""
-    row = parts.get_for(owner_of(request), upload_id)
+    row = multipart.get_for(owner_of(request), upload_id)
     sent = request.POST.get("numbers", "")
     numbers = [whole_number(number, 10**6) for number in sent.split(",")] if sent else []
     if None in numbers:
         return JsonResponse({"error": "The file has no such part."}, status=400)
     try:
-        return JsonResponse({"links": parts.links(row, [number for number in numbers if number is not None])})
+        return JsonResponse(
+            {"links": multipart.links(row, [number for number in numbers if number is not None])}
+        )
     except Rejected as error:
         return _refused(str(error))
 
@@ -82,9 +84,9 @@ def links(request: HttpRequest, upload_id: str) -> HttpResponse:
 @for_people
 @require_POST
 def complete(request: HttpRequest, upload_id: str) -> HttpResponse:
-    row = parts.get_for(owner_of(request), upload_id)
+    row = multipart.get_for(owner_of(request), upload_id)
     try:
-        dataset = parts.complete(row)
+        dataset = multipart.complete(row)
     except (Rejected, OverQuota) as error:
         return _refused(str(error))
     return JsonResponse({"url": reverse("jobs:dataset", args=[dataset.dataset_id])})
@@ -94,8 +96,8 @@ def complete(request: HttpRequest, upload_id: str) -> HttpResponse:
 @require_POST
 def cancel(request: HttpRequest, upload_id: str) -> HttpResponse:
     """The script's Stop, and the page's plain button."""
-    row = parts.get_for(owner_of(request), upload_id)
-    parts.cancel(row)
+    row = multipart.get_for(owner_of(request), upload_id)
+    multipart.cancel(row)
     if request.headers.get("Accept", "").startswith("application/json"):
         return JsonResponse({"cancelled": True})
     messages.success(request, f"The upload of {row.filename} is forgotten.")

@@ -113,7 +113,7 @@
   const hint = document.getElementById("chart-readout");
   let hintAtRest = hint ? hint.textContent : "";
   function summarise() {
-    // As jobs/story.py:summary, for the numbers that came since.
+    // As jobs/events/history.py:summary, for the numbers that came since.
     const order = [...position.keys()].sort((a, b) => a - b);
     const first = order[0], last = order.at(-1);
     const at = (step) => series.loss[position.get(step)]?.toFixed(3);

@@ -14,8 +14,9 @@ from django.test import Client
 
 from accounts import api_keys
 from accounts.models import ApiKey, User
-from jobs import tables, webhooks
-from jobs.tables import WebhookEndpoint
+from jobs.notifications import webhooks
+from jobs.store import tables
+from jobs.store.tables import WebhookEndpoint
 from tests.accounts.conftest import is_signed_in, sign_in
 from tests.factories import PASSWORD
 
@@ -25,7 +26,7 @@ FIREFOX = "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.
 @pytest.fixture
 def work(stores, alice: User):
     """A dataset and a finished job of Alice."""
-    from jobs.tables import Dataset, Job, new_id
+    from jobs.store.tables import Dataset, Job, new_id
 
     dataset = Dataset(alice.owner_id, new_id("file"), name="alices-letters.jsonl", status="ready")
     job = Job(
@@ -169,7 +170,7 @@ def test_leaving_needs_the_address_typed(alice: User, page: Client, stores):
 
 
 def test_leaving_removes_the_person_and_all_their_work(alice: User, page: Client, work):
-    from jobs import access, errands
+    from jobs.store import access, outbox
 
     api_keys.create(alice, "nightly", ["read"])
     other_device = Client()
@@ -177,19 +178,20 @@ def test_leaving_removes_the_person_and_all_their_work(alice: User, page: Client
     sign_in(page, alice)
     reauthenticate(page, "/account/delete/")
     page.post("/account/delete/", {"email": alice.email})
-    errands.run("leave", alice.owner_id, alice.owner_id, "")  # what the worker does when the bell rings
+    outbox.run("leave", alice.owner_id, alice.owner_id, "")  # what the worker does when the bell rings
     assert not User.objects.filter(pk=alice.pk).exists()
     assert not ApiKey.objects.filter(name="nightly").exists()
     assert not is_signed_in(page)
     assert not is_signed_in(other_device)
     assert not list(access.list_jobs(alice.owner_id))
     assert not list(access.list_datasets(alice.owner_id))
-    assert not [row for row in errands.waiting() if row.job_id == f"leave#{alice.owner_id}"]
+    assert not [row for row in outbox.waiting() if row.job_id == f"leave#{alice.owner_id}"]
 
 
 def test_an_account_with_a_running_job_is_emptied_once_it_stops(alice: User, stores):
-    from jobs import access, people
-    from jobs.tables import Job, new_id
+    from jobs import personal_data
+    from jobs.store import access
+    from jobs.store.tables import Job, new_id
 
     job = Job(
         alice.owner_id,
@@ -201,12 +203,12 @@ def test_an_account_with_a_running_job_is_emptied_once_it_stops(alice: User, sto
         created_at=time.time(),
     )
     job.save()
-    people.begin_to_leave(owner=alice.owner_id)
-    assert not people.leave(alice.owner_id, alice.owner_id)
+    personal_data.begin_to_leave(owner=alice.owner_id)
+    assert not personal_data.leave(alice.owner_id, alice.owner_id)
     running = access.get_job_for(alice.owner_id, job.job_id)
     assert running.desired == "cancel"
     running.update([Job.status.set("cancelled")])
-    assert people.leave(alice.owner_id, alice.owner_id)
+    assert personal_data.leave(alice.owner_id, alice.owner_id)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ import pytest
 import redis
 from django.conf import settings
 
-from jobs import bells, generation_queue
+from jobs.inference import generation_queue
+from jobs.store import redis_client
 from tests.api.conftest import Person
 
 pytestmark = pytest.mark.slow
@@ -87,7 +88,7 @@ async def until(holds: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def waiting(person: Person) -> int:
-    return int(bells.client().zcard(generation_queue.line_of(person.owner)))
+    return int(redis_client.client().zcard(generation_queue.line_of(person.owner)))
 
 
 async def test_fifty_chats_at_once_from_one_key_are_all_answered_in_order(
@@ -142,7 +143,7 @@ async def test_who_leaves_frees_the_place_and_who_comes_too_late_is_told_when_to
                 client.chat.completions.create(model="starter", messages=ASK, max_tokens=2)
             )
 
-        bells.client().set("generation:seconds", "1.0")
+        redis_client.client().set("generation:seconds", "1.0")
         asked = [ask() for _ in range(generation_queue.MAX_WAITING_OF_ONE)]
         await until(lambda: waiting(alice) == len(asked))
         with pytest.raises(openai.RateLimitError) as refusal:

@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 from django.test import Client
 
-from jobs import access, datasets, limits, storage, tables
-from jobs.tables import Upload
+from jobs.datasets import datasets
+from jobs.store import access, blobs, quotas, tables
+from jobs.store.tables import Upload
 from llmtuner import bounded
 from tests.api.conftest import Person, make_person
 from tests.jobs.makers import make_owner
@@ -120,7 +121,7 @@ def test_a_name_is_a_label_and_never_a_path(door: Door, name: str) -> None:
     assert status == 200, told
     dataset = access.get_dataset_for(door.dora.owner, told["id"])
     assert dataset.key == f"datasets/{door.dora.owner}/{told['id']}/data"
-    assert storage.open_file(dataset.key).read() == GOOD
+    assert blobs.open_file(dataset.key).read() == GOOD
     assert not set(dataset.name) & set("/\\\r\n\0\u202e")
     assert len(dataset.name) <= 200
 
@@ -200,7 +201,7 @@ def test_a_form_of_unknown_length_is_read(door: Door, rows: int) -> None:
         in_chunks(form(part('name="file"; filename="a.jsonl"', content))), headers=CHUNKED
     )
     assert status == 200, told
-    assert storage.open_file(access.get_dataset_for(door.dora.owner, told["id"]).key).read() == content
+    assert blobs.open_file(access.get_dataset_for(door.dora.owner, told["id"]).key).read() == content
 
 
 def test_a_part_of_unknown_length_is_read_and_bounded(door: Door) -> None:
@@ -240,7 +241,7 @@ def test_the_limit_is_exact_to_the_byte(stores: None, settings: Any, size: int, 
     try:
         datasets.receive(owner, "a.jsonl", io.BytesIO(b"x" * size))
     except datasets.Rejected:
-        assert not storage.list_keys(f"datasets/{owner}/")
+        assert not blobs.list_keys(f"datasets/{owner}/")
     assert len(access.list_datasets(owner)) == int(fits)
 
 
@@ -257,7 +258,7 @@ def test_thousands_of_files_end_at_the_quota(stores: None, settings: Any) -> Non
     owner = make_owner()
     for number in range(3):
         datasets.receive(owner, f"{number}.jsonl", io.BytesIO(GOOD))
-    with pytest.raises(limits.OverQuota):
+    with pytest.raises(quotas.OverQuota):
         datasets.receive(owner, "4.jsonl", io.BytesIO(GOOD))
     assert len(access.list_datasets(owner)) == 3
 

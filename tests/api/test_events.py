@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from django.test import AsyncClient, Client
 
-from jobs import tables
 from jobs.api import events
-from jobs.feed import Event
-from jobs.listener import KINDS
+from jobs.events.event_log import Event
+from jobs.store import tables
+from jobs.worker.trainer_output import KINDS
 from tests.api.conftest import Person
 from training.plan.events import PHASES
 

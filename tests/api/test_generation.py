@@ -9,11 +9,12 @@ from typing import Any
 
 import openai
 import pytest
-from training.tokenizer import Tokenizer
+from training.text.tokenizer import Tokenizer
 
-from jobs import storage, tables, tuned_models
 from jobs.api import parameters, schemas
-from jobs.tables import TunedModel
+from jobs.registry import tuned_models
+from jobs.store import blobs, tables
+from jobs.store.tables import TunedModel
 from tests.api.conftest import Person
 from tests.services import ROOT
 
@@ -265,7 +266,7 @@ def make_model(person: Person, name: str, *, truncate: str = "") -> str:
     for path in sorted(STARTER.iterdir()):
         content = path.read_bytes()
         stored = content[: len(content) // 2] if path.name == truncate else content
-        storage.put_file(f"{model.prefix}/{path.name}", [stored])
+        blobs.put_file(f"{model.prefix}/{path.name}", [stored])
         entry = {
             "name": path.name,
             "bytes": len(content),

@@ -334,7 +334,7 @@ def test_models_are_listed_and_described(client: openai.OpenAI, model: str):
 def test_a_model_answers_to_the_name_it_had_at_openai(
     web: Any, people: Any, client: openai.OpenAI, model: str
 ):
-    from jobs import tuned_models
+    from jobs.registry import tuned_models
 
     old = "ft:gpt-4o-mini-2024-07-18:acme::9abcDEFg"
     tuned_models.set_aliases(people["alice"].owner, model, [old])

@@ -370,8 +370,8 @@ def test_the_docs_page_needs_no_network_and_no_script(web: Any):
 
 
 def test_our_webhooks_are_ones_that_the_client_unwraps():
-    from jobs import webhooks
-    from jobs.tables import Job, WebhookDelivery
+    from jobs.notifications import webhooks
+    from jobs.store.tables import Job, WebhookDelivery
 
     job = Job("user-A", "ftjob-01HZZZZZZZZZZZZZZZZZZZZZZZ", status="succeeded", ended_at=time.time())
     secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"

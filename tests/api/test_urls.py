@@ -175,7 +175,7 @@ def test_a_cursor_of_somebody_else_is_unknown(
 
 def test_a_list_goes_on_after_a_file_that_was_just_deleted(stores: None, people: dict[str, Person]):
     """As `for file in client.files.list(): client.files.delete(file.id)` does."""
-    from jobs import access, tables
+    from jobs.store import access, tables
 
     bob = people["bob"]
     for row in access.list_datasets(bob.owner, 1000):
@@ -216,8 +216,8 @@ def listed(person: Person, path: str) -> list[str]:
 @pytest.fixture
 def many(stores: None, people: dict[str, Person]) -> Iterator[list[str]]:
     """5,100 jobs, of which the first and the last are of team blue and have succeeded."""
-    from jobs import tables
-    from jobs.tables import Job
+    from jobs.store import tables
+    from jobs.store.tables import Job
 
     bob = people["bob"]
     for row in tables.rows(Job, bob.owner):
@@ -239,7 +239,7 @@ def many(stores: None, people: dict[str, Person]) -> Iterator[list[str]]:
 def test_no_match_is_lost_behind_thousands_of_others(
     many: list[str], people: dict[str, Person], monkeypatch: pytest.MonkeyPatch
 ):
-    from jobs import access, tables
+    from jobs.store import access, tables
 
     bob, blue = people["bob"], [many[-1], many[0]]
     assert listed(bob, "fine_tuning/jobs?limit=100&metadata[team]=blue") == blue

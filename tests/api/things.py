@@ -11,7 +11,7 @@ CANARY = "canary-of-alice"
 
 def clear(owner: str) -> None:
     """What there may only be a few of at a time."""
-    from jobs import tables
+    from jobs.store import tables
 
     for table, name in ((tables.Upload, "upload_id"), (tables.WebhookEndpoint, "endpoint_id")):
         for row in list(tables.rows(table, owner)):
@@ -20,12 +20,12 @@ def clear(owner: str) -> None:
 
 def put_things(alice: Person) -> dict[str, str]:
     """One of everything, straight into the stores; names carry the canary."""
-    from jobs import storage, tables
+    from jobs.store import blobs, tables
 
     owner = alice.owner
     clear(owner)
     file_id, job_id = tables.new_id("file"), tables.new_id("ftjob")
-    key = storage.put_file(f"datasets/{owner}/{file_id}/data", [rows()]).key
+    key = blobs.put_file(f"datasets/{owner}/{file_id}/data", [rows()]).key
     tables.Dataset(
         owner, file_id, name=CANARY, status="ready", key=key, bytes=len(rows()), sha256="0" * 64
     ).save()
@@ -65,7 +65,7 @@ def plain(row: Any) -> dict[str, Any]:
 
 def everything_of(alice: Person, ids: dict[str, str]) -> dict[str, Any]:
     """All that is stored for Alice, to compare before and after."""
-    from jobs import storage, tables
+    from jobs.store import blobs, tables
 
     found: dict[str, Any] = {}
     for table in (
@@ -78,7 +78,7 @@ def everything_of(alice: Person, ids: dict[str, str]) -> dict[str, Any]:
     ):
         found[table.__name__] = [plain(row) for row in tables.rows(table, alice.owner)]
     found["events"] = [plain(row) for row in tables.rows(tables.EventChunk, ids["job_id"])]
-    found["objects"] = sorted(storage.list_keys(f"datasets/{alice.owner}/"))
+    found["objects"] = sorted(blobs.list_keys(f"datasets/{alice.owner}/"))
     keys = alice.user.api_keys.order_by("pk")
     found["keys"] = list(keys.values_list("pk", "name", "digest", "scopes", "expires_at", "revoked_at"))
     user = type(alice.user).objects.filter(pk=alice.user.pk)

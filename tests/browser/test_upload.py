@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from jobs import access, parts, storage
+from jobs.datasets import multipart
+from jobs.store import access, blobs
 
 pytestmark = pytest.mark.browser
 LINE = b'{"prompt": "colour of: lemon", "completion": "yellow"}\n'
@@ -17,7 +18,7 @@ LINE = b'{"prompt": "colour of: lemon", "completion": "yellow"}\n'
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four parts, of which a sample makes the mark."""
     path = tmp_path_factory.mktemp("large") / "large.jsonl"
-    path.write_bytes(LINE * ((4 * parts.PART + 9_000_000) // len(LINE)))
+    path.write_bytes(LINE * ((4 * multipart.PART + 9_000_000) // len(LINE)))
     return path
 
 
@@ -31,7 +32,7 @@ def test_a_large_file_goes_up_in_parts(page: Any, owner: str, large: Path) -> No
     page.set_input_files("input[type=file]", large)
     page.wait_for_url("**/datasets/file-*/")
     dataset = only_dataset(owner)
-    with large.open("rb") as file, storage.open_file(dataset.key) as stored:
+    with large.open("rb") as file, blobs.open_file(dataset.key) as stored:
         assert stored.read() == file.read()
 
 
@@ -77,7 +78,7 @@ def test_stop_keeps_nothing(page: Any, owner: str, large: Path, complaints: list
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("Stopped. Nothing was kept.").wait_for()
     page.wait_for_timeout(300)
-    assert not parts.open_of(owner)
+    assert not multipart.open_of(owner)
     assert not len(access.list_datasets(owner))
     complaints.clear()
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from jobs import storage, tables
-from jobs.tables import TunedModel
+from jobs.store import blobs, tables
+from jobs.store.tables import TunedModel
 from tests.journeys.conftest import browser_of, make_person
 from tests.journeys.makers import make_job, metric
 
@@ -74,7 +74,7 @@ def test_300_open_streams_hold_no_thread_and_no_sql_connection(web: Any, transac
 
 def test_downloading_a_gigabyte_adds_at_most_32_mb(web: Any, transactional_db: None) -> None:
     user, prefix = make_person("downloader"), "models/gigabyte"
-    path = storage.local_path(f"{prefix}/model.safetensors")
+    path = blobs.local_path(f"{prefix}/model.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.truncate(GIGABYTE)  # a file of zeros that takes no room

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from unittest.mock import patch
 
-from jobs import endings, lifecycle, queueing, tables
-from jobs.lifecycle import Claim, LostRace, Refused
-from jobs.tables import Job
+from jobs.lifecycle import finalize, transitions
+from jobs.lifecycle.transitions import Claim, LostRace, Refused
+from jobs.store import queue, tables
+from jobs.store.tables import Job
 from tests.faults.replies import WORKER, held, now, pointer, queued, request_of
 
 
@@ -26,13 +27,13 @@ def waiting() -> tuple[Job, Claim | None]:
 
 def paused() -> tuple[Job, Claim | None]:
     job = queued()
-    return lifecycle.ask(job.owner, job.job_id, "pause"), None
+    return transitions.ask(job.owner, job.job_id, "pause"), None
 
 
 def paused_on_the_way() -> tuple[Job, Claim | None]:
     mine = held()
     mine.move_pointer(pointer(mine, 10))
-    lifecycle.ask(mine.owner, mine.job_id, "pause")
+    transitions.ask(mine.owner, mine.job_id, "pause")
     mine.heartbeat({})
     mine.finish("paused")
     return mine.job, mine
@@ -58,7 +59,7 @@ def cancel(state: str, rng: random.Random) -> list[str]:
     before, mine = STATES[state]()
     seen = now(before)
     wrong = []
-    if lifecycle.ask(seen.owner, seen.job_id, "cancel").status != "cancelled":
+    if transitions.ask(seen.owner, seen.job_id, "cancel").status != "cancelled":
         wrong.append("it was not cancelled at once")
     end = now(seen).to_simple_dict()
     late = late_moves(seen, mine)
@@ -76,17 +77,17 @@ def late_moves(seen: Job, mine: Claim | None) -> list[Callable[[], object]]:
     """Of people, workers, the reconciler and a holder of before; all by the sight of it before it ended."""
     owner, job_id = seen.owner, seen.job_id
     moves: list[Callable[[], object]] = [
-        lambda: lifecycle.ask(owner, job_id, "run"),
-        lambda: lifecycle.ask(owner, job_id, "pause"),
-        lambda: lifecycle.ask(owner, job_id, "cancel"),
-        lambda: lifecycle.edit(owner, job_id, request_of(owner)),
-        lambda: lifecycle.prioritise(owner, job_id, 5),
-        lambda: lifecycle.claim(seen, WORKER),
-        lambda: lifecycle.settle(seen),
-        lambda: lifecycle.requeue(seen),
-        lambda: lifecycle.validate(seen) if seen.status == "validating" else None,
-        lambda: lifecycle.lose_lease(seen),
-        lambda: endings.make_void(owner, job_id),
+        lambda: transitions.ask(owner, job_id, "run"),
+        lambda: transitions.ask(owner, job_id, "pause"),
+        lambda: transitions.ask(owner, job_id, "cancel"),
+        lambda: transitions.edit(owner, job_id, request_of(owner)),
+        lambda: transitions.prioritise(owner, job_id, 5),
+        lambda: transitions.claim(seen, WORKER),
+        lambda: transitions.settle(seen),
+        lambda: transitions.requeue(seen),
+        lambda: transitions.validate(seen) if seen.status == "validating" else None,
+        lambda: transitions.lose_lease(seen),
+        lambda: finalize.make_void(owner, job_id),
     ]
     if mine:
         files = [{"name": "x", "bytes": 1, "sha256": "0"}]
@@ -107,24 +108,24 @@ def turns_until_the_other(slots: int, count: int = 100) -> int:
     """One person has queued `count` jobs and all `slots` run some; another queues one. How many of the first one's jobs
     start before it, as slots become free?"""
     owner, other = tables.new_id("user"), tables.new_id("user")
-    real = queueing.index_rows
+    real = queue.index_rows
     theirs = lambda: [row for row in real() if row.owner in (owner, other)]  # noqa: E731  nobody else's jobs matter
-    with patch.object(queueing, "index_rows", theirs):
+    with patch.object(queue, "index_rows", theirs):
         return _turns(owner, other, slots, count)
 
 
 def _turns(owner: str, other: str, slots: int, count: int) -> int:
     request = request_of(owner)
     for _ in range(count):
-        lifecycle.submit(owner, request)
-    running = [lifecycle.claim_next(WORKER) for _ in range(slots)]
-    one = lifecycle.submit(other, request_of(other))
+        transitions.submit(owner, request)
+    running = [transitions.claim_next(WORKER) for _ in range(slots)]
+    one = transitions.submit(other, request_of(other))
     before = 0
     while True:
         done = running.pop(0)
         assert done
         done.finish("failed")
-        following = lifecycle.claim_next(WORKER)
+        following = transitions.claim_next(WORKER)
         assert following
         running.append(following)
         if following.job_id == one.job_id:
@@ -135,7 +136,7 @@ def _turns(owner: str, other: str, slots: int, count: int) -> int:
         claim.finish("failed")
     for job in tables.rows(Job, owner):
         if not job.ended:
-            lifecycle.ask(owner, job.job_id, "cancel")
+            transitions.ask(owner, job.job_id, "cancel")
     for job in [*tables.rows(Job, owner), *tables.rows(Job, other)]:
-        endings.after_end(job.owner, job.job_id)
+        finalize.after_end(job.owner, job.job_id)
     return before

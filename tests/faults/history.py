@@ -42,7 +42,7 @@ class Recorder:
             kept.clear()
 
     def _watch(self) -> None:
-        from jobs import tables
+        from jobs.store import tables
 
         while not self._stop.wait(0.1):
             for owner, job_id in list(self.jobs):
@@ -114,10 +114,10 @@ def digest(job: Any) -> list[tuple[str, str]]:
 
 def violations(job: Any, reference: Any | None = None, *, steps: int | None = None) -> list[str]:
     """Everything that is wrong with a job that should have ended. `reference`: the same job without faults."""
-    from jobs import feed
+    from jobs.events import event_log
 
     found = _chunks(job)
-    events = feed.read(job.owner, job.job_id)
+    events = event_log.read(job.owner, job.job_id)
     if [event.seq for event in events] != list(range(1, len(events) + 1)):
         found.append("events are not numbered 1 … N")
     if not job.ended:
@@ -136,13 +136,13 @@ def violations(job: Any, reference: Any | None = None, *, steps: int | None = No
         if reference is not None:
             if digest(job) != digest(reference):
                 found.append("the weights are not those of the run without faults")
-            if told != curve(feed.read(reference.owner, reference.job_id)):
+            if told != curve(event_log.read(reference.owner, reference.job_id)):
                 found.append("the losses are not those of the run without faults")
     return found
 
 
 def _chunks(job: Any) -> list[str]:
-    from jobs import tables
+    from jobs.store import tables
 
     found, expected, epoch = [], 1, 0
     holders: dict[int, str] = {}
@@ -174,7 +174,7 @@ def _contradictions(events: Iterable[Any]) -> list[str]:
 
 
 def _model(job: Any) -> list[str]:
-    from jobs import storage, tables
+    from jobs.store import blobs, tables
 
     until = time.monotonic() + 30  # what follows from an end is made by whoever comes first
     model = None
@@ -187,8 +187,8 @@ def _model(job: Any) -> list[str]:
         return ["the model names other files than the end"]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            storage.fetch_folder(model.prefix, model.files, Path(folder))
-    except storage.StorageError as error:
+            blobs.fetch_folder(model.prefix, model.files, Path(folder))
+    except blobs.StorageError as error:
         return [f"the model's bytes: {error}"]
     return []
 

@@ -107,7 +107,7 @@ def dataset_text(rows: int = 120) -> bytes:
 
 def ready_dataset(owner: str = OWNER) -> str:
     """A dataset that is ready, put there without a checks worker."""
-    from jobs import datasets
+    from jobs.datasets import datasets
 
     dataset = datasets.receive(owner, "sums.jsonl", iter([dataset_text()]))
     datasets.finish_check(owner, dataset.dataset_id, "ready", summary={"examples": 120})
@@ -208,7 +208,7 @@ def open_house() -> House:
     folder = Path(os.environ["LLMTUNER_TEST_DIR"])
     dynamodb = services.dynamodb(folder, int(os.environ["DYNAMODB_PORT"]), on_disk=True).start()
     redis = services.redis(folder, int(os.environ["REDIS_PORT"])).start()
-    from jobs.tables import create_tables
+    from jobs.store.tables import create_tables
 
     create_tables()
     make_tiny_base()
@@ -226,8 +226,9 @@ def open_house() -> House:
 
 
 def submit(dataset_id: str, owner: str = OWNER, **settings: Any) -> str:
-    from jobs import bases, lifecycle
-    from jobs.tables import DatasetReport, HubModel
+    from jobs.lifecycle import transitions
+    from jobs.registry import base_models
+    from jobs.store.tables import DatasetReport, HubModel
     from training.plan import catalog
 
     tiny = catalog.describe(hub_folder() / "snapshots" / REVISION, id=TINY)
@@ -235,14 +236,14 @@ def submit(dataset_id: str, owner: str = OWNER, **settings: Any) -> str:
     HubModel(
         owner, TINY, facts=facts
     ).save()  # as if it had been checked, and the data read with its tokenizer
-    DatasetReport(dataset_id, bases.reads_as(facts), owner=owner, facts=facts, status="ready").save()
-    request = lifecycle.JobRequest(base=TINY, dataset_id=dataset_id, settings=SETTINGS | settings)
-    return str(lifecycle.submit(owner, request).job_id)
+    DatasetReport(dataset_id, base_models.reads_as(facts), owner=owner, facts=facts, status="ready").save()
+    request = transitions.JobRequest(base=TINY, dataset_id=dataset_id, settings=SETTINGS | settings)
+    return str(transitions.submit(owner, request).job_id)
 
 
 def job_of(job_id: str, owner: str = OWNER) -> Any:
     """The row now; waits while the store is away."""
-    from jobs import access
+    from jobs.store import access
 
     while True:
         try:

@@ -33,26 +33,26 @@ def leases_end_by_the_wall_clock() -> None:
     """A lease says until when it holds, and each worker compares that with its own clock."""
     from django.conf import settings
 
-    from jobs import lifecycle
-    from jobs.reconciler import Reconciler
+    from jobs.lifecycle import transitions
+    from jobs.worker.reconciler import Reconciler
 
     real = Reconciler._job
 
     def job(self: Reconciler, job: Any) -> None:
         if job.status == "running" and time.time() > float(job.lease):
-            lifecycle.lose_lease(job)
+            transitions.lose_lease(job)
         else:
             real(self, job)
 
-    lifecycle._new_lease = lambda: str(time.time() + settings.JOBS["lease_s"])
+    transitions._new_lease = lambda: str(time.time() + settings.JOBS["lease_s"])
     Reconciler._job = job  # type: ignore[method-assign]
 
 
 def pointer_before_upload() -> None:
     """The pointer moves when a checkpoint is written, its bytes follow."""
-    from jobs import uploads
+    from jobs.worker import artifacts
 
-    real = uploads.put_checkpoint
+    real = artifacts.put_checkpoint
 
     def put(checkpoint: dict[str, Any], prefix: str) -> dict[str, Any]:
         import threading
@@ -61,40 +61,40 @@ def pointer_before_upload() -> None:
         name = os.path.basename(checkpoint["path"])
         key = f"{prefix}checkpoints/{name}"
         epoch = int(prefix.rstrip("/").rpartition("/e")[2])
-        return uploads.entry(checkpoint | {"key": key, "epoch": epoch}) | {"after": checkpoint["after"]}
+        return artifacts.entry(checkpoint | {"key": key, "epoch": epoch}) | {"after": checkpoint["after"]}
 
-    uploads.put_checkpoint = put
+    artifacts.put_checkpoint = put
 
 
 def random_states_left_out() -> None:
     """A resumed trainer goes on with other random numbers."""
     import subprocess
 
-    from jobs import trainer_process
+    from jobs.store import child_process
 
     def popen(argv: list[str], **options: Any) -> Any:
         return subprocess.Popen(
             ["tests.faults.planted_trainer" if a == "training" else a for a in argv], **options
         )
 
-    trainer_process.subprocess = SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, run=subprocess.run)  # type: ignore[assignment]
+    child_process.subprocess = SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, run=subprocess.run)  # type: ignore[assignment]
 
 
 def heartbeats_stop_on_sigterm() -> None:
-    from jobs import worker
-    from jobs.writer import Writer
+    from jobs.worker import worker_process
+    from jobs.worker.attempt_writer import Writer
 
     real = Writer.write
-    Writer.write = lambda self: not worker.STOP.is_set() and real(self)  # type: ignore[method-assign]
+    Writer.write = lambda self: not worker_process.STOP.is_set() and real(self)  # type: ignore[method-assign]
 
 
 def no_lease_before_the_first_heartbeat() -> None:
     """A claim sets no lease, and what has none is left alone."""
-    from jobs import lifecycle
-    from jobs.reconciler import Reconciler
-    from jobs.tables import Job
+    from jobs.lifecycle import transitions
+    from jobs.store.tables import Job
+    from jobs.worker.reconciler import Reconciler
 
-    claim, look = lifecycle.claim, Reconciler._job
+    claim, look = transitions.claim, Reconciler._job
 
     def claim_only(job: Any, worker: Any) -> Any:
         claimed = claim(job, worker)
@@ -102,14 +102,14 @@ def no_lease_before_the_first_heartbeat() -> None:
             claimed.job.update(actions=[Job.lease.remove()])
         return claimed
 
-    lifecycle.claim = claim_only
+    transitions.claim = claim_only
     Reconciler._job = lambda self, job: None if job.status == "running" and not job.lease else look(self, job)  # type: ignore[method-assign]
 
 
 def rows_written_in_batches() -> None:
     """A heartbeat puts the whole row as its holder last knew it, by `batch_write`, which knows no conditions."""
-    from jobs.lifecycle import Claim
-    from jobs.tables import Job
+    from jobs.lifecycle.transitions import Claim
+    from jobs.store.tables import Job
 
     real = Claim.heartbeat
 
@@ -127,18 +127,19 @@ def rows_written_in_batches() -> None:
 
 def bells_are_believed() -> None:
     """A bell that comes again (as Celery's late acknowledgement lets it) starts a job that already runs."""
-    from jobs import lifecycle, queueing
-    from jobs.tables import Job
+    from jobs.lifecycle import transitions
+    from jobs.store import queue
+    from jobs.store.tables import Job
 
-    claim = lifecycle.claim
+    claim = transitions.claim
 
     def claim_any(job: Any, worker: Any) -> Any:
         job.status = "queued"
         return claim(job, worker)
 
-    queueing.in_order = lambda jobs, served=None: [job for job in jobs if job.status in ("queued", "running")]
-    lifecycle._as_seen = lambda job: Job.version == job.version
-    lifecycle.claim = claim_any
+    queue.in_order = lambda jobs, served=None: [job for job in jobs if job.status in ("queued", "running")]
+    transitions._as_seen = lambda job: Job.version == job.version
+    transitions.claim = claim_any
 
 
 # ---- in the web process ----------------------------------------------------------------------------------------------
@@ -146,26 +147,26 @@ def bells_are_believed() -> None:
 
 def streams_share_what_they_hear() -> None:
     """All open streams of the process take from one place."""
-    from jobs import feed
+    from jobs.events import event_log
 
     shared: set[Any] = set()
-    real = feed._Tailer.__init__
+    real = event_log._Tailer.__init__
 
     def begin(self: Any, *arguments: Any, **options: Any) -> None:
         real(self, *arguments, **options)
         self.watchers = shared
 
-    feed._Tailer.__init__ = begin  # type: ignore[method-assign]
+    event_log._Tailer.__init__ = begin  # type: ignore[method-assign]
 
 
 def whoever_is_signed_in_may_look() -> None:
     """Authorization is asked for, ownership isn't."""
-    from jobs import access, queueing, tables
+    from jobs.store import access, queue, tables
 
     real = access.get_job_for
 
     def get_job_for(owner: str, job_id: str) -> Any:
-        found = [row.owner for row in queueing.index_rows() if row.job_id == job_id]
+        found = [row.owner for row in queue.index_rows() if row.job_id == job_id]
         return real(found[0] if found else owner, job_id)
 
     access.get_job_for = get_job_for

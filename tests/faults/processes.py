@@ -133,7 +133,7 @@ def worker_frozen(stage: Stage, rounds: int = 1) -> Measured:
 
 def _of_epoch_1(job_id: str) -> list[object]:
     """What the first holder has written."""
-    from jobs.tables import EventChunk, rows
+    from jobs.store.tables import EventChunk, rows
 
     job = h.job_of(job_id)
     return [

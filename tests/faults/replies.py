@@ -19,9 +19,11 @@ from botocore.httpsession import URLLib3Session
 from botocore.retries import standard
 from pynamodb.exceptions import PynamoDBException
 
-from jobs import endings, feed, lifecycle, queueing, tables
-from jobs.lifecycle import Claim, JobRequest
-from jobs.tables import (
+from jobs.events import event_log
+from jobs.lifecycle import finalize, transitions
+from jobs.lifecycle.transitions import Claim, JobRequest
+from jobs.store import queue, tables
+from jobs.store.tables import (
     Dataset,
     EventChunk,
     Job,
@@ -33,7 +35,7 @@ from jobs.tables import (
 )
 
 WRITES = (b"PutItem", b"UpdateItem", b"DeleteItem")
-WORKER = queueing.WorkerInfo(name="host/1", process="process-1")
+WORKER = queue.WorkerInfo(name="host/1", process="process-1")
 Answer = TypeVar("Answer")
 Kind = Callable[[random.Random], list[str]]
 
@@ -119,11 +121,11 @@ def request_of(owner: str, status: str = "ready") -> JobRequest:
 
 def queued(status: str = "ready") -> Job:
     owner = tables.new_id("user")
-    return lifecycle.submit(owner, request_of(owner, status))
+    return transitions.submit(owner, request_of(owner, status))
 
 
 def held() -> Claim:
-    claim = lifecycle.claim(now(queued()), WORKER)
+    claim = transitions.claim(now(queued()), WORKER)
     assert claim
     return claim
 
@@ -146,10 +148,10 @@ def submit(rng: random.Random) -> list[str]:
     """Five writes: the key, two list rows, the quota, the job. One job comes of it, counted once."""
     owner, wrong = tables.new_id("user"), list[str]()
     request = request_of(owner)
-    job = lose(some(rng, 5), lambda: lifecycle.submit(owner, request, idempotency_key="key"), wrong)
+    job = lose(some(rng, 5), lambda: transitions.submit(owner, request, idempotency_key="key"), wrong)
     found = list(tables.rows(Job, owner))
     usage = tables.get(Usage, owner, "jobs")
-    listed = [row.job_id for row in queueing.index_rows() if row.owner == owner]
+    listed = [row.job_id for row in queue.index_rows() if row.owner == owner]
     if job is None or [row.job_id for row in found] != [job.job_id] or listed != [job.job_id]:
         return [*wrong, f"{len(found)} jobs, {len(listed)} in the list"]
     if usage is None or set(usage.ids or ()) != {job.job_id}:
@@ -159,7 +161,7 @@ def submit(rng: random.Random) -> list[str]:
 
 def claim(rng: random.Random) -> list[str]:
     wrong, job = list[str](), queued()
-    mine = lose(some(rng), lambda: lifecycle.claim(now(job), WORKER), wrong)
+    mine = lose(some(rng), lambda: transitions.claim(now(job), WORKER), wrong)
     row = now(job)
     holder = mine.holder if mine else "the one who claimed it"
     return expect(wrong, row, status="running", epoch=1, holder=holder, version=1, attempts=0)
@@ -172,14 +174,14 @@ def heartbeat(rng: random.Random) -> list[str]:
     for first in (1, 3):
         lines = (f'{{"t": "log", "n": {first}}}', f'{{"t": "log", "n": {first + 1}}}')
         said += [first, first + 1]
-        batch = feed.Batch(first, lines)
+        batch = event_log.Batch(first, lines)
 
-        def send(batch: feed.Batch = batch) -> None:
-            feed.append(mine, batch)
+        def send(batch: event_log.Batch = batch) -> None:
+            event_log.append(mine, batch)
             mine.heartbeat({"step": batch.last_seq}, None, batch.first_seq, batch.last_seq)
 
         lose(some(rng, 2), send, wrong)
-    events = feed.read(mine.owner, mine.job_id)
+    events = event_log.read(mine.owner, mine.job_id)
     if [event.data.get("n") for event in events] != said or [event.seq for event in events] != said:
         wrong.append(f"events {[(event.seq, event.data.get('n')) for event in events]}")
     if len(list(tables.rows(EventChunk, mine.job_id))) != 2:
@@ -204,7 +206,7 @@ def finish(rng: random.Random) -> list[str]:
     tables.put_new(WebhookEndpoint(mine.owner, tables.new_id("hook"), url="https://example.com", secret="x"))
     how = rng.choice(["succeeded", "failed", "cancelled", "paused"])
     if how in ("cancelled", "paused"):
-        lifecycle.ask(mine.owner, mine.job_id, "cancel" if how == "cancelled" else "pause")
+        transitions.ask(mine.owner, mine.job_id, "cancel" if how == "cancelled" else "pause")
         mine.heartbeat({})
     version = now(mine.job).version
     files = [{"name": "config.json", "bytes": 2, "sha256": "0" * 64}]
@@ -214,8 +216,8 @@ def finish(rng: random.Random) -> list[str]:
     wrong = expect(wrong, row, status=how, epoch=1, attempts=0, version=version + 1, lease=None)
     if how == "paused":
         return wrong
-    lose(some(rng, 3), lambda: endings.after_end(row.owner, row.job_id), wrong)
-    again(lambda: endings.after_end(row.owner, row.job_id))
+    lose(some(rng, 3), lambda: finalize.after_end(row.owner, row.job_id), wrong)
+    again(lambda: finalize.after_end(row.owner, row.job_id))
     models = [model.model_id for model in tables.rows(TunedModel, row.owner)]
     if models != ([row.model_id] if how == "succeeded" else []):
         wrong.append(f"{how}, and {len(models)} models")
@@ -225,7 +227,7 @@ def finish(rng: random.Random) -> list[str]:
     usage = tables.get(Usage, row.owner, "jobs")
     if usage and usage.ids:
         wrong.append("the quota still counts it")
-    if tables.get(JobIndex, queueing.shard(row.job_id), row.job_id):
+    if tables.get(JobIndex, queue.shard(row.job_id), row.job_id):
         wrong.append("it is still in the list")
     return wrong
 
@@ -245,9 +247,9 @@ def ask(rng: random.Random) -> list[str]:
     job = held().job if held_now else queued()
     wish = rng.choice(["cancel", "pause", "run"])
     if wish == "run":
-        lifecycle.ask(job.owner, job.job_id, "pause")
+        transitions.ask(job.owner, job.job_id, "pause")
     version = now(job).version
-    lose(some(rng), lambda: lifecycle.ask(job.owner, job.job_id, wish), wrong)  # type: ignore[arg-type]
+    lose(some(rng), lambda: transitions.ask(job.owner, job.job_id, wish), wrong)  # type: ignore[arg-type]
     status = "running" if held_now else {"cancel": "cancelled", "pause": "paused", "run": "queued"}[wish]
     wrong = expect(wrong, now(job), status=status, desired=wish, attempts=0)
     if held_now or wish == "run":
@@ -262,7 +264,7 @@ def trainer_died(rng: random.Random) -> list[str]:
     wrong, mine = list[str](), held()
     lose(some(rng), lambda: mine.trainer_died("killed"), wrong)
     wrong = expect(wrong, now(mine.job), status="retrying", attempts=1, attempts_without_progress=1)
-    lose(some(rng), lambda: lifecycle.requeue(now(mine.job)), wrong)
+    lose(some(rng), lambda: transitions.requeue(now(mine.job)), wrong)
     return expect(wrong, now(mine.job), status="queued", attempts=1, epoch=1)
 
 
@@ -270,7 +272,7 @@ def lease_lost(rng: random.Random) -> list[str]:
     """The reconciler's move, which charges once whatever it hears."""
     wrong, mine = list[str](), held()
     seen = now(mine.job)
-    lose(some(rng), lambda: lifecycle.lose_lease(seen), wrong)
+    lose(some(rng), lambda: transitions.lose_lease(seen), wrong)
     return expect(wrong, now(mine.job), status="retrying", attempts=1, epoch=1, lease=None)
 
 
@@ -279,18 +281,18 @@ def zombie(rng: random.Random) -> list[str]:
     is accepted."""
     old = held()
     old.heartbeat({})
-    lifecycle.lose_lease(now(old.job))
-    lifecycle.requeue(now(old.job))
-    new = lifecycle.claim(now(old.job), WORKER)
+    transitions.lose_lease(now(old.job))
+    transitions.requeue(now(old.job))
+    new = transitions.claim(now(old.job), WORKER)
     assert new
-    batch = feed.Batch(1, ('{"t": "log", "n": 1}', '{"t": "log", "n": 2}'))
-    feed.append(new, batch)
+    batch = event_log.Batch(1, ('{"t": "log", "n": 1}', '{"t": "log", "n": 2}'))
+    event_log.append(new, batch)
     new.heartbeat({"step": 1}, None, 1, 2)
     new.move_pointer(pointer(new, 10))
     files = [{"name": "x", "bytes": 1, "sha256": "0"}]
     late: dict[str, Callable[[], object]] = {
-        "an event": lambda: feed.append(old, feed.Batch(1, ('{"t": "log", "n": "late"}',))),
-        "later events": lambda: feed.append(old, feed.Batch(2, ('{"t": "log", "n": "late"}',))),
+        "an event": lambda: event_log.append(old, event_log.Batch(1, ('{"t": "log", "n": "late"}',))),
+        "later events": lambda: event_log.append(old, event_log.Batch(2, ('{"t": "log", "n": "late"}',))),
         "a heartbeat": lambda: old.heartbeat({"step": 99}),
         "a heartbeat with events": lambda: old.heartbeat({"step": 99}, None, 3, 4),
         "a pointer": lambda: old.move_pointer(pointer(old, 99)),
@@ -302,11 +304,11 @@ def zombie(rng: random.Random) -> list[str]:
     }
     order = list(late)
     rng.shuffle(order)
-    row, told = now(old.job).to_simple_dict(), feed.read(old.owner, old.job_id)
+    row, told = now(old.job).to_simple_dict(), event_log.read(old.owner, old.job_id)
     for what in order:
-        with suppress(lifecycle.LostRace):
+        with suppress(transitions.LostRace):
             late[what]()
-        if now(old.job).to_simple_dict() != row or feed.read(old.owner, old.job_id) != told:
+        if now(old.job).to_simple_dict() != row or event_log.read(old.owner, old.job_id) != told:
             return [f"{what} of the old holder was accepted"]
     return []
 

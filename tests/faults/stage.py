@@ -98,13 +98,14 @@ class Stage:
 
     def abandon(self) -> None:
         """After a planted bug: nobody works any more, and no job waits."""
-        from jobs import lifecycle, queueing
+        from jobs.lifecycle import transitions
+        from jobs.store import queue
 
         for name in list(self.house.workers):
             self.house.kill(name)
-        for job in queueing.active_jobs():
+        for job in queue.active_jobs():
             if not job.ended:
-                lifecycle.ask(job.owner, job.job_id, "cancel")
+                transitions.ask(job.owner, job.job_id, "cancel")
         self.recorder.forget()
 
     def hear(self, measured: Measured) -> None:
@@ -115,9 +116,9 @@ class Stage:
 
 def told(job: Any) -> str:
     """What its log says of attempts."""
-    from jobs import feed
+    from jobs.events import event_log
 
-    events = feed.read(job.owner, job.job_id)
+    events = event_log.read(job.owner, job.job_id)
     return " | ".join(str(e.data["message"]) for e in events if e.data["t"] in ("attempt", "doctor"))
 
 

@@ -54,7 +54,7 @@ def dynamodb_killed(stage: Stage, rounds: int = 1, down_s: float = 10) -> Measur
 
 def dynamodb_away(stage: Stage, rounds: int = 1, down_s: float = 120) -> Measured:
     """Away for two minutes: training goes on meanwhile, and its events arrive afterwards."""
-    from jobs import feed
+    from jobs.events import event_log
 
     measured = Measured()
     stage.only(1)
@@ -66,11 +66,11 @@ def dynamodb_away(stage: Stage, rounds: int = 1, down_s: float = 120) -> Measure
     ended = time.time()
     stage.house.dynamodb.start()
     # until what happened after the return is stored, and so all before it
-    newest = lambda job: next(feed.backwards(job_id, int(job.last_seq))).data["time"]  # noqa: E731
+    newest = lambda job: next(event_log.backwards(job_id, int(job.last_seq))).data["time"]  # noqa: E731
     began_again = time.monotonic()
     h.wait_until(job_id, lambda job: newest(job) > ended)
     measured.figures["caught up s"] = time.monotonic() - began_again
-    told = feed.read(h.OWNER, job_id)
+    told = event_log.read(h.OWNER, job_id)
     meanwhile = [e for e in told if e.data["t"] == "metric" and began + 5 < e.data["time"] < ended - 5]
     measured.figures["steps meanwhile"] = float(len(meanwhile))
     if len({int(e.data["time"] - began) // 10 for e in meanwhile}) < (down_s - 15) // 10:
@@ -80,13 +80,14 @@ def dynamodb_away(stage: Stage, rounds: int = 1, down_s: float = 120) -> Measure
 
 
 def _cancel(stage: Stage, job_id: str, measured: Measured) -> None:
-    from jobs import feed, lifecycle
+    from jobs.events import event_log
+    from jobs.lifecycle import transitions
 
-    lifecycle.ask(h.OWNER, job_id, "cancel")
+    transitions.ask(h.OWNER, job_id, "cancel")
     job = h.wait_ended(job_id, 60)
     if (job.status, job.epoch, job.attempts) != ("cancelled", 1, 0):
         measured.wrong.append(f"it is {job.status}, took {job.epoch} leases, {job.attempts} attempts")
-    numbers = [event.seq for event in feed.read(h.OWNER, job_id)]
+    numbers = [event.seq for event in event_log.read(h.OWNER, job_id)]
     if numbers != list(range(1, len(numbers) + 1)):
         measured.wrong.append("events are not numbered 1 … N")
     stage.hear(measured)
@@ -114,7 +115,7 @@ def replies_lost(stage: Stage, rounds: int = 1, chance: float = 0.1) -> Measured
 
 def checkpoint_damaged(stage: Stage, rounds: int = 1) -> Measured:
     """A bit flips in the stored checkpoint that the pointer names: the one before it is used, and the end is the same."""
-    from jobs import storage
+    from jobs.store import blobs
 
     measured = Measured()
     stage.only(1)
@@ -123,7 +124,7 @@ def checkpoint_damaged(stage: Stage, rounds: int = 1) -> Measured:
     name = stage.holder(job)
     stage.house.kill(name)
     job = h.job_of(job_id)
-    path = storage.local_path(f"{job.checkpoint_key}/weights.safetensors")
+    path = blobs.local_path(f"{job.checkpoint_key}/weights.safetensors")
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)

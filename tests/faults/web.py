@@ -70,7 +70,7 @@ class Watcher:
 def web_killed(stage: Stage, rounds: int = 1) -> Measured:
     """SIGKILL of the web process in the middle of a POST: sent again with the same key, it is one job. Whoever watches
     goes on by the last number; who trains feels nothing."""
-    from jobs import lifecycle
+    from jobs.lifecycle import transitions
 
     measured = Measured(rounds=rounds)
     stage.only(1)
@@ -96,8 +96,8 @@ def web_killed(stage: Stage, rounds: int = 1) -> Measured:
             measured.wrong.append(f"number {number}: {len(made)} jobs, answers {answers}")
         measured.figures["answered first"] = measured.figures.get("answered first", 0.0) + (len(answers) == 2)
         for job_id in made:
-            lifecycle.ask(h.OWNER, job_id, "cancel")
-    lifecycle.ask(h.OWNER, running, "cancel")
+            transitions.ask(h.OWNER, job_id, "cancel")
+    transitions.ask(h.OWNER, running, "cancel")
     job = h.wait_ended(running, 60)
     until_told = time.monotonic() + 30
     while not watcher.ended and time.monotonic() < until_told:
@@ -117,7 +117,8 @@ def web_killed(stage: Stage, rounds: int = 1) -> Measured:
 
 def strangers(stage: Stage, rounds: int = 1) -> Measured:
     """Two people watch their own jobs at the same time and ask for each other's: nobody hears or sees another's."""
-    from jobs import feed, lifecycle
+    from jobs.events import event_log
+    from jobs.lifecycle import transitions
 
     measured = Measured()
     stage.only(0)
@@ -127,16 +128,16 @@ def strangers(stage: Stage, rounds: int = 1) -> Measured:
     claims = []
     for owner in owners:
         job = h.job_of(h.submit(h.ready_dataset(owner), owner), owner)
-        claims.append(lifecycle.claim(job, lifecycle.this_worker()))
+        claims.append(transitions.claim(job, transitions.this_worker()))
     jobs = [claim.job_id for claim in claims if claim]
     watchers = [Watcher(person, job_id).start() for person, job_id in zip(people, jobs, strict=True)]
     for number in range(1, 11):
         for claim in claims:
             assert claim
             event = {"t": "log", "time": time.time(), "level": "info", "message": f"of {claim.job_id}"}
-            feed.append(claim, feed.Batch(number, (json.dumps(event),)))
+            event_log.append(claim, event_log.Batch(number, (json.dumps(event),)))
             claim.heartbeat({}, None, number, number)
-            feed.announce(claim.job_id, number)
+            event_log.announce(claim.job_id, number)
         time.sleep(0.3)
     time.sleep(2)
     for who, watcher in enumerate(watchers):
@@ -194,6 +195,6 @@ def _post(person: h.Person, dataset: str, key: str, answers: list[str]) -> None:
 
 
 def _jobs_of(owner: str) -> list[object]:
-    from jobs.tables import Job, rows
+    from jobs.store.tables import Job, rows
 
     return list(rows(Job, owner))

@@ -30,7 +30,8 @@ RUNNING: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
 
 def cancelled(stage: Stage, rounds: int, state: str) -> Measured:
     """Cancelled while it runs: no new step 10 s later, the end within 30 s, and the end never changes."""
-    from jobs import feed, lifecycle
+    from jobs.events import event_log
+    from jobs.lifecycle import transitions
 
     measured = Measured(rounds=rounds)
     # The time between the last step and the end is stretched, or a cancel would seldom meet it.
@@ -48,7 +49,7 @@ def cancelled(stage: Stage, rounds: int, state: str) -> Measured:
                 if is_there(h.job_of(job_id)):
                     time.sleep(stage.some.uniform(0, 0.3))
                     asked[job_id] = time.time()
-                    lifecycle.ask(h.OWNER, job_id, "cancel")
+                    transitions.ask(h.OWNER, job_id, "cancel")
         ended = all_of(jobs, lambda job: job.ended, 60)
         shift = time.time() - time.monotonic()
         for job_id, since in asked.items():
@@ -56,7 +57,7 @@ def cancelled(stage: Stage, rounds: int, state: str) -> Measured:
             job = h.job_of(job_id)
             if (job.status, job.attempts) != ("cancelled", 0):
                 measured.wrong.append(f"{state}: it is {job.status}, {job.attempts} attempts charged")
-            told = feed.read(h.OWNER, job_id)
+            told = event_log.read(h.OWNER, job_id)
             if [e.seq for e in told] != list(range(1, len(told) + 1)):
                 measured.wrong.append(f"{state}: events are not numbered 1 … N")
             steps = [e.data["time"] - since for e in told if e.data["t"] == "metric"]
@@ -69,25 +70,25 @@ def cancelled(stage: Stage, rounds: int, state: str) -> Measured:
 
 
 def paused_and_resumed(stage: Stage, rounds: int = 1) -> Measured:
-    from jobs import lifecycle
+    from jobs.lifecycle import transitions
 
     measured = Measured()
     stage.only(1)
     job_id = stage.submit()
     stage.somewhere(job_id)
     began = time.monotonic()
-    lifecycle.ask(h.OWNER, job_id, "pause")
+    transitions.ask(h.OWNER, job_id, "pause")
     job = h.wait_until(job_id, lambda job: job.status == "paused" or job.ended)
     measured.figures["paused s"] = time.monotonic() - began
     if job.status == "paused":
-        lifecycle.ask(h.OWNER, job_id, "run")
+        transitions.ask(h.OWNER, job_id, "run")
     stage.judge(job_id, measured, charged=0)
     return measured
 
 
 def bells_doubled(stage: Stage, rounds: int = 1, times: int = 10) -> Measured:
     """Each doorbell rings ten times for two workers: nobody runs anything twice."""
-    from jobs import tasks
+    from jobs.worker import tasks
 
     measured = Measured(rounds=rounds)
     stage.only(2)
@@ -103,7 +104,7 @@ def bells_doubled(stage: Stage, rounds: int = 1, times: int = 10) -> Measured:
 
 def fair_share(stage: Stage, rounds: int = 1, jobs: int = 100) -> Measured:
     """One person queues a hundred jobs and another one: the other's is the next that starts."""
-    from jobs import lifecycle
+    from jobs.lifecycle import transitions
 
     measured = Measured()
     stage.only(1)
@@ -119,7 +120,7 @@ def fair_share(stage: Stage, rounds: int = 1, jobs: int = 100) -> Measured:
     measured.figures["others before it"] = float(len(first))
     for job_id in many:
         if not h.job_of(job_id).ended:
-            lifecycle.ask(h.OWNER, job_id, "cancel")
+            transitions.ask(h.OWNER, job_id, "cancel")
     all_of(many, lambda job: job.ended)
     if h.wait_ended(one, owner=other).status != "succeeded":
         measured.wrong.append("the other's job did not succeed")

@@ -8,17 +8,19 @@ from typing import Any
 from accounts.api_keys import PATTERN as API_KEY_PATTERN
 from accounts.api_keys import SCOPES as API_KEY_SCOPES
 from accounts.api_keys import _digest as api_key_digest
-from jobs import errands, hub_check, queueing, tables, webhooks
-from jobs.bases import reads_as as tokenizer_family
-from jobs.reasons import REASONS as JOB_REASONS
-from jobs.storage import _SALT as LINK_SALT
-from jobs.storage import read_link
-from jobs.submission import JobRequest
-from jobs.tables import ENDED as ENDED_STATUSES
-from jobs.tables import TABLES
-from jobs.trainer_process import ENVIRONMENT as TRAINER_ENVIRONMENT
+from jobs.lifecycle.submission import JobRequest
+from jobs.notifications import webhooks
+from jobs.registry import hub_models
+from jobs.registry.base_models import reads_as as tokenizer_family
+from jobs.store import outbox, queue, tables
+from jobs.store.blobs import _SALT as LINK_SALT
+from jobs.store.blobs import read_link
+from jobs.store.child_process import ENVIRONMENT as TRAINER_ENVIRONMENT
+from jobs.store.reasons import REASONS as JOB_REASONS
+from jobs.store.tables import ENDED as ENDED_STATUSES
+from jobs.store.tables import TABLES
 from jobs.views.live import PATH as STREAM_PATH
-from jobs.views.showing import STATUS_WORDS as JOB_STATUSES
+from jobs.views.presenters import STATUS_WORDS as JOB_STATUSES
 from llmtuner.api import api
 from llmtuner.celery import app as celery_app
 from training.__main__ import COMMANDS as TRAINER_COMMANDS
@@ -30,12 +32,12 @@ from training.plan.events import EXIT as EXIT_CODES
 from training.plan.events import MAX_LINE_BYTES, PHASES
 from training.plan.events import REASONS as TRAINER_REASONS
 
-WORK_KINDS = errands.KINDS
-WORK_PARTITION = errands.PARTITION
+WORK_KINDS = outbox.KINDS
+WORK_PARTITION = outbox.PARTITION
 WEBHOOK_EVENT_TYPES = (*webhooks.EVENT_TYPES, webhooks.TEST_TYPE)
-HUB_ID = hub_check.ID
-shard = queueing.shard
-SHARDS = queueing.SHARDS
+HUB_ID = hub_models.ID
+shard = queue.shard
+SHARDS = queue.SHARDS
 time_of = tables.time_of
 month_of = tables.month_of
 

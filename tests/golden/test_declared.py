@@ -295,7 +295,7 @@ def test_a_signed_link_made_before_can_be_read(settings: Any):
 
     settings.SECRET_KEY = "made-up-for-this-test-" * 3
     told = {"key": "datasets/user-A/file-A/data", "filename": "rows.jsonl", "s": 600}
-    token = TimestampSigner(salt="jobs.storage.link").sign_object(told, compress=True)
+    token = TimestampSigner(salt="jobs.store.blobs.link").sign_object(told, compress=True)
     assert product.read_link(token) == (told["key"], told["filename"])
     assert product.read_link(TimestampSigner(salt="another").sign_object(told, compress=True)) is None
 

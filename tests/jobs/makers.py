@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs import datasets, lifecycle, tables
-from jobs.lifecycle import Claim, JobRequest, WorkerInfo
-from jobs.tables import Dataset, Job, new_id
+from jobs.datasets import datasets
+from jobs.lifecycle import transitions
+from jobs.lifecycle.transitions import Claim, JobRequest, WorkerInfo
+from jobs.store import tables
+from jobs.store.tables import Dataset, Job, new_id
 
 WORKER = WorkerInfo(name="host/1", process="process-1")
 ROWS = b'{"prompt": "a", "completion": "b"}\n'
@@ -30,12 +32,12 @@ def make_request(owner: str, **fields: Any) -> JobRequest:
 
 def make_job(owner: str | None = None, **fields: Any) -> Job:
     owner = owner or make_owner()
-    return lifecycle.submit(owner, make_request(owner, **fields))
+    return transitions.submit(owner, make_request(owner, **fields))
 
 
 def make_claim(job: Job | None = None) -> Claim:
     job = job or make_job()
-    claim = lifecycle.claim(read(job), WORKER)
+    claim = transitions.claim(read(job), WORKER)
     assert claim is not None
     return claim
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from jobs import access, endings, feed, lifecycle, limits, queueing, tables, tuned_models
-from jobs.lifecycle import Claim
-from jobs.tables import EventChunk, Job, JobIndex, TunedModel, Usage
+from jobs.events import event_log
+from jobs.lifecycle import finalize, transitions
+from jobs.lifecycle.transitions import Claim
+from jobs.registry import tuned_models
+from jobs.store import access, queue, quotas, tables
+from jobs.store.tables import EventChunk, Job, JobIndex, TunedModel, Usage
 
 Patch = tuple[Any, str, Any]
 REAL = {
-    "landing": lifecycle.landing,
-    "move": lifecycle._move,
-    "after_end": endings.after_end,
+    "landing": transitions.landing,
+    "move": transitions._move,
+    "after_end": finalize.after_end,
     "update": tables.update,
-    "where_asked": lifecycle._where_asked,
+    "where_asked": transitions._where_asked,
 }
 
 
@@ -35,8 +38,10 @@ def epoch_is_not_shown(sim: Any) -> list[Patch]:
 
 
 def claim_ignores_what_was_seen(sim: Any) -> list[Patch]:
-    real = lifecycle._as_seen
-    return [(lifecycle, "_as_seen", lambda job: Job.job_id.exists() if job.status == "queued" else real(job))]
+    real = transitions._as_seen
+    return [
+        (transitions, "_as_seen", lambda job: Job.job_id.exists() if job.status == "queued" else real(job))
+    ]
 
 
 def replies_are_believed(sim: Any) -> list[Patch]:
@@ -57,7 +62,7 @@ def chunks_overwrite(sim: Any) -> list[Patch]:
             lines=list(batch.lines),
         ).save()  # fmt: skip
 
-    return [(feed, "append", append)]
+    return [(event_log, "append", append)]
 
 
 def chunks_are_put_once(sim: Any) -> list[Patch]:
@@ -70,7 +75,7 @@ def chunks_are_put_once(sim: Any) -> list[Patch]:
         )  # fmt: skip
         tables.put_new(chunk)
 
-    return [(feed, "append", append)]
+    return [(event_log, "append", append)]
 
 
 def batches_change_between_sends(sim: Any) -> list[Patch]:
@@ -84,19 +89,19 @@ def batches_change_between_sends(sim: Any) -> list[Patch]:
         )  # fmt: skip
         free = EventChunk.job_id.does_not_exist() | (EventChunk.epoch < claim.epoch)
         if tables.put_if(chunk, free, lambda found: found.holder == claim.holder) is None:
-            raise lifecycle.LostRace
+            raise transitions.LostRace
 
-    return [(feed, "append", append)]
+    return [(event_log, "append", append)]
 
 
 def readers_read_chunks_first(sim: Any) -> list[Patch]:
-    def read(owner: str, job_id: str, after: int = 0, limit: int | None = None) -> list[feed.Event]:
-        events = feed._stored(job_id, after, 10**9)
+    def read(owner: str, job_id: str, after: int = 0, limit: int | None = None) -> list[event_log.Event]:
+        events = event_log._stored(job_id, after, 10**9)
         job = access.get_job_for(owner, job_id)
         found = [event for event in events if event.seq <= job.last_seq]
-        return [*found, feed.end_of(job)] if job.ended else found
+        return [*found, event_log.end_of(job)] if job.ended else found
 
-    return [(feed, "read", read)]
+    return [(event_log, "read", read)]
 
 
 def model_is_made_before_the_end(sim: Any) -> list[Patch]:
@@ -107,15 +112,15 @@ def model_is_made_before_the_end(sim: Any) -> list[Patch]:
 def broken_submissions_are_dropped(sim: Any) -> list[Patch]:
     """The list row of a job that isn't there goes, instead of a void job being put."""
     return [
-        (endings, "make_void", lambda owner, job_id: tables.remove(JobIndex, queueing.shard(job_id), job_id))
+        (finalize, "make_void", lambda owner, job_id: tables.remove(JobIndex, queue.shard(job_id), job_id))
     ]
 
 
 def wishes_only_wait_for_a_holder(sim: Any) -> list[Patch]:
     """A pause or cancel of a job nobody holds is only noted."""
     return [
-        (lifecycle, "_where_asked", lambda job, desired: job.status),
-        (lifecycle, "settle", lambda job: None),
+        (transitions, "_where_asked", lambda job, desired: job.status),
+        (transitions, "settle", lambda job: None),
     ]
 
 
@@ -125,10 +130,10 @@ def paused_is_an_end(sim: Any) -> list[Patch]:
     def move(job: Job, actions: Any, condition: Any, was_me: Any = lambda found: False) -> Any:
         moved = REAL["move"](job, actions, condition, was_me)
         if moved and moved.status == "paused":
-            tables.remove(JobIndex, queueing.shard(job.job_id), job.job_id)
+            tables.remove(JobIndex, queue.shard(job.job_id), job.job_id)
         return moved
 
-    return [(lifecycle, "_move", move)]
+    return [(transitions, "_move", move)]
 
 
 def quota_is_a_counter(sim: Any) -> list[Patch]:
@@ -137,7 +142,7 @@ def quota_is_a_counter(sim: Any) -> list[Patch]:
     def count(n: int) -> Callable[..., None]:
         return lambda owner, what, id: Usage(owner, what).update(actions=[Usage.version.add(n)])
 
-    return [(limits, "take", count(1)), (limits, "release", count(-1))]
+    return [(quotas, "take", count(1)), (quotas, "release", count(-1))]
 
 
 def deleted_means_removed(sim: Any) -> list[Patch]:
@@ -147,19 +152,19 @@ def deleted_means_removed(sim: Any) -> list[Patch]:
         tables.remove(TunedModel, job.owner, job.model_id)
         tables.remove(Job, job.owner, job.job_id)
 
-    return [(endings, "delete_job", delete_job)]
+    return [(finalize, "delete_job", delete_job)]
 
 
 def janitor_sweeps_everything(sim: Any) -> list[Patch]:
     """Not only epochs below the job's: also what its holder is uploading."""
-    return [(endings, "_epoch", lambda key: -1)]
+    return [(finalize, "_epoch", lambda key: -1)]
 
 
 def janitor_forgets_the_fallbacks(sim: Any) -> list[Patch]:
     def pointer_only(job: Job) -> tuple[str, ...]:
         return tuple(f"{key}/" for key in [job.checkpoint_key, *tuned_models.folders_of(job)] if key)
 
-    return [(endings, "_named", pointer_only), (endings, "_epoch", lambda key: -1)]
+    return [(finalize, "_named", pointer_only), (finalize, "_epoch", lambda key: -1)]
 
 
 def superseded_bytes_go_before_their_references(sim: Any) -> list[Patch]:
@@ -168,9 +173,9 @@ def superseded_bytes_go_before_their_references(sim: Any) -> list[Patch]:
     def move_pointer(self: Claim, checkpoint: Any) -> str:
         ahead = Job()
         ahead.attribute_values = dict(self.job.attribute_values)
-        ahead.checkpoints = lifecycle._kept([*self.job.checkpoints, dict(checkpoint)])
+        ahead.checkpoints = transitions._kept([*self.job.checkpoints, dict(checkpoint)])
         ahead.checkpoint_key, ahead.checkpoint_step = checkpoint["key"], checkpoint["step"]
-        endings.after_pointer(ahead)
+        finalize.after_pointer(ahead)
         return REAL_MOVE_POINTER(self, checkpoint)
 
     return [(Claim, "move_pointer", move_pointer)]
@@ -180,43 +185,45 @@ def success_ignores_a_cancel(sim: Any) -> list[Patch]:
     def landing(event: str, job: Job) -> str:
         return "succeeded" if event == "succeeded" else REAL["landing"](event, job)
 
-    return [(lifecycle, "landing", landing)]
+    return [(transitions, "landing", landing)]
 
 
 def lost_leases_are_taken_blindly(sim: Any) -> list[Patch]:
     """The reconciler's move shows neither version nor lease."""
 
     def lose_lease(job: Job) -> Job | None:
-        status = lifecycle.landing("lost", job)
-        actions = lifecycle._leaving("lost", job, status, "lost_worker", "", "")
-        return lifecycle._move(job, actions, Job.job_id.exists())
+        status = transitions.landing("lost", job)
+        actions = transitions._leaving("lost", job, status, "lost_worker", "", "")
+        return transitions._move(job, actions, Job.job_id.exists())
 
-    return [(lifecycle, "lose_lease", lose_lease)]
+    return [(transitions, "lose_lease", lose_lease)]
 
 
 def requeueing_is_blind(sim: Any) -> list[Patch]:
     def requeue(job: Job) -> Job | None:
-        return lifecycle._move(job, [Job.status.set("queued")], Job.job_id.exists())
+        return transitions._move(job, [Job.status.set("queued")], Job.job_id.exists())
 
-    return [(lifecycle, "requeue", requeue)]
+    return [(transitions, "requeue", requeue)]
 
 
 def keys_are_never_renewed(sim: Any) -> list[Patch]:
     """A key leads to its first job for ever, also when that is void."""
-    return [(lifecycle, "_id_for", lambda owner, request, key: "ftjob-01M83J8FG6AH60ED2AA8T9Y4E8")]
+    return [(transitions, "_id_for", lambda owner, request, key: "ftjob-01M83J8FG6AH60ED2AA8T9Y4E8")]
 
 
 def cancels_can_be_taken_back(sim: Any) -> list[Patch]:
     def ask(owner: str, job_id: str, desired: str) -> Job:
         job = access.get_job_for(owner, job_id)
         if job.status == "running":
-            lifecycle._move(job, [Job.desired.set(desired)], Job.status == "running")
+            transitions._move(job, [Job.desired.set(desired)], Job.status == "running")
         elif not job.ended:
             status = REAL["where_asked"](job, desired)
-            lifecycle._move(job, [Job.desired.set(desired), Job.status.set(status)], lifecycle._as_seen(job))
+            transitions._move(
+                job, [Job.desired.set(desired), Job.status.set(status)], transitions._as_seen(job)
+            )
         return job
 
-    return [(lifecycle, "ask", ask)]
+    return [(transitions, "ask", ask)]
 
 
 def the_list_is_cleared_first(sim: Any) -> list[Patch]:
@@ -225,10 +232,10 @@ def the_list_is_cleared_first(sim: Any) -> list[Patch]:
     def after_end(owner: str, job_id: str) -> None:
         job = tables.get(Job, owner, job_id)
         if job is not None and job.ended:
-            tables.remove(JobIndex, queueing.shard(job_id), job_id)
+            tables.remove(JobIndex, queue.shard(job_id), job_id)
             REAL["after_end"](owner, job_id)
 
-    return [(endings, "after_end", after_end), (lifecycle, "after_end", after_end)]
+    return [(finalize, "after_end", after_end), (transitions, "after_end", after_end)]
 
 
 def jobs_are_listed_after_they_are_made(sim: Any) -> list[Patch]:
@@ -237,7 +244,7 @@ def jobs_are_listed_after_they_are_made(sim: Any) -> list[Patch]:
     def put_new(row: Any, was_me: Any = lambda found: True) -> Any:
         made = REAL_PUT_NEW(row, was_me)
         if isinstance(row, Job) and made:
-            JobIndex(queueing.shard(row.job_id), row.job_id, owner=row.owner).save()
+            JobIndex(queue.shard(row.job_id), row.job_id, owner=row.owner).save()
         return made
 
     real_save = JobIndex.save

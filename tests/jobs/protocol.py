@@ -22,23 +22,14 @@ from botocore.exceptions import ReadTimeoutError
 from greenlet import GreenletExit, getcurrent, greenlet
 from pynamodb.connection.base import Connection
 
-from jobs import (
-    access,
-    bells,
-    endings,
-    errands,
-    feed,
-    lifecycle,
-    limits,
-    queueing,
-    storage,
-    tables,
-    tuned_models,
-)
-from jobs.lifecycle import JobRequest, LostRace, OverQuota, Refused
-from jobs.queueing import WorkerInfo
-from jobs.reconciler import Reconciler
-from jobs.tables import ENDED, Dataset, new_id
+from jobs.events import event_log
+from jobs.lifecycle import finalize, transitions
+from jobs.lifecycle.transitions import JobRequest, LostRace, OverQuota, Refused
+from jobs.registry import tuned_models
+from jobs.store import access, blobs, outbox, queue, quotas, redis_client, tables
+from jobs.store.queue import WorkerInfo
+from jobs.store.tables import ENDED, Dataset, new_id
+from jobs.worker.reconciler import Reconciler
 
 STEPS = 2  # of the trainer that the workers play, unless the scenario has more
 NUMBERS = {
@@ -58,7 +49,7 @@ class Actor:
     name: str
     glet: greenlet
     pending: tuple[str, str, Callable[[], Any]] | None = None
-    claim: lifecycle.Claim | None = None
+    claim: transitions.Claim | None = None
     dead: bool = False
 
 
@@ -303,7 +294,7 @@ class Sim:
     def web(self, key: str, suffix: str) -> None:
         request = JobRequest(base="starter", dataset_id=self.scenario["dataset"], suffix=suffix)
         with suppress(OverQuota, LostRace):
-            job = lifecycle.submit(self.owner, request, idempotency_key=key)
+            job = transitions.submit(self.owner, request, idempotency_key=key)
             if job.status != "void":
                 self.accepted.add(job.job_id)
 
@@ -312,14 +303,14 @@ class Sim:
             self.gate("local", "listen for a bell")
             if self.bells:
                 self.bells.pop(0)
-                claim = lifecycle.claim_next(WorkerInfo(actor.name, f"{actor.name}/{self.owner}"))
+                claim = transitions.claim_next(WorkerInfo(actor.name, f"{actor.name}/{self.owner}"))
                 if claim:
                     actor.claim = claim
                     with suppress(LostRace):
                         self.attempt(claim)
                     actor.claim = None
 
-    def attempt(self, claim: lifecycle.Claim) -> None:
+    def attempt(self, claim: transitions.Claim) -> None:
         pointer = claim.job.checkpoint_key
         if pointer:
             there = self.gate("r", "read the checkpoint", lambda: self.has_bytes(str(pointer)))
@@ -345,7 +336,7 @@ class Sim:
             self.gate("w", f"upload step {step}", lambda folder=folder: self.objects.add(folder + "/weights"))
             claim.move_pointer({"key": folder, "step": step, "epoch": claim.epoch})
             if steps > STEPS:  # fewer supersede nothing
-                endings.after_pointer(claim.job)
+                finalize.after_pointer(claim.job)
         if claim.desired == "cancel" or (claim.desired == "pause" and step < steps):
             claim.finish("cancelled" if claim.desired == "cancel" else "paused")
             return
@@ -359,12 +350,12 @@ class Sim:
             tuned_models.create_from(claim.job)
         claim.finish("succeeded", result=result)
 
-    def flush(self, claim: lifecycle.Claim, lines: list[str]) -> None:
+    def flush(self, claim: transitions.Claim, lines: list[str]) -> None:
         first = int(claim.job.last_seq) + 1
         while True:
-            batch = feed.Batch(first, tuple(lines))
+            batch = event_log.Batch(first, tuple(lines))
             try:
-                feed.append(claim, batch)
+                event_log.append(claim, batch)
                 break
             except tables.PutError:
                 lines = [*lines, '{"t":"more"}']  # only with the bug "thawed"
@@ -382,7 +373,7 @@ class Sim:
         while True:
             self.gate("local", "wait for an end")
             if self.ends:
-                lifecycle.after_end(*self.ends.pop(0))
+                transitions.after_end(*self.ends.pop(0))
 
     def reader(self, actor: Actor) -> None:
         while True:
@@ -392,10 +383,10 @@ class Sim:
                     self.take(
                         actor.name,
                         job_id,
-                        feed.read(self.owner, job_id, self.cursors.get((actor.name, job_id), 0)),
+                        event_log.read(self.owner, job_id, self.cursors.get((actor.name, job_id), 0)),
                     )
 
-    def take(self, name: str, job_id: str, events: list[feed.Event]) -> None:
+    def take(self, name: str, job_id: str, events: list[event_log.Event]) -> None:
         after = self.cursors.get((name, job_id), 0)
         stored = [event for event in events if event.data.get("t") != "end"]
         if [event.seq for event in stored] != list(range(after + 1, after + 1 + len(stored))):
@@ -420,13 +411,13 @@ class Sim:
                 while self.jobs()[job_id]["status"] not in ENDED:
                     self.gate("local", "wait for the end")
                 model_id = str(self.jobs()[job_id]["model_id"])
-                lifecycle.delete(self.owner, job_id, with_model=True)
+                transitions.delete(self.owner, job_id, with_model=True)
                 self.deleted.add(job_id)
                 for id in (job_id, model_id):
-                    errands.delete_bytes(self.owner, id)
+                    outbox.delete_bytes(self.owner, id)
                 continue
             with suppress(Refused, access.NotFound):
-                lifecycle.ask(self.owner, job_id, wish)  # type: ignore[arg-type]
+                transitions.ask(self.owner, job_id, wish)  # type: ignore[arg-type]
                 if wish == "cancel":
                     self.cancel_told.add(job_id)
 
@@ -554,7 +545,7 @@ class Sim:
         self._check_quota(jobs)
         for job_id in jobs:
             with suppress(access.NotFound):
-                self.take("late reader", job_id, feed.read(self.owner, job_id, 0))
+                self.take("late reader", job_id, event_log.read(self.owner, job_id, 0))
                 if self.cursors["late reader", job_id] != jobs[job_id]["last_seq"]:
                     raise Violation("I4 the last events are missing")
 
@@ -628,15 +619,15 @@ def world(sim: Sim) -> Iterator[None]:
     with ExitStack() as stack:
         for target, name, new in (
             (Connection, "_make_api_call", lambda connection, op, kwargs: sim.call(connection, op, kwargs)),
-            (queueing, "shard", lambda job_id: f"sim#{sim.owner}"),
-            (queueing, "index_rows", lambda: list(tables.rows(tables.JobIndex, f"sim#{sim.owner}"))),
-            (errands, "PARTITION", f"errands#{sim.owner}"),
-            (storage, "delete_file", delete_file),
-            (storage, "delete_prefix", delete_prefix),
-            (storage, "list_keys", list_keys),
-            (bells, "enqueue", enqueue),
-            (bells, "enqueue_training", enqueue_training),
-            (feed, "announce", lambda *args: None),
+            (queue, "shard", lambda job_id: f"sim#{sim.owner}"),
+            (queue, "index_rows", lambda: list(tables.rows(tables.JobIndex, f"sim#{sim.owner}"))),
+            (outbox, "PARTITION", f"errands#{sim.owner}"),
+            (blobs, "delete_file", delete_file),
+            (blobs, "delete_prefix", delete_prefix),
+            (blobs, "list_keys", list_keys),
+            (redis_client, "enqueue", enqueue),
+            (redis_client, "enqueue_training", enqueue_training),
+            (event_log, "announce", lambda *args: None),
             (
                 settings,
                 "JOBS",
@@ -645,8 +636,8 @@ def world(sim: Sim) -> Iterator[None]:
         ):
             stack.enter_context(patch.object(target, name, new))
         if "steps" not in sim.scenario:  # nothing is superseded; fewer calls, more rare orders
-            stack.enter_context(patch.object(limits, "note_checkpoints", lambda job: None))
-            stack.enter_context(patch.object(limits, "checkpoint_bytes", lambda owner: 0))
+            stack.enter_context(patch.object(quotas, "note_checkpoints", lambda job: None))
+            stack.enter_context(patch.object(quotas, "checkpoint_bytes", lambda owner: 0))
         if sim.bug:
             from tests.jobs.planted import PLANTED
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from jobs import access, datasets, lifecycle, tables
-from jobs.tables import Job, TunedModel
+from jobs.datasets import datasets
+from jobs.lifecycle import transitions
+from jobs.store import access, tables
+from jobs.store.tables import Job, TunedModel
 from tests.jobs.makers import make_dataset, make_owner
 
 pytestmark = pytest.mark.usefixtures("stores")
@@ -82,7 +84,7 @@ def test_strange_ids_are_not_found(id):
 def test_a_cancelled_jobs_page_is_one_read_too():
     owner = make_owner()
     (job,) = make_jobs(owner, 1)
-    lifecycle.ask(owner, job.job_id, "cancel")
+    transitions.ask(owner, job.job_id, "cancel")
     with tables.counted() as calls:
         assert access.get_job_for(owner, job.job_id).status == "cancelled"
     assert tables.reads(calls) == 1

@@ -5,17 +5,12 @@ from __future__ import annotations
 import pytest
 from safetensors.numpy import load_file
 
-from jobs import (
-    access,
-    bases,
-    errands,
-    inference,
-    lifecycle,
-    runner,
-    storage,
-    tuned_models,
-)
-from jobs.tables import DatasetReport, HubModel, Job, TunedModel
+from jobs.inference import generation
+from jobs.lifecycle import transitions
+from jobs.registry import base_models, tuned_models
+from jobs.store import access, blobs, outbox
+from jobs.store.tables import DatasetReport, HubModel, Job, TunedModel
+from jobs.worker import runner
 from tests.jobs.makers import make_claim, make_dataset, make_job, make_owner, read, result
 from tests.jobs.test_runner import ASKED, again, claim_one
 from training.plan.events import Failure
@@ -31,7 +26,7 @@ def add(owner: str, **facts: object) -> None:
 def make_job_from_hub(owner: str) -> Job:
     """Of data that was read with its tokenizer already."""
     dataset_id = make_dataset(owner).dataset_id
-    DatasetReport(dataset_id, bases.reads_as(FACTS), owner=owner, status="ready", summary={}).save()
+    DatasetReport(dataset_id, base_models.reads_as(FACTS), owner=owner, status="ready", summary={}).save()
     return make_job(owner, base="people/tiny", dataset_id=dataset_id)
 
 
@@ -45,11 +40,11 @@ def make_model(owner: str, **fields: object) -> TunedModel:
 
 def test_a_model_nobody_added_is_no_base():
     owner = make_owner()
-    with pytest.raises(lifecycle.Refused, match="no model people/tiny") as refused:
+    with pytest.raises(transitions.Refused, match="no model people/tiny") as refused:
         make_job(owner, base="people/tiny")
     assert refused.value.field == "base"
     add(make_owner())  # somebody else did
-    with pytest.raises(lifecycle.Refused, match="no model people/tiny"):
+    with pytest.raises(transitions.Refused, match="no model people/tiny"):
         make_job(owner, base="people/tiny")
 
 
@@ -61,36 +56,36 @@ def test_a_model_that_was_added_is_pinned_to_the_revision_that_was_checked():
     assert read(job).base_facts["revision"] == "0" * 40
     claim = make_claim(job)
     claim.finish("failed", "bad_data")
-    assert lifecycle.retry(owner, job.job_id).base_facts["revision"] == "0" * 40
+    assert transitions.retry(owner, job.job_id).base_facts["revision"] == "0" * 40
 
 
 def test_what_the_operator_no_longer_allows_is_no_base(settings):
     owner = make_owner()
     add(owner)
     settings.HUB_MODELS = ["others/*"]
-    assert bases.find(owner, "people/tiny") is None
+    assert base_models.find(owner, "people/tiny") is None
     with pytest.raises(Failure, match="takes no such model"):
-        bases.folder("people/tiny", FACTS)
+        base_models.folder("people/tiny", FACTS)
 
 
 def test_a_worker_fetches_nothing_that_was_never_checked():
     with pytest.raises(Failure, match="never checked"):
-        bases.folder("people/tiny", None)
+        base_models.folder("people/tiny", None)
 
 
 def test_nobody_generates_with_a_model_of_the_hub_that_they_did_not_add():
     owner = make_owner()
     with pytest.raises(access.NotFound):
-        inference.check_model(owner, "people/tiny")
+        generation.check_model(owner, "people/tiny")
     add(owner)
-    inference.check_model(owner, "people/tiny")
+    generation.check_model(owner, "people/tiny")
 
 
 def test_somebody_elses_model_is_as_unknown_as_none():
     model = make_model(make_owner())
     messages = []
     for name in (model.model_id, model.model_id[:-1] + "~"):
-        with pytest.raises(lifecycle.Refused) as refused:
+        with pytest.raises(transitions.Refused) as refused:
             make_job(make_owner(), base=name)
         messages.append(refused.value.message.replace(name, "…"))
     assert messages[0] == messages[1]
@@ -102,7 +97,7 @@ def test_a_model_tuned_from_a_tuned_model_names_its_parent_and_keeps_its_roots_n
     job = make_job(owner, base=parent.model_id)
     assert job.model_id.startswith("ft:starter:")
     assert job.model_id.count("ft:") == 1
-    assert bases.of_job(job).layers == bases.find(owner, "starter").layers
+    assert base_models.of_job(job).layers == base_models.find(owner, "starter").layers
     claim = make_claim(job)
     claim.finish("succeeded", result=result(claim))
     tuned_models.create_from(read(job))
@@ -116,17 +111,17 @@ def test_the_files_of_a_base_stay_until_the_jobs_from_it_have_ended(monkeypatch)
     owner = make_owner()
     parent = make_model(owner)
     job = make_job(owner, base=parent.model_id)
-    key = storage.join(parent.prefix, "config.json")
-    storage.put_file(key, iter([b"{}"]))
-    monkeypatch.setattr(errands, "ring", lambda *args: None)
+    key = blobs.join(parent.prefix, "config.json")
+    blobs.put_file(key, iter([b"{}"]))
+    monkeypatch.setattr(outbox, "ring", lambda *args: None)
     tuned_models.delete(owner, parent.model_id)
-    lifecycle.delete(owner, parent.job_id)
-    assert not errands.delete_bytes(owner, parent.model_id)
-    errands.delete_bytes(owner, parent.job_id)
-    assert storage.size_of(key) == 2
-    lifecycle.ask(owner, job.job_id, "cancel")
-    assert errands.delete_bytes(owner, parent.model_id)
-    assert storage.size_of(key) is None
+    transitions.delete(owner, parent.job_id)
+    assert not outbox.delete_bytes(owner, parent.model_id)
+    outbox.delete_bytes(owner, parent.job_id)
+    assert blobs.size_of(key) == 2
+    transitions.ask(owner, job.job_id, "cancel")
+    assert outbox.delete_bytes(owner, parent.model_id)
+    assert blobs.size_of(key) is None
 
 
 @pytest.mark.slow
@@ -135,23 +130,27 @@ def test_training_really_starts_from_the_parents_weights(tmp_path):
     owner = make_owner()
     first = claim_one(owner=owner)
     runner.run(first)
-    lifecycle.after_end(owner, first.job.job_id)
+    transitions.after_end(owner, first.job.job_id)
     parent = access.get_model_for(owner, first.job.model_id)
 
     tiny = {"learning_rate": 1e-8, "max_steps": 1, "dropout": 0.0, "keep_best": False}
-    request = lifecycle.JobRequest(
+    request = transitions.JobRequest(
         base=parent.model_id, dataset_id=read(first.job).dataset_id, settings=ASKED | tiny
     )
-    second = again(lifecycle.submit(owner, request))
+    second = again(transitions.submit(owner, request))
     runner.run(second)
     assert read(second.job).status == "succeeded", read(second.job).message
-    lifecycle.after_end(owner, second.job.job_id)
+    transitions.after_end(owner, second.job.job_id)
     child = access.get_model_for(owner, second.job.model_id)
     assert child.base == parent.model_id
 
     starter, before, after = (
         load_file(folder / "model.safetensors")
-        for folder in (bases.folder("starter", None), tuned_models.fetch(parent), tuned_models.fetch(child))
+        for folder in (
+            base_models.folder("starter", None),
+            tuned_models.fetch(parent),
+            tuned_models.fetch(child),
+        )
     )
     name = next(name for name in before if name.endswith("mlp.c_fc.weight"))
     assert abs(after[name] - before[name]).max() < 1e-6
@@ -161,14 +160,14 @@ def test_training_really_starts_from_the_parents_weights(tmp_path):
 def test_a_damaged_base_is_never_trained_from(tmp_path):
     owner = make_owner()
     parent = make_model(owner)
-    storage.put_file(storage.join(parent.prefix, "config.json"), iter([b"[]"]))  # of the right size
+    blobs.put_file(blobs.join(parent.prefix, "config.json"), iter([b"[]"]))  # of the right size
     job = make_job(owner, base=parent.model_id)
-    with pytest.raises(storage.Damaged):
-        bases.folder(job.base, job.base_facts)
+    with pytest.raises(blobs.Damaged):
+        base_models.folder(job.base, job.base_facts)
 
 
 def test_a_base_whose_files_are_gone_ends_the_job_with_a_reason():
     owner = make_owner()
     job = make_job(owner, base=make_model(owner).model_id)
     with pytest.raises(Failure, match="was deleted"):
-        bases.folder(job.base, job.base_facts)
+        base_models.folder(job.base, job.base_facts)

@@ -7,8 +7,10 @@ import time
 
 import pytest
 
-from jobs import access, datasets, errands, lifecycle, limits, storage, tables
-from jobs.tables import Dataset
+from jobs.datasets import datasets
+from jobs.lifecycle import transitions
+from jobs.store import access, blobs, outbox, quotas, tables
+from jobs.store.tables import Dataset
 from tests.jobs.makers import ROWS, make_claim, make_job, make_owner
 
 pytestmark = pytest.mark.usefixtures("stores")
@@ -19,14 +21,14 @@ def receive(owner=None, name="rows.jsonl", data=ROWS):
 
 
 def stored(dataset):
-    return storage.list_keys(f"datasets/{dataset.owner}/{dataset.dataset_id}/")
+    return blobs.list_keys(f"datasets/{dataset.owner}/{dataset.dataset_id}/")
 
 
 def test_a_file_is_stored_hashed_and_waits_for_its_check():
     dataset = receive()
     assert (dataset.status, dataset.bytes, len(dataset.sha256)) == ("checking", len(ROWS), 64)
-    assert storage.open_file(dataset.key).read() == ROWS
-    assert any(row.job_id == f"check#{dataset.dataset_id}" for row in errands.waiting())
+    assert blobs.open_file(dataset.key).read() == ROWS
+    assert any(row.job_id == f"check#{dataset.dataset_id}" for row in outbox.waiting())
 
 
 def test_a_good_check_makes_it_ready():
@@ -59,11 +61,11 @@ def test_what_is_empty_or_too_large_leaves_nothing(data, settings):
     with pytest.raises(datasets.Rejected):
         receive(owner, data=data)
     assert list(access.list_datasets(owner)) == []
-    assert limits.held(owner, "datasets") == set()
-    for row in errands.waiting():
+    assert quotas.held(owner, "datasets") == set()
+    for row in outbox.waiting():
         if row.owner == owner and row.job_id.startswith("delete#"):
-            errands.run(*errands.name_of(row), row.lease or "")
-    assert storage.list_keys(f"datasets/{owner}/") == []
+            outbox.run(*outbox.name_of(row), row.lease or "")
+    assert blobs.list_keys(f"datasets/{owner}/") == []
 
 
 def test_an_upload_that_breaks_off_leaves_nothing():
@@ -72,7 +74,7 @@ def test_an_upload_that_breaks_off_leaves_nothing():
         raise ConnectionResetError
 
     owner = make_owner()
-    with pytest.raises((ConnectionResetError, storage.StorageError)):
+    with pytest.raises((ConnectionResetError, blobs.StorageError)):
         datasets.receive(owner, "x", chunks())
     assert list(access.list_datasets(owner)) == []
 
@@ -119,12 +121,12 @@ def test_bytes_stay_until_no_job_needs_them():
     datasets.delete(dataset.owner, dataset.dataset_id)
     with pytest.raises(access.NotFound):
         access.get_dataset_for(dataset.owner, dataset.dataset_id)
-    assert not errands.delete_bytes(dataset.owner, dataset.dataset_id)
+    assert not outbox.delete_bytes(dataset.owner, dataset.dataset_id)
     assert datasets.of_job(dataset.owner, dataset.dataset_id).key == dataset.key
     claim = make_claim(job)
     claim.finish("failed", "bad_data")
-    lifecycle.after_end(job.owner, job.job_id)
-    assert errands.delete_bytes(dataset.owner, dataset.dataset_id)
+    transitions.after_end(job.owner, job.job_id)
+    assert outbox.delete_bytes(dataset.owner, dataset.dataset_id)
     assert stored(dataset) == []
 
 
@@ -149,15 +151,15 @@ def test_a_giant_summary_does_not_stand_in_the_row():
 def test_parts_of_an_upload_go_when_it_is_over(status: str, age: float, goes: bool):
     owner, upload_id = make_owner(), tables.new_id("upload")
     tables.Upload(owner, upload_id, status=status, expires_at=time.time() + 60 - age).save()
-    part = storage.put_file(f"uploads/{upload_id}/part-1", io.BytesIO(b"abc"))
-    assert errands.delete_bytes(owner, upload_id) is goes
-    assert (storage.size_of(part.key) is None) is goes
+    part = blobs.put_file(f"uploads/{upload_id}/part-1", io.BytesIO(b"abc"))
+    assert outbox.delete_bytes(owner, upload_id) is goes
+    assert (blobs.size_of(part.key) is None) is goes
 
 
 def test_parts_of_an_upload_go_with_their_owner():
-    part = storage.put_file("uploads/upload-GONE/part-1", io.BytesIO(b"abc"))
-    assert errands.delete_bytes(make_owner(), "upload-GONE")
-    assert storage.size_of(part.key) is None
+    part = blobs.put_file("uploads/upload-GONE/part-1", io.BytesIO(b"abc"))
+    assert outbox.delete_bytes(make_owner(), "upload-GONE")
+    assert blobs.size_of(part.key) is None
 
 
 def test_files_that_come_at_the_same_time_share_the_room(settings):
@@ -172,4 +174,4 @@ def test_files_that_come_at_the_same_time_share_the_room(settings):
     with pytest.raises(datasets.OverQuota):
         datasets.receive(owner, "late.jsonl", slowly())
     assert [row.name for row in access.list_datasets(owner)] == ["meanwhile.jsonl"]
-    assert limits.held(owner, "datasets") == {row.dataset_id for row in access.list_datasets(owner)}
+    assert quotas.held(owner, "datasets") == {row.dataset_id for row in access.list_datasets(owner)}

@@ -8,9 +8,9 @@ import signal
 import pytest
 from pynamodb.exceptions import GetError
 
-from jobs import storage
-from jobs.doctor import SMALLEST_MICRO_BATCH, diagnose, halved, of_error
-from jobs.proof import Proof
+from jobs.store import blobs
+from jobs.worker.exit_diagnosis import SMALLEST_MICRO_BATCH, diagnose, halved, of_error
+from jobs.worker.resume_check import Proof
 from training.plan.events import EXIT, REASONS, Failure
 
 
@@ -61,10 +61,10 @@ def test_why_we_killed_it_wins():
     assert diagnose(-9, None, killed_by_us="time_limit").verdict == "fault"
 
 
-def caused_by(error: OSError) -> storage.StorageError:
+def caused_by(error: OSError) -> blobs.StorageError:
     try:
-        raise storage.StorageError(f"jobs/x/weights: {error}") from error
-    except storage.StorageError as raised:
+        raise blobs.StorageError(f"jobs/x/weights: {error}") from error
+    except blobs.StorageError as raised:
         return raised
 
 
@@ -87,11 +87,11 @@ def caused_by(error: OSError) -> storage.StorageError:
             "not_writable",
             "The work folder cannot be written.",
         ),
-        (storage.StorageError("no route to the bucket"), "store", "no route to the bucket"),
+        (blobs.StorageError("no route to the bucket"), "store", "no route to the bucket"),
         (caused_by(OSError(errno.EIO, "Input/output error", "/srv/x")), "store", "Input/output error"),
         (GetError("down"), "store", "The database did not answer."),
-        (storage.Missing("datasets/x"), "file_damaged", "missing"),
-        (storage.Damaged("datasets/x"), "file_damaged", "damaged"),
+        (blobs.Missing("datasets/x"), "file_damaged", "missing"),
+        (blobs.Damaged("datasets/x"), "file_damaged", "damaged"),
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "unexpected", "own log"),
         (KeyError("x"), "unexpected", "own log"),
         (Failure("disk_full"), "disk_full", "The disk is full."),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from jobs import estimates, queueing, tables
-from jobs.tables import Dataset, EstimateRecord, Job
+from jobs.lifecycle import estimates
+from jobs.store import queue, tables
+from jobs.store.tables import Dataset, EstimateRecord, Job
 from tests.jobs.makers import make_job, read
 from training.data.summary import Summary
 from training.plan.auto_settings import resolve
@@ -95,12 +96,12 @@ def test_its_owner_finds_the_same_record() -> None:
 
 
 def test_who_waits_behind_others_is_told_how_long() -> None:
-    for row in queueing.index_rows():
+    for row in queue.index_rows():
         row.delete()
-    assert estimates.queue() == 0
+    assert estimates.queue_seconds() == 0
     make_job(dataset_status="ready")
-    assert estimates.queue() == 60, "nothing is known of how long jobs take here"
+    assert estimates.queue_seconds() == 60, "nothing is known of how long jobs take here"
     for seconds in (100, 200, 300):
         estimates.record(finished(seconds))
     estimates.forget()
-    assert estimates.queue() == 4 * 200, "each of the finished ones still stands in the list"
+    assert estimates.queue_seconds() == 4 * 200, "each of the finished ones still stands in the list"

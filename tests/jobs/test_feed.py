@@ -9,9 +9,11 @@ import threading
 
 import pytest
 
-from jobs import access, feed, lifecycle, tables
-from jobs.feed import Batch
-from jobs.lifecycle import LostRace
+from jobs.events import event_log
+from jobs.events.event_log import Batch
+from jobs.lifecycle import transitions
+from jobs.lifecycle.transitions import LostRace
+from jobs.store import access, tables
 from tests.jobs.makers import WORKER, make_claim, make_owner, read, result
 
 pytestmark = pytest.mark.usefixtures("stores")
@@ -21,9 +23,9 @@ WAIT_S = 120  # for what comes in a moment, on the busiest machine
 def tell(claim, *messages, first=None):
     first = first or int(claim.job.last_seq) + 1
     batch = Batch(first, tuple(json.dumps({"t": "log", "message": message}) for message in messages))
-    feed.append(claim, batch)
+    event_log.append(claim, batch)
     claim.heartbeat({}, {}, batch.first_seq, batch.last_seq)
-    feed.announce(claim.job_id, batch.last_seq)
+    event_log.announce(claim.job_id, batch.last_seq)
 
 
 def messages(events):
@@ -31,56 +33,56 @@ def messages(events):
 
 
 async def gather(owner, job_id, after=0):
-    return [event async for events in feed.follow(owner, job_id, after) for event in events]
+    return [event async for events in event_log.follow(owner, job_id, after) for event in events]
 
 
 def test_events_are_numbered_from_one_and_the_end_is_the_last():
     claim = make_claim()
     tell(claim, "one", "two")
     tell(claim, "three")
-    assert [e.seq for e in feed.read(claim.owner, claim.job_id)] == [1, 2, 3]
+    assert [e.seq for e in event_log.read(claim.owner, claim.job_id)] == [1, 2, 3]
     claim.finish("succeeded", result=result(claim))
-    events = feed.read(claim.owner, claim.job_id, after=2)
+    events = event_log.read(claim.owner, claim.job_id, after=2)
     assert [(e.seq, e.data["t"]) for e in events] == [(3, "log"), (4, "end")]
     assert events[-1].data["status"] == "succeeded"
 
 
 def test_readers_do_not_see_a_chunk_before_the_job_says_so():
     claim = make_claim()
-    feed.append(claim, Batch(1, ('{"t": "log", "message": "early"}',)))
-    assert feed.read(claim.owner, claim.job_id) == []
+    event_log.append(claim, Batch(1, ('{"t": "log", "message": "early"}',)))
+    assert event_log.read(claim.owner, claim.job_id) == []
 
 
 def test_a_batch_sent_twice_is_stored_once():
     claim = make_claim()
     batch = Batch(1, ('{"t": "log", "message": "once"}',))
-    feed.append(claim, batch)
-    feed.append(claim, batch)
+    event_log.append(claim, batch)
+    event_log.append(claim, batch)
     claim.heartbeat({}, {}, 1, 1)
     claim.heartbeat({}, {}, 1, 1)  # its answer was lost, too
-    assert messages(feed.read(claim.owner, claim.job_id)) == ["once"]
+    assert messages(event_log.read(claim.owner, claim.job_id)) == ["once"]
 
 
 def test_a_zombie_neither_overwrites_nor_shows_events():
     zombie = make_claim()
     tell(zombie, "before")
-    lifecycle.requeue(lifecycle.lose_lease(read(zombie.job)))
-    holder = lifecycle.claim(read(zombie.job), WORKER)
+    transitions.requeue(transitions.lose_lease(read(zombie.job)))
+    holder = transitions.claim(read(zombie.job), WORKER)
     tell(holder, "mine")
     with pytest.raises(LostRace):
-        feed.append(zombie, Batch(2, ('{"t": "log", "message": "zombie"}',)))
+        event_log.append(zombie, Batch(2, ('{"t": "log", "message": "zombie"}',)))
     with pytest.raises(LostRace):
         zombie.heartbeat({}, {}, 2, 2)
-    assert messages(feed.read(holder.owner, holder.job_id)) == ["before", "mine"]
+    assert messages(event_log.read(holder.owner, holder.job_id)) == ["before", "mine"]
 
 
 def test_a_later_holder_replaces_what_an_earlier_one_never_showed():
     first = make_claim()
-    feed.append(first, Batch(1, ('{"t": "log", "message": "unseen"}',) * 3))
+    event_log.append(first, Batch(1, ('{"t": "log", "message": "unseen"}',) * 3))
     first.give_back()
-    second = lifecycle.claim(read(first.job), WORKER)
+    second = transitions.claim(read(first.job), WORKER)
     tell(second, "seen")
-    assert messages(feed.read(second.owner, second.job_id)) == ["seen"]
+    assert messages(event_log.read(second.owner, second.job_id)) == ["seen"]
 
 
 def test_reading_goes_on_in_the_middle_of_a_chunk():
@@ -88,7 +90,7 @@ def test_reading_goes_on_in_the_middle_of_a_chunk():
     tell(claim, *(f"{n}" for n in range(1, 101)))
     tell(claim, *(f"{n}" for n in range(101, 151)))
     for after in (0, 1, 99, 100, 101, 149, 150):
-        assert messages(feed.read(claim.owner, claim.job_id, after)) == [
+        assert messages(event_log.read(claim.owner, claim.job_id, after)) == [
             str(n) for n in range(after + 1, 151)
         ]
 
@@ -97,13 +99,13 @@ def test_backwards_gives_the_newest_first_up_to_a_number():
     claim = make_claim()
     tell(claim, "1", "2", "3")
     tell(claim, "4")
-    assert messages(feed.backwards(claim.job_id, 3)) == ["3", "2", "1"]
+    assert messages(event_log.backwards(claim.job_id, 3)) == ["3", "2", "1"]
 
 
 def test_anothers_feed_does_not_exist():
     claim = make_claim()
     with pytest.raises(access.NotFound):
-        feed.read(make_owner(), claim.job_id)
+        event_log.read(make_owner(), claim.job_id)
 
 
 async def test_a_follower_of_an_ended_job_gets_everything_and_stops():
@@ -123,7 +125,9 @@ async def test_a_number_that_was_never_given_brings_the_whole_feed():
 
 
 async def test_two_hundred_watchers_cost_one_reader_and_no_thread_each(monkeypatch):
-    monkeypatch.setattr(feed, "POLL_S", 100 * WAIT_S)  # news come by the bell alone, however long this takes
+    monkeypatch.setattr(
+        event_log, "POLL_S", 100 * WAIT_S
+    )  # news come by the bell alone, however long this takes
     claim = make_claim()
     tell(claim, "zero")
     watchers = [asyncio.create_task(gather(claim.owner, claim.job_id, n % 2)) for n in range(200)]
@@ -131,7 +135,7 @@ async def test_two_hundred_watchers_cost_one_reader_and_no_thread_each(monkeypat
     async def have_seen(head: int) -> None:
         async with asyncio.timeout(WAIT_S):
             while True:
-                tailer = feed._tailers().get((claim.owner, claim.job_id))
+                tailer = event_log._tailers().get((claim.owner, claim.job_id))
                 if tailer and len(tailer.watchers) == 200 and tailer.head >= head:
                     return
                 await asyncio.sleep(0.05)
@@ -150,7 +154,7 @@ async def test_two_hundred_watchers_cost_one_reader_and_no_thread_each(monkeypat
 
 
 async def test_a_watcher_who_comes_late_and_from_behind_gets_all_of_it(monkeypatch):
-    monkeypatch.setattr(feed, "KEPT", 3)
+    monkeypatch.setattr(event_log, "KEPT", 3)
     claim = make_claim()
     tell(claim, *(str(n) for n in range(1, 11)))
     early = asyncio.create_task(gather(claim.owner, claim.job_id, 8))
@@ -168,10 +172,10 @@ async def test_what_comes_while_a_watcher_is_busy_with_its_first_events_is_not_p
     tell(claim, "1", "2")
     other = asyncio.create_task(gather(claim.owner, claim.job_id))
     await asyncio.sleep(1)
-    follower = feed.follow(claim.owner, claim.job_id)
+    follower = event_log.follow(claim.owner, claim.job_id)
     assert [e.seq for e in await anext(follower)] == [1, 2]  # busy from here …
     await asyncio.to_thread(tell, claim, "3")
-    tailer = feed._tailers()[claim.owner, claim.job_id]
+    tailer = event_log._tailers()[claim.owner, claim.job_id]
     while tailer.head < 3:  # noqa: ASYNC110  no event tells
         await asyncio.sleep(0.05)
     await asyncio.to_thread(claim.finish, "failed", "not_finite")
@@ -181,9 +185,9 @@ async def test_what_comes_while_a_watcher_is_busy_with_its_first_events_is_not_p
 
 
 async def test_news_arrive_by_the_bell_and_not_by_the_poll(monkeypatch):
-    monkeypatch.setattr(feed, "POLL_S", 100 * WAIT_S)
+    monkeypatch.setattr(event_log, "POLL_S", 100 * WAIT_S)
     claim = make_claim()
-    follower = feed.follow(claim.owner, claim.job_id)
+    follower = event_log.follow(claim.owner, claim.job_id)
     first = asyncio.create_task(anext(follower))
     await asyncio.sleep(1.5)
     await asyncio.to_thread(tell, claim, "news")
@@ -192,9 +196,9 @@ async def test_news_arrive_by_the_bell_and_not_by_the_poll(monkeypatch):
 
 
 async def test_a_lost_bell_costs_one_poll(monkeypatch):
-    monkeypatch.setattr(feed, "announce", lambda *_: None)
+    monkeypatch.setattr(event_log, "announce", lambda *_: None)
     claim = make_claim()
-    follower = feed.follow(claim.owner, claim.job_id)
+    follower = event_log.follow(claim.owner, claim.job_id)
     first = asyncio.create_task(anext(follower))
     await asyncio.sleep(0.5)
     await asyncio.to_thread(tell, claim, "unannounced")
@@ -204,35 +208,35 @@ async def test_a_lost_bell_costs_one_poll(monkeypatch):
 
 async def test_a_watcher_who_does_not_read_is_let_go():
     claim = make_claim()
-    ticks = feed.watch(claim.owner, claim.job_id)
+    ticks = event_log.watch(claim.owner, claim.job_id)
     await anext(ticks)
-    tailer = feed._tailers()[claim.owner, claim.job_id]
-    for _ in range(feed.QUEUED + 1):
+    tailer = event_log._tailers()[claim.owner, claim.job_id]
+    for _ in range(event_log.QUEUED + 1):
         for watcher in tailer.watchers:
             watcher.give(tailer.tick)
-    with pytest.raises(feed.TooSlow):
+    with pytest.raises(event_log.TooSlow):
         await anext(ticks)
 
 
 async def test_leaving_frees_everything():
     claim = make_claim()
-    follower = feed.watch(claim.owner, claim.job_id)
+    follower = event_log.watch(claim.owner, claim.job_id)
     await anext(follower)
-    assert feed._tailers()
+    assert event_log._tailers()
     await follower.aclose()
     async with asyncio.timeout(WAIT_S):
-        while (claim.owner, claim.job_id) in feed._tailers():  # noqa: ASYNC110  no event tells
+        while (claim.owner, claim.job_id) in event_log._tailers():  # noqa: ASYNC110  no event tells
             await asyncio.sleep(0.05)
 
 
 async def test_deleting_a_job_ends_its_stream():
     claim = make_claim()
-    follower = feed.watch(claim.owner, claim.job_id)
+    follower = event_log.watch(claim.owner, claim.job_id)
     await anext(follower)
     await asyncio.to_thread(claim.finish, "failed", "not_finite")
     with contextlib.suppress(StopAsyncIteration):
         while True:
             await asyncio.wait_for(anext(follower), WAIT_S)
-    await asyncio.to_thread(lifecycle.delete, claim.owner, claim.job_id)
+    await asyncio.to_thread(transitions.delete, claim.owner, claim.job_id)
     with pytest.raises(access.NotFound):
-        await anext(feed.watch(claim.owner, claim.job_id))
+        await anext(event_log.watch(claim.owner, claim.job_id))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs import hub_check
+from jobs.registry import hub_models
 from tests.hub_server import COMMIT, CONFIG, HubServer, running, write_repository
 
 TOKEN = "hf_" + "operators" * 4
@@ -16,7 +16,7 @@ TOKEN = "hf_" + "operators" * 4
 
 @pytest.fixture
 def hub(tmp_path: Path, settings: Any) -> Iterator[HubServer]:
-    hub_check._refused.clear()
+    hub_models._refused.clear()
     with running({}) as server:
         server.token = TOKEN
         settings.HF_ENDPOINT, settings.HF_TOKEN = server.url, TOKEN
@@ -32,14 +32,14 @@ def put(hub: HubServer, folder: Path, name: str = "people/tiny", config: Any = C
 
 
 def refusal(name: str = "people/tiny") -> str:
-    with pytest.raises(hub_check.Refused) as refused:
-        hub_check.look_up(name)
+    with pytest.raises(hub_models.Refused) as refused:
+        hub_models.look_up(name)
     return str(refused.value)
 
 
 def test_a_public_model_is_taken_with_what_the_hub_says_of_it(hub, tmp_path):
     folder = put(hub, tmp_path, cardData={"license": "apache-2.0", "language": ["en", "de"]}, safetensors={"total": 1234})  # fmt: skip
-    found = hub_check.look_up("people/tiny")
+    found = hub_models.look_up("people/tiny")
     model = found.model
     assert (found.revision, model.id, model.parameters, model.layers) == (COMMIT, "people/tiny", 1234, 2)
     assert (model.licence, model.languages, model.context) == ("apache-2.0", "English, German", 128)
@@ -98,7 +98,7 @@ def test_a_private_model_is_as_unknown_as_none(hub, tmp_path):
 def test_the_token_is_lent_for_models_the_operator_named(hub, tmp_path, settings):
     put(hub, tmp_path, private=True, gated="manual")
     settings.HUB_MODELS = ["public", "people/*"]
-    assert hub_check.look_up("people/tiny").revision == COMMIT
+    assert hub_models.look_up("people/tiny").revision == COMMIT
     assert {token for _, token in hub.asked} == {TOKEN}
 
 
@@ -107,7 +107,7 @@ def test_the_token_does_not_follow_to_another_host(hub, tmp_path, settings):
     with running(hub.repositories) as other:
         hub.moved = other.url.replace("127.0.0.1", "localhost")
         settings.HUB_MODELS = ["people/*"]
-        assert hub_check.look_up("people/tiny").revision == COMMIT
+        assert hub_models.look_up("people/tiny").revision == COMMIT
         assert other.asked
         assert {token for _, token in other.asked} == {""}
 
@@ -132,12 +132,12 @@ def test_a_hub_that_cannot_be_reached_may_be_asked_again(hub, tmp_path, settings
     here, settings.HF_ENDPOINT = settings.HF_ENDPOINT, "http://127.0.0.1:9"
     assert "could not be asked" in refusal()
     settings.HF_ENDPOINT = here
-    assert hub_check.look_up("people/tiny")
+    assert hub_models.look_up("people/tiny")
 
 
 def test_a_hub_that_drips_is_left_in_time(hub, tmp_path, monkeypatch):
     put(hub, tmp_path)
-    monkeypatch.setattr(hub_check, "DEADLINE_S", 0.5)
+    monkeypatch.setattr(hub_models, "DEADLINE_S", 0.5)
     hub.drip_s = 0.2  # the whole of it would take a minute, and be no refusal
     assert "could not be asked" in refusal()
 

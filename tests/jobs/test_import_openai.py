@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from django.core.management import CommandError, call_command
 
-from jobs import access, tables, tuned_models
+from jobs.registry import tuned_models
+from jobs.store import access, tables
 from tests.factories import make_user
 from tests.jobs.makers import make_claim, read, result
 

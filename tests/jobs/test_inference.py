@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 from redis.exceptions import RedisError
 
-from jobs import access, bells, generation_queue, inference, relay
-from jobs.inference import Busy, Failed, GenerateRequest
+from jobs.inference import generation, generation_queue, inference_worker
+from jobs.inference.generation import Busy, Failed, GenerateRequest
+from jobs.store import access, redis_client
 from tests import services
 from tests.jobs.makers import make_owner
 
@@ -61,7 +62,7 @@ async def wait_for_answer():
 
 async def text_of(owner, **fields):
     request = GenerateRequest(**{"model": "starter", "prompt": "The dog is", "max_tokens": 8, **fields})
-    return await inference.complete(owner, request)
+    return await generation.complete(owner, request)
 
 
 async def eventually(holds, seconds=60):
@@ -85,7 +86,7 @@ def servers_of(pid):
 async def test_tokens_stream_and_make_the_whole_text(worker):
     lines = [
         line
-        async for line in inference.stream(
+        async for line in generation.stream(
             make_owner(), GenerateRequest("starter", prompt="The dog is", max_tokens=8)
         )
     ]
@@ -109,12 +110,12 @@ async def test_twelve_requests_of_six_people_are_all_answered(worker):
 async def test_a_third_request_of_one_person_waits_for_its_turn(worker):
     owner = make_owner()
     streams = [
-        inference.stream(owner, GenerateRequest("starter", prompt="A", max_tokens=100)) for _ in range(2)
+        generation.stream(owner, GenerateRequest("starter", prompt="A", max_tokens=100)) for _ in range(2)
     ]
     for stream in streams:
         await anext(stream)
     third = asyncio.create_task(text_of(owner))
-    await eventually(lambda: bells.client().zcard(generation_queue.line_of(owner)) == 1)
+    await eventually(lambda: redis_client.client().zcard(generation_queue.line_of(owner)) == 1)
     for stream in streams:
         await stream.aclose()
     assert (await third).usage["completion_tokens"] == 8
@@ -122,11 +123,11 @@ async def test_a_third_request_of_one_person_waits_for_its_turn(worker):
 
 async def test_leaving_early_frees_the_place(worker):
     owner = make_owner()
-    stream = inference.stream(owner, GenerateRequest("starter", prompt="A", max_tokens=200))
+    stream = generation.stream(owner, GenerateRequest("starter", prompt="A", max_tokens=200))
     await anext(stream)
-    assert bells.client().zcard(f"generation:running:{owner}") == 1
+    assert redis_client.client().zcard(f"generation:running:{owner}") == 1
     await stream.aclose()
-    await eventually(lambda: bells.client().zcard(f"generation:running:{owner}") == 0)
+    await eventually(lambda: redis_client.client().zcard(f"generation:running:{owner}") == 0)
 
 
 async def test_a_full_queue_says_when_to_come_back(stores, monkeypatch):
@@ -137,10 +138,10 @@ async def test_a_full_queue_says_when_to_come_back(stores, monkeypatch):
 
 
 async def test_without_a_worker_nobody_waits_long(paused, monkeypatch):
-    monkeypatch.setattr(inference, "NOBODY_S", 0)
-    monkeypatch.setattr(inference, "RENEW_S", 0)
-    bells.client().delete("generation:taken", "generation:running")
-    with pytest.raises(inference.Unavailable, match="No inference worker"):
+    monkeypatch.setattr(generation, "NOBODY_S", 0)
+    monkeypatch.setattr(generation, "RENEW_S", 0)
+    redis_client.client().delete("generation:taken", "generation:running")
+    with pytest.raises(generation.Unavailable, match="No inference worker"):
         await text_of(make_owner())
 
 
@@ -151,15 +152,15 @@ async def test_who_waits_keeps_the_place_when_redis_is_started_again(paused, red
     asked = []
     for count in range(1, 9):
         asked.append(asyncio.create_task(text_of(owner, max_tokens=2)))
-        await eventually(lambda count=count: bells.client().zcard(line) == count)
-    before = [score for _, score in bells.client().zrange(line, 0, -1, withscores=True)]
+        await eventually(lambda count=count: redis_client.client().zcard(line) == count)
+    before = [score for _, score in redis_client.client().zrange(line, 0, -1, withscores=True)]
     redis.kill()
     for file in folder.glob("none" if kept else "appendonly*"):
         shutil.rmtree(file) if file.is_dir() else file.unlink()  # a folder since Redis 7
     redis.start()
 
     def back():
-        return [score for _, score in bells.client().zrange(line, 0, -1, withscores=True)] == before
+        return [score for _, score in redis_client.client().zrange(line, 0, -1, withscores=True)] == before
 
     await eventually(back)
     paused()
@@ -167,15 +168,15 @@ async def test_who_waits_keeps_the_place_when_redis_is_started_again(paused, red
 
 
 async def test_what_a_lost_worker_held_is_asked_for_again(paused, monkeypatch):
-    monkeypatch.setattr(inference, "RENEW_S", 0)
+    monkeypatch.setattr(generation, "RENEW_S", 0)
     owner = make_owner()
     line = generation_queue.line_of(owner)
     asked = asyncio.create_task(text_of(owner))
-    await eventually(lambda: bells.client().zcard(line) == 1)
+    await eventually(lambda: redis_client.client().zcard(line) == 1)
     taken = generation_queue.take(1)  # by a worker that dies at this moment
     assert taken.owner == owner
     generation_queue.end(owner, taken.rid, 1)  # as when its hold has run out
-    await eventually(lambda: bells.client().zcard(line) == 1)
+    await eventually(lambda: redis_client.client().zcard(line) == 1)
     paused()
     assert (await asked).usage["completion_tokens"] == 8
 
@@ -183,18 +184,18 @@ async def test_what_a_lost_worker_held_is_asked_for_again(paused, monkeypatch):
 async def test_a_gap_in_an_answer_is_an_error_and_not_a_shorter_text(paused):
     owner = make_owner()
     asked = asyncio.create_task(text_of(owner))
-    await eventually(lambda: bells.client().zcard(generation_queue.line_of(owner)) == 1)
+    await eventually(lambda: redis_client.client().zcard(generation_queue.line_of(owner)) == 1)
     taken = generation_queue.take(1)
     token = {"t": "token", "index": 0, "text": "x"}
-    relay.publish(taken.rid, [json.dumps({"t": "start", "prompt_tokens": 1}), json.dumps(token)])
-    relay.publish(taken.rid, [json.dumps(token)], 4)  # the one before was lost
+    inference_worker.publish(taken.rid, [json.dumps({"t": "start", "prompt_tokens": 1}), json.dumps(token)])
+    inference_worker.publish(taken.rid, [json.dumps(token)], 4)  # the one before was lost
     with pytest.raises(Failed, match="was lost"):
         await asked
     generation_queue.end(owner, taken.rid, 1)
 
 
 async def test_a_dead_server_is_started_again(worker):
-    stream = inference.stream(make_owner(), GenerateRequest("starter", prompt="A", max_tokens=200))
+    stream = generation.stream(make_owner(), GenerateRequest("starter", prompt="A", max_tokens=200))
     await anext(stream)
     for pid in servers_of(worker.pid):
         os.kill(pid, signal.SIGKILL)
@@ -215,10 +216,10 @@ async def test_a_silent_server_is_started_again_and_who_waited_is_answered(worke
 
 def test_only_whose_prompt_was_being_read_is_told_so(stores, monkeypatch):
     said: dict[str, str] = {}
-    monkeypatch.setattr(relay, "publish", lambda rid, lines, after: said.update({rid: lines[-1]}))
-    asked = relay.Relay()
+    monkeypatch.setattr(inference_worker, "publish", lambda rid, lines, after: said.update({rid: lines[-1]}))
+    asked = inference_worker.Relay()
     for rid, state in (("r1", "sent"), ("r2", "reading"), ("r3", "started")):
-        asked.waiting[rid] = relay.Waiting(rid, {}, state=state, tries=relay.MAX_TRIES)
+        asked.waiting[rid] = inference_worker.Waiting(rid, {}, state=state, tries=inference_worker.MAX_TRIES)
         asked._fail(rid)
     codes = {rid: json.loads(line)["code"] for rid, line in said.items()}
     assert codes == {"r1": "server_died", "r2": "prompt_failed", "r3": "server_died"}
@@ -231,8 +232,8 @@ def test_why_a_model_cannot_be_loaded_names_nothing_of_ours(stores, monkeypatch)
     def away(owner, model):
         raise OSError("no bucket s3://inside/ at 10.0.0.7")
 
-    monkeypatch.setattr(relay, "model_folder", away)
-    monkeypatch.setattr(relay, "publish", lambda rid, lines: said.extend(lines))
-    relay.serve("user-A", "r1", {"model": "starter"})
+    monkeypatch.setattr(inference_worker, "model_folder", away)
+    monkeypatch.setattr(inference_worker, "publish", lambda rid, lines: said.extend(lines))
+    inference_worker.serve("user-A", "r1", {"model": "starter"})
     assert "cannot be loaded" in said[-1]
     assert "inside" not in "".join(said)

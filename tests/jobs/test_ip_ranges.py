@@ -6,7 +6,7 @@ import ipaddress
 
 import pytest
 
-from jobs.ip_ranges import MULTICAST_IPV4, SPECIAL_IPV4, SPECIAL_IPV6, is_public
+from jobs.notifications.ip_ranges import MULTICAST_IPV4, SPECIAL_IPV4, SPECIAL_IPV6, is_public
 
 IPV4 = [ipaddress.IPv4Network(block) for block in (*SPECIAL_IPV4, MULTICAST_IPV4)]
 IPV6 = [ipaddress.IPv6Network(block) for block in (*SPECIAL_IPV6, "fec0::/10", "ff00::/8", "::/96")]

@@ -7,9 +7,11 @@ import io
 
 import pytest
 
-from jobs import access, datasets, endings, errands, lifecycle, limits, queueing, reasons, storage, tables
-from jobs.lifecycle import LostRace, OverQuota, Refused
-from jobs.tables import JobIndex, TunedModel, month_of, new_id
+from jobs.datasets import datasets
+from jobs.lifecycle import finalize, transitions
+from jobs.lifecycle.transitions import LostRace, OverQuota, Refused
+from jobs.store import access, blobs, outbox, queue, quotas, reasons, tables
+from jobs.store.tables import JobIndex, TunedModel, month_of, new_id
 from tests.jobs.makers import (
     WORKER,
     checkpoint,
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("stores")
 
 
 def is_listed(job, partition=None):
-    return tables.get(JobIndex, partition or queueing.shard(job.job_id), job.job_id) is not None
+    return tables.get(JobIndex, partition or queue.shard(job.job_id), job.job_id) is not None
 
 
 # ---- submit
@@ -38,7 +40,7 @@ def test_a_submitted_job_waits_in_the_queue():
     assert (read(job).status, read(job).desired, read(job).epoch) == ("queued", "run", 0)
     assert is_listed(job)
     assert is_listed(job, f"all#{month_of(job.created_at)}")
-    assert limits.held(job.owner, "jobs") == {job.job_id}
+    assert quotas.held(job.owner, "jobs") == {job.job_id}
     assert job.model_id.startswith("ft:starter:")
 
 
@@ -68,19 +70,19 @@ def test_it_fails_when_its_dataset_cannot_be_used(status):
 def test_the_same_key_makes_one_job():
     owner = make_owner()
     request = make_request(owner)
-    first = lifecycle.submit(owner, request, idempotency_key="k")
-    assert lifecycle.submit(owner, request, idempotency_key="k").job_id == first.job_id
+    first = transitions.submit(owner, request, idempotency_key="k")
+    assert transitions.submit(owner, request, idempotency_key="k").job_id == first.job_id
     with pytest.raises(Refused):
-        lifecycle.submit(owner, dataclasses.replace(request, suffix="x"), idempotency_key="k")
-    assert lifecycle.submit(owner, request, idempotency_key="other").job_id != first.job_id
+        transitions.submit(owner, dataclasses.replace(request, suffix="x"), idempotency_key="k")
+    assert transitions.submit(owner, request, idempotency_key="other").job_id != first.job_id
 
 
 def test_a_key_whose_submission_broke_off_can_be_used_again():
     owner = make_owner()
     request = make_request(owner)
-    job_id = lifecycle._id_for(owner, request, "k")
-    endings.make_void(owner, job_id)
-    job = lifecycle.submit(owner, request, idempotency_key="k")
+    job_id = transitions._id_for(owner, request, "k")
+    finalize.make_void(owner, job_id)
+    job = transitions.submit(owner, request, idempotency_key="k")
     assert job.job_id != job_id
     assert job.status == "queued"
 
@@ -91,9 +93,9 @@ def test_the_quota_refuses_one_too_many_and_leaves_nothing(settings):
     with pytest.raises(OverQuota):
         make_job(job.owner)
     with pytest.raises(OverQuota):
-        lifecycle.submit(job.owner, make_request(job.owner), idempotency_key="k")
-    assert limits.held(job.owner, "jobs") == {job.job_id}
-    assert [row.job_id for row in queueing.index_rows() if row.owner == job.owner] == [job.job_id]
+        transitions.submit(job.owner, make_request(job.owner), idempotency_key="k")
+    assert quotas.held(job.owner, "jobs") == {job.job_id}
+    assert [row.job_id for row in queue.index_rows() if row.owner == job.owner] == [job.job_id]
     assert [row.job_id for row in access.list_jobs(job.owner)] == [job.job_id]
 
 
@@ -126,8 +128,8 @@ def test_nobody_uses_anothers_dataset():
 def test_a_claim_is_had_once():
     job = make_job()
     seen = read(job)
-    assert lifecycle.claim(seen, WORKER) is not None
-    assert lifecycle.claim(seen, WORKER) is None
+    assert transitions.claim(seen, WORKER) is not None
+    assert transitions.claim(seen, WORKER) is None
     assert (read(job).status, read(job).epoch) == ("running", 1)
 
 
@@ -138,7 +140,7 @@ def test_a_heartbeat_renews_the_lease_and_brings_the_orders():
     job = read(claim.job)
     assert job.lease != before
     assert (job.progress, job.metrics, job.last_seq) == ({"step": 3}, {"loss": 2.5}, 4)
-    lifecycle.ask(job.owner, job.job_id, "pause")
+    transitions.ask(job.owner, job.job_id, "pause")
     assert claim.heartbeat() == "pause"
 
 
@@ -178,32 +180,32 @@ def stored(claim, *steps, **fields):
     """Checkpoints with bytes, each of 7."""
     for step in steps:
         entry = checkpoint(claim, step, bytes=7, **fields)
-        storage.put_file(f"{entry['key']}/weights", io.BytesIO(b"weights"))
+        blobs.put_file(f"{entry['key']}/weights", io.BytesIO(b"weights"))
         claim.move_pointer(entry)
-        endings.after_pointer(claim.job)
+        finalize.after_pointer(claim.job)
 
 
 def bytes_of(job):
-    return [key.split("/", 2)[2].removesuffix("/weights") for key in storage.list_keys(f"jobs/{job.job_id}/")]
+    return [key.split("/", 2)[2].removesuffix("/weights") for key in blobs.list_keys(f"jobs/{job.job_id}/")]
 
 
 def test_superseded_checkpoints_are_deleted():
     claim = make_claim()
     stored(claim, 1, 2, 3)
-    storage.put_file(f"{claim.prefix}checkpoints/s4/weights", io.BytesIO(b"on its way"))
-    endings.after_pointer(claim.job)
+    blobs.put_file(f"{claim.prefix}checkpoints/s4/weights", io.BytesIO(b"on its way"))
+    finalize.after_pointer(claim.job)
     assert bytes_of(claim.job) == ["e1/checkpoints/s2", "e1/checkpoints/s3", "e1/checkpoints/s4"]
 
 
 def test_superseded_checkpoints_of_earlier_attempts_are_deleted_and_later_ones_are_not():
     old = make_claim()
     stored(old, 1, 3)
-    lifecycle.lose_lease(old.job)
-    lifecycle.requeue(read(old.job))
+    transitions.lose_lease(old.job)
+    transitions.requeue(read(old.job))
     new = make_claim(old.job)
     new.pointer_back(new.job.checkpoints[0])  # step 3 is damaged
     stored(new, 2)
-    endings.after_pointer(old.job)  # a former holder that is late
+    finalize.after_pointer(old.job)  # a former holder that is late
     assert bytes_of(new.job) == ["e1/checkpoints/s1", "e1/checkpoints/s3", "e2/checkpoints/s2"]
     stored(new, 4, 5)
     assert bytes_of(new.job) == ["e2/checkpoints/s4", "e2/checkpoints/s5"]
@@ -213,23 +215,23 @@ def test_the_checkpoint_of_another_job_is_left_to_it():
     first = make_claim()
     stored(first, 1)
     first.finish("failed", "not_finite")
-    second = make_claim(lifecycle.retry(first.owner, first.job_id))
+    second = make_claim(transitions.retry(first.owner, first.job_id))
     stored(second, 2, 3)
     assert bytes_of(first.job) == ["e1/checkpoints/s1"]
-    assert limits.stored_bytes(first.owner) == 35 + 7 + 14  # the dataset; what each job's own folder holds
+    assert quotas.stored_bytes(first.owner) == 35 + 7 + 14  # the dataset; what each job's own folder holds
 
 
 def test_checkpoints_count_against_the_storage_quota(settings):
     settings.JOBS = settings.JOBS | {"max_stored_bytes_per_owner": 50}
     claim = make_claim()  # its dataset has 35 bytes
     stored(claim, 1, 2, 3)  # two are kept
-    limits.check_room(claim.owner)
+    quotas.check_room(claim.owner)
     with pytest.raises(OverQuota):
-        limits.reserve(claim.owner, "upload-1", 2)
-    limits.reserve(claim.owner, "upload-1", 1)
+        quotas.reserve(claim.owner, "upload-1", 2)
+    quotas.reserve(claim.owner, "upload-1", 1)
     stored(claim, 4, best=True)
     stored(claim, 5, 6)
-    for full in (limits.check_room, limits.check_fits):
+    for full in (quotas.check_room, quotas.check_fits):
         with pytest.raises(OverQuota, match="checkpoints"):
             full(claim.owner)
 
@@ -239,10 +241,10 @@ def test_a_deleted_jobs_checkpoints_count_no_more():
     stored(claim, 1, 2)
     claim.finish("failed", "not_finite")
     seen = read(claim.job)
-    lifecycle.delete(claim.owner, claim.job_id)
-    errands.delete_bytes(claim.owner, claim.job_id)
-    limits.note_checkpoints(seen)  # a late writer
-    assert limits.stored_bytes(claim.owner) == 35
+    transitions.delete(claim.owner, claim.job_id)
+    outbox.delete_bytes(claim.owner, claim.job_id)
+    quotas.note_checkpoints(seen)  # a late writer
+    assert quotas.stored_bytes(claim.owner) == 35
     assert bytes_of(claim.job) == []
 
 
@@ -253,12 +255,12 @@ def test_a_success_makes_a_model_and_clears_the_lists():
     assert (job.status, job.lease, job.holder) == ("succeeded", None, claim.holder)
     assert is_listed(job)
     for _ in range(2):
-        lifecycle.after_end(job.owner, job.job_id)
+        transitions.after_end(job.owner, job.job_id)
     model = access.get_model_for(job.owner, job.model_id)
     assert (model.prefix, model.step, model.bytes) == (f"{claim.prefix}final", 3, 2)
     assert not is_listed(job)
     assert is_listed(job, f"succeeded#{month_of(job.ended_at)}")
-    assert limits.held(job.owner, "jobs") == set()
+    assert quotas.held(job.owner, "jobs") == set()
 
 
 def test_a_failure_says_why():
@@ -283,13 +285,13 @@ def test_a_dead_trainer_is_tried_again_until_nothing_gets_further():
     for attempt in (1, 2):
         assert make_claim(job).trainer_died("killed") == "retrying"
         assert (read(job).attempts, read(job).attempts_without_progress) == (attempt, attempt)
-        assert lifecycle.requeue(read(job))
+        assert transitions.requeue(read(job))
     claim = make_claim(job)
     claim.move_pointer(checkpoint(claim, 1))
     assert claim.trainer_died("killed") == "retrying"
-    lifecycle.requeue(read(job))
+    transitions.requeue(read(job))
     make_claim(job).trainer_died("killed")
-    lifecycle.requeue(read(job))
+    transitions.requeue(read(job))
     assert make_claim(job).trainer_died("killed") == "failed"
     assert read(job).attempts == 5
     assert "tried too often" in read(job).message
@@ -305,7 +307,7 @@ def test_a_platform_fault_spends_no_attempt(reason):
 
 
 def test_a_lost_worker_spends_no_attempt():
-    job = lifecycle.lose_lease(make_claim().job)
+    job = transitions.lose_lease(make_claim().job)
     assert (job.status, job.reason, job.attempts, job.platform_faults) == ("retrying", "lost_worker", 0, 1)
 
 
@@ -313,14 +315,14 @@ def test_platform_faults_end_a_job_when_there_are_many_in_a_row(settings):
     settings.JOBS = settings.JOBS | {"max_platform_faults": 3}
     job = make_job()
     make_claim(job).trainer_died("disk_full")
-    lifecycle.requeue(read(job))
+    transitions.requeue(read(job))
     claim = make_claim(job)
     claim.move_pointer(checkpoint(claim, 1))  # it got further: the count begins again
     for fault in ("store", "disk_full"):
         assert claim.trainer_died(fault) == "retrying"
-        lifecycle.requeue(read(job))
+        transitions.requeue(read(job))
         claim = make_claim(job)
-    assert lifecycle.lose_lease(claim.job).status == "failed"
+    assert transitions.lose_lease(claim.job).status == "failed"
     job = read(job)
     assert (job.reason, job.attempts, job.platform_faults) == ("lost_worker", 0, 3)
     assert "tried too often" in job.message
@@ -335,7 +337,7 @@ def test_platform_faults_do_not_hide_a_trainer_that_dies():
         ("killed", "failed"),
     ):
         assert make_claim(job).trainer_died(reason) == landed
-        lifecycle.requeue(read(job))
+        transitions.requeue(read(job))
     assert (read(job).attempts, read(job).platform_faults) == (3, 1)
 
 
@@ -344,7 +346,7 @@ def test_platform_faults_wait_longer_each_time_too():
     job.attempts_without_progress = 1
     waits = []
     for job.platform_faults in range(4):
-        waits.append(lifecycle.backoff_s(job))
+        waits.append(transitions.backoff_s(job))
     assert waits == [0, 10, 20, 40]
 
 
@@ -352,14 +354,14 @@ def test_backoff_doubles():
     job = make_job()
     waits = []
     for job.attempts_without_progress in range(1, 9):
-        waits.append(lifecycle.backoff_s(job))
+        waits.append(transitions.backoff_s(job))
     assert waits == [0, 10, 20, 40, 80, 160, 320, 600]
 
 
 def test_a_lost_lease_fences_its_old_holder():
     old = make_claim()
-    assert lifecycle.lose_lease(old.job).status == "retrying"
-    lifecycle.requeue(read(old.job))
+    assert transitions.lose_lease(old.job).status == "retrying"
+    transitions.requeue(read(old.job))
     new = make_claim(old.job)
     assert new.epoch == 2
     for write in (
@@ -378,7 +380,7 @@ def test_a_lease_that_was_renewed_is_not_lost():
     claim = make_claim()
     seen = read(claim.job)
     claim.heartbeat()
-    assert lifecycle.lose_lease(seen) is None
+    assert transitions.lose_lease(seen) is None
 
 
 # ---- people's moves
@@ -386,25 +388,25 @@ def test_a_lease_that_was_renewed_is_not_lost():
 
 def test_waiting_jobs_move_at_once():
     job = make_job()
-    assert lifecycle.ask(job.owner, job.job_id, "pause").status == "paused"
-    assert lifecycle.ask(job.owner, job.job_id, "run").status == "queued"
-    assert lifecycle.ask(job.owner, job.job_id, "cancel").status == "cancelled"
-    assert lifecycle.ask(job.owner, job.job_id, "cancel").status == "cancelled"
+    assert transitions.ask(job.owner, job.job_id, "pause").status == "paused"
+    assert transitions.ask(job.owner, job.job_id, "run").status == "queued"
+    assert transitions.ask(job.owner, job.job_id, "cancel").status == "cancelled"
+    assert transitions.ask(job.owner, job.job_id, "cancel").status == "cancelled"
     with pytest.raises(Refused):
-        lifecycle.ask(job.owner, job.job_id, "run")
+        transitions.ask(job.owner, job.job_id, "run")
 
 
 def test_what_was_never_checked_goes_back_to_be_checked():
     job = make_job(dataset_status="checking")
-    assert lifecycle.ask(job.owner, job.job_id, "pause").status == "paused"
-    assert lifecycle.ask(job.owner, job.job_id, "run").status == "validating"
+    assert transitions.ask(job.owner, job.job_id, "pause").status == "paused"
+    assert transitions.ask(job.owner, job.job_id, "run").status == "validating"
 
 
 def test_a_cancel_is_never_taken_back():
     claim = make_claim()
-    lifecycle.ask(claim.owner, claim.job_id, "cancel")
+    transitions.ask(claim.owner, claim.job_id, "cancel")
     with pytest.raises(Refused):
-        lifecycle.ask(claim.owner, claim.job_id, "run")
+        transitions.ask(claim.owner, claim.job_id, "run")
     assert claim.heartbeat() == "cancel"
 
 
@@ -426,7 +428,7 @@ def test_a_cancel_is_never_taken_back():
 def test_every_way_out_of_running_lands_where_people_want(desired, leave, landed):
     claim = make_claim()
     if desired != "run":
-        lifecycle.ask(claim.owner, claim.job_id, desired)  # unseen by the holder
+        transitions.ask(claim.owner, claim.job_id, desired)  # unseen by the holder
     assert leave(claim) == landed
     job = read(claim.job)
     assert job.status == landed
@@ -435,45 +437,45 @@ def test_every_way_out_of_running_lands_where_people_want(desired, leave, landed
 
 def test_editing_ends_when_an_attempt_begins():
     job = make_job()
-    request = lifecycle.clone_request(job)
+    request = transitions.clone_request(job)
     changed = dataclasses.replace(request, settings={"epochs": 2}, name="better")
-    edited = lifecycle.edit(job.owner, job.job_id, changed)
+    edited = transitions.edit(job.owner, job.job_id, changed)
     assert (edited.settings, edited.name, edited.status, edited.model_id) == (
         {"epochs": 2}, "better", "queued", job.model_id,
     )  # fmt: skip
     make_claim(job)
     with pytest.raises(Refused):
-        lifecycle.edit(job.owner, job.job_id, request)
+        transitions.edit(job.owner, job.job_id, request)
 
 
 def test_renaming_works_at_any_time():
     claim = make_claim()
-    lifecycle.rename(claim.owner, claim.job_id, "new name")
+    transitions.rename(claim.owner, claim.job_id, "new name")
     claim.heartbeat()
     claim.finish("failed", "bad_data")
-    assert lifecycle.rename(claim.owner, claim.job_id, "newer").name == "newer"
+    assert transitions.rename(claim.owner, claim.job_id, "newer").name == "newer"
 
 
 def test_a_retry_goes_on_from_the_last_checkpoint():
     claim = make_claim()
     claim.move_pointer(checkpoint(claim, 5))
     with pytest.raises(Refused):
-        lifecycle.retry(claim.owner, claim.job_id)
+        transitions.retry(claim.owner, claim.job_id)
     claim.finish("failed", "not_finite")
-    again = lifecycle.retry(claim.owner, claim.job_id)
+    again = transitions.retry(claim.owner, claim.job_id)
     assert (again.checkpoint_step, again.status) == (5, "queued")
     assert again.checkpoint_key == f"{claim.prefix}checkpoints/s5"
     with pytest.raises(Refused):  # its bytes are still needed
-        lifecycle.delete(claim.owner, claim.job_id)
+        transitions.delete(claim.owner, claim.job_id)
 
 
 def test_a_deleted_job_stays_away():
     claim = make_claim()
     with pytest.raises(Refused):
-        lifecycle.delete(claim.owner, claim.job_id)
+        transitions.delete(claim.owner, claim.job_id)
     claim.finish("succeeded", result=result(claim))
-    lifecycle.delete(claim.owner, claim.job_id, with_model=True)
-    lifecycle.after_end(claim.owner, claim.job_id)
+    transitions.delete(claim.owner, claim.job_id, with_model=True)
+    transitions.after_end(claim.owner, claim.job_id)
     for get in (access.get_job_for, access.get_model_for):
         with pytest.raises(access.NotFound):
             get(claim.owner, claim.job_id if get is access.get_job_for else claim.job.model_id)
@@ -485,10 +487,10 @@ def test_bob_finds_nothing_of_alices():
     bob = make_owner()
     for act in (
         lambda: access.get_job_for(bob, claim.job_id),
-        lambda: lifecycle.ask(bob, claim.job_id, "cancel"),
-        lambda: lifecycle.rename(bob, claim.job_id, "x"),
-        lambda: lifecycle.delete(bob, claim.job_id),
-        lambda: lifecycle.retry(bob, claim.job_id),
+        lambda: transitions.ask(bob, claim.job_id, "cancel"),
+        lambda: transitions.rename(bob, claim.job_id, "x"),
+        lambda: transitions.delete(bob, claim.job_id),
+        lambda: transitions.retry(bob, claim.job_id),
         lambda: access.get_job_for(claim.owner, new_id("ftjob")),
         lambda: access.get_job_for(claim.owner, "ftjob-é"),
         lambda: access.get_job_for(claim.owner, ""),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from jobs import lifecycle, queueing
-from jobs.queueing import WorkerInfo
-from jobs.tables import Job
+from jobs.lifecycle import transitions
+from jobs.store import queue
+from jobs.store.queue import WorkerInfo
+from jobs.store.tables import Job
 from tests.jobs.makers import make_job, read
 
 
@@ -15,7 +16,7 @@ def job(owner, number, status="queued", **fields):
 
 
 def order(*jobs):
-    return [f"{j.owner}{int(j.job_id[6:])}" for j in queueing.in_order(jobs)]
+    return [f"{j.owner}{int(j.job_id[6:])}" for j in queue.in_order(jobs)]
 
 
 def test_the_oldest_is_next():
@@ -30,16 +31,16 @@ def test_one_who_queued_a_hundred_waits_for_one_who_queued_one():
 
 def test_a_single_worker_takes_turns_between_jobs_when_nobody_runs():
     waiting = [*(job("a", n) for n in range(3)), job("b", 500), job("c", 501)]
-    ordered = queueing.in_order(waiting, {"a": 2, "b": 1})
+    ordered = queue.in_order(waiting, {"a": 2, "b": 1})
     assert [j.owner for j in ordered][:3] == ["c", "b", "a"]
 
 
 def test_a_worker_remembers_whom_it_served_last(monkeypatch):
-    monkeypatch.setattr(queueing, "_served", {})
-    monkeypatch.setattr(queueing, "KNOWN", 2)
+    monkeypatch.setattr(queue, "_served", {})
+    monkeypatch.setattr(queue, "KNOWN", 2)
     for owner in ("a", "b", "a", "c"):
-        queueing.remember(owner)
-    assert queueing.served() == {"a": 3, "c": 4}
+        queue.remember(owner)
+    assert queue.served() == {"a": 3, "c": 4}
 
 
 def test_priority_comes_before_everything():
@@ -53,18 +54,18 @@ def test_paused_and_cancelled_ones_do_not_wait():
 def test_a_worker_takes_what_it_has_room_for():
     small, large = WorkerInfo("w", "p", memory=8), WorkerInfo("w", "p", memory=64, gpu=True)
     hungry, gpu = job("a", 1, needs={"memory": 16}), job("a", 1, needs={"gpu": True})
-    assert not queueing.fits(hungry, small)
-    assert queueing.fits(hungry, large)
-    assert not queueing.fits(gpu, small)
-    assert queueing.fits(gpu, large)
-    assert queueing.fits(job("a", 1), small)
+    assert not queue.fits(hungry, small)
+    assert queue.fits(hungry, large)
+    assert not queue.fits(gpu, small)
+    assert queue.fits(gpu, large)
+    assert queue.fits(job("a", 1), small)
 
 
 @pytest.mark.usefixtures("stores")
 def test_a_person_sees_the_place_in_the_queue():
     first = make_job()
     second = make_job(first.owner)
-    positions = [lifecycle.queue_position(read(j)) for j in (first, second)]
+    positions = [transitions.queue_position(read(j)) for j in (first, second)]
     assert positions[0] < positions[1]
-    lifecycle.ask(first.owner, first.job_id, "cancel")
-    assert lifecycle.queue_position(read(first)) is None
+    transitions.ask(first.owner, first.job_id, "cancel")
+    assert transitions.queue_position(read(first)) is None

@@ -8,9 +8,10 @@ from threading import Barrier
 
 import pytest
 
-from jobs import lifecycle, limits, queueing, tables
-from jobs.lifecycle import OverQuota, WorkerInfo
-from jobs.tables import Job, JobIndex
+from jobs.lifecycle import transitions
+from jobs.lifecycle.transitions import OverQuota, WorkerInfo
+from jobs.store import queue, quotas, tables
+from jobs.store.tables import Job, JobIndex
 from tests.jobs.makers import make_owner, make_request, read
 
 pytestmark = pytest.mark.usefixtures("stores")
@@ -36,7 +37,7 @@ def test_each_job_is_claimed_once(racers):
         won = []
         for job in jobs:
             together.wait()
-            won.append(lifecycle.claim(job, worker) is not None)
+            won.append(transitions.claim(job, worker) is not None)
         return won
 
     winners = [sum(round) for round in zip(*racers.map(race, range(RACERS)), strict=True)]
@@ -51,23 +52,23 @@ def test_the_quota_holds_when_all_come_at_once(racers, settings):
 
     def submit(number):
         try:
-            return lifecycle.submit(owner, request, idempotency_key=f"k{number}").job_id
+            return transitions.submit(owner, request, idempotency_key=f"k{number}").job_id
         except OverQuota:
             return None
 
     accepted = {job_id for job_id in racers.map(submit, range(20)) if job_id}
     assert len(accepted) == 5
-    assert limits.held(owner, "jobs") == accepted
-    assert {row.job_id for row in queueing.index_rows() if row.owner == owner} == accepted
+    assert quotas.held(owner, "jobs") == accepted
+    assert {row.job_id for row in queue.index_rows() if row.owner == owner} == accepted
 
 
 def test_one_key_sent_many_times_at_once_makes_one_job(racers):
     owner = make_owner()
     request = make_request(owner)
-    jobs = racers.map(lambda _: lifecycle.submit(owner, request, idempotency_key="k").job_id, range(30))
+    jobs = racers.map(lambda _: transitions.submit(owner, request, idempotency_key="k").job_id, range(30))
     assert len(set(jobs)) == 1
-    assert len([row for row in queueing.index_rows() if row.owner == owner]) == 1
-    assert tables.get(JobIndex, queueing.shard(read_one(owner)), read_one(owner)) is not None
+    assert len([row for row in queue.index_rows() if row.owner == owner]) == 1
+    assert tables.get(JobIndex, queue.shard(read_one(owner)), read_one(owner)) is not None
 
 
 def read_one(owner):

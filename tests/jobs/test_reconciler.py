@@ -8,9 +8,11 @@ import time
 
 import pytest
 
-from jobs import access, bells, datasets, endings, errands, lifecycle, limits, queueing, tables
-from jobs.reconciler import Reconciler, Watch
-from jobs.tables import Dataset, JobIndex, new_id
+from jobs.datasets import datasets
+from jobs.lifecycle import finalize, transitions
+from jobs.store import access, outbox, queue, quotas, redis_client, tables
+from jobs.store.tables import Dataset, JobIndex, new_id
+from jobs.worker.reconciler import Reconciler, Watch
 from tests.jobs.makers import ROWS, checkpoint, make_claim, make_dataset, make_job, make_owner, read, result
 
 pytestmark = pytest.mark.usefixtures("stores")
@@ -27,12 +29,12 @@ class Clock:
 def alone(monkeypatch):
     """A list of jobs of this test's own: the reconciler walks everybody's."""
     mine = f"test#{new_id('x')}"
-    monkeypatch.setattr(queueing, "shard", lambda job_id: mine)
-    monkeypatch.setattr(queueing, "index_rows", lambda: list(tables.rows(JobIndex, mine)))
-    monkeypatch.setattr(errands, "PARTITION", f"work-{mine}")
+    monkeypatch.setattr(queue, "shard", lambda job_id: mine)
+    monkeypatch.setattr(queue, "index_rows", lambda: list(tables.rows(JobIndex, mine)))
+    monkeypatch.setattr(outbox, "PARTITION", f"work-{mine}")
     rung: list[tuple] = []
-    monkeypatch.setattr(bells, "enqueue", lambda task, *args: rung.append((task, *args)))
-    monkeypatch.setattr(bells, "enqueue_training", lambda waiting: rung.append(("training", waiting)))
+    monkeypatch.setattr(redis_client, "enqueue", lambda task, *args: rung.append((task, *args)))
+    monkeypatch.setattr(redis_client, "enqueue_training", lambda waiting: rung.append(("training", waiting)))
     return rung
 
 
@@ -87,7 +89,7 @@ def test_a_store_that_was_away_starts_the_watch_again(alone, monkeypatch):
     reconciler, clock = start()
     rounds(reconciler, clock, 25)
     with monkeypatch.context() as away:
-        away.setattr(queueing, "active_jobs", lambda rows: (_ for _ in ()).throw(ConnectionError))
+        away.setattr(queue, "active_jobs", lambda rows: (_ for _ in ()).throw(ConnectionError))
         with pytest.raises(ConnectionError):
             rounds(reconciler, clock, 5)
     rounds(reconciler, clock, 25)
@@ -108,7 +110,7 @@ def test_a_job_that_keeps_dying_waits_longer_each_time(alone):
     for _ in range(2):
         make_claim(job).trainer_died("killed")
         if read(job).attempts < 2:
-            lifecycle.requeue(read(job))
+            transitions.requeue(read(job))
     reconciler, clock = start()
     rounds(reconciler, clock, 5)
     assert read(job).status == "retrying"
@@ -121,18 +123,18 @@ def test_what_an_end_left_undone_is_done(alone):
     claim.finish("succeeded", result=result(claim))
     reconciler, clock = start()
     rounds(reconciler, clock, 10)
-    assert queueing.index_rows() == []
-    assert limits.held(claim.owner, "jobs") == set()
+    assert queue.index_rows() == []
+    assert quotas.held(claim.owner, "jobs") == set()
 
 
 def test_a_submission_that_broke_off_becomes_void(alone):
     owner, job_id = make_owner(), new_id("ftjob")
-    JobIndex(queueing.shard(job_id), job_id, owner=owner).save()
+    JobIndex(queue.shard(job_id), job_id, owner=owner).save()
     reconciler, clock = start()
     rounds(reconciler, clock, 595)
-    assert len(queueing.index_rows()) == 1
+    assert len(queue.index_rows()) == 1
     rounds(reconciler, clock, 10)
-    assert queueing.index_rows() == []
+    assert queue.index_rows() == []
     assert tables.get(tables.Job, owner, job_id).status == "void"
 
 
@@ -149,7 +151,7 @@ def test_a_job_whose_dataset_got_ready_unseen_is_queued(alone):
 
 def test_errands_that_nobody_does_are_rung_for_again(alone):
     owner, dataset_id = make_owner(), new_id("file")
-    errands.put("check", owner, dataset_id)
+    outbox.put("check", owner, dataset_id)
     reconciler, clock = start()
     rounds(reconciler, clock, 25)
     assert alone == []
@@ -167,53 +169,54 @@ def test_a_file_goes_when_its_time_has_come_and_not_before(alone):
     rounds(reconciler, clock, 40)
     rung = [ring[1:] for ring in alone if ring[:2] == ("errand", "expire")]
     assert rung == [("expire", owner, f"{int(now - 1)}#{expired.dataset_id}", "")]
-    errands.run(*rung[0])
+    outbox.run(*rung[0])
     assert [row.dataset_id for row in access.list_datasets(owner)] == [kept.dataset_id]
 
 
 def test_an_errand_is_done_once_however_often_the_bell_rings(alone, monkeypatch):
     owner, done = make_owner(), []
-    monkeypatch.setitem(errands._handlers, "delete", lambda *args: done.append(args) or True)
-    errands.put("delete", owner, "x")
-    errands.run("delete", owner, "x", "")
-    errands.run("delete", owner, "x", "")
+    monkeypatch.setitem(outbox._handlers, "delete", lambda *args: done.append(args) or True)
+    outbox.put("delete", owner, "x")
+    outbox.run("delete", owner, "x", "")
+    outbox.run("delete", owner, "x", "")
     assert done == [(owner, "x")]
-    assert errands.waiting() == []
+    assert outbox.waiting() == []
 
 
 def test_an_errand_that_waits_for_something_stays(alone, monkeypatch):
     owner = make_owner()
-    monkeypatch.setitem(errands._handlers, "delete", lambda *args: False)
-    errands.put("delete", owner, "x")
-    errands.run("delete", owner, "x", "")
-    (row,) = errands.waiting()
-    errands.run("delete", owner, "x", "")  # a bell from before: somebody else has begun
-    errands.run("delete", owner, "x", row.lease)
-    assert errands.waiting()[0].lease != row.lease
+    monkeypatch.setitem(outbox._handlers, "delete", lambda *args: False)
+    outbox.put("delete", owner, "x")
+    outbox.run("delete", owner, "x", "")
+    (row,) = outbox.waiting()
+    outbox.run("delete", owner, "x", "")  # a bell from before: somebody else has begun
+    outbox.run("delete", owner, "x", row.lease)
+    assert outbox.waiting()[0].lease != row.lease
 
 
 def test_the_audit_removes_what_has_ended_from_the_quota(alone, settings):
     claim = make_claim()
     claim.finish("failed", "bad_data")
-    limits.take(claim.owner, "jobs", claim.job_id)
+    quotas.take(claim.owner, "jobs", claim.job_id)
     make_job(claim.owner)
-    lifecycle.after_end(claim.owner, claim.job_id)
-    limits.take(claim.owner, "jobs", claim.job_id)  # a late write
+    transitions.after_end(claim.owner, claim.job_id)
+    quotas.take(claim.owner, "jobs", claim.job_id)  # a late write
     reconciler, clock = start()
     clock.now += 3601
     reconciler.tick()
-    assert claim.job_id not in limits.held(claim.owner, "jobs")
-    assert len(limits.held(claim.owner, "jobs")) == 1
+    assert claim.job_id not in quotas.held(claim.owner, "jobs")
+    assert len(quotas.held(claim.owner, "jobs")) == 1
 
 
 def test_the_janitor_sweeps_what_a_killed_process_was_storing(alone):
-    from jobs import storage, worker
+    from jobs.store import blobs
+    from jobs.worker import worker_process
 
-    folder = storage.local_path(f"jobs/{new_id('ftjob')}/e1")
+    folder = blobs.local_path(f"jobs/{new_id('ftjob')}/e1")
     folder.mkdir(parents=True)
-    start_one = folder / f"{storage.UNFINISHED}start"
-    later_one = folder / f"{storage.UNFINISHED}later"
-    for left, sweep in ((start_one, worker.clear_leftovers), (later_one, None)):
+    start_one = folder / f"{blobs.UNFINISHED}start"
+    later_one = folder / f"{blobs.UNFINISHED}later"
+    for left, sweep in ((start_one, worker_process.clear_leftovers), (later_one, None)):
         left.write_bytes(b"half")
         os.utime(left, (time.time() - 7200,) * 2)
         if sweep:
@@ -226,21 +229,21 @@ def test_the_janitor_sweeps_what_a_killed_process_was_storing(alone):
 
 
 def test_the_janitor_deletes_only_what_nothing_names(alone, monkeypatch):
-    from jobs import storage
+    from jobs.store import blobs
 
     claim = make_claim()
     claim.move_pointer(checkpoint(claim, 1))
-    lifecycle.lose_lease(claim.job)
-    lifecycle.requeue(read(claim.job))
+    transitions.lose_lease(claim.job)
+    transitions.requeue(read(claim.job))
     new = make_claim(claim.job)
     keys = [
         f"jobs/{claim.job_id}/{name}"
         for name in ("e1/checkpoints/s1/w", "e1/checkpoints/s2/w", "e2/checkpoints/s2/w")
     ]
     deleted = []
-    monkeypatch.setattr(storage, "list_keys", lambda prefix: keys)
-    monkeypatch.setattr(storage, "delete_file", deleted.append)
-    endings.sweep(read(new.job))
+    monkeypatch.setattr(blobs, "list_keys", lambda prefix: keys)
+    monkeypatch.setattr(blobs, "delete_file", deleted.append)
+    finalize.sweep(read(new.job))
     assert deleted == [keys[1]]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.redact import HIDDEN, MOST_CHARS, our_secrets, redact
+from jobs.store.redact import HIDDEN, MOST_CHARS, our_secrets, redact
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_forged_event_stays_one_line_of_text():
 def test_no_line_takes_long(part, monkeypatch):
     """Whoever writes rows can have lines printed: what is slow here holds up a trainer's supervisor. With twenty times as
     much as is ever read, a search that is not linear would outlast the time any test has."""
-    monkeypatch.setattr("jobs.redact.MOST_CHARS", 20 * MOST_CHARS)
+    monkeypatch.setattr("jobs.store.redact.MOST_CHARS", 20 * MOST_CHARS)
     assert redact(part * (80 * MOST_CHARS))
 
 

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
-from jobs import bases, checking, datasets, lifecycle, prepare, reports, runner, tables
-from jobs.tables import Dataset, DatasetReport, HubModel, JobIndex
+from jobs.datasets import checks, datasets, reports
+from jobs.lifecycle import transitions
+from jobs.registry import base_models
+from jobs.store import tables
+from jobs.store.tables import Dataset, DatasetReport, HubModel, JobIndex
+from jobs.worker import prepare, runner
 from tests.jobs.makers import make_owner, read
 from tests.jobs.test_runner import again
 from training.plan import catalog
@@ -39,7 +43,7 @@ def tiny(cached: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def make_dataset(owner: str, rows: list[dict[str, str]] = ROWS) -> Dataset:
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     dataset = datasets.receive(owner, "rows.jsonl", iter([text]))
-    checking.check(owner, dataset.dataset_id)
+    checks.check(owner, dataset.dataset_id)
     found = tables.get(Dataset, owner, dataset.dataset_id)
     assert found is not None
     return found
@@ -47,16 +51,16 @@ def make_dataset(owner: str, rows: list[dict[str, str]] = ROWS) -> Dataset:
 
 def submit(owner: str, dataset: Dataset, facts: dict[str, Any], **asked: Any):
     HubModel(owner, "people/tiny", facts=facts).save()
-    request = lifecycle.JobRequest(base="people/tiny", dataset_id=dataset.dataset_id, settings=asked)
-    return lifecycle.submit(owner, request)
+    request = transitions.JobRequest(base="people/tiny", dataset_id=dataset.dataset_id, settings=asked)
+    return transitions.submit(owner, request)
 
 
 def errand(dataset: Dataset, facts: dict[str, Any]) -> str:
-    return f"{dataset.dataset_id}@{bases.reads_as(facts)}"
+    return f"{dataset.dataset_id}@{base_models.reads_as(facts)}"
 
 
 def test_bases_that_read_alike_share_a_report():
-    assert bases.reads_as({"id": "gpt2-xl"}) == bases.reads_as({"id": "distilgpt2"}) == "gpt2"
+    assert base_models.reads_as({"id": "gpt2-xl"}) == base_models.reads_as({"id": "distilgpt2"}) == "gpt2"
     assert reports.is_own({"id": "starter"})
     assert reports.is_own({"id": "ft:starter:a::b", "reads_as": "starter"})
     assert not reports.is_own({"id": "gpt2"})
@@ -69,7 +73,7 @@ def test_a_job_waits_for_the_report_of_its_base_and_asks_for_it_once(tiny):
     assert job.status == "validating"
     assert tables.get(JobIndex, "work", f"report#{errand(dataset, tiny)}")
     asked = reports.of(dataset.dataset_id, tiny).asked
-    assert lifecycle.validate(read(job)) is None
+    assert transitions.validate(read(job)) is None
     assert reports.of(dataset.dataset_id, tiny).asked == asked
     assert reports.make(owner, errand(dataset, tiny))
     assert read(job).status == "queued"
@@ -93,7 +97,7 @@ def test_data_that_teaches_this_base_nothing_ends_the_job(tiny, monkeypatch):
     dataset = make_dataset(owner)
     job = submit(owner, dataset, tiny)
     monkeypatch.setattr(
-        checking, "report_on", lambda *args, **more: {"ready": False, "verdict": "No token is left."}
+        checks, "report_on", lambda *args, **more: {"ready": False, "verdict": "No token is left."}
     )
     reports.make(owner, errand(dataset, tiny))
     ended = read(job)
@@ -135,7 +139,9 @@ def test_the_trainer_sees_what_was_counted_or_does_not_start(tiny):
     assert read(job).status == "succeeded", read(job).message
 
     wrong = counted | {"tokens": counted["tokens"] + 1}
-    DatasetReport(dataset.dataset_id, bases.reads_as(tiny)).update(actions=[DatasetReport.summary.set(wrong)])
+    DatasetReport(dataset.dataset_id, base_models.reads_as(tiny)).update(
+        actions=[DatasetReport.summary.set(wrong)]
+    )
     claim = again(submit(owner, dataset, tiny, max_steps=2))
     runner.run(claim)
     assert (read(claim.job).status, read(claim.job).reason) == ("failed", "bad_data")

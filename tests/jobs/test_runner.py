@@ -14,7 +14,12 @@ import pytest
 from django.conf import settings
 from django.core.files.storage import storages
 
-from jobs import datasets, feed, lifecycle, limits, runner, standby, storage, tables, tuned_models
+from jobs.datasets import datasets
+from jobs.events import event_log
+from jobs.lifecycle import transitions
+from jobs.registry import tuned_models
+from jobs.store import blobs, quotas, tables
+from jobs.worker import prewarmed, runner
 from tests import services
 from tests.jobs.makers import WORKER, make_owner, read
 
@@ -37,7 +42,7 @@ ASKED = {
 @pytest.fixture(scope="module", autouse=True)
 def no_warm_trainer_is_left():
     yield
-    standby.let_go()
+    prewarmed.let_go()
 
 
 @pytest.fixture(autouse=True)
@@ -51,22 +56,22 @@ def claim_one(rows=None, owner=None, **asked):
     rows = rows or [{"prompt": f"{some.randrange(99)} is", "completion": " odd"} for _ in range(40)]
     dataset = datasets.receive(owner, "rows.jsonl", iter([json.dumps(row).encode() + b"\n" for row in rows]))
     datasets.finish_check(owner, dataset.dataset_id, "ready", summary={"examples": len(rows)})
-    request = lifecycle.JobRequest(base="starter", dataset_id=dataset.dataset_id, settings=ASKED | asked)
-    return again(lifecycle.submit(owner, request))
+    request = transitions.JobRequest(base="starter", dataset_id=dataset.dataset_id, settings=ASKED | asked)
+    return again(transitions.submit(owner, request))
 
 
 def again(job):
-    claim = lifecycle.claim(read(job), WORKER)
+    claim = transitions.claim(read(job), WORKER)
     assert claim is not None
     return claim
 
 
 def kinds(job):
-    return [event.data["t"] for event in feed.read(job.owner, job.job_id)]
+    return [event.data["t"] for event in event_log.read(job.owner, job.job_id)]
 
 
 def curve(job):
-    events = feed.read(job.owner, job.job_id)
+    events = event_log.read(job.owner, job.job_id)
     return {e.data["step"]: e.data["loss_hex"] for e in events if e.data["t"] == "metric"}
 
 
@@ -102,7 +107,7 @@ def test_a_job_runs_from_its_claim_to_its_model(undisturbed):
     assert told[-1] == "end"
     assert {"plan", "estimate", "checkpoint", "done"} <= set(told)
     assert job.progress["step"] == STEPS
-    lifecycle.after_end(job.owner, job.job_id)
+    transitions.after_end(job.owner, job.job_id)
     model = tables.get(tables.TunedModel, job.owner, job.model_id)
     assert (tuned_models.fetch(model) / "config.json").is_file()
 
@@ -112,7 +117,7 @@ def test_nothing_of_an_attempt_stays_on_the_worker(undisturbed):
 
 
 def test_the_feed_tells_no_paths_of_this_machine(undisturbed):
-    text = json.dumps([event.data for event in feed.read(undisturbed.owner, undisturbed.job_id)])
+    text = json.dumps([event.data for event in event_log.read(undisturbed.owner, undisturbed.job_id)])
     assert str(settings.WORK_DIR) not in text
 
 
@@ -130,7 +135,7 @@ def test_a_stopped_worker_gives_back_and_the_next_attempt_is_exact(undisturbed):
 
 
 def stored_checkpoints(job):
-    keys = storage.list_keys(f"jobs/{job.job_id}/")
+    keys = blobs.list_keys(f"jobs/{job.job_id}/")
     return {key.rpartition("/")[0] for key in keys if "/checkpoints/" in key}
 
 
@@ -145,9 +150,9 @@ def test_only_the_checkpoints_that_a_job_may_need_stay_stored():
     while time.monotonic() < until and stored_checkpoints(job) != wanted:
         time.sleep(0.1)
     assert stored_checkpoints(job) == wanted
-    folders = storage.local_path(job.checkpoint_key).parent
+    folders = blobs.local_path(job.checkpoint_key).parent
     assert {folder.name for folder in folders.iterdir()} == {key.rpartition("/")[2] for key in wanted}
-    assert limits.stored_bytes(job.owner) >= sum(entry["bytes"] for entry in job.checkpoints) > 0
+    assert quotas.stored_bytes(job.owner) >= sum(entry["bytes"] for entry in job.checkpoints) > 0
 
 
 @pytest.mark.parametrize("wish", ["stop", "cancel", "stalled"])
@@ -164,7 +169,7 @@ def test_a_trainer_that_hangs_is_killed_and_the_job_goes_where_it_should(wish, m
         if wish == "stop":
             stop.set()
         elif wish == "cancel":
-            lifecycle.ask(claim.owner, claim.job_id, "cancel")
+            transitions.ask(claim.owner, claim.job_id, "cancel")
 
     when_step(claim, 5, hang)
     attempt.run()
@@ -222,7 +227,7 @@ def test_a_trainer_that_falls_silent_is_told_of_and_one_that_goes_on_is_not(monk
         progress_when(lambda progress: "silent_s" in progress)
         os.kill(attempt.child.pid, signal.SIGCONT)
         progress_when(lambda progress: "silent_s" not in progress)
-        lifecycle.ask(claim.owner, claim.job_id, "cancel")
+        transitions.ask(claim.owner, claim.job_id, "cancel")
 
     when_step(claim, 5, hang_and_go_on)
     attempt.run()
@@ -244,25 +249,27 @@ def test_a_lost_attempts_steps_are_run_again_and_proven_equal(undisturbed):
     zombie._uploads = lambda: uploads() if not stop.is_set() else None
     zombie.run()
     zombie.close()
-    job = lifecycle.requeue(lifecycle.lose_lease(read(claim.job)))
+    job = transitions.requeue(transitions.lose_lease(read(claim.job)))
     runner.run(again(job))
     job = read(job)
     assert job.status == "succeeded"
     assert curve(job) == curve(undisturbed) or job.proof["exact"]
     assert job.proof["equal"] == job.proof["steps"] > 0
-    assert any("equal to the bit" in str(e.data.get("message")) for e in feed.read(job.owner, job.job_id))
+    assert any(
+        "equal to the bit" in str(e.data.get("message")) for e in event_log.read(job.owner, job.job_id)
+    )
 
 
 def test_cancel_stops_the_trainer_and_ends_the_job():
     claim = claim_one(max_steps=5000)
-    when_step(claim, 5, lambda: lifecycle.ask(claim.owner, claim.job_id, "cancel"))
+    when_step(claim, 5, lambda: transitions.ask(claim.owner, claim.job_id, "cancel"))
     runner.run(claim)
     assert read(claim.job).status == "cancelled"
 
 
 def test_pause_keeps_a_checkpoint_and_waits():
     claim = claim_one(max_steps=5000)
-    when_step(claim, 5, lambda: lifecycle.ask(claim.owner, claim.job_id, "pause"))
+    when_step(claim, 5, lambda: transitions.ask(claim.owner, claim.job_id, "pause"))
     runner.run(claim)
     job = read(claim.job)
     assert job.status == "paused"
@@ -306,7 +313,7 @@ def test_an_object_storage_that_is_away_spends_no_attempt(monkeypatch):
     options = {"bucket_name": "bucket", "endpoint_url": f"http://127.0.0.1:{services.free_port()}"}
     options |= {"access_key": "key", "secret_key": "secret", "region_name": "us-east-1"}
     away = storages.create_storage({"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options})
-    monkeypatch.setattr(storage, "_storage", lambda: away)
+    monkeypatch.setattr(blobs, "_storage", lambda: away)
     runner.run(claim)
     job = read(claim.job)
     assert (job.status, job.attempts, job.reason) == ("retrying", 0, "store")
@@ -315,7 +322,7 @@ def test_an_object_storage_that_is_away_spends_no_attempt(monkeypatch):
 
 def test_a_dataset_whose_bytes_are_lost_is_not_tried_for_ever():
     claim = claim_one()
-    storage.delete_file(tables.get(tables.Dataset, claim.owner, claim.job.dataset_id).key)
+    blobs.delete_file(tables.get(tables.Dataset, claim.owner, claim.job.dataset_id).key)
     runner.run(claim)
     job = read(claim.job)
     assert (job.status, job.attempts, job.reason) == ("retrying", 1, "file_damaged")
@@ -326,19 +333,19 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before():
     when_step(claim, 25, stop.set)
     runner.run(claim, stop)
     job = read(claim.job)
-    path = storage.local_path(f"{job.checkpoint_key}/weights.safetensors")
+    path = blobs.local_path(f"{job.checkpoint_key}/weights.safetensors")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     runner.run(again(job))
     job = read(job)
     assert job.status == "succeeded"
-    assert any("does not verify" in str(e.data.get("message")) for e in feed.read(job.owner, job.job_id))
+    assert any("does not verify" in str(e.data.get("message")) for e in event_log.read(job.owner, job.job_id))
 
 
 def test_a_job_that_was_taken_over_leaves_its_zombie_without_a_word():
     claim = claim_one(max_steps=5000)
-    when_step(claim, 5, lambda: lifecycle.lose_lease(read(claim.job)))
+    when_step(claim, 5, lambda: transitions.lose_lease(read(claim.job)))
     runner.run(claim)
     job = read(claim.job)
     assert (job.status, job.reason) == ("retrying", "lost_worker")

@@ -15,7 +15,7 @@ import pytest
 from django.core.files.storage import storages
 from django.test import AsyncClient
 
-from jobs import storage
+from jobs.store import blobs
 from jobs.views.objects import byte_range
 from tests import services
 
@@ -51,7 +51,7 @@ def store(request, settings, tmp_path, monkeypatch):
             "region_name": "us-east-1",
         }
         backend = storages.create_storage({"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options})
-    monkeypatch.setattr(storage, "_storage", lambda: backend)
+    monkeypatch.setattr(blobs, "_storage", lambda: backend)
     return request.param
 
 
@@ -61,29 +61,29 @@ def key(name: str = "data") -> str:
 
 def test_what_is_put_comes_back_with_its_hash(store, tmp_path):
     data, where = secrets.token_bytes(100_000), key()
-    stored = storage.put_file(where, io.BytesIO(data))
+    stored = blobs.put_file(where, io.BytesIO(data))
     assert (stored.bytes, stored.sha256) == (100_000, hashlib.sha256(data).hexdigest())
-    assert storage.size_of(where) == 100_000
-    storage.fetch(where, tmp_path / "x" / "copy", stored.sha256)
+    assert blobs.size_of(where) == 100_000
+    blobs.fetch(where, tmp_path / "x" / "copy", stored.sha256)
     assert (tmp_path / "x" / "copy").read_bytes() == data
-    with storage.open_file(where, 99_990) as file:
+    with blobs.open_file(where, 99_990) as file:
         assert file.read() == data[99_990:]
 
 
 def test_a_large_file_goes_in_parts(store, monkeypatch):
-    monkeypatch.setattr(storage, "PART", 5 << 20)
+    monkeypatch.setattr(blobs, "PART", 5 << 20)
     block, where = secrets.token_bytes(1 << 20), key()
-    stored = storage.put_file(where, (block for _ in range(12)))
+    stored = blobs.put_file(where, (block for _ in range(12)))
     assert stored.bytes == 12 << 20
-    assert hashlib.sha256(b"".join(storage.blocks(where))).hexdigest() == stored.sha256
+    assert hashlib.sha256(b"".join(blobs.blocks(where))).hexdigest() == stored.sha256
 
 
 def test_too_much_is_refused_and_leaves_nothing(store):
     where = key()
-    with pytest.raises(storage.TooLarge):
-        storage.put_file(where, io.BytesIO(bytes(2 << 20)), max_bytes=1 << 20)
-    assert storage.size_of(where) is None
-    assert storage.list_keys(where.rpartition("/")[0] + "/") == []
+    with pytest.raises(blobs.TooLarge):
+        blobs.put_file(where, io.BytesIO(bytes(2 << 20)), max_bytes=1 << 20)
+    assert blobs.size_of(where) is None
+    assert blobs.list_keys(where.rpartition("/")[0] + "/") == []
 
 
 def test_a_source_that_breaks_off_leaves_nothing(store):
@@ -92,26 +92,26 @@ def test_a_source_that_breaks_off_leaves_nothing(store):
         raise ConnectionResetError
 
     where = key()
-    with pytest.raises((ConnectionResetError, storage.StorageError)):
-        storage.put_file(where, source())
-    assert storage.size_of(where) is None
+    with pytest.raises((ConnectionResetError, blobs.StorageError)):
+        blobs.put_file(where, source())
+    assert blobs.size_of(where) is None
 
 
 def test_damage_is_found_when_it_is_fetched(store, tmp_path):
     where = key()
-    noted = storage.put_file(where, io.BytesIO(b"good")).sha256
-    storage.put_file(where, io.BytesIO(b"evil"))
-    with pytest.raises(storage.StorageError):
-        storage.fetch(where, tmp_path / "copy", noted)
+    noted = blobs.put_file(where, io.BytesIO(b"good")).sha256
+    blobs.put_file(where, io.BytesIO(b"evil"))
+    with pytest.raises(blobs.StorageError):
+        blobs.fetch(where, tmp_path / "copy", noted)
     assert list(tmp_path.glob("*copy*")) == []
 
 
 def test_what_is_missing_is_told_from_what_cannot_be_reached(store, tmp_path):
-    with pytest.raises(storage.Missing):
-        storage.open_file(key())
-    with pytest.raises(storage.Missing):
-        storage.fetch(key(), tmp_path / "copy")
-    storage.delete_file(key())
+    with pytest.raises(blobs.Missing):
+        blobs.open_file(key())
+    with pytest.raises(blobs.Missing):
+        blobs.fetch(key(), tmp_path / "copy")
+    blobs.delete_file(key())
 
 
 def test_folders_go_there_and_back_and_away(store, tmp_path):
@@ -119,22 +119,22 @@ def test_folders_go_there_and_back_and_away(store, tmp_path):
     (source / "deep").mkdir(parents=True)
     for name in ("manifest.json", "weights", "deep/file"):
         (source / name).write_bytes(name.encode())
-    files = storage.put_folder(prefix, source)
+    files = blobs.put_folder(prefix, source)
     assert [entry.name for entry in files] == ["deep/file", "weights", "manifest.json"]
     noted = [entry.as_dict() for entry in files]
-    assert storage.verify_folder(prefix, noted)
-    storage.fetch_folder(prefix, noted, tmp_path / "b")
+    assert blobs.verify_folder(prefix, noted)
+    blobs.fetch_folder(prefix, noted, tmp_path / "b")
     assert (tmp_path / "b" / "deep" / "file").read_bytes() == b"deep/file"
-    assert storage.list_keys(prefix + "/") == sorted(f"{prefix}/{entry.name}" for entry in files)
-    assert storage.delete_prefix(prefix + "/") == 3
-    assert not storage.verify_folder(prefix, noted)
-    assert storage.list_keys(prefix + "/") == []
+    assert blobs.list_keys(prefix + "/") == sorted(f"{prefix}/{entry.name}" for entry in files)
+    assert blobs.delete_prefix(prefix + "/") == 3
+    assert not blobs.verify_folder(prefix, noted)
+    assert blobs.list_keys(prefix + "/") == []
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\\b", "a\0b", ""])
 def test_no_name_leads_out_of_its_folder(name):
     with pytest.raises(ValueError, match="not a key"):
-        storage.join("jobs/1", name)
+        blobs.join("jobs/1", name)
 
 
 def test_an_s3_link_gives_the_bytes_until_it_is_changed(s3, monkeypatch):
@@ -147,10 +147,10 @@ def test_an_s3_link_gives_the_bytes_until_it_is_changed(s3, monkeypatch):
     backend = storages.create_storage(
         {"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options | {"region_name": "us-east-1"}}
     )
-    monkeypatch.setattr(storage, "_storage", lambda: backend)
+    monkeypatch.setattr(blobs, "_storage", lambda: backend)
     where = key()
-    storage.put_file(where, io.BytesIO(b"bytes"))
-    link = storage.signed_url(where, "größe.zip", 60)
+    blobs.put_file(where, io.BytesIO(b"bytes"))
+    link = blobs.signed_url(where, "größe.zip", 60)
     assert urllib.request.urlopen(link, timeout=10).read() == b"bytes"
     with pytest.raises(urllib.error.HTTPError):
         urllib.request.urlopen(link.replace("/data", "/other"), timeout=10)
@@ -166,8 +166,8 @@ async def get(link, **headers):
 def test_what_a_killed_process_was_storing_is_swept(store):
     """The process is really killed in the middle, which no clean-up of its own survives."""
     where = key()
-    storage.put_file(where, io.BytesIO(b"whole"))
-    folder = storage.local_path(where).parent
+    blobs.put_file(where, io.BytesIO(b"whole"))
+    folder = blobs.local_path(where).parent
 
     def blocks():
         yield b"half of it"
@@ -176,27 +176,27 @@ def test_what_a_killed_process_was_storing_is_swept(store):
     child = os.fork()
     if not child:
         try:
-            storage.put_file(f"{where.rpartition('/')[0]}/other", blocks())
+            blobs.put_file(f"{where.rpartition('/')[0]}/other", blocks())
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    (left,) = set(folder.iterdir()) - {storage.local_path(where)}
-    assert storage.sweep_unfinished() == 0  # it may still be written
+    (left,) = set(folder.iterdir()) - {blobs.local_path(where)}
+    assert blobs.sweep_unfinished() == 0  # it may still be written
     os.utime(left, (time.time() - 7200,) * 2)
-    assert storage.sweep_unfinished() == 1
-    assert list(folder.iterdir()) == [storage.local_path(where)]
+    assert blobs.sweep_unfinished() == 1
+    assert list(folder.iterdir()) == [blobs.local_path(where)]
 
 
 def test_where_there_is_nothing_to_sweep_nothing_is_swept(store):
-    storage.put_file(key(), io.BytesIO(b"whole"))
-    assert storage.sweep_unfinished() == 0
+    blobs.put_file(key(), io.BytesIO(b"whole"))
+    assert blobs.sweep_unfinished() == 0
 
 
 @pytest.mark.parametrize("store", ["local"], indirect=True)
 async def test_a_local_link_gives_the_bytes_and_ranges_of_them(store):
     where = key()
-    storage.put_file(where, io.BytesIO(b"0123456789"))
-    link = storage.signed_url(where, "größe.zip")
+    blobs.put_file(where, io.BytesIO(b"0123456789"))
+    link = blobs.signed_url(where, "größe.zip")
     response, data = await get(link)
     assert (response.status_code, data, response["Content-Length"]) == (200, b"0123456789", "10")
     assert "attachment" in response["Content-Disposition"]
@@ -209,15 +209,15 @@ async def test_a_local_link_gives_the_bytes_and_ranges_of_them(store):
 @pytest.mark.parametrize("store", ["local"], indirect=True)
 async def test_a_forged_or_old_local_link_is_refused(store):
     where = key()
-    storage.put_file(where, io.BytesIO(b"secret"))
-    token = storage.signed_url(where, "f").split("/")[2]
+    blobs.put_file(where, io.BytesIO(b"secret"))
+    token = blobs.signed_url(where, "f").split("/")[2]
     for bad in (token[:-1] + ("A" if token[-1] != "A" else "B"), "x", "a:b:c"):
         response, data = await get(f"/objects/{bad}/f")
         assert response.status_code == 403
         assert b"secret" not in data
-    response, _ = await get(storage.signed_url(where, "f", -1))
+    response, _ = await get(blobs.signed_url(where, "f", -1))
     assert response.status_code == 403
-    response, _ = await get(storage.signed_url(key(), "f"))
+    response, _ = await get(blobs.signed_url(key(), "f"))
     assert response.status_code == 404
 
 

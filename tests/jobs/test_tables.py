@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from jobs import tables
-from jobs.tables import Job, Usage, new_id, time_of
+from jobs.store import tables
+from jobs.store.tables import Job, Usage, new_id, time_of
 
 pytestmark = pytest.mark.usefixtures("stores")
 

@@ -13,18 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from jobs import trainer_process
-from jobs.redact import our_secrets
-from jobs.trainer_process import CUT, Limits, LineReader
+from jobs.store import child_process
+from jobs.store.child_process import CUT, Limits, LineReader
+from jobs.store.redact import our_secrets
 from tests.services import ROOT
 
 
 @pytest.fixture
 def child():
     """One that waits: a server with no request."""
-    child = trainer_process.start(
-        "serve", limits=Limits(memory_bytes=64 << 30, file_bytes=1 << 30, cpu_s=900)
-    )
+    child = child_process.start("serve", limits=Limits(memory_bytes=64 << 30, file_bytes=1 << 30, cpu_s=900))
     yield child
     child.kill()
 
@@ -61,7 +59,7 @@ def test_its_limits_are_set_from_outside(child):
 
 
 def test_it_reaches_no_network(child):
-    if not trainer_process.without_network():
+    if not child_process.without_network():
         pytest.skip("this system lets nobody have a network of their own")
     until = time.monotonic() + 120
     while os.readlink(f"/proc/{child.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
@@ -82,7 +80,7 @@ def test_telling_it_that_we_live_never_waits_for_it(child):
 
 def test_it_is_killed_with_its_parent():
     program = (
-        "import django, sys, time; django.setup(); from jobs import trainer_process;"
+        "import django, sys, time; django.setup(); from jobs.store import child_process;"
         "child = trainer_process.start('serve'); print(child.pid, flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.settings"}

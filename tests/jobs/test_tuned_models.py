@@ -8,8 +8,9 @@ import zipfile
 
 import pytest
 
-from jobs import access, errands, storage, tables, tuned_models
-from jobs.tables import TunedModel
+from jobs.registry import tuned_models
+from jobs.store import access, blobs, outbox, tables
+from jobs.store.tables import TunedModel
 from tests.jobs.makers import checkpoint, make_claim, make_owner, result
 
 pytestmark = pytest.mark.usefixtures("stores")
@@ -20,7 +21,7 @@ def make_model(files: dict[str, bytes], owner: str | None = None) -> TunedModel:
     prefix = f"jobs/{tables.new_id('ftjob')}/e1/final"
     entries = []
     for name, data in files.items():
-        stored = storage.put_file(storage.join(prefix, name), io.BytesIO(data))
+        stored = blobs.put_file(blobs.join(prefix, name), io.BytesIO(data))
         entries.append({"name": name, "bytes": stored.bytes, "sha256": stored.sha256})
     model = TunedModel(owner, f"ft:org/base:slug::{prefix[-20:-9].lower()}", prefix=prefix, files=entries)
     tables.put_new(model)
@@ -51,14 +52,14 @@ async def test_the_zip_holds_every_file_and_has_the_length_that_was_said():
 
 async def test_damage_breaks_the_zip_off_instead_of_passing():
     model = make_model(FILES)
-    storage.put_file(storage.join(model.prefix, "config.json"), io.BytesIO(b"[]"))
-    with pytest.raises(storage.StorageError):
+    blobs.put_file(blobs.join(model.prefix, "config.json"), io.BytesIO(b"[]"))
+    with pytest.raises(blobs.StorageError):
         await collect(tuned_models.archive(model))
 
 
 async def test_a_large_zip_passes_through_little_memory():
     prefix, block = f"jobs/{tables.new_id('ftjob')}/e1/final", bytes(1 << 20)
-    stored = storage.put_file(prefix + "/weights", (block for _ in range(64)))
+    stored = blobs.put_file(prefix + "/weights", (block for _ in range(64)))
     entry = {"name": "weights", "bytes": stored.bytes, "sha256": stored.sha256}
     model = TunedModel(make_owner(), "ft:x", prefix=prefix, files=[entry])
     tracemalloc.start()
@@ -67,7 +68,7 @@ async def test_a_large_zip_passes_through_little_memory():
         sent += len(part)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    storage.delete_prefix(prefix + "/")
+    blobs.delete_prefix(prefix + "/")
     assert sent == tuned_models.archive_length(model) > 64 << 20
     assert peak < 16 << 20
 
@@ -77,11 +78,11 @@ def test_a_model_is_fetched_once_and_verified(settings, tmp_path):
     model = make_model(FILES)
     folder = tuned_models.fetch(model)
     assert (folder / "deep" / "merges.txt").read_bytes() == b"a b\n"
-    storage.delete_prefix(model.prefix + "/")
+    blobs.delete_prefix(model.prefix + "/")
     assert tuned_models.fetch(model) == folder
     damaged = make_model({"config.json": b"{}"})
-    storage.put_file(storage.join(damaged.prefix, "config.json"), io.BytesIO(b"[]"))
-    with pytest.raises(storage.StorageError):
+    blobs.put_file(blobs.join(damaged.prefix, "config.json"), io.BytesIO(b"[]"))
+    with pytest.raises(blobs.StorageError):
         tuned_models.fetch(damaged)
 
 
@@ -90,25 +91,25 @@ def test_a_deleted_model_loses_its_bytes_and_stays_away():
     tuned_models.delete(model.owner, model.model_id)
     with pytest.raises(access.NotFound):
         access.get_model_for(model.owner, model.model_id)
-    assert errands.delete_bytes(model.owner, model.model_id)
-    assert storage.list_keys(model.prefix) == []
+    assert outbox.delete_bytes(model.owner, model.model_id)
+    assert blobs.list_keys(model.prefix) == []
     assert tables.put_new(TunedModel(model.owner, model.model_id), lambda found: False) is None
 
 
 def test_deleting_a_job_leaves_its_model():
-    from jobs import lifecycle
+    from jobs.lifecycle import transitions
 
     claim = make_claim()
     told = result(claim)
     for name in ("final/config.json", "checkpoints/s1/weights"):
-        storage.put_file(claim.prefix + name, io.BytesIO(b"{}"))
+        blobs.put_file(claim.prefix + name, io.BytesIO(b"{}"))
     claim.move_pointer(checkpoint(claim, 1))
     claim.finish("succeeded", result=told)
-    lifecycle.after_end(claim.owner, claim.job_id)
-    assert len(storage.list_keys(claim.prefix)) == 2
-    lifecycle.delete(claim.owner, claim.job_id)
-    errands.delete_bytes(claim.owner, claim.job_id)
-    assert storage.list_keys(claim.prefix) == [claim.prefix + "final/config.json"]
+    transitions.after_end(claim.owner, claim.job_id)
+    assert len(blobs.list_keys(claim.prefix)) == 2
+    transitions.delete(claim.owner, claim.job_id)
+    outbox.delete_bytes(claim.owner, claim.job_id)
+    assert blobs.list_keys(claim.prefix) == [claim.prefix + "final/config.json"]
     assert access.get_model_for(claim.owner, claim.job.model_id).prefix == told["prefix"]
 
 

@@ -17,8 +17,10 @@ import pytest
 from django.core import mail
 from django.core.mail.backends.base import BaseEmailBackend
 
-from jobs import errands, lifecycle, limits, tables, webhooks
-from jobs.tables import WebhookDelivery, WebhookEndpoint
+from jobs.lifecycle import transitions
+from jobs.notifications import webhooks
+from jobs.store import outbox, quotas, tables
+from jobs.store.tables import WebhookDelivery, WebhookEndpoint
 from tests.jobs.makers import make_claim, make_job, make_owner, result
 
 pytestmark = pytest.mark.usefixtures("stores")
@@ -56,7 +58,7 @@ def ended_job(owner, url):
     endpoint = webhooks.add_endpoint(owner, url)
     claim = make_claim(make_job(owner))
     claim.finish("succeeded", result=result(claim))
-    lifecycle.after_end(owner, claim.job_id)
+    transitions.after_end(owner, claim.job_id)
     return claim, endpoint, f"{claim.job_id}#succeeded#{endpoint.endpoint_id}"
 
 
@@ -158,7 +160,7 @@ def test_tests_are_limited(settings, receiver, monkeypatch):
     endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
     for _ in range(3):
         webhooks.tell_test(endpoint)
-    with pytest.raises(limits.OverQuota, match="Wait a minute"):
+    with pytest.raises(quotas.OverQuota, match="Wait a minute"):
         webhooks.tell_test(endpoint)
     assert len(list(tables.rows(WebhookDelivery, endpoint.owner))) == 3
     webhooks.tell_test(
@@ -166,7 +168,7 @@ def test_tests_are_limited(settings, receiver, monkeypatch):
     )  # another person's limit is their own
     monkeypatch.setattr(webhooks, "TESTS_S", -1)  # a minute later
     webhooks.tell_test(endpoint)
-    assert len(limits.held(endpoint.owner, "tests")) == 1
+    assert len(quotas.held(endpoint.owner, "tests")) == 1
 
 
 def test_gone_means_gone(receiver):
@@ -189,9 +191,9 @@ def test_it_gives_up_after_a_day_and_more(receiver):
 
 def test_each_end_is_told_once_however_often_its_effects_are_made(receiver):
     claim, _, id = ended_job(make_owner(), receiver.url)
-    errands.run("deliver", claim.owner, id, "")
+    outbox.run("deliver", claim.owner, id, "")
     for _ in range(3):
-        lifecycle.after_end(claim.owner, claim.job_id)
+        transitions.after_end(claim.owner, claim.job_id)
         assert webhooks.deliver(claim.owner, id)
     assert len(receiver.got) == 1
 
@@ -425,7 +427,7 @@ def test_a_person_is_told_by_mail(alice):
     webhooks.set_email(alice.owner_id, alice.notification_email)
     claim = make_claim(make_job(alice.owner_id, name="orders\nBcc: x"))
     claim.finish("failed", "not_finite")
-    lifecycle.after_end(alice.owner_id, claim.job_id)
+    transitions.after_end(alice.owner_id, claim.job_id)
     assert webhooks.deliver(alice.owner_id, f"{claim.job_id}#failed#email")
     (message,) = mail.outbox
     assert message.to == [alice.email]
@@ -439,7 +441,7 @@ def test_whoever_gave_no_address_gets_no_mail():
     owner = make_owner()
     claim = make_claim(make_job(owner))
     claim.finish("failed", "bad_data")
-    lifecycle.after_end(owner, claim.job_id)
+    transitions.after_end(owner, claim.job_id)
     assert webhooks.deliver(owner, f"{claim.job_id}#failed#email")
     assert delivery_of(owner, f"{claim.job_id}#failed#email").last_result == "not wanted"
     assert mail.outbox == []
@@ -456,7 +458,7 @@ def test_any_exception_ends_the_try_of_a_mail(settings):
     webhooks.set_email(owner, "alice@example.com")
     claim = make_claim(make_job(owner))
     claim.finish("failed", "bad_data")
-    lifecycle.after_end(owner, claim.job_id)
+    transitions.after_end(owner, claim.job_id)
     id = f"{claim.job_id}#failed#email"
     assert not webhooks.deliver(owner, id)
     row = delivery_of(owner, id)

@@ -7,8 +7,8 @@ import json
 import time
 from typing import Any
 
-from jobs import storage, tables
-from jobs.tables import Dataset, EstimateRecord, EventChunk, Job, JobIndex, TunedModel, month_of, new_id
+from jobs.store import blobs, tables
+from jobs.store.tables import Dataset, EstimateRecord, EventChunk, Job, JobIndex, TunedModel, month_of, new_id
 
 SAMPLE = {
     "line": 1,
@@ -29,7 +29,7 @@ def make_dataset(owner: str, name: str = "rows.jsonl", status: str = "ready", **
     dataset_id = new_id("file")
     report = {**SUMMARY, "findings": [], "samples": [SAMPLE], **fields.pop("report", {})}
     key = f"datasets/{owner}/{dataset_id}/report.json"
-    storage.put_file(key, io.BytesIO(json.dumps(report).encode()))
+    blobs.put_file(key, io.BytesIO(json.dumps(report).encode()))
     dataset = Dataset(
         owner, dataset_id, name=name, status=status, bytes=999, sha256="ab" * 32, key="none", **fields
     )
@@ -68,7 +68,7 @@ def make_model(owner: str, name: str = "Orders", root: str = "starter", **fields
     files = []
     model_id = f"ft:{root}:alice:orders:{new_id('x')[-8:].lower()}"
     for file, content in (("config.json", b"{}"), ("model.safetensors", b"weights" * 1000)):
-        stored = storage.put_file(f"models/{owner}/{model_id}/{file}", io.BytesIO(content))
+        stored = blobs.put_file(f"models/{owner}/{model_id}/{file}", io.BytesIO(content))
         files.append({"name": file, "bytes": stored.bytes, "sha256": stored.sha256})
     fields = {
         "base": "starter",

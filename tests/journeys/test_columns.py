@@ -14,8 +14,10 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import access, datasets, errands, lifecycle, storage
-from jobs.tables import Dataset
+from jobs.datasets import datasets
+from jobs.lifecycle import transitions
+from jobs.store import access, blobs, outbox
+from jobs.store.tables import Dataset
 from tests.journeys.test_versions import come_through, page_of
 
 RECORDS = [{"frage": f"Number {n}?", "antwort": f"It is {n}.", "notes": "x"} for n in range(12)]
@@ -58,7 +60,7 @@ def test_a_file_of_unknown_columns_is_kept_and_becomes_ready_by_a_choice(
 ) -> None:
     dataset = upload(alice.owner_id, FILES[name], name)
     assert dataset.status == "rejected"
-    assert storage.size_of(dataset.key)
+    assert blobs.size_of(dataset.key)
     page = page_of(alices, dataset)
     assert "Which columns hold the examples?" in page
     assert re.search(r'<option value="frage" selected', page)
@@ -129,7 +131,7 @@ def test_a_choice_under_which_nothing_can_be_read_may_be_made_again(alices: Clie
 
 def test_data_that_a_job_waits_for_keeps_its_columns(alices: Client, alice: User) -> None:
     dataset = upload(alice.owner_id, b"prompt,completion\nwho?,me\nwhere?,here\n", "rows.csv")
-    lifecycle.submit(alice.owner_id, lifecycle.JobRequest(base="starter", dataset_id=dataset.dataset_id))
+    transitions.submit(alice.owner_id, transitions.JobRequest(base="starter", dataset_id=dataset.dataset_id))
     choose(alices, dataset, shape="text", whole="prompt", do="read")
     assert access.get_dataset_for(alice.owner_id, dataset.dataset_id).status == "ready"
     assert "reads this dataset as it is" in page_of(alices, dataset)
@@ -138,7 +140,7 @@ def test_data_that_a_job_waits_for_keeps_its_columns(alices: Client, alice: User
 def test_a_file_without_columns_is_refused_for_good(alices: Client, alice: User) -> None:
     dataset = upload(alice.owner_id, b"[1, 2, 3]", "rows.json")
     assert dataset.status == "rejected"
-    assert storage.size_of(dataset.key) is None
+    assert blobs.size_of(dataset.key) is None
     assert "Which columns" not in page_of(alices, dataset)
     assert choose(alices, dataset, **PAIR, do="read").status_code == 302
     assert access.get_dataset_for(alice.owner_id, dataset.dataset_id).status == "rejected"
@@ -162,10 +164,10 @@ def show_row(client: Client, dataset: Dataset, line: str) -> Any:
 
 
 def run_errands(dataset: Dataset) -> None:
-    for row in errands.waiting():
-        kind, owner, id = errands.name_of(row)
+    for row in outbox.waiting():
+        kind, owner, id = outbox.name_of(row)
         if kind == "report" and id.startswith(dataset.dataset_id):
-            errands.run(kind, owner, id, row.lease or "")
+            outbox.run(kind, owner, id, row.lease or "")
 
 
 def test_the_tokens_of_any_row_can_be_seen(alices: Client, alice: User) -> None:

@@ -8,7 +8,7 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import access, errands, storage
+from jobs.store import access, blobs, outbox
 from tests.journeys.makers import make_dataset
 
 ROWS = b'{"prompt": "colour of: lemon", "completion": "yellow"}\n' * 3
@@ -39,9 +39,9 @@ def test_an_empty_file_is_refused_at_once_and_leaves_nothing(alices: Client, ali
     answer = send(alices, b"")
     assert b"The file is empty" in alices.get(answer["Location"]).content
     assert not len(access.list_datasets(alice.owner_id))
-    for key in storage.list_keys(f"datasets/{alice.owner_id}/"):  # what the checks worker is rung for
-        errands.run("delete", alice.owner_id, key.split("/")[2], "")
-    assert not storage.list_keys(f"datasets/{alice.owner_id}/")
+    for key in blobs.list_keys(f"datasets/{alice.owner_id}/"):  # what the checks worker is rung for
+        outbox.run("delete", alice.owner_id, key.split("/")[2], "")
+    assert not blobs.list_keys(f"datasets/{alice.owner_id}/")
 
 
 def test_the_same_file_again_is_recognised(alices: Client) -> None:

@@ -7,7 +7,7 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import estimates
+from jobs.lifecycle import estimates
 from tests.journeys.makers import make_record
 
 PAGE = reverse("jobs:estimates")

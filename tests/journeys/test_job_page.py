@@ -12,7 +12,7 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import access
+from jobs.store import access
 from tests.journeys.makers import make_dataset, make_job, metric
 
 

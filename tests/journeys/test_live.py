@@ -16,8 +16,9 @@ from django.db import connections
 from django.test import Client
 
 from accounts.models import User
-from jobs import feed, tables
-from jobs.tables import EventChunk, Job
+from jobs.events import event_log
+from jobs.store import tables
+from jobs.store.tables import EventChunk, Job
 from jobs.views import live
 from tests.journeys.makers import make_job, metric
 
@@ -97,7 +98,7 @@ def grow(job: Job, lines: list[dict[str, Any]]) -> None:
         lines=[json.dumps(line) for line in lines],
     ).save()
     job.update(actions=[Job.last_seq.set(first + len(lines) - 1), Job.version.add(1)])
-    feed.announce(job.job_id, int(job.last_seq))
+    event_log.announce(job.job_id, int(job.last_seq))
 
 
 async def test_it_replays_follows_and_ends(browser: Client, alice: User) -> None:
@@ -109,7 +110,7 @@ async def test_it_replays_follows_and_ends(browser: Client, alice: User) -> None
         await asyncio.to_thread(grow, job, [metric(3)])
         await stream.until("id: 3")
         await asyncio.to_thread(job.update, actions=[Job.status.set("succeeded"), Job.version.add(1)])
-        feed.announce(job.job_id, 3)
+        event_log.announce(job.job_id, 3)
         await stream.until("event: end")
     assert stream.numbers == [1, 2, 3, 4]
     assert "data: succeeded" in stream.text

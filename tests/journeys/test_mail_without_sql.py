@@ -12,8 +12,10 @@ from email import message_from_string
 import pytest
 from django.urls import reverse
 
-from jobs import access, datasets, lifecycle, tables
-from jobs.tables import Dataset, WebhookDelivery
+from jobs.datasets import datasets
+from jobs.lifecycle import transitions
+from jobs.store import access, tables
+from jobs.store.tables import Dataset, WebhookDelivery
 from tests.conftest import Studio
 from tests.factories import make_user
 from tests.journeys.conftest import browser_of
@@ -81,7 +83,7 @@ def test_a_worker_without_sql_checks_files_and_sends_mail(workers: Studio, mail_
         {"dataset": make_dataset(alice.owner_id).dataset_id, "base": "starter", "name": "Orders"},
     )
     (job,) = access.list_jobs(alice.owner_id).rows
-    lifecycle.ask(alice.owner_id, job.job_id, "cancel")
+    transitions.ask(alice.owner_id, job.job_id, "cancel")
     wait(workers, lambda: mail_server.received)
     message = message_from_string(mail_server.received[0])
     assert message["To"] == alice.email

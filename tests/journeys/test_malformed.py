@@ -15,7 +15,8 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import access, checking, storage
+from jobs.datasets import checks
+from jobs.store import access, blobs
 
 GOOD = b'{"prompt": "a", "completion": " b"}\n'
 
@@ -82,7 +83,7 @@ def test_a_file_that_cannot_be_used_is_told_why(door: tuple[Client, str], kind: 
     file.name = name
     answer = browser.post(reverse("jobs:upload"), {"file": file})
     dataset = access.list_datasets(owner).rows[0]
-    checking.check(owner, dataset.dataset_id)
+    checks.check(owner, dataset.dataset_id)
     dataset = access.get_dataset_for(owner, dataset.dataset_id)
     assert dataset.status == "rejected", json.dumps(dataset.summary)
     assert re.search(wanted, dataset.error), dataset.error
@@ -91,6 +92,6 @@ def test_a_file_that_cannot_be_used_is_told_why(door: tuple[Client, str], kind: 
     page = browser.get(answer["Location"])
     assert page.status_code == 200
     assert (b"be trained on" in page.content) == (kind not in NAMELESS)
-    kept = [key for key in storage.list_keys(f"datasets/{owner}/") if key.endswith("/data")]
+    kept = [key for key in blobs.list_keys(f"datasets/{owner}/") if key.endswith("/data")]
     # Nothing stays of what can't be used, unless a choice of columns may make it so.
     assert bool(kept) == (kind in NAMELESS) == (b"Which columns hold the examples?" in page.content)

@@ -10,7 +10,8 @@ from django.test import AsyncClient, Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import access, tuned_models
+from jobs.registry import tuned_models
+from jobs.store import access
 from tests.journeys.makers import make_job, make_model
 
 

@@ -12,8 +12,10 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import access, estimates, hub_check, tables
-from jobs.tables import Dataset, DatasetReport
+from jobs.lifecycle import estimates
+from jobs.registry import hub_models
+from jobs.store import access, tables
+from jobs.store.tables import Dataset, DatasetReport
 from tests.hub_server import COMMIT, HubServer, running, write_repository
 from tests.journeys.makers import make_dataset, make_model
 from training.plan.catalog import Machine
@@ -146,7 +148,7 @@ def test_rejected_data_cannot(alices: Client, alice: User, dataset: Dataset) -> 
 
 @pytest.fixture
 def hub(tmp_path: Path, settings: Any) -> Iterator[HubServer]:
-    hub_check._refused.clear()
+    hub_models._refused.clear()
     folder = write_repository(tmp_path)
     with running({"people/tiny": folder}) as server:
         settings.HF_ENDPOINT = server.url

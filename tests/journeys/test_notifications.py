@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from django.core import mail
 
-from jobs import access, lifecycle, tables, webhooks
-from jobs.tables import WebhookDelivery, WebhookEndpoint
+from jobs.lifecycle import transitions
+from jobs.notifications import webhooks
+from jobs.store import access, tables
+from jobs.store.tables import WebhookDelivery, WebhookEndpoint
 from tests.factories import make_user
 from tests.jobs.makers import make_claim, make_job, result
 from tests.journeys.conftest import browser_of
@@ -104,8 +106,8 @@ def test_mail_is_sent_as_wanted_when_the_job_ends_not_when_it_began(db):
         page.post("/jobs/new/", {"dataset": dataset.dataset_id, "base": "starter"})
         page.post(f"{PAGE}email/", {"wanted": wanted})
         job = access.list_jobs(user.owner_id).rows[0]
-        lifecycle.ask(user.owner_id, job.job_id, "cancel")
-        lifecycle.after_end(user.owner_id, job.job_id)
+        transitions.ask(user.owner_id, job.job_id, "cancel")
+        transitions.after_end(user.owner_id, job.job_id)
         assert webhooks.deliver(user.owner_id, f"{job.job_id}#cancelled#email")
         assert len(mail.outbox) - sent == int(wanted)
 

@@ -6,8 +6,8 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import access, tables
-from jobs.tables import Audit, JobIndex, month_of
+from jobs.store import access, tables
+from jobs.store.tables import Audit, JobIndex, month_of
 from tests.journeys.conftest import browser_of, make_person
 from tests.journeys.makers import make_job
 

@@ -7,7 +7,8 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import parts, webhooks
+from jobs.datasets import multipart
+from jobs.notifications import webhooks
 from jobs.urls import urlpatterns
 from tests.journeys.makers import make_dataset, make_job, make_model
 
@@ -45,7 +46,7 @@ def things(alice: User) -> dict[str, str]:
         "dataset_id": make_dataset(alice.owner_id).dataset_id,
         "job_id": make_job(alice.owner_id, "succeeded").job_id,
         "model_id": make_model(alice.owner_id).model_id,
-        "upload_id": parts.begin(alice.owner_id, "rows.jsonl", 10).upload_id,
+        "upload_id": multipart.begin(alice.owner_id, "rows.jsonl", 10).upload_id,
         "webhook_endpoint_id": webhooks.add_endpoint(alice.owner_id, "https://example.com/hook").endpoint_id,
     }
 

@@ -7,7 +7,8 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import estimates, tables
+from jobs.lifecycle import estimates
+from jobs.store import tables
 from tests.journeys.makers import make_dataset, make_job, make_model, metric
 
 MOST = {

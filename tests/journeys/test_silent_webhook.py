@@ -23,8 +23,11 @@ pytestmark = pytest.mark.slow
 # else has arrived, what has become of the ten?
 SCRIPT = """
 import json, time
-from jobs import access, datasets, lifecycle, tables, webhooks
-from jobs.tables import Job, WebhookDelivery, new_id
+from jobs.store import access, tables
+from jobs.datasets import datasets
+from jobs.lifecycle import transitions
+from jobs.notifications import webhooks
+from jobs.store.tables import Job, WebhookDelivery, new_id
 
 def wait(is_so):
     for _ in range(3000):

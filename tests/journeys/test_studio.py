@@ -20,23 +20,26 @@ pytestmark = pytest.mark.slow
 SUBMIT = """
 import json, time
 from django.contrib.auth import get_user_model
-from jobs import access, datasets, lifecycle
+from jobs.store import access
+from jobs.datasets import datasets
+from jobs.lifecycle import transitions
 owner = get_user_model().objects.get().owner_id
 with open("training/starter/sample/train.jsonl", "rb") as file:
     dataset = datasets.receive(owner, "sample.jsonl", file)
 while access.get_dataset_for(owner, dataset.dataset_id).status != "ready":
     time.sleep(0.2)
 settings = {"max_steps": 150, "checkpoint_every_steps": 10, "validation_fraction": 0}
-request = lifecycle.JobRequest(base="starter", dataset_id=dataset.dataset_id, name="Survivor", settings=settings)
-print(json.dumps([owner, lifecycle.submit(owner, request).job_id, dataset.dataset_id]))
+request = transitions.JobRequest(base="starter", dataset_id=dataset.dataset_id, name="Survivor", settings=settings)
+print(json.dumps([owner, transitions.submit(owner, request).job_id, dataset.dataset_id]))
 """
 LOOK = """
 import json, sys
 from django.contrib.auth import get_user_model
-from jobs import access, feed
+from jobs.store import access
+from jobs.events import event_log
 owner, job_id, dataset_id = {ids!r}
 job = access.get_job_for(owner, job_id)
-events = feed.read(owner, job_id, 0)
+events = event_log.read(owner, job_id, 0)
 print(json.dumps(dict(
     status=job.status, step=job.checkpoint_step or 0, epoch=job.epoch, seqs=[e.seq for e in events],
     people=get_user_model().objects.count(), dataset=access.get_dataset_for(owner, dataset_id).status,
@@ -72,9 +75,7 @@ class House:
             time.sleep(0.2)
 
     def ask(self, code: str):
-        prelude = (
-            "from jobs.tables import Dataset\n"  # the stores' addresses come from the folder and the ports
-        )
+        prelude = "from jobs.store.tables import Dataset\n"  # the stores' addresses come from the folder and the ports
         env = self.env | {
             "DJANGO_SETTINGS_MODULE": "llmtuner.settings",
             "DYNAMODB_ENDPOINT": f"http://127.0.0.1:{self.env['DYNAMODB_PORT']}",

@@ -15,8 +15,9 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import access, checking, datasets, errands, limits, parts, storage, tables
-from jobs.tables import Dataset, Upload
+from jobs.datasets import checks, datasets, multipart
+from jobs.store import access, blobs, outbox, quotas, tables
+from jobs.store.tables import Dataset, Upload
 from tests import services
 
 LINE = b'{"prompt": "colour of: lemon", "completion": "yellow"}\n'
@@ -25,7 +26,7 @@ KEY, SECRET = "testkey", "testsecret123"
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART", 1000)
+    monkeypatch.setattr(multipart, "PART", 1000)
 
 
 def mark_of(data: bytes) -> str:
@@ -48,7 +49,7 @@ def put(client: Client, told: dict[str, Any], data: bytes, *numbers: int, **head
 
 
 def content_of(dataset: Dataset) -> bytes:
-    with storage.open_file(dataset.key) as file:
+    with blobs.open_file(dataset.key) as file:
         return file.read()
 
 
@@ -63,8 +64,8 @@ def test_a_file_comes_in_parts_of_any_order(alices: Client, alice: User) -> None
     assert (dataset.status, dataset.sha256, dataset.bytes) == ("checking", hashlib.sha256(data).hexdigest(), len(data))  # fmt: skip
     assert content_of(dataset) == data
     assert alices.post(told["complete"]).json() == answer  # the first answer got lost
-    assert not storage.list_keys("uploads/" + told["url"].split("/")[3])
-    assert limits._set_aside(alice.owner_id)[1] == {}
+    assert not blobs.list_keys("uploads/" + told["url"].split("/")[3])
+    assert quotas._set_aside(alice.owner_id)[1] == {}
 
 
 def test_the_same_file_chosen_again_goes_on_where_it_was(alices: Client, alice: User) -> None:
@@ -105,10 +106,10 @@ def test_stop_keeps_nothing(alices: Client, alice: User) -> None:
     data = LINE * 60
     told = begin(alices, data).json()
     put(alices, told, data, 1)
-    assert limits._set_aside(alice.owner_id)[1]
+    assert quotas._set_aside(alice.owner_id)[1]
     alices.post(told["cancel"])
-    assert not storage.list_keys("uploads/" + told["url"].split("/")[3])
-    assert limits._set_aside(alice.owner_id)[1] == {}
+    assert not blobs.list_keys("uploads/" + told["url"].split("/")[3])
+    assert quotas._set_aside(alice.owner_id)[1] == {}
     assert put(alices, told, data, 2) == [422]
     assert alices.post(told["complete"]).status_code == 422
     assert "Not all here yet" not in alices.get(reverse("jobs:datasets")).content.decode()
@@ -119,12 +120,12 @@ def test_an_upload_nobody_comes_back_to_leaves_nothing(alices: Client, alice: Us
     told = begin(alices, data).json()
     put(alices, told, data, 1)
     id = told["url"].split("/")[3]
-    assert not errands.delete_bytes(alice.owner_id, id)
-    long_ago = time.time() - 2 * parts.PUT_TOGETHER_S
+    assert not outbox.delete_bytes(alice.owner_id, id)
+    long_ago = time.time() - 2 * multipart.PUT_TOGETHER_S
     Upload(alice.owner_id, id).update(actions=[Upload.expires_at.set(long_ago)])
-    assert errands.delete_bytes(alice.owner_id, id)
-    assert not storage.list_keys(f"uploads/{id}")
-    assert limits._set_aside(alice.owner_id)[1] == {}
+    assert outbox.delete_bytes(alice.owner_id, id)
+    assert not blobs.list_keys(f"uploads/{id}")
+    assert quotas._set_aside(alice.owner_id)[1] == {}
 
 
 def test_a_file_one_has_already_is_recognised_before_it_is_sent(
@@ -147,11 +148,11 @@ def test_bytes_are_set_aside_so_that_two_together_cannot_pass_the_quota(
     refused = begin(alices, data[:-1], "other.jsonl")
     assert refused.status_code == 422
     assert "1,700 of your 5,000 are free" in refused.json()["error"]
-    with pytest.raises(limits.OverQuota):
+    with pytest.raises(quotas.OverQuota):
         datasets.receive(alice.owner_id, "form.jsonl", _sized(data))
     alices.post(told["cancel"])
     datasets.receive(alice.owner_id, "form.jsonl", _sized(data))
-    assert limits._set_aside(alice.owner_id)[1] == {}
+    assert quotas._set_aside(alice.owner_id)[1] == {}
     assert begin(alices, data[:-1], "other.jsonl").status_code == 422
 
 
@@ -201,8 +202,8 @@ def bucket(s3: services.Service, monkeypatch: pytest.MonkeyPatch) -> Any:
         "region_name": "us-east-1", "signature_version": "s3v4",
     }  # fmt: skip
     backend = storages.create_storage({"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options})
-    monkeypatch.setattr(storage, "_storage", lambda: backend)
-    monkeypatch.setattr(parts, "PART", 5 << 20)  # S3 takes no smaller ones but the last
+    monkeypatch.setattr(blobs, "_storage", lambda: backend)
+    monkeypatch.setattr(multipart, "PART", 5 << 20)  # S3 takes no smaller ones but the last
     return backend
 
 
@@ -227,7 +228,7 @@ def test_parts_go_straight_to_the_bucket_and_some_through_us(
     alices.post(told["complete"])
     dataset = access.list_datasets(alice.owner_id).rows[0]
     assert (dataset.status, dataset.sha256, dataset.bytes) == ("checking", "", len(data))
-    checking.check(alice.owner_id, dataset.dataset_id)
+    checks.check(alice.owner_id, dataset.dataset_id)
     dataset = access.get_dataset_for(alice.owner_id, dataset.dataset_id)
     assert (dataset.status, dataset.sha256) == ("ready", hashlib.sha256(data).hexdigest())
 
@@ -249,8 +250,8 @@ def test_a_failure_while_it_is_put_together_may_be_tried_again(
     told = begin(alices, data).json()
     put(alices, told, data, 1, 2, 3, 4)
     with monkeypatch.context() as broken:
-        broken.setattr(storage, "blocks", lambda key: (_ for _ in ()).throw(storage.StorageError("away")))
-        with pytest.raises(storage.StorageError):
+        broken.setattr(blobs, "blocks", lambda key: (_ for _ in ()).throw(blobs.StorageError("away")))
+        with pytest.raises(blobs.StorageError):
             alices.post(told["complete"])
     assert not len(access.list_datasets(alice.owner_id))
     assert alices.post(told["complete"]).status_code == 200
@@ -258,9 +259,9 @@ def test_a_failure_while_it_is_put_together_may_be_tried_again(
 
 
 def test_what_was_set_aside_for_an_upload_that_never_came_to_be_is_given_back(alice: User) -> None:
-    limits.reserve(alice.owner_id, "upload-1", 1000)
-    assert errands.delete_bytes(alice.owner_id, "upload-1")
-    assert limits._set_aside(alice.owner_id)[1] == {}
+    quotas.reserve(alice.owner_id, "upload-1", 1000)
+    assert outbox.delete_bytes(alice.owner_id, "upload-1")
+    assert quotas._set_aside(alice.owner_id)[1] == {}
 
 
 def test_only_the_page_that_sends_them_may_speak_to_the_bucket(alices: Client, bucket: Any) -> None:

@@ -11,8 +11,9 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs import access, checking, datasets, errands, limits, storage, tables, versions
-from jobs.tables import Dataset, DatasetReport
+from jobs.datasets import checks, datasets, versions
+from jobs.store import access, blobs, outbox, quotas, tables
+from jobs.store.tables import Dataset, DatasetReport
 from tests.journeys.makers import make_dataset
 from training.plan.catalog import STARTER_FOLDER
 from training.report.fix import DROPPABLE
@@ -36,7 +37,7 @@ def upload(owner: str, rows: list[dict[str, str]], name: str = "support.jsonl") 
 
 def come_through(dataset: Dataset) -> Dataset:
     """What the checks worker does when the bell rings, or the reconciler rings again."""
-    errands.run("check", dataset.owner, dataset.dataset_id, "")
+    outbox.run("check", dataset.owner, dataset.dataset_id, "")
     return access.get_dataset_for(dataset.owner, dataset.dataset_id)
 
 
@@ -54,7 +55,7 @@ def pressed(client: Client, dataset: Dataset, what: str) -> Dataset:
 
 
 def lines_of(dataset: Dataset) -> list[dict[str, str]]:
-    with storage.open_file(dataset.key) as file:
+    with blobs.open_file(dataset.key) as file:
         return [json.loads(line) for line in file.read().splitlines()]
 
 
@@ -100,8 +101,8 @@ def test_what_is_too_long_for_another_base_goes_by_that_bases_report(alices: Cli
     reading = DatasetReport(
         old.dataset_id, "short", owner=alice.owner_id, facts={"id": "starter"}, status="ready"
     )
-    found = report(storage.local_path(old.key), Tokenizer.load(STARTER_FOLDER), Plain(24))
-    stored = storage.put_file(f"datasets/{alice.owner_id}/short.json", io.BytesIO(json.dumps(found).encode()))
+    found = report(blobs.local_path(old.key), Tokenizer.load(STARTER_FOLDER), Plain(24))
+    stored = blobs.put_file(f"datasets/{alice.owner_id}/short.json", io.BytesIO(json.dumps(found).encode()))
     reading.summary, reading.report_key = {"sequence_length": 24}, stored.key
     reading.save()
     address = reverse("jobs:dataset", args=[old.dataset_id])
@@ -153,10 +154,10 @@ def test_a_crash_after_the_bytes_are_stored_costs_one_more_round(alices: Client,
     half = versions.make(new)  # and then the worker died: its errand is still in the list
     assert half is not None
     assert (half.status, bool(half.key)) == ("checking", True)
-    assert f"check#{new.dataset_id}" in {row.job_id for row in errands.waiting()}
+    assert f"check#{new.dataset_id}" in {row.job_id for row in outbox.waiting()}
     new = come_through(new)
     assert (new.status, lines_of(new), new.sha256) == ("ready", ROWS[:10], half.sha256)
-    assert f"check#{new.dataset_id}" not in {row.job_id for row in errands.waiting()}
+    assert f"check#{new.dataset_id}" not in {row.job_id for row in outbox.waiting()}
 
 
 def test_a_version_whose_source_was_deleted_says_so(alices: Client, alice: User) -> None:
@@ -173,7 +174,7 @@ def test_a_version_that_was_deleted_meanwhile_leaves_no_bytes(alices: Client, al
     new = pressed(alices, old, "duplicate")
     datasets.delete(alice.owner_id, new.dataset_id)
     assert versions.make(new) is None
-    assert not storage.list_keys(f"datasets/{alice.owner_id}/{new.dataset_id}/")
+    assert not blobs.list_keys(f"datasets/{alice.owner_id}/{new.dataset_id}/")
 
 
 @pytest.mark.parametrize(
@@ -198,11 +199,11 @@ def test_a_file_still_being_checked_is_not_mended(alices: Client, alice: User) -
 
 def test_a_full_quota_is_told_and_nothing_is_begun(alices: Client, alice: User, settings: Any) -> None:
     old = make_dataset(alice.owner_id, report={"findings": [TWINS]})
-    limits.take(alice.owner_id, "datasets", old.dataset_id)
+    quotas.take(alice.owner_id, "datasets", old.dataset_id)
     settings.JOBS = settings.JOBS | {"max_datasets_per_owner": 2}
     answer = press(alices, old, "split", follow=True)  # there is room for one of the two
     assert "You have 2 datasets, the most at a time" in answer.content.decode()
-    assert limits.held(alice.owner_id, "datasets") == {old.dataset_id}
+    assert quotas.held(alice.owner_id, "datasets") == {old.dataset_id}
     assert len(access.list_datasets(alice.owner_id)) == 1
     assert pressed(alices, old, "duplicate").status == "checking"
 
@@ -215,10 +216,10 @@ def test_bob_mends_nothing_of_alices(bobs: Client, alice: User) -> None:
 
 def test_a_file_that_cannot_be_read_at_all_rejects_the_version(alice: User) -> None:
     old = make_dataset(alice.owner_id, report={"findings": [TWINS]})
-    stored = storage.put_file(f"datasets/{alice.owner_id}/{old.dataset_id}/data", io.BytesIO(b"{oops\n"))
+    stored = blobs.put_file(f"datasets/{alice.owner_id}/{old.dataset_id}/data", io.BytesIO(b"{oops\n"))
     tables.update(
         old, [Dataset.key.set(stored.key), Dataset.sha256.set(stored.sha256)], Dataset.owner.exists()
     )
     new = versions.begin(old, "duplicate")
-    checking.check(new.owner, new.dataset_id)
+    checks.check(new.owner, new.dataset_id)
     assert access.get_dataset_for(alice.owner_id, new.dataset_id).status == "rejected"

@@ -6,7 +6,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand
 
-from jobs.tables import create_tables
+from jobs.store.tables import create_tables
 
 
 class Command(BaseCommand):

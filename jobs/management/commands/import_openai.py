@@ -18,9 +18,13 @@ from typing import Any
 from django.contrib.auth import get_user_model
 from django.core.management.base import BaseCommand, CommandError
 
-from jobs import access, datasets, lifecycle, limits, tuned_models, webhooks
 from jobs.api import models
 from jobs.api.errors import ApiError
+from jobs.datasets import datasets
+from jobs.lifecycle import transitions
+from jobs.notifications import webhooks
+from jobs.registry import tuned_models
+from jobs.store import access, quotas
 
 
 class Command(BaseCommand):
@@ -74,7 +78,7 @@ class Command(BaseCommand):
             self.stdout.write(f"{name}: can be trained here on {training_file} (add --start)")
             return
         try:
-            request = lifecycle.JobRequest(
+            request = transitions.JobRequest(
                 base=base or models.base_for_training(user.owner_id, str(job.get("model"))),
                 dataset_id=training_file,
                 validation_dataset_id=files.get(str(job.get("validation_file"))),
@@ -85,10 +89,10 @@ class Command(BaseCommand):
                 api={"model": str(job.get("model")), "aliases": _aliases(job)},
             )
             webhooks.set_email(user.owner_id, user.notification_email)
-            made = lifecycle.submit(
+            made = transitions.submit(
                 user.owner_id, request, idempotency_key=f"import#{job.get('id')}", slug=user.slug
             )
-        except (ApiError, lifecycle.Refused, limits.OverQuota) as refusal:
+        except (ApiError, transitions.Refused, quotas.OverQuota) as refusal:
             self.stdout.write(f"{name}: {getattr(refusal, 'message', refusal)}")
             return
         self.stdout.write(f"{name}: {made.job_id}, model {made.model_id}")

@@ -1,0 +1,109 @@
+"""Checking an uploaded file: a child process with limits reads it, since files come from strangers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from django.conf import settings
+
+from jobs.datasets import datasets, sandbox, versions
+from jobs.store import blobs, outbox, tables
+from jobs.store.tables import Dataset
+from training.plan import catalog
+
+FULL = frozenset(
+    {"samples", "findings", "head"}
+)  # of the report, what the row doesn't need; all of it is in the object
+
+
+OVER_LIMITS = (
+    "The file could not be checked in the time and memory allowed. Split it, or look for endless rows."
+)
+
+
+@outbox.handler("check")
+def run(owner: str, dataset_id: str) -> bool:
+    """True once the dataset is ready, rejected or deleted."""
+    check(owner, dataset_id)
+    dataset = tables.get(Dataset, owner, dataset_id)
+    return dataset is None or dataset.gone or dataset.status not in {"receiving", "checking"}
+
+
+def check(owner: str, dataset_id: str) -> None:
+    """Says ready or rejected. Safe to repeat; raises what the stores raise, and is then rung for again."""
+    dataset = tables.get(Dataset, owner, dataset_id)
+    if dataset is None or dataset.gone:
+        return
+    if dataset.status == "receiving":
+        datasets.give_up_broken(owner, dataset_id)
+        return
+    if dataset.status != "checking":
+        return
+    if dataset.origin and not dataset.key:
+        made = versions.make(dataset)
+        if made is None:
+            return
+        dataset = made
+    if dataset.purpose != "fine-tune":  # nobody will train on it, so nothing is asked of it
+        datasets.finish_check(owner, dataset_id, "ready")
+        return
+    report = report_on(dataset, sandbox.tokenizer_of(catalog.STARTER))
+    if report is None:
+        datasets.finish_check(owner, dataset_id, "rejected", error=OVER_LIMITS)
+        return
+    ready = bool(report.get("ready"))
+    datasets.finish_check(
+        owner,
+        dataset_id,
+        "ready" if ready else "rejected",
+        summary=summary_of(report),
+        format=report.get("format"),
+        report=report,
+        keep=bool(report.get("choose")),
+        sha256=str(report.pop("sha256", "")),
+        error=""
+        if ready
+        else str(report.get("error") or report.get("verdict") or "The file holds no example."),
+    )
+
+
+def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
+    """The rows of `validation` that stand in `dataset` too: {"count", "lines"}. None when the limits were not enough."""
+    with sandbox.folder("leaks-") as folder:
+        paths = []
+        for name, one in (("train", dataset), ("validation", validation)):
+            paths.append(folder / name / ("data" + Path(one.name).suffix.lower()[:10]))
+            blobs.fetch(one.key, paths[-1], sha256=one.sha256 or None)
+        arguments = ["check", str(paths[0]), "--validation", str(paths[1])]
+        for option, one in (("--format", dataset), ("--validation-format", validation)):
+            if one.format:
+                arguments += [option, json.dumps(one.format)]
+        report = sandbox.ask(arguments, "report")
+    if report is None:
+        return None
+    found: dict[str, Any] = next((f for f in report.get("findings", []) if f["code"] == "leak"), {})
+    return {"count": int(found.get("count") or 0), "lines": list(found.get("lines") or [])}
+
+
+def summary_of(report: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in report.items() if name not in FULL}
+
+
+def report_on(dataset: Dataset, tokenizer: str, line: int | None = None) -> dict[str, Any] | None:
+    """The report with the tokenizer of a base model's folder, or the tokens of the row in `line`; None when the limits
+    were not enough."""
+    with sandbox.folder("check-") as folder:
+        # The name is ours; its ending tells the kind of file.
+        path = folder / ("data" + Path(dataset.name).suffix.lower()[:10])
+        stored = blobs.fetch(dataset.key, path, sha256=dataset.sha256 or None)
+        arguments = ["check", str(path), "--limit-bytes", str(int(settings.JOBS["max_upload_bytes"]))]
+        if tokenizer:
+            arguments += ["--tokenizer", tokenizer]
+        if dataset.format:
+            arguments += ["--format", json.dumps(dataset.format)]
+        if line is not None:
+            return sandbox.ask([*arguments, "--row", str(line)], "row")
+        report = sandbox.ask(arguments, "report")
+        return report if report is None or dataset.sha256 else report | {"sha256": stored.sha256}

@@ -1,0 +1,242 @@
+"""A file that comes in parts from a page: begun, sent part by part, gone on with after a broken connection, put together.
+
+With S3 the parts are those of a multipart upload, sent straight to the bucket by signed links, or through us where the
+browser can't reach it. Otherwise each part is an object of its own. Sending a part again is harmless, and the same file
+chosen again goes on where it was. `/v1/uploads` is OpenAI's face on the same table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import IO, Any
+
+from django.conf import settings
+from pynamodb.expressions.update import Action
+
+from jobs.datasets import datasets
+from jobs.datasets.datasets import Rejected
+from jobs.store import access, blobs, outbox, quotas, tables
+from jobs.store.tables import Dataset, Upload, new_id
+
+PART = 5 << 20  # bytes, the least that S3 takes: three stand in memory at once; the last one has what is left
+LIFETIME_S = 24 * 3600  # from the last part on
+MAX_OPEN = 20  # of one person at a time
+LINKS = 64  # signed at once
+PUT_TOGETHER_S = 3600  # the longest that putting an upload's parts together takes
+
+
+def begin(owner: str, name: str, size: int, mark: str = "") -> Upload:
+    """A new upload, or the open one of the same file (by its mark, name and size). Raises Rejected, OverQuota."""
+    limit = int(settings.JOBS["max_upload_bytes"])
+    if size <= 0:
+        raise Rejected("The file is empty. Choose one with a row for each example.")
+    if size > limit:
+        raise Rejected(f"The file has {size:,} bytes; at most {limit:,} are taken. Split it.")
+    mine = open_of(owner)
+    for row in mine:
+        if mark and (row.mark, row.bytes, row.filename) == (mark, size, datasets.shown_name(name)):
+            return row
+    if len(mine) >= MAX_OPEN:
+        raise quotas.OverQuota(f"You have {MAX_OPEN} open uploads. End or forget one first.")
+    quotas.check(owner, "datasets")
+    row = Upload(owner, new_id("upload"), filename=datasets.shown_name(name), bytes=size, mark=mark)
+    row.expires_at, row.target = time.time() + LIFETIME_S, new_id("file")
+    outbox.put("delete", owner, row.upload_id)  # the parts, also of an upload that nobody comes back to
+    quotas.reserve(owner, row.upload_id, size)
+    if not blobs.is_local():
+        row.multipart = blobs.begin_parts(datasets.key_of(owner, row.target))
+    tables.put_new(row)
+    return row
+
+
+def open_of(owner: str) -> list[Upload]:
+    """Uploads from pages that may still be gone on with, the newest first."""
+    rows = [row for row in tables.rows(Upload, owner) if row.target and is_open(row)]
+    return sorted(rows, key=lambda row: row.upload_id, reverse=True)
+
+
+def is_open(row: Upload) -> bool:
+    return row.status == "pending" and row.expires_at > time.time()
+
+
+def get_for(owner: str, upload_id: str) -> Upload:
+    """Raises NotFound."""
+    row = tables.get(Upload, owner, upload_id)
+    if row is None or not row.target:
+        raise access.NotFound(f"There is no upload {upload_id}.")
+    return row
+
+
+def count(row: Upload) -> int:
+    return -(-int(row.bytes) // PART)
+
+
+def size_of(row: Upload, number: int) -> int:
+    """Bytes of a part; the first is 1. Raises Rejected for one that the file doesn't have."""
+    if not 0 < number <= count(row):
+        raise Rejected("The file has no such part. Choose it again.")
+    return min(PART, int(row.bytes) - (number - 1) * PART)
+
+
+def have(row: Upload) -> dict[int, int]:
+    """The parts that came, with their bytes."""
+    if row.multipart:
+        return blobs.parts_of(_key(row), row.multipart)
+    found: dict[int, int] = {}
+    for entry in row.part_ids or ():
+        name, _, size = entry.rpartition(":")
+        found[int(name[1:6])] = int(size)
+    return found
+
+
+def links(row: Upload, numbers: list[int]) -> dict[int, str]:
+    """Where the browser may put these parts itself; none where it has to send them to us."""
+    _must_be_open(row)
+    if not row.multipart:
+        return {}
+    return {
+        number: blobs.part_link(_key(row), row.multipart, number, size_of(row, number))
+        for number in numbers[:LINKS]
+    }
+
+
+def put(row: Upload, number: int, file: IO[bytes], sha256: str = "") -> None:
+    """One part, through us. `sha256` is what the sender says of it. Raises Rejected."""
+    _must_be_open(row)
+    size = size_of(row, number)
+    data = file.read(size + 1)  # a part is what may stand in memory
+    if len(data) != size:
+        raise Rejected(f"Part {number} has {len(data):,} bytes and should have {size:,}. Send it again.")
+    digest = hashlib.sha256(data).hexdigest()
+    if sha256 and sha256.lower() != digest:
+        raise Rejected(f"Part {number} was damaged on its way. Send it again.")
+    if row.multipart:
+        blobs.put_part(_key(row), row.multipart, number, data)
+        entry: set[str] = set()
+    else:
+        name = f"p{number:05}-{digest}"
+        blobs.put_file(f"{_folder(row)}{name}", iter([data]), max_bytes=size)
+        entry = {f"{name}:{size}"}
+    actions: list[Action] = [Upload.expires_at.set(time.time() + LIFETIME_S)]
+    if entry:
+        actions.append(Upload.part_ids.add(entry))
+    if tables.update(row, actions, Upload.status == "pending") is None:
+        raise Rejected("This upload was ended meanwhile. Choose the file again.")
+
+
+def complete(row: Upload) -> Dataset:
+    """The dataset, once every part is there; asked again it is the same one. Raises Rejected, OverQuota."""
+    if row.status == "completed":
+        return access.get_dataset_for(row.owner, row.dataset_id)
+    _must_be_open(row)
+    found = have(row)
+    missing = [n for n in range(1, count(row) + 1) if found.get(n) != size_of(row, n)]
+    if missing:
+        raise Rejected(f"Part {missing[0]} is missing. Choose the file again to send what is left.")
+    claimed = tables.update(row, [Upload.status.set("completing")], Upload.status == "pending")
+    if claimed is None:
+        raise Rejected("It is being put together already. Look at your datasets in a moment.")
+    try:
+        dataset = _received(row)
+    except BaseException:
+        tables.update(claimed, [Upload.status.set("pending")], Upload.status == "completing")
+        raise
+    tables.update(
+        claimed,
+        [Upload.status.set("completed"), Upload.dataset_id.set(dataset.dataset_id)],
+        Upload.status == "completing",
+        lambda found: found.dataset_id == dataset.dataset_id,
+    )
+    quotas.unreserve(row.owner, row.upload_id)
+    blobs.delete_prefix(_folder(row))
+    return dataset
+
+
+def _received(row: Upload) -> Dataset:
+    if row.multipart:
+        return datasets.arrived(
+            row.owner,
+            row.target,
+            row.filename,
+            int(row.bytes),
+            lambda: blobs.finish_parts(_key(row), row.multipart),
+            mark=row.mark,
+        )
+    return datasets.receive(row.owner, row.filename, _bytes(row), mark=row.mark, reserved=True)
+
+
+def cancel(row: Upload) -> None:
+    """Nothing is kept; again is harmless."""
+    cancelled = tables.update(
+        row,
+        [Upload.status.set("cancelled")],
+        Upload.status == "pending",
+        lambda found: found.status == "cancelled",
+    )
+    if cancelled is not None:
+        drop(row)
+
+
+def drop(row: Upload) -> None:
+    """The parts of an upload that is over, and what was set aside for it."""
+    if row.multipart:
+        blobs.drop_parts(_key(row), row.multipart)
+    blobs.delete_prefix(_folder(row))
+    quotas.unreserve(row.owner, row.upload_id)
+
+
+def known(owner: str, size: int, mark: str) -> Dataset | None:
+    """The same file, if this person has it already: by its sha256 where the mark is one, else by the mark itself."""
+    if not mark:
+        return None
+    kind, _, digest = mark.partition(":")
+    for dataset in access.list_datasets(owner, 100):
+        same = dataset.sha256 == digest if kind == "sha256" else dataset.mark == mark
+        if same and dataset.bytes == size and dataset.status != "rejected":
+            return dataset
+    return None
+
+
+def _must_be_open(row: Upload) -> None:
+    if not is_open(row):
+        raise Rejected("This upload is over. Choose the file again.")
+
+
+def _bytes(row: Upload) -> Iterator[bytes]:
+    """The parts in their order. Of one that came twice with other bytes the newest can't be told: that is refused."""
+    names: dict[int, str] = {}
+    for entry in sorted(row.part_ids or ()):
+        name = entry.rpartition(":")[0]
+        if names.setdefault(int(name[1:6]), name) != name:
+            raise Rejected("The file changed while it was sent. Forget this upload and send it again.")
+    for number in sorted(names):
+        yield from blobs.blocks(f"{_folder(row)}{names[number]}")
+
+
+def _folder(row: Upload) -> str:
+    return f"uploads/{row.upload_id}/"
+
+
+def _key(row: Upload) -> str:
+    return datasets.key_of(row.owner, row.target)
+
+
+def shown(row: Upload) -> dict[str, Any]:
+    """For the page that goes on with it."""
+    came = sum(have(row).values())
+    return {"upload": row, "came": came, "percent": int(100 * came / max(1, int(row.bytes)))}
+
+
+@outbox.deletes("upload-")
+def _delete_parts(owner: str, upload_id: str) -> bool:
+    """Of an upload that is over: completed, cancelled, expired, or its owner gone."""
+    row = tables.get(Upload, owner, upload_id)
+    if row and row.status in {"pending", "completing"} and time.time() < row.expires_at + PUT_TOGETHER_S:
+        return False
+    if row is not None:
+        drop(row)
+    quotas.unreserve(owner, upload_id)  # also of one that broke off before its row was put
+    blobs.delete_prefix(f"uploads/{upload_id}/")
+    return True

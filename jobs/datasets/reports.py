@@ -1,0 +1,172 @@
+"""A dataset's report for another base: each has its own tokenizer, chat template and context.
+
+The check of an upload uses the starter's. For other bases the report is made when a job asks for it (the job is
+`validating` meanwhile) or a person does, by an errand in the checks worker. Bases that read text alike share a report.
+
+checking ──► ready | refused (nothing could be trained) | failed (the tokenizer could not be had: counts stay unknown)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.datasets import checks, datasets
+from jobs.datasets.signals import dataset_settled
+from jobs.registry import base_models
+from jobs.store import blobs, outbox, tables
+from jobs.store.tables import Dataset, DatasetReport, Job
+from training.plan import catalog
+from training.plan.events import Failure
+
+LEAKS = "#leaks#"  # in the place of a base: what two datasets have in common
+
+
+def is_own(facts: Mapping[str, Any]) -> bool:
+    """Does the dataset's own report count for this base?"""
+    return base_models.reads_as(facts) == catalog.STARTER
+
+
+def of(dataset_id: str, facts: Mapping[str, Any]) -> DatasetReport | None:
+    return tables.get(DatasetReport, dataset_id, base_models.reads_as(facts))
+
+
+def all_of(dataset_id: str) -> list[DatasetReport]:
+    return [row for row in tables.rows(DatasetReport, dataset_id) if "#" not in row.base]
+
+
+def ask(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
+    """The report, or the promise of one; asked again where it failed. Again is harmless."""
+    base = base_models.reads_as(facts)
+    found = tables.get(DatasetReport, dataset.dataset_id, base)
+    if found is not None and found.status != "failed":
+        if found.status == "checking":
+            outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{base}")
+        return found
+    mine = secrets.token_hex(8)
+    row = DatasetReport(dataset.dataset_id, base, owner=dataset.owner, facts=dict(facts), asked=mine)
+    outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{base}")
+    free = DatasetReport.dataset_id.does_not_exist() | (DatasetReport.status == "failed")
+    put = tables.put_if(row, free, lambda found: found.asked == mine)
+    outbox.ring("report", dataset.owner, f"{dataset.dataset_id}@{base}")
+    return put or tables.get(DatasetReport, dataset.dataset_id, base) or row
+
+
+def ask_row(dataset: Dataset, facts: Mapping[str, Any], line: int) -> DatasetReport:
+    """The tokens of one row, as this base reads them. One row at a time: asking for another one lets the first go."""
+    place = row_place(base_models.reads_as(facts))
+    found = tables.get(DatasetReport, dataset.dataset_id, place)
+    if found is not None and found.facts.get("line") == line and found.status != "failed":
+        return found
+    row = DatasetReport(
+        dataset.dataset_id,
+        place,
+        owner=dataset.owner,
+        facts={**facts, "line": line},
+        asked=secrets.token_hex(8),
+    )
+    outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+    row.save()
+    outbox.ring("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+    return row
+
+
+def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
+    """Which rows held out are also learned from: {"count", "lines"}. Asked for where nobody did; None until it is known."""
+    place = f"{LEAKS}{validation.dataset_id}"
+    found = tables.get(DatasetReport, dataset.dataset_id, place)
+    facts = {"validation": validation.dataset_id, "report": validation.report_key}
+    if found is None or found.facts != facts:  # not asked for, or the other one is read in another way since
+        found = None
+        outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+        DatasetReport(dataset.dataset_id, place, owner=dataset.owner, facts=facts).save()
+        outbox.ring("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+    return dict(found.summary) if found is not None and found.summary else None
+
+
+def row_place(base: str) -> str:
+    return f"{base}#row"
+
+
+def summary_for(dataset: Dataset, facts: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """(counts, whether they are of this base's own tokenizer)."""
+    if is_own(facts):
+        return dict(dataset.summary or {}), True
+    found = of(dataset.dataset_id, facts)
+    if found is not None and found.status == "ready":
+        return dict(found.summary or {}), True
+    return dict(dataset.summary or {}), False
+
+
+def for_job(job: Job, dataset: Dataset) -> DatasetReport | None:
+    """The report that the job waits for, asked for where nobody did; None where the dataset's own counts. One that failed
+    is not asked for again: the training worker will say what is wrong with the base, or has it already."""
+    facts = job.base_facts or {"id": job.base}
+    if is_own(facts):
+        return None
+    found = of(dataset.dataset_id, facts)
+    return found if found is not None and found.status == "failed" else ask(dataset, facts)
+
+
+@outbox.handler("report")
+def make(owner: str, id: str) -> bool:
+    """The errand. True when there is nothing left to do; raises what the stores raise, and is then rung for again."""
+    dataset_id, _, base = id.partition("@")
+    row = tables.get(DatasetReport, dataset_id, base)
+    dataset = tables.get(Dataset, owner, dataset_id)
+    if row is None or row.status != "checking":
+        return True
+    if dataset is None or dataset.gone or dataset.status != "ready":
+        tables.remove(DatasetReport, dataset_id, base)  # whoever waits for it asks again
+        return True
+    if base.startswith(LEAKS):
+        return _find_leaks(dataset, row)
+    line = row.facts.get("line")
+    status, error, report = _made(dataset, row, line)
+    actions = [DatasetReport.status.set(status), DatasetReport.error.set(error[:2000])]
+    if report is not None:
+        text = json.dumps(report, ensure_ascii=False).encode("utf-8", "replace")
+        name = hashlib.sha256(base.encode()).hexdigest()[:16]
+        key = f"datasets/{owner}/{dataset_id}/reports/{name}-{row.asked}.json"
+        actions += [
+            DatasetReport.report_key.set(blobs.put_file(key, io.BytesIO(text)).key),
+            DatasetReport.summary.set(datasets.small(checks.summary_of(report)) if line is None else {}),
+        ]
+    tables.update(row, actions, DatasetReport.asked == row.asked, lambda found: found.status == status)
+    if line is None:
+        dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
+    found = tables.get(DatasetReport, dataset_id, base)
+    return (
+        make(owner, id) if found is not None and found.status == "checking" else True
+    )  # asked again meanwhile
+
+
+def _find_leaks(dataset: Dataset, row: DatasetReport) -> bool:
+    validation = tables.get(Dataset, dataset.owner, str(row.facts["validation"]))
+    found = None
+    if validation is not None and not validation.gone and validation.status == "ready":
+        found = checks.leaks(dataset, validation)
+    actions = [DatasetReport.status.set("ready" if found else "failed")]
+    if found:
+        actions.append(DatasetReport.summary.set(found))
+    tables.update(row, actions, DatasetReport.status == "checking")
+    return True
+
+
+def _made(dataset: Dataset, row: DatasetReport, line: int | None) -> tuple[str, str, dict[str, Any] | None]:
+    try:
+        folder = base_models.folder(str(row.facts["id"]), row.facts, only="tokenizer")
+    except Failure as failure:
+        return "failed", " ".join(part for part in (failure.message, failure.advice) if part), None
+    report = checks.report_on(dataset, str(folder), line=line)
+    if report is not None and line is not None:
+        return "ready", "", report
+    if report is None:
+        return "failed", checks.OVER_LIMITS, None
+    if not report.get("ready"):
+        return "refused", str(report.get("error") or report.get("verdict") or ""), report
+    return "ready", "", report

@@ -1,0 +1,191 @@
+"""New versions of a dataset: without the rows that a finding names, or in two parts. The old one stays as it is.
+
+A version is a dataset whose row comes first, with its `origin`; the errand of its check makes the bytes, in a limited
+child process, and then reads them as those of any upload. So a crash anywhere is one more round of the same errand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from django.conf import settings
+
+from jobs.datasets import datasets, sandbox
+from jobs.registry import base_models
+from jobs.store import access, blobs, tables
+from jobs.store.tables import Dataset, DatasetReport, Usage, new_id
+from training.plan import catalog
+from training.plan.events import Failure
+
+SPLIT = "split"
+FRACTION = 0.1  # of the rows, set aside for validation
+FEWEST_TO_SPLIT = 50  # under this the part set aside could be empty
+LINES_KEPT = 1000  # of those left out, in the row
+# What each version lacks, as its name says it. Rows that can't be read are none of these: such a file isn't kept.
+WITHOUT = {
+    "nothing_to_train": "without rows that teach nothing",
+    "truncated": "without rows that are too long",
+    "special_tokens": "without control tokens",
+    "empty_answer": "without empty answers",
+    "duplicate": "without duplicates",
+    "near_duplicate": "without near duplicates",
+    "damage": "without damaged rows",
+    "secret": "without secrets",
+    "personal": "without personal data",
+}
+PARTS = {"train": "90 % to train", "validation": "10 % to validate"}
+
+
+class Refused(Exception):
+    """There is no such version to make; the message says why."""
+
+
+def check(source: Dataset, what: str, findings: Sequence[dict[str, Any]]) -> None:
+    """May `what` (a finding's code, or SPLIT) be done to it? Raises Refused."""
+    if source.status != "ready":
+        raise Refused(
+            "Only a dataset whose check has ended well can be mended. Wait for it, or upload another file."
+        )
+    if what == SPLIT:
+        if not can_split(source):
+            raise Refused(
+                f"Under {FEWEST_TO_SPLIT} rows are too few to set some of them aside. Upload more rows."
+            )
+    elif what not in WITHOUT or what not in {finding.get("code") for finding in findings}:
+        raise Refused("The report names no rows of that kind. Choose one of the buttons beside its findings.")
+
+
+def can_split(source: Dataset) -> bool:
+    summary = source.summary or {}
+    return int(summary.get("rows") or summary.get("examples") or 0) >= FEWEST_TO_SPLIT
+
+
+def begin(source: Dataset, what: str, read_as: DatasetReport | None = None) -> Dataset:
+    """The new dataset (of two the one to train on), on its way. `read_as`: the report of another base, whose tokenizer
+    tells which rows go. Asked again it is the same one, unless that was rejected or deleted. Raises OverQuota."""
+    parts = list(PARTS) if what == SPLIT else [""]
+    ids, known = _ids(source, f"{what}@{read_as.base}" if read_as else what, len(parts))
+    if not known:
+        new = [_version(source, what, read_as, *pair, ids) for pair in zip(ids, parts, strict=True)]
+        datasets.promise(source.owner, new)
+    return access.get_dataset_for(source.owner, ids[0])
+
+
+def _ids(source: Dataset, name: str, many: int) -> tuple[list[str], bool]:
+    """The ids of these versions, one set for all who ask, and whether all their rows are there."""
+    mine = [new_id("file") for _ in range(many)]
+    row = Usage(source.owner, f"version#{source.dataset_id}#{name}", data=mine)
+    while True:
+        found = tables.put_new(row, lambda found: found.data == mine) or tables.get(
+            Usage, *tables.keys_of(row)
+        )
+        if found is None:
+            continue
+        there = [tables.get(Dataset, source.owner, id) for id in found.data]
+        if not any(one is not None and (one.gone or one.status == "rejected") for one in there):
+            return list(found.data), all(there)
+        fresh = [Usage.data.set(mine), Usage.version.add(1)]
+        if tables.update(row, fresh, Usage.version == found.version, lambda found: found.data == mine):
+            return mine, False
+
+
+def _version(
+    source: Dataset, what: str, read_as: DatasetReport | None, id: str, part: str, ids: list[str]
+) -> Dataset:
+    base = {
+        "facts": read_as.facts, "sequence_length": (read_as.summary or {}).get("sequence_length"),
+    } if read_as else {}  # fmt: skip
+    name = name_of(source, words_of({"what": what, "part": part, **base}))
+    dataset = Dataset(source.owner, id, name=name, purpose=source.purpose, status="checking")
+    other = next((one for one in ids if one != id), "")
+    dataset.origin = {
+        "dataset_id": source.dataset_id, "name": source.name, "what": what, "part": part, "other": other, **base,
+    }  # fmt: skip
+    return dataset
+
+
+def words_of(origin: dict[str, Any]) -> str:
+    """What sets a version apart: `without rows that are too long for gpt2`."""
+    words = PARTS[origin["part"]] if origin["part"] else WITHOUT[origin["what"]]
+    return f"{words} for {origin['facts']['id']}" if origin.get("facts") else words
+
+
+def name_of(source: Dataset, words: str) -> str:
+    """`support (without duplicates).jsonl`; a version of a version says both."""
+    stem = PurePath(source.name).stem[:150] or "dataset"
+    if source.origin and stem.endswith(")"):
+        return datasets.shown_name(f"{stem[:-1]}, {words}).jsonl")
+    return datasets.shown_name(f"{stem} ({words}).jsonl")
+
+
+# ---- in the checks worker ------------------------------------------------------------------------------------------
+
+
+def make(dataset: Dataset) -> Dataset | None:
+    """Stores the bytes of a version. None when there will be none: it is rejected then and says why, or was deleted."""
+    most = int(settings.JOBS["max_upload_bytes"])
+    try:
+        return _made(dataset, most)
+    except Refused as error:
+        message = str(error)
+    except blobs.Missing:
+        message = f"{dataset.origin['name']} was deleted before this version of it was made."
+    except blobs.TooLarge:
+        message = f"It would be larger than {most:,} bytes. Split the file first."
+    datasets.finish_check(dataset.owner, dataset.dataset_id, "rejected", error=message)
+    return None
+
+
+def _made(dataset: Dataset, most: int) -> Dataset | None:
+    origin = dict(dataset.origin)
+    source = tables.get(Dataset, dataset.owner, str(origin["dataset_id"]))
+    if source is None or source.gone:
+        raise blobs.Missing
+    with sandbox.folder("fix-") as folder:
+        path = folder / ("data" + PurePath(source.name).suffix.lower()[:10])
+        blobs.fetch(source.key, path, sha256=source.sha256)
+        told = sandbox.ask(_arguments(source, origin, path, folder), "fixed", file_bytes=most)
+        if told is None:
+            raise Refused("It could not be made in the time and memory allowed. Split the file first.")
+        origin |= _difference(origin, told)
+        if not origin["kept"]:
+            raise Refused(f"No row of {origin['name']} would be left in it.")
+        with (folder / _file(origin)).open("rb") as file:
+            return datasets.fill(dataset, file, origin)
+
+
+def _arguments(source: Dataset, origin: dict[str, Any], path: Path, folder: Path) -> list[str]:
+    """As the source was checked, so that the rows are those of its report."""
+    splits = origin["what"] == SPLIT
+    found = [
+        "fix",
+        str(path),
+        "--to",
+        str(folder / "new.jsonl"),
+        "--drop",
+        "" if splits else str(origin["what"]),
+    ]
+    if source.format:
+        found += ["--format", json.dumps(source.format)]
+    if splits:
+        return [*found, "--validation", str(folder / "aside.jsonl"), "--fraction", str(FRACTION)]
+    facts = origin.get("facts") or {"id": catalog.STARTER}
+    try:
+        found += ["--tokenizer", str(base_models.folder(str(facts["id"]), facts, only="tokenizer"))]
+    except Failure as failure:
+        raise Refused(f"{failure.message} {failure.advice}".strip()) from failure
+    length = origin.get("sequence_length") or (source.summary or {}).get("sequence_length")
+    return [*found, "--sequence-length", str(int(length))] if length else found
+
+
+def _file(origin: dict[str, Any]) -> str:
+    return "aside.jsonl" if origin["part"] == "validation" else "new.jsonl"
+
+
+def _difference(origin: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    lines = list(told["dropped"].get(origin["what"], []))[:LINES_KEPT]
+    kept = told["validation"] if origin["part"] == "validation" else told["kept"]
+    return {"rows": told["rows"], "kept": kept, "lines": lines, "removed": list(told.get("removed") or [])}

@@ -1,0 +1,348 @@
+"""The numbered events of a job: stored in chunks, announced on Redis, followed by any number of watchers.
+
+Store first, announce second. A watcher replays from the last number it has and then follows; Redis only says that
+there is news, so losing it costs at most one poll. The store is read once per job and process, however many watch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis.exceptions
+
+from jobs.store import access, redis_client
+from jobs.store.lease import Lease, LostRace
+from jobs.store.tables import EventChunk, HeartbeatChunk, Job, put_if
+
+log = logging.getLogger(__name__)
+
+MOST_IN_CHUNK = 100  # events; JOBS["chunk_events"] may be lower, never higher: readers step back by this
+POLL_S = 2.0  # without a bell
+TICK_S = 0.4  # two reads at most in this time for each job, however often it rings
+KEPT = 5000  # events that a tailer keeps for watchers who come later
+QUEUED = 64  # ticks that a watcher may lag behind
+
+
+@dataclass(frozen=True)
+class Event:
+    """`data` is the trainer's line as JSON (with "t" and "time"); `seq` counts from 1 without gaps."""
+
+    seq: int
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Lines that are stored together. Frozen: once sent, a batch is only ever sent again as it was."""
+
+    first_seq: int
+    lines: tuple[str, ...]
+
+    @property
+    def last_seq(self) -> int:
+        return self.first_seq + len(self.lines) - 1
+
+
+class TooSlow(Exception):
+    """The watcher took its events too slowly; it may come back with the last number it has."""
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def append(claim: Lease, batch: Batch) -> None:
+    """Puts the chunk if none is there, or one of a lower epoch. The heartbeat that follows moves `last_seq`, and only
+    then do readers see it. Raises LostRace when a later holder has written here."""
+    chunk = HeartbeatChunk(
+        claim.job_id,
+        batch.first_seq,
+        last_seq=batch.last_seq,
+        epoch=claim.epoch,
+        holder=claim.holder,
+        lines=list(batch.lines),
+    )
+    free = HeartbeatChunk.job_id.does_not_exist() | (HeartbeatChunk.epoch < claim.epoch)
+    if (
+        put_if(
+            chunk,
+            free,
+            was_me=lambda found: found.holder == claim.holder and found.last_seq == batch.last_seq,
+        )
+        is None
+    ):
+        raise LostRace(claim.job_id)
+
+
+def announce(job_id: str, last_seq: int) -> None:
+    """Rings for the watchers of a job. Best effort: never raises, never waits long."""
+    with contextlib.suppress(redis.exceptions.RedisError, OSError):
+        redis_client.client().publish(f"news:{job_id}", last_seq)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read(owner: str, job_id: str, after: int = 0, limit: int | None = None) -> list[Event]:
+    """Events after number `after`, at most about `limit` (whole chunks are read), gap-free. When the job has ended the
+    last one is `{"t": "end", "status", "reason", "message", "advice", "model"}`, formed from the Job item itself.
+    Raises jobs.store.access.NotFound."""
+    job = access.get_job_for(owner, job_id)  # before the chunks: they are complete up to its last_seq
+    events = _stored(job_id, after, int(job.last_seq), limit)
+    whole = (events[-1].seq if events else after) >= job.last_seq
+    return [*events, end_of(job)] if job.ended and whole and after <= job.last_seq else events
+
+
+def end_of(job: Job) -> Event:
+    """The event that closes an ended job's feed. It isn't stored: the Job item holds it."""
+    data = {
+        "t": "end",
+        "time": float(job.ended_at or 0),
+        "status": job.status,
+        "reason": job.reason,
+        "message": job.message,
+        "advice": job.advice,
+        "model": job.model_id if job.status == "succeeded" else None,
+    }
+    return Event(int(job.last_seq) + 1, data)
+
+
+def _stored(job_id: str, after: int, upto: int, limit: int | None = None) -> list[Event]:
+    events: list[Event] = []
+    if after >= upto:
+        return events
+    # The chunk that holds after + 1 may begin up to a whole chunk earlier.
+    span = EventChunk.first_seq.between(max(1, after + 2 - MOST_IN_CHUNK), upto)
+    for chunk in EventChunk.query(job_id, span, consistent_read=True):
+        for seq, line in enumerate(chunk.lines, int(chunk.first_seq)):
+            if max(after, events[-1].seq if events else 0) < seq <= upto:
+                events.append(Event(seq, json.loads(line)))
+        if limit is not None and len(events) >= limit:
+            break
+    return events
+
+
+def backwards(job_id: str, upto: int) -> Iterator[Event]:
+    """Stored events from number `upto` down to 1; reads only as far as it is followed."""
+    if upto < 1:
+        return
+    chunks = EventChunk.query(
+        job_id, EventChunk.first_seq <= upto, scan_index_forward=False, consistent_read=True, page_size=10
+    )
+    for chunk in chunks:
+        for seq, line in reversed(list(enumerate(chunk.lines, int(chunk.first_seq)))):
+            if seq <= upto:
+                yield Event(seq, json.loads(line))
+
+
+# ---- following -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What one look at the store brought: the job as it now stands and the events that are new to this watcher (none,
+    when only the job's own fields moved). `shared` is one dict for all watchers of the tick: render once, keep it there."""
+
+    job: Job
+    events: list[Event]
+    shared: dict[str, Any]
+
+
+async def follow(owner: str, job_id: str, after: int = 0) -> AsyncGenerator[list[Event], None]:
+    """Replays after `after`, then follows. Yields lists, never empty ones; ends after the event "end".
+
+    Raises jobs.store.access.NotFound (also later, when the job is deleted) and `TooSlow` for a watcher that doesn't keep up.
+    Closing the generator frees everything. Callers re-authorise every 30 s themselves."""
+    async with contextlib.aclosing(watch(owner, job_id, after)) as ticks:
+        async for tick in ticks:
+            if tick.events:
+                yield tick.events
+
+
+async def watch(owner: str, job_id: str, after: int = 0) -> AsyncGenerator[Tick, None]:
+    """As `follow`, with the job itself: a tick at the start, and whenever its item or its events have moved."""
+    tailers = _tailers()
+    tailer = tailers.get((owner, job_id))
+    if tailer is None:
+        tailer = tailers[owner, job_id] = _Tailer(owner, job_id, after)
+        tailer.task = asyncio.create_task(tailer.run(tailers))
+    watcher = _Watcher()
+    tailer.watchers.add(watcher)
+    try:
+        await tailer.started.wait()
+        seen = after
+        if tailer.tick and seen > tailer.tick.job.last_seq + 1:
+            seen = 0  # a number that was never given: all of it, rather than nothing
+        while tailer.first - 1 > seen:  # older than what the tailer keeps: this watcher reads it for itself
+            older = await asyncio.to_thread(_stored, job_id, seen, tailer.first - 1, 1000)
+            seen = older[-1].seq if older else tailer.first - 1
+            yield Tick(await asyncio.to_thread(access.get_job_for, owner, job_id), older, {})
+        if tailer.tick is not None:
+            known = [e for e in tailer.kept if e.seq > seen]
+            # Before the yield: what the tailer takes while we wait there comes by the queue.
+            seen = max(seen, tailer.head)
+            yield Tick(tailer.tick.job, known, {})
+        while not (
+            tailer.tick
+            and tailer.tick.job.ended
+            and seen > tailer.tick.job.last_seq
+            and watcher.queue.empty()
+        ):
+            tick = await watcher.next()
+            new = [e for e in tick.events if e.seq > seen]
+            seen = new[-1].seq if new else seen
+            yield Tick(tick.job, new, tick.shared)
+    finally:
+        tailer.watchers.discard(watcher)
+        if not tailer.watchers and tailer.task:
+            tailers.pop((owner, job_id), None)
+            tailer.task.cancel()
+
+
+@dataclass(eq=False)
+class _Watcher:
+    queue: asyncio.Queue[Tick | Exception] = field(default_factory=lambda: asyncio.Queue(QUEUED))
+    slow: bool = False
+
+    def give(self, what: Tick | Exception) -> None:
+        if self.queue.full():
+            self.slow = True  # it will be told when it comes for more
+        else:
+            self.queue.put_nowait(what)
+
+    async def next(self) -> Tick:
+        if self.slow:
+            raise TooSlow
+        got = await self.queue.get()
+        if isinstance(got, Exception):
+            raise got
+        return got
+
+
+@dataclass(eq=False)
+class _Tailer:
+    """Reads one job for all its watchers in this process, while there are any."""
+
+    owner: str
+    job_id: str
+    head: int  # number of the last event it has
+    watchers: set[_Watcher] = field(default_factory=set)
+    kept: deque[Event] = field(default_factory=lambda: deque(maxlen=KEPT))
+    tick: Tick | None = None
+    bell: asyncio.Event = field(default_factory=asyncio.Event)
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def first(self) -> int:
+        """Number of the oldest event it keeps (the next one, when it keeps none)."""
+        return self.kept[0].seq if self.kept else self.head + 1
+
+    async def run(self, tailers: dict[tuple[str, str], _Tailer]) -> None:
+        try:
+            await _listen()
+            while not await self._look():
+                # What rings meanwhile is read together; the first bell after it at once.
+                await asyncio.sleep(TICK_S)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.bell.wait(), POLL_S)
+                self.bell.clear()
+        except Exception as error:  # deleted, or a fault of ours: either way nobody must wait for ever
+            for watcher in self.watchers:
+                watcher.give(error)
+        finally:
+            self.started.set()
+            if tailers.get((self.owner, self.job_id)) is self:
+                del tailers[self.owner, self.job_id]
+
+    async def _look(self) -> bool:
+        """One look at the store; True when the job has ended and all is handed out."""
+        try:
+            job = await asyncio.to_thread(access.get_job_for, self.owner, self.job_id)
+            if self.tick is None:
+                self.head = min(self.head, int(job.last_seq))
+            events = await asyncio.to_thread(_stored, self.job_id, self.head, int(job.last_seq), 2000)
+        except access.NotFound:
+            raise
+        except Exception:  # the store is away: watchers wait, and get everything when it is back
+            log.warning("feed of %s: the store cannot be read", self.job_id, exc_info=True)
+            return False
+        head = events[-1].seq if events else self.head
+        whole = head >= job.last_seq
+        if job.ended and whole:
+            events.append(end_of(job))
+        moved = events or self.tick is None or job.version != self.tick.job.version
+        if moved:
+            self.head = events[-1].seq if events else self.head
+            self.kept.extend(events)
+            self.tick = Tick(job, events, {})
+            if self.started.is_set():
+                for watcher in self.watchers:
+                    watcher.give(self.tick)
+        self.started.set()
+        if not whole:
+            self.bell.set()
+        return bool(job.ended and whole)
+
+
+# ---- one listener for each process (and event loop: tests have several) ----------------------------------------------
+
+
+@dataclass(eq=False)
+class _Hub:
+    loop: asyncio.AbstractEventLoop
+    tailers: dict[tuple[str, str], _Tailer] = field(default_factory=dict)
+    listener: asyncio.Task[None] | None = None
+
+
+_hub: _Hub | None = None
+
+
+def _this_hub() -> _Hub:
+    global _hub
+    loop = asyncio.get_running_loop()
+    if _hub is None or _hub.loop is not loop:
+        _hub = _Hub(loop)
+    return _hub
+
+
+def _tailers() -> dict[tuple[str, str], _Tailer]:
+    return _this_hub().tailers
+
+
+async def _listen() -> None:
+    """Makes sure that somebody hears the bells. Returns at once or after the subscription stands (1 s at most)."""
+    hub = _this_hub()
+    if hub.listener is None or hub.listener.done():
+        subscribed = asyncio.Event()
+        hub.listener = asyncio.create_task(_hear(hub, subscribed))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(subscribed.wait(), 1)
+
+
+async def _hear(hub: _Hub, subscribed: asyncio.Event) -> None:
+    """While anybody watches: news of job X wakes the tailer of job X."""
+    while hub.tailers:
+        client = redis_client.own_client(socket_timeout=20)
+        try:
+            async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                await pubsub.psubscribe("news:*")
+                subscribed.set()
+                while hub.tailers:
+                    message = await pubsub.get_message(timeout=5)
+                    if message:
+                        job_id = message["channel"].removeprefix("news:")
+                        for (_, watched), tailer in hub.tailers.items():
+                            if watched == job_id:
+                                tailer.bell.set()
+        except (redis.exceptions.RedisError, OSError):
+            await asyncio.sleep(1)  # watchers poll meanwhile
+        finally:
+            with contextlib.suppress(redis.exceptions.RedisError, OSError):
+                await client.aclose()

@@ -1,0 +1,221 @@
+"""The queue of requests for text, in Redis: first come, first served for each person, and people take turns.
+
+The reader of an answer (a web process) enters its request here and renews it; an inference worker takes the next one.
+Each step is one script, so any number of web processes and workers share the queue. What nobody renews disappears.
+
+    generation:people           the people who wait, by whose turn is next
+    generation:waiting:<owner>  their requests, by the time of arrival
+    generation:request:<rid>    what to write
+    generation:running[:<owner>]  requests that a worker holds, by the time until which it holds them
+    generation:seconds          how long a request takes: a moving average
+    reading:<rid>               the reader is there
+    tokens:<rid>                the answer so far: a stream whose entries are numbered 1-0, 2-0, …
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.store import redis_client
+
+MAX_WAITING_OF_ONE = 64
+MAX_WAITING = 512
+MAX_BYTES_OF_ONE = 32 * 2**20  # of requests that wait: a long prompt is a few megabytes
+MAX_BYTES = 128 * 2**20
+READING_S = 15  # without a sign of the reader for so long, its request is dropped
+RUNNING_S = 30  # without a sign of the worker for so long, its request is no longer held
+STREAM_S = 120
+TAKEN_S = 20  # for so long Redis remembers that a worker took something
+LONGEST_RETRY_S = 60  # the official clients do not wait longer than this
+
+# Common to the scripts: `alive` tells whether a request that waits still has a reader, and forgets it otherwise.
+_SHARED = """
+local people, running = 'generation:people', 'generation:running'
+local function line_of(person) return 'generation:waiting:' .. person end
+local function alive(person, rid)
+  if redis.call('EXISTS', 'reading:' .. rid, 'generation:request:' .. rid) == 2 then return true end
+  redis.call('ZREM', line_of(person), rid)
+  redis.call('DEL', 'generation:request:' .. rid)
+  return false
+end
+local function last_turn()
+  return tonumber(redis.call('ZREVRANGE', people, 0, 0, 'WITHSCORES')[2] or 0) + 1
+end
+local clock = redis.call('TIME')
+local now = tonumber(clock[1])
+redis.call('ZREMRANGEBYSCORE', running, '-inf', now)
+"""
+
+# ARGV: owner, rid, request, arrival ('' the first time), seconds, limits (of one, of all, bytes of one, of all), share
+_ENTER = (
+    _SHARED
+    + """
+local owner, rid, request, arrival = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local count, bytes, own_count, own_bytes = 0, #request, 0, #request
+for _, person in ipairs(redis.call('ZRANGE', people, 0, -1)) do
+  local left = 0
+  for _, other in ipairs(redis.call('ZRANGE', line_of(person), 0, -1)) do
+    if alive(person, other) then
+      local size = redis.call('STRLEN', 'generation:request:' .. other)
+      left, count, bytes = left + 1, count + 1, bytes + size
+      if person == owner then own_count, own_bytes = own_count + 1, own_bytes + size end
+    end
+  end
+  if left == 0 then redis.call('ZREM', people, person) end
+end
+if arrival == '' then
+  local seconds = tonumber(redis.call('GET', 'generation:seconds') or 1)
+  if own_count >= tonumber(ARGV[6]) or own_bytes > tonumber(ARGV[8]) then
+    return {'yours', tostring(own_count * seconds / tonumber(ARGV[10]))}
+  end
+  if count >= tonumber(ARGV[7]) or bytes > tonumber(ARGV[9]) then
+    return {'full', tostring(count * seconds / math.max(1, redis.call('ZCARD', running)))}
+  end
+  arrival = string.format('%d', now * 1000000 + clock[2])
+end
+redis.call('SET', 'generation:request:' .. rid, request, 'EX', ARGV[5])
+redis.call('SET', 'reading:' .. rid, 1, 'EX', ARGV[5])
+redis.call('ZADD', line_of(owner), arrival, rid)
+if not redis.call('ZSCORE', people, owner) then redis.call('ZADD', people, last_turn(), owner) end
+return {'ok', arrival}
+"""
+)
+
+# ARGV: owner, rid, seconds. Answers what became of the request, and how many bells lie in the list of the workers.
+_RENEW = (
+    _SHARED
+    + """
+local owner, rid = ARGV[1], ARGV[2]
+redis.call('SET', 'reading:' .. rid, 1, 'EX', ARGV[3])
+if redis.call('ZSCORE', running, rid) then return {'running', 0, 0} end
+if redis.call('ZSCORE', line_of(owner), rid) and redis.call('EXPIRE', 'generation:request:' .. rid, ARGV[3]) == 1 then
+  local served = redis.call('ZCARD', running) + redis.call('EXISTS', 'generation:taken')
+  return {'waiting', redis.call('LLEN', 'inference'), served}
+end
+return {'lost', 0, 0}
+"""
+)
+
+# ARGV: share, seconds of a lease, of a stream, of the sign that something was taken. The next request, and whose it is.
+_TAKE = (
+    _SHARED
+    + """
+for _, person in ipairs(redis.call('ZRANGE', people, 0, -1)) do
+  local held = running .. ':' .. person
+  redis.call('ZREMRANGEBYSCORE', held, '-inf', now)
+  if redis.call('ZCARD', held) < tonumber(ARGV[1]) then
+    local rid = redis.call('ZRANGE', line_of(person), 0, 0)[1]
+    while rid and not alive(person, rid) do rid = redis.call('ZRANGE', line_of(person), 0, 0)[1] end
+    if rid then
+      local request = redis.call('GET', 'generation:request:' .. rid)
+      redis.call('DEL', 'generation:request:' .. rid)
+      redis.call('ZREM', line_of(person), rid)
+      redis.call('ZADD', running, now + ARGV[2], rid)
+      redis.call('ZADD', held, now + ARGV[2], rid)
+      redis.call('EXPIRE', held, ARGV[2])
+      redis.call('XADD', 'tokens:' .. rid, '1-0', 'line', '{"t":"taken"}')
+      redis.call('EXPIRE', 'tokens:' .. rid, ARGV[3])
+      redis.call('SET', 'generation:taken', 1, 'EX', ARGV[4])
+      if redis.call('EXISTS', line_of(person)) == 1 then
+        redis.call('ZADD', people, last_turn(), person)
+      else
+        redis.call('ZREM', people, person)
+      end
+      return {person, rid, request}
+    end
+    redis.call('ZREM', people, person)
+  end
+end
+return false
+"""
+)
+
+# ARGV: owner, rid, seconds of a lease. 0 when nobody reads the answer any more.
+_HOLD = """
+local now, running = tonumber(redis.call('TIME')[1]), 'generation:running'
+for _, held in ipairs({running, running .. ':' .. ARGV[1]}) do redis.call('ZADD', held, now + ARGV[3], ARGV[2]) end
+redis.call('EXPIRE', running .. ':' .. ARGV[1], ARGV[3])
+return redis.call('EXISTS', 'reading:' .. ARGV[2])
+"""
+
+# ARGV: owner, rid, seconds it took
+_END = """
+for _, held in ipairs({'generation:running', 'generation:running:' .. ARGV[1]}) do redis.call('ZREM', held, ARGV[2]) end
+local before = tonumber(redis.call('GET', 'generation:seconds') or ARGV[3])
+redis.call('SET', 'generation:seconds', tostring(before * 0.9 + ARGV[3] * 0.1), 'EX', 3600)
+"""
+
+
+class Full(Exception):
+    """No more may wait: `whose` is "yours" (this person has enough in the queue) or "full" (so have all together)."""
+
+    def __init__(self, whose: str, retry_after: float) -> None:
+        self.whose = whose
+        self.retry_after = max(1, min(LONGEST_RETRY_S, math.ceil(retry_after)))
+        super().__init__(whose)
+
+
+@dataclass(frozen=True)
+class State:
+    """What became of a request: "waiting", "running", or "lost" (Redis or its worker lost it)."""
+
+    word: str
+    bells: int  # how many lie in the workers' list
+    served: bool  # is anybody served at the moment?
+
+
+@dataclass(frozen=True)
+class Taken:
+    owner: str
+    rid: str
+    request: str
+
+
+def line_of(owner: str) -> str:
+    return f"generation:waiting:{owner}"
+
+
+# ---- the reader's side ---------------------------------------------------------------------------------------------
+
+
+async def enter(client: Any, owner: str, rid: str, request: str, arrival: str, share: int) -> str:
+    """Puts a request into the queue and answers the time of its arrival. With an `arrival` it is one that Redis or a
+    worker lost: it keeps its place. Raises Full."""
+    limits = (MAX_WAITING_OF_ONE, MAX_WAITING, MAX_BYTES_OF_ONE, MAX_BYTES)
+    word, value = await client.eval(_ENTER, 0, owner, rid, request, arrival, READING_S, *limits, share)
+    if word != "ok":
+        raise Full(word, float(value))
+    return str(value)
+
+
+async def renew(client: Any, owner: str, rid: str) -> State:
+    word, lying, served = await client.eval(_RENEW, 0, owner, rid, READING_S)
+    return State(word, int(lying), bool(served))
+
+
+async def leave(client: Any, owner: str, rid: str) -> None:
+    """The reader has its answer, or wants none any more. A worker that holds the request finds out by itself."""
+    pipe = client.pipeline(transaction=False)
+    pipe.delete(f"reading:{rid}", f"tokens:{rid}", f"generation:request:{rid}")
+    pipe.zrem(line_of(owner), rid)
+    await pipe.execute()
+
+
+# ---- the worker's side ---------------------------------------------------------------------------------------------
+
+
+def take(share: int) -> Taken | None:
+    """The next request, of the person whose turn it is; None when nobody waits who has fewer than `share` running."""
+    found = redis_client.client().eval(_TAKE, 0, share, RUNNING_S, STREAM_S, TAKEN_S)
+    return Taken(*found) if found else None
+
+
+def hold(owner: str, rid: str) -> bool:
+    """The worker is still at it. False when nobody reads the answer any more."""
+    return bool(redis_client.client().eval(_HOLD, 0, owner, rid, RUNNING_S))
+
+
+def end(owner: str, rid: str, seconds: float) -> None:
+    redis_client.client().eval(_END, 0, owner, rid, f"{seconds:.3f}")

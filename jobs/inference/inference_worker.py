@@ -1,0 +1,328 @@
+"""The inference worker's side: requests go to one `python -m training serve` child, its lines go to Redis.
+
+A single thread starts the child (and lives as long as the process, so the kernel doesn't kill the child before that),
+reads all that it says, and starts it again when it dies or says nothing any more. Whose prompt it was reading is told so;
+who has been told nothing yet is asked for again, once. Task threads only hand a request over and wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import selectors
+import subprocess
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis.exceptions
+from django.conf import settings
+
+from jobs.inference import checkpoint_models, generation, generation_queue
+from jobs.registry import base_models, tuned_models
+from jobs.store import access, blobs, child_process, redis_client
+from training.plan import catalog
+from training.plan.events import EXIT, Failure
+
+log = logging.getLogger(__name__)
+MAX_LINE_BYTES = 1 << 20  # with many log probabilities a line grows
+EXPORT_S = 300
+HOLD_S = 5.0  # between two signs of this worker for each request that it has
+MAX_TRIES = 2
+_exporting = threading.Lock()
+
+
+@dataclass
+class Waiting:
+    """A request that the child is working on."""
+
+    rid: str
+    message: dict[str, Any]
+    done: threading.Event = field(default_factory=threading.Event)
+    state: str = "sent"  # then reading (its prompt), then started
+    tries: int = 1
+    said: int = 1  # entries of its stream: the queue wrote the first, that it was taken
+
+
+class Relay:
+    """The child and who waits for it."""
+
+    def __init__(self) -> None:
+        self.child: child_process.Child | None = None
+        self.ready = threading.Event()
+        self.waiting: dict[str, Waiting] = {}
+        self.held: dict[str, str] = {}  # requests that this worker took, and whose they are
+        self.lock = threading.Lock()
+        self.stopping = False
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="relay", daemon=True).start()
+        threading.Thread(target=self._hold, name="relay-hold", daemon=True).start()
+
+    def stop(self) -> None:
+        self.stopping = True
+        if self.child:
+            self.child.kill()
+
+    # ---- task threads
+
+    def submit(self, rid: str, message: dict[str, Any]) -> Waiting:
+        """Raises TimeoutError when the child isn't up within 30 s."""
+        if not self.ready.wait(30):
+            raise TimeoutError("the server did not start")
+        waiting = Waiting(rid, {**message, "id": rid})
+        with self.lock:
+            self.waiting[rid] = waiting
+            sent = self.child is not None and self.child.send(waiting.message)
+        if not sent:
+            self._fail(rid)
+        return waiting
+
+    def cancel(self, rid: str) -> None:
+        with self.lock:
+            if self.child and rid in self.waiting:
+                self.child.send({"id": rid, "op": "cancel"})
+
+    # ---- the relay's own threads
+
+    def _hold(self) -> None:
+        """Also while a model is fetched, which takes longer than a worker may be silent."""
+        while not self.stopping:
+            for rid, owner in list(self.held.items()):
+                with contextlib.suppress(redis.exceptions.RedisError):
+                    generation_queue.hold(owner, rid)
+            time.sleep(HOLD_S)
+
+    def _run(self) -> None:
+        while not self.stopping:
+            try:
+                self._serve_once()
+            except Exception:  # this thread is the child's life: it must go on
+                log.exception("relay")
+            self.ready.clear()
+            for waiting in list(self.waiting.values()):
+                if waiting.state == "sent" and waiting.tries < MAX_TRIES:
+                    waiting.tries += 1  # the next child gets it when it is ready
+                else:
+                    self._fail(waiting.rid)
+            time.sleep(0.5)
+
+    def _serve_once(self) -> None:
+        models = str(settings.JOBS["max_warm_models"])
+        child = child_process.start("serve", "--max-models", models)
+        child.out.cap = MAX_LINE_BYTES
+        with self.lock:
+            self.child = child
+        try:
+            self._listen(child)
+        finally:
+            child.kill()  # before the lock: whoever holds it may be writing to a child that no longer reads
+            with self.lock:
+                self.child = None
+        if not self.stopping:
+            log.warning("the server ended with code %s and is started again", child.process.returncode)
+
+    def _listen(self, child: child_process.Child) -> None:
+        """Until the child ends, or says nothing while somebody waits."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(child.out.fd, selectors.EVENT_READ, child.out)
+            selector.register(child.err.fd, selectors.EVENT_READ, child.err)
+            heard = time.monotonic()
+            while not child.out.ended:
+                if not (self.waiting and self.ready.is_set()):
+                    heard = time.monotonic()
+                elif time.monotonic() - heard > settings.JOBS["server_silence_s"]:
+                    log.error("the server says nothing any more")
+                    break
+                for key, _ in selector.select(1):
+                    lines = key.data.lines()
+                    if key.data is child.out:
+                        heard = time.monotonic()
+                        self._pass_on(lines)
+                    else:
+                        for line in lines:
+                            log.warning("server: %s", line[:2000])
+                        if child.err.ended:
+                            selector.unregister(child.err.fd)
+
+    def _pass_on(self, lines: list[str]) -> None:
+        by_request: dict[str, list[str]] = {}
+        ended: list[str] = []
+        for line in lines:
+            try:
+                said = json.loads(line)
+            except ValueError:
+                log.warning("server: %s", line[:2000])
+                continue
+            if said.get("t") == "ready":
+                self._send_again()
+                self.ready.set()
+            rid = said.pop("id", None)
+            waiting = self.waiting.get(rid)
+            if waiting is None:
+                continue  # who asked has given up
+            waiting.state = "reading" if said["t"] == "reading" else "started"
+            if waiting.state == "started":
+                by_request.setdefault(rid, []).append(json.dumps(said))
+            if said.get("code") == "model_damaged":
+                verify_again(Path(waiting.message["model"]))
+            if said["t"] in ("done", "error"):
+                ended.append(rid)
+        for rid, said_lines in by_request.items():
+            self._publish(self.waiting[rid], said_lines)
+        for rid in ended:
+            self._end(rid)
+
+    def _send_again(self) -> None:
+        with self.lock:
+            for waiting in self.waiting.values():
+                if self.child:
+                    self.child.send(waiting.message)
+
+    def _fail(self, rid: str) -> None:
+        waiting = self.waiting.get(rid)
+        error = {"code": "server_died", "message": "The model's server stopped. Try again."}
+        if waiting and waiting.state == "reading":
+            error = {
+                "code": "prompt_failed",
+                "message": "The model's server stopped while it read this prompt.",
+            }
+        if waiting:
+            self._publish(waiting, [json.dumps(ERROR | error)])
+        self._end(rid)
+
+    @staticmethod
+    def _publish(waiting: Waiting, lines: list[str]) -> None:
+        publish(waiting.rid, lines, waiting.said)
+        waiting.said += len(lines)  # also when they were lost: the reader must see the gap
+
+    def _end(self, rid: str) -> None:
+        with self.lock:
+            waiting = self.waiting.pop(rid, None)
+        if waiting:
+            waiting.done.set()
+
+
+ERROR = {"t": "error"}
+DAMAGED = (
+    "The model's weights are damaged and cannot be loaded. Restore them, or train or add the model again."
+)
+RELAY = Relay()
+
+
+class DamagedModel(Exception):
+    """What was stored of a model cannot be read."""
+
+
+def publish(rid: str, lines: list[str], after: int = 1) -> None:
+    """Appends to the request's stream, whose entries are numbered without a gap; `after` is how many are there. Best
+    effort: without Redis the reader can't be reached anyway, and its sign of life runs out."""
+    try:
+        pipe = redis_client.client().pipeline(transaction=False)
+        for number, line in enumerate(lines, after + 1):
+            pipe.xadd(f"tokens:{rid}", {"line": line}, id=f"{number}-0")
+        pipe.expire(f"tokens:{rid}", generation_queue.STREAM_S)
+        pipe.execute()
+    except redis.exceptions.RedisError as error:
+        log.warning("tokens of a request are lost: %s", error)
+
+
+def serve_next() -> bool:
+    """Takes the next request from the queue and relays it, in a thread of the worker's pool. False when there is none
+    that may run now."""
+    try:
+        taken = generation_queue.take(settings.JOBS["max_generations_per_owner"])
+    except redis.exceptions.RedisError as error:
+        log.warning("the queue cannot be read: %s", error)
+        return False
+    if taken is None:
+        return False
+    began = time.monotonic()
+    RELAY.held[taken.rid] = taken.owner
+    try:
+        serve(taken.owner, taken.rid, json.loads(taken.request))
+    finally:
+        del RELAY.held[taken.rid]
+        with contextlib.suppress(redis.exceptions.RedisError):  # its hold runs out by itself
+            generation_queue.end(taken.owner, taken.rid, time.monotonic() - began)
+    return True
+
+
+def serve(owner: str, rid: str, request: dict[str, Any]) -> None:
+    """One request to its last line."""
+    try:
+        folder = model_folder(owner, request["model"])
+        message = {key: value for key, value in request.items() if value is not None}
+        waiting = RELAY.submit(rid, message | {"op": "generate", "model": str(folder), "who": owner})
+    except Exception as error:
+        publish(rid, [json.dumps(ERROR | _refusal(error, rid))])
+        return
+    until = time.monotonic() + generation.timeout_s(len(request.get("prompts") or [1]) * request["n"])
+    while not waiting.done.wait(0.5):
+        if time.monotonic() > until or not is_read(rid):
+            RELAY.cancel(rid)
+            waiting.done.wait(10)
+            RELAY._end(rid)
+            return
+
+
+def _refusal(error: Exception, rid: str) -> dict[str, str]:
+    """Why a model cannot be used, with a code. Only what was written for people: other errors name paths, buckets and
+    addresses."""
+    match error:
+        case access.NotFound():
+            return {"code": "model_not_found", "message": "There is no such model."}
+        case blobs.Damaged() | DamagedModel():
+            log.error("request %s: %s", rid, error)
+            return {"code": "model_damaged", "message": DAMAGED}
+        case Failure():
+            log.warning("request %s: %s", rid, error)
+            return {"code": "unavailable", "message": f"The model cannot be loaded. {error}"}
+    log.error("request %s", rid, exc_info=error)
+    return {"code": "unavailable", "message": "The model cannot be loaded. Try again in a moment."}
+
+
+def is_read(rid: str) -> bool:
+    try:
+        return bool(redis_client.client().exists(f"reading:{rid}"))
+    except redis.exceptions.RedisError:
+        return True  # not known: go on
+
+
+def model_folder(owner: str, model_id: str) -> Path:
+    """Where the model lies on this machine, fetched if need be. Raises access.NotFound."""
+    if catalog.find(model_id):
+        return base_models.folder(model_id, None)
+    if added := base_models.added(owner, model_id):
+        return base_models.folder(model_id, added.facts)
+    if checkpoint_models.MARK in model_id:
+        return checkpoint_models.folder(owner, model_id)
+    model = tuned_models.get_for(owner, model_id)
+    folder = tuned_models.fetch(model)
+    return folder if (folder / "config.json").exists() else exported(folder)
+
+
+def verify_again(folder: Path) -> None:
+    """A copy of a tuned model was damaged on this disk: the next request compares every file with what is stored."""
+    if folder.is_relative_to(settings.MODEL_CACHE_DIR):
+        (folder / tuned_models.WHOLE).unlink(missing_ok=True)
+
+
+def exported(checkpoint: Path) -> Path:
+    """A checkpoint is a training state; generation needs a model. Made once on each machine, beside it."""
+    target = checkpoint.with_name(checkpoint.name + "-model")
+    with _exporting:
+        if not (target / "config.json").exists():
+            child = child_process.start("export", "--checkpoint", str(checkpoint), "--to", str(target))
+            said = [line for _, line in child_process.words(child, EXPORT_S)]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(10)
+            child.kill()
+            if child.process.returncode == EXIT["checkpoint_unreadable"]:
+                raise DamagedModel(" ".join(said)[-300:])
+            if child.process.returncode != 0:
+                raise RuntimeError(f"the checkpoint cannot be turned into a model: {' '.join(said)[-300:]}")
+    return target

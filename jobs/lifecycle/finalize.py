@@ -1,0 +1,125 @@
+"""What follows from the end of a job, and from a deletion. Anybody may do it, any number of times: each step is
+harmless to repeat, and what would be lost by stopping half-way stands in a list until it is done."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from jobs.registry import tuned_models
+from jobs.store import blobs, end_steps, outbox, queue, quotas, tables
+from jobs.store.tables import ENDED, EventChunk, Job, JobIndex, month_of
+
+
+def after_end(owner: str, job_id: str) -> None:
+    """The model's row, the notices, the quota, and last the job's place in the list of active ones."""
+    job = tables.get(Job, owner, job_id)
+    if job is None or not job.ended:
+        return
+    if job.status == "void":
+        tables.remove(JobIndex, f"all#{month_of(tables.time_of(job_id))}", job_id)
+    elif not job.gone:
+        partition = f"{job.status}#{month_of(job.ended_at or job.created_at)}"
+        JobIndex(partition, job_id, owner=owner, name=job.name, base=job.base).save()
+    end_steps.run(job)
+    quotas.release(owner, "jobs", job_id)
+    quotas.note_checkpoints(job)
+    sweep(job)
+    tables.remove(JobIndex, queue.shard(job_id), job_id)
+
+
+def make_void(owner: str, job_id: str) -> None:
+    """A submission that broke off: its late writer finds a job that never was. Then its rows go as those of any end."""
+    tables.put_new(Job(owner, job_id, status="void", ended_at=time.time()))
+    after_end(owner, job_id)
+
+
+# ---- bytes ---------------------------------------------------------------------------------------------------------
+
+
+def sweep(job: Job) -> int:
+    """Deletes what attempts left behind: bytes of epochs below the job's (of all, once it has ended) that neither job
+    nor model names. Returns how many objects."""
+    named = _named(job)
+    keys = blobs.list_keys(f"jobs/{job.job_id}/e") if job.epoch else []
+    old = [key for key in keys if (_epoch(key) < job.epoch or job.ended) and not key.startswith(named)]
+    for key in old:
+        blobs.delete_file(key)
+    return len(old)
+
+
+def after_pointer(job: Job) -> None:
+    """What follows when the holder of a job has moved its pointer; `job` is what that write returned. References first,
+    then bytes: what the job no longer names goes now, not at the end of a long job."""
+    quotas.note_checkpoints(job)
+    for folder in superseded(job):
+        blobs.delete_prefix(f"{folder}/")
+
+
+def superseded(job: Job) -> list[str]:
+    """Checkpoints before the pointer's that the job no longer names. Those of a later epoch are not for an older holder
+    to judge, and later steps may be on their way."""
+    named = {str(entry["key"]) for entry in job.checkpoints} | {str(job.checkpoint_key)}
+    stored = {key.rpartition("/")[0] for key in blobs.list_keys(f"jobs/{job.job_id}/e")}
+    return [
+        folder
+        for folder in sorted(stored - named)
+        if "/checkpoints/" in folder
+        and _epoch(folder) <= job.epoch
+        and _step(folder) < int(job.checkpoint_step or 0)
+    ]
+
+
+def _step(folder: str) -> int:
+    """Of …/checkpoints/e<epoch>-s<step>; a folder of another name is nobody's to delete here."""
+    text = folder.rpartition("s")[2]
+    return int(text) if text.isdigit() else sys.maxsize
+
+
+def _named(job: Job) -> tuple[str, ...]:
+    folders = [str(c["key"]) for c in job.checkpoints]
+    folders += [job.checkpoint_key] if job.checkpoint_key else []
+    folders += tuned_models.folders_of(job)
+    if job.result and not job.gone:
+        folders.append(str(job.result.get("prefix") or ""))
+    return tuple(folder.rstrip("/") + "/" for folder in folders if folder)
+
+
+def _epoch(key: str) -> int:
+    """Of jobs/<id>/e<epoch>/…"""
+    text = key.split("/")[2][1:]
+    return int(text) if text.isdigit() else 0
+
+
+# ---- deletions: the errand, then the tombstone, then the bytes -----------------------------------------------------
+
+
+def delete_job(job: Job, *, with_model: bool) -> None:
+    after_end(job.owner, job.job_id)
+    outbox.put("delete", job.owner, job.job_id)
+    if with_model and job.model_id:
+        outbox.put("delete", job.owner, job.model_id)
+        tuned_models.bury(job.owner, job.model_id)
+    actions = [Job.gone.set(True), Job.version.add(1), Job.checkpoints.set([]), Job.checkpoint_key.remove()]
+    tables.update(job, [*actions, Job.plan.remove(), Job.proof.remove()], Job.status.is_in(*sorted(ENDED)))
+    outbox.ring("delete", job.owner, job.job_id)
+
+
+@outbox.deletes("ftjob-")
+def _delete_job(owner: str, job_id: str) -> bool:
+    job = tables.get(Job, owner, job_id)
+    if job is None or not job.gone:
+        return True  # the deletion broke off before it began
+    kept = tuple(folder.rstrip("/") + "/" for folder in tuned_models.folders_of(job))
+    for key in blobs.list_keys(f"jobs/{job_id}/"):
+        if not key.startswith(kept):
+            blobs.delete_file(key)
+    quotas.note_checkpoints(job)
+    for chunk in tables.rows(EventChunk, job_id):
+        tables.remove(EventChunk, job_id, chunk.first_seq)
+    for partition in (
+        f"all#{month_of(job.created_at)}",
+        f"{job.status}#{month_of(job.ended_at or job.created_at)}",
+    ):
+        tables.remove(JobIndex, partition, job_id)
+    return True

@@ -1,0 +1,335 @@
+"""Telling people that a job ended or needs them: signed webhooks (standardwebhooks.com) and e-mail.
+
+One delivery is a row, put before the errand is rung; a sender moves its `tries` n → n + 1 and then posts, so a crash may
+send twice under the same `webhook-id`, never not at all. No redirects are followed, and the address that was checked is
+the one that is connected to.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import http.client
+import json
+import logging
+import secrets
+import socket
+import ssl
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from urllib.parse import SplitResult, urlsplit
+
+from django.conf import settings
+from django.core.mail import send_mail
+
+from jobs.notifications.ip_ranges import is_public
+from jobs.store import outbox, quotas, reasons, tables
+from jobs.store.end_steps import step
+from jobs.store.tables import Job, WebhookDelivery, WebhookEndpoint, new_id
+
+log = logging.getLogger(__name__)
+
+SCHEDULE_S = (0, 5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 20 * 3600, 24 * 3600)
+CONNECT_S = 5  # to connect, TLS included
+TIMEOUT_S = 15  # for each piece of an answer
+DEADLINE_S = 30  # for all of it, however slowly the pieces come
+MAX_ENDPOINTS = 10
+EMAIL = "email"  # id of the endpoint that is the owner's mail address
+AT_ONCE = 2  # deliveries of one owner in a worker, which has 16 threads
+TESTS_S = 60  # so long a test counts against its owner's limit
+EVENTS = ("succeeded", "failed", "cancelled")
+EVENT_TYPES = tuple(f"fine_tuning.job.{status}" for status in EVENTS)
+TEST_TYPE = "llmtuner.test"
+
+
+class BadAddress(Exception):
+    """The URL can't be posted to. The same words for every cause: it tells nobody what listens where."""
+
+
+# ---- endpoints -----------------------------------------------------------------------------------------------------
+
+
+def add_endpoint(owner: str, url: str, name: str = "", events: tuple[str, ...] = ()) -> WebhookEndpoint:
+    """Raises BadAddress. The secret is shown to its owner, who verifies with it."""
+    split(url)
+    if len(list_endpoints(owner)) >= MAX_ENDPOINTS:
+        raise BadAddress(f"You have {MAX_ENDPOINTS} webhooks already. Delete one first.")
+    secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
+    endpoint = WebhookEndpoint(owner, new_id("hook"), url=url, secret=secret, name=name, events=list(events))
+    tables.put_new(endpoint)
+    return endpoint
+
+
+def list_endpoints(owner: str) -> list[WebhookEndpoint]:
+    return [row for row in tables.rows(WebhookEndpoint, owner) if row.endpoint_id != EMAIL]
+
+
+def find_endpoint(owner: str, endpoint_id: str) -> WebhookEndpoint | None:
+    if not 0 < len(endpoint_id) <= 200 or endpoint_id == EMAIL:
+        return None
+    return tables.get(WebhookEndpoint, owner, endpoint_id)
+
+
+def remove_endpoint(owner: str, endpoint_id: str) -> None:
+    tables.remove(WebhookEndpoint, owner, endpoint_id)
+
+
+def set_email(owner: str, address: str) -> None:
+    """Where mail about the owner's jobs goes; empty: nowhere. The address stands beside the webhooks, since workers, which
+    send, have no SQL. Every submission sets it, and whatever changes it in SQL."""
+    url, active = f"mailto:{address}", bool(address)
+    row = tables.get(WebhookEndpoint, owner, EMAIL)
+    if row is None or (row.url, row.active) != (url, active):
+        WebhookEndpoint(owner, EMAIL, url=url, secret="", active=active).save()
+
+
+# ---- tell ----------------------------------------------------------------------------------------------------------
+
+
+@step(30)
+def tell(job: Job) -> None:
+    """Puts a delivery for each place its owner wants to be told at. Again is harmless."""
+    if job.status not in EVENTS or job.gone:
+        return
+    event = f"fine_tuning.job.{job.status}"
+    body = {"id": f"evt-{job.job_id}-{job.status}", "object": "event", "type": event}
+    payload = json.dumps(body | {"created_at": int(job.ended_at or 0), "data": {"id": job.job_id}})
+    wanted = [endpoint.endpoint_id for endpoint in list_endpoints(job.owner) if _wants(endpoint, event)]
+    for place in [EMAIL, *wanted]:  # whether mail is wanted is asked when it is sent
+        _put(job.owner, f"{job.job_id}#{job.status}#{place}", event, job.job_id, payload)
+
+
+def tell_test(endpoint: WebhookEndpoint) -> None:
+    """A signed event of no job, so that its owner sees whether the other side understands it. Sent once. Raises OverQuota."""
+    id = new_id("test")
+    for old in quotas.held(endpoint.owner, "tests"):
+        if time.time() - tables.time_of(old) > TESTS_S:
+            quotas.release(endpoint.owner, "tests", old)
+    try:
+        quotas.take(endpoint.owner, "tests", id)
+    except quotas.OverQuota:
+        most = settings.JOBS["max_webhook_tests_per_owner"]
+        raise quotas.OverQuota(
+            f"You can send {most} test events a minute. Wait a minute, then try again."
+        ) from None
+    body = {"id": f"evt-{id}", "object": "event", "type": TEST_TYPE, "created_at": int(time.time())}
+    payload = json.dumps(body | {"data": {"id": id}})
+    _put(endpoint.owner, f"{id}#test#{endpoint.endpoint_id}", TEST_TYPE, "", payload)
+
+
+def recent(owner: str, limit: int) -> list[WebhookDelivery]:
+    """The last notices and what became of them, newest first."""
+    found = []
+    for kind in ("ftjob-", "test-"):
+        keys = WebhookDelivery.delivery_id.startswith(kind)
+        found += list(
+            WebhookDelivery.query(owner, keys, scan_index_forward=False, limit=limit, consistent_read=True)
+        )
+    return sorted(found, key=lambda row: float(row.created_at), reverse=True)[:limit]
+
+
+def _wants(endpoint: WebhookEndpoint, event: str) -> bool:
+    return endpoint.active and (not endpoint.events or event in endpoint.events)
+
+
+def _put(owner: str, delivery_id: str, event: str, job_id: str, payload: str) -> None:
+    delivery = WebhookDelivery(owner, delivery_id, event=event, job_id=job_id, payload=payload)
+    outbox.put("deliver", owner, delivery_id)
+    if tables.put_new(delivery):
+        outbox.ring("deliver", owner, delivery_id)
+
+
+class PerOwner:
+    """Runs at most AT_ONCE deliveries of an owner at a time. The others wait in order and hold no thread; what waits in a
+    process that dies is rung for again by the reconciler."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: Counter[str] = Counter()
+        self._waiting: defaultdict[str, dict[str, Callable[[], None]]] = defaultdict(dict)
+
+    def run(self, owner: str, name: str, work: Callable[[], None]) -> None:
+        """Runs `work` and then what waits of the same owner, or keeps it for whoever is at that: under its name, so that
+        another bell for it adds nothing."""
+        with self._lock:
+            if self._running[owner] >= AT_ONCE:
+                self._waiting[owner][name] = work
+                return
+            self._running[owner] += 1
+        following: Callable[[], None] | None = work
+        while following:
+            try:
+                following()
+            except Exception:
+                log.exception("delivery for %s", owner)
+            following = self._following(owner)
+
+    def _following(self, owner: str) -> Callable[[], None] | None:
+        with self._lock:
+            if waiting := self._waiting.get(owner):
+                return waiting.pop(next(iter(waiting)))
+            self._waiting.pop(owner, None)
+            self._running[owner] -= 1
+            if not self._running[owner]:
+                del self._running[owner]
+            return None
+
+
+DELIVERIES = PerOwner()
+
+
+@outbox.handler("deliver")
+def deliver(owner: str, delivery_id: str) -> bool:
+    """The errand: one try if it is time. True when nothing is left to do."""
+    delivery = tables.get(WebhookDelivery, owner, delivery_id)
+    if delivery is None or delivery.status != "pending":
+        return True
+    if time.time() < delivery.next_at:
+        return False
+    most = 1 if delivery.event == TEST_TYPE else len(SCHEDULE_S)  # whoever sent a test sees what came of it
+    if delivery.tries >= most:  # the last try broke off
+        return _record(delivery, "given up", delivery.last_result or "sending it broke off")
+    tries = int(delivery.tries) + 1
+    wait = SCHEDULE_S[tries] if tries < most else 0
+    actions = [WebhookDelivery.tries.set(tries), WebhookDelivery.next_at.set(time.time() + wait)]
+    if not tables.update(delivery, actions, WebhookDelivery.tries == delivery.tries):
+        return False  # another sender was first
+    sent, result, final = _send(delivery)
+    return _record(delivery, "sent" if sent else "given up" if final or tries >= most else "pending", result)
+
+
+def _record(delivery: WebhookDelivery, status: str, result: str) -> bool:
+    """Writes what came of a try. True when there will be no other."""
+    told = [WebhookDelivery.status.set(status), WebhookDelivery.last_result.set(result[:200])]
+    tables.update(delivery, told, WebhookDelivery.status == "pending")
+    return status != "pending"
+
+
+def _send(delivery: WebhookDelivery) -> tuple[bool, str, bool]:
+    """(sent, what came of it, no use in trying again)."""
+    place = delivery.delivery_id.rpartition("#")[2]
+    endpoint = tables.get(WebhookEndpoint, delivery.owner, place)
+    if endpoint is None or not endpoint.active:
+        return False, "not wanted" if place == EMAIL else "the webhook was removed", True
+    if place == EMAIL:
+        return _mail(delivery, endpoint.url.removeprefix("mailto:"))
+    try:
+        status = post(endpoint.url, delivery.payload.encode(), signed(endpoint.secret, delivery))
+    except Exception as error:  # whatever an address brings about ends the try and nothing else
+        log.info("webhook %s: %r", delivery.delivery_id, error)
+        return _noted(endpoint, False, "could not be reached", False)
+    return _noted(endpoint, 200 <= status < 300, f"answered {status}", status == 410)
+
+
+def _noted(endpoint: WebhookEndpoint, sent: bool, result: str, gone: bool) -> tuple[bool, str, bool]:
+    """Keeps the result beside the address; one that is gone for good is not asked again."""
+    actions = [WebhookEndpoint.last_result.set(result)]
+    if gone:
+        actions.append(WebhookEndpoint.active.set(False))
+    tables.update(endpoint, actions, WebhookEndpoint.url.exists())
+    return sent, result, gone
+
+
+def signed(secret: str, delivery: WebhookDelivery, now: float | None = None) -> dict[str, str]:
+    """The three headers of Standard Webhooks."""
+    id = "msg_" + hashlib.sha256(delivery.delivery_id.encode()).hexdigest()[:32]
+    timestamp = str(int(time.time() if now is None else now))
+    key = base64.b64decode(secret.removeprefix("whsec_"))
+    digest = hmac.new(key, f"{id}.{timestamp}.{delivery.payload}".encode(), hashlib.sha256).digest()
+    signature = "v1," + base64.b64encode(digest).decode()
+    return {"webhook-id": id, "webhook-timestamp": timestamp, "webhook-signature": signature}
+
+
+# ---- post ----------------------------------------------------------------------------------------------------------
+
+
+def split(url: str) -> SplitResult:
+    """The URL taken apart, once, for the check and the connection alike. Raises BadAddress."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+        host = parts.hostname or ""
+        host.encode("idna")  # as whatever resolves it will do: refuses empty labels and long ones
+    except ValueError:
+        raise BadAddress("This is no address that can be posted to.") from None
+    schemes = {"https", "http"} if _allows_private() else {"https"}
+    odd = any(not "!" <= letter <= "~" or letter in "\\@" for letter in url) or port == 0 or len(url) > 2000
+    if parts.scheme not in schemes or not 0 < len(host) <= 253 or odd:
+        raise BadAddress("Give an https:// address without user name or password.")
+    return parts
+
+
+def post(url: str, body: bytes, headers: dict[str, str]) -> int:
+    """Posts to the address that was checked; returns the status. Raises BadAddress, OSError."""
+    parts = split(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    host = str(parts.hostname)
+    sock = socket.create_connection((_checked_address(host, port), port), timeout=CONNECT_S)
+    connection = http.client.HTTPConnection(host, port)
+    deadline = threading.Timer(DEADLINE_S, lambda: _hang_up(sock))
+    deadline.start()
+    try:
+        if parts.scheme == "https":
+            context = ssl.create_default_context()
+            sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+            sock.do_handshake()
+        sock.settimeout(TIMEOUT_S)
+        connection.sock = sock
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        told = {"Content-Type": "application/json", "User-Agent": "LLM-Tuner-Webhooks/1", **headers}
+        connection.request("POST", path, body, told)
+        return connection.getresponse().status  # the body is nobody's business
+    finally:
+        deadline.cancel()
+        connection.close()
+        sock.close()
+
+
+def _hang_up(sock: socket.socket) -> None:
+    """Ends whatever waits on it in another thread. TLS isn't asked: its state belongs to that thread."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _checked_address(host: str, port: int) -> str:
+    found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    if not found or not all(_allows_private() or is_public(address) for address in found):
+        raise BadAddress("This address can't be posted to.")
+    return sorted(found)[0]
+
+
+def _allows_private() -> bool:
+    return bool(settings.WEBHOOKS_ALLOW_PRIVATE)
+
+
+# ---- mail ----------------------------------------------------------------------------------------------------------
+
+
+def _mail(delivery: WebhookDelivery, address: str) -> tuple[bool, str, bool]:
+    job = tables.get(Job, delivery.owner, delivery.job_id)
+    if job is None or job.gone:
+        return False, "the job was deleted", True
+    try:
+        send_mail(_subject(job), _text(job), None, [address])
+    except Exception as error:  # ends the try and nothing else
+        log.warning("mail for %s: %r", delivery.delivery_id, error)
+        return False, "the mail server did not take it", False
+    return True, "sent", True
+
+
+def _subject(job: Job) -> str:
+    word = {"succeeded": "is ready", "failed": "failed", "cancelled": "was cancelled"}[job.status]
+    return " ".join(f"“{job.name}” {word}".split())
+
+
+def _text(job: Job) -> str:
+    lines = [_subject(job) + "."]
+    if job.status == "failed":
+        lines += [job.message or reasons.sentence(job.reason), job.advice or reasons.advice(job.reason)]
+    if job.status == "succeeded":
+        lines.append(f"The model: {job.model_id}")
+    return "\n\n".join([*filter(None, lines), f"{settings.PUBLIC_URL}/jobs/{job.job_id}/"]) + "\n"

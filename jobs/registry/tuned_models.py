@@ -1,0 +1,266 @@
+"""Models that people own: made from jobs that succeeded, fetched for use, streamed as a zip, deleted."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import re
+import shutil
+import zipfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+from asgiref.sync import sync_to_async
+from django.conf import settings
+
+from jobs.store import access, blobs, outbox, queue, tables
+from jobs.store.end_steps import step
+from jobs.store.tables import Job, TunedModel
+
+BLOCK = 1 << 20
+MAX_ALIASES = 8
+WHOLE = ".whole"  # a file in a folder whose files were all fetched and verified
+ALIAS = re.compile(r"ft:[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")  # what OpenAI calls a model that was tuned there
+
+
+@step(10)
+def create_from(job: Job) -> None:
+    """The row of the model that a succeeded job made, if none is there (also no tombstone of it)."""
+    if job.status != "succeeded" or job.gone:
+        return
+    result = dict(job.result or {})
+    files = [{name: entry[name] for name in ("name", "bytes", "sha256")} for entry in result.get("files", [])]
+    model = TunedModel(
+        job.owner,
+        job.model_id,
+        job_id=job.job_id,
+        name=job.name,
+        base=job.base,
+        base_facts=job.base_facts,
+        method=job.method,
+        step=int(result.get("step") or 0),
+        epoch=int(result.get("epoch") or job.epoch),
+        prefix=str(result.get("prefix") or ""),
+        files=files,
+        bytes=sum(entry["bytes"] for entry in files),
+        metrics=dict(result.get("metrics") or {}),
+        verdict=result.get("verdict"),
+        fidelity=result.get("fidelity"),
+        aliases=(job.api or {}).get("aliases", []),
+        created_at=job.ended_at,
+    )
+    tables.put_new(model)
+
+
+def delete(owner: str, model_id: str) -> None:
+    """Raises access.NotFound."""
+    access.get_model_for(owner, model_id)
+    outbox.put("delete", owner, model_id)
+    bury(owner, model_id)
+    outbox.ring("delete", owner, model_id)
+
+
+def bury(owner: str, model_id: str) -> None:
+    """A tombstone, also where no model is: a late writer puts none any more."""
+    TunedModel(owner, model_id).update(actions=[TunedModel.gone.set(True), TunedModel.files.set([])])
+
+
+@outbox.deletes("ft:")
+def delete_bytes(owner: str, model_id: str) -> bool:
+    """False while a job that starts from the model may still have to fetch its files."""
+    model = tables.get(TunedModel, owner, model_id)
+    if model and model.gone and model.prefix:
+        if _is_a_base(model):
+            return False
+        blobs.delete_prefix(model.prefix.rstrip("/") + "/")
+    return True
+
+
+def folders_of(job: Job) -> list[str]:
+    """Folders of the job's objects that its model still needs."""
+    model = tables.get(TunedModel, job.owner, job.model_id) if job.model_id else None
+    return [model.prefix] if model and (not model.gone or _is_a_base(model)) else []
+
+
+def _is_a_base(model: TunedModel) -> bool:
+    """Of a job that hasn't ended: it may still have to fetch the files."""
+    return any(job.base == model.model_id and not job.ended for job in queue.active_of(model.owner))
+
+
+class BadAlias(ValueError):
+    """These other names cannot be had; the message says which and why."""
+
+
+def set_aliases(owner: str, model_id: str, aliases: list[str]) -> TunedModel:
+    """The names of models tuned at OpenAI that this one answers to from now on. Raises BadAlias, access.NotFound."""
+    model = access.get_model_for(owner, model_id)
+    wanted = list(dict.fromkeys(aliases))
+    if len(wanted) > MAX_ALIASES:
+        raise BadAlias(f"A model has at most {MAX_ALIASES} other names.")
+    for name in wanted:
+        if not ALIAS.fullmatch(name):
+            raise BadAlias(
+                f"{name[:80]}: such a name begins with ft: and has letters, digits and . _ - : only, as at OpenAI."
+            )
+        taken = named(owner, name)
+        if taken is not None and taken.model_id != model_id:
+            raise BadAlias(f"{name} already means {taken.model_id}. Take it away there first.")
+    kept = tables.update(model, [TunedModel.aliases.set(wanted)], TunedModel.gone == False)  # noqa: E712  an expression
+    if kept is None:
+        raise access.NotFound(f"There is no model {model_id}.")
+    return kept
+
+
+def named(owner: str, name: str) -> TunedModel | None:
+    """The owner's model of this id, else the newest that carries it as another name."""
+    with contextlib.suppress(access.NotFound):
+        return access.get_model_for(owner, name)
+    if not ALIAS.fullmatch(name):
+        return None
+    return next((row for row in access.list_models(owner, 10_000) if name in (row.aliases or [])), None)
+
+
+# ---- use -----------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_models(job: Job) -> list[TunedModel]:
+    """The checkpoints of a job as models that can be tried; they live as long as the job keeps them."""
+    return [_of_checkpoint(job, checkpoint) for checkpoint in job.checkpoints if checkpoint.get("files")]
+
+
+def get_for(owner: str, model_id: str) -> TunedModel:
+    """A model by its id or another name, or a checkpoint of a job as one (`<model id>:ckpt-step-<n>`). Raises
+    access.NotFound."""
+    base, mark, step = model_id.rpartition(":ckpt-step-")
+    if not mark:
+        if (model := named(owner, model_id)) is None:
+            raise access.NotFound(f"There is no model {model_id}.")
+        return model
+    for job in access.list_jobs(owner, 200):
+        if job.model_id == base:
+            for checkpoint in job.checkpoints:
+                if str(checkpoint["step"]) == step:
+                    return _of_checkpoint(job, checkpoint)
+    raise access.NotFound(f"There is no model {model_id}.")
+
+
+def _of_checkpoint(job: Job, checkpoint: dict[str, Any]) -> TunedModel:
+    files = checkpoint.get("files") or []
+    return TunedModel(
+        job.owner,
+        f"{job.model_id}:ckpt-step-{checkpoint['step']}",
+        job_id=job.job_id,
+        name=f"{job.name}, step {checkpoint['step']}",
+        base=job.base,
+        method=job.method,
+        step=checkpoint["step"],
+        epoch=checkpoint.get("epoch") or job.epoch,
+        prefix=checkpoint["key"],
+        files=files,
+        bytes=sum(entry["bytes"] for entry in files),
+    )
+
+
+def fetch(model: TunedModel) -> Path:
+    """The model's folder on this machine, every file verified by its sha256 when it was fetched."""
+    return fetch_files(model.prefix, list(model.files))
+
+
+def fetch_files(prefix: str, files: list[dict[str, Any]]) -> Path:
+    name = hashlib.sha256(
+        f"{blobs.is_local()} {prefix} {sorted(f['sha256'] for f in files)}".encode()
+    ).hexdigest()[:32]
+    folder = Path(settings.MODEL_CACHE_DIR) / name
+    whole = folder / WHOLE
+    if not whole.exists():
+        with _only_one(folder):
+            if not whole.exists():
+                blobs.fetch_folder(prefix, files, folder)
+                whole.touch()
+    return folder
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Among the processes of this machine."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def forget(model: TunedModel) -> None:
+    """Drops this machine's copy."""
+    shutil.rmtree(fetch(model), ignore_errors=True)
+
+
+# ---- download ------------------------------------------------------------------------------------------------------
+
+
+def archive(model: TunedModel) -> AsyncIterator[bytes]:
+    """The model as a zip, made while it is sent: stored (weights don't shrink), zip64, a block in memory at a time."""
+    return _in_threads(zipped(model))
+
+
+def zipped(model: TunedModel) -> Iterator[bytes]:
+    out = _Drain()
+    folder = model.model_id.replace(":", "-").replace("/", "-")
+    with zipfile.ZipFile(cast(IO[bytes], out), "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for entry in model.files:
+            info = zipfile.ZipInfo(f"{folder}/{blobs.safe_name(entry['name'])}", (1980, 1, 1, 0, 0, 0))
+            info.external_attr = 0o644 << 16
+            digest = hashlib.sha256()
+            with archive.open(info, "w", force_zip64=True) as file:
+                for block in blobs.blocks(blobs.join(model.prefix, entry["name"]), BLOCK):
+                    digest.update(block)
+                    file.write(block)
+                    yield out.taken()
+            if digest.hexdigest() != entry["sha256"]:
+                raise blobs.StorageError(
+                    f"{entry['name']}: damaged: its sha256 is not the one that was noted"
+                )
+    yield out.taken()
+
+
+def archive_length(model: TunedModel) -> int:
+    """Bytes of the zip, from the sizes alone. Each file has a local header with 20 bytes of zip64, a descriptor of 24
+    and an entry in the directory (28 bytes more of zip64 beyond 4 GB)."""
+    total, directory = 0, 0
+    folder = model.model_id.replace(":", "-").replace("/", "-")
+    for entry in model.files:
+        name = len(f"{folder}/{entry['name']}".encode())
+        big = (entry["bytes"] > zipfile.ZIP64_LIMIT) * 16
+        far = (total > zipfile.ZIP64_LIMIT) * 8
+        directory += 46 + name + big + far + (4 if big or far else 0)
+        total += 30 + name + 20 + entry["bytes"] + 24
+    end = 22 + (76 if total > zipfile.ZIP64_LIMIT or len(model.files) > 0xFFFF else 0)
+    return total + directory + end
+
+
+class _Drain:
+    """Something to write to that can't seek and gives away what was written."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+
+    def write(self, data: Any) -> int:
+        self.parts.append(bytes(data))
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+    def taken(self) -> bytes:
+        data, self.parts = b"".join(self.parts), []
+        return data
+
+
+async def _in_threads(parts: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """A plain iterator as an async one: a thread is borrowed for each part only."""
+    take = sync_to_async(lambda: next(parts, None), thread_sensitive=False)
+    while (part := await take()) is not None:
+        if part:
+            yield part

@@ -1,0 +1,28 @@
+"""What follows a job's end: steps, registered by the modules they belong to.
+
+Each may run any number of times, and runs again if a later one fails. jobs/apps.py imports every module that has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jobs.store.tables import Job
+
+Step = Callable[[Job], None]
+_steps: list[tuple[int, Step]] = []
+
+
+def step(order: int) -> Callable[[Step], Step]:
+    """Registers a step; those with a lower `order` run first. It is given the ended job, void and deleted ones too."""
+
+    def register(function: Step) -> Step:
+        _steps.append((order, function))
+        return function
+
+    return register
+
+
+def run(job: Job) -> None:
+    for _, function in sorted(_steps, key=lambda entry: entry[0]):
+        function(job)

@@ -1,0 +1,58 @@
+"""What every page asks before it answers: who is there, and is it theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.contrib.auth.decorators import login_required
+from django.contrib.auth.views import redirect_to_login
+from django.http import Http404, HttpRequest, HttpResponseBase
+
+from jobs.store import access
+
+View = Callable[..., HttpResponseBase]
+AsyncView = Callable[..., Awaitable[HttpResponseBase]]
+
+
+def for_people(view: View) -> View:
+    """Signed-in people only; what isn't theirs does not exist."""
+
+    @login_required
+    @wraps(view)
+    def guarded(request: HttpRequest, *args: object, **kwargs: object) -> HttpResponseBase:
+        try:
+            return view(request, *args, **kwargs)
+        except access.NotFound as error:
+            raise Http404 from error
+
+    return guarded
+
+
+def for_people_async(view: AsyncView) -> AsyncView:
+    """The same for async views. The session is read in a thread, which is given back before the view starts."""
+
+    @wraps(view)
+    async def guarded(request: HttpRequest, *args: object, **kwargs: object) -> HttpResponseBase:
+        user = await request.auser()
+        if not user.is_authenticated:
+            return await sync_to_async(redirect_to_login)(request.get_full_path())
+        request.user = user
+        try:
+            return await view(request, *args, **kwargs)
+        except access.NotFound as error:
+            raise Http404 from error
+
+    return guarded
+
+
+def owner_of(request: HttpRequest) -> str:
+    return str(request.user.owner_id)
+
+
+def asks_for_part(request: HttpRequest) -> bool:
+    """htmx asks for a piece of the page. A history restore or a plain reload wants the whole."""
+    htmx: Any = getattr(request, "htmx", None)
+    return bool(htmx) and not htmx.history_restore_request

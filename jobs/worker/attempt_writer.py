@@ -1,0 +1,148 @@
+"""What an attempt writes to the store, and when: events in frozen batches, progress, the lease, the checkpoint pointer.
+
+One call of `write` makes at most one round of writes and never waits longer than the heartbeat's own patience. After
+20 s without success only heartbeats are tried until one succeeds: the lease may be lost, and then nothing else may be
+written. Meanwhile the trainer goes on and its lines gather here, up to a limit; beyond it the trainer waits.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from typing import Any
+
+from django.conf import settings
+from pynamodb.exceptions import PynamoDBException
+
+from jobs.events import event_log
+from jobs.events.event_log import Batch
+from jobs.lifecycle.transitions import Claim
+from jobs.store import failpoints
+from jobs.worker.resume_check import Proof
+
+MOST_BYTES = 64 << 20  # of lines that wait for the store
+AGAIN_S = 1.0
+
+
+class Writer:
+    def __init__(self, claim: Claim) -> None:
+        self.claim = claim
+        self.lines: deque[str] = deque()
+        self.bytes = 0
+        self.first_at = 0.0  # when the oldest waiting line came
+        self.next_seq = int(claim.job.last_seq) + 1
+        self.batch: Batch | None = None  # sent at least once, not known to be stored
+        self.progress: dict[str, Any] = dict(claim.job.progress or {})
+        self.metrics: dict[str, Any] = dict(claim.job.metrics or {})
+        self.phase = "preparing"
+        self.plan: dict[str, Any] | None = None
+        self.estimate: dict[str, Any] | None = None
+        self.proof: dict[str, Any] | None = None
+        # A stored checkpoint that the pointer doesn't name yet. It must wait until the events up to number "after" are
+        # stored too: what a checkpoint is ahead of is never printed again.
+        self.pointer: dict[str, Any] | None = None
+        self.pointer_moved = False  # what follows from that is still to be done
+        self.heard = time.monotonic()  # the last success
+        self.not_before = 0.0
+        self.hurry = False  # the end: batches don't wait to fill
+
+    @property
+    def unwritten(self) -> bool:
+        return bool(self.batch or self.lines or self.pointer)
+
+    @property
+    def last_given(self) -> int:
+        """The number of the newest line, stored or not."""
+        return self.next_seq - 1 + (len(self.batch.lines) if self.batch else 0) + len(self.lines)
+
+    @property
+    def pointer_is_due(self) -> bool:
+        return self.pointer is not None and self.next_seq > self.pointer["after"]
+
+    @property
+    def full(self) -> bool:
+        return self.bytes > MOST_BYTES
+
+    def say(self, event: dict[str, Any]) -> None:
+        """An event of our own."""
+        self.add(json.dumps({"time": round(time.time(), 3), "level": "info"} | event, ensure_ascii=False))
+
+    def add(self, line: str) -> None:
+        if not self.lines:
+            self.first_at = time.monotonic()
+        self.lines.append(line)
+        self.bytes += len(line.encode())
+
+    def write(self) -> bool:
+        """Writes what is due. True when the store has heard us, and so the lease was still ours. Raises LostRace."""
+        now = time.monotonic()
+        if now < self.not_before:
+            return False
+        quiet = now - self.heard > settings.JOBS["self_fence_s"]
+        if self.batch is None and not quiet:
+            self.batch = self._freeze(now)
+        if self.batch is None and not self.pointer_is_due and now - self.heard < settings.JOBS["heartbeat_s"]:
+            return False
+        try:
+            self._send(None if quiet else self.batch)
+            if self.pointer and self.pointer_is_due and not quiet:
+                failpoints.passing("checkpoint stored")
+                self.claim.move_pointer(
+                    {name: self.pointer[name] for name in self.pointer if name != "after"}
+                )
+                self.pointer, self.pointer_moved = None, True
+        except PynamoDBException:
+            self.not_before = time.monotonic() + AGAIN_S
+            return False
+        self.heard = time.monotonic()
+        return True
+
+    def _send(self, batch: Batch | None) -> None:
+        if batch:
+            event_log.append(self.claim, batch)
+            failpoints.passing("chunk stored")
+        first, last = (batch.first_seq, batch.last_seq) if batch else (None, None)
+        self.claim.heartbeat(
+            self.progress,
+            self.metrics,
+            first,
+            last,
+            phase=self.phase,
+            plan=self.plan,
+            estimate=self.estimate,
+            proof=self.proof,
+        )
+        self.plan = self.estimate = self.proof = None  # told once
+        if batch:
+            self.batch = None
+            self.next_seq = batch.last_seq + 1
+            event_log.announce(self.claim.job_id, batch.last_seq)
+
+    def _freeze(self, now: float) -> Batch | None:
+        """The next batch, if one is due: full by number or size, or its first line has waited long enough."""
+        limits = settings.JOBS
+        full = len(self.lines) >= limits["chunk_events"] or self.bytes >= limits["chunk_bytes"]
+        if not self.lines or not (full or self.hurry or now - self.first_at >= limits["chunk_s"]):
+            return None
+        lines: list[str] = []
+        size = 0
+        while self.lines and len(lines) < min(limits["chunk_events"], event_log.MOST_IN_CHUNK):
+            length = len(self.lines[0].encode())
+            if lines and size + length > limits["chunk_bytes"]:
+                break
+            lines.append(self.lines.popleft())
+            size += length
+        self.bytes -= size
+        self.first_at = now
+        return Batch(self.next_seq, tuple(lines))
+
+    def end_proof(self, proof: Proof | None) -> None:
+        """Tells how far the proof of exact resume came, if training ended before it was complete."""
+        if proof and proof.compared and not proof.told:
+            self.say_proof(proof)
+
+    def say_proof(self, proof: Proof) -> None:
+        event = proof.event()
+        self.proof = {key: value for key, value in event.items() if key not in ("t", "level")}
+        self.say(event)
