@@ -378,7 +378,7 @@ def _checkpoint_names(job: Row) -> dict[int, str]:
     last = int((job.result or {}).get("step") or 0)
     if job.status == "succeeded" and last:
         model = tables.get(tables.TunedModel, job.owner, job.model_id)
-        if model is None or not model.gone:  # made a moment after the job has ended
+        if model is None or not model.deleted:  # made a moment after the job has ended
             names[last] = job.model_id
     return names
 

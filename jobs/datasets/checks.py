@@ -28,13 +28,13 @@ def run(owner: str, dataset_id: str) -> bool:
     """True once the dataset is ready, rejected or deleted."""
     check(owner, dataset_id)
     dataset = tables.get(Dataset, owner, dataset_id)
-    return dataset is None or dataset.gone or dataset.status not in {"receiving", "checking"}
+    return dataset is None or dataset.deleted or dataset.status not in {"receiving", "checking"}
 
 
 def check(owner: str, dataset_id: str) -> None:
     """Says ready or rejected. Safe to repeat; raises what the stores raise, and is then rung for again."""
     dataset = tables.get(Dataset, owner, dataset_id)
-    if dataset is None or dataset.gone:
+    if dataset is None or dataset.deleted:
         return
     if dataset.status == "receiving":
         datasets.give_up_broken(owner, dataset_id)

@@ -39,7 +39,7 @@ def receive(
     purpose: str = "fine-tune",
     format: Mapping[str, Any] | None = None,
     expires_at: float | None = None,
-    mark: str = "",
+    fingerprint: str = "",
     reserved: bool = False,
 ) -> Dataset:
     """Stores the file and rings for its check. Raises Rejected, OverQuota; nothing stays behind then.
@@ -51,7 +51,7 @@ def receive(
     if not reserved and not size:
         quotas.check_room(owner)
     dataset = Dataset(owner, dataset_id, name=shown_name(filename), purpose=purpose, created_at=time.time())
-    dataset.format, dataset.mark = dict(format) if format else None, mark
+    dataset.format, dataset.fingerprint = dict(format) if format else None, fingerprint
     if expires_at is not None:
         dataset.expires_at = expires_at
         outbox.put_off("expire", owner, dataset_id, expires_at)
@@ -97,21 +97,23 @@ def receive(
 
 
 def arrived(
-    owner: str, dataset_id: str, filename: str, size: int, end: Callable[[], None], *, mark: str = ""
+    owner: str, dataset_id: str, filename: str, size: int, end: Callable[[], None], *, fingerprint: str = ""
 ) -> Dataset:
     """The same for bytes that went straight to their place in the bucket; `end` makes them one object there. Their sha256
     is known when they are read, at their check. Raises Rejected, OverQuota."""
     key = key_of(owner, dataset_id)
     outbox.put("check", owner, dataset_id)
     quotas.take(owner, "datasets", dataset_id)
-    tables.put_new(Dataset(owner, dataset_id, name=shown_name(filename), mark=mark, created_at=time.time()))
+    tables.put_new(
+        Dataset(owner, dataset_id, name=shown_name(filename), fingerprint=fingerprint, created_at=time.time())
+    )
     if blobs.size_of(key) is None:  # asked again after the answer was lost: it is whole already
         end()
     if blobs.size_of(key) != size:
         _forget(owner, dataset_id)
         raise Rejected("The bucket holds another number of bytes than the file has. Send it again.")
     actions = [Dataset.status.set("checking"), Dataset.key.set(key), Dataset.bytes.set(size)]
-    wanted = (Dataset.status == "receiving") & (Dataset.gone == False)  # noqa: E712  an expression
+    wanted = (Dataset.status == "receiving") & (Dataset.deleted == False)  # noqa: E712  an expression
     found = tables.update(Dataset(owner, dataset_id), actions, wanted, lambda found: found.key == key)
     if found is None:
         raise Rejected("The upload took too long. Send it again.")
@@ -155,7 +157,7 @@ def fill(dataset: Dataset, file: IO[bytes], origin: Mapping[str, Any]) -> Datase
         Dataset.sha256.set(stored.sha256),
         Dataset.origin.set(dict(origin)),
     ]
-    wanted = (Dataset.status == "checking") & (Dataset.gone == False)  # noqa: E712  an expression
+    wanted = (Dataset.status == "checking") & (Dataset.deleted == False)  # noqa: E712  an expression
     filled = tables.update(dataset, actions, wanted)
     if filled is None:
         blobs.delete_file(key)
@@ -187,7 +189,7 @@ def finish_check(
         actions.append(Dataset.format.set(dict(format)))
     if sha256:
         actions.append(Dataset.sha256.set(sha256))
-    condition = (Dataset.status == "checking") & (Dataset.gone == False)  # noqa: E712  an expression
+    condition = (Dataset.status == "checking") & (Dataset.deleted == False)  # noqa: E712  an expression
     found = tables.update(Dataset(owner, dataset_id), actions, condition, lambda row: row.status == status)
     if found and status == "rejected" and not keep:
         blobs.delete_file(key)
@@ -207,7 +209,7 @@ def read_again(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Datase
     if not dataset.key or blobs.size_of(dataset.key) is None:
         raise Rejected("The file of this dataset was not kept. Upload it again.")
     outbox.put("check", owner, dataset_id)
-    wanted = Dataset.status.is_in("ready", "rejected") & (Dataset.gone == False)  # noqa: E712  an expression
+    wanted = Dataset.status.is_in("ready", "rejected") & (Dataset.deleted == False)  # noqa: E712  an expression
     actions = [
         Dataset.status.set("checking"),
         Dataset.format.set(dict(format)),
@@ -255,7 +257,7 @@ def of_job(owner: str, dataset_id: str) -> Dataset:
 
 def _forget(owner: str, dataset_id: str) -> None:
     outbox.put("delete", owner, dataset_id)
-    tables.update(Dataset(owner, dataset_id), [Dataset.gone.set(True)], Dataset.dataset_id.exists())
+    tables.update(Dataset(owner, dataset_id), [Dataset.deleted.set(True)], Dataset.dataset_id.exists())
     quotas.release(owner, "datasets", dataset_id)
     quotas.unreserve(owner, dataset_id)
     outbox.ring("delete", owner, dataset_id)
@@ -264,7 +266,7 @@ def _forget(owner: str, dataset_id: str) -> None:
 @outbox.deletes("file-")
 def _delete_bytes(owner: str, dataset_id: str) -> bool:
     dataset = tables.get(Dataset, owner, dataset_id)
-    if dataset is None or not dataset.gone:
+    if dataset is None or not dataset.deleted:
         return True
     checked = (job for job in queue.active_of(owner) if not job.ended and job.status != "validating")
     if any(dataset_id in (job.dataset_id, job.validation_dataset_id) for job in checked):
@@ -277,7 +279,7 @@ def _delete_bytes(owner: str, dataset_id: str) -> bool:
 
 def is_being_checked(owner: str, dataset_id: str) -> bool:
     dataset = tables.get(Dataset, owner, dataset_id)
-    return dataset is not None and not dataset.gone and dataset.status in {"receiving", "checking"}
+    return dataset is not None and not dataset.deleted and dataset.status in {"receiving", "checking"}
 
 
 def small(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,8 +27,8 @@ LINKS = 64  # signed at once
 PUT_TOGETHER_S = 3600  # the longest that putting an upload's parts together takes
 
 
-def begin(owner: str, name: str, size: int, mark: str = "") -> Upload:
-    """A new upload, or the open one of the same file (by its mark, name and size). Raises Rejected, OverQuota."""
+def begin(owner: str, name: str, size: int, fingerprint: str = "") -> Upload:
+    """A new upload, or the open one of the same file (by its fingerprint, name and size). Raises Rejected, OverQuota."""
     limit = int(settings.JOBS["max_upload_bytes"])
     if size <= 0:
         raise Rejected("The file is empty. Choose one with a row for each example.")
@@ -36,12 +36,18 @@ def begin(owner: str, name: str, size: int, mark: str = "") -> Upload:
         raise Rejected(f"The file has {size:,} bytes; at most {limit:,} are taken. Split it.")
     mine = open_of(owner)
     for row in mine:
-        if mark and (row.mark, row.bytes, row.filename) == (mark, size, datasets.shown_name(name)):
+        if fingerprint and (row.fingerprint, row.bytes, row.filename) == (
+            fingerprint,
+            size,
+            datasets.shown_name(name),
+        ):
             return row
     if len(mine) >= MAX_OPEN:
         raise quotas.OverQuota(f"You have {MAX_OPEN} open uploads. End or forget one first.")
     quotas.check(owner, "datasets")
-    row = Upload(owner, new_id("upload"), filename=datasets.shown_name(name), bytes=size, mark=mark)
+    row = Upload(
+        owner, new_id("upload"), filename=datasets.shown_name(name), bytes=size, fingerprint=fingerprint
+    )
     row.expires_at, row.target = time.time() + LIFETIME_S, new_id("file")
     outbox.put("delete", owner, row.upload_id)  # the parts, also of an upload that nobody comes back to
     quotas.reserve(owner, row.upload_id, size)
@@ -162,9 +168,9 @@ def _received(row: Upload) -> Dataset:
             row.filename,
             int(row.bytes),
             lambda: blobs.finish_parts(_key(row), row.multipart),
-            mark=row.mark,
+            fingerprint=row.fingerprint,
         )
-    return datasets.receive(row.owner, row.filename, _bytes(row), mark=row.mark, reserved=True)
+    return datasets.receive(row.owner, row.filename, _bytes(row), fingerprint=row.fingerprint, reserved=True)
 
 
 def cancel(row: Upload) -> None:
@@ -187,13 +193,13 @@ def drop(row: Upload) -> None:
     quotas.unreserve(row.owner, row.upload_id)
 
 
-def known(owner: str, size: int, mark: str) -> Dataset | None:
-    """The same file, if this person has it already: by its sha256 where the mark is one, else by the mark itself."""
-    if not mark:
+def known(owner: str, size: int, fingerprint: str) -> Dataset | None:
+    """The same file, if this person has it already: by its sha256 where the fingerprint is one, else by the fingerprint itself."""
+    if not fingerprint:
         return None
-    kind, _, digest = mark.partition(":")
+    kind, _, digest = fingerprint.partition(":")
     for dataset in access.list_datasets(owner, 100):
-        same = dataset.sha256 == digest if kind == "sha256" else dataset.mark == mark
+        same = dataset.sha256 == digest if kind == "sha256" else dataset.fingerprint == fingerprint
         if same and dataset.bytes == size and dataset.status != "rejected":
             return dataset
     return None

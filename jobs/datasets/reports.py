@@ -28,11 +28,11 @@ LEAKS = "#leaks#"  # in the place of a base: what two datasets have in common
 
 def is_own(facts: Mapping[str, Any]) -> bool:
     """Does the dataset's own report count for this base?"""
-    return base_models.reads_as(facts) == catalog.STARTER
+    return base_models.tokenizer_family(facts) == catalog.STARTER
 
 
 def of(dataset_id: str, facts: Mapping[str, Any]) -> DatasetReport | None:
-    return tables.get(DatasetReport, dataset_id, base_models.reads_as(facts))
+    return tables.get(DatasetReport, dataset_id, base_models.tokenizer_family(facts))
 
 
 def all_of(dataset_id: str) -> list[DatasetReport]:
@@ -41,7 +41,7 @@ def all_of(dataset_id: str) -> list[DatasetReport]:
 
 def ask(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
     """The report, or the promise of one; asked again where it failed. Again is harmless."""
-    base = base_models.reads_as(facts)
+    base = base_models.tokenizer_family(facts)
     found = tables.get(DatasetReport, dataset.dataset_id, base)
     if found is not None and found.status != "failed":
         if found.status == "checking":
@@ -58,7 +58,7 @@ def ask(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
 
 def ask_row(dataset: Dataset, facts: Mapping[str, Any], line: int) -> DatasetReport:
     """The tokens of one row, as this base reads them. One row at a time: asking for another one lets the first go."""
-    place = row_place(base_models.reads_as(facts))
+    place = row_place(base_models.tokenizer_family(facts))
     found = tables.get(DatasetReport, dataset.dataset_id, place)
     if found is not None and found.facts.get("line") == line and found.status != "failed":
         return found
@@ -105,7 +105,7 @@ def summary_for(dataset: Dataset, facts: Mapping[str, Any]) -> tuple[dict[str, A
 def for_job(job: Job, dataset: Dataset) -> DatasetReport | None:
     """The report that the job waits for, asked for where nobody did; None where the dataset's own counts. One that failed
     is not asked for again: the training worker will say what is wrong with the base, or has it already."""
-    facts = job.base_facts or {"id": job.base}
+    facts = job.base_snapshot or {"id": job.base}
     if is_own(facts):
         return None
     found = of(dataset.dataset_id, facts)
@@ -120,7 +120,7 @@ def make(owner: str, id: str) -> bool:
     dataset = tables.get(Dataset, owner, dataset_id)
     if row is None or row.status != "checking":
         return True
-    if dataset is None or dataset.gone or dataset.status != "ready":
+    if dataset is None or dataset.deleted or dataset.status != "ready":
         tables.remove(DatasetReport, dataset_id, base)  # whoever waits for it asks again
         return True
     if base.startswith(LEAKS):
@@ -148,7 +148,7 @@ def make(owner: str, id: str) -> bool:
 def _find_leaks(dataset: Dataset, row: DatasetReport) -> bool:
     validation = tables.get(Dataset, dataset.owner, str(row.facts["validation"]))
     found = None
-    if validation is not None and not validation.gone and validation.status == "ready":
+    if validation is not None and not validation.deleted and validation.status == "ready":
         found = checks.leaks(dataset, validation)
     actions = [DatasetReport.status.set("ready" if found else "failed")]
     if found:

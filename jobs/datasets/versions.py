@@ -85,7 +85,7 @@ def _ids(source: Dataset, name: str, many: int) -> tuple[list[str], bool]:
         if found is None:
             continue
         there = [tables.get(Dataset, source.owner, id) for id in found.data]
-        if not any(one is not None and (one.gone or one.status == "rejected") for one in there):
+        if not any(one is not None and (one.deleted or one.status == "rejected") for one in there):
             return list(found.data), all(there)
         fresh = [Usage.data.set(mine), Usage.version.add(1)]
         if tables.update(row, fresh, Usage.version == found.version, lambda found: found.data == mine):
@@ -142,7 +142,7 @@ def make(dataset: Dataset) -> Dataset | None:
 def _made(dataset: Dataset, most: int) -> Dataset | None:
     origin = dict(dataset.origin)
     source = tables.get(Dataset, dataset.owner, str(origin["dataset_id"]))
-    if source is None or source.gone:
+    if source is None or source.deleted:
         raise blobs.Missing
     with sandbox.folder("fix-") as folder:
         path = folder / ("data" + PurePath(source.name).suffix.lower()[:10])

@@ -65,7 +65,7 @@ def append(claim: Lease, batch: Batch) -> None:
         batch.first_seq,
         last_seq=batch.last_seq,
         epoch=claim.epoch,
-        holder=claim.holder,
+        lease_owner=claim.lease_owner,
         lines=list(batch.lines),
     )
     free = HeartbeatChunk.job_id.does_not_exist() | (HeartbeatChunk.epoch < claim.epoch)
@@ -73,7 +73,9 @@ def append(claim: Lease, batch: Batch) -> None:
         put_if(
             chunk,
             free,
-            was_me=lambda found: found.holder == claim.holder and found.last_seq == batch.last_seq,
+            already_applied=lambda found: (
+                found.lease_owner == claim.lease_owner and found.last_seq == batch.last_seq
+            ),
         )
         is None
     ):

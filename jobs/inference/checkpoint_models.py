@@ -56,7 +56,7 @@ def _export(job: Job, checkpoint: dict[str, Any], place: Path) -> None:
             "--to",
             str(place),
             "--base",
-            str(base_models.folder(job.base, job.base_facts)),
+            str(base_models.folder(job.base, job.base_snapshot)),
         )
         child = child_process.start("export", *where)
         said, errors = child.process.communicate(timeout=EXPORT_S)

@@ -102,7 +102,7 @@ def record(job: Job) -> None:
     """Keep what a finished job took beside what the jobs before it made of it. Repeating it changes nothing.
 
     Only whole runs teach: ended well, and not tried twice."""
-    if job.status != "succeeded" or job.gone or job.attempts or job.epoch > 1:
+    if job.status != "succeeded" or job.deleted or job.attempts or job.epoch > 1:
         return
     if not (job.started_at and job.ended_at):
         return
@@ -141,7 +141,7 @@ def record(job: Job) -> None:
 
 def _counted(dataset: Dataset | None, job: Job) -> Summary | None:
     """With the tokenizer of the job's base."""
-    facts = job.base_facts or {"id": job.base}
+    facts = job.base_snapshot or {"id": job.base}
     found = Summary.from_dict(reports.summary_for(dataset, facts)[0] if dataset else {})
     return found if found.examples else None
 

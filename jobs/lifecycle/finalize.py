@@ -18,7 +18,7 @@ def after_end(owner: str, job_id: str) -> None:
         return
     if job.status == "void":
         tables.remove(JobIndex, f"all#{month_of(tables.time_of(job_id))}", job_id)
-    elif not job.gone:
+    elif not job.deleted:
         partition = f"{job.status}#{month_of(job.ended_at or job.created_at)}"
         JobIndex(partition, job_id, owner=owner, name=job.name, base=job.base).save()
     end_steps.run(job)
@@ -80,7 +80,7 @@ def _named(job: Job) -> tuple[str, ...]:
     folders = [str(c["key"]) for c in job.checkpoints]
     folders += [job.checkpoint_key] if job.checkpoint_key else []
     folders += tuned_models.folders_of(job)
-    if job.result and not job.gone:
+    if job.result and not job.deleted:
         folders.append(str(job.result.get("prefix") or ""))
     return tuple(folder.rstrip("/") + "/" for folder in folders if folder)
 
@@ -100,7 +100,12 @@ def delete_job(job: Job, *, with_model: bool) -> None:
     if with_model and job.model_id:
         outbox.put("delete", job.owner, job.model_id)
         tuned_models.bury(job.owner, job.model_id)
-    actions = [Job.gone.set(True), Job.version.add(1), Job.checkpoints.set([]), Job.checkpoint_key.remove()]
+    actions = [
+        Job.deleted.set(True),
+        Job.version.add(1),
+        Job.checkpoints.set([]),
+        Job.checkpoint_key.remove(),
+    ]
     tables.update(job, [*actions, Job.plan.remove(), Job.proof.remove()], Job.status.is_in(*sorted(ENDED)))
     outbox.ring("delete", job.owner, job.job_id)
 
@@ -108,7 +113,7 @@ def delete_job(job: Job, *, with_model: bool) -> None:
 @outbox.deletes("ftjob-")
 def _delete_job(owner: str, job_id: str) -> bool:
     job = tables.get(Job, owner, job_id)
-    if job is None or not job.gone:
+    if job is None or not job.deleted:
         return True  # the deletion broke off before it began
     kept = tuple(folder.rstrip("/") + "/" for folder in tuned_models.folders_of(job))
     for key in blobs.list_keys(f"jobs/{job_id}/"):

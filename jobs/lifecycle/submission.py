@@ -42,11 +42,11 @@ class JobRequest:
     api: Mapping[str, Any] | None = None  # what `/v1` was sent, to answer in the same words
     needs: Mapping[str, Any] = field(default_factory=dict)  # {"memory": bytes, "gpu": true}
     start_from: Mapping[str, Any] | None = None  # set by `retry`
-    base_facts: Mapping[str, Any] | None = None  # set by `retry`: the very base of the job it repeats
+    base_snapshot: Mapping[str, Any] | None = None  # set by `retry`: the very base of the job it repeats
 
     def hash(self) -> str:
         body = json.dumps(
-            {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "base_facts"},
+            {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "base_snapshot"},
             sort_keys=True,
             default=dict,
         )
@@ -87,15 +87,15 @@ def pin_base(owner: str, request: JobRequest) -> Mapping[str, Any]:
             "base",
             f"There is no model {request.base} to start from. Choose one of the list, or add it from the Hub.",
         ) from error
-    return request.base_facts or pinned
+    return request.base_snapshot or pinned
 
 
 def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset], slug: str) -> Job:
-    own = reports.is_own(request.base_facts or {"id": request.base})
+    own = reports.is_own(request.base_snapshot or {"id": request.base})
     ready = own and all(dataset.status == "ready" for dataset in datasets)
     parts = [
         "ft",
-        base_models.root_of(request.base_facts or {"id": request.base}),
+        base_models.root_of(request.base_snapshot or {"id": request.base}),
         slug or owner[-8:].lower(),
         request.suffix,
         job_id[-8:].lower(),
@@ -106,7 +106,7 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
         job_id,
         name=request.name or datasets[0].name,
         base=request.base,
-        base_facts=dict(request.base_facts) if request.base_facts else None,
+        base_snapshot=dict(request.base_snapshot) if request.base_snapshot else None,
         method=str(stored.get("method") or "full"),
         dataset_id=request.dataset_id,
         dataset_name=datasets[0].name,

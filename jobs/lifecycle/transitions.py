@@ -15,7 +15,7 @@ pause, cancel) is written by people only, and cancel is never taken back. On a j
 status it asks for. Every move out of running lands where `desired`, as seen, asks. Ends never change.
 
 A holder's writes show that the job is *mine*: running, of my epoch, and held by me. The epoch rises with each claim, so
-what an older holder still sends is refused. Leaving running removes the lease but keeps epoch and holder, so that "was
+what an older holder still sends is refused. Leaving running removes the lease but keeps epoch and lease_owner, so that "was
 it me?" can be answered after a lost reply. Everybody else's moves show status and version as seen; every write adds 1 to
 `version`. What follows from an end (model, notices, quota, lists) is `jobs.lifecycle.finalize`, made by anybody and safe to repeat.
 
@@ -76,7 +76,7 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
     minutes, and a later call with the same key takes a fresh id. Raises Refused, OverQuota, LostRace.
     """
     datasets = submission.check(owner, request)
-    request = replace(request, base_facts=submission.pin_base(owner, request))
+    request = replace(request, base_snapshot=submission.pin_base(owner, request))
     job_id = new_id("ftjob") if idempotency_key is None else _id_for(owner, request, idempotency_key)
     known = tables.get(Job, owner, job_id)
     if known and known.status == "void":
@@ -99,9 +99,9 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
         quotas.release(owner, "jobs", job_id)
         raise LostRace(TOO_SLOW)
     _news(accepted)
-    if accepted.status == "validating" and not reports.is_own(request.base_facts or {}):
+    if accepted.status == "validating" and not reports.is_own(request.base_snapshot or {}):
         if datasets[0].status == "ready":
-            reports.ask(datasets[0], request.base_facts or {})
+            reports.ask(datasets[0], request.base_snapshot or {})
         return validate(accepted) or accepted
     return accepted
 
@@ -176,7 +176,7 @@ def rename(owner: str, job_id: str, name: str) -> Job:
     job = access.get_job_for(owner, job_id)
     if not 0 < len(name) <= 200:
         raise Refused("name", "Give a name of 1 to 200 characters.")
-    moved = _move(job, [Job.name.set(name)], Job.gone == False)  # noqa: E712  an expression, no comparison
+    moved = _move(job, [Job.name.set(name)], Job.deleted == False)  # noqa: E712  an expression, no comparison
     if moved is None:
         raise access.NotFound(f"There is no job {job_id}.")
     partition = f"all#{month_of(job.created_at)}"
@@ -194,7 +194,7 @@ def edit(owner: str, job_id: str, request: JobRequest) -> Job:
     job = access.get_job_for(owner, job_id)
     if not can_edit(job):
         raise Refused("status", "The job has started. Clone it, and change the copy.")
-    request = replace(request, base=job.base, suffix=job.suffix, base_facts=job.base_facts)
+    request = replace(request, base=job.base, suffix=job.suffix, base_snapshot=job.base_snapshot)
     fresh = submission.new_job(owner, job_id, request, submission.check(owner, request), "")
     names = (
         "name", "method", "dataset_id", "dataset_name", "validation_dataset_id", "settings", "prompts", "seed", "metadata",
@@ -226,7 +226,7 @@ def retry(owner: str, job_id: str, *, slug: str = "") -> Job:
         raise Refused("status", "Only a job that failed or was cancelled can be tried again.")
     start = next((c for c in job.checkpoints if c["key"] == job.checkpoint_key), None)
     slug = slug or job.model_id.split(":")[2]
-    again = replace(clone_request(job), start_from=start, base_facts=job.base_facts)
+    again = replace(clone_request(job), start_from=start, base_snapshot=job.base_snapshot)
     return submit(owner, again, slug=slug)
 
 
@@ -262,12 +262,12 @@ def claim(job: Job, worker: WorkerInfo) -> Claim | None:
     """The right to run `job`, as it was seen queued; None when another was first."""
     if job.status != "queued" or job.desired != "run":
         return None
-    holder = f"{worker.process}/{secrets.token_hex(8)}"
+    lease_owner = f"{worker.process}/{secrets.token_hex(8)}"
     actions: list[Action] = [
         Job.status.set("running"),
         Job.phase.set("preparing"),
         Job.epoch.set(job.epoch + 1),
-        Job.holder.set(holder),
+        Job.lease_owner.set(lease_owner),
         Job.worker.set(worker.name),
         Job.lease.set(_new_lease()),
     ]
@@ -275,11 +275,11 @@ def claim(job: Job, worker: WorkerInfo) -> Claim | None:
         actions.append(Job.started_at.set(time.time()))
     condition = _as_seen(job) & (Job.desired == "run")
     # Without an answer we may hold the lease and not know it, so the question is put until it is answered.
-    moved = _insist(lambda: _move(job, actions, condition, lambda found: found.holder == holder))
+    moved = _insist(lambda: _move(job, actions, condition, lambda found: found.lease_owner == lease_owner))
     if moved is None or moved.status != "running":
         return None
     _news(moved)
-    return Claim(moved, int(moved.epoch), holder)
+    return Claim(moved, int(moved.epoch), lease_owner)
 
 
 Answer = TypeVar("Answer")
@@ -310,7 +310,7 @@ class Claim:
 
     job: Job
     epoch: int
-    holder: str
+    lease_owner: str
 
     @property
     def owner(self) -> str:
@@ -330,10 +330,13 @@ class Claim:
         return f"jobs/{self.job_id}/e{self.epoch}/"
 
     def is_mine(self, found: Job) -> bool:
-        return found.status == "running" and (found.epoch, found.holder) == (self.epoch, self.holder)
+        return found.status == "running" and (found.epoch, found.lease_owner) == (
+            self.epoch,
+            self.lease_owner,
+        )
 
     def _mine(self) -> Condition:
-        return (Job.status == "running") & (Job.epoch == self.epoch) & (Job.holder == self.holder)
+        return (Job.status == "running") & (Job.epoch == self.epoch) & (Job.lease_owner == self.lease_owner)
 
     def heartbeat(
         self,
@@ -453,7 +456,7 @@ class Claim:
                 self._mine() & (Job.desired == job.desired),
                 lambda found, status=status: (
                     found.status == status  # type: ignore[misc]  # bound for this round
-                    and (found.epoch, found.holder) == (self.epoch, self.holder)
+                    and (found.epoch, found.lease_owner) == (self.epoch, self.lease_owner)
                 ),
             )
             if moved:
@@ -548,7 +551,7 @@ def validate(job: Job) -> Job | None:
     refused or deleted."""
     for dataset_id in filter(None, (job.dataset_id, job.validation_dataset_id)):
         dataset = tables.get(Dataset, job.owner, dataset_id)
-        if dataset is None or dataset.gone:
+        if dataset is None or dataset.deleted:
             return _fail_unchecked(job, "dataset_deleted", "")
         if dataset.status == "rejected":
             return _fail_unchecked(job, "dataset_rejected", dataset.error)
@@ -579,9 +582,12 @@ def _fail_unchecked(job: Job, reason: str, message: str) -> Job | None:
 
 
 def _move(
-    job: Job, actions: list[Action], condition: Condition, was_me: Callable[[Job], bool] = lambda found: False
+    job: Job,
+    actions: list[Action],
+    condition: Condition,
+    already_applied: Callable[[Job], bool] = lambda found: False,
 ) -> Job | None:
-    return tables.update(job, [*actions, Job.version.add(1)], condition, was_me)
+    return tables.update(job, [*actions, Job.version.add(1)], condition, already_applied)
 
 
 def _as_seen(job: Job) -> Condition:

@@ -93,7 +93,7 @@ def set_email(owner: str, address: str) -> None:
 @step(30)
 def tell(job: Job) -> None:
     """Puts a delivery for each place its owner wants to be told at. Again is harmless."""
-    if job.status not in EVENTS or job.gone:
+    if job.status not in EVENTS or job.deleted:
         return
     event = f"fine_tuning.job.{job.status}"
     body = {"id": f"evt-{job.job_id}-{job.status}", "object": "event", "type": event}
@@ -311,7 +311,7 @@ def _allows_private() -> bool:
 
 def _mail(delivery: WebhookDelivery, address: str) -> tuple[bool, str, bool]:
     job = tables.get(Job, delivery.owner, delivery.job_id)
-    if job is None or job.gone:
+    if job is None or job.deleted:
         return False, "the job was deleted", True
     try:
         send_mail(_subject(job), _text(job), None, [address])

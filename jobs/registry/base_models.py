@@ -1,6 +1,6 @@
 """What a job can start from: the catalogue, tuned models of one's own, and models of the Hub that were checked and added.
 
-A job keeps what it starts from as it was then (`Job.base_facts`): the Hub's revision, or a tuned model's files with their
+A job keeps what it starts from as it was then (`Job.base_snapshot`): the Hub's revision, or a tuned model's files with their
 sha256. So every attempt starts from the same weights, and a model of the Hub can't change after its check.
 """
 
@@ -46,7 +46,7 @@ def find(owner: str, name: str) -> BaseModel | None:
 
 
 def of_job(job: Job) -> BaseModel | None:
-    return described(job.base_facts or {"id": job.base})
+    return described(job.base_snapshot or {"id": job.base})
 
 
 def described(facts: Mapping[str, Any]) -> BaseModel | None:
@@ -63,11 +63,11 @@ def root_of(facts: Mapping[str, Any]) -> str:
     return str(facts.get("root") or facts["id"])
 
 
-def reads_as(facts: Mapping[str, Any]) -> str:
+def tokenizer_family(facts: Mapping[str, Any]) -> str:
     """One name for all bases that read text alike (tokenizer, chat template, context): a tuned model reads as what it came
     from, and the sizes of GPT-2 read as one."""
-    if facts.get("reads_as"):
-        return str(facts["reads_as"])
+    if facts.get("tokenizer_family"):
+        return str(facts["tokenizer_family"])
     id = str(facts["id"])
     if id in {model.id for model in catalog.GPT2_FAMILY}:
         return "gpt2"
@@ -116,7 +116,7 @@ def add(owner: str, name: str) -> str:
 
 def _of_tuned(model: TunedModel) -> Facts | None:
     """A tuned model as a base. It has the shape of what it came from; None where that isn't known."""
-    before = dict(model.base_facts or {"id": model.base})
+    before = dict(model.base_snapshot or {"id": model.base})
     shape = described(before)
     if shape is None or not model.files:
         return None
@@ -126,7 +126,7 @@ def _of_tuned(model: TunedModel) -> Facts | None:
     )
     return own.as_dict() | {
         "root": root_of(before),
-        "reads_as": reads_as(before),
+        "tokenizer_family": tokenizer_family(before),
         "prefix": model.prefix,
         "files": list(model.files),
     }

@@ -29,7 +29,7 @@ ALIAS = re.compile(r"ft:[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")  # what OpenAI calls
 @step(10)
 def create_from(job: Job) -> None:
     """The row of the model that a succeeded job made, if none is there (also no tombstone of it)."""
-    if job.status != "succeeded" or job.gone:
+    if job.status != "succeeded" or job.deleted:
         return
     result = dict(job.result or {})
     files = [{name: entry[name] for name in ("name", "bytes", "sha256")} for entry in result.get("files", [])]
@@ -39,7 +39,7 @@ def create_from(job: Job) -> None:
         job_id=job.job_id,
         name=job.name,
         base=job.base,
-        base_facts=job.base_facts,
+        base_snapshot=job.base_snapshot,
         method=job.method,
         step=int(result.get("step") or 0),
         epoch=int(result.get("epoch") or job.epoch),
@@ -65,14 +65,14 @@ def delete(owner: str, model_id: str) -> None:
 
 def bury(owner: str, model_id: str) -> None:
     """A tombstone, also where no model is: a late writer puts none any more."""
-    TunedModel(owner, model_id).update(actions=[TunedModel.gone.set(True), TunedModel.files.set([])])
+    TunedModel(owner, model_id).update(actions=[TunedModel.deleted.set(True), TunedModel.files.set([])])
 
 
 @outbox.deletes("ft:")
 def delete_bytes(owner: str, model_id: str) -> bool:
     """False while a job that starts from the model may still have to fetch its files."""
     model = tables.get(TunedModel, owner, model_id)
-    if model and model.gone and model.prefix:
+    if model and model.deleted and model.prefix:
         if _is_a_base(model):
             return False
         blobs.delete_prefix(model.prefix.rstrip("/") + "/")
@@ -82,7 +82,7 @@ def delete_bytes(owner: str, model_id: str) -> bool:
 def folders_of(job: Job) -> list[str]:
     """Folders of the job's objects that its model still needs."""
     model = tables.get(TunedModel, job.owner, job.model_id) if job.model_id else None
-    return [model.prefix] if model and (not model.gone or _is_a_base(model)) else []
+    return [model.prefix] if model and (not model.deleted or _is_a_base(model)) else []
 
 
 def _is_a_base(model: TunedModel) -> bool:
@@ -108,7 +108,7 @@ def set_aliases(owner: str, model_id: str, aliases: list[str]) -> TunedModel:
         taken = named(owner, name)
         if taken is not None and taken.model_id != model_id:
             raise BadAlias(f"{name} already means {taken.model_id}. Take it away there first.")
-    kept = tables.update(model, [TunedModel.aliases.set(wanted)], TunedModel.gone == False)  # noqa: E712  an expression
+    kept = tables.update(model, [TunedModel.aliases.set(wanted)], TunedModel.deleted == False)  # noqa: E712  an expression
     if kept is None:
         raise access.NotFound(f"There is no model {model_id}.")
     return kept

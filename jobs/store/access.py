@@ -44,7 +44,7 @@ class Page(Generic[Row]):
 
 
 def get_dataset_for(owner: str, dataset_id: str) -> Dataset:
-    return _get(Dataset, owner, dataset_id, lambda row: not row.gone, "dataset")
+    return _get(Dataset, owner, dataset_id, lambda row: not row.deleted, "dataset")
 
 
 def get_job_for(owner: str, job_id: str) -> Job:
@@ -52,15 +52,15 @@ def get_job_for(owner: str, job_id: str) -> Job:
 
 
 def get_model_for(owner: str, model_id: str) -> TunedModel:
-    return _get(TunedModel, owner, model_id, lambda row: not row.gone, "model")
+    return _get(TunedModel, owner, model_id, lambda row: not row.deleted, "model")
 
 
 def list_datasets(
     owner: str, limit: int = 20, after: str | None = None, *, purpose: str | None = None
 ) -> Page[Dataset]:
     if purpose is not None:
-        return _search(Dataset, owner, limit, after, Dataset.purpose == purpose, lambda row: not row.gone)
-    return _list(Dataset, owner, limit, after, lambda row: not row.gone)
+        return _search(Dataset, owner, limit, after, Dataset.purpose == purpose, lambda row: not row.deleted)
+    return _list(Dataset, owner, limit, after, lambda row: not row.deleted)
 
 
 def list_oldest_datasets(
@@ -68,7 +68,7 @@ def list_oldest_datasets(
 ) -> Page[Dataset]:
     """The other way round: oldest first."""
     rows = tables.rows(Dataset, owner, Dataset.dataset_id > after if after is not None else None)
-    shown = (row for row in rows if not row.gone and purpose in (None, row.purpose))
+    shown = (row for row in rows if not row.deleted and purpose in (None, row.purpose))
     found = list(islice(shown, limit + 1))
     return Page(found[:limit], len(found) > limit)
 
@@ -103,7 +103,7 @@ def list_jobs(
 
 def list_models(owner: str, limit: int = 20, after: str | None = None) -> Page[TunedModel]:
     """A model's id begins with its base, not with a time, so all of the owner's are read (the quota bounds them)."""
-    models = [row for row in tables.rows(TunedModel, owner) if not row.gone]
+    models = [row for row in tables.rows(TunedModel, owner) if not row.deleted]
     models.sort(key=lambda row: (row.created_at, row.model_id), reverse=True)
     start = next((i + 1 for i, row in enumerate(models) if row.model_id == after), 0)
     return Page(models[start : start + limit], len(models) > start + limit)
@@ -111,7 +111,7 @@ def list_models(owner: str, limit: int = 20, after: str | None = None) -> Page[T
 
 def is_shown(job: Job) -> bool:
     """Deleted jobs are tombstones, and a void one never came to be."""
-    return not job.gone and job.status != "void"
+    return not job.deleted and job.status != "void"
 
 
 def _get(table: type[Row], owner: str, id: str, shown: Callable[[Row], bool], word: str) -> Row:

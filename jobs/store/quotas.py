@@ -84,7 +84,7 @@ def note_checkpoints(job: Job) -> None:
     """Notes what a job's checkpoints hold, in a row of its own: reading whole jobs to add up would cost a megabyte for
     every hundred. Again is harmless, and so is an old sight of the job: a newer one stays."""
     own = [entry for entry in job.checkpoints if str(entry["key"]).startswith(f"jobs/{job.job_id}/")]
-    size = 0 if job.gone else sum(int(entry.get("bytes") or 0) for entry in own)
+    size = 0 if job.deleted else sum(int(entry.get("bytes") or 0) for entry in own)
     note = Usage(job.owner, CHECKPOINTS + job.job_id, data={"bytes": size}, version=job.version)
     tables.put_if(note, Usage.version.does_not_exist() | (Usage.version < job.version), lambda found: True)
 
@@ -129,18 +129,18 @@ def _set_aside(owner: str) -> tuple[Usage | None, dict[str, int]]:
 
 
 def _write_aside(
-    owner: str, row: Usage | None, kept: dict[str, int], was_me: Callable[[Usage], bool]
+    owner: str, row: Usage | None, kept: dict[str, int], already_applied: Callable[[Usage], bool]
 ) -> Usage | None:
     """None when somebody else was first."""
     if row is None:
-        return tables.put_new(Usage(owner, "bytes", data=kept, version=1), was_me)
+        return tables.put_new(Usage(owner, "bytes", data=kept, version=1), already_applied)
     actions = [Usage.data.set(kept), Usage.version.add(1)]
-    return tables.update(row, actions, Usage.version == row.version, was_me)
+    return tables.update(row, actions, Usage.version == row.version, already_applied)
 
 
 def _sizes(table: type[Dataset] | type[TunedModel], owner: str) -> list[int]:
     found = table.query(owner, consistent_read=True, attributes_to_get=["bytes", "gone"])
-    return [int(row.bytes or 0) for row in found if not row.gone]
+    return [int(row.bytes or 0) for row in found if not row.deleted]
 
 
 def audit(owner: str, what: str, is_over: Callable[[str], bool]) -> None:

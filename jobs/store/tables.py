@@ -4,7 +4,7 @@ One item is one unit of consistency. There are no transactions, no secondary ind
 row is a table with a key made for it. Deleted rows stay as tombstones (`gone`), so that nothing brings them back.
 
 A reply can be lost although the write was applied, and the client then sends it again and is refused by its own write.
-So every conditional write here takes `was_me`, which looks at the row and says whether it already holds what we wanted.
+So every conditional write here takes `already_applied`, which looks at the row and says whether it already holds what we wanted.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Table(Model):
         return table
 
 
-class Where:
+class ConnectionMeta:
     """The settings of the connection; each table's `Meta` adds its name."""
 
     region = settings.AWS_REGION
@@ -134,7 +134,7 @@ def reads(counter: Counter[str]) -> int:
 class Dataset(Table):
     """An uploaded file and its report. Status: receiving → checking → ready | rejected."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("Dataset")
 
     owner = UnicodeAttribute(hash_key=True)
@@ -145,7 +145,7 @@ class Dataset(Table):
     status = UnicodeAttribute(default="receiving")
     bytes = NumberAttribute(default=0)
     sha256 = UnicodeAttribute(default="")  # of what came straight into the bucket: from its check on
-    mark = UnicodeAttribute(default="")  # as its upload had it
+    fingerprint = UnicodeAttribute(attr_name="mark", default="")  # as its upload had it
     key = UnicodeAttribute(default="")  # of the object
     summary: JSONAttribute = JSONAttribute(null=True)  # of the report
     report_key = UnicodeAttribute(default="")  # object that holds the full report as JSON
@@ -155,7 +155,7 @@ class Dataset(Table):
     error = UnicodeAttribute(default="")  # why rejected, for a person
     created_at = NumberAttribute(default=time.time)
     expires_at = NumberAttribute(null=True)
-    gone = BooleanAttribute(default=False)
+    deleted = BooleanAttribute(attr_name="gone", default=False)
 
     @property
     def id(self) -> str:
@@ -165,7 +165,7 @@ class Dataset(Table):
 class DatasetReport(Table):
     """What a dataset is to a base with another tokenizer than the starter's: see jobs/datasets/reports.py."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("DatasetReport")
 
     dataset_id = UnicodeAttribute(hash_key=True)
@@ -187,8 +187,8 @@ class _JobAttributes(Table):
     # What was asked for
     name = UnicodeAttribute(default="")
     base = UnicodeAttribute(default="")
-    base_facts: JSONAttribute = JSONAttribute(
-        null=True
+    base_snapshot: JSONAttribute = JSONAttribute(
+        attr_name="base_facts", null=True
     )  # of what it starts from, as it was then: jobs/registry/base_models.py
     method = UnicodeAttribute(default="full")
     dataset_id = UnicodeAttribute(default="")
@@ -214,7 +214,9 @@ class _JobAttributes(Table):
     desired = UnicodeAttribute(default="run")  # run, pause, cancel
     version = NumberAttribute(default=0)
     epoch = NumberAttribute(default=0)  # fencing number of the lease
-    holder = UnicodeAttribute(default="")  # process start + nonce of who holds or held the lease
+    lease_owner = UnicodeAttribute(
+        attr_name="holder", default=""
+    )  # process start + nonce of who holds or held the lease
     worker = UnicodeAttribute(default="")  # its name, for people
     lease = UnicodeAttribute(null=True)  # changes with each heartbeat; absent unless running
     attempts = NumberAttribute(default=0)
@@ -240,7 +242,7 @@ class _JobAttributes(Table):
     created_at = NumberAttribute(default=time.time)
     started_at = NumberAttribute(null=True)
     ended_at = NumberAttribute(null=True)
-    gone = BooleanAttribute(default=False)
+    deleted = BooleanAttribute(attr_name="gone", default=False)
 
     @property
     def id(self) -> str:
@@ -254,14 +256,14 @@ class _JobAttributes(Table):
 class Job(_JobAttributes):
     """One requested fine-tune. Times are for people only: no decision hangs on another machine's clock."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("Job")
 
 
 class HeartbeatJob(_JobAttributes):
     """The same rows, written impatiently: a heartbeat is one try of 3 s, and the next one comes soon."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("Job")
         connect_timeout_seconds = settings.JOBS["heartbeat_timeout_s"]
         read_timeout_seconds = settings.JOBS["heartbeat_timeout_s"]
@@ -272,7 +274,7 @@ class JobIndex(Table):
     """Lists of jobs. `active#<shard>`: not ended. `all#2026-11` and `<end status>#2026-11`: for oversight.
     `work`: other unfinished work (`check#…`, `deliver#…`, `delete#…`), put before it and removed after it."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("JobIndex")
 
     partition = UnicodeAttribute(hash_key=True)
@@ -288,21 +290,21 @@ class _ChunkAttributes(Table):
     first_seq = NumberAttribute(range_key=True)
     last_seq = NumberAttribute()
     epoch = NumberAttribute()
-    holder = UnicodeAttribute()
+    lease_owner = UnicodeAttribute(attr_name="holder")
     lines: JSONAttribute = JSONAttribute(default=list)
 
 
 class EventChunk(_ChunkAttributes):
     """Up to 100 events or 64 KB of one attempt: `lines` are JSON texts numbered first_seq … last_seq."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("EventChunk")
 
 
 class HeartbeatChunk(_ChunkAttributes):
     """The same rows, written as impatiently as the heartbeat that follows: the lease must not wait for them."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("EventChunk")
         connect_timeout_seconds = settings.JOBS["heartbeat_timeout_s"]
         read_timeout_seconds = settings.JOBS["heartbeat_timeout_s"]
@@ -312,7 +314,7 @@ class HeartbeatChunk(_ChunkAttributes):
 class TunedModel(Table):
     """Trained weights that a person owns."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("TunedModel")
 
     owner = UnicodeAttribute(hash_key=True)
@@ -320,7 +322,7 @@ class TunedModel(Table):
     job_id = UnicodeAttribute(default="")
     name = UnicodeAttribute(default="")
     base = UnicodeAttribute(default="")  # what it was tuned from: maybe another tuned model
-    base_facts: JSONAttribute = JSONAttribute(null=True)  # the job's
+    base_snapshot: JSONAttribute = JSONAttribute(attr_name="base_facts", null=True)  # the job's
     method = UnicodeAttribute(default="full")
     step = NumberAttribute(default=0)
     epoch = NumberAttribute(default=0)
@@ -332,7 +334,7 @@ class TunedModel(Table):
     fidelity: JSONAttribute = JSONAttribute(null=True)
     aliases: JSONAttribute = JSONAttribute(default=list)
     created_at = NumberAttribute(default=time.time)
-    gone = BooleanAttribute(default=False)
+    deleted = BooleanAttribute(attr_name="gone", default=False)
 
     @property
     def id(self) -> str:
@@ -342,7 +344,7 @@ class TunedModel(Table):
 class HubModel(Table):
     """A model of the Hugging Face Hub that a person added, as it was when it was checked."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("HubModel")
 
     owner = UnicodeAttribute(hash_key=True)
@@ -355,7 +357,7 @@ class Usage(Table):
     """Conditional sets behind quotas (`jobs`, `datasets`), bytes by job (`checkpoints#<job>`), and `idem#<key>` rows that
     make a submission one."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("Usage")
 
     owner = UnicodeAttribute(hash_key=True)
@@ -371,7 +373,7 @@ class Usage(Table):
 class Worker(Table):
     """What a worker has and does, for people; when last heard is by its own clock."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("Worker")
 
     kind = UnicodeAttribute(hash_key=True)  # training, checks, notifications, inference
@@ -385,7 +387,7 @@ class Worker(Table):
 class Upload(Table):
     """A file that comes in parts, through `/v1/uploads` or from a page (jobs/datasets/multipart.py: those have a target)."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("Upload")
 
     owner = UnicodeAttribute(hash_key=True)
@@ -399,7 +401,9 @@ class Upload(Table):
     dataset_id = UnicodeAttribute(default="")  # what became of it
     keep_s = NumberAttribute(null=True)  # how long the file is to be kept
     target = UnicodeAttribute(default="")  # the dataset it will be
-    mark = UnicodeAttribute(default="")  # tells the same file again: `sha256:…`, or made of samples of it
+    fingerprint = UnicodeAttribute(
+        attr_name="mark", default=""
+    )  # tells the same file again: `sha256:…`, or made of samples of it
     multipart = UnicodeAttribute(default="")  # S3's name for it, where the parts go there
     created_at = NumberAttribute(default=time.time)
     expires_at = NumberAttribute(default=lambda: time.time() + 3600)
@@ -408,7 +412,7 @@ class Upload(Table):
 class WebhookEndpoint(Table):
     """Where a person wants to be told: webhooks, and the mail address under the id `email`."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("WebhookEndpoint")
 
     owner = UnicodeAttribute(hash_key=True)
@@ -425,7 +429,7 @@ class WebhookEndpoint(Table):
 class WebhookDelivery(Table):
     """One notice to one place. A sender moves `tries` n → n + 1, then posts."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("WebhookDelivery")
 
     owner = UnicodeAttribute(hash_key=True)
@@ -443,7 +447,7 @@ class WebhookDelivery(Table):
 class EstimateRecord(Table):
     """What was predicted and what it took, to correct later estimates on the same kind of machine."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("EstimateRecord")
 
     kind = UnicodeAttribute(hash_key=True)
@@ -454,7 +458,7 @@ class EstimateRecord(Table):
 class Audit(Table):
     """Who did what, by month."""
 
-    class Meta(Where):
+    class Meta(ConnectionMeta):
         table_name = _name("Audit")
 
     month = UnicodeAttribute(hash_key=True)
@@ -501,24 +505,24 @@ def get(table: type[Row], hash_key: Any, range_key: Any) -> Row | None:
         return None
 
 
-def put_new(row: Row, was_me: Callable[[Row], bool] = lambda found: True) -> Row | None:
-    """Puts the row if none is there. Returns it, or the row that was there if `was_me` says that it's ours, or None."""
-    return _put(row, _hash_key(type(row)).does_not_exist(), was_me)
+def put_new(row: Row, already_applied: Callable[[Row], bool] = lambda found: True) -> Row | None:
+    """Puts the row if none is there. Returns it, or the row that was there if `already_applied` says that it's ours, or None."""
+    return _put(row, _hash_key(type(row)).does_not_exist(), already_applied)
 
 
-def put_if(row: Row, condition: Condition, was_me: Callable[[Row], bool]) -> Row | None:
+def put_if(row: Row, condition: Condition, already_applied: Callable[[Row], bool]) -> Row | None:
     """Puts the row where the condition holds for the one there. Returns as `put_new` does."""
-    return _put(row, condition, was_me)
+    return _put(row, condition, already_applied)
 
 
-def _put(row: Row, condition: Condition, was_me: Callable[[Row], bool]) -> Row | None:
+def _put(row: Row, condition: Condition, already_applied: Callable[[Row], bool]) -> Row | None:
     try:
         row.save(condition=condition)
     except PutError as error:
         if not refused(error):
             raise
         found = get(type(row), *keys_of(row))
-        return found if found is not None and was_me(found) else None
+        return found if found is not None and already_applied(found) else None
     return row
 
 
@@ -526,9 +530,9 @@ def update(
     row: Row,
     actions: Iterable[Action],
     condition: Condition,
-    was_me: Callable[[Row], bool] = lambda found: False,
+    already_applied: Callable[[Row], bool] = lambda found: False,
 ) -> Row | None:
-    """Updates where the condition holds. Returns the row as it then is, also when `was_me` finds that an earlier send
+    """Updates where the condition holds. Returns the row as it then is, also when `already_applied` finds that an earlier send
     of the same write was applied; None if somebody else was first. `row` itself stays as it was read."""
     fresh = type(row)(*keys_of(row))
     try:
@@ -537,7 +541,7 @@ def update(
         if not refused(error):
             raise
         found = get(type(row), *keys_of(row))
-        return found if found is not None and was_me(found) else None
+        return found if found is not None and already_applied(found) else None
     return fresh
 
 

@@ -24,19 +24,19 @@ def _refused(message: str) -> JsonResponse:
 @for_people
 @require_POST
 def begin(request: HttpRequest) -> HttpResponse:
-    """`name`, `bytes` and `mark` of a file. Says where it is already (unless `again`), or which parts are there."""
-    name, mark = request.POST.get("name", ""), request.POST.get("mark", "")[:100]
+    """`name`, `bytes` and `fingerprint` of a file. Says where it is already (unless `again`), or which parts are there."""
+    name, fingerprint = request.POST.get("name", ""), request.POST.get("mark", "")[:100]
     size = whole_number(request.POST.get("bytes", ""), 10**15)
     if size is None:
         return _refused("Choose a file to upload.")
     owner = owner_of(request)
-    if not request.POST.get("again") and (same := multipart.known(owner, size, mark)):
+    if not request.POST.get("again") and (same := multipart.known(owner, size, fingerprint)):
         address = reverse("jobs:dataset", args=[same.dataset_id])
         return JsonResponse(
             {"same": {"url": address, "name": same.name, "when": strip_tags(when(same.created_at))}}
         )
     try:
-        row = multipart.begin(owner, name, size, mark)
+        row = multipart.begin(owner, name, size, fingerprint)
     except (Rejected, OverQuota) as error:
         return _refused(str(error))
     return JsonResponse(

@@ -39,7 +39,7 @@ def prepare(job: Job, folder: Path, gone_on: Callable[[], None]) -> Prepared:
     """Fetches everything. `gone_on` is called between files and may raise to stop. Raises Failure for what is the user's
     fault, OSError and the storage's errors for what may work the next time."""
     config: dict[str, Any] = {
-        "base": str(base_models.folder(job.base, job.base_facts)),
+        "base": str(base_models.folder(job.base, job.base_snapshot)),
         "work_dir": str(folder / "work"),
         "settings": dict(job.settings or {}),
         "prompts": list(job.prompts or []),
@@ -77,7 +77,7 @@ def prepare(job: Job, folder: Path, gone_on: Callable[[], None]) -> Prepared:
 def _expected(job: Job, dataset: Dataset) -> dict[str, int]:
     """What the report counted and the trainer must see too. With another tokenizer or another length there are other
     tokens, and long texts are cut into other parts."""
-    summary, exact = reports.summary_for(dataset, job.base_facts or {"id": job.base})
+    summary, exact = reports.summary_for(dataset, job.base_snapshot or {"id": job.base})
     as_reported = exact and not (job.settings or {}).get("sequence_length")
     names = ("examples", "tokens") if as_reported else () if summary.get("kind") == "text" else ("examples",)
     return {name: int(summary[name]) for name in names if summary.get(name)}

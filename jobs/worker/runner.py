@@ -40,7 +40,7 @@ SAID_AFTER = 0.25  # of the limit while training: from then on the page says tha
 
 
 def run(claim: Claim, stop: threading.Event | None = None) -> None:
-    """Runs the claimed job until it ends, is paused or cancelled, is lost to another holder, or `stop` is set (then it
+    """Runs the claimed job until it ends, is paused or cancelled, is lost to another lease_owner, or `stop` is set (then it
     is given back within 30 s). Must be called from the main thread: the trainer dies with the thread that starts it.
     Never raises for anything that happens to the job; what it can't write down, the reconciler finds."""
     failpoints.passing("claimed")

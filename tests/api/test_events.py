@@ -39,7 +39,7 @@ def put_job(person: Person, status: str, **fields: Any) -> tables.Job:
     for name, value in fields.items():
         setattr(job, name, value)
     lines = [json.dumps(line | {"time": 1_700_000_000 + number}) for number, line in enumerate(LINES)]
-    tables.EventChunk(job.job_id, 1, last_seq=len(LINES), epoch=1, holder="h", lines=lines).save()
+    tables.EventChunk(job.job_id, 1, last_seq=len(LINES), epoch=1, lease_owner="h", lines=lines).save()
     job.save()
     return job
 
@@ -184,7 +184,7 @@ def test_a_checkpoint_written_at_the_last_step_is_listed_once(people: dict[str, 
 def test_a_deleted_model_is_no_checkpoint_any_more(people: dict[str, Person]):
     alice = people["alice"]
     job = put_job(alice, "succeeded", result={"step": 4})
-    tables.TunedModel(alice.owner, job.model_id, gone=True).save()
+    tables.TunedModel(alice.owner, job.model_id, deleted=True).save()
     found = get(alice, f"/{job.job_id}/checkpoints")["data"]
     assert [c["step_number"] for c in found] == [1]
     running = put_job(alice, "running", ended_at=None)

@@ -9,7 +9,6 @@ from typing import Any
 
 import openai
 import pytest
-from training.text.tokenizer import Tokenizer
 
 from jobs.api import parameters, schemas
 from jobs.registry import tuned_models
@@ -17,6 +16,7 @@ from jobs.store import blobs, tables
 from jobs.store.tables import TunedModel
 from tests.api.conftest import Person
 from tests.services import ROOT
+from training.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 STARTER = ROOT / "training/starter/model"

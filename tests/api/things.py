@@ -30,7 +30,7 @@ def put_things(alice: Person) -> dict[str, str]:
         owner, file_id, name=CANARY, status="ready", key=key, bytes=len(rows()), sha256="0" * 64
     ).save()
     model_id = f"ft:starter:alice:{CANARY}:{job_id[-8:].lower()}"
-    chunk = tables.EventChunk(job_id, 1, last_seq=1, epoch=1, holder="h")
+    chunk = tables.EventChunk(job_id, 1, last_seq=1, epoch=1, lease_owner="h")
     chunk.lines = ['{"t": "log", "level": "info", "message": "' + CANARY + '", "time": 1}']
     chunk.save()
     job = tables.Job(

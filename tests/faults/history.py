@@ -68,9 +68,9 @@ class Recorder:
     def see(self, job: Any) -> None:
         before = self._seen.get(job.job_id)
         self._seen[job.job_id] = job
-        if job.epoch and job.holder:
-            holder = self._holders.setdefault((job.job_id, int(job.epoch)), job.holder)
-            if holder != job.holder:
+        if job.epoch and job.lease_owner:
+            lease_owner = self._holders.setdefault((job.job_id, int(job.epoch)), job.lease_owner)
+            if lease_owner != job.lease_owner:
                 self.found.append(f"{job.job_id}: two holders of epoch {job.epoch}")
         if before is None:
             return
@@ -153,7 +153,7 @@ def _chunks(job: Any) -> list[str]:
             found.append(f"chunk {chunk.first_seq} follows event {expected - 1}")
         if chunk.epoch < epoch:
             found.append(f"chunk {chunk.first_seq} is of an older epoch than the one before it")
-        if holders.setdefault(chunk.epoch, chunk.holder) != chunk.holder:
+        if holders.setdefault(chunk.epoch, chunk.lease_owner) != chunk.lease_owner:
             found.append(f"two holders wrote chunks of epoch {chunk.epoch}")
         expected, epoch = chunk.last_seq + 1, chunk.epoch
     if expected != job.last_seq + 1:

@@ -236,7 +236,9 @@ def submit(dataset_id: str, owner: str = OWNER, **settings: Any) -> str:
     HubModel(
         owner, TINY, facts=facts
     ).save()  # as if it had been checked, and the data read with its tokenizer
-    DatasetReport(dataset_id, base_models.reads_as(facts), owner=owner, facts=facts, status="ready").save()
+    DatasetReport(
+        dataset_id, base_models.tokenizer_family(facts), owner=owner, facts=facts, status="ready"
+    ).save()
     request = transitions.JobRequest(base=TINY, dataset_id=dataset_id, settings=SETTINGS | settings)
     return str(transitions.submit(owner, request).job_id)
 

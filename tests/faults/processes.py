@@ -33,7 +33,7 @@ def _killed(stage: Stage, rounds: int, *, whole_worker: bool) -> Measured:
             job = h.job_of(job_id)
             if job.status != "running" or (job.progress or {}).get("step", 0) < steps[job_id]:
                 continue
-            name = stage.holder(job)
+            name = stage.lease_owner(job)
             trainers = h.trainers_of(stage.house.workers[name].pid)
             began[job_id] = time.monotonic()
             if whole_worker:
@@ -92,7 +92,7 @@ def terminated_slowly(stage: Stage, rounds: int = 1) -> Measured:
     measured = Measured()
     stage.only(2)
     job_id = stage.submit()
-    name = stage.holder(h.wait_step(job_id, stage.moment() // 2))
+    name = stage.lease_owner(h.wait_step(job_id, stage.moment() // 2))
     for pid in h.trainers_of(stage.house.workers[name].pid):
         os.kill(pid, signal.SIGSTOP)
     began = time.monotonic()
@@ -109,7 +109,7 @@ def worker_frozen(stage: Stage, rounds: int = 1) -> Measured:
     jobs = {stage.submit(): stage.moment() // 2 for _ in names}
     frozen: dict[str, str] = {}
     for job_id, step in sorted(jobs.items(), key=lambda entry: entry[1]):
-        frozen[job_id] = stage.holder(h.wait_step(job_id, step))
+        frozen[job_id] = stage.lease_owner(h.wait_step(job_id, step))
         stage.house.workers[frozen[job_id]].send_signal(signal.SIGSTOP)
     began = time.monotonic()
     trainers = [pid for name in names for pid in h.trainers_of(stage.house.workers[name].pid)]
@@ -137,7 +137,7 @@ def _of_epoch_1(job_id: str) -> list[object]:
 
     job = h.job_of(job_id)
     return [
-        (chunk.first_seq, chunk.last_seq, chunk.holder)
+        (chunk.first_seq, chunk.last_seq, chunk.lease_owner)
         for chunk in rows(EventChunk, job_id)
         if chunk.epoch == 1 and chunk.first_seq <= job.last_seq
     ]
@@ -151,7 +151,9 @@ def clocks_differ(stage: Stage, rounds: int = 1) -> Measured:
     for name, shift_s in (("ahead", 7200), ("behind", -7200)):
         stage.house.start_worker(name, shift_s=shift_s)
     jobs = [stage.submit() for _ in range(3)]
-    holders = {stage.holder(h.wait_until(job_id, lambda job: job.status == "running")) for job_id in jobs}
+    holders = {
+        stage.lease_owner(h.wait_until(job_id, lambda job: job.status == "running")) for job_id in jobs
+    }
     measured.worst("workers with a job", len(holders))
     began = time.monotonic()
     for job_id in jobs:

@@ -163,8 +163,8 @@ def claim(rng: random.Random) -> list[str]:
     wrong, job = list[str](), queued()
     mine = lose(some(rng), lambda: transitions.claim(now(job), WORKER), wrong)
     row = now(job)
-    holder = mine.holder if mine else "the one who claimed it"
-    return expect(wrong, row, status="running", epoch=1, holder=holder, version=1, attempts=0)
+    lease_owner = mine.lease_owner if mine else "the one who claimed it"
+    return expect(wrong, row, status="running", epoch=1, lease_owner=lease_owner, version=1, attempts=0)
 
 
 def heartbeat(rng: random.Random) -> list[str]:

@@ -121,7 +121,7 @@ def checkpoint_damaged(stage: Stage, rounds: int = 1) -> Measured:
     stage.only(1)
     job_id = stage.submit()
     job = h.wait_until(job_id, lambda job: len(job.checkpoints or []) >= 2 or job.ended)
-    name = stage.holder(job)
+    name = stage.lease_owner(job)
     stage.house.kill(name)
     job = h.job_of(job_id)
     path = blobs.local_path(f"{job.checkpoint_key}/weights.safetensors")

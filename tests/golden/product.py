@@ -11,7 +11,7 @@ from accounts.api_keys import _digest as api_key_digest
 from jobs.lifecycle.submission import JobRequest
 from jobs.notifications import webhooks
 from jobs.registry import hub_models
-from jobs.registry.base_models import reads_as as tokenizer_family
+from jobs.registry.base_models import tokenizer_family as tokenizer_family
 from jobs.store import outbox, queue, tables
 from jobs.store.blobs import _SALT as LINK_SALT
 from jobs.store.blobs import read_link

@@ -47,7 +47,7 @@ def test_keys_derived_from_ids_stay_derived_in_the_same_way():
         {"id": "starter"},
         {"id": "gpt2-large"},
         {"id": "Qwen/Qwen2.5-0.5B", "revision": "0123456789abcdef0123456789abcdef01234567"},
-        {"id": "ft:starter:ada:x:01234567", "reads_as": "starter", "root": "starter"},
+        {"id": "ft:starter:ada:x:01234567", "tokenizer_family": "starter", "root": "starter"},
     ]
     compare(
         "derived",

@@ -24,8 +24,8 @@ REAL = {
 
 def holder_may_write_after_leaving(sim: Any) -> list[Patch]:
     """ "mine" without the status: epoch and holder stay after the end."""
-    same = lambda self, found: (found.epoch, found.holder) == (self.epoch, self.holder)  # noqa: E731
-    mine = lambda self: (Job.epoch == self.epoch) & (Job.holder == self.holder)  # noqa: E731
+    same = lambda self, found: (found.epoch, found.lease_owner) == (self.epoch, self.lease_owner)  # noqa: E731
+    mine = lambda self: (Job.epoch == self.epoch) & (Job.lease_owner == self.lease_owner)  # noqa: E731
     return [(Claim, "is_mine", same), (Claim, "_mine", mine)]
 
 
@@ -47,18 +47,18 @@ def claim_ignores_what_was_seen(sim: Any) -> list[Patch]:
 def replies_are_believed(sim: Any) -> list[Patch]:
     """A failed condition is taken at its word: nobody asks "was it me?"."""
 
-    def update(row: Any, actions: Any, condition: Any, was_me: Any = None) -> Any:
+    def update(row: Any, actions: Any, condition: Any, already_applied: Any = None) -> Any:
         return REAL["update"](row, actions, condition)
 
     return [(tables, "update", update)]
 
 
 def chunks_overwrite(sim: Any) -> list[Patch]:
-    """Any holder, also a former one, puts its chunk over what is there."""
+    """Any lease_owner, also a former one, puts its chunk over what is there."""
 
     def append(claim: Claim, batch: Any) -> None:
         EventChunk(
-            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, holder=claim.holder,
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, lease_owner=claim.lease_owner,
             lines=list(batch.lines),
         ).save()  # fmt: skip
 
@@ -70,7 +70,7 @@ def chunks_are_put_once(sim: Any) -> list[Patch]:
 
     def append(claim: Claim, batch: Any) -> None:
         chunk = EventChunk(
-            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, holder=claim.holder,
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, lease_owner=claim.lease_owner,
             lines=list(batch.lines),
         )  # fmt: skip
         tables.put_new(chunk)
@@ -84,11 +84,11 @@ def batches_change_between_sends(sim: Any) -> list[Patch]:
 
     def append(claim: Claim, batch: Any) -> None:
         chunk = EventChunk(
-            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, holder=claim.holder,
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, lease_owner=claim.lease_owner,
             lines=list(batch.lines),
         )  # fmt: skip
         free = EventChunk.job_id.does_not_exist() | (EventChunk.epoch < claim.epoch)
-        if tables.put_if(chunk, free, lambda found: found.holder == claim.holder) is None:
+        if tables.put_if(chunk, free, lambda found: found.lease_owner == claim.lease_owner) is None:
             raise transitions.LostRace
 
     return [(event_log, "append", append)]
@@ -127,8 +127,8 @@ def wishes_only_wait_for_a_holder(sim: Any) -> list[Patch]:
 def paused_is_an_end(sim: Any) -> list[Patch]:
     """A paused job leaves the list of active ones."""
 
-    def move(job: Job, actions: Any, condition: Any, was_me: Any = lambda found: False) -> Any:
-        moved = REAL["move"](job, actions, condition, was_me)
+    def move(job: Job, actions: Any, condition: Any, already_applied: Any = lambda found: False) -> Any:
+        moved = REAL["move"](job, actions, condition, already_applied)
         if moved and moved.status == "paused":
             tables.remove(JobIndex, queue.shard(job.job_id), job.job_id)
         return moved
@@ -241,8 +241,8 @@ def the_list_is_cleared_first(sim: Any) -> list[Patch]:
 def jobs_are_listed_after_they_are_made(sim: Any) -> list[Patch]:
     """The row of the job first, its place in the list second."""
 
-    def put_new(row: Any, was_me: Any = lambda found: True) -> Any:
-        made = REAL_PUT_NEW(row, was_me)
+    def put_new(row: Any, already_applied: Any = lambda found: True) -> Any:
+        made = REAL_PUT_NEW(row, already_applied)
         if isinstance(row, Job) and made:
             JobIndex(queue.shard(row.job_id), row.job_id, owner=row.owner).save()
         return made

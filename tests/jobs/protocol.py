@@ -196,18 +196,18 @@ class Sim:
         if actor is None:
             return REAL_CALL(connection, operation, kwargs)
         table = kwargs.get("TableName", "").rpartition("-")[2]
-        holder = actor.claim.holder if actor.claim else None
+        lease_owner = actor.claim.lease_owner if actor.claim else None
 
         def perform() -> Any:
             answer = REAL_CALL(connection, operation, kwargs)
             if operation not in READS:
-                self.applied(operation, table, kwargs, answer, holder)
+                self.applied(operation, table, kwargs, answer, lease_owner)
             return answer
 
         return self.gate("r" if operation in READS else "w", f"{operation} {table}", perform)
 
     def applied(
-        self, operation: str, table: str, kwargs: dict[str, Any], answer: Any, holder: str | None
+        self, operation: str, table: str, kwargs: dict[str, Any], answer: Any, lease_owner: str | None
     ) -> None:
         rows = self.rows.setdefault(table, {})
         item = kwargs.get("Item") or answer.get("Attributes") or kwargs["Key"]
@@ -226,16 +226,18 @@ class Sim:
         else:
             rows[key] = values
         if table == "Job" and before and values:
-            self._job_moved(key[1], before, values, holder)
+            self._job_moved(key[1], before, values, lease_owner)
         if table in ("Job", "JobIndex", "TunedModel"):
             self._check_references()
 
-    def _job_moved(self, job_id: str, old: dict[str, Any], new: dict[str, Any], holder: str | None) -> None:
+    def _job_moved(
+        self, job_id: str, old: dict[str, Any], new: dict[str, Any], lease_owner: str | None
+    ) -> None:
         if old["status"] in ENDED:
             for name in ("status", "result", "last_seq"):
                 if old.get(name) != new.get(name):
                     raise Violation(f"I2 an end changed: {name} {old.get(name)} → {new.get(name)}")
-        if holder and self.holders.get(job_id) != holder:
+        if lease_owner and self.holders.get(job_id) != lease_owner:
             raise Violation(
                 f"I1 a write of one who isn't the holder was accepted ({old['status']} → {new['status']})"
             )
@@ -314,7 +316,7 @@ class Sim:
         pointer = claim.job.checkpoint_key
         if pointer:
             there = self.gate("r", "read the checkpoint", lambda: self.has_bytes(str(pointer)))
-            if not there and self.holders.get(claim.job_id) == claim.holder:
+            if not there and self.holders.get(claim.job_id) == claim.lease_owner:
                 raise Violation("I10 the checkpoint to go on from is gone")
             if not there:
                 return

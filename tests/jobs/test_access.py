@@ -48,7 +48,7 @@ def test_a_page_costs_one_read():
 
 def test_deleted_and_void_jobs_are_left_out_at_a_bounded_cost():
     owner = make_owner()
-    make_jobs(owner, 30, gone=True)
+    make_jobs(owner, 30, deleted=True)
     tables.put_new(Job(owner, "ftjob-0", status="queued"))
     with tables.counted() as calls:
         assert [job.job_id for job in access.list_jobs(owner, 20)] == ["ftjob-0"]

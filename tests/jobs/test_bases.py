@@ -26,7 +26,9 @@ def add(owner: str, **facts: object) -> None:
 def make_job_from_hub(owner: str) -> Job:
     """Of data that was read with its tokenizer already."""
     dataset_id = make_dataset(owner).dataset_id
-    DatasetReport(dataset_id, base_models.reads_as(FACTS), owner=owner, status="ready", summary={}).save()
+    DatasetReport(
+        dataset_id, base_models.tokenizer_family(FACTS), owner=owner, status="ready", summary={}
+    ).save()
     return make_job(owner, base="people/tiny", dataset_id=dataset_id)
 
 
@@ -53,10 +55,10 @@ def test_a_model_that_was_added_is_pinned_to_the_revision_that_was_checked():
     add(owner)
     job = make_job_from_hub(owner)
     add(owner, revision="1" * 40)
-    assert read(job).base_facts["revision"] == "0" * 40
+    assert read(job).base_snapshot["revision"] == "0" * 40
     claim = make_claim(job)
     claim.finish("failed", "bad_data")
-    assert transitions.retry(owner, job.job_id).base_facts["revision"] == "0" * 40
+    assert transitions.retry(owner, job.job_id).base_snapshot["revision"] == "0" * 40
 
 
 def test_what_the_operator_no_longer_allows_is_no_base(settings):
@@ -163,11 +165,11 @@ def test_a_damaged_base_is_never_trained_from(tmp_path):
     blobs.put_file(blobs.join(parent.prefix, "config.json"), iter([b"[]"]))  # of the right size
     job = make_job(owner, base=parent.model_id)
     with pytest.raises(blobs.Damaged):
-        base_models.folder(job.base, job.base_facts)
+        base_models.folder(job.base, job.base_snapshot)
 
 
 def test_a_base_whose_files_are_gone_ends_the_job_with_a_reason():
     owner = make_owner()
     job = make_job(owner, base=make_model(owner).model_id)
     with pytest.raises(Failure, match="was deleted"):
-        base_models.folder(job.base, job.base_facts)
+        base_models.folder(job.base, job.base_snapshot)

@@ -134,7 +134,7 @@ def test_a_late_check_does_not_bring_a_deleted_one_back():
     dataset = receive()
     datasets.delete(dataset.owner, dataset.dataset_id)
     assert datasets.finish_check(dataset.owner, dataset.dataset_id, "ready") is None
-    assert tables.get(Dataset, dataset.owner, dataset.dataset_id).gone
+    assert tables.get(Dataset, dataset.owner, dataset.dataset_id).deleted
 
 
 def test_a_giant_summary_does_not_stand_in_the_row():

@@ -76,7 +76,7 @@ def test_recording_a_job_twice_counts_it_once() -> None:
         {"attempts": 1},
         {"epoch": 2},
         {"started_at": None},
-        {"base": "somebody/else", "base_facts": None},
+        {"base": "somebody/else", "base_snapshot": None},
     ],
 )
 def test_only_whole_runs_teach(fields: dict[str, object]) -> None:

@@ -67,13 +67,13 @@ def test_a_zombie_neither_overwrites_nor_shows_events():
     zombie = make_claim()
     tell(zombie, "before")
     transitions.requeue(transitions.lose_lease(read(zombie.job)))
-    holder = transitions.claim(read(zombie.job), WORKER)
-    tell(holder, "mine")
+    next_one = transitions.claim(read(zombie.job), WORKER)
+    tell(next_one, "mine")
     with pytest.raises(LostRace):
         event_log.append(zombie, Batch(2, ('{"t": "log", "message": "zombie"}',)))
     with pytest.raises(LostRace):
         zombie.heartbeat({}, {}, 2, 2)
-    assert messages(event_log.read(holder.owner, holder.job_id)) == ["before", "mine"]
+    assert messages(event_log.read(next_one.owner, next_one.job_id)) == ["before", "mine"]
 
 
 def test_a_later_holder_replaces_what_an_earlier_one_never_showed():

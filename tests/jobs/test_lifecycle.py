@@ -252,7 +252,7 @@ def test_a_success_makes_a_model_and_clears_the_lists():
     claim = make_claim()
     assert claim.finish("succeeded", result=result(claim)) == "succeeded"
     job = read(claim.job)
-    assert (job.status, job.lease, job.holder) == ("succeeded", None, claim.holder)
+    assert (job.status, job.lease, job.lease_owner) == ("succeeded", None, claim.lease_owner)
     assert is_listed(job)
     for _ in range(2):
         transitions.after_end(job.owner, job.job_id)
@@ -479,7 +479,7 @@ def test_a_deleted_job_stays_away():
     for get in (access.get_job_for, access.get_model_for):
         with pytest.raises(access.NotFound):
             get(claim.owner, claim.job_id if get is access.get_job_for else claim.job.model_id)
-    assert tables.get(TunedModel, claim.owner, claim.job.model_id).gone
+    assert tables.get(TunedModel, claim.owner, claim.job.model_id).deleted
 
 
 def test_bob_finds_nothing_of_alices():

@@ -56,13 +56,17 @@ def submit(owner: str, dataset: Dataset, facts: dict[str, Any], **asked: Any):
 
 
 def errand(dataset: Dataset, facts: dict[str, Any]) -> str:
-    return f"{dataset.dataset_id}@{base_models.reads_as(facts)}"
+    return f"{dataset.dataset_id}@{base_models.tokenizer_family(facts)}"
 
 
 def test_bases_that_read_alike_share_a_report():
-    assert base_models.reads_as({"id": "gpt2-xl"}) == base_models.reads_as({"id": "distilgpt2"}) == "gpt2"
+    assert (
+        base_models.tokenizer_family({"id": "gpt2-xl"})
+        == base_models.tokenizer_family({"id": "distilgpt2"})
+        == "gpt2"
+    )
     assert reports.is_own({"id": "starter"})
-    assert reports.is_own({"id": "ft:starter:a::b", "reads_as": "starter"})
+    assert reports.is_own({"id": "ft:starter:a::b", "tokenizer_family": "starter"})
     assert not reports.is_own({"id": "gpt2"})
 
 
@@ -139,7 +143,7 @@ def test_the_trainer_sees_what_was_counted_or_does_not_start(tiny):
     assert read(job).status == "succeeded", read(job).message
 
     wrong = counted | {"tokens": counted["tokens"] + 1}
-    DatasetReport(dataset.dataset_id, base_models.reads_as(tiny)).update(
+    DatasetReport(dataset.dataset_id, base_models.tokenizer_family(tiny)).update(
         actions=[DatasetReport.summary.set(wrong)]
     )
     claim = again(submit(owner, dataset, tiny, max_steps=2))

@@ -94,7 +94,7 @@ def grow(job: Job, lines: list[dict[str, Any]]) -> None:
         first,
         last_seq=first + len(lines) - 1,
         epoch=1,
-        holder="x",
+        lease_owner="x",
         lines=[json.dumps(line) for line in lines],
     ).save()
     job.update(actions=[Job.last_seq.set(first + len(lines) - 1), Job.version.add(1)])

@@ -173,7 +173,7 @@ def test_a_model_of_the_hub_is_checked_added_and_chosen(
     assert re.search(r'name="epochs" value="7"', text)  # nothing of the form is lost
     assert "Added from the Hub" in alices.get(NEW).content.decode()
     assert post(alices, NEW, dataset, base="people/tiny").status_code == 302
-    assert access.list_jobs(alice.owner_id).rows[0].base_facts["revision"] == COMMIT
+    assert access.list_jobs(alice.owner_id).rows[0].base_snapshot["revision"] == COMMIT
 
 
 def test_a_hub_id_may_be_typed_and_started_at_once(
@@ -211,7 +211,7 @@ def test_ones_own_model_can_be_the_base_and_nobody_elses(
     assert post(alices, NEW, dataset, base=mine.model_id).status_code == 302
     job = access.list_jobs(alice.owner_id).rows[0]
     assert job.base == mine.model_id
-    child = make_model(alice.owner_id, name="Child", base=mine.model_id, base_facts=job.base_facts)
+    child = make_model(alice.owner_id, name="Child", base=mine.model_id, base_snapshot=job.base_snapshot)
     page = alices.get(reverse("jobs:model", args=[child.model_id])).content.decode()
     assert re.search(rf'href="{re.escape(reverse("jobs:model", args=[mine.model_id]))}">Mine</a>', page)
     assert "Tune it further" in page
