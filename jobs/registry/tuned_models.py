@@ -27,10 +27,13 @@ ALIAS = re.compile(r"ft:[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")  # what OpenAI calls
 
 
 @step(10)
+def create_if_succeeded(job: Job) -> None:
+    if job.status == "succeeded" and not job.deleted:
+        create_from(job)
+
+
 def create_from(job: Job) -> None:
     """The row of the model that a succeeded job made, if none is there (also no tombstone of it)."""
-    if job.status != "succeeded" or job.deleted:
-        return
     result = dict(job.result or {})
     files = [{name: entry[name] for name in ("name", "bytes", "sha256")} for entry in result.get("files", [])]
     model = TunedModel(
