@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import resource
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -156,6 +158,49 @@ async def test_who_leaves_frees_the_place_and_who_comes_too_late_is_told_when_to
         paused()
         answers = await asyncio.gather(*asked)
     assert len(answers) == generation_queue.MAX_WAITING_OF_ONE
+
+
+async def test_a_web_holds_more_connections_than_its_system_allows_at_first(
+    generating: Any, people: dict[str, Person], paused: Callable[[], None]
+):
+    """Each chat that waits holds two; many systems begin with 1,024 files for a process."""
+    from tests.conftest import Studio
+    from tests.services import free_port
+
+    other = Studio(f"http://localhost:{free_port()}", generating.folder / "few")
+    other.folder.mkdir(exist_ok=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (120, hard))  # what it starts inherits this
+    try:
+        process = other.start("web", *web_argv(other.url))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        await until(lambda: answers(other.url) or process.poll() is not None)
+        async with many(other.url, people["alice"]) as client:
+            asked = [
+                asyncio.create_task(
+                    client.chat.completions.create(model="starter", messages=ASK, max_tokens=1)
+                )
+                for _ in range(60)
+            ]
+            await until(lambda: waiting(people["alice"]) == len(asked))
+            paused()
+            assert len(await asyncio.gather(*asked)) == 60
+    finally:
+        other.stop()
+
+
+def web_argv(url: str) -> list[str]:
+    port = url.rsplit(":", 1)[1]
+    return ["uvicorn", "llmtuner.asgi:application", "--host", "127.0.0.1", "--port", port]
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(OSError):
+        urllib.request.urlopen(f"{url}/healthz", timeout=2)
+        return True
+    return False
 
 
 async def test_two_webs_and_two_workers_share_one_queue(generating: Any, people: dict[str, Person]):

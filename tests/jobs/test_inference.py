@@ -194,6 +194,40 @@ async def test_a_gap_in_an_answer_is_an_error_and_not_a_shorter_text(paused):
     generation_queue.end(owner, taken.rid, 1)
 
 
+async def test_whoever_died_in_the_queue_holds_no_place_in_it(paused, monkeypatch):
+    monkeypatch.setattr(generation_queue, "MAX_WAITING_OF_ONE", 2)
+    owner = make_owner()
+    client = bells.own_client()
+    for rid in ("first", "second"):
+        await generation_queue.enter(client, owner, rid, "{}", "", 2)
+    with pytest.raises(generation_queue.Full):
+        await generation_queue.enter(client, owner, "third", "{}", "", 2)
+    await client.delete("reading:first")  # as it goes when its reader was killed
+    await generation_queue.enter(client, owner, "third", "{}", "", 2)
+    taken = [generation_queue.take(3) for _ in range(3)]
+    assert [one and one.rid for one in taken] == ["second", "third", None]
+    for one in taken[:2]:
+        generation_queue.end(owner, one.rid, 1)
+        await generation_queue.leave(client, owner, one.rid)
+    await client.aclose()
+
+
+async def test_the_queue_is_bounded_in_bytes_too(paused, monkeypatch):
+    monkeypatch.setattr(generation_queue, "MAX_BYTES_OF_ONE", 100)
+    alice, bob = make_owner(), make_owner()
+    client = bells.own_client()
+    await generation_queue.enter(client, alice, "a1", "x" * 60, "", 2)
+    with pytest.raises(generation_queue.Full) as full:
+        await generation_queue.enter(client, alice, "a2", "x" * 60, "", 2)
+    assert full.value.whose == "yours"
+    monkeypatch.setattr(generation_queue, "MAX_BYTES", 100)
+    with pytest.raises(generation_queue.Full) as full:
+        await generation_queue.enter(client, bob, "b1", "x" * 60, "", 2)
+    assert full.value.whose == "full"
+    await generation_queue.leave(client, alice, "a1")
+    await client.aclose()
+
+
 async def test_a_dead_server_is_started_again(worker):
     stream = generation.stream(make_owner(), GenerateRequest("starter", prompt="A", max_tokens=200))
     await anext(stream)
