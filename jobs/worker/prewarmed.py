@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +81,4 @@ def folder_lock(folder: Path) -> Iterator[bool]:
         except OSError:
             yield False
         else:
-            file.write(f"{os.getpid()} {time.time():.0f}\n")
-            file.flush()
             yield True

@@ -197,7 +197,7 @@ async def test_a_gap_in_an_answer_is_an_error_and_not_a_shorter_text(paused):
 async def test_whoever_died_in_the_queue_holds_no_place_in_it(paused, monkeypatch):
     monkeypatch.setattr(generation_queue, "MAX_WAITING_OF_ONE", 2)
     owner = make_owner()
-    client = bells.own_client()
+    client = redis_client.own_client()
     for rid in ("first", "second"):
         await generation_queue.enter(client, owner, rid, "{}", "", 2)
     with pytest.raises(generation_queue.Full):
@@ -215,7 +215,7 @@ async def test_whoever_died_in_the_queue_holds_no_place_in_it(paused, monkeypatc
 async def test_the_queue_is_bounded_in_bytes_too(paused, monkeypatch):
     monkeypatch.setattr(generation_queue, "MAX_BYTES_OF_ONE", 100)
     alice, bob = make_owner(), make_owner()
-    client = bells.own_client()
+    client = redis_client.own_client()
     await generation_queue.enter(client, alice, "a1", "x" * 60, "", 2)
     with pytest.raises(generation_queue.Full) as full:
         await generation_queue.enter(client, alice, "a2", "x" * 60, "", 2)

@@ -19,7 +19,8 @@ from jobs.events import event_log
 from jobs.lifecycle import transitions
 from jobs.registry import tuned_models
 from jobs.store import blobs, quotas, tables
-from jobs.worker import prewarmed, runner
+from jobs.store.tables import new_id
+from jobs.worker import prewarmed, runner, worker_process
 from tests import services
 from tests.jobs.makers import WORKER, make_owner, read
 
@@ -297,15 +298,21 @@ def test_a_full_disk_has_its_own_reason_and_spends_no_attempt():
     assert job.message == "The worker's disk is full."
 
 
-def test_a_disk_too_full_for_a_work_folder_is_told_at_once(monkeypatch):
-    """Not a lost worker half a minute later."""
+def test_a_work_folder_that_cannot_be_made_is_told_at_once(monkeypatch):
+    """Not as a worker that was lost, half a minute later."""
     claim = claim_one()
-    lock = runner.prepare.work_folder(claim.job_id, 1) / ".lock"
-    lock.parent.mkdir(parents=True)
-    lock.symlink_to("/dev/full")
+    monkeypatch.setattr(settings, "WORK_DIR", "/sys")  # where not even root makes a folder
     runner.run(claim)
     job = read(claim.job)
-    assert (job.status, job.attempts, job.reason) == ("retrying", 0, "disk_full")
+    assert (job.status, job.attempts, job.reason) == ("retrying", 0, "not_writable")
+
+
+def test_a_full_disk_does_not_keep_a_worker_from_clearing_it():
+    left = runner.prepare.work_folder(new_id("ftjob"), 1)
+    left.mkdir(parents=True)
+    (left / ".lock").symlink_to("/dev/full")
+    worker_process.clear_leftovers()
+    assert not left.exists()
 
 
 def test_an_object_storage_that_is_away_spends_no_attempt(monkeypatch):
