@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -32,6 +33,14 @@ def chromium(django_db_setup: None) -> Iterator[Any]:
         browser.close()
 
 
+def until(page: Any, is_so: Callable[[], Any]) -> None:
+    """Waits until it is so, while the page goes on."""
+    deadline = time.monotonic() + 120
+    while not is_so():
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(50)
+
+
 @pytest.fixture
 def complaints() -> list[str]:
     """What the browser's console says that it should not: errors, also those of the content security policy."""
@@ -45,7 +54,7 @@ def is_complaint(message: Any) -> bool:
 @pytest.fixture
 def page(chromium: Any, web: Any, transactional_db: None, complaints: list[str]) -> Iterator[Any]:
     context = chromium.new_context(base_url=web.url, accept_downloads=True)
-    context.set_default_timeout(30_000)
+    context.set_default_timeout(120_000)
     page = context.new_page()
     page.on("console", lambda m: complaints.append(m.text) if is_complaint(m) else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))

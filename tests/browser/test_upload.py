@@ -9,6 +9,7 @@ import pytest
 
 from jobs.datasets import multipart
 from jobs.store import access, blobs
+from tests.browser.conftest import until
 
 pytestmark = pytest.mark.browser
 LINE = b'{"prompt": "colour of: lemon", "completion": "yellow"}\n'
@@ -54,7 +55,7 @@ def test_it_goes_on_after_a_broken_connection_and_a_closed_page(
     page.goto("/datasets/")
     page.set_input_files("input[type=file]", large)
     page.get_by_text("The connection broke. Trying again").wait_for()
-    page.wait_for_timeout(500)
+    until(page, lambda: sorted(parts.have(parts.open_of(owner)[0])) == [1, 2])
     page.once("dialog", lambda dialog: dialog.accept())
     page.goto("/datasets/")
     page.get_by_text("Not all here yet").wait_for()
@@ -74,11 +75,10 @@ def test_stop_keeps_nothing(page: Any, owner: str, large: Path, complaints: list
     page.route("**/parts/*/", lambda route: held.append(route))
     page.goto("/datasets/")
     page.set_input_files("input[type=file]", large)
-    page.wait_for_timeout(800)
+    until(page, lambda: held)
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("Stopped. Nothing was kept.").wait_for()
-    page.wait_for_timeout(300)
-    assert not multipart.open_of(owner)
+    until(page, lambda: not multipart.open_of(owner))
     assert not len(access.list_datasets(owner))
     complaints.clear()
 

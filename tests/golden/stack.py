@@ -44,6 +44,10 @@ class Stack:
             "VAR_DIR": str(folder / "var"),
             "WEB_PORT": str(web),
             "DYNAMODB_ENDPOINT": f"http://127.0.0.1:{dynamodb}",
+            "DYNAMODB_SECRET": services.DYNAMODB_SECRET,
+            # The first release has no DYNAMODB_SECRET and signs with these (two_versions.py).
+            "AWS_ACCESS_KEY_ID": "local",
+            "AWS_SECRET_ACCESS_KEY": services.DYNAMODB_SECRET,
             "REDIS_URL": f"redis://:{services.REDIS_PASSWORD}@127.0.0.1:{redis}/0",
             "PUBLIC_URL": self.url,
             "LLMTUNER_ENV": "test",
@@ -278,7 +282,7 @@ def dynamodb_rows(port: int, region: str = "us-east-1") -> dict[str, dict[str, A
         endpoint_url=f"http://127.0.0.1:{port}",
         region_name=region,
         aws_access_key_id="local",
-        aws_secret_access_key="local",
+        aws_secret_access_key=services.DYNAMODB_SECRET,
     )
     found = {}
     for name in client.list_tables()["TableNames"]:
