@@ -55,7 +55,7 @@ def test_it_goes_on_after_a_broken_connection_and_a_closed_page(
     page.goto("/datasets/")
     page.set_input_files("input[type=file]", large)
     page.get_by_text("The connection broke. Trying again").wait_for()
-    until(page, lambda: sorted(parts.have(parts.open_of(owner)[0])) == [1, 2])
+    until(page, lambda: sorted(multipart.have(multipart.open_of(owner)[0])) == [1, 2])
     page.once("dialog", lambda dialog: dialog.accept())
     page.goto("/datasets/")
     page.get_by_text("Not all here yet").wait_for()

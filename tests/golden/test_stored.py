@@ -21,7 +21,7 @@ from tests.golden.shapes import lines, mask, shape
 from tests.golden.stack import Person, Receiver, RedisMonitor, Stack, dynamodb_rows, receiver, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-QUEUES = ("checks", "training", "inference")
+QUEUES = ("checks", "notifications", "training", "inference")
 Tables = dict[str, dict[str, Any]]
 
 
