@@ -8,7 +8,9 @@ from allauth.socialaccount.models import SocialAccount, SocialApp, SocialToken
 from allauth.usersessions.models import UserSession
 from django.contrib import admin
 from django.contrib.auth.models import Group
+from django.db.models import QuerySet
 from django.http import HttpRequest
+from django.utils import timezone
 
 from accounts.models import ApiKey, User
 
@@ -69,7 +71,13 @@ class ApiKeyAdmin(admin.ModelAdmin):
     )
     search_fields = ("user__email", "prefix")
     fields = ("name", "user", "prefix", "scopes", "created_at", "last_used_at", "expires_at", "revoked_at")
-    readonly_fields = ("name", "user", "prefix", "scopes", "created_at", "last_used_at", "expires_at")
+    readonly_fields = fields  # revoking is for ever, so it is an action and no field
+    actions = ("revoke",)
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
+
+    @admin.action(description="Revoke the chosen keys", permissions=["change"])
+    def revoke(self, request: HttpRequest, queryset: QuerySet[ApiKey]) -> None:
+        count = queryset.filter(revoked_at=None).update(revoked_at=timezone.now())
+        self.message_user(request, f"Revoked: {count}.")

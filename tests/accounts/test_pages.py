@@ -8,6 +8,7 @@ import pytest
 from django.contrib.auth.models import Permission
 from django.test import Client
 
+from accounts import api_keys
 from accounts.models import User
 from tests.accounts.conftest import sign_in
 from tests.factories import make_user
@@ -200,3 +201,16 @@ def test_pages_are_served_without_a_thread_of_their_own():
     from django.utils.module_loading import import_string
 
     assert all(import_string(name).async_capable for name in settings.MIDDLEWARE)
+
+
+def test_staff_revoke_a_key_and_cannot_bring_it_back(alice: User, sam: User):
+    key, secret = api_keys.create(alice, "stolen", ["read"])
+    page = Client()
+    sign_in(page, sam)
+    page.post(
+        "/admin/accounts/apikey/", {"action": "revoke", "_selected_action": [key.pk], "index": 0}, follow=True
+    )
+    assert api_keys.verify(secret) is None
+    change = {"name": "x", "revoked_at_0": "", "revoked_at_1": "", "_save": "Save"}
+    page.post(f"/admin/accounts/apikey/{key.pk}/change/", change, follow=True)
+    assert api_keys.verify(secret) is None
