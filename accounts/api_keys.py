@@ -104,7 +104,9 @@ def page(request: HttpRequest) -> HttpResponse:
             days = str(form["days"])
             expires_at = timezone.now() + timedelta(days=int(days)) if days else None
             _, secret = create(request.user, str(form["name"]), list(form["scopes"]), expires_at)
-    keys = ApiKey.objects.filter(user=request.user).order_by("-created_at")[: MAX_KEYS * 2]
+    own = ApiKey.objects.filter(user=request.user).order_by("-created_at")
+    living = own.alive()
+    keys = [*living, *own.exclude(pk__in=living)[:MAX_KEYS]]
     context = {
         "keys": keys,
         "secret": secret,
@@ -125,7 +127,7 @@ def _errors(user: User, form: dict[str, Any]) -> dict[str, str]:
         errors["scopes"] = "Choose at least one thing the key may do."
     if form["days"] not in LIFETIMES:
         errors["days"] = "Choose how long the key lives."
-    if sum(key.alive for key in ApiKey.objects.filter(user=user)) >= MAX_KEYS:
+    if ApiKey.objects.filter(user=user).alive().count() >= MAX_KEYS:
         errors["name"] = f"You have {MAX_KEYS} living keys. Revoke one you no longer use first."
     return errors
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from django.contrib.auth.models import AbstractUser, BaseUserManager
 from django.db import models
+from django.db.models import Q
 from django.utils import timezone
 from django.utils.text import slugify
 
@@ -51,14 +52,13 @@ class User(AbstractUser):
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         if not self.slug:
-            self.slug = self._free_slug()
+            self.slug = self._new_slug()
         super().save(*args, **kwargs)
 
-    def _free_slug(self) -> str:
+    def _new_slug(self) -> str:
+        """Random at its end for everybody: were it so only where the name is taken, it would tell who has an account."""
         name = slugify(self.email.partition("@")[0])[:24].strip("-_") or "user"
-        if User.objects.filter(slug=name).exists():
-            name = f"{name}-{secrets.token_hex(3)}"
-        return name
+        return f"{name}-{secrets.token_hex(3)}"
 
     def __str__(self) -> str:
         return self.email
@@ -86,6 +86,12 @@ class User(AbstractUser):
         return (parts[0][:2] if parts else "?").upper()
 
 
+class ApiKeyQuerySet(models.QuerySet["ApiKey"]):
+    def alive(self) -> ApiKeyQuerySet:
+        now = timezone.now()
+        return self.filter(Q(expires_at=None) | Q(expires_at__gt=now), revoked_at=None)
+
+
 class ApiKey(models.Model):
     """A key for `/v1`. The key itself is shown once and never stored; see accounts/api_keys.py."""
 
@@ -98,6 +104,8 @@ class ApiKey(models.Model):
     last_used_at = models.DateTimeField(null=True)
     expires_at = models.DateTimeField(null=True)
     revoked_at = models.DateTimeField(null=True)
+
+    objects = ApiKeyQuerySet.as_manager()
 
     class Meta:
         verbose_name = "API key"

@@ -55,7 +55,7 @@ def _rows(user: User) -> list[Row]:
     kinds = set(Authenticator.objects.filter(user=user).values_list("type", flat=True))
     names = [name for kind, name in _FACTORS.items() if kind in kinds]
     devices = len(UserSession.objects.purge_and_list(user))
-    keys = sum(key.alive for key in ApiKey.objects.filter(user=user))
+    keys = ApiKey.objects.filter(user=user).alive().count()
     has_password = user.has_usable_password()
     password = "account_change_password" if has_password else "account_set_password"
     rows = [

@@ -18,6 +18,7 @@ from jobs.notifications import webhooks
 from jobs.store import tables
 from jobs.store.tables import WebhookEndpoint
 from tests.accounts.conftest import is_signed_in, sign_in
+from tests.accounts.test_sign_in import change_address
 from tests.factories import PASSWORD
 
 FIREFOX = "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0"
@@ -78,12 +79,6 @@ def test_bob_cannot_sign_out_alices_device(alice: User, bob: User, page: Client)
     device = UserSession.objects.get(user=alice)
     assert page.post(f"/account/devices/{device.pk}/sign-out/").status_code == 404
     assert is_signed_in(theirs)
-
-
-def change_address(page: Client, to: str):
-    """Asked for, and allowed after the password was typed once more."""
-    asked = page.post("/accounts/email/", {"email": to, "action_add": ""})
-    return page.post(asked.headers["Location"], {"password": PASSWORD, "next": "/accounts/email/"})
 
 
 def test_an_address_is_changed_once_the_new_one_is_confirmed(alice: User, page: Client):
@@ -216,3 +211,12 @@ def test_an_account_with_a_running_job_is_emptied_once_it_stops(alice: User, sto
 )
 def test_initials(email: str, initials: str):
     assert User(email=email).initials == initials
+
+
+def test_a_living_key_is_listed_whatever_was_made_and_revoked_since(alice: User, page: Client):
+    api_keys.create(alice, "the old one", ["read"])
+    for n in range(2 * api_keys.MAX_KEYS):
+        key, _ = api_keys.create(alice, f"later {n}", ["read"])
+        api_keys.revoke(alice, key.pk)
+    sign_in(page, alice)
+    assert "the old one" in page.get("/account/keys/").content.decode()
