@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from django import forms
 
 from training.plan.auto_settings import PRESETS
-from training.plan.config import FIELDS, ConfigError, Field, Settings, parse
+from training.plan.config import FIELDS, ConfigError, Field, Settings, current_names, parse
 
 NAME_LENGTH = 120
 
@@ -210,6 +210,8 @@ def settings_from(data: Mapping[str, Any]) -> tuple[Settings | None, dict[str, s
     A box that isn't ticked sends nothing, so booleans travel as yes and no."""
     typed = {name: str(data.get(name, "")).strip() for name in FIELDS}
     try:
+        if data.get("method"):  # a page of the first release, still open after an upgrade
+            typed["adapter"] = current_names({"method": data["method"]})["adapter"]
         return parse({name: value for name, value in typed.items() if value}), typed, {}
     except ConfigError as error:
         return None, typed, {error.field: error.message}
