@@ -92,13 +92,18 @@ def losses(studio: Studio, job_id: str, epoch: int | None = None) -> dict[int, s
 
 
 def test_every_page_that_is_linked_opens(old: Old):
-    for person in (old.ada, old.owner):
-        opened, broken = crawl(person)
-        assert not broken
-        assert len(opened) > 15, opened
-        if person is old.ada:
-            wanted = [*old.told["jobs"].values(), *old.told["files"].values(), *old.told["models"].values()]
-            assert [id for id in wanted if not any(id in path for path in opened)] == []
+    opened, broken = crawl(old.ada)
+    assert not broken
+    wanted = [*old.told["jobs"].values(), *lasting_files(old).values(), *old.told["models"].values()]
+    assert [id for id in wanted if not any(id in path for path in opened)] == []
+    opened, broken = crawl(old.owner)
+    assert not broken
+    assert "/admin/jobs/overseenjob/" in opened
+
+
+def lasting_files(old: Old) -> dict[str, str]:
+    """One was uploaded to be deleted after thirty days, which may be over."""
+    return {name: id for name, id in old.told["files"].items() if name != "expiring"}
 
 
 def crawl(person: Person) -> tuple[set[str], dict[str, int]]:
@@ -162,7 +167,7 @@ def test_no_recorded_address_answers_with_an_error_of_ours(old: Old):
 
 
 def test_files_jobs_and_models_are_there(old: Old):
-    statuses = {name: old.ada.file(id)["status"] for name, id in old.told["files"].items()}
+    statuses = {name: old.ada.file(id)["status"] for name, id in lasting_files(old).items()}
     assert statuses.pop("rejected") == "error"
     assert set(statuses.values()) == {"processed"}
     jobs = {name: old.ada.job(old.told["jobs"][name])["status"] for name in ("full", "lora", "failed")}
