@@ -274,7 +274,9 @@ def receiver() -> Iterator[Receiver]:
 # ---- the stores, looked at from outside -----------------------------------------------------------------------------
 
 
-def dynamodb_rows(port: int, region: str = "us-east-1") -> dict[str, dict[str, Any]]:
+def dynamodb_rows(
+    port: int, region: str = "us-east-1", secret: str = services.DYNAMODB_SECRET
+) -> dict[str, dict[str, Any]]:
     """Each table's description and rows, as DynamoDB itself has them."""
     import boto3
 
@@ -283,7 +285,7 @@ def dynamodb_rows(port: int, region: str = "us-east-1") -> dict[str, dict[str, A
         endpoint_url=f"http://127.0.0.1:{port}",
         region_name=region,
         aws_access_key_id="local",
-        aws_secret_access_key=services.DYNAMODB_SECRET,
+        aws_secret_access_key=secret,
     )
     found = {}
     for name in client.list_tables()["TableNames"]:

@@ -75,7 +75,8 @@ def copied_checkpoints(studio: Studio, job_id: str) -> dict[int, Path]:
 
 def events(studio: Studio, job_id: str, epoch: int | None = None) -> list[dict[str, Any]]:
     """As they are stored."""
-    table = dynamodb_rows(studio.dynamodb_port)["llmtuner-EventChunk"]["rows"]
+    secret = (studio.var / "dynamodb-secret").read_text().strip()
+    table = dynamodb_rows(studio.dynamodb_port, secret=secret)["llmtuner-EventChunk"]["rows"]
     chunks = [
         row for row in table if row["job_id"]["S"] == job_id and epoch in (None, int(row["epoch"]["N"]))
     ]
