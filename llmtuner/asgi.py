@@ -16,7 +16,7 @@ django.setup(set_prefix=False)
 
 from jobs.views import live  # noqa: E402  needs the settings that were loaded above
 from llmtuner import checks  # noqa: E402  likewise
-from llmtuner.bounded import bounded  # noqa: E402  likewise
+from llmtuner.body_limit import limit_body  # noqa: E402  likewise
 
 checks.refuse_unsafe_start()
 
@@ -24,7 +24,7 @@ checks.refuse_unsafe_start()
 class Handler(ASGIHandler):
     def create_request(self, scope: dict[str, Any], body_file: IO[bytes]) -> Any:
         """Django takes a form without Content-Length for empty, but the length of one that came in chunks is known
-        by now: the body has been read in full, within the limit of `bounded`."""
+        by now: the body has been read in full, within the limit of `body_limit`."""
         request, refusal = super().create_request(scope, body_file)
         if request is not None and "HTTP_TRANSFER_ENCODING" in request.META:
             request.META["CONTENT_LENGTH"] = str(body_file.seek(0, io.SEEK_END))
@@ -42,4 +42,4 @@ async def route(scope: Any, receive: Any, send: Any) -> None:
         await pages(scope, receive, send)
 
 
-application = bounded(route)
+application = limit_body(route)

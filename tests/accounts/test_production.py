@@ -146,7 +146,7 @@ def test_bin_up_says_why_it_does_not_start_a_production_of_embedded_stores(tmp_p
     environment |= SAFE | {"VAR_DIR": str(tmp_path)}
     del environment["REDIS_URL"]
     found = subprocess.run(
-        [sys.executable, "-m", "llmtuner.studio"],
+        [sys.executable, "-m", "llmtuner.local_stack"],
         cwd=services.ROOT,
         env=environment,
         capture_output=True,

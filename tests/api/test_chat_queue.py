@@ -159,7 +159,7 @@ async def test_who_leaves_frees_the_place_and_who_comes_too_late_is_told_when_to
 
 
 async def test_two_webs_and_two_workers_share_one_queue(generating: Any, people: dict[str, Person]):
-    from llmtuner.studio import worker_argv
+    from llmtuner.local_stack import worker_argv
     from tests.conftest import Studio
     from tests.services import free_port
 

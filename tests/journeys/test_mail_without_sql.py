@@ -63,7 +63,7 @@ def workers(stores, folder, monkeypatch, mail_server) -> Iterator[Studio]:
 
 
 def argv(queue: str) -> list[str]:
-    from llmtuner.studio import worker_argv
+    from llmtuner.local_stack import worker_argv
 
     return worker_argv(queue)
 

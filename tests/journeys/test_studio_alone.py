@@ -51,7 +51,7 @@ def damage(folder: Path) -> None:
 
 def studio_command(house: House, **environment: str) -> dict[str, Any]:
     return {
-        "args": [sys.executable, "-m", "llmtuner.studio", "--no-sample"],
+        "args": [sys.executable, "-m", "llmtuner.local_stack", "--no-sample"],
         "cwd": services.ROOT,
         "env": house.env | environment,
         "umask": 0o022,

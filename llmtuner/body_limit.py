@@ -46,7 +46,7 @@ def limit_of(path: str, kind: str) -> int:
     return MAX_BODY
 
 
-def bounded(app: App) -> App:
+def limit_body(app: App) -> App:
     async def guarded(scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await app(scope, receive, send)
