@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
+import os
 import secrets
 from typing import Any
 
@@ -33,7 +34,6 @@ from django.shortcuts import redirect, resolve_url
 from django.utils.cache import add_never_cache_headers
 
 from accounts.models import User
-from llmtuner import env
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class SocialAccountAdapter(DefaultSocialAccountAdapter):
             provider="google",
             name="Google",
             client_id=settings.GOOGLE_CLIENT_ID,
-            secret=env.text("GOOGLE_CLIENT_SECRET"),
+            secret=os.environ.get("GOOGLE_CLIENT_SECRET", "").strip(),  # never among the settings
             settings={
                 "scope": ["openid", "email"],
                 "auth_params": {"prompt": "select_account"},

@@ -25,11 +25,6 @@ from accounts.models import ApiKey, User
 from accounts.signals import exporting, leaving
 
 
-@require_safe
-def home(request: HttpRequest) -> HttpResponse:
-    return redirect("jobs:jobs" if request.user.is_authenticated else "account_login")
-
-
 @dataclass(frozen=True)
 class Row:
     label: str

@@ -6,8 +6,7 @@ from allauth.account.decorators import secure_admin_login
 from django.contrib import admin
 from django.urls import include, path
 
-from accounts import views
-from llmtuner import errors
+from llmtuner import errors, views
 from llmtuner.api import api
 
 # The admin signs in by the same door as everybody: same rate limits, same second factor.

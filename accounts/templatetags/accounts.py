@@ -1,71 +1,12 @@
-"""What the frame around every page needs."""
+"""Filters for form fields and for the list of devices."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from django import forms, template
-from django.conf import settings
 from django.forms import BoundField
-from django.urls import NoReverseMatch, reverse
 from django.utils.safestring import SafeString
 
 register = template.Library()
-
-ACCOUNT_PAGES = {
-    "accounts:overview": "Overview",
-    "account_email": "Email",
-    "account_change_password": "Password",
-    "mfa_index": "Two-step sign-in",
-    "socialaccount_connections": "Google",
-    "usersessions_list": "Devices",
-    "jobs:notifications": "Notifications",
-}
-PAGES = {
-    "jobs:jobs": "Jobs",
-    "jobs:datasets": "Datasets",
-    "jobs:models": "Models",
-    "jobs:playground": "Playground",
-    "accounts:api_keys": "API",
-}
-
-
-@dataclass(frozen=True)
-class Link:
-    href: str
-    label: str
-    current: bool
-
-
-def links_to(pages: dict[str, str], here: str) -> list[Link]:
-    """Links to the pages that exist. The one we are on, or the closest one above it, is marked."""
-    found = {}
-    for name, label in pages.items():
-        try:
-            found[reverse(name)] = label
-        except NoReverseMatch:
-            continue
-    above = max((href for href in found if here.startswith(href)), key=len, default=None)
-    return [Link(href, label, href == above) for href, label in found.items()]
-
-
-def _path(context: dict[str, Any]) -> str:
-    request = context.get("request")
-    return request.path if request else ""
-
-
-@register.simple_tag(takes_context=True)
-def main_nav(context: dict[str, Any]) -> list[Link]:
-    return links_to(PAGES, _path(context))
-
-
-@register.simple_tag(takes_context=True)
-def account_nav(context: dict[str, Any]) -> list[Link]:
-    pages = dict(ACCOUNT_PAGES)
-    if not settings.GOOGLE_CLIENT_ID:
-        del pages["socialaccount_connections"]
-    return links_to(pages, _path(context))
 
 
 @register.filter
