@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import time
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from django.http import StreamingHttpResponse
@@ -18,6 +19,7 @@ from jobs.api.errors import bad, not_found
 from jobs.api.schemas import Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page
 from jobs.events import event_log, history
 from jobs.lifecycle import transitions
+from jobs.lifecycle import warnings as job_warnings
 from jobs.notifications import webhooks
 from jobs.registry import base_models
 from jobs.store import access, tables
@@ -56,7 +58,10 @@ def create_job(request: CallerRequest, body: JobCreate) -> Json:
     )
     key = _idempotency(request, body)
     webhooks.set_email(owner, request.auth.user.notification_email)
-    return show(transitions.submit(owner, asked, idempotency_key=key, slug=request.auth.slug))
+    job = transitions.submit(owner, asked, idempotency_key=key, slug=request.auth.slug)
+    created = show(job)
+    created["llmtuner"]["warnings"] = [asdict(warning) for warning in job_warnings.for_job(job)]
+    return created
 
 
 @router.get("", response={200: Page[Job], 400: Error}, summary="List jobs")

@@ -205,6 +205,16 @@ class JobMethod(Schema):
     supervised: JobSupervised
 
 
+WARNINGS: dict[str, Any] = {  # JSON schema
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["title", "text"],
+        "properties": {"title": {"type": "string"}, "text": {"type": "string"}},
+    },
+}
+
+
 class Job(Schema):
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -227,7 +237,10 @@ class Job(Schema):
     method: JobMethod
     llmtuner: dict[str, Any] = Field(
         default={},
-        description="Name, phase, progress, latest metrics, estimate, verdict, fidelity, all settings.",
+        description="Name, phase, progress, latest metrics, estimate, verdict, `fidelity` (the export check), all "
+        "settings. A newly created job also has `warnings`, a list of `title` and `text`: the warnings that the form "
+        "shows. They do not stop the job.",
+        json_schema_extra={"properties": {"warnings": WARNINGS}},
     )
 
 
