@@ -121,7 +121,8 @@ def _drop_cookies(request: HttpRequest) -> None:
 
 def _is_call(request: HttpRequest) -> bool:
     # The docs are a page that shows who is signed in.
-    return request.path_info.startswith(PREFIX) and request.path_info != f"{PREFIX}docs"
+    path = str(request.path_info)
+    return path.startswith(PREFIX) and path != f"{PREFIX}docs"
 
 
 def _as_api_response(request: HttpRequest, response: HttpResponseBase) -> HttpResponseBase:

@@ -136,7 +136,9 @@ def database(url: str) -> dict[str, Any]:
             # No persistent connections: async views move between threads.
             "CONN_HEALTH_CHECKS": True,
         }
-    raise BadEnvironment("DATABASE_URL must start with sqlite:// or postgres://")
+    raise BadEnvironment(
+        f"DATABASE_URL must start with sqlite:// or postgres://, not {parts.scheme or 'nothing'}://"
+    )
 
 
 def mail(url: str) -> dict[str, Any]:

@@ -112,9 +112,10 @@ def _dynamodb() -> None:
     from jobs.store.tables import TABLES
 
     for table in TABLES:
-        hash_key, range_key = table._hash_key_attribute(), table._range_key_attribute()
+        keys = [attribute for attribute in table.get_attributes().values() if attribute.is_hash_key]
+        keys += [attribute for attribute in table.get_attributes().values() if attribute.is_range_key]
         with suppress(table.DoesNotExist):
-            table.get(_nonexistent(hash_key), _nonexistent(range_key) if range_key else None)
+            table.get(*map(_nonexistent, keys))
 
 
 def _nonexistent(attribute: object) -> object:

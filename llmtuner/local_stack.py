@@ -167,7 +167,9 @@ class Supervisor:
     def is_up(self) -> bool:
         try:
             # The socket may belong to another supervisord, whose processes are not ours to start or stop.
-            return self.rpc.getPID() == self.process.pid and self.rpc.getState()["statename"] == "RUNNING"
+            return bool(
+                self.rpc.getPID() == self.process.pid and self.rpc.getState()["statename"] == "RUNNING"
+            )
         except (OSError, xmlrpc.client.Error):
             return False
 

@@ -11,13 +11,13 @@ register = template.Library()
 
 @register.filter
 def styled(field: BoundField) -> SafeString:
-    """A form field's control with the classes of our look."""
+    """A form field's control with our CSS classes."""
     kind = getattr(field.field.widget, "input_type", "")
     name = {"select": "select", "checkbox": "checkbox checkbox-sm checkbox-primary"}.get(kind, "input w-full")
     if isinstance(field.field.widget, forms.Textarea):
         name = "textarea w-full"
     classes = f"{name} {field.field.widget.attrs.get('class', '')}".strip()
-    # Placeholders repeat the label and vanish when one types: the label alone is better.
+    # Placeholders repeat the label and disappear while typing: the label alone is better.
     return field.as_widget(
         attrs={"class": classes, "placeholder": ""} | ({"aria-invalid": "true"} if field.errors else {})
     )
@@ -37,9 +37,7 @@ SYSTEMS = {
 
 @register.filter
 def browser(user_agent: str) -> str:
-    """`Firefox on Linux`: enough to know one's own device again."""
-    name = next((name for mark, name in BROWSERS.items() if mark in user_agent), "")
-    system = next((system for mark, system in SYSTEMS.items() if mark in user_agent), "")
-    return (
-        " on ".join(part for part in (name, system) if part) or user_agent.split("/")[0][:40] or "A program"
-    )
+    """For example `Firefox on Linux`: enough to recognize a device."""
+    name = next((name for token, name in BROWSERS.items() if token in user_agent), "")
+    system = next((system for token, system in SYSTEMS.items() if token in user_agent), "")
+    return " on ".join(filter(None, (name, system))) or user_agent.split("/")[0][:40] or "Unknown program"

@@ -9,8 +9,7 @@ from typing import IO, Annotated, Any, Literal
 from urllib.parse import quote
 
 from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
-from ninja import File as Upload
-from ninja import Form, Query, Router, UploadedFile
+from ninja import FileEx, Form, P, Query, Router, UploadedFile
 
 from jobs.api import paging, results
 from jobs.api.caller import READ, WRITE, CallerRequest
@@ -30,7 +29,7 @@ MAX_NAME = 255
 def create_file(
     request: CallerRequest,
     purpose: Annotated[str, Form(description="`fine-tune`")],
-    file: UploadedFile = Upload(..., description="JSONL, CSV, TSV, Parquet or plain text"),  # noqa: B008  ninja's way
+    file: FileEx[UploadedFile, P(description="JSONL, CSV, TSV, Parquet or plain text")],
     anchor: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
     seconds: Annotated[int | None, Form(alias="expires_after[seconds]", ge=3600, le=2_592_000)] = None,
 ) -> Json:

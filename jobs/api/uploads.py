@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from django.conf import settings
-from ninja import File as Part
-from ninja import Router, UploadedFile
+from ninja import FileEx, P, Router, UploadedFile
 
 from jobs.api import files
 from jobs.api.caller import WRITE, CallerRequest
@@ -57,7 +56,7 @@ def create_upload(request: CallerRequest, body: UploadCreate) -> Json:
 def add_part(
     request: CallerRequest,
     upload_id: str,
-    data: UploadedFile = Part(..., description="The bytes, at most 64 MB"),  # noqa: B008  as ninja requires
+    data: FileEx[UploadedFile, P(description="The bytes, at most 64 MB")],
 ) -> Json:
     row = _pending(request, upload_id)
     size = data.size or 0
