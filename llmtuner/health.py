@@ -112,10 +112,11 @@ def _dynamodb() -> None:
     from jobs.store.tables import TABLES
 
     for table in TABLES:
-        keys = [attribute for attribute in table.get_attributes().values() if attribute.is_hash_key]
-        keys += [attribute for attribute in table.get_attributes().values() if attribute.is_range_key]
+        attributes = table.get_attributes().values()
+        hash_key = next(attribute for attribute in attributes if attribute.is_hash_key)
+        range_key = next((attribute for attribute in attributes if attribute.is_range_key), None)
         with suppress(table.DoesNotExist):
-            table.get(*map(_nonexistent, keys))
+            table.get(_nonexistent(hash_key), _nonexistent(range_key) if range_key else None)
 
 
 def _nonexistent(attribute: object) -> object:
