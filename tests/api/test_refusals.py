@@ -74,8 +74,8 @@ def test_keys_are_stored_nowhere_in_the_clear(people: dict[str, Person], folder:
 
 def files_with(folder: Any, words: str) -> str:
     """In a process of its own: whoever closes SQLite's file loses its locks, and with them the database."""
-    found = subprocess.run(["grep", "-rlF", "-e", words, str(folder)], capture_output=True, text=True)
-    return found.stdout
+    result = subprocess.run(["grep", "-rlF", "-e", words, str(folder)], capture_output=True, text=True)
+    return result.stdout
 
 
 def test_two_different_credentials_are_refused(web: Any, people: dict[str, Person]):
@@ -395,8 +395,8 @@ def test_webhooks_are_added_listed_and_removed(client: openai.OpenAI, bobs_clien
         name="ends", url="https://hooks.example.com/in", event_types=["fine_tuning.job.succeeded"]
     )
     assert made.signing_secret.startswith("whsec_")
-    found = client.webhooks.retrieve(made.id)
-    assert (found.url, found.event_types) == (made.url, ["fine_tuning.job.succeeded"])
+    result = client.webhooks.retrieve(made.id)
+    assert (result.url, result.event_types) == (made.url, ["fine_tuning.job.succeeded"])
     assert made.id in [hook.id for hook in client.webhooks.list()]
     with pytest.raises(openai.NotFoundError):
         bobs_client.webhooks.retrieve(made.id)
