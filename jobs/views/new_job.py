@@ -12,6 +12,7 @@ from jobs.datasets import reports
 from jobs.formatting import count, size
 from jobs.forms import NewJobForm, preset_of, rows, settings_from, shown, with_preset
 from jobs.lifecycle import estimates
+from jobs.lifecycle import warnings as job_warnings
 from jobs.lifecycle.transitions import JobRequest
 from jobs.registry import base_models, hub_models
 from jobs.store import access, blobs
@@ -20,7 +21,7 @@ from training.plan import catalog
 from training.plan.auto_settings import PRESETS, resolve
 from training.plan.catalog import BaseModel, gib
 from training.plan.config import FIELDS, Settings, current_names
-from training.plan.warnings import Planned, Warning, warnings
+from training.plan.warnings import Planned
 from training.report.report import Summary
 
 WATCHED = 3  # prompts that are answered again and again while it learns
@@ -178,7 +179,7 @@ class Draft:
             "datasets": self.datasets,
             "dataset": self.dataset,
             "summary": summary,
-            "warnings": _warnings(self.dataset, planned),
+            "warnings": job_warnings.for_plan(self.dataset, planned),
             "leaks": self._leaks(),
             "difference": [row for row in (*basic, *advanced) if row.own and not row.error],
             "sample": self._sample(found),
@@ -331,18 +332,6 @@ def _choice(base: BaseModel, machine: catalog.Machine, adapter: str, chosen: str
     if not fit.fits and adapter == "none" and catalog.fits(base, machine, "lora").fits:
         word, tone = "LoRA only", "text-warning"
     return {"model": base, "word": word, "tone": tone, "why": fit.why, "chosen": base.id == chosen}
-
-
-def _warnings(dataset: Dataset | None, planned: Planned | None) -> list[Warning]:
-    found = []
-    if dataset and dataset.status in ("receiving", "checking"):
-        found.append(
-            Warning(
-                "This dataset is still being checked",
-                "You can start already: the job waits for the check, and stops if the file is rejected.",
-            )
-        )
-    return found + (warnings(planned) if planned else [])
 
 
 @lru_cache(maxsize=200)

@@ -42,9 +42,14 @@ def test_a_bad_value_is_named(monkeypatch, name: str, value: str, reader):
 
 def test_databases():
     assert env.database("sqlite:////var/lib/db.sqlite3")["NAME"] == "/var/lib/db.sqlite3"
-    found = env.database("postgres://kim:p%40ss@db:5433/tuner?sslmode=require")
-    assert (found["USER"], found["PASSWORD"], found["HOST"], found["PORT"]) == ("kim", "p@ss", "db", "5433")
-    assert found["OPTIONS"] == {"sslmode": "require", "connect_timeout": "5"}
+    result = env.database("postgres://kim:p%40ss@db:5433/tuner?sslmode=require")
+    assert (result["USER"], result["PASSWORD"], result["HOST"], result["PORT"]) == (
+        "kim",
+        "p@ss",
+        "db",
+        "5433",
+    )
+    assert result["OPTIONS"] == {"sslmode": "require", "connect_timeout": "5"}
     with pytest.raises(env.BadEnvironment, match="mysql"):
         env.database("mysql://db/tuner")
 
@@ -68,15 +73,15 @@ ANY_CHARACTERS = "p@ss:/w#rd%"
 def test_a_password_may_have_any_character(monkeypatch, name: str, password: str, url: str, in_url: str):
     monkeypatch.setenv(name, url)
     monkeypatch.setenv(password, ANY_CHARACTERS)
-    found = env.url(name, "", password)
-    assert urlsplit(found).netloc == in_url.format("p%40ss%3A%2Fw%23rd%25")
+    result = env.url(name, "", password)
+    assert urlsplit(result).netloc == in_url.format("p%40ss%3A%2Fw%23rd%25")
     if name == "DATABASE_URL":
-        assert env.database(found)["PASSWORD"] == ANY_CHARACTERS
+        assert env.database(result)["PASSWORD"] == ANY_CHARACTERS
     if name == "EMAIL_URL":
-        assert env.mail(found)["EMAIL_HOST_PASSWORD"] == ANY_CHARACTERS
+        assert env.mail(result)["EMAIL_HOST_PASSWORD"] == ANY_CHARACTERS
     monkeypatch.setenv(password, "another")
-    monkeypatch.setenv(name, found)
-    assert env.url(name, "", password) == found  # the one in the address is meant
+    monkeypatch.setenv(name, result)
+    assert env.url(name, "", password) == result  # the one in the address is meant
 
     monkeypatch.setenv(name, f"redis://:{ANY_CHARACTERS}@redis:6379/0")
     with pytest.raises(env.BadEnvironment, match=f"{name}.*{password}"):
@@ -103,9 +108,9 @@ def test_redis_and_celery_understand_such_a_password(monkeypatch, tmp_path):
 
 
 def test_mail():
-    found = env.mail("smtp+tls://kim%40x:secret@mail.example.com")
-    assert found["EMAIL_PORT"] == 587
-    assert found["EMAIL_USE_TLS"]
-    assert found["EMAIL_HOST_USER"] == "kim@x"
+    result = env.mail("smtp+tls://kim%40x:secret@mail.example.com")
+    assert result["EMAIL_PORT"] == 587
+    assert result["EMAIL_USE_TLS"]
+    assert result["EMAIL_HOST_USER"] == "kim@x"
     with pytest.raises(env.BadEnvironment, match="EMAIL_URL"):
         env.mail("mail.example.com")

@@ -70,12 +70,12 @@ def sign_up_by_program(email: str) -> None:
     Client().post("/_allauth/app/v1/auth/signup", body, content_type="application/json")
 
 
-def work_of(ask: Callable[[str], None], email: str) -> Work:
+def work_of(request_once: Callable[[str], None], email: str) -> Work:
     cache.clear()  # so that no limit answers instead
     hashes.clear()
     mails = len(mail.outbox)
     with CaptureQueriesContext(connection) as queries:
-        ask(email)
+        request_once(email)
     return Work(hashes["argon2"], len(mail.outbox) - mails, len(queries))
 
 
@@ -92,36 +92,36 @@ def mail_server(settings: Any) -> None:
     settings.ACCOUNT_EMAIL_VERIFICATION_BY_CODE_ENABLED = True
 
 
-def both(ask: Callable[[str], None], known: str) -> tuple[Work, Work]:
+def both(request_once: Callable[[str], None], known: str) -> tuple[Work, Work]:
     """The work for a known and for an unknown address. The first request of all also fills caches of the process."""
-    ask("warm-up@example.com")
-    return work_of(ask, known), work_of(ask, "nobody@example.com")
+    request_once("warm-up@example.com")
+    return work_of(request_once, known), work_of(request_once, "nobody@example.com")
 
 
 @pytest.mark.parametrize(
-    ("ask", "hashed", "mailed"),
+    ("request_once", "hashed", "mailed"),
     [(sign_in, 1, 0), (sign_in_by_program, 1, 0), (reset, 0, 1), (reset_by_program, 0, 1)],
 )
 def test_signing_in_and_resetting_are_the_same_work(
-    known: str, ask: Callable[[str], None], hashed: int, mailed: int
+    known: str, request_once: Callable[[str], None], hashed: int, mailed: int
 ):
-    one, other = both(ask, known)
+    one, other = both(request_once, known)
     assert (one.hashes, one.mails) == (other.hashes, other.mails) == (hashed, mailed)
     assert abs(one.queries - other.queries) <= 1  # an unknown address is looked for in a second table
 
 
-@pytest.mark.parametrize("ask", [sign_up, sign_up_by_program])
-def test_signing_up_is_the_same_work_without_a_mail_server(known: str, ask: Callable[[str], None]):
-    one, other = both(ask, known)
+@pytest.mark.parametrize("request_once", [sign_up, sign_up_by_program])
+def test_signing_up_is_the_same_work_without_a_mail_server(known: str, request_once: Callable[[str], None]):
+    one, other = both(request_once, known)
     assert (one.hashes, one.mails) == (other.hashes, other.mails) == (1, 0)
     assert one.queries == other.queries
 
 
-@pytest.mark.parametrize("ask", [sign_up, sign_up_by_program])
+@pytest.mark.parametrize("request_once", [sign_up, sign_up_by_program])
 def test_signing_up_is_the_same_work_with_a_mail_server(
-    known: str, mail_server: None, ask: Callable[[str], None]
+    known: str, mail_server: None, request_once: Callable[[str], None]
 ):
-    one, other = both(ask, known)
+    one, other = both(request_once, known)
     assert (one.hashes, one.mails) == (other.hashes, other.mails) == (1, 1)
     assert abs(one.queries - other.queries) <= 6  # short reads by a key
     assert User.objects.filter(email="nobody@example.com").exists()

@@ -37,8 +37,8 @@ class Google:
         assert leaving.status_code == 302
         assert leaving.headers["Location"].startswith(self.url)
         back = requests.post(leaving.headers["Location"], data={"sub": sub}, allow_redirects=False, timeout=5)
-        found = urlsplit(back.headers["Location"])
-        return f"{found.path}?{found.query}"
+        result = urlsplit(back.headers["Location"])
+        return f"{result.path}?{result.query}"
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_a_person_who_says_no_is_told_so(db, google: Google, page: Client):
     leaving = page.post("/accounts/google/login/")
     state = parse_qs(urlsplit(leaving.headers["Location"]).query)["state"][0]
     answer = page.get(f"/accounts/google/login/callback/?error=access_denied&state={state}", follow=True)
-    assert "You stopped at Google" in answer.content.decode()
+    assert "Sign-in cancelled" in answer.content.decode()
     assert not is_signed_in(page)
 
 
@@ -173,7 +173,7 @@ def test_endpoints_can_be_set_for_a_whole_process():
     )
     environment = os.environ | {"GOOGLE_ENDPOINTS": "AUTHORIZE_URL=http://localhost:9/oauth2/authorize"}
     environment["DJANGO_SETTINGS_MODULE"] = "llmtuner.settings"
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code],
         env=environment,
         cwd=services.ROOT,
@@ -181,4 +181,4 @@ def test_endpoints_can_be_set_for_a_whole_process():
         text=True,
         check=True,
     )
-    assert found.stdout.split() == ["http://localhost:9/oauth2/authorize", "http://localhost:9"]
+    assert result.stdout.split() == ["http://localhost:9/oauth2/authorize", "http://localhost:9"]

@@ -38,9 +38,9 @@ def check(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_safe_production_passes_without_warnings(tmp_path: Path):
-    found = check(tmp_path, **SAFE)
-    assert found.returncode == 0, found.stderr
-    assert "no issues (0 silenced)" in found.stdout
+    result = check(tmp_path, **SAFE)
+    assert result.returncode == 0, result.stderr
+    assert "no issues (0 silenced)" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -117,18 +117,18 @@ def test_an_unsafe_production_does_not_start(tmp_path: Path):
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment |= SAFE | {"VAR_DIR": str(tmp_path), "SECRET_KEY": "short"}
     code = "import llmtuner.asgi"
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], cwd=services.ROOT, env=environment, capture_output=True, text=True
     )
-    assert found.returncode != 0
-    assert "SECRET_KEY must be set" in found.stderr
+    assert result.returncode != 0
+    assert "SECRET_KEY must be set" in result.stderr
 
 
 @pytest.mark.parametrize("queue", ["checks", "training", "inference"])
 def test_a_worker_does_not_start_in_an_unsafe_production(tmp_path: Path, queue: str):
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment |= SAFE | {"VAR_DIR": str(tmp_path), "REDIS_URL": ""}
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "llmtuner", "worker", queue],
         cwd=services.ROOT,
         env=environment,
@@ -136,33 +136,33 @@ def test_a_worker_does_not_start_in_an_unsafe_production(tmp_path: Path, queue: 
         text=True,
         timeout=120,
     )
-    assert found.returncode == 1
-    assert "REDIS_URL must be set" in found.stderr
-    assert "Traceback" not in found.stderr
+    assert result.returncode == 1
+    assert "REDIS_URL must be set" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_bin_up_says_why_it_does_not_start_a_production_of_embedded_stores(tmp_path: Path):
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment |= SAFE | {"VAR_DIR": str(tmp_path)}
     del environment["REDIS_URL"]
-    found = subprocess.run(
-        [sys.executable, "-m", "llmtuner.studio"],
+    result = subprocess.run(
+        [sys.executable, "-m", "llmtuner.local_stack"],
         cwd=services.ROOT,
         env=environment,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert found.returncode == 1
-    assert "REDIS_URL must be set" in found.stderr
-    assert "Traceback" not in found.stderr
+    assert result.returncode == 1
+    assert "REDIS_URL must be set" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_clone_starts_with_no_environment_and_keeps_its_secret(tmp_path: Path):
     from llmtuner import env
 
-    first = env.kept_secret(tmp_path / "secret-key")
-    assert env.kept_secret(tmp_path / "secret-key") == first
+    first = env.stored_secret(tmp_path / "secret-key")
+    assert env.stored_secret(tmp_path / "secret-key") == first
     assert len(first) > 50
     assert (tmp_path / "secret-key").stat().st_mode & 0o077 == 0
     assert [path.name for path in tmp_path.iterdir()] == ["secret-key"]

@@ -31,7 +31,7 @@ def code_of(secret: str, later: int = 0) -> str:
 
 def test_without_a_mail_server_a_new_account_can_be_protected_too(db, page: Client):
     page.post("/accounts/signup/", {"email": "new@example.com", "password1": PASSWORD})
-    sign_in(page, User.objects.get(email="new@example.com"))
+    sign_in(page, User.objects.get(email="new@example.com"))  # without email, sign-up does not sign in
     page.get("/accounts/2fa/totp/activate/")
     page.post("/accounts/reauthenticate/", {"password": PASSWORD})
     assert page.get("/accounts/2fa/totp/activate/").context["form"].secret

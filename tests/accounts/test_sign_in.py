@@ -22,9 +22,9 @@ CODE = re.compile(r"^([A-Z0-9]{3,}[-A-Z0-9]*)$", re.M)
 
 
 def code_in_mail() -> str:
-    found = CODE.search(mail.outbox[-1].body)
-    assert found, mail.outbox[-1].body
-    return found[1]
+    result = CODE.search(mail.outbox[-1].body)
+    assert result, mail.outbox[-1].body
+    return result[1]
 
 
 def change_address(page: Client, to: str) -> HttpResponse:
@@ -80,7 +80,7 @@ def with_and_without_mail(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("mail_server")
 
 
-def told(answer: HttpResponse, email: str) -> tuple[int, str, dict[str, str], list[str]]:
+def payload(answer: HttpResponse, email: str) -> tuple[int, str, dict[str, str], list[str]]:
     """All that a stranger gets to see of an answer, but for what is random in every one."""
     headers = {
         name: value for name, value in answer.headers.items() if name not in {"X-Request-ID", "Expires"}
@@ -93,13 +93,13 @@ def sign_up_on_the_page(email: str) -> tuple[object, ...]:
     page = Client()
     answer = page.post("/accounts/signup/", {"email": email, "password1": PASSWORD})
     text = page.get(answer.headers["Location"]).content.decode().replace(email, "EMAIL")
-    return told(answer, email), re.sub(r'name="csrfmiddlewaretoken" value="\w+"', "", text)
+    return payload(answer, email), re.sub(r'name="csrfmiddlewaretoken" value="\w+"', "", text)
 
 
 def sign_up_by_program(email: str) -> tuple[object, ...]:
     body = {"email": email, "password": PASSWORD}
     answer = Client().post("/_allauth/app/v1/auth/signup", body, content_type="application/json")
-    return told(answer, email)
+    return payload(answer, email)
 
 
 @pytest.mark.usefixtures("with_and_without_mail")
@@ -118,7 +118,7 @@ def test_signing_up_does_not_tell_who_has_an_account(
 def test_a_weak_password_does_not_tell_who_has_an_account(alice: User):
     def answer(email: str) -> tuple[object, ...]:
         body = {"email": email, "password": "short"}
-        return told(
+        return payload(
             Client().post("/_allauth/app/v1/auth/signup", body, content_type="application/json"), email
         )
 
@@ -132,7 +132,7 @@ def test_changing_the_address_does_not_tell_who_has_an_account(alice: User, bob:
         sign_in(page, bob)
         answer = change_address(page, email)
         assert mail.outbox[-1].to == [email]
-        return told(answer, email)
+        return payload(answer, email)
 
     assert change_to(alice.email) == change_to("free@example.com")
 

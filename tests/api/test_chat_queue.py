@@ -69,13 +69,13 @@ def watched_redis() -> Iterator[list[str]]:
 
 def served(commands: list[str]) -> list[str]:
     """The requests in the order in which a worker took them."""
-    return [found[1] for command in commands if (found := FIRST.match(command))]
+    return [result[1] for command in commands if (result := FIRST.match(command))]
 
 
 def arrived(commands: list[str]) -> list[str]:
     """The requests in the order in which they came into the queue."""
-    found = [command.split()[1] for command in commands if command.startswith("SET generation:request:")]
-    return [key.rpartition(":")[2] for key in found]
+    result = [command.split()[1] for command in commands if command.startswith("SET generation:request:")]
+    return [key.rpartition(":")[2] for key in result]
 
 
 def many(url: str, person: Person) -> openai.AsyncOpenAI:
@@ -117,14 +117,14 @@ async def test_people_take_turns_whoever_came_first(
     async with many(generating.url, people["alice"]) as hers, many(generating.url, people["bob"]) as his:
         with watched_redis() as commands:
 
-            def ask(client: openai.AsyncOpenAI) -> asyncio.Task[Any]:
+            def request_once(client: openai.AsyncOpenAI) -> asyncio.Task[Any]:
                 return asyncio.create_task(
                     client.chat.completions.create(model="starter", messages=ASK, max_tokens=2)
                 )
 
-            asked = [ask(hers) for _ in range(20)]
+            asked = [request_once(hers) for _ in range(20)]
             await until(lambda: waiting(people["alice"]) == 20)
-            asked.append(ask(his))
+            asked.append(request_once(his))
             await until(lambda: waiting(people["bob"]) == 1)
             paused()
             await asyncio.gather(*asked)
@@ -140,20 +140,20 @@ async def test_who_leaves_frees_the_place_and_who_comes_too_late_is_told_when_to
     alice = people["alice"]
     async with many(generating.url, alice) as client:
 
-        def ask() -> asyncio.Task[Any]:
+        def request_once() -> asyncio.Task[Any]:
             return asyncio.create_task(
                 client.chat.completions.create(model="starter", messages=ASK, max_tokens=2)
             )
 
         redis_client.client().set("generation:seconds", "1.0")
-        asked = [ask() for _ in range(generation_queue.MAX_WAITING_OF_ONE)]
+        asked = [request_once() for _ in range(generation_queue.MAX_WAITING_OF_ONE)]
         await until(lambda: waiting(alice) == len(asked))
         with pytest.raises(openai.RateLimitError) as refusal:
-            await ask()
+            await request_once()
         assert int(refusal.value.response.headers["retry-after"]) == 32  # 64 of a second each, two at a time
         asked.pop(3).cancel()  # the client hangs up
         await until(lambda: waiting(alice) == len(asked))
-        asked.append(ask())
+        asked.append(request_once())
         await until(lambda: waiting(alice) == len(asked))
         paused()
         answers = await asyncio.gather(*asked)
@@ -204,14 +204,13 @@ def answers(url: str) -> bool:
 
 
 async def test_two_webs_and_two_workers_share_one_queue(generating: Any, people: dict[str, Person]):
-    from llmtuner.studio import worker_argv
     from tests.conftest import Studio
     from tests.services import free_port
 
     other = Studio(f"http://localhost:{free_port()}", generating.folder / "other")
     other.folder.mkdir(exist_ok=True)
     other.start_web()
-    other.start("second", *worker_argv("inference"))
+    other.start("second", "llmtuner", "worker", "inference")
     try:
         async with many(generating.url, people["alice"]) as one, many(other.url, people["alice"]) as two:
 

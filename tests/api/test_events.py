@@ -96,8 +96,8 @@ def test_other_ends_are_told_once(
 
 def test_steps_are_told_as_openai_tells_them(people: dict[str, Person]):
     job = put_job(people["alice"], "running", ended_at=None)
-    told = get(people["alice"], f"/{job.job_id}/events?limit=100")["data"]
-    metrics = [event for event in told if event["type"] == "metrics"]
+    payload = get(people["alice"], f"/{job.job_id}/events?limit=100")["data"]
+    metrics = [event for event in payload if event["type"] == "metrics"]
     steps = [
         re.fullmatch(r"Step (\d+)/(\d+): training loss=(\d+\.\d+)", event["message"]) for event in metrics
     ]
@@ -128,7 +128,7 @@ def test_steps_are_told_as_openai_tells_them(people: dict[str, Person]):
         },
     ]
     assert f"Checkpoint created at step 1 with Snapshot ID: {job.model_id}:ckpt-step-1" in [
-        event["message"] for event in told
+        event["message"] for event in payload
     ]
 
 
@@ -152,9 +152,9 @@ async def test_the_stream_says_the_same_as_the_list(people: dict[str, Person]):
 def test_no_message_is_a_bare_word_of_ours(kind: str):
     job = tables.Job("user-A", "ftjob-01HZZZZZZZZZZZZZZZZZZZZZZZ")
     line: dict[str, Any] = {"t": kind.split()[0], "phase": kind.partition(" ")[2], "time": 1.0}
-    for told in events.show(job, Event(1, line), None):
-        assert told["message"]
-        assert told["message"] not in {*KINDS, *PHASES}
+    for payload in events.show(job, Event(1, line), None):
+        assert payload["message"]
+        assert payload["message"] not in {*KINDS, *PHASES}
 
 
 # ---- checkpoints and cancelling ----------------------------------------------------------------
@@ -195,11 +195,11 @@ def test_a_deleted_model_is_no_checkpoint_any_more(people: dict[str, Person]):
 def test_cancelling_a_running_job_answers_cancelled_at_once(people: dict[str, Person]):
     alice = people["alice"]
     job = put_job(alice, "running", ended_at=None, lease="l", epoch=1)
-    told = Client().post(
+    payload = Client().post(
         f"/v1/fine_tuning/jobs/{job.job_id}/cancel", headers={"Authorization": f"Bearer {alice.key}"}
     )
-    assert told.json()["status"] == "cancelled"
-    assert told.json()["llmtuner"]["status"] == "running"
+    assert payload.json()["status"] == "cancelled"
+    assert payload.json()["llmtuner"]["status"] == "running"
     assert get(alice, f"/{job.job_id}")["status"] == "cancelled"
     assert get(alice, "?limit=1")["data"][0]["status"] == "cancelled"
     stored = tables.get(tables.Job, alice.owner, job.job_id)
@@ -209,8 +209,8 @@ def test_cancelling_a_running_job_answers_cancelled_at_once(people: dict[str, Pe
 
 def test_a_success_that_is_already_stored_wins_over_a_cancel(people: dict[str, Person]):
     job = put_job(people["alice"], "succeeded", result={"step": 4}, desired="cancel")
-    told = get(people["alice"], f"/{job.job_id}")
-    assert (told["status"], told["fine_tuned_model"]) == ("succeeded", job.model_id)
+    payload = get(people["alice"], f"/{job.job_id}")
+    assert (payload["status"], payload["fine_tuned_model"]) == ("succeeded", job.model_id)
 
 
 def test_the_same_body_starts_a_new_job_while_the_old_one_is_being_cancelled(people: dict[str, Person]):
@@ -220,14 +220,14 @@ def test_the_same_body_starts_a_new_job_while_the_old_one_is_being_cancelled(peo
     body = {"model": "starter", "training_file": file_id}
 
     def create() -> str:
-        told = Client().post(
+        payload = Client().post(
             "/v1/fine_tuning/jobs",
             body,
             content_type="application/json",
             headers={"Authorization": f"Bearer {alice.key}"},
         )
-        assert told.status_code == 200, told.content
-        return str(told.json()["id"])
+        assert payload.status_code == 200, payload.content
+        return str(payload.json()["id"])
 
     first = create()
     assert create() == first

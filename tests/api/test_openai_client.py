@@ -32,10 +32,10 @@ def checked(answer: T) -> T:
 
 def until(look: Callable[[], T], holds: Callable[[T], bool], seconds: float = 120) -> T:
     deadline = time.monotonic() + seconds
-    while not holds(found := look()):
-        assert time.monotonic() < deadline, found
+    while not holds(result := look()):
+        assert time.monotonic() < deadline, result
         time.sleep(0.3)
-    return found
+    return result
 
 
 def settled(client: openai.OpenAI, job_id: str, *wanted: str) -> FineTuningJob:
@@ -94,12 +94,12 @@ def test_a_tuned_model_is_tuned_again(
     assert again.model == model
     client.fine_tuning.jobs.cancel(again.id)
     bobs = bobs_client.files.create(file=("train.jsonl", rows()), purpose="fine-tune").id
-    told = []
+    payload = []
     for name in (model, model[:-2] + "~~"):
         with pytest.raises(openai.BadRequestError) as refused:
             bobs_client.fine_tuning.jobs.create(model=name, training_file=bobs)
-        told.append(refused.value.message.replace(name, "…"))
-    assert told[0] == told[1]
+        payload.append(refused.value.message.replace(name, "…"))
+    assert payload[0] == payload[1]
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -227,10 +227,10 @@ def test_a_job_trains_and_tells_of_itself_in_openais_words(client: openai.OpenAI
 
 
 def test_jobs_are_listed_and_filtered(client: openai.OpenAI, job: FineTuningJob):
-    assert job.id in [checked(found).id for found in client.fine_tuning.jobs.list(limit=1)]
+    assert job.id in [checked(result).id for result in client.fine_tuning.jobs.list(limit=1)]
     blue = list(client.fine_tuning.jobs.list(metadata={"team": "blue"}))
-    assert job.id in [found.id for found in blue]
-    assert all((found.metadata or {})["team"] == "blue" for found in blue)
+    assert job.id in [result.id for result in blue]
+    assert all((result.metadata or {})["team"] == "blue" for result in blue)
     assert not client.fine_tuning.jobs.list(metadata={"team": "red"}).data
 
 
@@ -254,13 +254,13 @@ def test_events_stream_until_the_end(client: openai.OpenAI, job: FineTuningJob):
 
 
 def test_checkpoints_are_listed_and_generate(client: openai.OpenAI, job: FineTuningJob, model: str):
-    found = [checked(checkpoint) for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id, limit=1)]
-    assert found
-    assert [c.step_number for c in found] == sorted((c.step_number for c in found), reverse=True)
-    assert found[0].fine_tuned_model_checkpoint == model  # the last step's is the model itself
-    assert found[1:]
-    assert all(c.fine_tuned_model_checkpoint == f"{model}:ckpt-step-{c.step_number}" for c in found[1:])
-    name = found[1].fine_tuned_model_checkpoint
+    result = [checked(checkpoint) for checkpoint in client.fine_tuning.jobs.checkpoints.list(job.id, limit=1)]
+    assert result
+    assert [c.step_number for c in result] == sorted((c.step_number for c in result), reverse=True)
+    assert result[0].fine_tuned_model_checkpoint == model  # the last step's is the model itself
+    assert result[1:]
+    assert all(c.fine_tuned_model_checkpoint == f"{model}:ckpt-step-{c.step_number}" for c in result[1:])
+    name = result[1].fine_tuned_model_checkpoint
     assert checked(client.models.retrieve(name)).id == name
     answer = client.chat.completions.create(
         model=name, messages=[{"role": "user", "content": "colour 1?"}], max_tokens=4, temperature=0
@@ -325,7 +325,7 @@ ASK: Any = [{"role": "system", "content": "Name a colour."}, {"role": "user", "c
 
 
 def test_models_are_listed_and_described(client: openai.OpenAI, model: str):
-    listed = [checked(found).id for found in client.models.list()]
+    listed = [checked(result).id for result in client.models.list()]
     assert {"starter", "gpt2", model} <= set(listed)
     assert checked(client.models.retrieve(model)).id == model
     assert checked(client.models.retrieve("starter")).owned_by == "llmtuner"
@@ -400,14 +400,14 @@ def test_completions_with_log_probabilities_stop_and_echo(client: openai.OpenAI,
     options: Any = {"model": model, "prompt": "The colour is", "max_tokens": 8, "temperature": 0}
     plain = checked(client.completions.create(**options))
     assert plain.choices[0].text
-    told = checked(client.completions.create(**options, logprobs=2)).choices[0]
-    assert told.text == plain.choices[0].text
-    assert told.logprobs is not None
-    assert told.logprobs.tokens
+    payload = checked(client.completions.create(**options, logprobs=2)).choices[0]
+    assert payload.text == plain.choices[0].text
+    assert payload.logprobs is not None
+    assert payload.logprobs.tokens
     assert (
-        len(told.logprobs.tokens)
-        == len(told.logprobs.token_logprobs or [])
-        == len(told.logprobs.top_logprobs or [])
+        len(payload.logprobs.tokens)
+        == len(payload.logprobs.token_logprobs or [])
+        == len(payload.logprobs.top_logprobs or [])
     )
     echoed = client.completions.create(**options, echo=True).choices[0]
     assert echoed.text == "The colour is" + plain.choices[0].text
@@ -456,7 +456,7 @@ async def test_the_async_client_does_the_same(web: Any, people: Any, model: str)
     async with openai.AsyncOpenAI(
         base_url=f"{web.url}/v1", api_key=people["alice"].key, max_retries=0
     ) as client:
-        assert model in [checked(found).id async for found in client.models.list()]
+        assert model in [checked(result).id async for result in client.models.list()]
         stream = await client.chat.completions.create(model=model, messages=ASK, max_tokens=4, stream=True)
         assert [checked(chunk) async for chunk in stream][-1].choices[0].finish_reason
         files = [file.id async for file in client.files.list(limit=2)]

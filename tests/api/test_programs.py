@@ -26,7 +26,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def said(web: Any, people: dict[str, Person], tmp_path: Path) -> dict[str, str]:
+def output(web: Any, people: dict[str, Person], tmp_path: Path) -> dict[str, str]:
     """The last of each kind of line that the Cookbook's script prints."""
     if not _said:
         done = subprocess.run(
@@ -42,24 +42,24 @@ def said(web: Any, people: dict[str, Person], tmp_path: Path) -> dict[str, str]:
     return _said
 
 
-def test_the_cookbooks_script_fine_tunes_and_uses_its_model(said: dict[str, str]):
-    assert said["Status"] == "succeeded"
-    assert said["Fine-tuned model ID"].startswith("ft:")
-    assert ":recipe-ner:" in said["Fine-tuned model ID"]
-    assert int(said["Trained Tokens"]) > 0
-    assert int(said["Result rows"]) > 10
-    assert float(said["Last loss"]) < float(said["First loss"]) / 3
-    assert float(said["Validation loss"]) > 0
-    answer = json.loads(json.loads(said["Answer"]))  # the model has learnt to answer with a list
+def test_the_cookbooks_script_fine_tunes_and_uses_its_model(output: dict[str, str]):
+    assert output["Status"] == "succeeded"
+    assert output["Fine-tuned model ID"].startswith("ft:")
+    assert ":recipe-ner:" in output["Fine-tuned model ID"]
+    assert int(output["Trained Tokens"]) > 0
+    assert int(output["Result rows"]) > 10
+    assert float(output["Last loss"]) < float(output["First loss"]) / 3
+    assert float(output["Validation loss"]) > 0
+    answer = json.loads(json.loads(output["Answer"]))  # the model has learnt to answer with a list
     assert all(isinstance(food, str) for food in answer)
 
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_the_llm_tool_chats_with_a_tuned_model(
-    said: dict[str, str], web: Any, people: dict[str, Person], tmp_path: Path, streamed: bool
+    output: dict[str, str], web: Any, people: dict[str, Person], tmp_path: Path, streamed: bool
 ):
     """`llm` by Simon Willison, from PyPI: its own way of naming a server, and nothing else."""
-    model = said["Fine-tuned model ID"]
+    model = output["Fine-tuned model ID"]
     described = {
         "model_id": "tuned",
         "model_name": model,

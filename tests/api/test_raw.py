@@ -48,24 +48,24 @@ def answers(web: Any, raw: bytes) -> tuple[list[int], bytes]:
     """The statuses of all answers on one connection, and all that was said."""
     port = int(web.url.rsplit(":", 1)[1])
     with socket.create_connection(("127.0.0.1", port), timeout=10) as s:
-        said = b""
+        output = b""
         try:
             s.sendall(raw.replace(b"Host: localhost", b"Host: localhost:%d" % port, 1))
             while piece := s.recv(65536):
-                said += piece
+                output += piece
                 s.settimeout(0.7)  # a second answer would follow at once
         except (TimeoutError, ConnectionError):
             pass
-    return [int(status) for status in re.findall(rb"HTTP/1\.[01] (\d{3})", said)], said
+    return [int(status) for status in re.findall(rb"HTTP/1\.[01] (\d{3})", output)], output
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_it_is_refused_once(web: Any, name: str):
-    statuses, said = answers(web, WRONG[name])
-    assert len(statuses) <= 1, said[:2000]
+    statuses, output = answers(web, WRONG[name])
+    assert len(statuses) <= 1, output[:2000]
     assert set(statuses) <= {400, 401, 404, 405, 411, 413, 431, 501, 505}
-    assert b"smuggled" not in said
-    assert b"Traceback" not in said
+    assert b"smuggled" not in output
+    assert b"Traceback" not in output
 
 
 @pytest.mark.parametrize("header", ["Authorization", "authorization", "AUTHORIZATION"])

@@ -22,7 +22,7 @@ from django.test import Client
 from django.test.client import encode_multipart
 
 from jobs.api import uploads
-from llmtuner import bounded
+from llmtuner import body_limit
 from tests.api.conftest import Person, client_of, rows
 
 pytestmark = pytest.mark.usefixtures("web")
@@ -74,8 +74,8 @@ def test_keys_are_stored_nowhere_in_the_clear(people: dict[str, Person], folder:
 
 def files_with(folder: Any, words: str) -> str:
     """In a process of its own: whoever closes SQLite's file loses its locks, and with them the database."""
-    found = subprocess.run(["grep", "-rlF", "-e", words, str(folder)], capture_output=True, text=True)
-    return found.stdout
+    result = subprocess.run(["grep", "-rlF", "-e", words, str(folder)], capture_output=True, text=True)
+    return result.stdout
 
 
 def test_two_different_credentials_are_refused(web: Any, people: dict[str, Person]):
@@ -308,7 +308,7 @@ def test_one_person_sends_a_few_files_at_once(web: Any, people: dict[str, Person
 
 def test_a_place_is_free_once_the_answer_is_there(web: Any, people: dict[str, Person]):
     """As many lanes as places, each sending its next part the moment the last one is answered."""
-    page, part = Client(), bytes(bounded.MAX_BODY + 1)  # a large one just so
+    page, part = Client(), bytes(body_limit.MAX_BODY + 1)  # a large one just so
     page.force_login(people["alice"].user)
     headers = {"Cookie": f"session={page.cookies['session'].value}"}
 
@@ -327,7 +327,7 @@ def test_a_place_is_free_once_the_answer_is_there(web: Any, people: dict[str, Pe
 
 def test_a_large_file_of_somebody_known_is_taken(client: openai.OpenAI, web: Any, people: dict[str, Person]):
     data = rows(100_000)
-    assert len(data) > bounded.MAX_BODY
+    assert len(data) > body_limit.MAX_BODY
     file = client.files.create(file=("large.jsonl", data), purpose="fine-tune")
     assert file.bytes == len(data)
     client.files.delete(file.id)
@@ -395,8 +395,8 @@ def test_webhooks_are_added_listed_and_removed(client: openai.OpenAI, bobs_clien
         name="ends", url="https://hooks.example.com/in", event_types=["fine_tuning.job.succeeded"]
     )
     assert made.signing_secret.startswith("whsec_")
-    found = client.webhooks.retrieve(made.id)
-    assert (found.url, found.event_types) == (made.url, ["fine_tuning.job.succeeded"])
+    result = client.webhooks.retrieve(made.id)
+    assert (result.url, result.event_types) == (made.url, ["fine_tuning.job.succeeded"])
     assert made.id in [hook.id for hook in client.webhooks.list()]
     with pytest.raises(openai.NotFoundError):
         bobs_client.webhooks.retrieve(made.id)

@@ -68,8 +68,8 @@ def config(
 def operations(url: str, paths: str = "") -> int:
     """How many the document has."""
     with urllib.request.urlopen(f"{url}/v1/openapi.json", timeout=30) as answer:
-        found = json.load(answer)["paths"]
-    return sum(len(methods) for path, methods in found.items() if re.search(paths, path))
+        result = json.load(answer)["paths"]
+    return sum(len(methods) for path, methods in result.items() if re.search(paths, path))
 
 
 def schemathesis(url: str, settings: Path, *more: str) -> int:

@@ -19,9 +19,9 @@ STREAMS = 40
 
 
 def threads_of(pid: int) -> int:
-    found = re.search(r"Threads:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    assert found
-    return int(found[1])
+    result = re.search(r"Threads:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert result
+    return int(result[1])
 
 
 async def test_forty_open_streams_of_events_hold_no_thread_each(

@@ -151,9 +151,9 @@ NOBODYS = {
 
 def path_of(route: str, ids: dict[str, str]) -> str:
     """A path for the route: our ids by the parameter's name, anything for allauth's and the admin's own."""
-    route = re.sub(r"\(\?P<(\w+)>[^)]*\)", lambda found: {"app_label": "jobs"}.get(found[1], "x"), route)
+    route = re.sub(r"\(\?P<(\w+)>[^)]*\)", lambda result: {"app_label": "jobs"}.get(result[1], "x"), route)
     route = route.replace("^", "").replace("$", "")
-    return "/" + re.sub(r"<(?:\w+:)?(\w+)>", lambda found: ids.get(found[1], "1"), route)
+    return "/" + re.sub(r"<(?:\w+:)?(\w+)>", lambda result: ids.get(result[1], "1"), route)
 
 
 # ---- who asks ----------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def as_who(who: str, people: dict[str, Person]) -> Client:
     return client
 
 
-def ask(client: Client, verb: str, path: str, ids: dict[str, str]) -> tuple[int, bytes]:
+def request_once(client: Client, verb: str, path: str, ids: dict[str, str]) -> tuple[int, bytes]:
     """With every id also in the body, under each name that takes one."""
     options: dict[str, Any] = {}
     if verb in {"POST", "PUT", "PATCH", "DELETE"}:
@@ -244,7 +244,7 @@ def test_what_is_alices_does_not_exist_for_others(who: str, matrix: Any):
     for route in sorted(OBJECTS):
         is_call = route.startswith("v1/")
         for verb in VERBS:
-            hers = ask(as_who(who, people), verb, path_of(route, ids), ids)
+            hers = request_once(as_who(who, people), verb, path_of(route, ids), ids)
             status, body = hers
             if who == "Alice's reader" and is_call:
                 if verb in {"GET", "HEAD"} and status not in {200, 405}:
@@ -259,7 +259,7 @@ def test_what_is_alices_does_not_exist_for_others(who: str, matrix: Any):
                 wrong.append((route, verb, status, "let in"))
             if CANARY.encode() in body:
                 wrong.append((route, verb, status, "told"))
-            nobodys = ask(as_who(who, people), verb, path_of(route, NOBODYS), NOBODYS)
+            nobodys = request_once(as_who(who, people), verb, path_of(route, NOBODYS), NOBODYS)
             if hers != nobodys:
                 wrong.append((route, verb, hers[0], nobodys[0], "told apart from an id that nobody has"))
     assert not wrong, "\n".join(map(str, wrong))
@@ -273,7 +273,7 @@ def test_lists_and_forms_of_others_hold_nothing_of_hers(who: str, matrix: Any):
     wrong = []
     for route in sorted(OWN | OPEN):
         for verb in VERBS:
-            status, body = ask(as_who(who, people), verb, path_of(route, ids), ids)
+            status, body = request_once(as_who(who, people), verb, path_of(route, ids), ids)
             if status >= 500:
                 wrong.append((route, verb, status, "broke"))
             if who == "Alice's reader" and route.startswith("v1/"):
@@ -300,7 +300,7 @@ def test_the_admin_and_allauths_pages_hold_nothing_of_hers(who: str, matrix: Any
             continue
         client = as_who(who, people)
         for verb in VERBS:
-            status, body = ask(client, verb, path_of(route, ids), ids)
+            status, body = request_once(client, verb, path_of(route, ids), ids)
             if status >= 500 or CANARY.encode() in body:
                 wrong.append((route, verb, status))
             if (

@@ -148,7 +148,7 @@ def forgeries(user: Any, session: Any) -> dict[str, str]:
     }
 
 
-def ask(endpoint: tuple[str, str], token: str) -> Any:
+def request_once(endpoint: tuple[str, str], token: str) -> Any:
     method, path = endpoint
     return (
         getattr(Client(raise_request_exception=False), method)(
@@ -166,7 +166,7 @@ def test_no_forged_or_expired_token_is_accepted_and_all_refusals_are_alike(alice
     bodies = set()
     for name, token in forged.items():
         for endpoint in ENDPOINTS:
-            answer = ask(endpoint, token)
+            answer = request_once(endpoint, token)
             assert answer.status_code == 401, (name, endpoint, answer.content[:200])
             bodies.add(answer.content)
     assert len(bodies) == 1
@@ -180,22 +180,22 @@ def test_the_true_token_opens_and_every_way_to_end_it_ends_it(alice: Any):
     models = ("get", "/v1/models")
     session = session_of(alice)
     token = token_with(session)
-    assert ask(models, token).status_code == 200
-    assert ask(models, token.upper()).status_code == 401
+    assert request_once(models, token).status_code == 200
+    assert request_once(models, token.upper()).status_code == 401
 
     session.delete()  # signed out
-    assert ask(models, token).status_code == 401
+    assert request_once(models, token).status_code == 401
 
     token = token_with(session_of(alice))
     alice.set_password("another-long-password-1")
     alice.save()
-    assert ask(models, token).status_code == 401
+    assert request_once(models, token).status_code == 401
 
     token = token_with(session_of(alice))
-    assert ask(models, token).status_code == 200
+    assert request_once(models, token).status_code == 200
     alice.is_active = False
     alice.save()
-    assert ask(models, token).status_code == 401
+    assert request_once(models, token).status_code == 401
 
 
 @pytest.mark.usefixtures("stores")

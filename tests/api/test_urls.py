@@ -43,7 +43,7 @@ def refusal(method: str, path: str, headers: dict[str, str], status: int = 404) 
         ("GET", "/v1/engines", "/v1/models"),
         ("POST", "/v1/edits", "/v1/chat/completions"),
         ("POST", "/v1/responses", "/v1/chat/completions"),
-        ("POST", "/v1/embeddings", "no embeddings"),
+        ("POST", "/v1/embeddings", "Embeddings are not supported"),
         ("POST", "/v1/images/generations", "text"),
         ("POST", "/v1/batches", "batch"),
     ],
@@ -187,9 +187,9 @@ def test_a_list_goes_on_after_a_file_that_was_just_deleted(stores: None, people:
     page, key = Client(), {"Authorization": f"Bearer {bob.key}"}
     after, seen = "", []
     while True:
-        told = page.get(f"/v1/files?limit=1{after}", headers=key).json()
-        seen += [row["id"] for row in told["data"]]
-        if not told["has_more"]:
+        payload = page.get(f"/v1/files?limit=1{after}", headers=key).json()
+        seen += [row["id"] for row in payload["data"]]
+        if not payload["has_more"]:
             break
         assert page.delete(f"/v1/files/{seen[-1]}", headers=key).status_code == 200
         after = f"&after={seen[-1]}"
@@ -206,11 +206,11 @@ def listed(person: Person, path: str) -> list[str]:
     while True:
         answer = Client().get(f"/v1/{path}{after}", headers={"Authorization": f"Bearer {person.key}"})
         assert answer.status_code == 200, answer.content
-        told = answer.json()
-        ids += [row["id"] for row in told["data"]]
-        if not told["has_more"] or not told["data"]:
+        payload = answer.json()
+        ids += [row["id"] for row in payload["data"]]
+        if not payload["has_more"] or not payload["data"]:
             return ids
-        after = f"&after={told['last_id']}"
+        after = f"&after={payload['last_id']}"
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def everything_of(alice: Person, ids: dict[str, str]) -> dict[str, Any]:
     """All that is stored for Alice, to compare before and after."""
     from jobs.store import blobs, tables
 
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for table in (
         tables.Dataset,
         tables.Job,
@@ -76,11 +76,11 @@ def everything_of(alice: Person, ids: dict[str, str]) -> dict[str, Any]:
         tables.Usage,
         tables.WebhookEndpoint,
     ):
-        found[table.__name__] = [plain(row) for row in tables.rows(table, alice.owner)]
-    found["events"] = [plain(row) for row in tables.rows(tables.EventChunk, ids["job_id"])]
-    found["objects"] = sorted(blobs.list_keys(f"datasets/{alice.owner}/"))
+        result[table.__name__] = [plain(row) for row in tables.rows(table, alice.owner)]
+    result["events"] = [plain(row) for row in tables.rows(tables.EventChunk, ids["job_id"])]
+    result["objects"] = sorted(blobs.list_keys(f"datasets/{alice.owner}/"))
     keys = alice.user.api_keys.order_by("pk")
-    found["keys"] = list(keys.values_list("pk", "name", "digest", "scopes", "expires_at", "revoked_at"))
+    result["keys"] = list(keys.values_list("pk", "name", "digest", "scopes", "expires_at", "revoked_at"))
     user = type(alice.user).objects.filter(pk=alice.user.pk)
-    found["user"] = list(user.values("email", "password", "owner_id", "slug", "is_active", "is_staff"))
-    return found
+    result["user"] = list(user.values("email", "password", "owner_id", "slug", "is_active", "is_staff"))
+    return result

@@ -1,7 +1,7 @@
 """The malformed-input grammar, families G1 to G7 of 9: a valid file of 50 rows and one mutator make a case, and for each
 case it is known beforehand whether it may be trained on, and if not which line is to be named (0 = none in particular).
 
-G8 (names) and G9 (sizes) are of the door and not of the parser: tests/journeys/test_door.py.
+G8 (names) and G9 (sizes) are of the door and not of the parser: tests/api/test_malformed_uploads.py.
 """
 
 from __future__ import annotations

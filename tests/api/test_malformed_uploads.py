@@ -24,7 +24,7 @@ from django.test import Client
 from jobs.datasets import datasets
 from jobs.store import access, blobs, quotas, tables
 from jobs.store.tables import Upload
-from llmtuner import bounded
+from llmtuner import body_limit
 from tests.api.conftest import Person, make_person
 from tests.jobs.makers import make_owner
 
@@ -40,11 +40,11 @@ assert len(NAMES) == 20
 
 
 @dataclass
-class Door:
-    """The way in, by hand, of a person whom no other test file knows."""
+class UploadClient:
+    """Sends uploads byte by byte, as a user of this file alone."""
 
     port: int
-    dora: Person
+    sender: Person
     canary: Path
 
     def send(
@@ -55,13 +55,13 @@ class Door:
         close: bool = False,
         path: str = "/v1/files",
     ) -> tuple[int, Any]:
-        """(status, JSON) of an upload of exactly these bytes; status 0 when the connection ended without an answer."""
-        told = {
-            "Authorization": f"Bearer {self.dora.key}",
+        """(status, JSON) of an upload of exactly these bytes; status 0 if the connection closed without a response."""
+        all_headers = {
+            "Authorization": f"Bearer {self.sender.key}",
             "Content-Type": f"multipart/form-data; boundary={MARK}",
             "Content-Length": str(len(body)),
         } | (headers or {})
-        head = "".join(f"{name}: {value}\r\n" for name, value in told.items() if value)
+        head = "".join(f"{name}: {value}\r\n" for name, value in all_headers.items() if value)
         with socket.create_connection(("localhost", self.port), timeout=20) as connection:
             with contextlib.suppress(ConnectionError):  # it may refuse and hang up while we are still sending
                 connection.sendall(
@@ -75,15 +75,15 @@ class Door:
             with contextlib.suppress(ConnectionError):
                 while piece := connection.recv(1 << 16):
                     answer += piece
-        found = re.match(rb"HTTP/1\.1 (\d+)", answer)
+        match = re.match(rb"HTTP/1\.1 (\d+)", answer)
         text = answer.partition(b"\r\n\r\n")[2]
-        return int(found[1]) if found else 0, json.loads(text) if text.startswith(b"{") else text
+        return int(match[1]) if match else 0, json.loads(text) if text.startswith(b"{") else text
 
     def upload(self, name: str, content: bytes = GOOD) -> tuple[int, Any]:
         return self.send(form(part(f'name="file"; filename="{name}"', content)))
 
     def count(self) -> int:
-        return len(access.list_datasets(self.dora.owner, 100))
+        return len(access.list_datasets(self.sender.owner, 100))
 
 
 def part(disposition: str, content: bytes, *more: str) -> bytes:
@@ -96,31 +96,31 @@ def form(*parts: bytes) -> bytes:
 
 
 @pytest.fixture
-def door(web: Any, transactional_db: None, folder: Path) -> Iterator[Door]:
-    dora = make_person("dora")
+def upload_client(web: Any, transactional_db: None, folder: Path) -> Iterator[UploadClient]:
+    sender = make_person("dora")
     canary = folder / "canary.txt"
     canary.write_text("untouched")
     known = sorted(path.name for path in folder.iterdir() if path.name.startswith("canary"))
-    yield Door(int(web.url.rsplit(":", 1)[1]), dora, canary)
+    yield UploadClient(int(web.url.rsplit(":", 1)[1]), sender, canary)
     assert canary.read_text() == "untouched"
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith("canary")) == known
     assert web.processes["web"].poll() is None
-    for dataset in access.list_datasets(dora.owner, 100):
-        datasets.delete(dora.owner, dataset.dataset_id)
+    for dataset in access.list_datasets(sender.owner, 100):
+        datasets.delete(sender.owner, dataset.dataset_id)
 
 
 # --- G8 names and forms ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_a_label_and_never_a_path(door: Door, name: str) -> None:
-    status, told = door.upload(name)
+def test_a_name_is_a_label_and_never_a_path(upload_client: UploadClient, name: str) -> None:
+    status, payload = upload_client.upload(name)
     if len(name) > 1000:  # more than the head of a form's part may hold
-        assert (status, door.count()) == (400, 0)
+        assert (status, upload_client.count()) == (400, 0)
         return
-    assert status == 200, told
-    dataset = access.get_dataset_for(door.dora.owner, told["id"])
-    assert dataset.key == f"datasets/{door.dora.owner}/{told['id']}/data"
+    assert status == 200, payload
+    dataset = access.get_dataset_for(upload_client.sender.owner, payload["id"])
+    assert dataset.key == f"datasets/{upload_client.sender.owner}/{payload['id']}/data"
     assert blobs.open_file(dataset.key).read() == GOOD
     assert not set(dataset.name) & set("/\\\r\n\0\u202e")
     assert len(dataset.name) <= 200
@@ -139,12 +139,16 @@ FORMS: dict[str, tuple[bytes, str, bool]] = {
 
 
 @pytest.mark.parametrize("kind", FORMS)
-def test_a_strange_form_is_taken_or_refused_and_breaks_nothing(door: Door, kind: str) -> None:
+def test_a_strange_form_is_taken_or_refused_and_breaks_nothing(
+    upload_client: UploadClient, kind: str
+) -> None:
     body, boundary, accept = FORMS[kind]
-    status, told = door.send(body, headers={"Content-Type": f"multipart/form-data; boundary={boundary}"})
-    assert (status == 200) == accept, told
+    status, payload = upload_client.send(
+        body, headers={"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    )
+    assert (status == 200) == accept, payload
     assert status == 200 or 400 <= status < 500
-    assert door.count() == int(accept)
+    assert upload_client.count() == int(accept)
 
 
 # --- G9 sizes --------------------------------------------------------------------------------------
@@ -176,13 +180,13 @@ SIZES = {
 
 
 @pytest.mark.parametrize("kind", SIZES)
-def test_sizes_are_counted_and_not_believed(door: Door, kind: str) -> None:
+def test_sizes_are_counted_and_not_believed(upload_client: UploadClient, kind: str) -> None:
     sent = SIZES[kind]
-    status, told = door.send(sent.body, headers=sent.headers, close=sent.close)
-    assert status in sent.right, told
+    status, payload = upload_client.send(sent.body, headers=sent.headers, close=sent.close)
+    assert status in sent.right, payload
     if sent.close:
         time.sleep(1)  # what the server still does with what it has
-    assert door.count() == int(status == 200)
+    assert upload_client.count() == int(status == 200)
 
 
 CHUNKED = {"Content-Length": "", "Transfer-Encoding": "chunked"}
@@ -194,44 +198,47 @@ def in_chunks(body: bytes, size: int = 1 << 16) -> bytes:
 
 
 @pytest.mark.parametrize("rows", [3, 200_000], ids=["small", "larger than memory may hold"])
-def test_a_form_of_unknown_length_is_read(door: Door, rows: int) -> None:
+def test_a_form_of_unknown_length_is_read(upload_client: UploadClient, rows: int) -> None:
     """Node's client sends a file stream so."""
     content = GOOD[: len(GOOD) // 3] * rows
-    status, told = door.send(
+    status, payload = upload_client.send(
         in_chunks(form(part('name="file"; filename="a.jsonl"', content))), headers=CHUNKED
     )
-    assert status == 200, told
-    assert blobs.open_file(access.get_dataset_for(door.dora.owner, told["id"]).key).read() == content
+    assert status == 200, payload
+    assert (
+        blobs.open_file(access.get_dataset_for(upload_client.sender.owner, payload["id"]).key).read()
+        == content
+    )
 
 
-def test_a_part_of_unknown_length_is_read_and_bounded(door: Door) -> None:
-    upload = Upload(door.dora.owner, tables.new_id("upload"), filename="a.jsonl", bytes=len(GOOD))
+def test_a_part_of_unknown_length_is_read_and_bounded(upload_client: UploadClient) -> None:
+    upload = Upload(upload_client.sender.owner, tables.new_id("upload"), filename="a.jsonl", bytes=len(GOOD))
     upload.save()
     path = f"/v1/uploads/{upload.upload_id}/parts"
     data = part('name="data"; filename="part"', GOOD) + f"--{MARK}--\r\n".encode()
-    status, told = door.send(in_chunks(data), headers=CHUNKED, path=path)
-    assert status == 200, told
-    kept = tables.get(Upload, door.dora.owner, upload.upload_id)
+    status, payload = upload_client.send(in_chunks(data), headers=CHUNKED, path=path)
+    assert status == 200, payload
+    kept = tables.get(Upload, upload_client.sender.owner, upload.upload_id)
     assert kept is not None
-    assert kept.part_ids == {f"{told['id']}:{len(GOOD)}"}
-    data = part('name="data"; filename="part"', bytes(bounded.MAX_PART + bounded.FORM_EXTRA))
-    status, told = door.send(in_chunks(data, 1 << 20), headers=CHUNKED, path=path)
+    assert kept.part_ids == {f"{payload['id']}:{len(GOOD)}"}
+    data = part('name="data"; filename="part"', bytes(body_limit.MAX_PART + body_limit.FORM_EXTRA))
+    status, payload = upload_client.send(in_chunks(data, 1 << 20), headers=CHUNKED, path=path)
     assert status == 413
-    assert b"request_too_large" in told
+    assert b"request_too_large" in payload
 
 
-def test_a_page_takes_a_form_of_unknown_length(door: Door) -> None:
+def test_a_page_takes_a_form_of_unknown_length(upload_client: UploadClient) -> None:
     page = Client()
-    page.force_login(door.dora.user)
+    page.force_login(upload_client.sender.user)
     token = str(page.get("/datasets/").context["csrf_token"])
     cookies = {"Cookie": "; ".join(f"{name}={cookie.value}" for name, cookie in page.cookies.items())}
     body = form(
         part('name="csrfmiddlewaretoken"', token.encode()), part('name="file"; filename="a.jsonl"', GOOD)
     )
-    status, _ = door.send(
+    status, _ = upload_client.send(
         in_chunks(body), headers=CHUNKED | cookies | {"Authorization": ""}, path="/datasets/upload/"
     )
-    assert (status, door.count()) == (302, 1)
+    assert (status, upload_client.count()) == (302, 1)
 
 
 @pytest.mark.parametrize(("size", "fits"), [(999, True), (1000, True), (1001, False)])
@@ -248,9 +255,9 @@ def test_the_limit_is_exact_to_the_byte(stores: None, settings: Any, size: int, 
 @pytest.mark.parametrize(
     "content", [GOOD, GOOD + GOOD], ids=["the same file twice", "another of the same name"]
 )
-def test_what_is_sent_twice_is_there_twice(door: Door, content: bytes) -> None:
-    assert [door.upload("a.jsonl")[0], door.upload("a.jsonl", content)[0]] == [200, 200]
-    assert door.count() == 2
+def test_what_is_sent_twice_is_there_twice(upload_client: UploadClient, content: bytes) -> None:
+    assert [upload_client.upload("a.jsonl")[0], upload_client.upload("a.jsonl", content)[0]] == [200, 200]
+    assert upload_client.count() == 2
 
 
 def test_thousands_of_files_end_at_the_quota(stores: None, settings: Any) -> None:
