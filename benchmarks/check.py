@@ -42,9 +42,16 @@ def write_chats(path: Path, size: int) -> None:
         return " ".join(some.choices(words, k=some.randint(8, most))).capitalize() + "."
 
     block = [
-        json.dumps({"messages": [{"role": "user", "content": f"%d: {said(60)}"}, {"role": "assistant", "content": said(120)}]})
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": f"%d: {said(60)}"},
+                    {"role": "assistant", "content": said(120)},
+                ]
+            }
+        )
         for _ in range(5000)
-    ]  # fmt: skip
+    ]
     with path.open("w") as file:
         number = 0
         while file.tell() < size:
@@ -114,7 +121,9 @@ def tokenize(scores: Scores, tenth: Path) -> None:
         bare = bare_seconds(tenth, tokenizer)
         seconds, peak, report = check(tenth, "--tokenizer", str(STARTER_FOLDER))
         rounds.append((bare / seconds, seconds, bare))
-        scores.note(f"tokenize: {report['tokens']:,} tokens in {seconds:.1f} s, bare {bare:.1f} s, peak {peak / 2**20:.0f} MB")  # fmt: skip
+        scores.note(
+            f"tokenize: {report['tokens']:,} tokens in {seconds:.1f} s, bare {bare:.1f} s, peak {peak / 2**20:.0f} MB"
+        )
     _, seconds, bare = sorted(rounds)[len(rounds) // 2]
     scores.add("check with tokenizing, MB/s", megabytes / seconds, megabytes / bare, 0.8)
 

@@ -112,9 +112,13 @@ def draw(some: random.Random, number: int) -> dict[str, Any]:
     ):  # twenty times the parameters: few tokens at once, or the rehearsal alone takes a minute
         words, batch = min(words, 20), min(batch, 4)
     return {
-        "base": base, "rows": rows, "words": words, "seconds": some.uniform(*SECONDS), "seed": some.randrange(10**6),
+        "base": base,
+        "rows": rows,
+        "words": words,
+        "seconds": some.uniform(*SECONDS),
+        "seed": some.randrange(10**6),
         "settings": {"method": method, "batch_size": batch, "validation_fraction": held},
-    }  # fmt: skip
+    }
 
 
 def text_of(made: dict[str, Any]) -> bytes:
@@ -187,7 +191,13 @@ def run(made: dict[str, Any], large: Path, scores: Any, *, teaches: bool) -> dic
         f"{epochs:g} epochs of {made['settings']['batch_size']}: P50 {before.seconds_p50:.1f}, P90 {before.seconds_p90:.1f}, took {actual:.1f} s "
         f"({before.seconds_p50 / actual - 1:+.0%}); memory {before.memory / peak - 1:+.1%} of {peak / 1e9:.2f} GB"
     )
-    return {"p50": before.seconds_p50, "p90": before.seconds_p90, "actual": actual, "memory": before.memory, "peak": peak}  # fmt: skip
+    return {
+        "p50": before.seconds_p50,
+        "p90": before.seconds_p90,
+        "actual": actual,
+        "memory": before.memory,
+        "peak": peak,
+    }
 
 
 def all_records() -> list[dict[str, Any]]:

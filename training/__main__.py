@@ -13,13 +13,13 @@ from training.engine import memory
 from training.plan.events import EXIT, Failure
 
 COMMANDS = {
-    "train": ("training.command", "train as a run file says; events on standard output"),
-    "standby": ("training.command", "be warm and wait for a run file on standard input"),
-    "generate": ("training.models.generate", "write text with a model"),
-    "serve": ("training.serving.serve", "answer generation requests, JSON lines"),
+    "train": ("training.command", "train as the run file specifies; events on standard output"),
+    "standby": ("training.command", "import everything, then wait for a run file on standard input"),
+    "generate": ("training.models.generate", "generate text with a model"),
+    "serve": ("training.serving.serve", "serve generation requests as JSON lines"),
     "export": ("training.export.command", "turn a checkpoint into a model folder"),
     "check": ("training.report.check", "read a dataset and report on it"),
-    "fix": ("training.report.fix", "write a new version of a dataset without the rows that findings name"),
+    "fix": ("training.report.fix", "write a new version of a dataset without the rows with findings"),
 }
 
 
@@ -60,7 +60,7 @@ def _refusal(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, TokenizerError):
-        return f"The tokenizer cannot be used: {error}. Name the folder of a model with its tokenizer."
+        return f"The tokenizer cannot be used: {error}. Use the folder of a model with its tokenizer."
     return ""
 
 

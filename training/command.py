@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     if parser.prog.endswith(" train"):
         parser.add_argument("config", help="the run file (training/plan/config.py: Run)")
     else:
-        parser.add_argument("--base", help="a folder: hold the memory that fine-tuning this model takes")
+        parser.add_argument("--base", help="a folder: reserve the memory that fine-tuning this model takes")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -66,7 +66,7 @@ def train(run: Run, emit: Callable[..., None], stop: Callable[[], bool] = lambda
             _export(trained, Path(run.work_dir) / "final", emit)
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
-            raise Failure("out_of_memory", f"Memory ran out: {str(error).splitlines()[0][:200]}") from error
+            raise Failure("out_of_memory", f"Out of memory: {str(error).splitlines()[0][:200]}") from error
         raise
 
 

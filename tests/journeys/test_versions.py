@@ -24,8 +24,8 @@ from training.text.tokenizer import Tokenizer
 ROWS = [{"prompt": f"Number {i}?\n", "completion": f" It is {i * i}."} for i in range(60)]
 EMPTY = {"prompt": "And?\n", "completion": ""}
 TWINS = {
-    "code": "duplicate", "severity": "warning", "title": "Rows that stand there twice", "count": 3, "lines": [4, 5, 6],
-    "why": "They count double.", "fix": "Keep one of each.", "drop": True,
+    "code": "duplicate", "severity": "warning", "title": "Duplicate rows", "count": 3, "lines": [4, 5, 6],
+    "why": "They count twice.", "fix": "Keep one copy of each.", "drop": True,
 }  # fmt: skip
 
 

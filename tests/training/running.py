@@ -23,8 +23,12 @@ class Runner:
         self.values = lay_out(folder, steps, **settings)
 
     def train(
-        self, work: str = "work", stop_at: int | None = None, hear: Callable[[Event], None] | None = None, **changes: Any
-    ) -> list[Event]:  # fmt: skip
+        self,
+        work: str = "work",
+        stop_at: int | None = None,
+        hear: Callable[[Event], None] | None = None,
+        **changes: Any,
+    ) -> list[Event]:
         """All event lines. `stop_at` asks for an end once that step is told."""
         told: list[Event] = []
 

@@ -29,9 +29,13 @@ from training.plan.events import Failure
 from training.text.tokenizer import Tokenizer
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
     "max_position_embeddings": 128,
-}  # fmt: skip
+}
 GROUPED: dict[str, Any] = SHAPE | {"num_key_value_heads": 1, "head_dim": 16}
 WINDOW: dict[str, Any] = GROUPED | {"sliding_window": 20}
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -40,12 +44,20 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: t.Qwen2Config(**SHAPE, num_key_value_heads=1),
     "qwen3": lambda: t.Qwen3Config(**GROUPED),
     "gpt_neox": lambda: t.GPTNeoXConfig(**SHAPE),
-    "opt": lambda: t.OPTConfig(vocab_size=300, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128, word_embed_proj_dim=32),
+    "opt": lambda: t.OPTConfig(
+        vocab_size=300,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        word_embed_proj_dim=32,
+    ),
     "gemma2": lambda: t.Gemma2Config(**WINDOW),
     "gemma3": lambda: t.Gemma3TextConfig(**WINDOW),
     "bloom": lambda: t.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=2),
     "mamba": lambda: t.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4),
-}  # fmt: skip
+}
 # What must be found out about them: (reads packed rows, its head is a plain product). The rest is (True, True).
 SPECIAL = {"gemma2": (True, False), "bloom": (False, True), "mamba": (False, True)}
 LENGTHS = (9, 40, 5)
@@ -158,12 +170,21 @@ def test_greedy_text_is_that_of_transformers(name, tmp_path):
     write_tokenizer(tmp_path)
     options = GenerateOptions(max_tokens=12, n=2, ignore_eos=True)
     ours = generate(model, Tokenizer.load(tmp_path), [5, 6, 7], options)
-    whole = model.lm.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)  # fmt: skip
+    whole = model.lm.generate(
+        torch.tensor([[5, 6, 7]]),
+        max_new_tokens=12,
+        min_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
     assert [c.ids for c in ours] == [whole[0, 3:].tolist()] * 2
 
 
 def test_a_gpt2_with_rarer_switches_goes_through_transformers(tmp_path):
-    config = t.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64, scale_attn_by_inverse_layer_idx=True)  # fmt: skip
+    config = t.GPT2Config(
+        vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64, scale_attn_by_inverse_layer_idx=True
+    )
     t.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert isinstance(model, CausalLM)
@@ -214,7 +235,13 @@ def train(base: Path, work: Path, **settings: Any) -> list[dict[str, Any]]:
         "validation_fraction": 0.25,
     }
     lines: list[dict[str, Any]] = []
-    run = {"base": str(base), "train_file": str(data), "work_dir": str(work), "settings": chosen | settings, "rehearse": False}  # fmt: skip
+    run = {
+        "base": str(base),
+        "train_file": str(data),
+        "work_dir": str(work),
+        "settings": chosen | settings,
+        "rehearse": False,
+    }
     command.train(Run.parse(run), lambda t, **values: lines.append({"t": t, **values}))
     return lines
 

@@ -33,8 +33,19 @@ def snapshot(step: int, *, best: bool = False, final: bool = False) -> Snapshot:
     optimizer = moments | {"step": torch.tensor(float(step))}
     state = {"step": step, "cursor": step * 8}
     return Snapshot(
-        step, 1, weights, optimizer, {"torch": rng.get_state()}, state, IDENTITY, {"torch": "2"}, {}, "/base", best, final
-    )  # fmt: skip
+        step,
+        1,
+        weights,
+        optimizer,
+        {"torch": rng.get_state()},
+        state,
+        IDENTITY,
+        {"torch": "2"},
+        {},
+        "/base",
+        best,
+        final,
+    )
 
 
 @pytest.fixture

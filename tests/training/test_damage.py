@@ -35,8 +35,31 @@ SEEDS: dict[str, bytes] = {
     "g.md": b"# One\ntext\n# Two\nmore\n" * 20,
     "h.jsonl": JSONL.decode().encode("utf-16"),
 }
-BITS = (b"\x00", b"\xff", b"\xfe\xff", b'"', b"\\", b"{", b"[", b"]", b"}", b"\n", b"\r", b",", b"\xc3", b"\xed\xa0\x80",
-        b"null", b"NaN", b"-", b"1e999", b"\\ud800", b"<|endoftext|>", b"\xef\xbb\xbf", b"[" * 2000, b"9" * 5000)  # fmt: skip
+BITS = (
+    b"\x00",
+    b"\xff",
+    b"\xfe\xff",
+    b'"',
+    b"\\",
+    b"{",
+    b"[",
+    b"]",
+    b"}",
+    b"\n",
+    b"\r",
+    b",",
+    b"\xc3",
+    b"\xed\xa0\x80",
+    b"null",
+    b"NaN",
+    b"-",
+    b"1e999",
+    b"\\ud800",
+    b"<|endoftext|>",
+    b"\xef\xbb\xbf",
+    b"[" * 2000,
+    b"9" * 5000,
+)
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:

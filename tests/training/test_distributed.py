@@ -32,10 +32,23 @@ def train(
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     chosen = {
-        "max_steps": STEPS, "batch_size": 8, "micro_batch_tokens": 48, "learning_rate": 3e-3, "dropout": 0.0, "seed": 3,
-        "validation_fraction": 0.2, "train_on": "all",
-    }  # fmt: skip
-    run = {"base": str(base), "train_file": str(data), "work_dir": str(work / "out"), "settings": chosen | settings, "rehearse": False, "resume_from": resume_from}  # fmt: skip
+        "max_steps": STEPS,
+        "batch_size": 8,
+        "micro_batch_tokens": 48,
+        "learning_rate": 3e-3,
+        "dropout": 0.0,
+        "seed": 3,
+        "validation_fraction": 0.2,
+        "train_on": "all",
+    }
+    run = {
+        "base": str(base),
+        "train_file": str(data),
+        "work_dir": str(work / "out"),
+        "settings": chosen | settings,
+        "rehearse": False,
+        "resume_from": resume_from,
+    }
     if processes == 1:  # in this one: importing torch once more would take longer than the training
         lines: list[dict[str, Any]] = []
         command.train(Run.parse(run), lambda t, **values: lines.append({"t": t, **values}))

@@ -167,9 +167,15 @@ def start(
     command = [*wrapper, sys.executable, "-m", "training", "train", str(config)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
-        text=True, preexec_fn=limit,
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=limit,
+    )
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, list[Event]]:
@@ -222,8 +228,12 @@ def test_a_warm_trainer_waits_for_its_run_and_ends_with_its_parent(runner: Runne
         json.dumps(runner.values | {"settings": runner.values["settings"] | {"max_steps": 100_000}})
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "training", "standby"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )  # fmt: skip
+        [sys.executable, "-m", "training", "standby"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdin
     assert process.stdout
     assert json.loads(process.stdout.readline())["t"] == "ready"

@@ -119,7 +119,13 @@ def test_peft_opens_an_adapter(base, tmp_path, kind):
     if kind == "gpt2":
         model: Any = adapted(base)
     else:
-        shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}  # fmt: skip
+        shape = {
+            "vocab_size": 300,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
         torch.manual_seed(0)
         write_model(tmp_path / "base")
         (tmp_path / "base" / "model.safetensors").unlink()
@@ -167,7 +173,15 @@ def test_a_failed_export_leaves_the_old_folder(base, tmp_path, monkeypatch):
 
 
 def test_the_model_card_tells_where_it_comes_from(base, tmp_path):
-    facts = {"base": "gpt2", "name": "Orders", "examples": 480, "settings": {"learning_rate": 3e-4}, "metrics": {"loss": 1.25}, "licence": "mit", "fidelity": {"exact": True, "logits": 10}}  # fmt: skip
+    facts = {
+        "base": "gpt2",
+        "name": "Orders",
+        "examples": 480,
+        "settings": {"learning_rate": 3e-4},
+        "metrics": {"loss": 1.25},
+        "licence": "mit",
+        "fidelity": {"exact": True, "logits": 10},
+    }
     folder.write_folder(gpt2(), tmp_path / "out", base=base, facts=facts)
     text = (tmp_path / "out" / "README.md").read_text()
     for piece in (

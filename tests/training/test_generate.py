@@ -103,7 +103,9 @@ def test_echo_gives_the_prompt_back_with_its_logprobs(model, tokenizer, theirs):
     assert ours.text == PROMPT
     assert ours.finish_reason == "length"
     assert ours.tokens[0].logprob is None
-    assert [t.logprob for t in ours.tokens[1:]] == pytest.approx([float(truth[i, t]) for i, t in enumerate(ids[1:])], abs=1e-4)  # fmt: skip
+    assert [t.logprob for t in ours.tokens[1:]] == pytest.approx(
+        [float(truth[i, t]) for i, t in enumerate(ids[1:])], abs=1e-4
+    )
 
 
 def test_it_stops_at_the_end_token_and_does_not_show_it(tokenizer):

@@ -50,7 +50,13 @@ def ask(
         "except Failure as f:\n    print(json.dumps({'reason': f.reason, 'message': f.message}))\n"
         "assert 'torch' not in sys.modules"
     )
-    variables = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+    variables = {
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps([name, revision])],
         env=variables | environment,
@@ -65,7 +71,12 @@ def ask(
 def test_a_model_is_fetched_once_without_what_could_be_run(server, tmp_path):
     server.fetched.clear()
     folder = Path(ask(server, tmp_path, "gpt2")["folder"])
-    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert (folder / "model.safetensors").read_bytes() == (
         server.repositories["gpt2"] / "model.safetensors"
     ).read_bytes()
@@ -82,9 +93,9 @@ def test_a_disk_that_is_full_is_not_the_models_fault(server, tmp_path):
 @pytest.mark.parametrize(
     ("name", "revision", "message"),
     [
-        ("someone/no-such-model", None, "has no model called"),
+        ("someone/no-such-model", None, "has no model named"),
         ("gpt2", "no-such-branch", "no revision"),
-        ("not a name!", None, "no name of a model"),
+        ("not a name!", None, "not a valid model name"),
         ("someone/with-code", None, "never run"),
     ],
 )

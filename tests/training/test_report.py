@@ -87,8 +87,8 @@ DEFECTS: dict[str, tuple[str, Any]] = {
     "prompt too long": ("nothing_to_train", lambda r: {**r, "prompt": r["prompt"] * 100}),
     "run together": ("run_together", lambda r: {"prompt": "Name any word", "completion": "river"}),
     "trailing space": ("trailing_space", lambda r: {"prompt": "Say the word: ", "completion": "village"}),
-    "e-mail": ("personal", lambda r: {**r, "completion": " Write to anna.schmidt@posteo.de today."}),
-    "telephone": ("personal", lambda r: {**r, "completion": " Call +49 30 901820 today."}),
+    "email": ("personal", lambda r: {**r, "completion": " Write to anna.schmidt@posteo.de today."}),
+    "phone": ("personal", lambda r: {**r, "completion": " Call +49 30 901820 today."}),
     "card": ("personal", lambda r: {**r, "completion": " Pay with 4111 1111 1111 1111 today."}),
     "IBAN": ("personal", lambda r: {**r, "completion": " Pay to DE89 3704 0044 0532 0130 00 today."}),
     "AWS key": ("secret", lambda r: {**r, "completion": " Use AKIAIOSFODNN7EXAMPLE today."}),
@@ -98,7 +98,7 @@ DEFECTS: dict[str, tuple[str, Any]] = {
     "direction": ("invisible", lambda r: {**r, "completion": " \u202eesrever"}),
     "number for text": ("bad_row", lambda r: {**r, "completion": 7}),
     "missing answer": ("bad_row", lambda r: {"prompt": r["prompt"]}),
-}  # fmt: skip
+}
 TWINS: dict[str, tuple[str, Any]] = {
     "twice": ("duplicate", lambda r: dict(r)),
     "other capitals": ("near_duplicate", lambda r: {**r, "prompt": r["prompt"].upper()}),
@@ -308,7 +308,7 @@ def test_the_command_prints_a_report(tmp_path: Path) -> None:
     [
         (("check", "nowhere.jsonl"), "nowhere.jsonl: No such file"),
         (("fix", "nowhere.jsonl", "--to", "new.jsonl"), "nowhere.jsonl: No such file"),
-        (("check", "data.jsonl", "--tokenizer", "."), "Name the folder of a model"),
+        (("check", "data.jsonl", "--tokenizer", "."), "Use the folder of a model"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_told_in_one_line(

@@ -62,7 +62,7 @@ def detect(path: str | Path, limits: Limits = USUAL) -> Format:
         names = head(path, found, limits)["columns"]
         raise BadFile(
             1 if found.container == "csv" else 0,
-            f"the columns are named {', '.join(map(repr, names[:8])) or 'nothing'}, none of which we know",
+            f"its columns are named {', '.join(map(repr, names[:8])) or 'nothing'}, and none is a known name",
             "Choose the columns yourself, or name them prompt and completion (or text, or messages).",
         )
     return found
@@ -76,7 +76,7 @@ def look(path: str | Path, limits: Limits = USUAL) -> Format:
         file.seek(0, 2)
         size = file.tell()
     if size == 0:
-        raise BadFile(0, "the file is empty", "Upload a file with at least one example in it.")
+        raise BadFile(0, "the file is empty", "Upload a file with at least one example.")
     if head.startswith(b"PAR1"):
         from training.data import parquet
 
@@ -88,9 +88,7 @@ def look(path: str | Path, limits: Limits = USUAL) -> Format:
     start = text.lstrip()[:1]
     suffix = path.suffix.lower()
     if not start:
-        raise BadFile(
-            0, "the file holds nothing but white space", "Upload a file with at least one example in it."
-        )
+        raise BadFile(0, "the file has nothing but white space", "Upload a file with at least one example.")
     if start == "[" and suffix not in (".txt", ".md", ".markdown", ".csv", ".tsv"):
         return _with_shape(path, Format("json", encoding=encoding), limits)
     if start == "{" or suffix in (".jsonl", ".ndjson", ".json"):

@@ -13,7 +13,7 @@ from typing import Any
 from training.data.row_schemas import BadFile
 
 BATCH = 64
-CONVERT = "Write it again with an ordinary tool (pandas, DuckDB), or save it as JSONL."
+CONVERT = "Write it again with a common tool (pandas, DuckDB), or save it as JSONL."
 MAX_COLUMNS = 1000
 SMALL, MOST_TIMES = 64 << 20, 500  # bytes that any file may decode to, and times its own size beyond that
 
@@ -36,7 +36,9 @@ def records(path: Path, columns: dict[str, str], limit: int) -> Iterator[tuple[i
             decoded += _text_in(batch)
             number += batch.num_rows
             if decoded > limit:
-                raise BadFile(0, f"it decodes to more than {limit >> 20} MB", "Split it into smaller files.")
+                raise BadFile(
+                    0, f"it decompresses to more than {limit >> 20} MB", "Split it into smaller files."
+                )
         number = 0
         for batch in file.iter_batches(BATCH, columns=wanted, use_threads=False):
             for record in batch.to_pylist():
@@ -47,7 +49,7 @@ def records(path: Path, columns: dict[str, str], limit: int) -> Iterator[tuple[i
             raise
         raise BadFile(number + 1, f"the Parquet file is damaged here: {_words(error)}", CONVERT) from error
     if number == 0:
-        raise BadFile(0, "the Parquet file has no rows", "Upload a file with at least one example in it.")
+        raise BadFile(0, "the Parquet file has no rows", "Upload a file with at least one example.")
 
 
 def _text_in(batch: Any) -> int:
@@ -93,12 +95,12 @@ def _open(path: Path) -> Any:
     if len(names) > MAX_COLUMNS:
         raise BadFile(
             0,
-            f"it has {len(names)} columns; at most {MAX_COLUMNS} are read",
+            f"it has {len(names)} columns; the limit is {MAX_COLUMNS}",
             "Keep only the columns to train on.",
         )
     doubled = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if doubled is not None:
-        raise BadFile(0, f"two columns are named {doubled!r}", "Give every column its own name.")
+        raise BadFile(0, f"two columns are named {doubled!r}", "Give each column its own name.")
     return file
 
 

@@ -92,7 +92,7 @@ def records(
         else:
             raise BadFile(
                 0,
-                f"{format.container!r} is no kind of file we read",
+                f"{format.container!r} is not a supported file format",
                 "Choose JSONL, JSON, CSV, Parquet or text.",
             )
 
@@ -121,7 +121,7 @@ def _lines(
             raise BadFile(
                 number,
                 f"this line is longer than {limits.line_bytes >> 20} MB",
-                "Write one example on each line.",
+                "Put one example on each line.",
             )
         if number == 1 and line.startswith(codecs.BOM_UTF8) and not (part and part.begin):
             line = line[3:]
@@ -135,7 +135,7 @@ def _undecodable(number: int, line: bytes, error: UnicodeDecodeError) -> BadRow:
     return BadRow(
         number,
         f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8",
-        "Save the file as UTF-8; some of it seems to come from another encoding.",
+        "Save the file as UTF-8. Part of it seems to have another encoding.",
     )
 
 
@@ -182,7 +182,7 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
         except UnicodeDecodeError as error:
             raise BadFile(
                 line,
-                f"the file is not UTF-8 near byte {error.start + 1} of this part",
+                f"the file is not UTF-8 near byte {error.start + 1} of this chunk",
                 "Save the file as UTF-8.",
             ) from error
         buffer += chunk
@@ -194,8 +194,8 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
             if ended:
                 raise BadFile(
                     line,
-                    "something stands after the end of the array",
-                    "Keep one array in the file, or write JSON Lines.",
+                    "there is something after the end of the array",
+                    "Keep only one array in the file, or use JSON Lines.",
                 )
             if buffer[0] == "]":
                 ended, buffer = True, buffer[1:]
@@ -220,11 +220,13 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
             raise BadFile(
                 line,
                 f"one element is longer than {limits.line_bytes >> 20} MB",
-                "Write one example in each element.",
+                "Put one example in each element.",
             )
         want = max(want, len(buffer))  # read as much again, so that long elements cost no more than twice
     if not ended:
-        raise BadFile(line, "the array is never closed: the file seems cut off", "Upload the whole file.")
+        raise BadFile(
+            line, "the array is never closed: the file seems to be cut off", "Upload the whole file."
+        )
 
 
 def _skip(line: int, text: str, marks: str) -> tuple[int, str]:
@@ -268,7 +270,7 @@ def _csv(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tuple[int, 
                 line,
                 BadRow(
                     line,
-                    f"{len(cells)} cells where the header has {len(header)}",
+                    f"the row has {len(cells)} cells, the header {len(header)}",
                     "Put cells that contain the delimiter in quotes.",
                 ),
             )
@@ -286,7 +288,7 @@ def _header(line: int, cells: list[str], limits: Limits) -> list[str]:
     if len(names) > limits.columns:
         raise BadFile(
             line,
-            f"{len(names)} columns; at most {limits.columns} are read",
+            f"{len(names)} columns; the limit is {limits.columns}",
             "Keep only the columns to train on.",
         )
     if "" in names:
@@ -295,7 +297,7 @@ def _header(line: int, cells: list[str], limits: Limits) -> list[str]:
         )
     doubled = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if doubled is not None:
-        raise BadFile(line, f"two columns are named {doubled!r}", "Give every column its own name.")
+        raise BadFile(line, f"two columns are named {doubled!r}", "Give each column its own name.")
     return names
 
 
@@ -334,7 +336,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         seen: set[str] = set()
         name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {name!r} stands twice in one object")
+        raise ValueError(f"the key {name!r} appears twice in one object")
     return value
 
 

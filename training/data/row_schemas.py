@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-JSON_HINT = "Every line must be one whole JSON object; check it with any JSON tool."
+JSON_HINT = "Each line must be one complete JSON object. Check it with any JSON tool."
 SHAPE_HINT = 'An example is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}.'
 ROLES = ("system", "user", "assistant")
 SAME_ROLE = {
@@ -159,9 +159,7 @@ def _messages(line: int, value: Any) -> tuple[dict[str, Any], ...]:
             "Give it at least a user and an assistant message, or drop the row.",
         )
     if len(value) > MAX_MESSAGES:
-        raise BadRow(
-            line, f"{len(value)} messages; at most {MAX_MESSAGES} are read", "Split the conversation."
-        )
+        raise BadRow(line, f"{len(value)} messages; the limit is {MAX_MESSAGES}", "Split the conversation.")
     return tuple(
         message if _is_plain(message) else _message(line, number, message)
         for number, message in enumerate(value, 1)
@@ -191,16 +189,16 @@ def _message(line: int, number: int, message: Any) -> dict[str, Any]:
         raise BadRow(line, f"{where} has no role", "Give it the role system, user or assistant.")
     if role not in ROLES:
         raise BadRow(
-            line, f"{where} has the role {str(said)[:40]!r}", "Roles are system, user and assistant."
+            line, f"{where} has the role {str(said)[:40]!r}", "The roles are system, user and assistant."
         )
     content = message.get("content", message.get("value"))
     if content is None:
         extra = (
-            "; tool calls are not trained"
+            "; tool calls are not supported"
             if message.get("tool_calls") or message.get("function_call")
             else ""
         )
-        raise BadRow(line, f"{where} has no content{extra}", "Give it a text as content, or drop the row.")
+        raise BadRow(line, f"{where} has no content{extra}", "Give it text as its content, or drop the row.")
     if isinstance(content, list):
         content = _parts(line, where, content)
     result: dict[str, Any] = {"role": role, "content": _text(line, f"the content of {where}", content)}
@@ -209,12 +207,12 @@ def _message(line: int, number: int, message: Any) -> dict[str, Any]:
         if role != "assistant":
             raise BadRow(
                 line,
-                f"{where} has a weight but is not the assistant's",
-                "Only assistant messages have a weight.",
+                f"{where} has a weight, but is not an assistant message",
+                "Only assistant messages can have a weight.",
             )
         if isinstance(weight, bool) or weight not in (0, 1):
             raise BadRow(
-                line, f"the weight of {where} is {weight!r}"[:120], "A weight is 0 (not trained) or 1."
+                line, f"the weight of {where} is {weight!r}"[:120], "A weight is 0 (not trained on) or 1."
             )
         result["weight"] = int(weight)
     return result
@@ -227,8 +225,8 @@ def _parts(line: int, where: str, parts: list[Any]) -> str:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise BadRow(
                 line,
-                f"{where} holds a part that is not text",
-                "Only text can be trained on; drop pictures and files.",
+                f"{where} has a part that is not text",
+                "Only text is supported. Remove images and files.",
             )
         texts.append(part["text"])
     return "".join(texts)
@@ -248,8 +246,8 @@ def _text(line: int, name: str, value: Any) -> str:
     if not value.isascii() and SURROGATE.search(value):
         raise BadRow(
             line,
-            f"{name} holds half of a character (a lone surrogate)",
-            "Write the whole character; emoji are two \\u escapes together.",
+            f"{name} contains half of a character (a lone surrogate)",
+            "Write the whole character. An emoji takes two \\u escapes.",
         )
     return value
 
@@ -296,7 +294,7 @@ def _refuse_shape(line: int, record: Mapping[str, Any]) -> NoReturn:
         raise BadRow(
             line,
             f"the keys are {_names(record)}",
-            "Write the keys in small letters: messages, prompt, completion, text.",
+            "Write the keys in lowercase: messages, prompt, completion, text.",
         )
     for need, other in (("prompt", "completion"), ("completion", "prompt")):
         if any(alias in record for alias in ALIASES[need]):
@@ -309,10 +307,14 @@ def _refuse_missing(line: int, record: Mapping[str, Any], missing: list[str], sh
     if other and other[0] != shape:
         raise BadRow(
             line,
-            f"this row is {other[0]}, the rows before it are {shape}",
-            "Keep one kind of example in a file.",
+            f"this row has the shape {other[0]}, the rows before it {shape}",
+            "Use one kind of example per file.",
         )
-    raise BadRow(line, f"{' and '.join(map(repr, missing))} missing (keys: {_names(record)})", SHAPE_HINT)
+    raise BadRow(
+        line,
+        f"{' and '.join(map(repr, missing))} {'is' if len(missing) == 1 else 'are'} missing (keys: {_names(record)})",
+        SHAPE_HINT,
+    )
 
 
 def _names(record: Mapping[str, Any]) -> str:
@@ -327,42 +329,45 @@ def explain_json(text: str, error: json.JSONDecodeError) -> tuple[str, str]:
     rest = text[error.pos :].lstrip()
     if error.msg == "Extra data":
         if "\r" in text.strip("\r\n"):
-            return where + "lines end with CR alone", "Save the file with ordinary (LF) line ends."
+            return where + "lines end with CR alone", "Save the file with LF line endings."
         if rest.startswith("{"):
-            return where + "two objects stand on one line", "Write each object on its own line."
+            return where + "there are two objects on one line", "Put each object on its own line."
         if rest.startswith(("//", "#", "/*")):
             return where + "JSON has no comments", "Remove the comment."
         return (
             where + f"something follows the value ({rest[:20]!r})",
-            "Keep one object on the line and nothing else.",
+            "Put one object on the line and nothing else.",
         )
     if stripped in ("{", "[") or (
         stripped.startswith("{") and not stripped.endswith("}") and error.pos >= len(text.rstrip())
     ):
         return (
             where + "the object does not end on this line",
-            "Write each object whole on one line (not pretty-printed); the file may be cut off.",
+            "Put each object on one line (not pretty-printed). The file may also be cut off.",
         )
     if rest.startswith(("//", "#", "/*")):
         return where + "JSON has no comments", "Remove the comment."
     if rest.startswith("'"):
-        return where + "single quotes", 'JSON wants double quotes: {"prompt": "…"}.'
+        return where + "single quotes", 'JSON uses double quotes: {"prompt": "…"}.'
     if rest.startswith(("}", "]")) or "trailing comma" in error.msg:
-        return where + "a comma before the closing bracket, or a value missing", "Remove the last comma."
+        return where + "a comma before the closing bracket, or a missing value", "Remove the last comma."
     if "property name" in error.msg:
         return where + "a key without double quotes", 'Put keys in double quotes: {"prompt": "…"}.'
     if "control character" in error.msg:
         return (
-            where + "a raw line break or control character inside a text",
+            where + "a raw line break or control character inside a string",
             "Write it as \\n, \\t or \\u00XX.",
         )
     if "escape" in error.msg:
-        return where + "a backslash that starts no known escape", "Write a backslash as \\\\."
+        return where + "a backslash that does not start a known escape", "Write a backslash as \\\\."
     if "Unterminated" in error.msg:
-        return where + "a text is never closed", 'Close it with a double quote; a quote inside a text is \\".'
+        return (
+            where + "a string is never closed",
+            'Close it with a double quote. Write a quote inside a string as \\".',
+        )
     if "delimiter" in error.msg:
         return (
             where + error.msg.lower(),
-            'A comma, colon or quote is missing here; a quote inside a text is \\".',
+            'A comma, colon or quote is missing here. Write a quote inside a string as \\".',
         )
-    return where + f"no JSON begins with {rest[:20]!r}", JSON_HINT
+    return where + f"JSON cannot begin with {rest[:20]!r}", JSON_HINT

@@ -32,9 +32,9 @@ MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\xd0\xcf\x11\xe0", "an old Excel or Word file", CONVERT),
     (0, b"%PDF", "a PDF", CONVERT),
     (0, b"{\\rtf", "an RTF document", CONVERT),
-    (0, b"\x89PNG", "a PNG picture", CONVERT),
-    (0, b"\xff\xd8\xff", "a JPEG picture", CONVERT),
-    (0, b"GIF8", "a GIF picture", CONVERT),
+    (0, b"\x89PNG", "a PNG image", CONVERT),
+    (0, b"\xff\xd8\xff", "a JPEG image", CONVERT),
+    (0, b"GIF8", "a GIF image", CONVERT),
     (0, b"\x7fELF", "a program", CONVERT),
     (0, b"MZ\x90", "a Windows program", CONVERT),
 )
@@ -48,7 +48,7 @@ def refuse_other_formats(head: bytes) -> None:
         if head.startswith(magic, offset):
             raise BadFile(0, f"this is {name}", advice)
     if PICKLE.match(head):
-        raise BadFile(0, "this is a Python pickle, which can run programs when it is opened", CONVERT)
+        raise BadFile(0, "this is a Python pickle, which can run code when it is opened", CONVERT)
     if re.match(rb".{8}\{\"", head, re.DOTALL) and head[7:8] == b"\x00":
         raise BadFile(0, "this is a safetensors file: weights, not examples", "Upload the training examples.")
     if HTML.match(head):

@@ -220,7 +220,7 @@ def _read(folder: Path, identity: Identity, shapes: Mapping[str, list[int]], sha
             raise Unreadable(f"it belongs to another run: its {what} differs")
     match = folder.name.split("-s")
     if folder.name.startswith("e") and match[-1] != str(manifest["step"]):
-        raise Unreadable("its folder's name tells another step")
+        raise Unreadable("its folder's name gives a different step")
     weights, optimizer, random = (load_file(folder / name) for name in FILES[:3])
     state = json.loads((folder / "state.json").read_text())
     if {name: list(t.shape) for name, t in weights.items()} != dict(shapes):
@@ -230,9 +230,9 @@ def _read(folder: Path, identity: Identity, shapes: Mapping[str, list[int]], sha
         raise Unreadable("its optimizer is not this model's")
     for name, t in (weights | optimizer).items():
         if t.dtype != torch.float32 or not bool(torch.isfinite(t).all()):
-            raise Unreadable(f"{name} holds numbers that are not finite")
+            raise Unreadable(f"{name} has numbers that are not finite")
     if state["step"] != manifest["step"] or int(optimizer["step"]) != state["step"]:
-        raise Unreadable("its files are of different steps")
+        raise Unreadable("its files are from different steps")
     return Restored(
         folder,
         manifest["step"],
@@ -249,7 +249,7 @@ def verify_files(folder: Path, sha256: str | None = None) -> dict[str, Any]:
     """The manifest, once every file is exactly as it says. Raises Unreadable."""
     manifest = read_manifest(folder, sha256)
     if sorted(f["name"] for f in manifest["files"]) != sorted(FILES):
-        raise Unreadable("its manifest names other files")
+        raise Unreadable("its manifest lists other files")
     if {path.name for path in folder.iterdir()} != {*FILES, "manifest.json"}:
         raise Unreadable("files are missing or do not belong there")
     for entry in manifest["files"]:
@@ -265,10 +265,10 @@ def read_manifest(folder: Path, sha256: str | None = None) -> dict[str, Any]:
     """The manifest, once it is exactly as it was written. Raises Unreadable."""
     try:
         if (folder / "manifest.json").is_symlink():
-            raise Unreadable("its manifest is a link")
+            raise Unreadable("its manifest is a symbolic link")
         text = (folder / "manifest.json").read_bytes()
     except OSError as error:
-        raise Unreadable("it has no manifest: it was not written to its end") from error
+        raise Unreadable("it has no manifest, so it was not written completely") from error
     if sha256 is not None and hashlib.sha256(text).hexdigest() != sha256:
         raise Unreadable("its manifest is not the one that was written")
     try:
@@ -279,7 +279,7 @@ def read_manifest(folder: Path, sha256: str | None = None) -> dict[str, Any]:
     if not same:
         raise Unreadable("its manifest was changed")
     if manifest["format"] != FORMAT:
-        raise Unreadable(f"it has format {manifest['format']}, this program reads {FORMAT}")
+        raise Unreadable(f"its format is {manifest['format']}, this program reads {FORMAT}")
     assert isinstance(manifest, dict)
     return manifest
 

@@ -59,7 +59,13 @@ def batch_loss(model: LanguageModel, batch: Batch, scale: float) -> tuple[Tensor
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, examples: Examples, tokens_at_once: int, device: torch.device, stopped: Callable[[], bool] = lambda: False) -> Evaluation:  # fmt: skip
+def evaluate(
+    model: LanguageModel,
+    examples: Examples,
+    tokens_at_once: int,
+    device: torch.device,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Evaluation:
     """One pass over all examples, nothing dropped out. Raises Interrupted when `stopped()`.
 
     Exact match needs no generating: greedy text equals the answer exactly if argmax hits each of its tokens, given the
@@ -112,9 +118,9 @@ def verdict(before: list[float], after: list[float]) -> dict[str, Any]:
     low, high = (float(x) for x in np.quantile(means, [0.025, 0.975]))
     helped = "yes" if low > 0 else "no" if high < 0 else "unclear"
     words = {
-        "yes": "It helped: the loss on held-out examples fell by {fall:.3f} (95 % sure of {low:.3f} to {high:.3f}).",
-        "no": "It did harm: the loss on held-out examples rose by {rise:.3f}. Lower the learning rate or the epochs.",
-        "unclear": "No difference can be shown on {n} held-out examples ({low:.3f} to {high:.3f}). More of them would tell.",
+        "yes": "It helped: the loss on held-out examples fell by {fall:.3f} (95% confidence interval {low:.3f} to {high:.3f}).",
+        "no": "It made the model worse: the loss on held-out examples rose by {rise:.3f}. Lower the learning rate or the number of epochs.",
+        "unclear": "No clear difference on {n} held-out examples (95% confidence interval {low:.3f} to {high:.3f}). More held-out examples would help to tell.",
     }
     mean = float(fall.mean())
     sentence = words[helped].format(fall=mean, rise=-mean, low=low, high=high, n=len(fall))

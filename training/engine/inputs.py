@@ -69,11 +69,9 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     _fits_context(everything, described.context)
     kept = [example for example in everything if example.trained]
     if len(kept) < len(everything):
-        notes.append(f"{len(everything) - len(kept)} examples hold nothing to learn and are left out.")
+        notes.append(f"{len(everything) - len(kept)} examples have nothing to train on and are left out.")
     if not kept:
-        raise Failure(
-            "no_trained_token", f"None of the {len(everything)} examples holds a token to learn from."
-        )
+        raise Failure("no_trained_token", f"None of the {len(everything)} examples has a token to train on.")
     train, held_out = Examples.of(kept), Examples.of([])
     if run.validation_file:
         held = encode(run.validation_file, run.validation_format, forgiving=True)
@@ -83,7 +81,7 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
         held_out = Examples.of([example for example in fresh if example.trained])
         if leaked := len(held) - len(fresh):
             notes.append(
-                f"{leaked} of {len(held)} validation examples are also trained on and are left out of it."
+                f"{leaked} of {len(held)} validation examples are also in the training data and are left out of the validation."
             )
     elif settings.validation_fraction:
         train, held_out = hold_out(train, settings.validation_fraction, settings.seed)
@@ -115,7 +113,7 @@ def _tokenizer(base: Path, vocabulary: int) -> Tokenizer:
     except TokenizerError as error:
         raise Failure("tokenizer", f"The tokenizer in {base} cannot be used: {error}.") from error
     if highest >= vocabulary:
-        raise Failure("tokenizer", f"The tokenizer knows {highest + 1} tokens, the model only {vocabulary}.")
+        raise Failure("tokenizer", f"The tokenizer has {highest + 1} tokens, the model only {vocabulary}.")
     return tokenizer
 
 
@@ -141,10 +139,10 @@ def _encode(
         raise Failure("bad_data", f"The file {path} cannot be read: {error}") from error
     if bad:
         notes.append(
-            f"{len(bad)} rows of {Path(path).name} cannot be read and are left out; the first: {bad[0]}."
+            f"{len(bad)} rows of {Path(path).name} cannot be read and are left out. The first: {bad[0]}."
         )
     if not found:
-        raise Failure("bad_data", f"There is no example in {Path(path).name}.")
+        raise Failure("bad_data", f"There are no examples in {Path(path).name}.")
     return found
 
 
@@ -153,7 +151,11 @@ def _as_expected(expected: dict[str, int] | None, found: list[Example]) -> None:
     counts = {"examples": len(found), "tokens": sum(len(example.ids) for example in found)}
     for what, count in counts.items():
         if expected and expected.get(what) not in (None, count):
-            raise Failure("bad_data", f"The dataset's report counted {expected[what]} {what}; there are {count}.", "Have the dataset checked again: the file or the tokenizer has changed since.")  # fmt: skip
+            raise Failure(
+                "bad_data",
+                f"The dataset's report counted {expected[what]} {what}, but there are {count}.",
+                "Check the dataset again: the file or the tokenizer has changed since the report.",
+            )
 
 
 def _fits_context(found: Iterable[Example], context: int) -> None:
@@ -161,8 +163,8 @@ def _fits_context(found: Iterable[Example], context: int) -> None:
         if len(example.ids) > context:
             raise Failure(
                 "too_long",
-                f"The example in line {example.line} has {len(example.ids)} tokens; the model reads {context}.",
-                f"Set sequence_length to {context} or less to have it cut, or shorten the example.",
+                f"The example on line {example.line} has {len(example.ids)} tokens. The model's context is {context}.",
+                f"Set sequence_length to {context} or less to cut it, or shorten the example.",
             )
 
 

@@ -156,10 +156,20 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
         flops = count_flops(lengths, trained) / processes.size
         share = {"gemm_share": flops / seconds / gemm_rate} if gemm_rate else {}
         emit(
-            "metric", step=state.step, loss=loss_value, loss_hex=loss_value.hex(), lr=rate, grad_norm=norm,
-            tokens=state.tokens, tokens_per_s=sum(lengths) / seconds, epoch=state.cursor / len(data.train),
-            accuracy=hit_count / trained, memory=place.peak_memory(), eta_s=left, **share,
-        )  # fmt: skip
+            "metric",
+            step=state.step,
+            loss=loss_value,
+            loss_hex=loss_value.hex(),
+            lr=rate,
+            grad_norm=norm,
+            tokens=state.tokens,
+            tokens_per_s=sum(lengths) / seconds,
+            epoch=state.cursor / len(data.train),
+            accuracy=hit_count / trained,
+            memory=place.peak_memory(),
+            eta_s=left,
+            **share,
+        )
         gemm_rate = gemm_rate or device.gemm_rate(
             place
         )  # after the first step was reported: nobody waits for it

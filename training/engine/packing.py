@@ -124,8 +124,14 @@ def example_at(cursor: int, seed: int, count: int) -> int:
 
 
 def plan_steps(
-    lengths: np.ndarray, seed: int, *, epochs: float | None, max_steps: int | None, batch_size: int | None, batch_tokens: int | None
-) -> np.ndarray:  # fmt: skip
+    lengths: np.ndarray,
+    seed: int,
+    *,
+    epochs: float | None,
+    max_steps: int | None,
+    batch_size: int | None,
+    batch_tokens: int | None,
+) -> np.ndarray:
     """The cursor after each optimizer step, (steps,) int64. A step may straddle the end of an epoch; the last is what is left."""
     count = len(lengths)
     total = max(1, round(epochs * count)) if epochs is not None else None
@@ -188,9 +194,13 @@ class StepPlan:
     @staticmethod
     def of(examples: Examples, settings: Settings, processes: int = 1) -> StepPlan:
         ends = plan_steps(
-            examples.lengths, settings.seed, epochs=settings.epochs, max_steps=settings.max_steps,
-            batch_size=settings.batch_size, batch_tokens=settings.batch_tokens,
-        )  # fmt: skip
+            examples.lengths,
+            settings.seed,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            batch_size=settings.batch_size,
+            batch_tokens=settings.batch_tokens,
+        )
         return StepPlan(examples, ends, settings.seed, processes)
 
     @property

@@ -77,7 +77,7 @@ def _largest_that_fits(session: Session, optimizer: AdamW) -> tuple[int, Batch, 
                 raise
             if limit <= longest:
                 raise Failure(
-                    "out_of_memory", f"Not even one example of {longest} tokens fits into memory."
+                    "out_of_memory", f"Not even one example of {longest} tokens fits in memory."
                 ) from error
             limit = max(longest, limit // 2)
             session.model.zero_grad(set_to_none=True)

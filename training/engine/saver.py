@@ -122,9 +122,19 @@ class Saver:
         moments = {name: t.to("cpu", copy=True) for name, t in optimizer.state_tensors().items()}
         randoms = device.random_state()
         return Snapshot(
-            state.step, session.run.epoch, weights, moments, randoms, asdict(state), session.identity,
-            session.environment, session.settings.stored(), str(session.data.base), best, final,
-        )  # fmt: skip
+            state.step,
+            session.run.epoch,
+            weights,
+            moments,
+            randoms,
+            asdict(state),
+            session.identity,
+            session.environment,
+            session.settings.stored(),
+            str(session.data.base),
+            best,
+            final,
+        )
 
     def wait(self) -> None:
         """Until the checkpoint under way is on the disk; raises what went wrong with it."""
@@ -134,9 +144,15 @@ class Saver:
         size = (folder / "manifest.json").stat().st_size
         files = [*manifest["files"], {"name": "manifest.json", "bytes": size, "sha256": sha256}]
         self.session.emit(
-            "checkpoint", step=shot.step, path=str(folder), bytes=sum(f["bytes"] for f in files), files=files,
-            sha256=sha256, best=shot.best, final=shot.final,
-        )  # fmt: skip
+            "checkpoint",
+            step=shot.step,
+            path=str(folder),
+            bytes=sum(f["bytes"] for f in files),
+            files=files,
+            sha256=sha256,
+            best=shot.best,
+            final=shot.final,
+        )
 
     # ---- going on ------------------------------------------------------------------------------------------------
 
@@ -153,9 +169,12 @@ class Saver:
         self._writer.protected = {state.best_checkpoint} - {""}
         why = self._why_not_exact(restored)
         session.emit(
-            "resumed", step=state.step, from_step=checkpoint.step_of(Path(str(session.run.resume_from))), exact=not why,
-            why=why or "the same machine, program and data",
-        )  # fmt: skip
+            "resumed",
+            step=state.step,
+            from_step=checkpoint.step_of(Path(str(session.run.resume_from))),
+            exact=not why,
+            why=why or "same machine, program and data",
+        )
         return state
 
     def _first_readable(self, folders: list[Path]) -> Restored:
@@ -180,9 +199,9 @@ class Saver:
         if restored.settings["micro_batch_tokens"] != session.settings.micro_batch_tokens:
             different.append("micro-batch")  # the same sums in another order
         if different:
-            return f"made with another {', '.join(different)}"
+            return f"the checkpoint was made with a different {', '.join(different)}"
         if session.device.on_gpu and not session.device.deterministic:
-            return "a GPU adds up in any order, unless deterministic is on"
+            return "a GPU sums in no fixed order unless deterministic is on"
         return ""
 
     def return_to_best(self, state: State) -> None:
@@ -196,10 +215,12 @@ class Saver:
         try:
             restored = checkpoint.read(folder, session.identity, session.optimizer.shapes())
         except checkpoint.Unreadable as error:
-            self._warn(f"The best checkpoint ({state.best_checkpoint}) cannot be used ({error}); the last weights are kept.")  # fmt: skip
+            self._warn(
+                f"The best checkpoint ({state.best_checkpoint}) cannot be used ({error}), so the final weights are kept."
+            )
             return
         session.optimizer.load_weights(restored.weights)
-        message = f"The weights of step {state.best_step} had the lowest held-out loss and are kept."
+        message = f"The weights of step {state.best_step} have the lowest held-out loss and are kept."
         session.emit("log", level="info", message=message)
 
     def _warn(self, message: str) -> None:

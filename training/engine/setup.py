@@ -91,7 +91,7 @@ def prepare(run: Run, resolved: Settings | None, emit: Emit, stop: Callable[[], 
     _describe(data, run, emit)
     chosen = device.pick(settings)
     if settings.precision == "bf16" and chosen.dtype != torch.bfloat16:
-        emit("log", level="warning", message="bf16 is far slower than fp32 on this processor; fp32 is used.")
+        emit("log", level="warning", message="bf16 is far slower than fp32 on this CPU, so fp32 is used.")
     device.seed_everything(settings.seed + 1_000_003 * processes.rank)
     model, optimizer = _model_and_optimizer(data, settings, chosen, processes, emit)
     plan = StepPlan.of(data.train, settings, processes.size)
@@ -104,7 +104,7 @@ def prepare(run: Run, resolved: Settings | None, emit: Emit, stop: Callable[[], 
     evaluation_steps = plan.evaluation_steps(settings.eval_every) if len(data.held_out) else set()
     return Session(
         run, settings, data, model, optimizer, plan, chosen, processes, identity, evaluation_steps, emit, stop
-    )  # fmt: skip
+    )
 
 
 def _describe(data: Inputs, run: Run, emit: Emit) -> None:
@@ -130,7 +130,11 @@ def _model_and_optimizer(
     if processes.size > 1 and (settings.shard or not room.fits):
         from training.engine.fsdp import ShardedAdamW
 
-        emit("log", level="info", message="The model is spread over all processes; no rehearsal, and no samples on the way.")  # fmt: skip
+        emit(
+            "log",
+            level="info",
+            message="The model is sharded over all processes. There is no rehearsal, and no samples are shown during training.",
+        )
         assert isinstance(model, nn.Module)
         return model, ShardedAdamW(model, settings, place, processes)
     return model, AdamW(model.to(place.device), settings, place.dtype)

@@ -20,7 +20,11 @@ USAGE = "from peft import AutoPeftModelForCausalLM\nmodel = AutoPeftModelForCaus
 
 def write(model: LanguageModel, folder: Path, base: Path, dtype: str, facts: Mapping[str, Any]) -> None:
     if model.lora is None:
-        raise Failure("bad_settings", "Every weight of this model was trained, so there is no adapter to export.", "Export it as safetensors.")  # fmt: skip
+        raise Failure(
+            "bad_settings",
+            "Every weight of this model was trained, so there is no adapter to export.",
+            "Export it as safetensors.",
+        )
     model.save_adapter(folder, str(facts.get("base") or base))
 
 

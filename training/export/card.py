@@ -42,7 +42,7 @@ def _intro(facts: Mapping[str, Any], base: str) -> str:
 
 def _usage(lines: str) -> str:
     fence = "```"
-    return f"{fence}python\n{lines}\n{fence}\n\nThe tokenizer carries the chat template that the model was trained with."
+    return f"{fence}python\n{lines}\n{fence}\n\nThe tokenizer includes the chat template that the model was trained with."
 
 
 def _table(title: str, values: Any) -> str:
@@ -59,5 +59,5 @@ def _cell(value: Any) -> str:
 
 def _fidelity(found: Mapping[str, Any]) -> str:
     if found.get("exact"):
-        return f"These files were read back and compared with the trained model: {found.get('logits', 0):,} logits, equal bit for bit."  # fmt: skip
-    return f"These files were read back and compared with the trained model: the largest logit difference is {found.get('max_difference', 0):.2g}."  # fmt: skip
+        return f"These files were read back and compared with the trained model: {found.get('logits', 0):,} logits, bit-for-bit equal."
+    return f"These files were read back and compared with the trained model: the largest logit difference is {found.get('max_difference', 0):.2g}."

@@ -19,10 +19,14 @@ from training.plan.export_formats import FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint of a training run, or a folder of Hugging Face files")  # fmt: skip
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a checkpoint of a training run, or a folder of Hugging Face files",
+    )
     parser.add_argument(
         "--base",
-        help="the base model of that checkpoint, if it is no longer where it was: a folder, or a name on the Hub",
+        help="the base model of the checkpoint, if it has moved: a folder, or a model name on the Hub",
     )
     parser.add_argument("--to", required=True, help="the folder to write")
     parser.add_argument("--format", default="safetensors", choices=list(FORMATS))
@@ -65,7 +69,7 @@ def load_trained(folder: Path, base: str | None) -> tuple[Any, Path, dict[str, A
                 p.copy_(trained.pop(name))
     if trained:
         raise Failure(
-            "base_model", f"The checkpoint is not one of {base}: that has no {next(iter(trained))}."
+            "base_model", f"The checkpoint does not belong to {base}, which has no {next(iter(trained))}."
         )
     facts = {"base": base, "steps": manifest["step"], "settings": settings}
     return model, home, facts

@@ -23,8 +23,13 @@ from training.plan.export_formats import FORMATS
 from training.text.tokenizer import Tokenizer
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENCE", "NOTICE", "USE_POLICY.md")
 
 
@@ -45,7 +50,11 @@ def write_folder(
     to, base, facts = Path(to), Path(base), facts or {}
     module = _module(format)
     if dtype not in FORMATS[format].dtypes:
-        raise Failure("bad_settings", f"{FORMATS[format].label} cannot be written as {dtype}.", f"Choose one of: {', '.join(FORMATS[format].dtypes)}.")  # fmt: skip
+        raise Failure(
+            "bad_settings",
+            f"{FORMATS[format].label} cannot be written as {dtype}.",
+            f"Choose one of: {', '.join(FORMATS[format].dtypes)}.",
+        )
     to.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.parent))
     try:
@@ -99,7 +108,11 @@ def write_tokenizer(base: Path, to: Path) -> None:
     if not (to / "tokenizer.json").is_file():  # GPT-2's older two files: the newer one holds both
         tokenizer.backend.save(str(to / "tokenizer.json"))
     path = to / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}  # fmt: skip
+    config = (
+        json.loads(path.read_text(encoding="utf-8"))
+        if path.is_file()
+        else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    )
     config.pop("auto_map", None)  # code that comes with a model is never run, nor passed on
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         if name not in config and name in tokenizer.config:

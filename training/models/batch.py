@@ -28,7 +28,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        move = [t.pin_memory().to(device, non_blocking=True) for t in (self.ids, self.positions, self.where, self.targets, self.offsets)]  # fmt: skip
+        move = [
+            t.pin_memory().to(device, non_blocking=True)
+            for t in (self.ids, self.positions, self.where, self.targets, self.offsets)
+        ]
         return Batch(move[0], move[1], self.bounds, move[2], move[3], move[4], self.longest)
 
 

@@ -53,12 +53,13 @@ class CausalLM(nn.Module):
         if values.get("auto_map"):
             raise Failure(
                 "base_model",
-                f"The model in {folder} needs code of its own (auto_map), which is never run here.",
+                f"The model in {folder} needs custom code (auto_map), which is never run.",
                 "Choose a model whose architecture is part of transformers.",
             )
         if not any(Path(folder).glob("*.safetensors")):
             raise Failure(
-                "base_model", f"There are no safetensors weights in {folder}; other formats are not read."
+                "base_model",
+                f"There are no safetensors weights in {folder}. Other formats are not supported.",
             )
         try:
             lm = transformers.AutoModelForCausalLM.from_pretrained(
@@ -223,7 +224,9 @@ class CausalLM(nn.Module):
 
     def _additive(self, allowed: Tensor) -> Tensor:
         lowest = torch.finfo(self.lm.dtype).min
-        return torch.zeros(allowed.shape, dtype=self.lm.dtype, device=allowed.device).masked_fill_(~allowed, lowest)[None, None]  # fmt: skip
+        return torch.zeros(allowed.shape, dtype=self.lm.dtype, device=allowed.device).masked_fill_(
+            ~allowed, lowest
+        )[None, None]
 
     # ---- self-test -----------------------------------------------------------------------------------------------
 
@@ -258,10 +261,12 @@ class CausalLM(nn.Module):
             ]
             wrong = float((torch.cat(states) @ head.weight.t() - truth).abs().max()) / scale
         except (AttributeError, TypeError, RuntimeError) as error:
-            self.why.append(f"no plain head ({error}): whole logits")
+            self.why.append(f"its head is not a plain matrix ({error}): all logits are computed")
             return False
         if not wrong <= TOLERANCE:
-            self.why.append(f"its head is no plain product (differs by {wrong:.1e}): whole logits")
+            self.why.append(
+                f"its head is not a plain matrix product (difference {wrong:.1e}): all logits are computed"
+            )
         return wrong <= TOLERANCE
 
     def _packing_holds(self, documents: list[Tensor], other: Tensor, truth: Tensor, scale: float) -> bool:
@@ -270,7 +275,7 @@ class CausalLM(nn.Module):
             states, moved = self._packed_states(batch), self._packed_states(changed)
         except Exception as error:  # whatever an architecture says to a mask or positions it does not know
             self.why.append(
-                f"it cannot be given packed rows ({type(error).__name__}): one document at a time"
+                f"it does not accept packed rows ({type(error).__name__}): one document at a time"
             )
             return False
         logits = states @ self.lm.get_output_embeddings().weight.t() if self.fused else states

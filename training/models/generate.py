@@ -314,22 +314,22 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="a model folder, `starter`, or a name on the Hub")
+    parser.add_argument(
+        "--model", required=True, help="a model folder, `starter`, or a model name on the Hub"
+    )
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", help="text to continue")
     asked.add_argument("--messages", help='a conversation as JSON: [{"role": "user", "content": …}]')
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the most likely token")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument(
-        "--stop", action="append", default=[], help="end before this text (may be given several times)"
-    )
+    parser.add_argument("--stop", action="append", default=[], help="stop before this text (can be repeated)")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--n", type=int, default=1, help="how many completions")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a completion")
+    parser.add_argument("--n", type=int, default=1, help="number of completions")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per completion")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -378,6 +378,6 @@ def check_ids(ids: Sequence[Any], vocab_size: int) -> list[int]:
     wrong = next((i for i in ids if type(i) is not int or not 0 <= i < vocab_size), None)
     if wrong is not None:
         raise GenerateError(
-            "bad_request", f"{wrong!r} is not the id of a token: this model has the ids 0 to {vocab_size - 1}"
+            "bad_request", f"{wrong!r} is not a token id: this model's ids are 0 to {vocab_size - 1}"
         )
     return list(ids)

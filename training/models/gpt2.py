@@ -80,8 +80,11 @@ def is_plain_gpt2(config: dict[str, Any]) -> bool:
         and config.get("activation_function", "gelu_new") in ("gelu_new", "gelu_pytorch_tanh")
         and config.get("scale_attn_weights", True)
         and config.get("tie_word_embeddings", True)
-        and not any(config.get(k) for k in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"))
-    )  # fmt: skip
+        and not any(
+            config.get(k)
+            for k in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention")
+        )
+    )
 
 
 class Linear(nn.Module):
@@ -279,7 +282,10 @@ def _weights(folder: Path) -> dict[str, Tensor]:
             weights |= load_file(folder / Path(name).name)
         return weights
     except FileNotFoundError as error:
-        raise Failure("base_model", f"There are no safetensors weights in {folder} ({Path(str(error.filename or '')).name or 'model.safetensors'} is missing).") from None  # fmt: skip
+        raise Failure(
+            "base_model",
+            f"There are no safetensors weights in {folder} ({Path(str(error.filename or '')).name or 'model.safetensors'} is missing).",
+        ) from None
     except SafetensorError as error:
         raise Failure("base_model", f"The weights in {folder} are damaged: {error}") from error
     except Exception as error:  # of the index: anything a JSON file can hold

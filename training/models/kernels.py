@@ -127,7 +127,9 @@ class Embedding(torch.autograd.Function):
 # ---- attention -----------------------------------------------------------------------------------------------------
 
 
-def attention(qkv: Tensor, bounds: list[tuple[int, int]], offsets: Tensor, longest: int, heads: int, dropout: float) -> Tensor:  # fmt: skip
+def attention(
+    qkv: Tensor, bounds: list[tuple[int, int]], offsets: Tensor, longest: int, heads: int, dropout: float
+) -> Tensor:
     """Causal attention inside each document of a packed row.  qkv (T, 3D) -> (T, D)."""
     T, D = qkv.shape[0], qkv.shape[1] // 3
     if qkv.device.type == "cpu":

@@ -101,7 +101,7 @@ def add(
     if not linear:
         raise Failure(
             "bad_settings",
-            f"lora_targets: no layer is called {', '.join(wanted)}.",
+            f"lora_targets: no layer is named {', '.join(wanted)}.",
             "Use c_attn, attn.c_proj, c_fc, mlp.c_proj or c_proj.",
         )
     rng = torch.Generator().manual_seed(seed)

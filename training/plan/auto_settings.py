@@ -48,7 +48,7 @@ def _length(summary: Summary, base: BaseModel) -> tuple[int, str]:
     if summary.longest > base.context:
         return (
             base.context,
-            f"{base.context}, all the context {base.name or base.id} has; longer examples are cut",
+            f"{base.context}, the full context of {base.name or base.id}; longer examples are cut",
         )
     length = min(base.context, max(32, -(-summary.longest // 16) * 16))
     return length, f"{length}, because the longest example has {summary.longest} tokens"
@@ -57,9 +57,9 @@ def _length(summary: Summary, base: BaseModel) -> tuple[int, str]:
 def _held_out(summary: Summary) -> tuple[float, str]:
     n = summary.examples
     if n < 40:
-        return 0.0, f"none, because {n} examples are too few to give any away"
+        return 0.0, f"none, because {n} examples are too few to hold any out"
     fraction = round(min(0.1, 200 / n), 4)
-    return fraction, f"{fraction:.1%} of {n} examples, to see whether it learns or only memorises"
+    return fraction, f"{fraction:.1%} of {n} examples, to tell learning from memorizing"
 
 
 def _batch(summary: Summary) -> tuple[int, str]:
@@ -74,13 +74,13 @@ def _epochs(summary: Summary, base: BaseModel) -> tuple[float, str]:
     n = max(1, summary.examples)
     epochs, why = 3, f"{n:,} examples"
     if 3 * n < 100:
-        epochs, why = min(25, 100 // n), f"{n} examples are few (under 34)"
+        epochs, why = min(25, 100 // n), f"{n} examples are few (fewer than 34)"
     elif 3 * n > 25_000:
         epochs, why = max(1, 25_000 // n), f"{n:,} examples are many"
     factor = min(2.0, max(1.0, (GPT2_SIZE / max(1, base.parameters)) ** 0.25))
     more = round(epochs * factor) if 3 * n <= 25_000 else epochs
     if more > epochs:
-        why += f", and {_millions(base)} are few: small models need more passes"
+        why += f", and a model with {_millions(base)} is small: small models need more epochs"
     return float(min(more, 50)), f"{min(more, 50)}, because {why}"
 
 
@@ -90,7 +90,7 @@ def learning_rate(adapter: str, base: BaseModel) -> tuple[float, str]:
     if adapter == "lora":
         rate *= 10
     rate = float(f"{min(rate, 3e-3):.1e}")
-    return rate, f"{rate:g}, for {_millions(base)}" + (" by LoRA" if adapter == "lora" else "")
+    return rate, f"{rate:g}, for {_millions(base)}" + (" with LoRA" if adapter == "lora" else "")
 
 
 def _millions(base: BaseModel) -> str:
@@ -98,7 +98,7 @@ def _millions(base: BaseModel) -> str:
 
 
 def _dropout(summary: Summary, base: BaseModel) -> tuple[float, str]:
-    return 0.0, "0, because fine-tuning is short and held-out examples watch over it"
+    return 0.0, "0, because fine-tuning is short and held-out examples show overfitting"
 
 
 def _micro(
@@ -113,4 +113,4 @@ def _micro(
     ):
         tokens //= 2
     tokens = max(length, min(tokens, settings.batch_tokens or batch * length))
-    return tokens, f"{tokens} tokens at once, within the memory of this machine"
+    return tokens, f"{tokens} tokens at once, which fits this machine's memory"

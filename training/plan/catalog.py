@@ -87,7 +87,7 @@ def _gpt2(
         licence="MIT",
         languages="English",
         download=download,
-        about="OpenAI's GPT-2, trained on web pages. Downloaded from the Hugging Face Hub when first used.",
+        about="OpenAI's GPT-2, trained on web pages. Downloaded from the Hugging Face Hub on first use.",
     )
 
 
@@ -113,7 +113,7 @@ def starter() -> BaseModel:
         name="Starter",
         licence="Apache-2.0 (text: WordNet License)",
         languages="English",
-        about="A tiny GPT-2 that comes with the studio, trained from scratch on dictionary English. For first steps, not for wisdom.",
+        about="A tiny GPT-2 included with LLM Tuner, trained from scratch on dictionary English. Good for first experiments, not for real answers.",
     )
 
 
@@ -159,7 +159,7 @@ def of_config(config: Mapping[str, Any], *, id: str = "", folder: str = "") -> B
     context = first("n_positions", "n_ctx", "max_position_embeddings", default=1024)
     if not (width and layers and vocab):
         raise ValueError(
-            "config.json names no layers, width or vocabulary; this is no language model we can read"
+            "config.json does not give the number of layers, the width or the vocabulary size, so this is not a supported language model"
         )
     kind = str(config.get("model_type", "gpt2"))
     if kind == "gpt2":

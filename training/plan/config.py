@@ -62,23 +62,28 @@ class Settings:
     objective: str = setting(
         "supervised",
         "choice",
-        "What the run optimizes: the answers in the examples.",
+        "What training optimizes. Supervised: the likelihood of the answers in the examples.",
         "Objective",
         choices=("supervised",),
     )
     adapter: str = setting(
         "none",
         "choice",
-        "Full fine-tuning changes every weight. LoRA trains small adapters beside the frozen weights: less memory.",
+        "Full fine-tuning updates every weight. LoRA trains small adapters next to frozen weights and needs less memory.",
         "Adapter",
         choices=("none", "lora"),
         group="basic",
     )
     epochs: float | None = setting(
-        None, "float", "How often each example is seen.", "Epochs", 0.01, 1000, group="basic"
+        None, "float", "How many times each example is seen.", "Epochs", 0.01, 1000, group="basic"
     )
     max_steps: int | None = setting(
-        None, "int", "Stop after so many optimizer steps instead.", "Steps", 1, 10_000_000
+        None,
+        "int",
+        "Stop after this many optimizer steps instead of a number of epochs.",
+        "Steps",
+        1,
+        10_000_000,
     )
     batch_size: int | None = setting(
         None, "int", "Examples per optimizer step.", "Batch size", 1, 65_536, group="basic"
@@ -86,16 +91,16 @@ class Settings:
     batch_tokens: int | None = setting(
         None,
         "int",
-        "Fill each step with so many tokens instead of a number of examples.",
-        "Batch in tokens",
+        "Fill each step with this many tokens instead of a number of examples.",
+        "Batch size in tokens",
         16,
         16_777_216,
     )
     micro_batch_tokens: int | None = setting(
         None,
         "int",
-        "Tokens computed at once; a step is the sum of such parts. Saves memory, changes nothing else.",
-        "Micro-batch in tokens",
+        "Tokens processed at once. The gradients of a step are accumulated over micro-batches, so this changes memory use, not results.",
+        "Micro-batch size in tokens",
         16,
         16_777_216,
     )
@@ -105,48 +110,67 @@ class Settings:
     schedule: str = setting(
         "linear",
         "choice",
-        "How the learning rate falls: to zero in a line, along a cosine, not at all, or level and then down at the end (wsd).",
+        "How the learning rate decays after warmup: linearly to zero, along a cosine, not at all, or only at the end (wsd: warmup, stable, decay).",
         "Schedule",
         choices=("linear", "cosine", "constant", "wsd"),
     )
     warmup: float = setting(
         0.05,
         "float",
-        "Learning rate rises over this share of the steps (0–0.5), or over so many steps (1 and more).",
-        "Warm-up",
+        "The learning rate rises over this fraction of the steps (0–0.5), or over this many steps (1 or more).",
+        "Warmup",
         0,
         1_000_000,
     )
     weight_decay: float = setting(
-        0.01, "float", "Pulls weights to zero; not applied to biases and norms.", "Weight decay", 0, 1
+        0.01, "float", "Pulls weights toward zero. Not applied to biases and norms.", "Weight decay", 0, 1
     )
     clip_norm: float = setting(
-        1.0, "float", "Longest gradient allowed; 0 = no clipping.", "Clip gradients at", 0, 1e6
+        1.0, "float", "Largest gradient norm allowed; 0 = no clipping.", "Gradient clipping norm", 0, 1e6
     )
-    beta1: float = setting(0.9, "float", "Memory of AdamW's mean of gradients.", "Beta 1", 0, 0.9999)
-    beta2: float = setting(0.999, "float", "Memory of AdamW's mean of squares.", "Beta 2", 0, 0.999999)
+    beta1: float = setting(0.9, "float", "AdamW's decay rate for the mean of gradients.", "Beta 1", 0, 0.9999)
+    beta2: float = setting(
+        0.999, "float", "AdamW's decay rate for the mean of squared gradients.", "Beta 2", 0, 0.999999
+    )
     eps: float = setting(1e-8, "float", "Keeps AdamW from dividing by zero.", "Epsilon", 1e-15, 1e-2)
     dropout: float | None = setting(
-        None, "float", "Share of activations dropped while training, against overfitting.", "Dropout", 0, 0.9
+        None,
+        "float",
+        "Fraction of activations dropped during training to reduce overfitting.",
+        "Dropout",
+        0,
+        0.9,
     )
     sequence_length: int | None = setting(
-        None, "int", "Longest example in tokens; longer ones are cut.", "Sequence length", 8, 1_048_576
+        None,
+        "int",
+        "Maximum length of an example in tokens. Longer examples are cut.",
+        "Sequence length",
+        8,
+        1_048_576,
     )
-    lora_rank: int = setting(8, "int", "Width of the adapters.", "LoRA rank", 1, 1024)
+    lora_rank: int = setting(8, "int", "Rank of the adapter matrices.", "LoRA rank", 1, 1024)
     lora_alpha: float = setting(
-        16.0, "float", "Strength of the adapters: they count alpha / rank.", "LoRA alpha", 0.01, 4096
+        16.0,
+        "float",
+        "Strength of the adapters: their output is scaled by alpha / rank.",
+        "LoRA alpha",
+        0.01,
+        4096,
     )
-    lora_dropout: float = setting(0.0, "float", "Dropout before the adapters.", "LoRA dropout", 0, 0.9)
+    lora_dropout: float = setting(
+        0.0, "float", "Dropout on the input of the adapters.", "LoRA dropout", 0, 0.9
+    )
     lora_targets: tuple[str, ...] | None = setting(
         None,
         "list",
-        "Names of the layers that get adapters; automatic = the attention projections.",
+        "Names of the layers that get adapters. Automatic: the attention projections.",
         "LoRA targets",
     )
     gradient_checkpointing: bool = setting(
         False,
         "bool",
-        "Compute activations twice to hold fewer of them: about a third slower, far less memory.",
+        "Recompute activations in the backward pass instead of keeping them: about a third slower, far less memory.",
         "Gradient checkpointing",
     )
     eval_every: int = setting(
@@ -155,7 +179,7 @@ class Settings:
     early_stopping_patience: int = setting(
         0,
         "int",
-        "Stop after so many evaluations without a better loss; 0 = never.",
+        "Stop after this many evaluations in a row without a better held-out loss; 0 = never.",
         "Early stopping",
         0,
         1000,
@@ -163,47 +187,66 @@ class Settings:
     keep_best: bool = setting(
         True,
         "bool",
-        "Keep the weights with the lowest held-out loss instead of the last ones.",
-        "Keep the best",
+        "Keep the weights with the lowest held-out loss instead of the final weights.",
+        "Keep the best weights",
     )
     checkpoint_every_s: float = setting(
-        300.0, "float", "Seconds between checkpoints; 0 = not by time.", "Checkpoint every (s)", 0, 86_400
+        300.0,
+        "float",
+        "Seconds between checkpoints; 0 = no checkpoints by time.",
+        "Checkpoint every (s)",
+        0,
+        86_400,
     )
     checkpoint_every_steps: int = setting(
-        0, "int", "Steps between checkpoints; 0 = not by steps.", "Checkpoint every (steps)", 0, 10_000_000
+        0,
+        "int",
+        "Steps between checkpoints; 0 = no checkpoints by steps.",
+        "Checkpoint every (steps)",
+        0,
+        10_000_000,
     )
     sample_every: int = setting(
         0, "int", "Steps between sample answers; 0 = at each evaluation.", "Sample every", 0, 10_000_000
     )
-    seed: int = setting(0, "int", "Decides the order of examples and all randomness.", "Seed", 0, 2**31 - 1)
+    seed: int = setting(
+        0, "int", "Determines the order of examples and everything random.", "Seed", 0, 2**31 - 1
+    )
     precision: str = setting(
         "auto",
         "choice",
-        "Numbers to compute with; automatic = bf16 on GPUs that have it, else fp32. On a processor with bf16 units bf16 makes GPT-2 1.4 times as fast, and small models slower.",
+        "Number format to compute in. Automatic: bf16 on GPUs that support it, otherwise fp32. On CPUs with bf16 units, bf16 makes GPT-2 1.4 times as fast and small models slower.",
         "Precision",
         choices=("auto", "fp32", "bf16"),
     )
     deterministic: bool = setting(
         False,
         "bool",
-        "Refuse every operation that could give other bits on the same machine. Processors: always so; GPUs: slower.",
+        "Use only operations that give identical results on the same machine. CPUs always do. On a GPU this is slower.",
         "Deterministic",
     )
     shard: bool = setting(
         False,
         "bool",
-        "Spread the weights over all processes of a run (FSDP2). Done by itself where the model does not fit into one; alone it changes nothing.",
-        "Spread the model",
+        "Shard the weights over all processes of a run (FSDP2). On automatically when the model does not fit into one process. Has no effect with a single process.",
+        "Shard the model",
     )
     validation_fraction: float | None = setting(
         None,
         "float",
-        "Share of the examples held out to evaluate on, where no validation file is given.",
+        "Fraction of the examples held out for evaluation when there is no validation file.",
         "Held out",
         0,
         0.5,
     )
-    train_on: str = setting("completion", "choice", "Learn the answers only, or the prompts too.", "Learn", choices=("completion", "all"), group="basic")  # fmt: skip
+    train_on: str = setting(
+        "completion",
+        "choice",
+        "Compute the loss on the answers only, or on the prompts too.",
+        "Train on",
+        choices=("completion", "all"),
+        group="basic",
+    )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values; `parse` takes them back."""
@@ -249,7 +292,7 @@ def parse(values: Mapping[str, Any], schema: int | None = None) -> Settings:
     unknown = sorted(set(values) - set(FIELDS))
     if unknown:
         raise ConfigError(
-            unknown[0], f"There is no setting of this name. The settings are: {', '.join(FIELDS)}."
+            unknown[0], f"There is no setting with this name. The settings are: {', '.join(FIELDS)}."
         )
     settings = Settings(**{name: _value(name, values.get(name), schema or SCHEMA) for name in FIELDS})
     _check_together(settings)
@@ -279,7 +322,8 @@ def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("method", f"Choose one of {', '.join(adapters)}.")
     if renamed.get("adapter") not in (None, "", "auto", adapters[method]):
         raise ConfigError(
-            "method", "`method` is the former name of `adapter`, and the two differ: give one of them."
+            "method",
+            "`method` is the former name of `adapter`, and the two values differ. Give only one of them.",
         )
     return renamed | {"adapter": adapters[method]}
 
@@ -314,13 +358,13 @@ def _boolean(name: str, raw: Any) -> bool:
         return raw
     if str(raw).strip().lower() in words:
         return words[str(raw).strip().lower()]
-    raise ConfigError(name, "Say true or false.")
+    raise ConfigError(name, "Enter true or false.")
 
 
 def _names(name: str, raw: Any) -> tuple[str, ...]:
     parts = raw.split(",") if isinstance(raw, str) else raw
     if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
-        raise ConfigError(name, "Give a list of layer names.")
+        raise ConfigError(name, "Enter a list of layer names.")
     return tuple(part.strip() for part in parts if part.strip()) or FIELDS[name].default
 
 
@@ -328,11 +372,11 @@ def _number(name: str, spec: Field, raw: Any) -> int | float:
     try:
         number = float(raw)
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(name, "Give a number.") from None
+        raise ConfigError(name, "Enter a number.") from None
     if isinstance(raw, bool) or not math.isfinite(number):
-        raise ConfigError(name, "Give a number.")
+        raise ConfigError(name, "Enter a number.")
     if spec.kind == "int" and number != int(number):
-        raise ConfigError(name, "Give a whole number.")
+        raise ConfigError(name, "Enter a whole number.")
     if spec.minimum is not None and number < spec.minimum:
         raise ConfigError(name, f"Must be at least {spec.minimum:g}.")
     if spec.maximum is not None and number > spec.maximum:
@@ -344,20 +388,25 @@ def _check_together(s: Settings) -> None:
     if s.batch_size is not None and s.batch_tokens is not None:
         raise ConfigError(
             "batch_tokens",
-            "Give the batch in examples or in tokens, not both: clear batch_size or batch_tokens.",
+            "Set the batch size in examples or in tokens, not both: clear batch_size or batch_tokens.",
         )
     if s.batch_tokens and s.micro_batch_tokens and s.micro_batch_tokens > s.batch_tokens:
         raise ConfigError(
-            "micro_batch_tokens", "A micro-batch is a part of the batch: lower it, or raise batch_tokens."
+            "micro_batch_tokens",
+            "A micro-batch cannot be larger than the batch: lower it, or raise batch_tokens.",
         )
     if 0.5 < s.warmup < 1 or (s.warmup > 1 and s.warmup != int(s.warmup)):
-        raise ConfigError("warmup", "Give a share of the steps from 0 to 0.5, or a whole number of steps.")
+        raise ConfigError(
+            "warmup", "Enter a fraction of the steps from 0 to 0.5, or a whole number of steps."
+        )
     if s.max_steps is not None and s.warmup >= 1 and s.warmup >= s.max_steps:
-        raise ConfigError("warmup", "The warm-up is as long as the training: shorten it, or raise max_steps.")
+        raise ConfigError(
+            "warmup", "Warmup takes as many steps as the training has: shorten it, or raise max_steps."
+        )
     if s.early_stopping_patience and s.validation_fraction == 0 and not s.eval_every:
         raise ConfigError(
             "early_stopping_patience",
-            "Early stopping needs held-out examples: set validation_fraction above 0 or give a validation file.",
+            "Early stopping needs held-out examples: set validation_fraction above 0 or choose a validation file.",
         )
 
 
@@ -398,11 +447,11 @@ class Run:
         for name in values:
             if name not in known:
                 raise ConfigError(
-                    name, f"The run file has no such entry. It takes: {', '.join(sorted(known))}."
+                    name, f"The run file has no key with this name. Its keys are: {', '.join(sorted(known))}."
                 )
         for name in ("base", "train_file", "work_dir"):
             if not isinstance(values.get(name), str) or not values[name]:
-                raise ConfigError(name, "This entry of the run file is needed.")
+                raise ConfigError(name, "The run file must have this key.")
         settings = values.get("settings") or {}
         if not isinstance(settings, Mapping):
             raise ConfigError("settings", "Must be a JSON object.")

@@ -94,9 +94,19 @@ def estimate(
     saving = seconds["training"]["checkpoints"]  # a part for a person; written while training goes on
     told = {"queue": queue} | parts | {"training": parts["training"] - saving, "checkpoints": saving}
     return Estimate(
-        low, high, plan.steps, plan.tokens, memory, told, total * cost, total * spread * cost,
-        _rows(plan, told, memory, machine, (total * cost, total * spread * cost)), _basis(alike, machine), work, kept,
-    )  # fmt: skip
+        low,
+        high,
+        plan.steps,
+        plan.tokens,
+        memory,
+        told,
+        total * cost,
+        total * spread * cost,
+        _rows(plan, told, memory, machine, (total * cost, total * spread * cost)),
+        _basis(alike, machine),
+        work,
+        kept,
+    )
 
 
 def speed(machine: Machine) -> float:
@@ -140,8 +150,17 @@ class _Plan:
         batch = _largest(summary, max(1, round(seen / steps)), steps)
         row = min(batch, max(settings.micro_batch_tokens or 4096, min(summary.longest, batch)))
         return cls(
-            base, settings, summary, steps, round(seen * mean), examples, held, 1 + rounds if held else 0, batch, row
-        )  # fmt: skip
+            base,
+            settings,
+            summary,
+            steps,
+            round(seen * mean),
+            examples,
+            held,
+            1 + rounds if held else 0,
+            batch,
+            row,
+        )
 
     @property
     def trained(self) -> int:
@@ -173,7 +192,9 @@ class _Plan:
                 "rehearsal": rehearsed + update + saved + 3 * pass_s,
             },
             "training": {
-                "arithmetic": self.tokens * each, "rows": rows * pass_s, "updates": self.steps * update,
+                "arithmetic": self.tokens * each,
+                "rows": rows * pass_s,
+                "updates": self.steps * update,
                 "checkpoints": max(1, often + timed + best) * saved,
             },
             "evaluation": {
@@ -182,7 +203,7 @@ class _Plan:
                 "samples": self.evaluations * answers,
             },
             "export": {"fixed": 1.0, "bytes": 3 * 4 * base.parameters / DISK_BYTES},
-        }  # fmt: skip
+        }
 
     def memory(self) -> dict[str, float]:
         """Bytes at once: the process, the weights, what training adds to each, and the larger of what a row's backward
@@ -343,9 +364,13 @@ def _rows(
 
 
 WORDS = {
-    "queue": "Waiting for a worker", "start": "Start", "training": "Training", "checkpoints": "Checkpoints",
-    "evaluation": "Evaluations", "export": "Export",
-}  # fmt: skip
+    "queue": "Waiting for a worker",
+    "start": "Startup",
+    "training": "Training",
+    "checkpoints": "Checkpoints",
+    "evaluation": "Evaluation",
+    "export": "Export",
+}
 
 
 def short(seconds: float) -> str:
@@ -357,6 +382,6 @@ def short(seconds: float) -> str:
 
 def _basis(past: Sequence[Past], machine: Machine) -> str:
     if len(past) < FEW:
-        how = "measured" if machine.rate else "usual"
-        return f"From the data's exact tokens and the {how} speed of {machine.name}; it learns from finished jobs."
-    return f"From the data's exact tokens and the last {len(past)} jobs on such a machine."
+        how = "measured" if machine.rate else "typical"
+        return f"Based on the exact token counts of the data and the {how} speed of {machine.name}. It improves as jobs finish."
+    return f"Based on the exact token counts of the data and the last {len(past)} jobs on a machine of this kind."

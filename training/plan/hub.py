@@ -15,10 +15,22 @@ from training.plan.events import Failure, reason_of
 
 # Weights as safetensors and plain descriptions; nothing that could be run, no other formats, no subfolders.
 WANTED = [
-    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "LICENSE*", "LICENCE*", "NOTICE", "USE_POLICY.md",
-]  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE",
+    "USE_POLICY.md",
+]
 UNWANTED = ["*/*", "consolidated*"]  # Mistral's second copy of its weights
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
@@ -62,26 +74,28 @@ def fetch(name: str, revision: str | None = None, *, with_token: bool = True, on
             )
         )
     except HFValidationError as error:
-        raise Failure("base_model", f"{name!r} is no name of a model on the Hub.") from error
+        raise Failure("base_model", f"{name!r} is not a valid model name on the Hub.") from error
     except GatedRepoError as error:
-        advice = "Accept its licence on the Hub, and set HF_TOKEN to a token that may read it."
+        advice = "Accept its license on the Hub, and set HF_TOKEN to a token with access to it."
         raise Failure(
-            "base_model", f"The model {name} is only for those who accepted its licence.", advice
+            "base_model", f"The model {name} is available only to users who accepted its license.", advice
         ) from error
     except RevisionNotFoundError as error:
         raise Failure("base_model", f"The model {name} has no revision {revision}.") from error
     except RepositoryNotFoundError as error:
-        advice = "Check its spelling; for private models set HF_TOKEN."
-        raise Failure("base_model", f"The Hub has no model called {name}.", advice) from error
+        advice = "Check the spelling. For private models, set HF_TOKEN."
+        raise Failure("base_model", f"The Hub has no model named {name}.", advice) from error
     except LocalEntryNotFoundError as error:
-        advice = "Check the network (HF_ENDPOINT, HF_HUB_OFFLINE), or give the folder of a model that lies on this machine."
+        advice = (
+            "Check the network (HF_ENDPOINT, HF_HUB_OFFLINE), or use the folder of a model on this machine."
+        )
         raise Failure(
-            "base_model", f"The Hub cannot be reached and {name} was not fetched before.", advice
+            "base_model", f"The Hub cannot be reached, and {name} has not been downloaded before.", advice
         ) from error
     except Exception as error:  # httpx's and the library's many others: a download that broke off
         if isinstance(error, OSError) and (reason := reason_of(error)):
             raise Failure(reason) from error
-        raise Failure("base_model", f"The model {name} could not be fetched: {error}") from error
+        raise Failure("base_model", f"The model {name} could not be downloaded: {error}") from error
 
 
 def check(folder: Path) -> Path:
@@ -91,7 +105,7 @@ def check(folder: Path) -> Path:
     except (OSError, ValueError) as error:
         raise Failure("base_model", f"There is no readable config.json in {folder}.") from error
     if not isinstance(config, dict) or config.get("auto_map"):
-        raise Failure("base_model", f"The model in {folder} needs code of its own, which is never run here.")
+        raise Failure("base_model", f"The model in {folder} needs custom code, which is never run.")
     if not any(folder.glob("*.safetensors")):
         raise Failure(
             "base_model",

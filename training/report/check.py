@@ -22,17 +22,15 @@ from training.text.tokenizer import Tokenizer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file")
+    parser.add_argument("--tokenizer", help="folder of the base model; without it, no tokens are counted")
+    parser.add_argument("--format", help="format of the file, as JSON; default: detected")
     parser.add_argument(
-        "--tokenizer", help="folder of the base model; without it nothing is counted in tokens"
-    )
-    parser.add_argument("--format", help="how the file is written, as JSON; found out by itself if left away")
-    parser.add_argument(
-        "--sequence-length", type=int, help="tokens the model reads; its own context if left away"
+        "--sequence-length", type=int, help="maximum tokens of an example; default: the model's context"
     )
     parser.add_argument("--train-on", choices=("completion", "all"), default="completion")
-    parser.add_argument("--validation", help="a validation file to look for leaks in")
-    parser.add_argument("--validation-format", help="as --format, of that file")
-    parser.add_argument("--row", type=int, help="show the tokens of the row in this line instead of a report")
+    parser.add_argument("--validation", help="a validation file to check for leaks")
+    parser.add_argument("--validation-format", help="format of the validation file, as --format")
+    parser.add_argument("--row", type=int, help="show the tokens of the row on this line instead of a report")
     parser.add_argument("--limit-bytes", type=int, help="refuse a file larger than this")
 
 
@@ -40,7 +38,7 @@ def main(given: argparse.Namespace) -> int:
     """Exit 0 when a report was made, whatever it says."""
     size = Path(given.file).stat().st_size
     if given.limit_bytes and size > given.limit_bytes:
-        words = f"The file has {size:,} bytes; {given.limit_bytes:,} are allowed."
+        words = f"The file has {size:,} bytes. The limit is {given.limit_bytes:,}."
         say({"t": "report", "ready": False, "error": words, "verdict": words, "findings": [], "samples": []})
         return 0
     tokenizer = Tokenizer.load(given.tokenizer) if given.tokenizer else None
@@ -64,12 +62,12 @@ def main(given: argparse.Namespace) -> int:
 
 def _row(given: argparse.Namespace, tokenizer: Tokenizer | None, length: int | None) -> dict[str, Any]:
     if tokenizer is None:
-        return {"error": "Give --tokenizer: without one there are no tokens."}
+        return {"error": "--tokenizer is required to show tokens."}
     format = Format.of(json.loads(given.format)) if given.format else None
     try:
         return colour_row(given.file, given.row, tokenizer, Plain(length, given.train_on), format)
     except KeyError:
-        return {"error": f"No row begins in line {given.row:,}."}
+        return {"error": f"No row begins on line {given.row:,}."}
     except BadRow as bad:
         return {"error": f"{bad}. {bad.fix}".strip()}
 

@@ -29,28 +29,144 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "bad_row": Kind("error", "Rows that cannot be read", "Training would stop or skip them silently.", "Repair these lines, or drop them.", True),
-    "nothing_to_train": Kind("warning", "Rows with nothing to learn", "No token of an answer is left in them: they cost time and teach nothing.", "Give them an answer, or drop them.", True),
-    "truncated": Kind("warning", "Rows longer than the model reads", "Their end is cut off, so the model would learn answers that never finish.", "Raise the sequence length, shorten the rows, or drop them.", True),
-    "missing_end": Kind("warning", "Answers without an end token", "The model's chat template does not end them, so the model would not learn to stop.", "Use another base model or a template that ends each answer."),
-    "special_tokens": Kind("warning", "Control tokens spelled in the text", "They are read as plain letters; if they were meant to mark turns, they do not.", "Use chat messages for turns and take the marks out of the text.", True),
-    "empty_answer": Kind("warning", "Empty answers", "The model would learn to say nothing.", "Fill them in, or drop the rows.", True),
-    "empty_prompt": Kind("info", "Empty prompts", "These answers are learned without any question.", "Leave them if that is meant, else fill them in."),
-    "no_answer_last": Kind("warning", "Conversations that end without an answer", "What follows the last assistant message is left out.", "Add the answer, or end the conversation before."),
-    "duplicate": Kind("warning", "Rows that stand there twice", "They count double, and make held-out results look better than they are.", "Keep one of each.", True),
-    "near_duplicate": Kind("warning", "Rows that differ only in capitals, spaces or punctuation", "They count double, and make held-out results look better than they are.", "Keep one of each.", True),
-    "conflict": Kind("warning", "The same question with different answers", "The model learns a mixture of them.", "Decide on one answer, unless variety is meant."),
-    "leak": Kind("error", "Validation rows that are also trained on", "The held-out loss would measure memory, not learning.", "Take them out of the validation file.", True),
-    "same_answer": Kind("warning", "Every answer is the same", "The model would learn to say it whatever is asked.", "Check that the right column is the answer."),
-    "few": Kind("warning", "Very few examples", "Under ten examples teach little but themselves.", "Add examples; fifty good ones are a fair start."),
-    "damage": Kind("warning", "Damaged characters", "Text was decoded in a wrong way somewhere (�, Ã©, â€™, control characters); the model would learn to write it so.", "Repair the encoding where the data come from.", True),
-    "invisible": Kind("info", "Invisible characters", "Zero-width or direction marks: the tokens differ from what a reader sees.", "Remove them unless a script needs them."),
-    "secret": Kind("warning", "What looks like a secret", "A model may repeat a key or password it was trained on, to anybody.", "Revoke it, and take it out.", True),
-    "personal": Kind("warning", "What looks like personal data", "A model may repeat addresses and numbers it was trained on.", "Replace them by made-up ones unless they are public.", True),
-    "run_together": Kind("warning", "Prompts and answers without anything between them", "The last word of the prompt and the first of the answer are read as one word.", "End prompts with a mark or line break, or begin answers with a space."),
-    "trailing_space": Kind("info", "Prompts that end in a space", "Most tokenizers put the space with the next word, so such prompts begin an unusual token.", "Move the space to the beginning of the answer."),
-    "poor_fit": Kind("warning", "The tokenizer does not fit this text", "It needs more than one token for two characters: slow, and the model knows little of this language.", "Choose a base model for the language of your data."),
-}  # fmt: skip
+    "bad_row": Kind(
+        "error",
+        "Rows that cannot be read",
+        "Training would stop at them, or skip them silently.",
+        "Fix these lines, or drop them.",
+        True,
+    ),
+    "nothing_to_train": Kind(
+        "warning",
+        "Rows with nothing to learn",
+        "They have no answer tokens to train on: they take time and teach nothing.",
+        "Add an answer, or drop them.",
+        True,
+    ),
+    "truncated": Kind(
+        "warning",
+        "Rows longer than the sequence length",
+        "Their end is cut off, so the model would learn answers that never finish.",
+        "Raise the sequence length, shorten the rows, or drop them.",
+        True,
+    ),
+    "missing_end": Kind(
+        "warning",
+        "Answers without an end token",
+        "The model's chat template adds none, so the model would not learn to stop.",
+        "Use another base model, or a chat template that ends each answer.",
+    ),
+    "special_tokens": Kind(
+        "warning",
+        "Control tokens spelled out in the text",
+        "They are read as plain text. If they were meant to mark turns, they do not.",
+        "Use chat messages for turns, and remove the tokens from the text.",
+        True,
+    ),
+    "empty_answer": Kind(
+        "warning",
+        "Empty answers",
+        "The model would learn to say nothing.",
+        "Fill them in, or drop the rows.",
+        True,
+    ),
+    "empty_prompt": Kind(
+        "info",
+        "Empty prompts",
+        "These answers are learned without a question.",
+        "Keep them if that is intended. Otherwise fill them in.",
+    ),
+    "no_answer_last": Kind(
+        "warning",
+        "Conversations that do not end with an answer",
+        "Everything after the last assistant message is left out.",
+        "Add the answer, or end the conversation earlier.",
+    ),
+    "duplicate": Kind(
+        "warning",
+        "Duplicate rows",
+        "They count twice, and make held-out results look better than they are.",
+        "Keep one copy of each.",
+        True,
+    ),
+    "near_duplicate": Kind(
+        "warning",
+        "Rows that differ only in capitalization, spacing or punctuation",
+        "They count twice, and make held-out results look better than they are.",
+        "Keep one copy of each.",
+        True,
+    ),
+    "conflict": Kind(
+        "warning",
+        "The same prompt with different answers",
+        "The model learns a mixture of them.",
+        "Choose one answer, unless the variety is intended.",
+    ),
+    "leak": Kind(
+        "error",
+        "Validation rows that are also in the training data",
+        "The held-out loss would measure memorization, not learning.",
+        "Remove them from the validation file.",
+        True,
+    ),
+    "same_answer": Kind(
+        "warning",
+        "Every answer is the same",
+        "The model would learn to give it to any prompt.",
+        "Check that the right column is used as the answer.",
+    ),
+    "few": Kind(
+        "warning",
+        "Very few examples",
+        "From fewer than ten examples a model learns little beyond the examples themselves.",
+        "Add examples. Fifty good ones are a reasonable start.",
+    ),
+    "damage": Kind(
+        "warning",
+        "Damaged characters",
+        "Text was decoded with the wrong encoding somewhere (�, Ã©, â€™, control characters). The model would learn to write these characters.",
+        "Fix the encoding at the source of the data.",
+        True,
+    ),
+    "invisible": Kind(
+        "info",
+        "Invisible characters",
+        "Zero-width characters or direction marks: the tokens differ from what a reader sees.",
+        "Remove them unless the writing system needs them.",
+    ),
+    "secret": Kind(
+        "warning",
+        "Possible secrets",
+        "A model may repeat a key or password from its training data to anyone.",
+        "Revoke it, and remove it from the data.",
+        True,
+    ),
+    "personal": Kind(
+        "warning",
+        "Possible personal data",
+        "A model may repeat addresses and numbers from its training data.",
+        "Replace them with made-up ones unless they are public.",
+        True,
+    ),
+    "run_together": Kind(
+        "warning",
+        "Prompts and answers with nothing between them",
+        "The last word of the prompt and the first of the answer are read as one word.",
+        "End prompts with punctuation or a line break, or begin answers with a space.",
+    ),
+    "trailing_space": Kind(
+        "info",
+        "Prompts that end with a space",
+        "Most tokenizers attach a space to the next word, so these prompts end with an unusual token.",
+        "Move the space to the start of the answer.",
+    ),
+    "poor_fit": Kind(
+        "warning",
+        "The tokenizer does not fit this text",
+        "It needs more than one token for every two characters: training is slow, and the model knows little of this language.",
+        "Choose a base model for the language of your data.",
+    ),
+}
 
 
 @dataclass
@@ -111,11 +227,21 @@ DAMAGE = re.compile("\ufffd|[\x80-\x9f]|Ã[\x80-\xbf©¨«®¡³±§¼¶¤¢]|â
 INVISIBLE = re.compile("[\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]")
 SECRETS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("an AWS key", re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")),
-    ("an API key", re.compile(r"\b(?:sk-(?:proj-|ant-)?[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|hf_[A-Za-z0-9]{30,}|xox[abprs]-[A-Za-z0-9-]{10,}|AIza[A-Za-z0-9_-]{35})")),
+    (
+        "an API key",
+        re.compile(
+            r"\b(?:sk-(?:proj-|ant-)?[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|hf_[A-Za-z0-9]{30,}|xox[abprs]-[A-Za-z0-9-]{10,}|AIza[A-Za-z0-9_-]{35})"
+        ),
+    ),
     ("a private key", re.compile(r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----")),
     ("a signed token", re.compile(r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}")),
-    ("a password", re.compile(r"(?i)\b(?:password|passwd|api[_-]?key|secret[_-]?key)\s*[:=]\s*[\"']?(?=[^\s\"']*[0-9])[^\s\"',;]{8,}")),
-)  # fmt: skip
+    (
+        "a password",
+        re.compile(
+            r"(?i)\b(?:password|passwd|api[_-]?key|secret[_-]?key)\s*[:=]\s*[\"']?(?=[^\s\"']*[0-9])[^\s\"',;]{8,}"
+        ),
+    ),
+)
 # Words without which no secret is there, by a character without which none of them is: plain searches cost next to nothing.
 SECRET_WORDS = (
     ("", ("AKIA", "ASIA", "AIza", "eyJ", "xox", "PRIVATE KEY")),
@@ -219,7 +345,7 @@ def _holds(text: str, words: Iterable[tuple[str, Iterable[str]]]) -> bool:
 def personal(text: str) -> str:
     """What kind of personal data stands in the text, or an empty string. Never the data."""
     if "@" in text and EMAIL.search(text):
-        return "an e-mail address"
+        return "an email address"
     if EIGHT not in text.encode("utf-8", "replace").translate(NUMERIC) or not DIGITS.search(text):
         return ""
     if SSN.search(text):
@@ -227,8 +353,8 @@ def personal(text: str) -> str:
     if any(_is_card(match[0]) for match in CARD.finditer(text)):
         return "a card number"
     if any(_is_iban(match[0]) for match in IBAN.finditer(text)):
-        return "a bank account"
-    return "a telephone number" if PHONE.search(text) else ""
+        return "a bank account number"
+    return "a phone number" if PHONE.search(text) else ""
 
 
 def _is_card(text: str) -> bool:

@@ -52,7 +52,7 @@ def fix(
     Which rows go to `validation` hangs on what they say and the seed, so twins never stand on both sides."""
     unknown = set(drop) - DROPPABLE
     if unknown:
-        raise ValueError(f"these findings name no rows to drop: {', '.join(sorted(unknown))}")
+        raise ValueError(f"these findings have no rows to drop: {', '.join(sorted(unknown))}")
     chosen = format or detect(path)
     found = findings_of(path, tokenizer, settings or Plain(), chosen)
     wanted = {code: set(found[code]) for code in sorted(set(found) & set(drop)) if code != "bad_row"}
@@ -101,18 +101,19 @@ def _write(file: Any, row: Row) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file")
-    parser.add_argument("--to", required=True, help="the new file, JSON Lines")
+    parser.add_argument("--to", required=True, help="the file to write, JSON Lines")
     parser.add_argument(
         "--drop",
-        help=f"findings whose rows go, with commas, or nothing; all of {', '.join(sorted(DROPPABLE))} if left away",
+        help=f"comma-separated findings whose rows to drop, or an empty string; default: {', '.join(sorted(DROPPABLE))}",
     )
-    parser.add_argument("--format", help="how the file is written, as JSON; found out by itself if left away")
+    parser.add_argument("--format", help="format of the file, as JSON; default: detected")
     parser.add_argument(
-        "--tokenizer", help="folder of the base model; needed to find rows that are cut or teach nothing"
+        "--tokenizer",
+        help="folder of the base model; needed to find rows that are truncated or have nothing to train on",
     )
     parser.add_argument("--sequence-length", type=int)
-    parser.add_argument("--validation", help="set rows aside in this file")
-    parser.add_argument("--fraction", type=float, default=0.1, help="how many of them")
+    parser.add_argument("--validation", help="file to write held-out rows to")
+    parser.add_argument("--fraction", type=float, default=0.1, help="fraction of the rows to hold out")
     parser.add_argument("--seed", type=int, default=0)
 
 

@@ -211,7 +211,7 @@ class _Report:
                 self.samples.append({"line": row.line, "preview": preview_of(row)})
             return
         if any(example.truncated for example in examples):
-            self.findings.add("truncated", row.line, f"{examples[0].truncated} tokens lost")
+            self.findings.add("truncated", row.line, f"{examples[0].truncated} tokens cut off")
         if self.summary.untrained - untrained == len(examples):
             self.findings.add("nothing_to_train", row.line)
         elif row.kind == "chat" and not _ends(examples[0], tokenizer):
@@ -244,14 +244,14 @@ class _Report:
     def finish(self, format: Format) -> dict[str, Any]:
         exact = dict(self.exact.again())
         for line, first in exact.items():
-            self.findings.add("duplicate", line, f"as line {first}")
+            self.findings.add("duplicate", line, f"same as line {first}")
         near = dict(self.near.again())
         for line, first in near.items():
             if line not in exact:
-                self.findings.add("near_duplicate", line, f"as line {first}")
+                self.findings.add("near_duplicate", line, f"same as line {first}")
         for line, first in self.prompts.again():
             if line not in near:
-                self.findings.add("conflict", line, f"asked as in line {first}")
+                self.findings.add("conflict", line, f"same prompt as line {first}")
         if self.rows > 3 and len(self.answers) == 1 and self.summary.kind != "text":
             self.findings.add("same_answer", 0)
         if 0 < self.rows < FEW and self.summary.kind != "text":
@@ -263,13 +263,9 @@ class _Report:
             and self.characters / max(tokens, 1) < CHARACTERS_PER_TOKEN
             and tokens > 200
         ):
-            self.findings.add("poor_fit", 0, f"{self.characters / tokens:.1f} characters a token")
+            self.findings.add("poor_fit", 0, f"{self.characters / tokens:.1f} characters per token")
         if self.rows == 0 and self.problem is None:
-            self.bad(
-                BadFile(
-                    0, "there is no example in the file", "Upload a file with at least one example in it."
-                )
-            )
+            self.bad(BadFile(0, "the file has no examples", "Upload a file with at least one example."))
         return {
             **self.summary.as_dict(),
             "rows": self.rows,
@@ -291,14 +287,14 @@ class _Report:
             words = f"{where}{self.problem.reason}. {self.problem.fix}{also}"
             return {"ready": False, "error": words, "verdict": words}
         if self.tokenizer is not None and not self.summary.trained_tokens:
-            words = "There is nothing to learn in any row. Give the rows answers."
+            words = "No row has anything to learn from. Add answers to the rows."
             return {"ready": False, "error": words, "verdict": words}
         many = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
         serious = [f for f in self.findings.as_list() if f["severity"] != "info"]
         if not serious:
-            return {"ready": True, "error": "", "verdict": f"{many}, and nothing to complain about."}
+            return {"ready": True, "error": "", "verdict": f"{many}, no problems found."}
         worst = ", ".join(f"{f['title'][0].lower()}{f['title'][1:]} ({f['count']:,})" for f in serious[:3])
-        return {"ready": True, "error": "", "verdict": f"{many} that can be trained on. Look at: {worst}."}
+        return {"ready": True, "error": "", "verdict": f"{many} can be used for training. Check: {worst}."}
 
 
 def question_and_answer(row: Row) -> tuple[str, str]:

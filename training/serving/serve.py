@@ -95,7 +95,7 @@ class Server:
                 raise ValueError("not an object")
         except ValueError:
             return say(
-                {"t": "error", "code": "bad_request", "message": "a request is one JSON object a line"}
+                {"t": "error", "code": "bad_request", "message": "a request is one JSON object per line"}
             )
         try:
             self._act(message)
@@ -131,7 +131,7 @@ class Server:
         ):
             raise GenerateError("bad_request", "this id is in use")
         if sum(map(len, self.waiting.values())) >= MAX_WAITING:
-            raise GenerateError("busy", "too many requests are waiting; try again in a moment")
+            raise GenerateError("busy", "too many requests are waiting, try again in a moment")
         self.waiting.setdefault(request.who, deque()).append(request)
 
     def _cancel(self, request_id: str) -> None:
@@ -228,7 +228,7 @@ class Server:
         """A prompt's tokens. Everybody waits for a template that has to be stopped, so it is not tried again at once."""
         key, now = (request.who, request.model), time.monotonic()
         if is_conversation(prompt) and now < self.no_chat.get(key, 0):
-            raise GenerateError("bad_request", f"{STOPPED}; give a prompt, or wait a minute")
+            raise GenerateError("bad_request", f"{STOPPED}. Send a prompt instead, or wait a minute")
         model.tokenizer.render = self.renderer.render
         try:
             return prompt_ids(prompt, model.tokenizer)
@@ -248,7 +248,7 @@ class Server:
             RuntimeError
         ) as error:  # torch's own, out of memory among them: these requests fail, the server lives
             for request in requests:
-                self._close(request, GenerateError("failed", f"writing failed: {error}"))
+                self._close(request, GenerateError("failed", f"generation failed: {error}"))
         for request in requests:
             if request.id in self.active and request.is_done:
                 self._close(request)
@@ -274,9 +274,9 @@ def parse(message: Mapping[str, Any]) -> Request:
     stop = message.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) for s in stop):
-        raise GenerateError("bad_request", f"stop is a text or up to {MAX_STOPS} of them")
+        raise GenerateError("bad_request", f"stop must be a string or up to {MAX_STOPS} of them")
     if any(len(s) > MAX_STOP_CHARS for s in stop):
-        raise GenerateError("bad_request", f"a stop text has at most {MAX_STOP_CHARS} characters")
+        raise GenerateError("bad_request", f"a stop string can have at most {MAX_STOP_CHARS} characters")
     options = GenerateOptions(
         max_tokens=int(_number(message, "max_tokens", 0, MAX_TOKENS)),
         temperature=_number(message, "temperature", 0, 2),
@@ -307,7 +307,7 @@ def _prompts(message: Mapping[str, Any]) -> list[Any]:
     if not good:
         raise GenerateError(
             "bad_request",
-            "give a prompt (text or token ids), "
+            "send a prompt (text or token ids), "
             f"prompts (up to {MAX_PROMPTS} of them) or messages (a list of objects)",
         )
     return prompts
@@ -379,9 +379,11 @@ _out = 1  # main() moves it: what a library prints must not land between the lin
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-models", type=int, default=3, help="models kept warm")
-    parser.add_argument("--max-bytes", type=int, default=4_000_000_000, help="bytes of weights kept warm")
-    parser.add_argument("--max-sequences", type=int, default=16, help="sequences written at once")
+    parser.add_argument("--max-models", type=int, default=3, help="models kept in memory")
+    parser.add_argument(
+        "--max-bytes", type=int, default=4_000_000_000, help="bytes of weights kept in memory"
+    )
+    parser.add_argument("--max-sequences", type=int, default=16, help="sequences generated at once")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -126,10 +126,16 @@ def train(
     """Returns the held-out loss; the weights lie in `folder`, written at each evaluation."""
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
-        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+        vocab_size=VOCAB,
+        n_positions=CONTEXT,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
         extra={"bos_token_id": 0, "eos_token_id": 0},
-    )  # fmt: skip
+    )
     model = GPT2.load(start) if start else GPT2.new(config, seed)
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if p.ndim == 2 and ".h." in name]

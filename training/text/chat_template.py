@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 CPU_S = 1.0  # of one conversation; an ordinary one takes a millisecond
 MEMORY_BYTES = 1 << 30  # address space of the process that renders
 MAX_CHARS = 16_000_000  # of a conversation
-STOPPED = "the model's chat template takes too long or too much memory; it was stopped"
+STOPPED = "the model's chat template took too much time or memory and was stopped"
 ERRORS = (
     TemplateError,
     ArithmeticError,
@@ -51,10 +51,10 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
         raise
     except ERRORS as error:
         why = str(error) or type(error).__name__
-        raise BadTemplate(f"the model's chat template refuses these messages: {why}") from error
+        raise BadTemplate(f"the model's chat template rejects these messages: {why}") from error
     if len(text) > MAX_CHARS:
         raise BadTemplate(
-            f"the model's chat template makes more than {MAX_CHARS:,} characters of these messages"
+            f"the model's chat template turns these messages into more than {MAX_CHARS:,} characters"
         )
     return text
 

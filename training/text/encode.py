@@ -254,7 +254,7 @@ def _last_answer(
         before = tokenizer.render_chat(messages[:last])
     if not after.startswith(before):
         raise TokenizerError(
-            "the model's chat template writes answers in a way whose beginning cannot be found"
+            "the start of an answer cannot be found in the output of the model's chat template"
         )
     trained = messages[last].get("weight", 1) != 0
     return [Piece(before, False, True, hidden), *_answer(after[len(before) :], trained, hidden, tokenizer)]

@@ -93,7 +93,7 @@ class Tokenizer:
         token_id = self._special_id("eos_token")
         if token_id is None:
             raise TokenizerError(
-                "this tokenizer names no end token (eos_token); the model could never learn to stop"
+                "this tokenizer has no end token (eos_token), so the model could never learn to stop"
             )
         return token_id
 
@@ -262,7 +262,7 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
             return backend
     except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
         raise TokenizerError(f"the tokenizer in {folder.name} cannot be read: {error}") from error
-    raise TokenizerError(f"no tokenizer.json (nor vocab.json with merges.txt) in {folder.name}")
+    raise TokenizerError(f"there is no tokenizer.json (or vocab.json with merges.txt) in {folder.name}")
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str:
