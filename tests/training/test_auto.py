@@ -15,12 +15,12 @@ from training.plan.catalog import (
     Machine,
     find,
     fits,
-    of_config,
+    from_config,
     starter,
     training_memory,
 )
 from training.plan.config import FIELDS, Settings, parse
-from training.plan.estimate import Past, estimate
+from training.plan.estimate import FinishedJob, estimate
 
 MACHINE = Machine("cpu", "2 cores", 16 << 30, 2)
 AUTOMATIC = {
@@ -112,7 +112,7 @@ def test_presets_are_settings() -> None:
 
 def test_the_family_counts_its_parameters_as_its_files_do() -> None:
     """Layers, width and vocabulary give exactly the published numbers."""
-    from training.plan.catalog import of_config
+    from training.plan.catalog import from_config
 
     for base in GPT2_FAMILY:
         config = {
@@ -122,7 +122,7 @@ def test_the_family_counts_its_parameters_as_its_files_do() -> None:
             "n_head": base.heads,
             "vocab_size": base.vocab,
         }
-        assert of_config(config).parameters == base.parameters
+        assert from_config(config).parameters == base.parameters
 
 
 @pytest.mark.parametrize("number", [10**400, 10**12, 0, -1], ids=["1e400", "1e12", "0", "-1"])
@@ -141,9 +141,9 @@ def test_a_config_with_impossible_sizes_is_refused_or_read_without_them(kind: st
         config = {"model_type": kind} | sizes | {name: number}
         if name in ("hidden_size", "num_hidden_layers", "vocab_size"):
             with pytest.raises(ValueError, match="not a supported language model"):
-                of_config(config)
+                from_config(config)
         else:
-            base = of_config(config)
+            base = from_config(config)
             assert 0 < base.parameters < 10**6
             assert base.heads > 0
 
@@ -193,7 +193,7 @@ def test_the_estimate_counts_the_steps_that_training_takes() -> None:
     assert found.seconds_p50 < found.seconds_p90
 
 
-def past(base: BaseModel, times: float, noise: float = 0.0, seed: int = 0, **changes: object) -> Past:
+def past(base: BaseModel, times: float, noise: float = 0.0, seed: int = 0, **changes: object) -> FinishedJob:
     """A finished job whose parts took so many times what was expected."""
     rng = random.Random(seed)
     settings, _ = resolve(parse(changes), data(), base, MACHINE)
@@ -202,7 +202,7 @@ def past(base: BaseModel, times: float, noise: float = 0.0, seed: int = 0, **cha
         part: times * sum(of.values()) * (1 + noise * rng.uniform(-1, 1)) for part, of in found.work.items()
     }
     peak = 1.2 * found.memory
-    return Past(found.work, took, found.memory_parts, peak, base.id, settings.adapter)
+    return FinishedJob(found.work, took, found.memory_parts, peak, base.id, settings.adapter)
 
 
 def test_bf16_is_expected_to_help_large_models_where_the_processor_has_it() -> None:
@@ -243,7 +243,7 @@ def test_jobs_of_the_same_model_and_method_teach_the_most() -> None:
 def test_a_slow_part_is_learned_by_itself() -> None:
     """Saving takes three times as long as thought and all else as expected: a short job suffers more than a long one."""
 
-    def slow(epochs: float) -> Past:
+    def slow(epochs: float) -> FinishedJob:
         found = past(gpt2(), 1, epochs=epochs)
         more = 2 * found.work["training"]["checkpoints"] + 2 * sum(found.work["export"].values())
         return replace(

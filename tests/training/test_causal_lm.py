@@ -248,7 +248,7 @@ def train(base: Path, work: Path, **settings: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_half_precision_collects_its_gradients(tmp_path, method, monkeypatch):
-    monkeypatch.setattr(device, "processor_knows_bf16", lambda: True)
+    monkeypatch.setattr(device, "cpu_has_bf16", lambda: True)
     base = tmp_path / "base"
     make("llama").save(base)
     write_tokenizer(base)

@@ -144,7 +144,7 @@ def test_half_precision_learns_as_full_precision_does(
     runner: Runner, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The path of GPUs, but for the kernel of attention."""
-    monkeypatch.setattr(device, "processor_knows_bf16", lambda: True)
+    monkeypatch.setattr(device, "cpu_has_bf16", lambda: True)
     settings = {"method": method, "lora_dropout": 0.1, "gradient_checkpointing": method == "full"}
     full, half = (
         runner.train(f"{method}-{precision}", settings=settings | {"precision": precision})

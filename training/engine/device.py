@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from training.engine.memory import peak_rss
-from training.plan.catalog import processor_knows_bf16
+from training.plan.catalog import cpu_has_bf16
 from training.plan.config import Settings
 
 
@@ -65,7 +65,7 @@ def pick(settings: Settings) -> Device:
     half = settings.precision == "bf16" or (
         settings.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     )
-    dtype = torch.bfloat16 if half and (on_gpu or processor_knows_bf16()) else torch.float32
+    dtype = torch.bfloat16 if half and (on_gpu or cpu_has_bf16()) else torch.float32
     if on_gpu:
         torch.cuda.set_device(device)
     if settings.deterministic:

@@ -51,7 +51,7 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     objective = OBJECTIVES[(resolved or run.settings).objective]
     base = hub.locate(run.base, run.base_revision)
     model_config = _model_config(base)
-    described = catalog.of_config(model_config, id=run.base, folder=str(base))
+    described = catalog.from_config(model_config, id=run.base, folder=str(base))
     tokenizer = _tokenizer(base, described.vocab)
     settings = resolved or run.settings
     notes: list[str] = []
@@ -100,7 +100,7 @@ class Wanted:
 def _model_config(base: Path) -> dict[str, Any]:
     values = read_config(base)
     try:
-        catalog.of_config(values)
+        catalog.from_config(values)
     except (ValueError, TypeError) as error:
         raise Failure("base_model", f"The model in {base} cannot be used: {error}.") from error
     return values

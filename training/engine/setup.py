@@ -122,7 +122,7 @@ def _model_and_optimizer(
 ) -> tuple[LanguageModel, AdamW | ShardedAdamW]:
     """The base model on its device: whole in each process, or spread over all where it does not fit into one."""
     model = _base_model(data, settings)
-    described = catalog.of_config(data.model_config, id=str(data.base), folder=str(data.base))
+    described = catalog.from_config(data.model_config, id=str(data.base), folder=str(data.base))
     machine = catalog.this_machine()
     if not place.on_gpu:  # the processes of one machine share its memory
         machine = replace(machine, memory=machine.memory // processes.on_this_machine)

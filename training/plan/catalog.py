@@ -130,7 +130,7 @@ def find(id: str) -> BaseModel | None:
 
 @lru_cache(maxsize=64)
 def _described(folder: str, stamp: int) -> BaseModel:
-    return of_config(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")), folder=folder)
+    return from_config(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")), folder=folder)
 
 
 def describe(folder: str | Path, id: str = "") -> BaseModel:
@@ -141,7 +141,7 @@ def describe(folder: str | Path, id: str = "") -> BaseModel:
     return replace(found, id=id or folder.name, name=found.name or folder.name, download=size)
 
 
-def of_config(config: Mapping[str, Any], *, id: str = "", folder: str = "") -> BaseModel:
+def from_config(config: Mapping[str, Any], *, id: str = "", folder: str = "") -> BaseModel:
     """What a Hugging Face config.json says; the names differ between architectures."""
 
     def first(*names: str, default: int = 0) -> int:
@@ -224,12 +224,10 @@ def this_machine() -> Machine:
     """What this process could train on, found without torch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return _gpu(cores) or Machine(
-        "cpu", f"{cores} cores", _cgroup_limit(memory), cores, bf16=processor_knows_bf16()
-    )
+    return _gpu(cores) or Machine("cpu", f"{cores} cores", _cgroup_limit(memory), cores, bf16=cpu_has_bf16())
 
 
-def measured(machine: Machine) -> Machine:
+def measure(machine: Machine) -> Machine:
     """With the rate of a bare matrix product, of the shape of a GPT-2 block, on its processor (a fifth of a second). Without
     torch a graphics card cannot be measured."""
     if machine.device != "cpu":
@@ -243,7 +241,7 @@ def measured(machine: Machine) -> Machine:
     return replace(machine, rate=2.0 * 512 * 768 * 3072 / best)
 
 
-def processor_knows_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Whether it has units for bf16 (Linux tells): matrix products are twice as fast as in fp32 then, without them sixty times
     slower (measured)."""
     try:

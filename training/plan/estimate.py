@@ -38,7 +38,7 @@ Work = dict[
 
 
 @dataclass(frozen=True)
-class Past:
+class FinishedJob:
     """A finished job: what it consisted of, the seconds of each part, and the most memory it held."""
 
     work: Work
@@ -77,7 +77,7 @@ def estimate(
     machine: Machine,
     *,
     validation: Summary | None = None,
-    past: Sequence[Past] = (),
+    past: Sequence[FinishedJob] = (),
     queue: float = 0.0,
     price_per_hour: float = 0.0,
 ) -> Estimate:
@@ -249,7 +249,7 @@ def operations(base: BaseModel, settings: Settings, mean: float, trained_share: 
 # --- what finished jobs teach ---------------------------------------------------------------------
 
 
-def _time(work: Work, past: Sequence[Past], base: str, adapter: str) -> tuple[Work, float]:
+def _time(work: Work, past: Sequence[FinishedJob], base: str, adapter: str) -> tuple[Work, float]:
     """(the work in seconds as they will be, P90 over P50)."""
     if len(past) < FEW:
         return work, UNSURE
@@ -268,7 +268,7 @@ def _time(work: Work, past: Sequence[Past], base: str, adapter: str) -> tuple[Wo
 
 
 def _fitted(
-    work: Work, past: Sequence[Past], totals: list[float], weights: list[float]
+    work: Work, past: Sequence[FinishedJob], totals: list[float], weights: list[float]
 ) -> tuple[Work, list[float]]:
     """(the work in seconds as past jobs say, how many times as long each of those took)."""
     found: Work = {}
@@ -281,7 +281,7 @@ def _fitted(
     return found, (np.array(totals) / np.maximum(again, 1e-9)).tolist()
 
 
-def _memory(kept: dict[str, float], past: Sequence[Past], base: str, adapter: str) -> int:
+def _memory(kept: dict[str, float], past: Sequence[FinishedJob], base: str, adapter: str) -> int:
     known = [p for p in past if p.peak and p.memory]
     if len(known) < FEW:
         return int(sum(kept.values()))
@@ -291,7 +291,7 @@ def _memory(kept: dict[str, float], past: Sequence[Past], base: str, adapter: st
     return int(sum(factors[name] * size for name, size in kept.items()))
 
 
-def _likeness(past: Past, base: str, adapter: str) -> float:
+def _likeness(past: FinishedJob, base: str, adapter: str) -> float:
     """How much a job tells of another: the same model and adapter the most."""
     return 1.0 if (past.base, past.adapter) == (base, adapter) else 0.2 if past.base == base else 0.05
 
@@ -380,7 +380,7 @@ def short(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _basis(past: Sequence[Past], machine: Machine) -> str:
+def _basis(past: Sequence[FinishedJob], machine: Machine) -> str:
     if len(past) < FEW:
         how = "measured" if machine.rate else "typical"
         return f"Based on the exact token counts of the data and the {how} speed of {machine.name}. It improves as jobs finish."
