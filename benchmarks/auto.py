@@ -204,10 +204,10 @@ def test_loss(folder: Path, test: Path) -> float:
     from training.engine.evaluate import evaluate
     from training.engine.packing import Examples
     from training.models.load import load_model
-    from training.text.encode import Plain, examples
+    from training.text.encode import EncodingOptions, examples
     from training.text.tokenizer import Tokenizer
 
-    found = Examples.of(examples(test, Tokenizer.load(folder), Plain(describe(folder).context)))
+    found = Examples.of(examples(test, Tokenizer.load(folder), EncodingOptions(describe(folder).context)))
     return evaluate(load_model(folder), found, 4096, torch.device("cpu")).loss
 
 

@@ -106,9 +106,8 @@ def read(scores: Scores, path: Path, tenth: Path) -> None:
         f"read: {size / 1e9:.2f} GB, {report['rows']:,} rows in {seconds:.1f} s, peak {peak / 2**20:.0f} MB"
     )
     scores.add("check without tokenizing, MB/s", size / 1e6 / seconds, 25, 1.0)
-    kept = 3 * 16 * report["rows"] * 2 + (
-        64 << 20
-    )  # the fingerprints of all rows, and those of a half on their way
+    # the fingerprints of all rows, and those of a half on their way
+    kept = 3 * 16 * report["rows"] * 2 + (64 << 20)
     scores.add("memory grown, MB", max(1.0, (peak - small) / 2**20), kept / 2**20, 1.0, less_is_better=True)
 
 

@@ -107,9 +107,8 @@ def draw(some: random.Random, number: int) -> dict[str, Any]:
     method = "lora" if some.random() < 0.35 else "full"
     rows, words = some.choice((60, 120, 250, 500)), some.choice((8, 20, 45, 90))
     batch, held = some.choice((4, 8, 16)), some.choice((0.0, 0.1))
-    if (
-        base == LARGE
-    ):  # twenty times the parameters: few tokens at once, or the rehearsal alone takes a minute
+    # twenty times the parameters: few tokens at once, or the rehearsal alone takes a minute
+    if base == LARGE:
         words, batch = min(words, 20), min(batch, 4)
     return {
         "base": base,
@@ -153,7 +152,7 @@ def run(made: dict[str, Any], large: Path, scores: Any, *, teaches: bool) -> dic
     from training.plan.auto_settings import resolve
     from training.plan.config import parse
     from training.report.report import report
-    from training.text.encode import Plain
+    from training.text.encode import EncodingOptions
     from training.text.tokenizer import Tokenizer
 
     base = catalog.find(made["base"])
@@ -161,7 +160,7 @@ def run(made: dict[str, Any], large: Path, scores: Any, *, teaches: bool) -> dic
     path = Path(os.environ["LLMTUNER_TEST_DIR"]) / "rows.jsonl"
     path.write_bytes(text_of(made))
     tokenizer = Tokenizer.load(base.folder or large)
-    counted = report(path, tokenizer, Plain(base.context))
+    counted = report(path, tokenizer, EncodingOptions(base.context))
     dataset = datasets.receive(OWNER, "rows.jsonl", iter([path.read_bytes()]))
     datasets.finish_check(OWNER, dataset.dataset_id, "ready", summary=counted, format=counted["format"])
     summary, on = Summary.from_dict(counted), estimates.machine()

@@ -122,12 +122,13 @@ def speed_and_memory(bench: Bench, name: str, ours: str, theirs: str, goal: floa
     peaks = mine.end() / 2**30, peer.end() / 2**30
     if name in MEMORY:
         bench.scores.add(f"memory/{name}", *peaks, MEMORY[name], less_is_better=True)
+    # the same batches: the same work was done
     if theirs in (
         "trainer",
         "trainer-lora",
         "trainer-padded",
         "trl",
-    ):  # the same batches: the same work was done
+    ):
         far = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(mine.steps, peer.steps, strict=True))
         bench.scores.note(f"{name}: losses of the same steps differ by {far:.1e} at most")
 
@@ -234,23 +235,24 @@ def packed_gradients(bench: Bench) -> None:
         row = pack([(np.array(d), m) for d, m in zip(documents, masks, strict=True)])
         for p in model.parameters():
             main_grad(p).zero_()
-        ours, _ = batch_loss(model, row, 1 / len(row.where))
+        ours, _ = batch_loss(model, row, 1 / len(row.loss_positions))
         ours.backward()
         lm.zero_grad()
         theirs = 0.0
         for ids, mask in zip(documents, masks, strict=True):
             labels = torch.tensor([i if m else -100 for i, m in zip(ids, mask, strict=True)])
             logits = lm(torch.tensor([ids])).logits[0, :-1]
-            loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum") / len(row.where)
+            loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum") / len(
+                row.loss_positions
+            )
             loss.backward()
             theirs += float(loss.detach())
         grads = dict(lm.named_parameters())
         worst = abs(float(ours.detach()) - theirs) / theirs
         for name, p in model.named_parameters():
             mine, other = main_grad(p), grads[name].grad
-            if name.endswith(
-                "c_attn.bias"
-            ):  # the keys' bias has no gradient but rounding: softmax does not feel it
+            # the keys' bias has no gradient but rounding: softmax does not feel it
+            if name.endswith("c_attn.bias"):
                 width = len(other) // 3
                 mine, other = (torch.cat([g[:width], g[2 * width :]]) for g in (mine, other))
             worst = max(worst, float((mine - other).norm() / other.norm()))

@@ -32,9 +32,9 @@ def main(arguments: list[str]) -> int:
         )
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     command = arguments[0]
-    memory.keep_few_primitives()  # before torch is imported
+    memory.limit_primitive_caches()  # before torch is imported
     if command in ("train", "standby"):
-        memory.use_memory_well()
+        memory.configure_allocator()
     module = importlib.import_module(COMMANDS[command][0])
     parser = argparse.ArgumentParser(prog=f"python -m training {command}", description=COMMANDS[command][1])
     module.add_arguments(parser)
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _refusal(error: Exception) -> str:
-    """What to say of a file or folder that was named and cannot be read; empty when the fault is ours."""
+    """The message for a file or folder argument that cannot be read; empty for all other errors."""
     from training.text.tokenizer import TokenizerError
 
     if isinstance(error, OSError) and error.filename is not None:

@@ -78,7 +78,7 @@ def documents(seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def separate_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
     """Each document alone through transformers, its own cross-entropy: the reference."""
-    place = {int(w): int(y) for w, y in zip(batch.where, batch.targets, strict=True)}
+    place = {int(w): int(y) for w, y in zip(batch.loss_positions, batch.targets, strict=True)}
     total = torch.zeros(())
     for start, end in batch.bounds:
         logits = model.lm(input_ids=batch.ids[None, start:end], use_cache=False).logits[0]
@@ -93,9 +93,9 @@ def separate_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_loss_and_gradients_are_those_of_each_document_alone(name):
     model = make(name)
-    assert (model.packed, model.fused) == SPECIAL.get(name, (True, True)), model.why
+    assert (model.packed, model.fused) == SPECIAL.get(name, (True, True)), model.self_test_notes
     batch = pack(documents())
-    ours, _ = batch_loss(model, batch, 1 / len(batch.where))
+    ours, _ = batch_loss(model, batch, 1 / len(batch.loss_positions))
     ours.backward()
     grads = {n: main_grad(p).clone() for n, p in model.named_parameters() if p.requires_grad}
     for p in model.parameters():
@@ -113,7 +113,7 @@ def test_a_token_of_one_document_cannot_move_anothers_states(name):
     model = make(name)
     docs, others = documents(0), documents(1)
     with torch.no_grad():
-        one, two = (model.hidden(pack([first, *docs[1:]]), every=True) for first in (docs[0], others[0]))
+        one, two = (model.hidden(pack([first, *docs[1:]]), all_tokens=True) for first in (docs[0], others[0]))
     assert torch.equal(one[LENGTHS[0] :], two[LENGTHS[0] :])
     assert not torch.equal(one[: LENGTHS[0]], two[: LENGTHS[0]])
 

@@ -40,9 +40,8 @@ def test_a_new_setting_or_default_changes_no_earlier_job(monkeypatch: pytest.Mon
     monkeypatch.setattr(config, "FIELDS", {n: f for n, f in FIELDS.items() if n != "deterministic"})
     plain = {n: v for n, v in parse({"lora_rank": 4}).stored().items() if n != "deterministic"}
     monkeypatch.setattr(Settings, "stored", lambda self: plain)
-    assert (
-        config.settings_hash(parse({"lora_rank": 4})) == hashes[0]
-    )  # as a program without the setting wrote it
+    # as a program without the setting wrote it
+    assert config.settings_hash(parse({"lora_rank": 4})) == hashes[0]
 
 
 def test_every_field_explains_itself() -> None:

@@ -15,7 +15,7 @@ import pytest
 from training.data.formats import BadRow, Format, detect, rows
 from training.plan.catalog import STARTER_FOLDER
 from training.report.report import report
-from training.text.encode import Plain
+from training.text.encode import EncodingOptions
 from training.text.tokenizer import Tokenizer
 
 RECORDS = [{"prompt": f"Question {i}, naïve?\n", "completion": f" Answer “{i}”, 東京"} for i in range(30)]
@@ -87,7 +87,7 @@ def test_every_damaged_file_gets_a_verdict(tmp_path: Path, name: str) -> None:
     for _ in range(150):
         path = tmp_path / name
         path.write_bytes(damaged(SEEDS[name], rng))
-        found = report(path, tokenizer, Plain(64))
+        found = report(path, tokenizer, EncodingOptions(64))
         assert found["verdict"]
         assert found["ready"] == (not found["error"])
         json.dumps(found, allow_nan=False)

@@ -14,10 +14,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from training.data.formats import BadRow, Row, rows
 from training.data.summary import Summary
 from training.plan.catalog import SAMPLE_FOLDER, STARTER_FOLDER
-from training.text.encode import Example, Plain, encode, encode_batch, examples
+from training.text.encode import EncodingOptions, Example, encode, encode_batch, examples
 from training.text.tokenizer import CHAT_TEMPLATE, Tokenizer, TokenizerError
 
-PLAIN = Plain(512)
+PLAIN = EncodingOptions(512)
 TALK = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "What is a dog?"},
@@ -80,7 +80,9 @@ def test_the_answer_and_the_end_token_are_learned(starter: Tokenizer) -> None:
 
 
 def test_everything_but_the_first_token_is_learned_if_asked(starter: Tokenizer) -> None:
-    example = encode(Row(1, "completion", prompt="2 + 2 =", completion=" 4"), starter, Plain(512, "all"))
+    example = encode(
+        Row(1, "completion", prompt="2 + 2 =", completion=" 4"), starter, EncodingOptions(512, "all")
+    )
     assert example.mask == [0] + [1] * (len(example.ids) - 1)
 
 
@@ -164,15 +166,15 @@ def test_a_beginning_token_is_put_where_the_tokenizer_asks(tmp_path: Path) -> No
 
 def test_a_long_answer_loses_its_end_and_says_how_much(starter: Tokenizer) -> None:
     row = Row(1, "completion", prompt="Count:", completion=" one" * 50)
-    whole, short = encode(row, starter, PLAIN), encode(row, starter, Plain(16))
+    whole, short = encode(row, starter, PLAIN), encode(row, starter, EncodingOptions(16))
     assert (short.ids, short.truncated) == (whole.ids[:16], len(whole.ids) - 16)
 
 
 def test_a_long_text_becomes_windows_and_loses_nothing(tmp_path: Path, starter: Tokenizer) -> None:
     text = " ".join(random.Random(1).choices(["dog", "cat", "house", "tree", "river"], k=400))
     (tmp_path / "a.txt").write_text(text)
-    (whole,) = examples(tmp_path / "a.txt", starter, Plain(None))
-    parts = list(examples(tmp_path / "a.txt", starter, Plain(64)))
+    (whole,) = examples(tmp_path / "a.txt", starter, EncodingOptions(None))
+    parts = list(examples(tmp_path / "a.txt", starter, EncodingOptions(64)))
     assert max(len(part.ids) for part in parts) == 64
     assert sum(part.trained for part in parts) == whole.trained
     targets = [id for part in parts for id, trained in zip(part.ids, part.mask, strict=True) if trained]
@@ -203,7 +205,7 @@ def test_what_is_counted_is_what_the_lists_hold(
         chat(*hidden),
         Row(9, "text", text="naïve 東京 <|endoftext|> " * 9),
     ]
-    for row, tokens in zip(found, encode_batch(found, starter, Plain(None, train_on)), strict=True):
+    for row, tokens in zip(found, encode_batch(found, starter, EncodingOptions(None, train_on)), strict=True):
         whole, split = tokens.example(), row.kind == "text"
         cut = tokens.cut(length, split=split)
         for part in cut:

@@ -138,7 +138,7 @@ def test_peft_opens_an_adapter(base, tmp_path, kind):
                 if "lora_B" in name:
                     p.normal_(0, 0.1)
     files = folder.write_folder(
-        model, tmp_path / "out", base=base, format="adapter", facts={"base": str(base)}
+        model, tmp_path / "out", base=base, format="adapter", details={"base": str(base)}
     )
     assert {"adapter_model.safetensors", "adapter_config.json"} <= {f["name"] for f in files}
     read = peft.PeftModel.from_pretrained(theirs(base), str(tmp_path / "out")).eval()
@@ -173,7 +173,7 @@ def test_a_failed_export_leaves_the_old_folder(base, tmp_path, monkeypatch):
 
 
 def test_the_model_card_tells_where_it_comes_from(base, tmp_path):
-    facts = {
+    details = {
         "base": "gpt2",
         "name": "Orders",
         "examples": 480,
@@ -182,7 +182,7 @@ def test_the_model_card_tells_where_it_comes_from(base, tmp_path):
         "licence": "mit",
         "fidelity": {"exact": True, "logits": 10},
     }
-    folder.write_folder(gpt2(), tmp_path / "out", base=base, facts=facts)
+    folder.write_folder(gpt2(), tmp_path / "out", base=base, details=details)
     text = (tmp_path / "out" / "README.md").read_text()
     for piece in (
         'base_model: "gpt2"',
@@ -190,7 +190,7 @@ def test_the_model_card_tells_where_it_comes_from(base, tmp_path):
         "# Orders",
         "480 examples",
         "| learning_rate | 0.0003 |",
-        "bit for bit",
+        "bit-for-bit equal",
     ):
         assert piece in text
     assert (tmp_path / "out" / "LICENSE").is_file()
@@ -212,8 +212,8 @@ def test_the_command_line_exports_a_folder(base, tmp_path, capsys):
 def test_a_checkpoint_is_exported_as_the_run_itself_would(tmp_path, method, format):
     events = Runner(tmp_path, steps=3, method=method).train()
     last = of(events, "checkpoint")[-1]["path"]
-    model, base, facts = command.load_trained(Path(last), None)
-    folder.write_folder(model.eval(), tmp_path / "out", base=base, format=format, facts=facts)
+    model, base, details = command.load_trained(Path(last), None)
+    folder.write_folder(model.eval(), tmp_path / "out", base=base, format=format, details=details)
     found = folder.verify(load_model(tmp_path / "work" / "final"), tmp_path / "out", base=base, format=format)
     assert found["close"]
     assert found["exact"] == (format != "adapter")

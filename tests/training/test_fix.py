@@ -12,7 +12,7 @@ from training.data.formats import BadRow, rows
 from training.plan.catalog import STARTER_FOLDER
 from training.report.fix import fix
 from training.report.report import report
-from training.text.encode import Plain
+from training.text.encode import EncodingOptions
 from training.text.tokenizer import Tokenizer
 
 ROWS = [{"prompt": f"Number {i}?\n", "completion": f" It is {i * i}."} for i in range(200)]
@@ -53,7 +53,7 @@ def test_broken_rows_are_dropped_or_told(tmp_path: Path) -> None:
 def test_rows_too_long_for_the_model_are_found_with_its_tokenizer(tmp_path: Path) -> None:
     path = put(tmp_path, [*ROWS[:20], {"prompt": "Go on\n", "completion": " and on" * 600}])
     tokenizer = Tokenizer.load(STARTER_FOLDER)
-    assert fix(path, tmp_path / "new.jsonl", tokenizer=tokenizer, settings=Plain(512)).dropped == {
+    assert fix(path, tmp_path / "new.jsonl", tokenizer=tokenizer, settings=EncodingOptions(512)).dropped == {
         "truncated": [21]
     }
 

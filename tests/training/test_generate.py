@@ -168,9 +168,8 @@ def test_sampling_follows_the_distribution_of_transformers_filters(top_k, top_p,
     truth = torch.softmax(scores[0], -1)
     draws = 4000
     counts = torch.zeros(1000)
-    for i in range(
-        draws
-    ):  # an even comb of uniforms instead of luck: counts are the probabilities, to 1 / draws
+    # an even comb of uniforms instead of luck: counts are the probabilities, to 1 / draws
+    for i in range(draws):
         counts[sample(logits, 0.8, top_k, top_p, (i + 0.5) / draws, min_p)] += 1
     assert float((counts / draws - truth).abs().max()) <= 1.5 / draws
 

@@ -23,13 +23,13 @@ def test_a_row_keeps_documents_apart() -> None:
     row = pack([examples[0], examples[1]])
     assert row.bounds == [(0, 3), (3, 8)]
     assert row.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
-    assert row.where.tolist() == [0, 1, 3, 4, 5, 6]
+    assert row.loss_positions.tolist() == [0, 1, 3, 4, 5, 6]
     assert row.targets.tolist() == row.ids[[1, 2, 4, 5, 6, 7]].tolist()
 
 
 def test_the_first_token_of_a_document_is_never_a_target() -> None:
     row = pack([(np.arange(4, dtype=np.int32), np.ones(4, np.uint8))] * 2)
-    assert row.where.tolist() == [0, 1, 2, 4, 5, 6]
+    assert row.loss_positions.tolist() == [0, 1, 2, 4, 5, 6]
 
 
 def test_trained_tokens_are_those_of_the_rows() -> None:

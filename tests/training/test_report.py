@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from training.__main__ import main
-from training.data.formats import Part
+from training.data.formats import ByteRange
 from training.data.summary import Summary
 from training.plan.catalog import SAMPLE_FOLDER, STARTER_FOLDER
-from training.report.findings import KINDS, personal, secret
-from training.report.report import _Report, colour_row, report
-from training.text.encode import Plain, examples
+from training.report.findings import KINDS, find_personal_data, find_secret
+from training.report.report import _Report, report, row_tokens
+from training.text.encode import EncodingOptions, examples
 from training.text.tokenizer import Tokenizer
 
-PLAIN = Plain(512)
+PLAIN = EncodingOptions(512)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def clean_rows(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def found(
-    folder: Path, records: list[dict[str, Any]], tokenizer: Tokenizer, settings: Plain = PLAIN
+    folder: Path, records: list[dict[str, Any]], tokenizer: Tokenizer, settings: EncodingOptions = PLAIN
 ) -> dict[str, list[int]]:
     result = report(put(folder, records), tokenizer, settings)
     return {finding["code"]: finding["lines"] for finding in result["findings"]}
@@ -140,7 +140,7 @@ def test_a_large_file_is_read_in_halves_with_the_same_report(
     path = put(tmp_path, records)
     path.write_text("\n\n{oops\n" + path.read_text().replace("\n", "\n\n", 70) + "[1]\n")
     whole = report(path, starter if tokenized else None, PLAIN)
-    monkeypatch.setattr("training.report.report.HALVED", 1000)
+    monkeypatch.setattr("training.report.report.SPLIT_FROM_BYTES", 1000)
     monkeypatch.setattr("training.report.report._cores", lambda: 2)
     joined = _Report._join
     times = []
@@ -159,7 +159,7 @@ def test_what_ends_the_second_half_is_told_by_its_line(
     begin = text.index("\n", 20_000) + 1
     monkeypatch.setattr(
         "training.report.report._halves",
-        lambda path, format: (Part(0, begin), Part(begin, path.stat().st_size)),
+        lambda path, format: (ByteRange(0, begin), ByteRange(begin, path.stat().st_size)),
     )
     found = report(path, None, PLAIN)
     assert (found["rows"], found["ready"], found["error"][:9]) == (300, False, "Line 301:")
@@ -188,8 +188,8 @@ def test_clean_files_are_left_in_peace(starter: Tokenizer, file: str) -> None:
 
 def test_its_counts_are_the_trainers(tmp_path: Path, starter: Tokenizer) -> None:
     path = put(tmp_path, [*clean_rows(50, 1), {"prompt": "Go on\n", "completion": " and on" * 400}])
-    result = report(path, starter, Plain(128))
-    counted = Summary.of(examples(path, starter, Plain(128)))
+    result = report(path, starter, EncodingOptions(128))
+    counted = Summary.of(examples(path, starter, EncodingOptions(128)))
     assert {name: result[name] for name in ("examples", "tokens", "trained_tokens", "truncated")} == {
         name: getattr(counted, name) for name in ("examples", "tokens", "trained_tokens", "truncated")
     }
@@ -260,10 +260,10 @@ def test_the_first_samples_show_what_is_learned(starter: Tokenizer) -> None:
 
 
 def test_any_row_can_be_coloured(starter: Tokenizer) -> None:
-    row = colour_row(SAMPLE_FOLDER / "train.jsonl", 7, starter, PLAIN)
+    row = row_tokens(SAMPLE_FOLDER / "train.jsonl", 7, starter, PLAIN)
     assert "".join(token["text"] for token in row["tokens"]).startswith("Order:")
     with pytest.raises(KeyError):
-        colour_row(SAMPLE_FOLDER / "train.jsonl", 10_000, starter, PLAIN)
+        row_tokens(SAMPLE_FOLDER / "train.jsonl", 10_000, starter, PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -278,11 +278,11 @@ def test_any_row_can_be_coloured(starter: Tokenizer) -> None:
     ],
 )
 def test_ordinary_numbers_are_no_personal_data(text: str) -> None:
-    assert personal(text) == ""
+    assert find_personal_data(text) == ""
 
 
 def test_ordinary_words_are_no_secrets(starter: Tokenizer) -> None:
-    assert secret("The password is written on the wall; sk-ill is a word. token = value") == ""
+    assert find_secret("The password is written on the wall; sk-ill is a word. token = value") == ""
 
 
 def test_every_finding_says_why_and_what_to_do() -> None:

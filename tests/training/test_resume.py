@@ -171,9 +171,8 @@ def _rewrite(
     folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 ) -> None:
     path = folder / f"{name}.safetensors"
-    tensors = {
-        key: t.clone() for key, t in load_file(path).items()
-    }  # the file is mapped, and about to be emptied
+    # the file is mapped, and about to be emptied
+    tensors = {key: t.clone() for key, t in load_file(path).items()}
     checkpoint.write_tensors(path, change(tensors))
     _reseal(folder)
 

@@ -1,8 +1,8 @@
-"""From an uploaded file to rows, one at a time, in bounded memory; every complaint names its line and what to do.
+"""From an uploaded file to rows, one at a time, in bounded memory. Every error names its line and what to do.
 
-Two steps: `detect` looks at the beginning of a file and says how it is written (container, encoding, columns);
-`rows` reads it so. What a row holds is decided in `training.data.row_schemas`. Content decides, never the file's name, except
-that plain text and CSV are told apart by their ending when the content could be both.
+Two steps: `detect` reads the beginning of a file and returns its format (container, encoding, columns); `rows` reads the file in that
+format. What a row holds is decided in `training.data.row_schemas`. The content decides, never the file name, except that
+the extension distinguishes plain text from CSV when the content could be both.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from training.data import row_schemas
-from training.data.readers import Format, Limits, Part, records
+from training.data.readers import ByteRange, Format, Limits, records
 from training.data.row_schemas import BadFile, BadRow, Row
 from training.data.sniff import encoding_of, refuse_other_formats
 
-__all__ = ["BadFile", "BadRow", "Format", "Limits", "OnBad", "Part", "Row", "detect", "rows"]
+__all__ = ["BadFile", "BadRow", "ByteRange", "Format", "Limits", "OnBad", "Row", "detect", "rows"]
 
 OnBad = Callable[[BadRow], None]
-USUAL = Limits()
+DEFAULT_LIMITS = Limits()
 HEAD_BYTES = 64 * 1024
 DELIMITERS = ",;\t|"
 
@@ -32,12 +32,13 @@ def rows(
     format: Format | Mapping[str, Any] | None = None,
     *,
     on_bad: OnBad | None = None,
-    limits: Limits = USUAL,
-    part: Part | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    part: ByteRange | None = None,
 ) -> Iterator[Row]:
-    """Every row in order (of `part`, where the file is JSON Lines). Raises BadRow at the first bad one, or hands each to `on_bad` and goes on.
+    """Every row in order (only those of `part`, if the file is JSON Lines). Raises BadRow at the first bad row, or passes
+    each to `on_bad` and continues.
 
-    BadFile (a BadRow too) always raises: behind it nothing can be read."""
+    BadFile (a subclass of BadRow) is always raised: nothing after it can be read."""
     chosen = Format.of(format) if format is not None else detect(path, limits)
     read = row_schemas.Reader(chosen.shape, chosen.columns)
     for line, record in records(Path(path), chosen, limits, part):
@@ -55,8 +56,8 @@ def rows(
         yield row
 
 
-def detect(path: str | Path, limits: Limits = USUAL) -> Format:
-    """How the file is written, from its first bytes and first record. Raises BadFile naming what it is instead."""
+def detect(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
+    """The format of a file, from its first bytes and first record. Raises BadFile, which says what the file is instead."""
     found = look(path, limits)
     if found.container in ("csv", "parquet") and not found.shape:
         names = head(path, found, limits)["columns"]
@@ -68,8 +69,8 @@ def detect(path: str | Path, limits: Limits = USUAL) -> Format:
     return found
 
 
-def look(path: str | Path, limits: Limits = USUAL) -> Format:
-    """The same without a word about columns we don't know: the shape is empty then."""
+def look(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
+    """The same, but with unknown columns the shape is empty and nothing is raised."""
     path = Path(path)
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
@@ -80,7 +81,7 @@ def look(path: str | Path, limits: Limits = USUAL) -> Format:
     if head.startswith(b"PAR1"):
         from training.data import parquet
 
-        found = row_schemas.recognise(dict.fromkeys(parquet.names(path), ""), forgiving=True)
+        found = row_schemas.recognize(dict.fromkeys(parquet.names(path), ""), forgiving=True)
         return Format("parquet", found[0], columns=found[1]) if found else Format("parquet")
     refuse_other_formats(head)
     encoding = encoding_of(head)
@@ -100,19 +101,19 @@ def look(path: str | Path, limits: Limits = USUAL) -> Format:
 
 
 def _with_shape(path: Path, format: Format, limits: Limits) -> Format:
-    """The shape of the first record that can be read; the others must be like it."""
+    """Adds the shape of the first readable record; the others must have the same."""
     for _, record in records(path, format, limits):
-        if isinstance(record, dict) and (found := row_schemas.recognise(record)):
+        if isinstance(record, dict) and (found := row_schemas.recognize(record)):
             return Format(format.container, found[0], format.encoding, columns=found[1])
-    return format  # no record can be read: `rows` tells why, line by line
+    return format  # no record can be read: `rows` reports why, line by line
 
 
 def _table(text: str, encoding: str) -> Format:
-    """The delimiter under which the first line names the most columns, and what they map to."""
+    """The delimiter that gives the first line the most columns, and what the columns map to."""
     first = text.splitlines()[0] if text.splitlines() else ""
     best = max(DELIMITERS, key=first.count)
     names = [cell.strip() for cell in next(csv.reader([first], delimiter=best), [])]
-    found = row_schemas.recognise(dict.fromkeys(names, ""), forgiving=True) if first else None
+    found = row_schemas.recognize(dict.fromkeys(names, ""), forgiving=True) if first else None
     return Format("csv", found[0] if found else "", encoding, best, found[1] if found else {})
 
 
@@ -121,8 +122,8 @@ def _table(text: str, encoding: str) -> Format:
 HEAD_ROWS, HEAD_COLUMNS, HEAD_CHARS = 5, 40, 2000
 
 
-def head(path: str | Path, format: Format, limits: Limits = USUAL) -> dict[str, Any]:
-    """{"columns": every name, "rows": [{"line", "cells": {name: value}}]} of the first rows, cut to what a page can show."""
+def head(path: str | Path, format: Format, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
+    """{"columns": every name, "rows": [{"line", "cells": {name: value}}]} of the first rows, cut to fit on a page."""
     names: dict[str, None] = {}
     shown: list[dict[str, Any]] = []
     if format.container == "text":
@@ -142,12 +143,12 @@ def head(path: str | Path, format: Format, limits: Limits = USUAL) -> dict[str, 
                 cells = {name: _cell(record[name]) for name in list(record)[:HEAD_COLUMNS]}
                 shown.append({"line": line, "cells": cells})
     except BadRow:
-        pass  # the report tells of it
+        pass  # the report shows it
     return {"columns": list(names)[: limits.columns], "rows": shown}
 
 
 def _cell(value: Any) -> Any:
-    """As it stands, unless it is too long to show; what is neither text nor JSON is named by its kind."""
+    """The value unless it is too long to show; a value that is neither text nor JSON is replaced by its type."""
     if isinstance(value, str):
         return value if len(value) <= HEAD_CHARS else value[: HEAD_CHARS - 1] + "…"
     try:
@@ -158,7 +159,7 @@ def _cell(value: Any) -> Any:
 
 
 def preview(shape: str, columns: Mapping[str, str], shown: list[dict[str, Any]]) -> list[Row | BadRow]:
-    """What the rows of a `head` would be trained as, were these the columns."""
+    """The rows of a `head` as they would be trained on with these columns."""
     found: list[Row | BadRow] = []
     for row in shown:
         try:

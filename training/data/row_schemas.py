@@ -1,4 +1,4 @@
-"""What one record means: chat, prompt and completion, instruction, ShareGPT or plain text, told by its keys."""
+"""What a record means, by its keys: chat, prompt and completion, instruction, ShareGPT or plain text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 JSON_HINT = "Each line must be one complete JSON object. Check it with any JSON tool."
 SHAPE_HINT = 'An example is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}.'
 ROLES = ("system", "user", "assistant")
-SAME_ROLE = {
+ROLE_ALIASES = {
     "developer": "system",
     "human": "user",
     "gpt": "assistant",
@@ -20,7 +20,7 @@ SAME_ROLE = {
 }
 MAX_MESSAGES = 2000
 
-# Which names a column may have for what a row needs, the best first.
+# The accepted column names for each field of a row, best first.
 ALIASES: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "conversations": ("conversations", "conversation"),
@@ -32,7 +32,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on: its line (0 = the whole file), the reason, and what to do about it."""
+    """A row that cannot be trained on: its line (0 = the whole file), the reason, and how to fix it."""
 
     def __init__(self, line: int, reason: str, fix: str = "") -> None:
         super().__init__(f"line {line}: {reason}" if line else reason)
@@ -40,7 +40,7 @@ class BadRow(ValueError):
 
 
 class BadFile(BadRow):
-    """Nothing behind this point can be read."""
+    """Nothing after this point of the file can be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def size(self) -> int:
-        """Characters, about."""
+        """Approximate number of characters."""
         return (
             len(self.prompt)
             + len(self.completion)
@@ -72,8 +72,8 @@ class Row:
         return self.text if self.kind == "text" else self.prompt + self.completion
 
 
-def recognise(record: Mapping[str, Any], forgiving: bool = False) -> tuple[str, dict[str, str]] | None:
-    """(shape, columns) by the record's keys, or None. `forgiving` also takes other capitals, as in CSV headers."""
+def recognize(record: Mapping[str, Any], forgiving: bool = False) -> tuple[str, dict[str, str]] | None:
+    """(shape, columns) by the record's keys, or None. `forgiving` ignores case, as in CSV headers."""
     names = {(key.strip().lower() if forgiving else key): key for key in record}
 
     def first(need: str) -> str | None:
@@ -97,14 +97,14 @@ def recognise(record: Mapping[str, Any], forgiving: bool = False) -> tuple[str, 
 
 
 class Reader:
-    """Turns records into rows; all rows of a file have the shape of its first."""
+    """Turns records into rows. All rows of a file have the shape of the first."""
 
     def __init__(self, shape: str, columns: Mapping[str, str]) -> None:
         self.shape, self.columns = shape, dict(columns)
 
     def __call__(self, line: int, record: Mapping[str, Any]) -> Row:
         if not self.shape or not self.columns:
-            found = recognise(record)
+            found = recognize(record)
             if found is None:
                 _refuse_shape(line, record)
             self.shape, self.columns = found
@@ -139,7 +139,7 @@ def _instruction(
 
 
 def _messages(line: int, value: Any) -> tuple[dict[str, Any], ...]:
-    if isinstance(value, str):  # a CSV cell or Parquet column may hold them as JSON
+    if isinstance(value, str):  # a CSV cell or Parquet column may contain them as JSON
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
@@ -170,7 +170,7 @@ PLAIN_KEYS = {"role", "content"}
 
 
 def _is_plain(message: Any) -> bool:
-    """As most are, and we write them ourselves: nothing to look for and to change."""
+    """Whether a message is already in the final form, as most are: a fast path."""
     if not isinstance(message, dict) or message.keys() != PLAIN_KEYS or message["role"] not in ROLES:
         return False
     content = message["content"]
@@ -183,13 +183,13 @@ def _message(line: int, number: int, message: Any) -> dict[str, Any]:
         raise BadRow(
             line, f"{where} is {kind_of(message)}, not an object", 'Write {"role": ..., "content": ...}.'
         )
-    said = message.get("role", message.get("from"))
-    role = SAME_ROLE.get(said, said) if isinstance(said, str) else said
+    given = message.get("role", message.get("from"))
+    role = ROLE_ALIASES.get(given, given) if isinstance(given, str) else given
     if role is None:
         raise BadRow(line, f"{where} has no role", "Give it the role system, user or assistant.")
     if role not in ROLES:
         raise BadRow(
-            line, f"{where} has the role {str(said)[:40]!r}", "The roles are system, user and assistant."
+            line, f"{where} has the role {str(given)[:40]!r}", "The roles are system, user and assistant."
         )
     content = message.get("content", message.get("value"))
     if content is None:
@@ -202,7 +202,7 @@ def _message(line: int, number: int, message: Any) -> dict[str, Any]:
     if isinstance(content, list):
         content = _parts(line, where, content)
     result: dict[str, Any] = {"role": role, "content": _text(line, f"the content of {where}", content)}
-    if message.get("weight") is not None:  # Parquet fills what a message leaves out with nothing
+    if message.get("weight") is not None:  # Parquet fills missing fields with null
         weight = message["weight"]
         if role != "assistant":
             raise BadRow(
@@ -242,7 +242,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 def _text(line: int, name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise BadRow(line, f"{name} is {kind_of(value)}, not text", "Put the value in quotes.")
-    # isascii is one look at a flag; only then the search
+    # isascii only reads a flag, so it comes before the search
     if not value.isascii() and SURROGATE.search(value):
         raise BadRow(
             line,
@@ -253,7 +253,7 @@ def _text(line: int, name: str, value: Any) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """How a person calls a JSON value."""
+    """The type of a JSON value in plain words."""
     names = {
         dict: "an object",
         list: "a list",
@@ -286,11 +286,11 @@ def _refuse_shape(line: int, record: Mapping[str, Any]) -> NoReturn:
         (
             k
             for k in record
-            if recognise({k.strip().lower(): ""}) or k.strip().lower() in ("prompt", "completion")
+            if recognize({k.strip().lower(): ""}) or k.strip().lower() in ("prompt", "completion")
         ),
         None,
     )
-    if close is not None and recognise({k.strip().lower(): "" for k in record}):
+    if close is not None and recognize({k.strip().lower(): "" for k in record}):
         raise BadRow(
             line,
             f"the keys are {_names(record)}",
@@ -303,7 +303,7 @@ def _refuse_shape(line: int, record: Mapping[str, Any]) -> NoReturn:
 
 
 def _refuse_missing(line: int, record: Mapping[str, Any], missing: list[str], shape: str) -> NoReturn:
-    other = recognise(record)
+    other = recognize(record)
     if other and other[0] != shape:
         raise BadRow(
             line,
@@ -323,7 +323,7 @@ def _names(record: Mapping[str, Any]) -> str:
 
 
 def explain_json(text: str, error: json.JSONDecodeError) -> tuple[str, str]:
-    """(reason, what to do) for a line that is not JSON, in the words of the usual mistake."""
+    """(reason, how to fix it) for a line that is not JSON, named after the most likely mistake."""
     where = f"broken JSON at character {error.pos + 1}: "
     stripped = text.strip()
     rest = text[error.pos :].lstrip()

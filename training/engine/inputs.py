@@ -1,4 +1,4 @@
-"""What a run starts from: the base model's folder, its tokenizer, the encoded examples, the settings made whole."""
+"""What a run starts from: the base model's folder, its tokenizer, the encoded examples and the resolved settings."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from training.models.gpt2 import read_config
 from training.plan import auto_settings, catalog, hub
 from training.plan.config import Run, Settings
 from training.plan.events import Failure
-from training.text.encode import Example
+from training.text.encode import EncodingOptions, Example
 from training.text.tokenizer import Tokenizer, TokenizerError
 
-PINNED = 3  # prompts for samples, where none are given
+PINNED = 3  # prompts for samples if none are given
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Inputs:
 
 
 def read(run: Run, resolved: Settings | None = None) -> Inputs:
-    """Reads and checks everything but the weights. `resolved` are the settings an earlier attempt trained with."""
+    """Reads and checks everything but the weights. `resolved` are the settings of an earlier attempt. Raises Failure."""
     objective = OBJECTIVES[(resolved or run.settings).objective]
     base = hub.locate(run.base, run.base_revision)
     model_config = _model_config(base)
@@ -56,7 +56,7 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     settings = resolved or run.settings
     notes: list[str] = []
     longest = settings.sequence_length or described.context
-    wants = Wanted(longest, settings.train_on)
+    wants = EncodingOptions(longest, settings.train_on)
     encode = partial(_encode, objective, tokenizer, wants, notes)
     everything = encode(run.train_file, run.train_format, forgiving=bool(run.expected))
     _as_expected(run.expected, everything)
@@ -91,12 +91,6 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     )
 
 
-@dataclass(frozen=True)
-class Wanted:
-    sequence_length: int
-    train_on: str
-
-
 def _model_config(base: Path) -> dict[str, Any]:
     values = read_config(base)
     try:
@@ -120,14 +114,14 @@ def _tokenizer(base: Path, vocabulary: int) -> Tokenizer:
 def _encode(
     objective: Objective,
     tokenizer: Tokenizer,
-    wants: Wanted,
+    wants: EncodingOptions,
     notes: list[str],
     path: str,
     format: dict[str, Any] | None,
     *,
     forgiving: bool,
 ) -> list[Example]:
-    """Every example. Bad rows end it, unless a report has already shown them to a person (`forgiving`)."""
+    """Every example of a file. A bad row raises Failure unless a report has already shown it to the user (`forgiving`)."""
     bad: list[BadRow] = []
     try:
         chosen = Format.of(format) if format else None
@@ -147,7 +141,7 @@ def _encode(
 
 
 def _as_expected(expected: dict[str, int] | None, found: list[Example]) -> None:
-    """The trainer must see what the report counted, or the report was not worth reading."""
+    """The trainer must count exactly what the report counted."""
     counts = {"examples": len(found), "tokens": sum(len(example.ids) for example in found)}
     for what, count in counts.items():
         if expected and expected.get(what) not in (None, count):
@@ -169,7 +163,7 @@ def _fits_context(found: Iterable[Example], context: int) -> None:
 
 
 def _prompts(run: Run, tokenizer: Tokenizer, examples: Examples) -> list[Prompt]:
-    """The pinned prompts: those given, else how the first examples begin, up to their answer."""
+    """The pinned prompts: those given, otherwise the first examples up to their answers."""
     if run.prompts:
         chat = (run.train_format or {}).get("shape") in ("chat", "sharegpt")
         return [Prompt(text, _prompt_ids(text, tokenizer, chat)) for text in run.prompts]
@@ -189,5 +183,5 @@ def _prompt_ids(text: str, tokenizer: Tokenizer, chat: bool) -> list[int]:
 
 
 def fingerprint(*parts: Any) -> str:
-    """Short name of values that must not change between attempts."""
+    """sha256 of values that must not change between attempts."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

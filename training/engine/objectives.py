@@ -1,7 +1,7 @@
 """Objectives: what a run optimizes. A new one is an entry of OBJECTIVES.
 
-An objective says how a dataset's rows become documents, what the loss of a packed row is, and which figures are taken on
-held-out examples. Everything else (order, packing, optimizer, checkpoints, rehearsal) is the same for all.
+An objective defines how the rows of a dataset become documents, what the loss of a packed row is, and which figures are
+computed on held-out examples. Everything else (order, packing, optimizer, checkpoints, rehearsal) is the same for all.
 """
 
 from __future__ import annotations

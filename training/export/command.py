@@ -38,17 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints one JSON line: the files written and how they compare with the model in memory."""
-    model, base, facts = load_trained(Path(args.checkpoint), args.base)
-    files = write_folder(model, args.to, base=base, format=args.format, dtype=args.dtype, facts=facts)
+    """Prints one JSON line: the files, and how they compare with the model in memory. Exit 1 if they are not close."""
+    model, base, details = load_trained(Path(args.checkpoint), args.base)
+    files = write_folder(model, args.to, base=base, format=args.format, dtype=args.dtype, details=details)
     found = verify(model, args.to, base=base, format=args.format)
     print(json.dumps({"files": files, "fidelity": found}))
     return 0 if found["close"] else 1
 
 
 def load_trained(folder: Path, base: str | None) -> tuple[Any, Path, dict[str, Any]]:
-    """The model of a checkpoint (made from `base`) or of a Hugging Face folder, the folder its tokenizer lies in, and
-    what is known of it."""
+    """Loads a checkpoint (trained from `base`) or a Hugging Face folder. Raises Failure.
+
+    Returns the model, the folder of its tokenizer, and details for the model card."""
     if (folder / "config.json").is_file():
         return load_model(folder), folder, {}
     try:
@@ -71,5 +72,5 @@ def load_trained(folder: Path, base: str | None) -> tuple[Any, Path, dict[str, A
         raise Failure(
             "base_model", f"The checkpoint does not belong to {base}, which has no {next(iter(trained))}."
         )
-    facts = {"base": base, "steps": manifest["step"], "settings": settings}
-    return model, home, facts
+    details = {"base": base, "steps": manifest["step"], "settings": settings}
+    return model, home, details

@@ -1,4 +1,4 @@
-"""Values for settings left on automatic, each with its reason in a sentence a person can check."""
+"""Values for automatic settings, each with a reason that users can check."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.plan.config import Settings
 
 GPT2_SIZE = 124e6  # parameters of the model the rules were made for
 
-# Named starting points; a person's own values go over them.
+# Named starting points. The user's own values override them.
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"epochs": 1.0},
     "balanced": {},
@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def resolve(
     settings: Settings, summary: Summary, base: BaseModel, machine: Machine
 ) -> tuple[Settings, dict[str, str]]:
-    """Fill every field that is None. Reasons name each field filled here, and only those."""
+    """Fills every field that is None. Returns the settings and a reason for each field filled here."""
     values: dict[str, Any] = {}
     reasons: dict[str, str] = {}
 
@@ -69,8 +69,8 @@ def _batch(summary: Summary) -> tuple[int, str]:
 
 
 def _epochs(summary: Summary, base: BaseModel) -> tuple[float, str]:
-    """OpenAI's cookbook: three, more where examples are few, fewer where they are many. Models far smaller than GPT-2
-    need up to twice the passes: the starter solves its sample task after five epochs and not after three."""
+    """Three, as in OpenAI's cookbook; more for few examples, fewer for many. Models far smaller than GPT-2 need up to twice
+    as many: the starter solves its sample task after five epochs, not after three."""
     n = max(1, summary.examples)
     epochs, why = 3, f"{n:,} examples"
     if 3 * n < 100:
@@ -85,7 +85,8 @@ def _epochs(summary: Summary, base: BaseModel) -> tuple[float, str]:
 
 
 def learning_rate(adapter: str, base: BaseModel) -> tuple[float, str]:
-    """Smaller models bear larger steps; adapters bear ten times what full weights do."""
+    """Smaller models tolerate larger steps, and adapters ten times larger ones than full fine-tuning (as found by
+    "LoRA Without Regret", Thinking Machines, 2025)."""
     rate = 1e-4 * (GPT2_SIZE / max(1, base.parameters)) ** 0.5
     if adapter == "lora":
         rate *= 10
@@ -104,7 +105,7 @@ def _dropout(summary: Summary, base: BaseModel) -> tuple[float, str]:
 def _micro(
     settings: Settings, summary: Summary, base: BaseModel, machine: Machine, length: int, batch: int
 ) -> tuple[int, str]:
-    """As many tokens at once as half the memory holds, within what a step needs."""
+    """As many tokens at once as fit in half the memory, but no more than a step has."""
     checkpointing = settings.gradient_checkpointing
     tokens = 1 << 15 if machine.device == "cuda" else 4096
     while (

@@ -163,9 +163,8 @@ def from_config(config: Mapping[str, Any], *, id: str = "", folder: str = "") ->
         )
     kind = str(config.get("model_type", "gpt2"))
     if kind == "gpt2":
-        each = (
-            4 * width * width + 2 * width * inner + 9 * width + inner
-        )  # attention, MLP, biases and two norms
+        # attention, MLP, biases and two norms
+        each = 4 * width * width + 2 * width * inner + 9 * width + inner
         parameters = vocab * width + context * width + layers * each + 2 * width
     else:
         shared = first("num_key_value_heads", default=heads) / heads

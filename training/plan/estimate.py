@@ -32,9 +32,8 @@ FADES = 0.98  # how much each job counts beside the one after it
 USUAL_NOISE = 0.1  # jobs farther off than that are believed less
 PULL = 0.02  # how much a part's speed keeps to the machine's general one, against what jobs show of it
 
-Work = dict[
-    str, dict[str, float]
-]  # part (start, training, evaluation, export) → what it consists of → seconds
+# part (start, training, evaluation, export) → what it consists of → seconds
+Work = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -92,17 +91,17 @@ def estimate(
     low, high = queue + total, (queue + total) * spread
     cost = price_per_hour / 3600
     saving = seconds["training"]["checkpoints"]  # a part for a person; written while training goes on
-    told = {"queue": queue} | parts | {"training": parts["training"] - saving, "checkpoints": saving}
+    shown = {"queue": queue} | parts | {"training": parts["training"] - saving, "checkpoints": saving}
     return Estimate(
         low,
         high,
         plan.steps,
         plan.tokens,
         memory,
-        told,
+        shown,
         total * cost,
         total * spread * cost,
-        _rows(plan, told, memory, machine, (total * cost, total * spread * cost)),
+        _rows(plan, shown, memory, machine, (total * cost, total * spread * cost)),
         _basis(alike, machine),
         work,
         kept,
@@ -116,7 +115,7 @@ def speed(machine: Machine) -> float:
     return GPU * machine.count if machine.device == "cuda" else CPU_CORE * max(1, machine.cores)
 
 
-def in_bf16(base: BaseModel, settings: Settings, machine: Machine) -> float:
+def bf16_speedup(base: BaseModel, settings: Settings, machine: Machine) -> float:
     """How much faster than fp32 a processor is with it, where it is asked for."""
     if machine.device != "cpu" or settings.precision != "bf16" or not machine.bf16:
         return 1.0
@@ -172,16 +171,16 @@ class _Plan:
         base, s = self.base, self.settings
         mean = self.summary.tokens / max(1, self.summary.examples)
         share = self.summary.trained_tokens / max(1, self.summary.tokens)
-        each = operations(base, s, mean, share) / (speed(machine) * in_bf16(base, s, machine))
+        each = operations(base, s, mean, share) / (speed(machine) * bf16_speedup(base, s, machine))
         pass_s = base.layers * OVERHEAD
         micro = s.micro_batch_tokens or 4096
         rows = self.steps * max(1.0, self.tokens / self.steps / micro)
         update = 28 * self.trained / MEMORY_BYTES + 2e-3  # weight, gradient and two means, read and written
         saved = 12 * self.trained / DISK_BYTES + 0.02
         answers = PROMPTS * ANSWER * (pass_s / 2 + 4 * base.parameters / MEMORY_BYTES)
-        often = self.steps // s.checkpoint_every_steps if s.checkpoint_every_steps else 0
+        by_steps = self.steps // s.checkpoint_every_steps if s.checkpoint_every_steps else 0
         run = self.tokens * each + rows * pass_s
-        timed = int(run / s.checkpoint_every_s) if s.checkpoint_every_s else 0
+        by_time = int(run / s.checkpoint_every_s) if s.checkpoint_every_s else 0
         best = self.evaluations - 1 if self.held and s.keep_best else 1
         rehearsed = min(self.held, micro) * each / 3 + self.row * each * (2 if self.row < 2000 else 1)
         return {
@@ -195,7 +194,7 @@ class _Plan:
                 "arithmetic": self.tokens * each,
                 "rows": rows * pass_s,
                 "updates": self.steps * update,
-                "checkpoints": max(1, often + timed + best) * saved,
+                "checkpoints": max(1, by_steps + by_time + best) * saved,
             },
             "evaluation": {
                 "arithmetic": self.evaluations * self.held * each / 3,
@@ -260,7 +259,7 @@ def _time(work: Work, past: Sequence[FinishedJob], base: str, adapter: str) -> t
         found, ratios = _fitted(work, past, totals, weights)
         off = [abs(math.log(max(ratio, 1e-6))) for ratio in ratios]
         weights = [w * min(1.0, USUAL_NOISE / max(o, 1e-9)) for w, o in zip(weights, off, strict=True)]
-    usual = _usual([(r, w) for r, w, like in zip(ratios, weights, alike, strict=True) if like == 1])
+    usual = _typical([(r, w) for r, w, like in zip(ratios, weights, alike, strict=True) if like == 1])
     found = {part: {name: usual * seconds for name, seconds in of.items()} for part, of in found.items()}
     return found, _spread(
         [(r / (usual if like == 1 else 1), like) for r, like in zip(ratios, alike, strict=True)]
@@ -321,7 +320,7 @@ def _fit(
     return {name: middle * (1 + float(c)) for name, c in zip(names, change, strict=True)}
 
 
-def _usual(ratios: list[tuple[float, float]]) -> float:
+def _typical(ratios: list[tuple[float, float]]) -> float:
     """How far the jobs of the same model and adapter lie from what is said of all: what arithmetic doesn't know of
     them."""
     return _quantile(ratios, 0.5) if len(ratios) >= FEW else 1.0
@@ -355,7 +354,7 @@ def _rows(
         ("Steps", f"{plan.steps:,}"),
         ("Tokens read", f"{plan.tokens:,}"),
         ("Trained tokens", f"{round(plan.tokens * share):,}"),
-        *((word, short(parts[part])) for part, word in WORDS.items() if parts[part] >= 0.5),
+        *((word, format_duration(parts[part])) for part, word in PART_LABELS.items() if parts[part] >= 0.5),
         ("Peak memory", f"{gib(memory)} of {gib(machine.memory)}"),
     ]
     if cost[0]:
@@ -363,7 +362,7 @@ def _rows(
     return table
 
 
-WORDS = {
+PART_LABELS = {
     "queue": "Waiting for a worker",
     "start": "Startup",
     "training": "Training",
@@ -373,8 +372,8 @@ WORDS = {
 }
 
 
-def short(seconds: float) -> str:
-    """A time of a part, as short as it is sure."""
+def format_duration(seconds: float) -> str:
+    """Seconds as text, no more precise than the estimate is."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""What a trainer writes: one JSON object a line, its exit codes, and the sentence a person reads for each reason.
+"""What a trainer writes: one JSON object per line, its exit codes, and a sentence for users for each reason.
 
 Every line has `t` (its kind) and `time` (Unix seconds). Numbers are finite or left out.
 
@@ -11,7 +11,7 @@ Every line has `t` (its kind) and `time` (Unix seconds). Numbers are finite or l
     eval        step (0 = the base model), loss, perplexity, accuracy, examples, exact_match
     sample      step, prompt, text
     checkpoint  step, path, bytes, files, sha256 (of manifest.json), best, final
-    resumed     step (where this attempt goes on), from_step (what was asked for), exact, why
+    resumed     step (where this attempt continues), from_step (what was requested), exact, why
     log         level (info, warning, error), message
     verdict     helped, fall, low, high, examples, sentence
     done        step, path, files, metrics, fidelity
@@ -38,10 +38,10 @@ class Reason:
     sentence: str
     advice: str
     user_fault: bool = False  # never retried
-    platform_fault: bool = False  # retried, and spends none of a job's attempts
+    platform_fault: bool = False  # retried without counting as one of the job's attempts
 
 
-# The closed list of why a trainer ends. 10–19 the user's fault, 20–29 the machine's, 75 asked to stop.
+# All reasons why a trainer ends. 10–19: the user's fault, 20–29: the machine's, 75: stopped on request.
 REASONS: dict[str, Reason] = {
     "bad_data": Reason(
         10,
@@ -110,7 +110,7 @@ REASON_OF_EXIT: dict[int, str] = {reason.exit: code for code, reason in REASONS.
 
 
 def reason_of(error: OSError) -> str:
-    """The reason that an error of the operating system stands for; "" for one that may mean anything."""
+    """The reason for an error of the operating system; "" if it could mean anything."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "disk_full"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -119,7 +119,7 @@ def reason_of(error: OSError) -> str:
 
 
 class Failure(Exception):
-    """Training cannot go on. `reason` is a key of REASONS; `message` says what exactly, for a person."""
+    """Training cannot continue. `reason` is a key of REASONS; `message` and `advice` are for users."""
 
     def __init__(self, reason: str, message: str = "", advice: str = "") -> None:
         self.reason = reason

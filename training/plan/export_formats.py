@@ -14,9 +14,9 @@ class ExportFormat:
     label: str
     help: str
     dtypes: tuple[str, ...]
-    """Number formats it can be written in; the first is the default."""
+    """Number formats it can be written in. The first is the default."""
     module: str
-    """Of training/export/."""
+    """Name of its module in training/export/."""
 
 
 FORMATS: dict[str, ExportFormat] = {

@@ -1,5 +1,5 @@
-"""Where a base model lies: the bundled starter, a folder of this machine, or the Hugging Face Hub (HF_ENDPOINT, HF_TOKEN,
-HF_HUB_OFFLINE as everywhere), from which it is fetched once and kept. Imports no torch.
+"""Locates a base model: the bundled starter, a local folder, or the Hugging Face Hub (with the usual HF_ENDPOINT, HF_TOKEN
+and HF_HUB_OFFLINE), from which it is downloaded once. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from training.plan import catalog
 from training.plan.events import Failure, reason_of
 
-# Weights as safetensors and plain descriptions; nothing that could be run, no other formats, no subfolders.
+# Safetensors weights and plain text files; no code, no other formats, no subfolders.
 WANTED = [
     "config.json",
     "generation_config.json",
@@ -36,12 +36,12 @@ WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 
 def is_wanted(file: str) -> bool:
-    """Would `fetch` fetch it?"""
+    """Whether `fetch` downloads this file."""
     return any(fnmatchcase(file, p) for p in WANTED) and not any(fnmatchcase(file, p) for p in UNWANTED)
 
 
 def locate(base: str | Path, revision: str | None = None) -> Path:
-    """The folder of a base model, fetched if need be. Raises Failure("base_model")."""
+    """The folder of a base model, downloaded if necessary. Raises Failure("base_model")."""
     base = str(base)
     if base == catalog.STARTER:
         return catalog.STARTER_FOLDER
@@ -51,10 +51,10 @@ def locate(base: str | Path, revision: str | None = None) -> Path:
 
 
 def fetch(name: str, revision: str | None = None, *, with_token: bool = True, only: str = "all") -> Path:
-    """A model of the Hub in the local cache, downloaded as far as it is not there. Raises Failure("base_model").
+    """Downloads what is missing of a Hub model to the local cache. Returns its folder. Raises Failure("base_model").
 
-    Without the token it is asked for as anybody may. `only="tokenizer"` leaves the weights where they are."""
-    from huggingface_hub import snapshot_download  # late: only models of the Hub need it
+    `with_token=False` requests it anonymously. `only="tokenizer"` skips the weights."""
+    from huggingface_hub import snapshot_download  # late: only Hub models need it
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -62,7 +62,7 @@ def fetch(name: str, revision: str | None = None, *, with_token: bool = True, on
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     options: dict[str, Any] = {} if with_token else {"token": False}
@@ -92,14 +92,14 @@ def fetch(name: str, revision: str | None = None, *, with_token: bool = True, on
         raise Failure(
             "base_model", f"The Hub cannot be reached, and {name} has not been downloaded before.", advice
         ) from error
-    except Exception as error:  # httpx's and the library's many others: a download that broke off
+    except Exception as error:  # the many errors of httpx and the library for an interrupted download
         if isinstance(error, OSError) and (reason := reason_of(error)):
             raise Failure(reason) from error
         raise Failure("base_model", f"The model {name} could not be downloaded: {error}") from error
 
 
 def check(folder: Path) -> Path:
-    """That a folder can be a base model: configuration, safetensors, no code of its own. Raises Failure."""
+    """Checks that a folder can be a base model: config.json, safetensors, no custom code. Raises Failure("base_model")."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
-"""What a person may not want to happen, said before a job starts. Errors are another thing: they stop the start.
+"""Warnings before a job starts. Errors are different: they prevent the start.
 
-Each check looks at one thing and is an entry of CHECKS; pages and the API show the same warnings.
+Each check covers one thing and is an entry of CHECKS. Pages and the API show the same warnings.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from training.data.summary import Summary
 from training.plan.catalog import BaseModel, Machine, fits
 from training.plan.config import Settings
-from training.plan.estimate import in_bf16
+from training.plan.estimate import bf16_speedup
 
 ENOUGH_TO_HOLD_OUT = 40  # examples from which automatic settings hold some out
 MANY_EPOCHS = 20
@@ -25,7 +25,7 @@ class Warning:
 
 @dataclass(frozen=True)
 class Planned:
-    """A job as it would start: settings are resolved."""
+    """A job as it would start, with resolved settings."""
 
     settings: Settings
     base: BaseModel
@@ -68,7 +68,7 @@ def bf16_is_missing(p: Planned) -> Warning | None:
 
 
 def bf16_is_slower(p: Planned) -> Warning | None:
-    if in_bf16(p.base, p.settings, p.machine) >= 1:
+    if bf16_speedup(p.base, p.settings, p.machine) >= 1:
         return None
     return Warning(
         f"{p.base.name} is slower in bf16",

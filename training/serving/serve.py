@@ -40,19 +40,20 @@ from training.models.generate import (
     open_sequences,
     prompt_ids,
 )
-from training.serving.warm_models import Loaded, Models
+from training.serving.warm_models import Loaded, ModelCache
 from training.text.chat_template import STOPPED, Renderer
 from training.text.tokenizer import TemplateTooSlow, TokenizerError
 
-MAX_LINE_BYTES = (
-    16 * 1024 * 1024
-)  # a request (JSON may triple the 4 MB that /v1 takes); a longer line is refused and skipped
+# a request (JSON may triple the 4 MB that /v1 takes); a longer line is refused and skipped
+MAX_LINE_BYTES = 16 * 1024 * 1024
 MAX_WAITING = 256  # requests that wait; more are refused as busy
 MAX_N, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_CHARS = 8, 20, 16, 200
 MAX_TOKENS = 1_000_000
 MAX_PROMPTS = 128
 ALIVE_S = 5.0
-NO_CHAT_S = 60  # a person's chats with a model are refused for so long after its template had to be stopped
+CHAT_BLOCK_S = (
+    60  # a person's chats with a model are refused for so long after its template had to be stopped
+)
 
 
 @dataclass
@@ -72,14 +73,14 @@ class Request:
 
 
 class Server:
-    def __init__(self, models: Models, max_sequences: int) -> None:
+    def __init__(self, models: ModelCache, max_sequences: int) -> None:
         self.models, self.max_sequences = models, max_sequences
         self.share = max(1, max_sequences // 2)  # one person never holds more than half of what can run
         self.waiting: OrderedDict[str, deque[Request]] = OrderedDict()  # by person, whose turn it is first
         self.active: dict[str, Request] = {}
         self.loads: dict[str, str] = {}  # ids of `load` requests by folder
         self.renderer = Renderer()
-        self.no_chat: dict[tuple[str, str], float] = {}  # by person and model: until when
+        self.chat_blocked_until: dict[tuple[str, str], float] = {}  # by person and model: until when
 
     @property
     def idle(self) -> bool:
@@ -87,22 +88,22 @@ class Server:
 
     # --- requests coming in ---------------------------------------------------------------------
 
-    def take(self, line: bytes) -> None:
+    def handle_line(self, line: bytes) -> None:
         """One line of input."""
         try:
             message = json.loads(line)
             if not isinstance(message, dict):
                 raise ValueError("not an object")
         except ValueError:
-            return say(
+            return write_line(
                 {"t": "error", "code": "bad_request", "message": "a request is one JSON object per line"}
             )
         try:
-            self._act(message)
+            self._dispatch(message)
         except GenerateError as error:
-            refuse(str(message.get("id", "")), error)
+            write_error(str(message.get("id", "")), error)
 
-    def _act(self, message: Mapping[str, Any]) -> None:
+    def _dispatch(self, message: Mapping[str, Any]) -> None:
         op, request_id, model = message.get("op"), str(message.get("id", "")), str(message.get("model", ""))
         if op == "generate":
             self._queue(parse(message))
@@ -111,9 +112,9 @@ class Server:
         elif op == "load":
             self.loads[model] = request_id
         elif op == "unload":
-            say({"id": request_id, "t": "unloaded", "model": model, "done": self.models.unload(model)})
+            write_line({"id": request_id, "t": "unloaded", "model": model, "done": self.models.unload(model)})
         elif op == "status":
-            say({"t": "status", **self.status()})
+            write_line({"t": "status", **self.status()})
         else:
             raise GenerateError("bad_request", f"unknown op {op!r}")
 
@@ -122,7 +123,9 @@ class Server:
             "active": len(self.active),
             "sequences": self._running(),
             "waiting": sum(map(len, self.waiting.values())),
-            "models": [{"model": f, "bytes": m.bytes, "users": m.users} for f, m in self.models.warm.items()],
+            "models": [
+                {"model": f, "bytes": m.bytes, "users": m.users} for f, m in self.models.loaded.items()
+            ],
         }
 
     def _queue(self, request: Request) -> None:
@@ -142,7 +145,7 @@ class Server:
         for line in list(self.waiting.values()):
             for request in [r for r in line if r.id == request_id]:
                 self._no_longer_waiting(request)
-                done(request)
+                write_done(request)
         return None
 
     def _no_longer_waiting(self, request: Request) -> None:
@@ -168,10 +171,10 @@ class Server:
             model = self.models.get(folder)
         except GenerateError as error:
             del self.loads[folder]
-            return refuse(request_id, error)
+            return write_error(request_id, error)
         if model is not None:
             del self.loads[folder]
-            say({"id": request_id, "t": "loaded", "model": folder, "bytes": model.bytes})
+            write_line({"id": request_id, "t": "loaded", "model": folder, "bytes": model.bytes})
         return None
 
     def _admit(self) -> None:
@@ -203,14 +206,14 @@ class Server:
 
     def _start(self, request: Request, model: Loaded) -> None:
         """The next prompt of a request; before the first one all are read, so that a request is refused whole."""
-        say({"id": request.id, "t": "reading"})  # if it is our last word, whose prompt it was is known
+        write_line({"id": request.id, "t": "reading"})  # if it is our last word, whose prompt it was is known
         if request.id not in self.active:
             request.ids = [self._read(prompt, request, model) for prompt in request.prompts]
             for ids in request.ids:
                 check_length(len(ids), model.decoder.context, request.options)
             model.users += 1
             self.active[request.id] = request
-            say({"id": request.id, "t": "start", "prompt_tokens": sum(map(len, request.ids))})
+            write_line({"id": request.id, "t": "start", "prompt_tokens": sum(map(len, request.ids))})
         first = request.opened * request.options.n
         sequences = open_sequences(
             model.decoder, model.tokenizer, request.ids[request.opened], request.options, first
@@ -219,7 +222,7 @@ class Server:
         request.sequences += sequences
         for sequence in sequences:
             for token in sequence.prompt_tokens:
-                say_token(request, token)
+                write_token(request, token)
             sequence.prompt_tokens = []
         if request.is_done:
             self._close(request)
@@ -227,15 +230,17 @@ class Server:
     def _read(self, prompt: Any, request: Request, model: Loaded) -> list[int]:
         """A prompt's tokens. Everybody waits for a template that has to be stopped, so it is not tried again at once."""
         key, now = (request.who, request.model), time.monotonic()
-        if is_conversation(prompt) and now < self.no_chat.get(key, 0):
+        if is_conversation(prompt) and now < self.chat_blocked_until.get(key, 0):
             raise GenerateError("bad_request", f"{STOPPED}. Send a prompt instead, or wait a minute")
         model.tokenizer.render = self.renderer.render
         try:
             return prompt_ids(prompt, model.tokenizer)
         except TokenizerError as refusal:
             if isinstance(refusal, TemplateTooSlow):
-                self.no_chat = {other: until for other, until in self.no_chat.items() if now < until}
-                self.no_chat[key] = now + NO_CHAT_S
+                self.chat_blocked_until = {
+                    other: until for other, until in self.chat_blocked_until.items() if now < until
+                }
+                self.chat_blocked_until[key] = now + CHAT_BLOCK_S
             raise GenerateError("bad_request", str(refusal)) from refusal
 
     def _advance(self, folder: str) -> None:
@@ -243,10 +248,11 @@ class Server:
         owner = {id(s): r for r in requests for s in r.sequences}
         live = [s for r in requests for s in r.sequences if s.finish_reason is None]
         try:
-            advance(self.models.warm[folder].decoder, live, lambda s, token: say_token(owner[id(s)], token))
-        except (
-            RuntimeError
-        ) as error:  # torch's own, out of memory among them: these requests fail, the server lives
+            advance(
+                self.models.loaded[folder].decoder, live, lambda s, token: write_token(owner[id(s)], token)
+            )
+        # torch's own, out of memory among them: these requests fail, the server lives
+        except RuntimeError as error:
             for request in requests:
                 self._close(request, GenerateError("failed", f"generation failed: {error}"))
         for request in requests:
@@ -256,11 +262,11 @@ class Server:
     def _close(self, request: Request, error: GenerateError | None = None) -> None:
         self._no_longer_waiting(request)
         if self.active.pop(request.id, None):
-            self.models.warm[request.model].users -= 1
+            self.models.loaded[request.model].users -= 1
         if error is not None:
-            refuse(request.id, error)
+            write_error(request.id, error)
         else:
-            done(request)
+            write_done(request)
 
 
 # --- the protocol ----------------------------------------------------------------------------------
@@ -334,7 +340,7 @@ def _number(message: Mapping[str, Any], name: str, low: float, high: float) -> f
     return value
 
 
-def say_token(request: Request, token: Token) -> None:
+def write_token(request: Request, token: Token) -> None:
     line: dict[str, Any] = {"id": request.id, "t": "token", "index": token.index, "text": token.text}
     if request.options.logprobs is not None:
         line |= {"token": token.token, "logprob": token.logprob, "top": token.top}
@@ -342,13 +348,13 @@ def say_token(request: Request, token: Token) -> None:
         return  # nothing to show yet
     else:
         line["token"] = token.token
-    say(line)
+    write_line(line)
 
 
-def done(request: Request) -> None:
+def write_done(request: Request) -> None:
     written = sum(len(s.ids) for s in request.sequences)
     read = sum(map(len, request.ids))
-    say(
+    write_line(
         {
             "id": request.id,
             "t": "done",
@@ -363,11 +369,11 @@ def done(request: Request) -> None:
     )
 
 
-def refuse(request_id: str, error: GenerateError) -> None:
-    say({"id": request_id, "t": "error", "code": error.code, "message": str(error)})
+def write_error(request_id: str, error: GenerateError) -> None:
+    write_line({"id": request_id, "t": "error", "code": error.code, "message": str(error)})
 
 
-def say(line: Mapping[str, Any]) -> None:
+def write_line(line: Mapping[str, Any]) -> None:
     """One write a line, so that a reader never sees half of one for long."""
     os.write(_out, json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
 
@@ -402,24 +408,24 @@ def run(args: argparse.Namespace) -> int:
     os.dup2(2, 1)
     inbox: queue.Queue[bytes | None] = queue.Queue(maxsize=1024)  # a full one makes the sender wait
     threading.Thread(target=_read, args=(inbox,), daemon=True).start()
-    server = Server(Models(args.max_models, args.max_bytes), args.max_sequences)
+    server = Server(ModelCache(args.max_models, args.max_bytes), args.max_sequences)
     server.renderer.start()
-    say({"t": "ready"})
-    spoke = time.monotonic()
+    write_line({"t": "ready"})
+    last_alive = time.monotonic()
     try:
         while True:
-            if time.monotonic() - spoke > ALIVE_S:
-                spoke = time.monotonic()
-                say({"t": "alive"})
+            if time.monotonic() - last_alive > ALIVE_S:
+                last_alive = time.monotonic()
+                write_line({"t": "alive"})
             for line in _lines(inbox, wait=None if server.idle else 0.0):
                 if line is None:
                     return 0
-                server.take(line)
+                server.handle_line(line)
             if not server.work() and not server.idle:
                 for line in _lines(inbox, wait=0.02):  # a model is being loaded; look again soon
                     if line is None:
                         return 0
-                    server.take(line)
+                    server.handle_line(line)
     except BrokenPipeError:
         return 0  # nobody listens any more
 

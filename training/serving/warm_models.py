@@ -39,9 +39,8 @@ def load(folder: str) -> Loaded:
         if is_damage(error):
             raise GenerateError("model_damaged", f"the model's weights are damaged: {why}") from error
         raise GenerateError("model_unusable", f"the model cannot be loaded: {why}") from error
-    size = sum(
-        p.numel() * p.element_size() for p in model.parameters()
-    )  # in memory, fp32: not what the file has
+    # in memory, fp32: not what the file has
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
     return Loaded(decoder, tokenizer, size)
 
 
@@ -54,40 +53,40 @@ def is_damage(error: BaseException | None) -> bool:
     return False
 
 
-class Models:
+class ModelCache:
     """By folder."""
 
     def __init__(self, max_models: int, max_bytes: int) -> None:
         self.max_models, self.max_bytes = max_models, max_bytes
-        self.warm: OrderedDict[str, Loaded] = OrderedDict()
-        self.coming: dict[str, Future[Loaded]] = {}
+        self.loaded: OrderedDict[str, Loaded] = OrderedDict()
+        self.loading: dict[str, Future[Loaded]] = {}
         self.pool = ThreadPoolExecutor(1, "load")
 
     def get(self, folder: str) -> Loaded | None:
         """The model, or None while it is still being loaded. Raises GenerateError when it cannot be."""
-        if folder in self.warm:
-            self.warm.move_to_end(folder)
-            return self.warm[folder]
-        if folder not in self.coming:
-            self.coming[folder] = self.pool.submit(load, folder)
-        if not self.coming[folder].done():
+        if folder in self.loaded:
+            self.loaded.move_to_end(folder)
+            return self.loaded[folder]
+        if folder not in self.loading:
+            self.loading[folder] = self.pool.submit(load, folder)
+        if not self.loading[folder].done():
             return None
-        self.warm[folder] = self.coming.pop(folder).result()
+        self.loaded[folder] = self.loading.pop(folder).result()
         self._make_room()
-        return self.warm[folder]
+        return self.loaded[folder]
 
     def unload(self, folder: str) -> bool:
         """False when it is in use (or not here)."""
-        if folder not in self.warm or self.warm[folder].users:
+        if folder not in self.loaded or self.loaded[folder].users:
             return False
-        del self.warm[folder]
+        del self.loaded[folder]
         return True
 
     def _make_room(self) -> None:
-        newest = next(reversed(self.warm))
-        for folder, model in list(self.warm.items()):
-            too_many = len(self.warm) > self.max_models
-            if not too_many and sum(m.bytes for m in self.warm.values()) <= self.max_bytes:
+        newest = next(reversed(self.loaded))
+        for folder, model in list(self.loaded.items()):
+            too_many = len(self.loaded) > self.max_models
+            if not too_many and sum(m.bytes for m in self.loaded.values()) <= self.max_bytes:
                 return
             if not model.users and folder != newest:
-                del self.warm[folder]
+                del self.loaded[folder]

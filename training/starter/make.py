@@ -106,7 +106,8 @@ def rows(texts: list[str], tokenizer: Tokenizer) -> np.ndarray:
     )
     count = (len(ids) - 1) // CONTEXT
     starts = np.arange(count)[:, None] * CONTEXT
-    return ids[starts + np.arange(CONTEXT + 1)]
+    packed: np.ndarray = ids[starts + np.arange(CONTEXT + 1)]
+    return packed
 
 
 def batch_of(part: np.ndarray) -> Batch:
@@ -194,7 +195,8 @@ def orthogonal(g: Tensor) -> Tensor:
     for _ in range(5):
         a = x @ x.T
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if g.shape[0] > g.shape[1] else x
+    update: Tensor = x.T if g.shape[0] > g.shape[1] else x
+    return update
 
 
 def write_card(
