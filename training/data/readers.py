@@ -222,9 +222,8 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
                 f"one element is longer than {limits.line_bytes >> 20} MB",
                 "Put one example in each element.",
             )
-        want = max(
-            want, len(buffer)
-        )  # double the buffer, so that long elements are parsed at most twice as often
+        # double the buffer, so that long elements are parsed at most twice as often
+        want = max(want, len(buffer))
     if not ended:
         raise BadFile(
             line, "the array is never closed: the file seems to be cut off", "Upload the whole file."

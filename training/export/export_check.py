@@ -28,11 +28,12 @@ PROMPTS = (
     "1 + 1 =",
     "def main():",
 )
+# largest difference, relative to the largest logit
 CLOSE = {
     "float32": 1e-4,
     "float16": 3e-2,
     "bfloat16": 2e-1,
-}  # largest difference, relative to the largest logit
+}
 
 
 def compare(

@@ -1,7 +1,7 @@
 """The hyperparameters and the run file. One class, Settings, drives the form, the API and the command line.
 
-Imports no torch: pages validate with it. A field left out, None or "auto" takes its default; where the default is
-None the value is found by `training.plan.auto_settings.resolve` from the data, the base model and the machine.
+Imports no torch: pages validate with it. A field that is missing, None or "auto" takes its default. If the default is None,
+`training.plan.auto_settings.resolve` chooses the value from the data, the base model and the machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 
 class ConfigError(Exception):
-    """A setting that cannot be used; `field` names it ("" = the file as a whole), the message says what to change."""
+    """A setting that cannot be used. `field` names it ("" = the whole file); the message says what to change."""
 
     def __init__(self, field: str, message: str) -> None:
         self.field = field
@@ -50,7 +50,7 @@ def setting(
     choices: tuple[str, ...] = (),
     group: Literal["basic", "advanced"] = "advanced",
 ) -> Any:
-    """A field of Settings together with everything the form, the API and the command line know of it."""
+    """A field of Settings with everything that the form, the API and the command line need to know about it."""
     spec = Field(default, kind, help, label, minimum, maximum, choices, group)
     return field(default=default, metadata={"spec": spec})
 
@@ -249,17 +249,17 @@ class Settings:
     )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `parse` takes them back."""
+        """Plain JSON values; `parse` reads them."""
         values = asdict(self)
         if self.lora_targets is not None:
             values["lora_targets"] = list(self.lora_targets)
         return values
 
     def stored(self) -> dict[str, Any]:
-        """As rows, events and checkpoints hold them: `parse` takes these back too.
+        """As stored in rows, events and checkpoints; `parse` reads these too.
 
-        The adapter is stored as `method`, its name in the first release, and the only objective of that release is
-        left out, so that programs of that release read what this one writes."""
+        The adapter is stored as `method`, its name in the first release, and the only objective of that release is left out, so
+        that programs of that release can read it."""
         return stored_names(self.as_dict())
 
 
@@ -268,14 +268,14 @@ FIELDS: dict[str, Field] = {f.name: f.metadata["spec"] for f in fields(Settings)
 _METHODS = {"none": "full", "lora": "lora"}  # adapter -> its stored name
 
 
-# The version of the settings' schema: raised whenever a setting is added or a default changes. Jobs and checkpoints
-# keep the version they were made under.
+# The version of the settings' schema, incremented whenever a setting is added or a default changes. Jobs and checkpoints
+# keep the version they were made with.
 SCHEMA = 1
 
-# name -> (the schema that brought the present default, the default before it)
+# name -> (the schema that introduced the current default, the default before it)
 FORMER_DEFAULTS: dict[str, tuple[int, Any]] = {}
 
-# name -> the schema that brought the setting; those that are not listed came with the first
+# name -> the schema that added the setting; settings not listed are in the first
 ADDED: dict[str, int] = {}
 
 
@@ -287,7 +287,7 @@ def _default(name: str, schema: int) -> Any:
 def parse(values: Mapping[str, Any], schema: int | None = None) -> Settings:
     """Settings from a form, the API or a file. Raises ConfigError with the field and what to change.
 
-    `schema` is the version they were submitted under: what was left out then takes the default of then."""
+    `schema` is the version they were submitted with: missing fields take the defaults of that version."""
     values = current_names(values)
     unknown = sorted(set(values) - set(FIELDS))
     if unknown:
@@ -300,7 +300,7 @@ def parse(values: Mapping[str, Any], schema: int | None = None) -> Settings:
 
 
 def stored_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Some settings under the names that rows hold them by: the adapter as `method`. See Settings.stored."""
+    """Some settings under their stored names: the adapter as `method`. See Settings.stored."""
     stored = current_names(values)
     if stored.get("adapter") in _METHODS:
         stored["method"] = _METHODS[stored.pop("adapter")]
@@ -310,9 +310,9 @@ def stored_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Some settings under the names of FIELDS: `method` was the name of `adapter` in the first release.
+    """Some settings under the names of FIELDS: `adapter` was called `method` in the first release.
 
-    Raises ConfigError where both are given and differ."""
+    Raises ConfigError if both are given and differ."""
     renamed = dict(values)
     method = renamed.pop("method", None)
     if method in (None, "", "auto"):
@@ -412,22 +412,22 @@ def _check_together(s: Settings) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """What `python -m training train CONFIG.json` does: where things lie, and the settings."""
+    """The run file of `python -m training train CONFIG.json`: where everything is, and the settings."""
 
-    base: str  # folder, or a name on the Hub
+    base: str  # folder, or model name on the Hub
     train_file: str
     work_dir: str
     settings: Settings = field(default_factory=Settings)
-    settings_schema: int = SCHEMA  # the version of the settings' schema that the job was submitted under
+    settings_schema: int = SCHEMA  # schema version of the settings when the job was submitted
     base_revision: str | None = None
-    train_format: dict[str, Any] | None = None  # as the report found it; None = look
+    train_format: dict[str, Any] | None = None  # as the report detected it; None = detect
     validation_file: str | None = None
     validation_format: dict[str, Any] | None = None
-    resume_from: str | None = None  # folder of the checkpoint the pointer names
+    resume_from: str | None = None  # folder of a checkpoint
     prompts: tuple[str, ...] = ()  # pinned prompts for samples
     expected: dict[str, int] | None = None  # {"examples", "tokens"} of the report, checked before training
     job: str | None = None
-    epoch: int = 1  # of the lease: fences the folders of an attempt
+    epoch: int = 1  # fencing token of the lease: part of the names of checkpoint folders
     rehearse: bool = True
 
     @staticmethod
@@ -441,6 +441,7 @@ class Run:
 
     @staticmethod
     def parse(values: Any) -> Run:
+        """A run from parsed JSON. Raises ConfigError."""
         if not isinstance(values, dict):
             raise ConfigError("", "The run file must hold a JSON object.")
         known = {f.name for f in fields(Run)}
@@ -473,7 +474,7 @@ class Run:
         return values | {"settings": self.settings.as_dict(), "prompts": list(self.prompts)}
 
 
-# What may change between two attempts at one job: how much is computed at once and where, and when checkpoints are written.
+# What may change between two attempts of a job: how much is computed at once and where, and when checkpoints are written.
 UNHASHED = (
     "micro_batch_tokens",
     "gradient_checkpointing",
@@ -484,9 +485,9 @@ UNHASHED = (
 
 
 def settings_hash(settings: Settings, schema: int | None = None) -> str:
-    """Identifies what a run was trained with: a checkpoint made under other settings belongs to another run.
+    """Identifies the settings of a run: a checkpoint made with other settings belongs to another run.
 
-    Under an earlier schema, settings added since count only where they differ from their default."""
+    With an earlier schema, settings added later count only if they differ from their default."""
     schema = schema or SCHEMA
     values = {
         name: value

@@ -1,7 +1,7 @@
-"""What a run will take, before it starts: what its work consists of, at the usual speed of such a machine, corrected by
-what each part took in finished jobs.
+"""Estimates a run before it starts: what its work consists of, at the typical speed of such a machine, corrected by what each
+part took in finished jobs.
 
-The rehearsal on the worker measures all this again and knows better; this is what the form can say within a moment.
+This is what a form can show at once. The rehearsal on the worker measures it all and is more accurate.
 """
 
 from __future__ import annotations
@@ -17,20 +17,24 @@ from training.data.summary import Summary
 from training.plan.catalog import BaseModel, Machine, activation_memory, gib, lora_parameters
 from training.plan.config import Settings
 
-# The usual speeds, where nothing was measured. Of a core and of a graphics card, in operations a second:
+# Typical speeds, if nothing was measured: of a CPU core and of a GPU, in operations per second
 CPU_CORE, GPU = 45e9, 60e12
-SHARE = 0.85  # of the rate of a bare matrix product that training reaches
-BF16_WIDE, BF16_NARROW = 1.45, 0.6  # on a processor with units for it, against fp32: GPT-2, the starter
-OVERHEAD = 2.5e-4  # seconds a layer and row, whatever its size: what small models mostly wait for
-MEMORY_BYTES = 8e9  # a second, through the optimizer or a decoder
-DISK_BYTES = 4e8  # a second: written, hashed, copied
-PROMPTS, ANSWER = 3, 32  # samples shown at each evaluation, and their tokens
-HOLES = 1.35  # of a row's activations: what rows of other lengths leave unused between them in memory
-FEW = 3  # finished jobs below which nothing is learned
-UNSURE = 1.5  # P90 over P50 until then
-FADES = 0.98  # how much each job counts beside the one after it
-USUAL_NOISE = 0.1  # jobs farther off than that are believed less
-PULL = 0.02  # how much a part's speed keeps to the machine's general one, against what jobs show of it
+SHARE = 0.85  # fraction of the rate of a plain matrix product that training reaches
+# speed relative to fp32 on CPUs with bf16 units: for GPT-2, for the starter
+BF16_WIDE, BF16_NARROW = (
+    1.45,
+    0.6,
+)
+OVERHEAD = 2.5e-4  # seconds per layer and row, whatever its size: most of the time of small models
+MEMORY_BYTES = 8e9  # per second, through the optimizer or a decoder
+DISK_BYTES = 4e8  # per second: written, hashed, copied
+PROMPTS, ANSWER = 3, 32  # samples at each evaluation, and their tokens
+HOLES = 1.35  # memory of a row's activations, including fragmentation by rows of other lengths
+FEW = 3  # with fewer finished jobs, nothing is corrected
+UNSURE = 1.5  # P90 / P50 until then
+FADES = 0.98  # weight of each job relative to the next newer one
+USUAL_NOISE = 0.1  # jobs with a larger error get less weight
+PULL = 0.02  # ridge penalty: how strongly the speed of a part is pulled to the overall speed
 
 # part (start, training, evaluation, export) → what it consists of → seconds
 Work = dict[str, dict[str, float]]
@@ -38,7 +42,7 @@ Work = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class FinishedJob:
-    """A finished job: what it consisted of, the seconds of each part, and the most memory it held."""
+    """What a finished job consisted of, the seconds of each part, and its peak memory."""
 
     work: Work
     took: dict[str, float]
@@ -50,12 +54,12 @@ class FinishedJob:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds; half the time under P50, nine times in ten under P90. `rows` and `basis` are for a page."""
+    """Times in seconds: half of all jobs take less than P50, nine in ten less than P90. `rows` and `basis` are for a page."""
 
     seconds_p50: float
     seconds_p90: float
     steps: int
-    tokens: int  # read in training, all epochs together
+    tokens: int  # read in training, over all epochs
     memory: int
     parts: dict[str, float]  # seconds of each part
     cost_p50: float
@@ -80,7 +84,7 @@ def estimate(
     queue: float = 0.0,
     price_per_hour: float = 0.0,
 ) -> Estimate:
-    """For settings without open fields (see auto.resolve). `queue`: seconds until a worker is free, which cost nothing."""
+    """The estimate for resolved settings (see auto_settings.resolve). `queue`: seconds until a worker is free, at no cost."""
     plan = _Plan.of(base, settings, summary, validation)
     work, kept = plan.work(machine), plan.memory()
     alike = [p for p in past if p.took][:50]
@@ -90,7 +94,8 @@ def estimate(
     total = sum(parts.values())
     low, high = queue + total, (queue + total) * spread
     cost = price_per_hour / 3600
-    saving = seconds["training"]["checkpoints"]  # a part for a person; written while training goes on
+    # shown as a part of its own; written while training continues
+    saving = seconds["training"]["checkpoints"]
     shown = {"queue": queue} | parts | {"training": parts["training"] - saving, "checkpoints": saving}
     return Estimate(
         low,
@@ -109,14 +114,14 @@ def estimate(
 
 
 def speed(machine: Machine) -> float:
-    """Operations a second that training is expected to reach."""
+    """Operations per second that training is expected to reach."""
     if machine.rate:
         return SHARE * machine.rate * machine.count
     return GPU * machine.count if machine.device == "cuda" else CPU_CORE * max(1, machine.cores)
 
 
 def bf16_speedup(base: BaseModel, settings: Settings, machine: Machine) -> float:
-    """How much faster than fp32 a processor is with it, where it is asked for."""
+    """How much faster than fp32 a CPU is with bf16, if the settings ask for it; otherwise 1."""
     if machine.device != "cpu" or settings.precision != "bf16" or not machine.bf16:
         return 1.0
     return BF16_WIDE if base.width >= 512 else BF16_NARROW
@@ -132,11 +137,11 @@ class _Plan:
     summary: Summary
     steps: int
     tokens: int
-    examples: int  # to train on
+    examples: int  # trained on
     held: int  # tokens of the examples held out
     evaluations: int
     batch: int  # tokens of the largest step
-    row: int  # and of its fullest row
+    row: int  # tokens of its fullest row
 
     @classmethod
     def of(cls, base: BaseModel, settings: Settings, summary: Summary, validation: Summary | None) -> _Plan:
@@ -163,7 +168,7 @@ class _Plan:
 
     @property
     def trained(self) -> int:
-        """Parameters that change."""
+        """Number of trained parameters."""
         full = self.settings.adapter == "none"
         return self.base.parameters if full else lora_parameters(self.base, self.settings.lora_rank)
 
@@ -175,7 +180,7 @@ class _Plan:
         pass_s = base.layers * OVERHEAD
         micro = s.micro_batch_tokens or 4096
         rows = self.steps * max(1.0, self.tokens / self.steps / micro)
-        update = 28 * self.trained / MEMORY_BYTES + 2e-3  # weight, gradient and two means, read and written
+        update = 28 * self.trained / MEMORY_BYTES + 2e-3  # weight, gradient and two moments, read and written
         saved = 12 * self.trained / DISK_BYTES + 0.02
         answers = PROMPTS * ANSWER * (pass_s / 2 + 4 * base.parameters / MEMORY_BYTES)
         by_steps = self.steps // s.checkpoint_every_steps if s.checkpoint_every_steps else 0
@@ -205,10 +210,10 @@ class _Plan:
         }
 
     def memory(self) -> dict[str, float]:
-        """Bytes at once: the process, the weights, what training adds to each, and the larger of what a row's backward
-        pass needs and the copy that a checkpoint is written from."""
+        """Bytes at the peak: the process, the weights, what training adds to them, and the larger of a row's backward pass and
+        the copy from which a checkpoint is written."""
         row = HOLES * activation_memory(self.base, self.row, self.settings.gradient_checkpointing)
-        row *= 1 if self.settings.adapter == "none" else 0.75  # frozen weights need fewer inputs kept
+        row *= 1 if self.settings.adapter == "none" else 0.75  # with frozen weights, fewer inputs are kept
         return {
             "process": 270e6,
             "weights": 4.0 * self.base.parameters,
@@ -227,9 +232,9 @@ def _steps(settings: Settings, examples: int, mean: float) -> tuple[int, int]:
 
 
 def _largest(summary: Summary, batch: int, steps: int) -> int:
-    """Tokens of the largest of `steps` batches, as chance has it: mean and spread of lengths from the histogram."""
+    """Expected tokens of the largest of `steps` random batches, from mean and variance of the lengths in the histogram."""
     mean = summary.tokens / max(1, summary.examples)
-    # An example of the bucket up to 2ⁿ has about three quarters of it; the first bucket holds all up to 16.
+    # An example in the bucket up to 2ⁿ has about three quarters of that; the first bucket has all up to 16.
     squares = sum(n * (12 << i) ** 2 for i, n in enumerate(summary.histogram))
     spread = math.sqrt(max(0.0, squares / max(1, summary.examples) - mean**2))
     high = batch * mean + math.sqrt(2 * math.log(max(2, steps)) * batch) * spread
@@ -237,7 +242,7 @@ def _largest(summary: Summary, batch: int, steps: int) -> int:
 
 
 def operations(base: BaseModel, settings: Settings, mean: float, trained_share: float) -> float:
-    """A token, forward and backward. The head is computed for trained tokens only; LoRA spares the weights' gradients."""
+    """Operations per token, forward and backward. The head is computed for trained tokens only; LoRA needs no weight gradients."""
     body = base.parameters - (base.vocab + base.context) * base.width
     attention = base.layers * base.width * mean * 2
     head = base.vocab * base.width * trained_share
@@ -245,17 +250,17 @@ def operations(base: BaseModel, settings: Settings, mean: float, trained_share: 
     return passes * (body + attention + head) * (4 / 3 if settings.gradient_checkpointing else 1)
 
 
-# --- what finished jobs teach ---------------------------------------------------------------------
+# --- learning from finished jobs ------------------------------------------------------------------
 
 
 def _time(work: Work, past: Sequence[FinishedJob], base: str, adapter: str) -> tuple[Work, float]:
-    """(the work in seconds as they will be, P90 over P50)."""
+    """(corrected seconds of the work, P90 / P50)."""
     if len(past) < FEW:
         return work, UNSURE
     totals = [sum(p.took.values()) for p in past]
     alike = [_likeness(p, base, adapter) for p in past]
     weights = [like * FADES**age for age, like in enumerate(alike)]
-    for _ in range(3):  # a job that something else disturbed teaches less each time
+    for _ in range(3):  # reweighted: jobs that were disturbed count less each time
         found, ratios = _fitted(work, past, totals, weights)
         off = [abs(math.log(max(ratio, 1e-6))) for ratio in ratios]
         weights = [w * min(1.0, USUAL_NOISE / max(o, 1e-9)) for w, o in zip(weights, off, strict=True)]
@@ -269,7 +274,7 @@ def _time(work: Work, past: Sequence[FinishedJob], base: str, adapter: str) -> t
 def _fitted(
     work: Work, past: Sequence[FinishedJob], totals: list[float], weights: list[float]
 ) -> tuple[Work, list[float]]:
-    """(the work in seconds as past jobs say, how many times as long each of those took)."""
+    """(seconds of the work according to finished jobs, actual / fitted time of each of those)."""
     found: Work = {}
     again = np.zeros(len(past))
     for part, of in work.items():
@@ -291,7 +296,7 @@ def _memory(kept: dict[str, float], past: Sequence[FinishedJob], base: str, adap
 
 
 def _likeness(past: FinishedJob, base: str, adapter: str) -> float:
-    """How much a job tells of another: the same model and adapter the most."""
+    """How much a finished job says about another one: most with the same model and adapter."""
     return 1.0 if (past.base, past.adapter) == (base, adapter) else 0.2 if past.base == base else 0.05
 
 
@@ -302,38 +307,37 @@ def _fit(
     scale: list[float],
     weights: list[float],
 ) -> dict[str, float]:
-    """A factor for each of `names`, by least squares of what each job took as a share of `scale`; what jobs don't show
-    keeps to the middle of them all. No factor is under a tenth of that."""
+    """A factor for each of `names`: weighted ridge regression of what each job took, relative to `scale`. What the jobs do not
+    determine stays at the median factor. No factor is less than a tenth of that."""
     expected = [sum(row.get(name, 0.0) for name in names) for row in rows]
     ratios = [(t / e, w) for t, e, w in zip(took, expected, weights, strict=True) if e > 0]
     middle = max(_quantile(ratios, 0.5), 1e-3) if ratios else 1.0
     matrix = np.array([[row.get(name, 0.0) * middle for name in names] for row in rows])
-    largest = np.maximum(np.array(scale), matrix.sum(1))  # being far under counts as much as being far over
+    largest = np.maximum(np.array(scale), matrix.sum(1))  # underestimates count as much as overestimates
     matrix, target = matrix / largest[:, None], np.array(took) / largest
     heavy = np.array(weights)[:, None]
     left = (matrix * heavy).T @ matrix + PULL * np.eye(len(names)) * max(weights) / len(names)
     right = (matrix * heavy).T @ (target - matrix.sum(1))
     change = np.zeros(len(names))
-    for _ in range(100):  # one by one, for the sake of the bound
+    for _ in range(100):  # coordinate descent, because of the lower bound
         for i in range(len(names)):
             change[i] = max(-0.9, change[i] + (right[i] - left[i] @ change) / left[i, i])
     return {name: middle * (1 + float(c)) for name, c in zip(names, change, strict=True)}
 
 
 def _typical(ratios: list[tuple[float, float]]) -> float:
-    """How far the jobs of the same model and adapter lie from what is said of all: what arithmetic doesn't know of
-    them."""
+    """The remaining factor for jobs with the same model and adapter, which the operation counts do not explain."""
     return _quantile(ratios, 0.5) if len(ratios) >= FEW else 1.0
 
 
 def _spread(ratios: list[tuple[float, float]]) -> float:
-    """P90 over P50, from how far (ratio, weight) finished jobs lie from what is now said of them, and half as much
-    again, since they are what it learned from."""
+    """P90 / P50 from the (ratio, weight) of finished jobs to their fitted times, half as much again because the fit was made
+    from these jobs, between 1.12 and 1.35."""
     return min(max(1 + 1.5 * (_quantile(ratios, 0.9) - 1), 1.12), 1.35)
 
 
 def _quantile(ratios: list[tuple[float, float]], share: float) -> float:
-    """Of (value, weight): the least value with that share of the weight at or below it."""
+    """Weighted quantile of (value, weight): the smallest value with that share of the weight at or below it."""
     wanted, seen = share * sum(weight for _, weight in ratios) - 1e-9, 0.0
     ordered = sorted(ratios)
     for value, weight in ordered:
@@ -343,7 +347,7 @@ def _quantile(ratios: list[tuple[float, float]], share: float) -> float:
     return ordered[-1][0]
 
 
-# --- in words -------------------------------------------------------------------------------------
+# --- for a page -----------------------------------------------------------------------------------
 
 
 def _rows(

@@ -8,11 +8,11 @@
          {"id", "t": "start", "prompt_tokens"} · {"id", "t": "token", "index", "text", …}
          {"id", "t": "done", "choices", "usage"} · {"id", "t": "error", "code", "message"} · {"t": "status", …}
 
-One thread reads, one loads models, and the main one writes tokens: every pass advances all sequences of a model
-together, and lets waiting requests in between two passes, taking people in turn (`who`), so that nobody's hundred
-requests stand before another's one. A request with many `prompts` (texts or lists of token ids) lets them in one by one;
-choice i of prompt k has the index k * n + i. Chat templates are rendered in a process of their own. It ends at the end of its
-input, and with the process that started it.
+One thread reads, one loads models, and the main one generates. Each pass advances all sequences of a model together; waiting
+requests join between two passes (continuous batching). Users (`who`) take turns, so one user's hundred requests do not delay
+another user's single one. A request with many `prompts` (texts or lists of token ids) starts them one by one; choice i of prompt k
+has the index k * n + i. Chat templates are rendered in a child process. The server ends when its input ends, and so with
+the process that started it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from training.text.tokenizer import TemplateTooSlow, TokenizerError
 
 # a request (JSON may triple the 4 MB that /v1 takes); a longer line is refused and skipped
 MAX_LINE_BYTES = 16 * 1024 * 1024
-MAX_WAITING = 256  # requests that wait; more are refused as busy
+MAX_WAITING = 256  # waiting requests; more are refused as busy
 MAX_N, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_CHARS = 8, 20, 16, 200
 MAX_TOKENS = 1_000_000
 MAX_PROMPTS = 128
@@ -61,9 +61,9 @@ class Request:
     id: str
     who: str
     model: str
-    prompts: list[Any]  # of one request: texts, lists of token ids, or one conversation
+    prompts: list[Any]  # texts, lists of token ids, or one conversation
     options: GenerateOptions
-    ids: list[list[int]] = field(default_factory=list)  # of all prompts, once they were read
+    ids: list[list[int]] = field(default_factory=list)  # token ids of all prompts, once encoded
     opened: int = 0  # prompts whose sequences were started
     sequences: list[TextSequence] = field(default_factory=list)
 
@@ -75,12 +75,12 @@ class Request:
 class Server:
     def __init__(self, models: ModelCache, max_sequences: int) -> None:
         self.models, self.max_sequences = models, max_sequences
-        self.share = max(1, max_sequences // 2)  # one person never holds more than half of what can run
-        self.waiting: OrderedDict[str, deque[Request]] = OrderedDict()  # by person, whose turn it is first
+        self.share = max(1, max_sequences // 2)  # a single user never has more than half of the sequences
+        self.waiting: OrderedDict[str, deque[Request]] = OrderedDict()  # by user, next in turn first
         self.active: dict[str, Request] = {}
         self.loads: dict[str, str] = {}  # ids of `load` requests by folder
         self.renderer = Renderer()
-        self.chat_blocked_until: dict[tuple[str, str], float] = {}  # by person and model: until when
+        self.chat_blocked_until: dict[tuple[str, str], float] = {}  # (user, model) -> until when
 
     @property
     def idle(self) -> bool:
@@ -89,7 +89,7 @@ class Server:
     # --- requests coming in ---------------------------------------------------------------------
 
     def handle_line(self, line: bytes) -> None:
-        """One line of input."""
+        """Handles one line of input."""
         try:
             message = json.loads(line)
             if not isinstance(message, dict):
@@ -158,7 +158,7 @@ class Server:
     # --- work -----------------------------------------------------------------------------------
 
     def work(self) -> bool:
-        """Let requests in and write one token for each sequence. False when there was nothing to do."""
+        """Admits requests and generates one token for each sequence. False if there was nothing to do."""
         for folder, request_id in list(self.loads.items()):
             self._finish_load(folder, request_id)
         self._admit()
@@ -178,18 +178,18 @@ class Server:
         return None
 
     def _admit(self) -> None:
-        """From each person in turn the oldest request that fits; people who were served go to the end of the line."""
+        """Admits from each user in turn the oldest request that fits; users who were served go to the end of the line."""
         for who in list(self.waiting):
             line = self.waiting[who]
             request = line[0]
             if self._running(who) + request.options.n > self.share:
                 continue
             if self._running() + request.options.n > self.max_sequences:
-                return  # nobody overtakes: places become free until a request for many has room
+                return  # no overtaking: capacity frees up until a large request fits
             try:
                 model = self.models.get(request.model)
                 if model is None:
-                    continue  # still loading; the others do not wait for it
+                    continue  # still loading; others do not wait for it
                 self._start(request, model)
             except GenerateError as error:
                 self._close(request, error)
@@ -205,8 +205,9 @@ class Server:
         return sum(s.finish_reason is None for r in requests for s in r.sequences)
 
     def _start(self, request: Request, model: Loaded) -> None:
-        """The next prompt of a request; before the first one all are read, so that a request is refused whole."""
-        write_line({"id": request.id, "t": "reading"})  # if it is our last word, whose prompt it was is known
+        """Starts the next prompt of a request. All prompts are encoded before the first, so a request is refused as a whole."""
+        # if the server dies here, it is known whose prompt it was
+        write_line({"id": request.id, "t": "reading"})
         if request.id not in self.active:
             request.ids = [self._read(prompt, request, model) for prompt in request.prompts]
             for ids in request.ids:
@@ -228,7 +229,7 @@ class Server:
             self._close(request)
 
     def _read(self, prompt: Any, request: Request, model: Loaded) -> list[int]:
-        """A prompt's tokens. Everybody waits for a template that has to be stopped, so it is not tried again at once."""
+        """A prompt's token ids. All users wait while a template has to be stopped, so it is not tried again right away."""
         key, now = (request.who, request.model), time.monotonic()
         if is_conversation(prompt) and now < self.chat_blocked_until.get(key, 0):
             raise GenerateError("bad_request", f"{STOPPED}. Send a prompt instead, or wait a minute")
@@ -273,7 +274,7 @@ class Server:
 
 
 def parse(message: Mapping[str, Any]) -> Request:
-    """A request from its line. Raises GenerateError naming the field that cannot be used."""
+    """A request from its message. Raises GenerateError, which names the invalid field."""
     if not message.get("id"):
         raise GenerateError("bad_request", "a request needs an id")
     prompts = _prompts(message)
@@ -303,7 +304,7 @@ def parse(message: Mapping[str, Any]) -> Request:
 
 
 def _prompts(message: Mapping[str, Any]) -> list[Any]:
-    """A conversation, one prompt or many. Token ids are looked at when the model is there."""
+    """A conversation, one prompt or many. Token ids are validated once the model is loaded."""
     if message.get("messages") is not None:
         prompts = [message["messages"]]
         good = is_conversation(message["messages"])
@@ -374,11 +375,11 @@ def write_error(request_id: str, error: GenerateError) -> None:
 
 
 def write_line(line: Mapping[str, Any]) -> None:
-    """One write a line, so that a reader never sees half of one for long."""
+    """Writes one message as one line, with a single write."""
     os.write(_out, json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
 
 
-_out = 1  # main() moves it: what a library prints must not land between the lines
+_out = 1  # moved by run(): output of libraries must not get between the lines
 
 
 # --- the program -----------------------------------------------------------------------------------
@@ -399,14 +400,14 @@ def main(args: argparse.Namespace) -> int:
     except Exception:
         traceback.print_exc()
     sys.stderr.flush()
-    os._exit(status)  # a model may still be loading in its thread; nothing here needs to be put away
+    os._exit(status)  # a model may still be loading in its thread; nothing needs cleaning up
 
 
 def run(args: argparse.Namespace) -> int:
     global _out
     _out = os.dup(1)
     os.dup2(2, 1)
-    inbox: queue.Queue[bytes | None] = queue.Queue(maxsize=1024)  # a full one makes the sender wait
+    inbox: queue.Queue[bytes | None] = queue.Queue(maxsize=1024)  # when full, the sender waits
     threading.Thread(target=_read, args=(inbox,), daemon=True).start()
     server = Server(ModelCache(args.max_models, args.max_bytes), args.max_sequences)
     server.renderer.start()
@@ -422,12 +423,12 @@ def run(args: argparse.Namespace) -> int:
                     return 0
                 server.handle_line(line)
             if not server.work() and not server.idle:
-                for line in _lines(inbox, wait=0.02):  # a model is being loaded; look again soon
+                for line in _lines(inbox, wait=0.02):  # a model is being loaded: check again soon
                     if line is None:
                         return 0
                     server.handle_line(line)
     except BrokenPipeError:
-        return 0  # nobody listens any more
+        return 0  # the reader is gone
 
 
 def _read(inbox: queue.Queue[bytes | None]) -> None:
@@ -435,13 +436,13 @@ def _read(inbox: queue.Queue[bytes | None]) -> None:
         if not line.endswith(b"\n"):
             while (rest := sys.stdin.buffer.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                 pass
-            line = b"too long"  # not JSON, so it is answered as a bad request
+            line = b"too long"  # not JSON, so the answer is bad_request
         inbox.put(line)
     inbox.put(None)
 
 
 def _lines(inbox: queue.Queue[bytes | None], wait: float | None) -> Iterator[bytes | None]:
-    """All lines there are; waits for the first (None: as long as it takes)."""
+    """All lines available now; waits up to `wait` seconds for the first (None: forever)."""
     try:
         yield inbox.get(timeout=wait) if wait != 0.0 else inbox.get_nowait()
         while True:
