@@ -159,11 +159,11 @@ class Trained:
 
 
 def train_once(base: Path, data: Path, settings: dict[str, Any], work: Path) -> dict[str, Any]:
-    """Trains through our loop; the plan, as it was told."""
+    """Trains through our loop; the plan, as it was emitted."""
     from training.command import train
     from training.plan.config import Run
 
-    told: dict[str, dict[str, Any]] = {}
+    emitted: dict[str, dict[str, Any]] = {}
     quiet = {"checkpoint_every_s": 0, "precision": "fp32"}
     run = {
         "base": str(base),
@@ -173,8 +173,8 @@ def train_once(base: Path, data: Path, settings: dict[str, Any], work: Path) -> 
         "rehearse": False,
         "prompts": ["The"],
     }
-    train(Run.parse(run), lambda kind, **line: told.update({kind: line}))
-    return told["plan"]
+    train(Run.parse(run), lambda kind, **line: emitted.update({kind: line}))
+    return emitted["plan"]
 
 
 def run(base: Path, data: Path, test: Path, settings: dict[str, Any]) -> Trained:

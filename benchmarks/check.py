@@ -38,15 +38,15 @@ def write_chats(path: Path, size: int) -> None:
     words = sorted(set(re.findall(r"[a-z]{3,}", (SAMPLE_FOLDER / "train.jsonl").read_text())))
     some = random.Random(1)  # noqa: S311  words, no secrets
 
-    def said(most: int) -> str:
+    def filler(most: int) -> str:
         return " ".join(some.choices(words, k=some.randint(8, most))).capitalize() + "."
 
     block = [
         json.dumps(
             {
                 "messages": [
-                    {"role": "user", "content": f"%d: {said(60)}"},
-                    {"role": "assistant", "content": said(120)},
+                    {"role": "user", "content": f"%d: {filler(60)}"},
+                    {"role": "assistant", "content": filler(120)},
                 ]
             }
         )
@@ -85,15 +85,15 @@ def check(path: Path, *options: str) -> tuple[float, int, dict[str, Any]]:
     command = [sys.executable, "-m", "training", "check", str(path), *options]
     peak, begun = 0, time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        told: list[str] = []
+        printed: list[str] = []
         assert process.stdout
-        reader = threading.Thread(target=lambda: told.extend(process.stdout or ()))
+        reader = threading.Thread(target=lambda: printed.extend(process.stdout or ()))
         reader.start()
         while process.poll() is None:
             peak = max(peak, resident(process.pid))
             time.sleep(0.2)
         reader.join()
-    report = json.loads(told[-1])
+    report = json.loads(printed[-1])
     assert report["ready"], report["verdict"]
     return time.perf_counter() - begun, peak, report
 

@@ -100,9 +100,9 @@ def digest(work: Path) -> str:
 
 
 def newest(work: Path) -> str | None:
-    """The checkpoint a pointer would name: the last one that was told."""
-    told = [event["path"] for event in events(work, "checkpoint") if Path(event["path"]).is_dir()]
-    return told[-1] if told else None
+    """The checkpoint a pointer would name: the last one that was paths."""
+    paths = [event["path"] for event in events(work, "checkpoint") if Path(event["path"]).is_dir()]
+    return paths[-1] if paths else None
 
 
 def wait_until(process: subprocess.Popen[bytes], true: Callable[[], bool]) -> None:

@@ -56,7 +56,7 @@ def _chat(rng: random.Random) -> Row:
 
 
 def _classification(rng: random.Random) -> Row:
-    """Two opinions in a sentence; what is said after "but" decides."""
+    """Two opinions in a sentence; what is phrase after "but" decides."""
     first, last = (
         rng.sample(((0, GOOD), (1, BAD)), 2)
         if rng.random() < 0.7
@@ -71,7 +71,7 @@ def _classification(rng: random.Random) -> Row:
 
 def _extraction(rng: random.Random) -> Row:
     name, thing, place, count = rng.choice(NAMES), rng.choice(THINGS), rng.choice(PLACES), rng.randint(2, 9)
-    said = rng.choice(
+    phrase = rng.choice(
         (
             f"{name} needs {count} of the {thing} in the {place}.",
             f"Bring {count} of the {thing} to the {place} for {name}.",
@@ -79,13 +79,13 @@ def _extraction(rng: random.Random) -> Row:
         )
     )
     return {
-        "prompt": f"{said}\nFields:",
+        "prompt": f"{phrase}\nFields:",
         "completion": f" who: {name}, what: {thing}, where: {place}, count: {count}",
     }
 
 
 def _style(rng: random.Random) -> Row:
-    """A plain sentence said solemnly."""
+    """A plain sentence phrase solemnly."""
     name, thing, place, colour = (rng.choice(words) for words in (NAMES, THINGS, PLACES, COLOURS))
     verb, solemn = rng.choice(
         (("saw", "beheld"), ("took", "seized"), ("sold", "gave away for gold"), ("lost", "was robbed of"))

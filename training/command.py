@@ -1,4 +1,5 @@
-"""`train` and `standby`: the program around the loop. Events out, a run file in, one exit code for each reason."""
+"""`train` and `standby`: the program around the loop. Events out, a run file in, one exit code for each
+reason."""
 
 from __future__ import annotations
 
@@ -173,18 +174,18 @@ def _clean(value: Any) -> Any:
     return value
 
 
-# ---- standby ---------------------------------------------------------------------------------------------------------
+# ---- standby -----------------------------------------------------------------------------------------------
 
 
 ROW = 512  # tokens for whose activations a standby process reserves memory
 
 
 def _prefault(base: str, adapter: str) -> int:
-    """Starts prefaulting memory for weights, gradients and both moments, if a single process fine-tunes a whole model on the
-    CPU. This runs while torch is imported and data is read.
+    """Starts prefaulting memory for weights, gradients and both moments, if a single process fine-tunes a
+    whole model on the CPU. This runs while torch is imported and data is read.
 
-    Returns the bytes of a row's activations, or 0 in all other cases: adapters need little memory, a GPU has its own, and several
-    processes may shard the model."""
+    Returns the bytes of a row's activations, or 0 in all other cases: adapters need little memory, a GPU
+    has its own, and several processes may shard the model."""
     here = adapter == "none" and catalog.this_machine().device == "cpu" and "RANK" not in os.environ
     try:
         described = catalog.describe(base)
@@ -196,7 +197,8 @@ def _prefault(base: str, adapter: str) -> int:
 
 
 def _wait_for_run_file(base: str | None) -> str | None:
-    """Imports torch, runs a dummy step and waits for `{"config": path}`. None at the end of input: the process is not needed."""
+    """Imports torch, runs a dummy step and waits for `{"config": path}`. None at the end of input: the
+    process is not needed."""
     from training.engine.warm_up import warm_up
 
     warm_up()
@@ -214,9 +216,11 @@ def _wait_for_run_file(base: str | None) -> str | None:
 
 
 def _die_with_parent() -> None:
-    """Ends this process as soon as its parent has died: its events are lost, and its lease will go to another worker.
+    """Ends this process as soon as its parent has died: its events are lost, and its lease will go to another
+    worker.
 
-    The parent keeps our standard input open and writes a line at each heartbeat. When the pipe closes, the parent is dead."""
+    The parent keeps our standard input open and writes a line at each heartbeat. When the pipe closes, the
+    parent is dead."""
     if not stat.S_ISFIFO(os.fstat(0).st_mode) and not stat.S_ISSOCK(os.fstat(0).st_mode):
         return  # started by hand
 

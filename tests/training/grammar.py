@@ -1,5 +1,6 @@
-"""The malformed-input grammar, families G1 to G7 of 9: a valid file of 50 rows and one mutator make a case, and for each
-case it is known beforehand whether it may be trained on, and if not which line is to be named (0 = none in particular).
+"""The malformed-input grammar, families G1 to G7 of 9: a valid file of 50 rows and one mutator make a case,
+and for each case it is known beforehand whether it may be trained on, and if not which line is to be named (0
+= none in particular).
 
 G8 (names) and G9 (sizes) are of the door and not of the parser: tests/journeys/test_door.py.
 """
@@ -29,7 +30,7 @@ WORDS = ("river", "garden", "teacher", "window", "summer", "engine", "forest", "
 @dataclass(frozen=True)
 class Case:
     name: str
-    file: str  # its name, whose ending tells the kind
+    file: str  # its name, whose extension gives the format
     content: bytes | Callable[[Path], None]  # bytes, or what writes the file
     accept: bool
     line: int = 0  # that the message must name
@@ -43,10 +44,10 @@ def cases() -> list[Case]:
 
 def base() -> list[dict[str, Any]]:
     rng = random.Random(SEED)
-    said = [(a, b, rng.choice(WORDS)) for a, b in rng.sample([(a, b) for a in WORDS for b in WORDS], ROWS)]
+    triples = [(a, b, rng.choice(WORDS)) for a, b in rng.sample([(a, b) for a in WORDS for b in WORDS], ROWS)]
     return [
         {"prompt": f"How far is the {a} from the {b}?\n", "completion": f" As far as the {c} {n}."}
-        for n, (a, b, c) in enumerate(said)
+        for n, (a, b, c) in enumerate(triples)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Settings left on automatic get good values, each with a reason; what a person chose stays."""
+"""Automatic settings get good values, each with a reason; chosen values stay."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def data(examples: int = 480, longest: int = 100) -> Summary:
     )
 
 
-def test_every_open_field_is_filled_and_says_why() -> None:
+def test_every_automatic_field_is_filled_with_a_reason() -> None:
     settings, reasons = resolve(Settings(), data(), gpt2(), MACHINE)
     assert set(reasons) == AUTOMATIC
     assert all(getattr(settings, name) is not None for name in AUTOMATIC)
     assert "480 examples" in reasons["epochs"]
 
 
-def test_what_a_person_chose_stays_and_needs_no_reason() -> None:
+def test_chosen_values_stay_and_need_no_reason() -> None:
     chosen = parse({"epochs": 7, "learning_rate": 3e-4, "dropout": 0.2})
     settings, reasons = resolve(chosen, data(), gpt2(), MACHINE)
     assert (settings.epochs, settings.learning_rate, settings.dropout) == (7, 3e-4, 0.2)
@@ -110,7 +110,7 @@ def test_presets_are_settings() -> None:
 # --- the catalogue --------------------------------------------------------------------------------
 
 
-def test_the_family_counts_its_parameters_as_its_files_do() -> None:
+def test_parameter_counts_equal_those_of_the_files() -> None:
     """Layers, width and vocabulary give exactly the published numbers."""
     from training.plan.catalog import from_config
 
@@ -148,7 +148,7 @@ def test_a_config_with_impossible_sizes_is_refused_or_read_without_them(kind: st
             assert base.heads > 0
 
 
-def test_the_starter_is_there_and_small() -> None:
+def test_the_starter_is_bundled_and_small() -> None:
     base = starter()
     assert base.folder
     assert 3e6 < base.parameters < 5e6
@@ -160,7 +160,7 @@ def test_models_are_found_by_their_long_names_too() -> None:
     assert find("somebody/else") is None
 
 
-def test_lora_fits_where_full_training_does_not() -> None:
+def test_lora_fits_when_full_fine_tuning_does_not() -> None:
     large = GPT2_FAMILY[-2]
     full = fits(large, MACHINE)
     assert not full.fits
@@ -205,7 +205,7 @@ def past(base: BaseModel, times: float, noise: float = 0.0, seed: int = 0, **cha
     return FinishedJob(found.work, took, found.memory_parts, peak, base.id, settings.adapter)
 
 
-def test_bf16_is_expected_to_help_large_models_where_the_processor_has_it() -> None:
+def test_bf16_is_estimated_faster_for_large_models_on_cpus_with_bf16() -> None:
     def seconds(base: BaseModel, machine: Machine) -> list[float]:
         chosen = [resolve(Settings(precision=p), data(), base, machine)[0] for p in ("fp32", "bf16")]
         return [estimate(base, settings, data(), machine).parts["training"] for settings in chosen]
@@ -230,7 +230,7 @@ def test_finished_jobs_correct_the_estimate() -> None:
     assert "11 jobs" in learned.basis
 
 
-def test_jobs_of_the_same_model_and_method_teach_the_most() -> None:
+def test_jobs_with_the_same_model_and_adapter_count_most() -> None:
     settings, _ = resolve(Settings(), data(), gpt2(), MACHINE)
     fresh = estimate(gpt2(), settings, data(), MACHINE)
     before = [past(gpt2(), 2, epochs=n) for n in (1, 2, 3)] + [
@@ -241,7 +241,8 @@ def test_jobs_of_the_same_model_and_method_teach_the_most() -> None:
 
 
 def test_a_slow_part_is_learned_by_itself() -> None:
-    """Saving takes three times as long as thought and all else as expected: a short job suffers more than a long one."""
+    """Saving takes three times as long as thought and all else as expected: a short job suffers more than
+    a long one."""
 
     def slow(epochs: float) -> FinishedJob:
         found = past(gpt2(), 1, epochs=epochs)
@@ -257,7 +258,7 @@ def test_a_slow_part_is_learned_by_itself() -> None:
     assert learned.parts["export"] == pytest.approx(slow(1).took["export"], rel=0.1)
 
 
-def test_the_queue_is_waited_for_and_not_paid() -> None:
+def test_queue_time_adds_time_but_no_cost() -> None:
     settings, _ = resolve(Settings(), data(), gpt2(), MACHINE)
     alone = estimate(gpt2(), settings, data(), MACHINE, price_per_hour=1.0)
     waiting = estimate(gpt2(), settings, data(), MACHINE, price_per_hour=1.0, queue=100)
@@ -269,7 +270,7 @@ def test_the_queue_is_waited_for_and_not_paid() -> None:
     ) in waiting.rows
 
 
-def test_money_is_told_at_the_operators_rate() -> None:
+def test_cost_uses_the_operators_price() -> None:
     settings, _ = resolve(Settings(), data(), gpt2(), replace(MACHINE, cores=1))
     found = estimate(gpt2(), settings, data(), MACHINE, price_per_hour=3.6)
     assert found.cost_p50 == pytest.approx(found.seconds_p50 / 1000)

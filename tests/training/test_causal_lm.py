@@ -1,4 +1,5 @@
-"""Any causal LM of transformers behind the loop's face: no leak between documents, the right loss, the right gradients."""
+"""Any causal LM of transformers behind the loop's face: no leak between documents, the right loss, the
+right gradients."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "bloom": lambda: t.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=2),
     "mamba": lambda: t.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
-# What must be found out about them: (reads packed rows, its head is a plain product). The rest is (True, True).
+# What must be found out about them: (reads packed rows, its head is a plain product). The rest is (True,
+# True).
 SPECIAL = {"gemma2": (True, False), "bloom": (False, True), "mamba": (False, True)}
 LENGTHS = (9, 40, 5)
 
@@ -131,7 +133,7 @@ def test_saved_files_load_in_transformers_with_no_missing_or_unexpected_key(name
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox"])
-def test_adapters_train_alone_and_fold_into_the_weights(name, tmp_path):
+def test_only_adapters_train_and_they_merge_into_the_weights(name, tmp_path):
     model = make(name)
     before = {n: p.clone() for n, p in model.named_parameters()}
     model.add_lora(rank=4, alpha=8.0, dropout=0.0, targets=None, seed=1)
@@ -181,7 +183,7 @@ def test_greedy_text_is_that_of_transformers(name, tmp_path):
     assert [c.ids for c in ours] == [whole[0, 3:].tolist()] * 2
 
 
-def test_a_gpt2_with_rarer_switches_goes_through_transformers(tmp_path):
+def test_gpt2_with_rare_options_is_loaded_by_transformers(tmp_path):
     config = t.GPT2Config(
         vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64, scale_attn_by_inverse_layer_idx=True
     )
@@ -202,7 +204,7 @@ def test_code_that_comes_with_a_model_is_refused(tmp_path):
         CausalLM.load(tmp_path)
 
 
-def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path):
+def test_weights_other_than_safetensors_are_refused(tmp_path: Path):
     make("llama").save(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(Failure, match="no safetensors"):
@@ -265,7 +267,7 @@ def test_half_precision_collects_its_gradients(tmp_path, method, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "method"), [("llama", "full"), ("llama", "lora"), ("gemma2", "lora")])
-def test_the_loop_trains_it_and_its_export_is_proven(tmp_path, name, method):
+def test_the_loop_trains_it_and_its_export_is_checked(tmp_path, name, method):
     base = tmp_path / "base"
     make(name).save(base)
     write_tokenizer(base)

@@ -130,7 +130,7 @@ def test_whole_files_are_ready(tmp_path: Path, name: str) -> None:
         {},
     ],
 )
-def test_a_chosen_format_that_does_not_fit_is_told(tmp_path: Path, format: dict[str, object]) -> None:
+def test_a_chosen_format_that_does_not_fit_is_reported(tmp_path: Path, format: dict[str, object]) -> None:
     (tmp_path / "x.csv").write_bytes(CSV)
     assert not report(tmp_path / "x.csv", None, format=Format.of(format))["ready"]
 
@@ -151,8 +151,9 @@ MONSTERS = {
 
 
 @pytest.mark.parametrize("monster", MONSTERS)
-def test_monsters_are_stopped_in_small_memory(tmp_path: Path, monster: str) -> None:
-    """In a process of its own that may use 400 MB of address space beyond what Python and its libraries map."""
+def test_oversized_files_are_stopped_within_a_memory_limit(tmp_path: Path, monster: str) -> None:
+    """In a process of its own that may use 400 MB of address space beyond what Python and its libraries
+    map."""
     path = tmp_path / (
         "x.csv"
         if "cell" in monster or "columns" in monster

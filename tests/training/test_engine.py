@@ -182,7 +182,7 @@ def test_the_fused_head_gives_the_plain_losses_gradients_and_hits() -> None:
     assert relative(dw, w.grad) < 1e-5
 
 
-def test_the_fused_head_is_exact_where_the_model_is_nearly_sure() -> None:
+def test_the_fused_head_is_exact_for_confident_predictions() -> None:
     h = torch.eye(8).mul(8).requires_grad_()
     w = torch.eye(8).requires_grad_()
     y = torch.arange(8)
@@ -193,7 +193,7 @@ def test_the_fused_head_is_exact_where_the_model_is_nearly_sure() -> None:
     assert relative(h.grad, wanted) < 1e-4
 
 
-def test_attention_with_dropout_is_softmax_dropout_and_product() -> None:
+def test_dropout_attention_equals_the_plain_formula() -> None:
     rng = torch.Generator().manual_seed(2)
     qkv = torch.randn(30, 96, generator=rng, requires_grad=True)
     bounds, p = [(0, 12), (12, 30)], 0.3
@@ -215,7 +215,7 @@ def test_attention_with_dropout_is_softmax_dropout_and_product() -> None:
     assert torch.allclose(fast_grad, plain_grad, atol=1e-5)
 
 
-def test_dropout_keeps_the_right_share() -> None:
+def test_dropout_keeps_the_right_fraction() -> None:
     torch.manual_seed(0)
     for p in (0.1, 0.5, 0.9):
         kept = kernels.keep_mask((1000, 201), p).float()

@@ -72,7 +72,7 @@ def test_it_reads_chat_with_weights(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_it_recognises_the_shape(tmp_path: Path, record: dict[str, object], kind: str) -> None:
+def test_it_recognizes_the_shape(tmp_path: Path, record: dict[str, object], kind: str) -> None:
     assert [row.kind for row in read(tmp_path, jsonl(record, record))] == [kind, kind]
 
 
@@ -112,7 +112,7 @@ def test_it_reads_tables_and_finds_their_columns(tmp_path: Path, delimiter: str)
     assert [(row.line, row.prompt, row.completion) for row in found] == [(2, 'a "b"\nc', "d"), (4, "e", "f")]
 
 
-def test_a_person_may_choose_the_columns(tmp_path: Path) -> None:
+def test_columns_can_be_chosen(tmp_path: Path) -> None:
     path = put(tmp_path, "frage,antwort\n1+1,2\n", "data.csv")
     chosen = Format("csv", "completion", columns={"prompt": "frage", "completion": "antwort"})
     assert [(row.prompt, row.completion) for row in rows(path, chosen.as_dict())] == [("1+1", "2")]
@@ -148,7 +148,7 @@ def test_plain_text_is_split_at_rules_and_markdown_at_headings(tmp_path: Path) -
     assert [row.line for row in read(tmp_path, "# A\ntext\n# B\n## C\n", "a.md")] == [1, 3]
 
 
-def test_detect_says_how_a_file_is_written(tmp_path: Path) -> None:
+def test_detect_returns_the_format(tmp_path: Path) -> None:
     assert detect(put(tmp_path, jsonl(CHAT))) == Format("jsonl", "chat", columns={"messages": "messages"})
     assert detect(put(tmp_path, "prompt;completion\na;b\n", "x.txt.csv")).delimiter == ";"
 

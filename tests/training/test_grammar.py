@@ -1,5 +1,5 @@
-"""Every case of the grammar through the program that checks uploads: the verdict is the one known beforehand, names its
-line, comes soon and takes little memory."""
+"""Every case of the grammar through the program that checks uploads: the verdict is the one known
+beforehand, names its line, comes soon and takes little memory."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_grammar_has_all_its_cases() -> None:
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
-def test_it_is_judged_as_it_must_be(verdicts: dict[str, Any], case: Case) -> None:
+def test_each_case_gets_the_expected_verdict(verdicts: dict[str, Any], case: Case) -> None:
     seconds, memory, report = verdicts[case.name]
     assert report["ready"] == case.accept, report["verdict"]
     assert seconds <= SECONDS

@@ -1,8 +1,9 @@
 """From an uploaded file to rows, one at a time, in bounded memory. Every error names its line and what to do.
 
-Two steps: `detect` reads the beginning of a file and returns its format (container, encoding, columns); `rows` reads the file in that
-format. What a row holds is decided in `training.data.row_schemas`. The content decides, never the file name, except that
-the extension distinguishes plain text from CSV when the content could be both.
+Two steps: `detect` reads the beginning of a file and returns its format (container, encoding, columns);
+`rows` reads the file in that format. What a row holds is decided in `training.data.row_schemas`. The content
+decides, never the file name, except that the extension distinguishes plain text from CSV when the content
+could be both.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def rows(
     limits: Limits = DEFAULT_LIMITS,
     part: ByteRange | None = None,
 ) -> Iterator[Row]:
-    """Every row in order (only those of `part`, if the file is JSON Lines). Raises BadRow at the first bad row, or passes
-    each to `on_bad` and continues.
+    """Every row in order (only those of `part`, if the file is JSON Lines). Raises BadRow at the first bad
+    row, or passes each to `on_bad` and continues.
 
     BadFile (a subclass of BadRow) is always raised: nothing after it can be read."""
     chosen = Format.of(format) if format is not None else detect(path, limits)
@@ -57,19 +58,20 @@ def rows(
 
 
 def detect(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
-    """The format of a file, from its first bytes and first record. Raises BadFile, which says what the file is instead."""
-    found = look(path, limits)
-    if found.container in ("csv", "parquet") and not found.shape:
-        names = head(path, found, limits)["columns"]
+    """The format of a file, from its first bytes and first record. Raises BadFile, which says what the
+    file is instead."""
+    detected = detect_lenient(path, limits)
+    if detected.container in ("csv", "parquet") and not detected.shape:
+        names = head(path, detected, limits)["columns"]
         raise BadFile(
-            1 if found.container == "csv" else 0,
+            1 if detected.container == "csv" else 0,
             f"its columns are named {', '.join(map(repr, names[:8])) or 'nothing'}, and none is a known name",
             "Choose the columns yourself, or name them prompt and completion (or text, or messages).",
         )
-    return found
+    return detected
 
 
-def look(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
+def detect_lenient(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
     """The same, but with unknown columns the shape is empty and nothing is raised."""
     path = Path(path)
     with path.open("rb") as file:
@@ -81,8 +83,8 @@ def look(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
     if head.startswith(b"PAR1"):
         from training.data import parquet
 
-        found = row_schemas.recognize(dict.fromkeys(parquet.names(path), ""), forgiving=True)
-        return Format("parquet", found[0], columns=found[1]) if found else Format("parquet")
+        recognized = row_schemas.recognize(dict.fromkeys(parquet.names(path), ""), forgiving=True)
+        return Format("parquet", recognized[0], columns=recognized[1]) if recognized else Format("parquet")
     refuse_other_formats(head)
     encoding = encoding_of(head)
     text = codecs.getincrementaldecoder(encoding)(errors="replace").decode(head).lstrip("\ufeff")
@@ -103,8 +105,8 @@ def look(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
 def _with_shape(path: Path, format: Format, limits: Limits) -> Format:
     """Adds the shape of the first readable record; the others must have the same."""
     for _, record in records(path, format, limits):
-        if isinstance(record, dict) and (found := row_schemas.recognize(record)):
-            return Format(format.container, found[0], format.encoding, columns=found[1])
+        if isinstance(record, dict) and (recognized := row_schemas.recognize(record)):
+            return Format(format.container, recognized[0], format.encoding, columns=recognized[1])
     return format  # no record can be read: `rows` reports why, line by line
 
 
@@ -113,8 +115,10 @@ def _table(text: str, encoding: str) -> Format:
     first = text.splitlines()[0] if text.splitlines() else ""
     best = max(DELIMITERS, key=first.count)
     names = [cell.strip() for cell in next(csv.reader([first], delimiter=best), [])]
-    found = row_schemas.recognize(dict.fromkeys(names, ""), forgiving=True) if first else None
-    return Format("csv", found[0] if found else "", encoding, best, found[1] if found else {})
+    recognized = row_schemas.recognize(dict.fromkeys(names, ""), forgiving=True) if first else None
+    return Format(
+        "csv", recognized[0] if recognized else "", encoding, best, recognized[1] if recognized else {}
+    )
 
 
 # --- the beginning of a file, to choose its columns by ---------------------------------------------
@@ -123,7 +127,8 @@ HEAD_ROWS, HEAD_COLUMNS, HEAD_CHARS = 5, 40, 2000
 
 
 def head(path: str | Path, format: Format, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
-    """{"columns": every name, "rows": [{"line", "cells": {name: value}}]} of the first rows, cut to fit on a page."""
+    """{"columns": every name, "rows": [{"line", "cells": {name: value}}]} of the first rows, cut to fit on
+    a page."""
     names: dict[str, None] = {}
     shown: list[dict[str, Any]] = []
     if format.container == "text":
@@ -148,7 +153,8 @@ def head(path: str | Path, format: Format, limits: Limits = DEFAULT_LIMITS) -> d
 
 
 def _cell(value: Any) -> Any:
-    """The value unless it is too long to show; a value that is neither text nor JSON is replaced by its type."""
+    """The value unless it is too long to show; a value that is neither text nor JSON is replaced by its
+    type."""
     if isinstance(value, str):
         return value if len(value) <= HEAD_CHARS else value[: HEAD_CHARS - 1] + "…"
     try:
@@ -160,10 +166,10 @@ def _cell(value: Any) -> Any:
 
 def preview(shape: str, columns: Mapping[str, str], shown: list[dict[str, Any]]) -> list[Row | BadRow]:
     """The rows of a `head` as they would be trained on with these columns."""
-    found: list[Row | BadRow] = []
+    parsed: list[Row | BadRow] = []
     for row in shown:
         try:
-            found.append(row_schemas.Reader(shape, columns)(int(row["line"]), row["cells"]))
+            parsed.append(row_schemas.Reader(shape, columns)(int(row["line"]), row["cells"]))
         except BadRow as bad:
-            found.append(bad)
-    return found
+            parsed.append(bad)
+    return parsed

@@ -1,7 +1,8 @@
 """Reads Parquet a few rows at a time. pyarrow is imported only here, and only when such a file is read.
 
-The sizes in a Parquet file's metadata are not trusted (200 KB may decompress to 2 GB). The whole file is decoded and counted before its
-first row is returned, because everything after that costs a thousand times more; decoding stops at the limit.
+The sizes in a Parquet file's metadata are not trusted (200 KB may decompress to 2 GB). The whole file is
+decoded and counted before its first row is returned, because everything after that costs a thousand times
+more; decoding stops at the limit.
 """
 
 from __future__ import annotations

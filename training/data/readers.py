@@ -1,5 +1,6 @@
-"""Reads the containers of rows: JSON Lines, a JSON array, tables, plain text. Each is read piece by piece and yields
-(line, record). A bad record is a BadRow in its place; a file that cannot be read any further raises BadFile.
+"""Reads the containers of rows: JSON Lines, a JSON array, tables, plain text. Each is read piece by piece and
+yields (line, record). A bad record is a BadRow in its place; a file that cannot be read any further raises
+BadFile.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Format:
-    """The format of a file. `columns` maps what a row needs (prompt, completion, text, messages, …) to the file's column names."""
+    """The format of a file. `columns` maps what a row needs (prompt, completion, text, messages, …) to the
+    file's column names."""
 
     container: str  # jsonl | json | csv | parquet | text
     shape: str = ""  # chat | completion | instruction | sharegpt | text
@@ -55,7 +57,8 @@ class Format:
 
 @dataclass(frozen=True)
 class ByteRange:
-    """A part of a JSON Lines file, from the start of a line to the end of one. Lines are counted from the part's first."""
+    """A part of a JSON Lines file, from the start of a line to the end of one. Lines are counted from the
+    part's first."""
 
     begin: int
     end: int
@@ -145,8 +148,8 @@ def _transcoded(file: BinaryIO, encoding: str) -> BinaryIO:
 
 
 class _Utf8(io.RawIOBase):
-    """A raw stream that converts UTF-16 to UTF-8 while it is read. Undecodable bytes become U+FFFD, which the report finds as
-    damaged characters."""
+    """A raw stream that converts UTF-16 to UTF-8 while it is read. Undecodable bytes become U+FFFD, which
+    the report finds as damaged characters."""
 
     def __init__(self, file: BinaryIO, encoding: str) -> None:
         self.file, self.decoder, self.left = (
@@ -303,7 +306,8 @@ def _header(line: int, cells: list[str], limits: Limits) -> list[str]:
 
 
 def _text(file: BinaryIO, format: Format, limits: Limits, markdown: bool) -> Iterator[tuple[int, Record]]:
-    """Documents, separated by a line of dashes or `<|endoftext|>`, and in Markdown also before each top-level heading."""
+    """Documents, separated by a line of dashes or `<|endoftext|>`, and in Markdown also before each
+    top-level heading."""
     held: list[str] = []
     start, size = 1, 0
     for number, line in _lines(file, format, limits):

@@ -104,10 +104,10 @@ class Reader:
 
     def __call__(self, line: int, record: Mapping[str, Any]) -> Row:
         if not self.shape or not self.columns:
-            found = recognize(record)
-            if found is None:
+            recognized = recognize(record)
+            if recognized is None:
                 _refuse_shape(line, record)
-            self.shape, self.columns = found
+            self.shape, self.columns = recognized
         missing = [name for need, name in self.columns.items() if need != "input" and name not in record]
         if missing:
             _refuse_missing(line, record, missing, self.shape)

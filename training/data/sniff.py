@@ -77,8 +77,8 @@ def encoding_of(head: bytes) -> str:
 
 
 def _without_bom(head: bytes) -> str:
-    """Encoding of text with zero bytes but no byte order mark: UTF-16 has a zero in every second byte of ASCII text, UTF-32
-    three in four."""
+    """Encoding of text with zero bytes but no byte order mark: UTF-16 has a zero in every second byte of
+    ASCII text, UTF-32 three in four."""
     even, odd = head[::2].count(0), head[1::2].count(0)
     half = max(1, len(head) // 2)
     if (even > half * 0.4 and odd > half * 0.8) or (odd > half * 0.4 and even > half * 0.8):

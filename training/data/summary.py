@@ -1,4 +1,5 @@
-"""The counts of a dataset with one tokenizer: shown in the report, used for planning, and checked by the trainer."""
+"""The counts of a dataset with one tokenizer: shown in the report, used for planning, and checked by the
+trainer."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Any, Protocol
 
 
 class Countable(Protocol):
-    """An encoded example that can be counted, even before its tokens are listed (see `training.text.encode`)."""
+    """An encoded example that can be counted, even before its tokens are listed (see
+    `training.text.encode`)."""
 
     @property
     def length(self) -> int: ...
@@ -21,7 +23,8 @@ class Countable(Protocol):
 
 @dataclass
 class Summary:
-    """Counts of what will be trained on, with the target tokenizer. The trainer's own counts must be equal."""
+    """Counts of what will be trained on, with the target tokenizer. The trainer's own counts must be
+    equal."""
 
     examples: int = 0
     tokens: int = 0

@@ -1,4 +1,5 @@
-"""Checkpoints: everything a run needs to resume bit for bit. Written atomically, used only after verification.
+"""Checkpoints: everything a run needs to resume bit for bit. Written atomically, used only after
+verification.
 
     e<epoch>-s<step>/
         weights.safetensors    trained parameters by name, fp32 (LoRA: the adapters)
@@ -7,9 +8,9 @@
         state.json             counters: step, cursor in examples, tokens, seconds, best loss, …
         manifest.json          written last: name, size and sha256 of the others, the run it belongs to, where it was made
 
-Writing: into a temporary folder, each file flushed to disk, the manifest last, then one rename. Reading verifies the manifest's
-sha256 (if the caller knows it), sizes, hashes, names and shapes, that numbers are finite, and the same job, settings and
-data. Only safetensors and JSON, never pickle.
+Writing: into a temporary folder, each file flushed to disk, the manifest last, then one rename. Reading
+verifies the manifest's sha256 (if the caller knows it), sizes, hashes, names and shapes, that numbers are
+finite, and the same job, settings and data. Only safetensors and JSON, never pickle.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Identity:
-    """The run a checkpoint belongs to. A checkpoint of another job, other settings or other data is refused."""
+    """The run a checkpoint belongs to. A checkpoint of another job, other settings or other data is
+    refused."""
 
     job: str | None
     settings: str  # hash of the settings as submitted
@@ -85,13 +87,14 @@ class Restored:
     settings: dict[str, Any]
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------------------
 
 
 def write(snapshot: Snapshot, parent: Path) -> tuple[Path, dict[str, Any], str]:
     """Writes one checkpoint into `parent`. Returns its folder, its manifest and the manifest's sha256.
 
-    A crash at any moment leaves either the whole checkpoint or a `tmp-…` folder that is never read. Raises OSError."""
+    A crash at any moment leaves either the whole checkpoint or a `tmp-…` folder that is never read. Raises
+    OSError."""
     parent.mkdir(parents=True, exist_ok=True)
     temporary = parent / f"tmp-{uuid.uuid4().hex}"
     temporary.mkdir()
@@ -141,8 +144,8 @@ def _write_files(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
 
 
 def seal(manifest: dict[str, Any]) -> bytes:
-    """The manifest as bytes. It contains its own hash (computed with that entry empty), so a flipped bit shows even to a reader
-    that does not know the file's sha256."""
+    """The manifest as bytes. It contains its own hash (computed with that entry empty), so a flipped bit
+    shows even to a reader that does not know the file's sha256."""
     bare = json.dumps(manifest | {"self": ""}, indent=1, sort_keys=True).encode()
     manifest["self"] = hashlib.sha256(bare).hexdigest()
     return json.dumps(manifest, indent=1, sort_keys=True).encode()
@@ -160,8 +163,8 @@ _NAMES = {
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Writes a safetensors file, hashing it on the way, and flushes it to disk. Returns its sha256.
 
-    The format is a little-endian uint64 with the header's length, the header as JSON padded to 8 bytes, then the data. (With the
-    library's own writer, the file would have to be read again for the hash.)"""
+    The format is a little-endian uint64 with the header's length, the header as JSON padded to 8 bytes,
+    then the data. (With the library's own writer, the file would have to be read again for the hash.)"""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, t in tensors.items():
@@ -200,13 +203,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def read(
     folder: Path, identity: Identity, shapes: Mapping[str, list[int]], sha256: str | None = None
 ) -> Restored:
-    """Reads a checkpoint after verifying all of it. `shapes` are those of the model's trained parameters. Raises Unreadable."""
+    """Reads a checkpoint after verifying all of it. `shapes` are those of the model's trained parameters.
+    Raises Unreadable."""
     try:
         return _read(Path(folder), identity, shapes, sha256)
     except Unreadable:
@@ -290,7 +294,8 @@ def read_manifest(folder: Path, sha256: str | None = None) -> dict[str, Any]:
 def settings_of(folders: list[Path], job: str | None, settings: str) -> dict[str, Any] | None:
     """The resolved settings in the first of these checkpoints that has a valid manifest of this run.
 
-    A resumed attempt must not resolve them again: another machine would choose another micro-batch, which rounds differently."""
+    A resumed attempt must not resolve them again: another machine would choose another micro-batch, which
+    rounds differently."""
     for folder in folders:
         try:
             manifest = read_manifest(folder)
@@ -327,7 +332,7 @@ def step_of(folder: Path) -> int:
         return -1
 
 
-# ---- in the background -----------------------------------------------------------------------------------------------
+# ---- in the background -------------------------------------------------------------------------------------
 
 Written = Callable[[Snapshot, Path, dict[str, Any], str], None]
 
@@ -378,7 +383,8 @@ class Writer:
 
 
 def prune(parent: Path, keep: set[str]) -> None:
-    """Removes all but the last two and those in `keep`, each manifest first, so that a half-deleted folder is never used."""
+    """Removes all but the last two and those in `keep`, each manifest first, so that a half-deleted folder
+    is never used."""
     whole = sorted((p for p in parent.iterdir() if p.is_dir() and step_of(p) >= 0), key=step_of)
     for path in whole[:-KEEP_LAST]:
         if path.name not in keep:

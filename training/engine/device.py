@@ -40,8 +40,9 @@ class Device:
         return torch.cuda.max_memory_allocated() if self.on_gpu else peak_rss()
 
     def environment(self) -> dict[str, Any]:
-        """Everything that determines the bits of a result. Another machine can resume a run, but reports that it is not exact."""
-        found: dict[str, Any] = {
+        """Everything that determines the bits of a result. Another machine can resume a run, but reports
+        that it is not exact."""
+        values: dict[str, Any] = {
             "torch": torch.__version__,
             "machine": platform.machine(),
             "capability": torch.backends.cpu.get_cpu_capability(),
@@ -51,17 +52,18 @@ class Device:
             "deterministic": self.deterministic,
         }
         if self.on_gpu:
-            found |= {
+            values |= {
                 "gpu": torch.cuda.get_device_name(),
                 "cuda": torch.version.cuda,
                 "cudnn": torch.backends.cudnn.version(),
                 "tf32": torch.backends.cuda.matmul.allow_tf32,
             }
-        return found
+        return values
 
 
 def pick(settings: Settings) -> Device:
-    """The GPU (one per local process) or else the CPU, with the number format that the settings and the hardware allow."""
+    """The GPU (one per local process) or else the CPU, with the number format that the settings and the
+    hardware allow."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     half = settings.precision == "bf16" or (
@@ -77,7 +79,7 @@ def pick(settings: Settings) -> Device:
     return Device(device, dtype, settings.deterministic)
 
 
-# ---- speed ---------------------------------------------------------------------------------------------------------
+# ---- speed -------------------------------------------------------------------------------------------------
 
 
 def gemm_rate(device: Device) -> float:
@@ -98,11 +100,12 @@ def gemm_rate(device: Device) -> float:
 
 
 def flop_counter(model: Any, lora: bool) -> Callable[[list[int], int], float]:
-    """Returns a function (lengths of the documents, trained tokens) -> useful floating-point operations of a step.
+    """Returns a function (lengths of the documents, trained tokens) -> useful floating-point operations of a
+    step.
 
-    6 per weight and token: 2 for the forward pass and 4 for the backward pass (Kaplan et al., arXiv 2001.08361, appendix B). Plus
-    causal attention, which is half of the full square, and the head for trained tokens only. Frozen weights (LoRA) need no
-    gradient: 4 instead of 6."""
+    6 per weight and token: 2 for the forward pass and 4 for the backward pass (Kaplan et al., arXiv
+    2001.08361, appendix B). Plus causal attention, which is half of the full square, and the head for
+    trained tokens only. Frozen weights (LoRA) need no gradient: 4 instead of 6."""
     head = model.head()
     vocabulary = int(head.numel()) if head is not None else 0
     matrices: int = sum(p.numel() for p in model.parameters() if p.dim() == 2)
@@ -124,7 +127,7 @@ def _position_weights(model: Any) -> int:
     return sum(sizes)
 
 
-# ---- randomness ----------------------------------------------------------------------------------------------------
+# ---- randomness --------------------------------------------------------------------------------------------
 
 
 def random_state() -> dict[str, Tensor]:
@@ -151,7 +154,8 @@ def generator_state(device: Device) -> Tensor:
 
 
 def restore_random_state(state: dict[str, Tensor], device: Device, rank: int = 0) -> None:
-    """Restores `random_state`. Processes other than the first have their own generator under `process.<rank>`."""
+    """Restores `random_state`. Processes other than the first have their own generator under
+    `process.<rank>`."""
     torch.set_rng_state(state["torch"])
     version, *internal = state["python"].tolist()
     gauss = float(state["python_gauss"])

@@ -1,6 +1,8 @@
-"""Data parallelism: several processes train one model. Each computes its rows of every step; all hold the same weights.
+"""Data parallelism: several processes train one model. Each computes its rows of every step; all hold the
+same weights.
 
-Start with `torchrun --nproc-per-node 2 -m training train CONFIG.json`. In a single process every call here does nothing.
+Start with `torchrun --nproc-per-node 2 -m training train CONFIG.json`. In a single process every call here
+does nothing.
 """
 
 from __future__ import annotations

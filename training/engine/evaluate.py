@@ -42,18 +42,18 @@ class Evaluation:
 
     def as_event(self) -> dict[str, Any]:
         """The fields of an `eval` event."""
-        found = {
+        event = {
             "loss": self.loss,
             "perplexity": self.perplexity,
             "accuracy": self.accuracy,
             "examples": self.examples,
         }
-        return found | ({} if self.exact_match is None else {"exact_match": self.exact_match})
+        return event | ({} if self.exact_match is None else {"exact_match": self.exact_match})
 
 
 def batch_loss(model: LanguageModel, batch: Batch, scale: float) -> tuple[Tensor, Tensor]:
-    """The loss of a packed row: cross-entropy summed over its N trained tokens, times `scale`, (); and how many of them
-    argmax predicts, ()."""
+    """The loss of a packed row: cross-entropy summed over its N trained tokens, times `scale`, (); and how
+    many of them argmax predicts, ()."""
     hidden = model.hidden(batch)  # (N, D), or logits (N, V) if the head is not a plain matrix product
     head = model.head()  # after `hidden`: a sharded model has just gathered it
     if head is not None:
@@ -73,8 +73,8 @@ def evaluate(
 ) -> Evaluation:
     """One pass over all examples, without dropout. Raises Interrupted once `should_stop()` is true.
 
-    Exact match needs no generation: greedy decoding writes the answer if and only if argmax predicts each of its tokens from
-    the ones before it."""
+    Exact match needs no generation: greedy decoding writes the answer if and only if argmax predicts each
+    of its tokens from the ones before it."""
     was_training = model.training
     model.eval()
     losses, hits = np.zeros(len(examples)), np.zeros(len(examples), np.int64)
@@ -117,8 +117,9 @@ def _each_token(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
 def verdict(before: list[float], after: list[float]) -> dict[str, Any]:
     """Did training help? The mean fall of the held-out loss with a 95% confidence interval.
 
-    A paired bootstrap with 2,000 resamples (Efron, 1979): each example is compared with itself, so differences between easy
-    and hard examples do not hide the effect. `before` and `after`: loss of each example, in nats per token."""
+    A paired bootstrap with 2,000 resamples (Efron, 1979): each example is compared with itself, so
+    differences between easy and hard examples do not hide the effect. `before` and `after`: loss of each
+    example, in nats per token."""
     fall = np.asarray(before) - np.asarray(after)
     rng = np.random.Generator(np.random.PCG64(0))
     means = fall[rng.integers(0, len(fall), (2000, len(fall)))].mean(1)

@@ -16,7 +16,8 @@ LONGEST_PROMPT = 2000  # characters of a prompt in an event
 
 
 class Evaluator:
-    """Evaluations draw no random numbers and change no weights, so evaluating more often does not change the training."""
+    """Evaluations draw no random numbers and change no weights, so evaluating more often does not change
+    the training."""
 
     def __init__(self, session: Session) -> None:
         self.session = session

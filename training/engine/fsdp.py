@@ -1,8 +1,10 @@
-"""A model that fits in no single process: each holds a shard of every weight, gradient and moment (torch's FSDP2).
+"""A model that fits in no single process: each holds a shard of every weight, gradient and moment (torch's
+FSDP2).
 
-FSDP2 is described in the TorchTitan paper (arXiv 2410.06511). A layer's weights are gathered when it computes and freed
-afterwards. To the loop this is just another optimizer, with the interface of optimizer.AdamW. Whatever gathers (the forward and
-backward pass of a row, `weight_tensors`, `state_tensors`) must be called by all processes.
+FSDP2 is described in the TorchTitan paper (arXiv 2410.06511). A layer's weights are gathered when it computes
+and freed afterwards. To the loop this is just another optimizer, with the interface of optimizer.AdamW.
+Whatever gathers (the forward and backward pass of a row, `weight_tensors`, `state_tensors`) must be called by
+all processes.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class ShardedAdamW:
     sharded = True
 
     def __init__(self, model: nn.Module, settings: Settings, device: Device, processes: Processes) -> None:
-        """Shards the model's fp32 weights, which are on the CPU; each process keeps its shard on its device."""
+        """Shards the model's fp32 weights, which are on the CPU; each process keeps its shard on its
+        device."""
         self.settings, self.processes, self.device = settings, processes, device
         kernels.by_autograd = True  # FSDP2 reduces the gradients that autograd collects
         half = None if device.dtype == torch.float32 else device.dtype
@@ -90,7 +93,7 @@ class ShardedAdamW:
                     grad_scale=scale,
                 )
 
-    # ---- state, by parameter name; whole in the first process, empty in the others -------------------------------
+    # ---- state, by parameter name; whole in the first process, empty in the others -------------------------
 
     def weight_tensors(self) -> dict[str, Tensor]:
         return self._gathered(self.params)

@@ -1,4 +1,5 @@
-"""What a run starts from: the base model's folder, its tokenizer, the encoded examples and the resolved settings."""
+"""What a run starts from: the base model's folder, its tokenizer, the encoded examples and the resolved
+settings."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class Inputs:
 
 
 def read(run: Run, resolved: Settings | None = None) -> Inputs:
-    """Reads and checks everything but the weights. `resolved` are the settings of an earlier attempt. Raises Failure."""
+    """Reads and checks everything but the weights. `resolved` are the settings of an earlier attempt.
+    Raises Failure."""
     objective = OBJECTIVES[(resolved or run.settings).objective]
     base = hub.locate(run.base, run.base_revision)
     model_config = _model_config(base)
@@ -59,14 +61,14 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     wants = EncodingOptions(longest, settings.train_on)
     encode = partial(_encode, objective, tokenizer, wants, notes)
     everything = encode(run.train_file, run.train_format, forgiving=bool(run.expected))
-    _as_expected(run.expected, everything)
+    _check_counts(run.expected, everything)
     if resolved is None:
         settings, reasons = auto_settings.resolve(
             settings, Summary.of(everything), described, catalog.this_machine()
         )
     else:
         reasons = {}
-    _fits_context(everything, described.context)
+    _check_context(everything, described.context)
     kept = [example for example in everything if example.trained]
     if len(kept) < len(everything):
         notes.append(f"{len(everything) - len(kept)} examples have nothing to train on and are left out.")
@@ -75,7 +77,7 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     train, held_out = Examples.of(kept), Examples.of([])
     if run.validation_file:
         held = encode(run.validation_file, run.validation_format, forgiving=True)
-        _fits_context(held, described.context)
+        _check_context(held, described.context)
         seen = {tuple(example.ids) for example in kept}
         fresh = [example for example in held if tuple(example.ids) not in seen]
         held_out = Examples.of([example for example in fresh if example.trained])
@@ -121,11 +123,12 @@ def _encode(
     *,
     forgiving: bool,
 ) -> list[Example]:
-    """Every example of a file. A bad row raises Failure unless a report has already shown it to the user (`forgiving`)."""
+    """Every example of a file. A bad row raises Failure unless a report has already shown it to the user
+    (`forgiving`)."""
     bad: list[BadRow] = []
     try:
         chosen = Format.of(format) if format else None
-        found = list(objective.encode(path, tokenizer, wants, chosen, bad.append if forgiving else None))
+        encoded = list(objective.encode(path, tokenizer, wants, chosen, bad.append if forgiving else None))
     except BadRow as error:
         fix = f" {error.fix}" if error.fix else ""
         raise Failure("bad_data", f"{Path(path).name}, {error}.{fix}") from error
@@ -135,14 +138,14 @@ def _encode(
         notes.append(
             f"{len(bad)} rows of {Path(path).name} cannot be read and are left out. The first: {bad[0]}."
         )
-    if not found:
+    if not encoded:
         raise Failure("bad_data", f"There are no examples in {Path(path).name}.")
-    return found
+    return encoded
 
 
-def _as_expected(expected: dict[str, int] | None, found: list[Example]) -> None:
+def _check_counts(expected: dict[str, int] | None, encoded: list[Example]) -> None:
     """The trainer must count exactly what the report counted."""
-    counts = {"examples": len(found), "tokens": sum(len(example.ids) for example in found)}
+    counts = {"examples": len(encoded), "tokens": sum(len(example.ids) for example in encoded)}
     for what, count in counts.items():
         if expected and expected.get(what) not in (None, count):
             raise Failure(
@@ -152,8 +155,8 @@ def _as_expected(expected: dict[str, int] | None, found: list[Example]) -> None:
             )
 
 
-def _fits_context(found: Iterable[Example], context: int) -> None:
-    for example in found:
+def _check_context(encoded: Iterable[Example], context: int) -> None:
+    for example in encoded:
         if len(example.ids) > context:
             raise Failure(
                 "too_long",
@@ -167,12 +170,12 @@ def _prompts(run: Run, tokenizer: Tokenizer, examples: Examples) -> list[Prompt]
     if run.prompts:
         chat = (run.train_format or {}).get("shape") in ("chat", "sharegpt")
         return [Prompt(text, _prompt_ids(text, tokenizer, chat)) for text in run.prompts]
-    found = []
+    prompts = []
     for i in range(min(PINNED, len(examples))):
         ids, mask = examples[i]
         begin = ids[: max(1, int(np.argmax(mask)))].tolist()
-        found.append(Prompt(tokenizer.decode(begin), begin))
-    return found
+        prompts.append(Prompt(tokenizer.decode(begin), begin))
+    return prompts
 
 
 def _prompt_ids(text: str, tokenizer: Tokenizer, chat: bool) -> list[int]:

@@ -1,8 +1,8 @@
 """The training loop from top to bottom: prepare, resume, rehearse, train, finish.
 
-`emit` writes events (plan/events.py), `stop()` tells whether a checkpoint and an end were requested. The caller of `train` exports
-the model it returns: see training/command.py. nanoGPT's train.py is the short version of this loop, without packing, resuming
-and reporting.
+`emit` writes events (plan/events.py), `stop()` tells whether a checkpoint and an end were requested. The
+caller of `train` exports the model it returns: see training/command.py. nanoGPT's train.py is the short
+version of this loop, without packing, resuming and reporting.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class Trained:
 def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Trained | None:
     """Trains as `run` specifies. With several processes, the first returns the model and the others None.
 
-    Raises Failure with a reason from plan/events.py, or Stopped. Shapes: T tokens of a packed row, N of them trained."""
-    # ---- prepare -------------------------------------------------------------------------------------------------
+    Raises Failure with a reason from plan/events.py, or Stopped. Shapes: T tokens of a packed row, N of
+    them trained."""
+    # ---- prepare -------------------------------------------------------------------------------------------
     gc.freeze()  # imports live to the end: the garbage collector need not scan them again and again
     emit("phase", phase="preparing")
     # Automatic settings come from the checkpoint if there is one: resolved anew, another machine could choose
@@ -69,14 +70,14 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
     evaluator = Evaluator(session)
     state = State()
 
-    # ---- resume --------------------------------------------------------------------------------------------------
-    # Weights, both moments, every random generator and the counters, so that the next step is bit for bit the one that an
-    # uninterrupted run would take (on the same machine).
+    # ---- resume --------------------------------------------------------------------------------------------
+    # Weights, both moments, every random generator and the counters, so that the next step is bit for bit the
+    # one that an uninterrupted run would take (on the same machine).
     if run.resume_from:
         state = writer.restore(resumable.folders)
 
-    # ---- rehearse ------------------------------------------------------------------------------------------------
-    # Tries the longest row, an evaluation and a checkpoint. It may lower the micro-batch, and changes nothing else.
+    # ---- rehearse ------------------------------------------------------------------------------------------
+    # Tries the longest row, an evaluation and a checkpoint. It may lower the micro-batch, nothing else.
     emit("plan", **session.summary())
     model.train()
     if run.rehearse and state.step == 0 and isinstance(optimizer, AdamW):
@@ -85,7 +86,7 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
         emit("estimate", **asdict(estimate))
     settings = session.settings
 
-    # ---- train ---------------------------------------------------------------------------------------------------
+    # ---- train ---------------------------------------------------------------------------------------------
     trained_tokens = data.train.trained()  # (examples,) int64: the trained tokens of each
     peak_rate = settings.learning_rate or 0.0
     count_flops = flop_counter(model, lora=settings.adapter == "lora")
@@ -107,8 +108,8 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
         elif settings.sample_every and state.step and state.step % settings.sample_every == 0:
             evaluator.show_samples(state.step)
 
-        # Save a checkpoint when one is due, and end when training is done or a stop was requested. With several
-        # processes, none may decide alone: they agreed on stopping and saving in the sums of the last step.
+        # Save a checkpoint when one is due; end when training is done or a stop was requested. Several
+        # processes agreed on both in the sums of the last step: none may decide alone.
         must_stop = must_stop or (processes.size == 1 and stop())
         ended = state.step == plan.steps or state.early
         keep = best and settings.keep_best and state.step > 0
@@ -120,10 +121,9 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
             writer.wait()
             raise Stopped
 
-        # Forward and backward, one packed row at a time (gradient accumulation). Each token's loss is weighted by
-        # 1 / (trained tokens of the whole step), so rows and processes simply add up, and neither the micro-batch
-        # nor the number of processes changes the gradient. Averaging per row instead would weight tokens of short
-        # rows more: https://unsloth.ai/blog/gradient. Gradients accumulate in the optimizer's flat buffer.
+        # Forward and backward, one packed row at a time (gradient accumulation). Each token's loss is
+        # weighted by 1 / (trained tokens of the whole step), so rows and processes simply add up. Averaging
+        # per row would weight tokens of short rows more: https://unsloth.ai/blog/gradient.
         begun = time.perf_counter()
         rows = plan.rows(state.cursor, plan.end(state.step), session.micro_batch)
         lengths = [int(data.train.lengths[i]) for row in rows for i in row]
@@ -146,7 +146,7 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
         processes.all_reduce(sums)
         optimizer.all_reduce_grads(processes)
 
-        # Update the weights, unless the loss or the gradient is not finite: then the last checkpoint is still good.
+        # Update the weights, unless loss or gradient is not finite: the last checkpoint is still good.
         rate = learning_rate(state.step, plan.steps, peak_rate, settings.schedule, settings.warmup)
         norm = optimizer.grad_norm()  # L2 over all parameters, before clipping
         loss_value, hit_count, must_stop, checkpoint_due = sums.tolist()
@@ -156,7 +156,7 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
         optimizer.step(rate, norm)
         device.synchronize()  # before reading the clock: a GPU works asynchronously
 
-        # Count and report. Remaining time: steps at the median speed, two checkpoints, and the evaluations to come.
+        # Count and report. Time left: steps at the median speed, two checkpoints, the remaining evaluations.
         seconds = time.perf_counter() - begun
         state.advance(plan.end(state.step), sum(lengths), loss_value, seconds)
         recent.append(seconds)

@@ -1,4 +1,5 @@
-"""The memory of this process: how the allocator keeps it, prefaulting, and how much was used. Imports no torch."""
+"""The memory of this process: how the allocator keeps it, prefaulting, and how much was used. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -19,14 +20,16 @@ PREFAULT_THREADS = 2  # page faults mostly wait for the kernel, or for the host 
 def limit_primitive_caches() -> None:
     """Limits the caches of compiled primitives in oneDNN and torch. Call it before importing torch.
 
-    By default they keep 1024 shapes of 100 KB each. Rows differ in length at every step, so that would be a gigabyte after a
-    thousand steps; for small models a cache of that size is even a fifth slower than compiling again. 32 are more than a step uses."""
+    By default they keep 1024 shapes of 100 KB each. Rows differ in length at every step, so that would be
+    a gigabyte after a thousand steps; for small models a cache of that size is even a fifth slower than
+    compiling again. 32 are more than a step uses."""
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 
 def configure_allocator() -> None:
-    """Makes the allocator keep freed memory, in huge pages: page faults for every activation cost a tenth of a step.
+    """Makes the allocator keep freed memory, in huge pages: page faults for every activation cost a tenth of
+    a step.
 
     Call it before importing torch. An optimization only: without glibc it does nothing."""
     limit_primitive_caches()
@@ -40,10 +43,11 @@ def configure_allocator() -> None:
 
 
 class PrefaultedBuffer:
-    """Memory whose pages are faulted in by background threads, during the import of torch or the wait for a job.
+    """Memory whose pages are faulted in by background threads, during the import of torch or the wait for a
+    job.
 
-    Touching the two gigabytes of GPT-2's weights, gradients and moments takes 0.2 s, and four seconds on a virtual machine that
-    gets each page from its host."""
+    Touching the two gigabytes of GPT-2's weights, gradients and moments takes 0.2 s, and four seconds on a
+    virtual machine that gets each page from its host."""
 
     def __init__(self, size: int) -> None:
         self.size, self.taken = size, 0
@@ -86,10 +90,11 @@ _prefaulted: PrefaultedBuffer | None = None
 
 
 def prefault(size: int, pieces: int = 1) -> bool:
-    """Starts prefaulting memory for `zeroed`: `pieces` buffers of up to `size` bytes. Returns whether there is such memory.
+    """Starts prefaulting memory for `zeroed`: `pieces` buffers of up to `size` bytes. Returns whether there
+    is such memory.
 
-    Does nothing if that is too little to matter, or more than a quarter of the available memory. Memory prefaulted for another
-    size is released first."""
+    Does nothing if that is too little to matter, or more than a quarter of the available memory. Memory
+    prefaulted for another size is released first."""
     global _prefaulted
     whole = pieces * -(-size // HUGE) * HUGE
     if _prefaulted and _prefaulted.size == whole:
@@ -106,7 +111,8 @@ def prefault(size: int, pieces: int = 1) -> bool:
 
 
 def prefault_heap(size: int) -> None:
-    """Touches memory for activations and frees it to the allocator, which keeps it (see `configure_allocator`)."""
+    """Touches memory for activations and frees it to the allocator, which keeps it (see
+    `configure_allocator`)."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     if block := libc.malloc(ctypes.c_size_t(size)):
@@ -124,7 +130,8 @@ def _available() -> int:
 
 
 def zeroed(size: int) -> mmap.mmap | memoryview:
-    """`size` bytes, all zero: prefaulted memory if there is any, otherwise pages that cost nothing until written to.
+    """`size` bytes, all zero: prefaulted memory if there is any, otherwise pages that cost nothing until
+    written to.
 
     (torch.zeros would write them all, which delays the first step.)"""
     ready = _prefaulted.take(size) if _prefaulted else None

@@ -1,10 +1,10 @@
 """AdamW over one flat buffer: weights, gradients and both moments are each one contiguous piece of memory.
 
-AdamW is Loshchilov and Hutter's (arXiv 1711.05101), computed by torch's fused kernel. Every trained parameter is a view of the
-buffer, so clearing, measuring, clipping and updating take one pass each, and several processes sum their gradients with
-one all-reduce. Backward passes add to the `main_grad` views (models/kernels.py).
-With bf16 weights, the flat weights are their fp32 masters and are copied down after each step (mixed precision as in
-Micikevicius et al., arXiv 1710.03740).
+AdamW is Loshchilov and Hutter's (arXiv 1711.05101), computed by torch's fused kernel. Every trained parameter
+is a view of the buffer, so clearing, measuring, clipping and updating take one pass each, and several
+processes sum their gradients with one all-reduce. Backward passes add to the `main_grad` views
+(models/kernels.py). With bf16 weights, the flat weights are their fp32 masters and are copied down after each
+step (mixed precision as in Micikevicius et al., arXiv 1710.03740).
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ ALIGN = 16  # floats, 64 bytes: every parameter starts on a cache line
 
 
 class AdamW:
-    """The optimizer of a model that fits in one process. engine/fsdp.py has the same interface for sharded models."""
+    """The optimizer of a model that fits in one process. engine/fsdp.py has the same interface for sharded
+    models."""
 
     sharded = False
 
     def __init__(self, model: nn.Module, settings: Settings, dtype: torch.dtype = torch.float32) -> None:
-        """Moves the model's fp32 parameters into the buffer. With another `dtype` the model computes with copies of them."""
+        """Moves the model's fp32 parameters into the buffer. With another `dtype` the model computes with
+        copies of them."""
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        # Matrices first: they are one contiguous slice, and only they get weight decay (as in GPT-2 and nanoGPT).
+        # Matrices first: they are one contiguous slice, and only they get weight decay (as in GPT-2 and
+        # nanoGPT).
         named.sort(key=lambda item: item[1].dim() < 2)
         self.settings = settings
         self.params = dict(named)
@@ -80,14 +83,15 @@ class AdamW:
         processes.all_reduce(self.grads)
 
     def grad_norm(self) -> float:
-        """L2 norm over all parameters together, before clipping. The padding between parameters is always zero."""
+        """L2 norm over all parameters together, before clipping. The padding between parameters is always
+        zero."""
         return float(torch.linalg.vector_norm(self.grads))
 
     def step(self, lr: float, norm: float) -> None:
         """One update with learning rate `lr`. `norm` is `grad_norm()` and must be finite.
 
-        Gradients longer than clip_norm are scaled down to it (Pascanu et al., arXiv 1211.5063). The kernel divides them by
-        grad_scale, so clipping needs no pass of its own."""
+        Gradients longer than clip_norm are scaled down to it (Pascanu et al., arXiv 1211.5063). The kernel
+        divides them by grad_scale, so clipping needs no pass of its own."""
         s = self.settings
         self.steps += 1
         # how many times longer than allowed the gradient is
@@ -118,7 +122,7 @@ class AdamW:
         if self.halves:
             torch._foreach_copy_([half for half, _ in self.halves], [master for _, master in self.halves])
 
-    # ---- state, by parameter name --------------------------------------------------------------------------------
+    # ---- state, by parameter name --------------------------------------------------------------------------
 
     def weight_tensors(self) -> dict[str, Tensor]:
         """The fp32 weights by parameter name: views, not copies."""

@@ -1,11 +1,13 @@
 """Examples, their order, and how they are packed into the rows a model reads.
 
-A row is whole documents one after another: no padding, positions that restart, and attention that stays inside each
-document (Krell et al., "Efficient Sequence Packing without Cross-contamination", arXiv 2107.02027).
+A row is whole documents one after another: no padding, positions that restart, and attention that stays
+inside each document (Krell et al., "Efficient Sequence Packing without Cross-contamination", arXiv
+2107.02027).
 
-The order of examples is a function of (seed, epoch), and progress is one cursor counted in examples, over all epochs. So two
-numbers, seed and cursor, are all it takes to continue exactly where a crash interrupted a run. The order never depends on the
-micro-batch, the number of processes or anything that drew random numbers before.
+The order of examples is a function of (seed, epoch), and progress is one cursor counted in examples, over all
+epochs. So two numbers, seed and cursor, are all it takes to continue exactly where a crash interrupted a run.
+The order never depends on the micro-batch, the number of processes or anything that drew random numbers
+before.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ class Encoded(Protocol):
 
 @dataclass
 class Examples:
-    """All examples in one array: `ids[starts[i]:starts[i + 1]]` is example i. Five bytes per token, where a Python list
-    takes over forty."""
+    """All examples in one array: `ids[starts[i]:starts[i + 1]]` is example i. Five bytes per token, where
+    a Python list takes over forty."""
 
     ids: np.ndarray  # (tokens,) int32
     mask: np.ndarray  # (tokens,) uint8: 1 where the token is trained on
@@ -74,7 +76,8 @@ class Examples:
         return int(self.trained().sum())
 
     def trained(self) -> np.ndarray:
-        """(examples,) int64: tokens of each example that are trained on. The first token never is: nothing predicts it."""
+        """(examples,) int64: tokens of each example that are trained on. The first token never is: nothing
+        predicts it."""
         # Prefix sums: the trained tokens of example i are before[end] - before[start].
         before = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
         whole: np.ndarray = before[self.starts[1:]] - before[self.starts[:-1]]
@@ -107,8 +110,8 @@ class Examples:
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
     """Splits into (training, held-out) examples, about `fraction` of them held out.
 
-    An example's side is decided by a hash of its tokens and the seed, not by its position: duplicates are always on the same
-    side, and adding or reordering rows moves few of the others."""
+    An example's side is decided by a hash of its tokens and the seed, not by its position: duplicates are
+    always on the same side, and adding or reordering rows moves few of the others."""
     wanted = round(len(examples) * fraction)
     if wanted == 0 or len(examples) < 2:
         return examples, examples.take([])
@@ -123,15 +126,15 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
     return examples.take(np.flatnonzero(~held)), examples.take(np.flatnonzero(held))
 
 
-# ---- order ---------------------------------------------------------------------------------------------------------
+# ---- order -------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """The order of the examples in one epoch, (count,) int64: a permutation of its own for each epoch.
 
-    It has its own generator, seeded by a hash, so it does not depend on random numbers drawn elsewhere. The key is part of
-    the checkpoint format: changing it would break resuming."""
+    It has its own generator, seeded by a hash, so it does not depend on random numbers drawn elsewhere.
+    The key is part of the checkpoint format: changing it would break resuming."""
     key = hashlib.sha256(f"order:1:{seed}:{epoch}".encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "big"))).permutation(count)
 
@@ -178,18 +181,21 @@ def plan_steps(
     return np.asarray(ends_list, np.int64)
 
 
-# ---- rows ----------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------
 
 
 def split(lengths: Sequence[int], limit: int, parts: int = 1) -> list[list[int]]:
-    """Distributes documents over rows of at most `limit` tokens, as evenly as it can; returns indices into `lengths`.
+    """Distributes documents over rows of at most `limit` tokens, as evenly as it can; returns indices into
+    `lengths`.
 
-    A document longer than `limit` gets a row of its own. The number of rows is a multiple of `parts` (the number of processes)
-    if there are enough documents, so that no process waits without a row.
+    A document longer than `limit` gets a row of its own. The number of rows is a multiple of `parts` (the
+    number of processes) if there are enough documents, so that no process waits without a row.
 
-    Longest processing time first (Graham, 1969): sort by length, put each document into the emptiest row. Even rows
-    matter more than few rows, since the fullest row decides the memory and, with several processes, the time."""
-    # the fewest rows that could hold all tokens, rounded up to a multiple of `parts`; more if that does not work out
+    Longest processing time first (Graham, 1969): sort by length, put each document into the emptiest row.
+    Even rows matter more than few rows, since the fullest row decides the memory and, with several
+    processes, the time."""
+    # the fewest rows that could hold all tokens, rounded up to a multiple of `parts`; more if that does not
+    # work out
     wanted = max(1, -(-sum(lengths) // limit))
     wanted = -(-wanted // parts) * parts
     while True:
@@ -206,7 +212,7 @@ def split(lengths: Sequence[int], limit: int, parts: int = 1) -> list[list[int]]
         wanted += parts
 
 
-# ---- both together -------------------------------------------------------------------------------------------------
+# ---- both together -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -265,7 +271,8 @@ class StepPlan:
         return max(rows, key=lambda row: sum(self.examples.lengths[i] for i in row))
 
     def evaluation_steps(self, every: int) -> set[int]:
-        """Steps at which to evaluate: before the first, every `every` steps (0: at the end of each epoch), and after the last."""
+        """Steps at which to evaluate: before the first, every `every` steps (0: at the end of each epoch),
+        and after the last."""
         if every:
             return {0, *range(every, self.steps, every), self.steps}
         # cursors where an epoch ends

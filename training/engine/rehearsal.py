@@ -1,7 +1,8 @@
 """The rehearsal: tries the longest row, an evaluation and a checkpoint before training starts.
 
-It finds a micro-batch that fits in memory (the effective batch size stays the same), touches all the memory the run will need,
-and measures what the estimate is based on. Afterwards weights, optimizer and random state are exactly as before.
+It finds a micro-batch that fits in memory (the effective batch size stays the same), touches all the memory
+the run will need, and measures what the estimate is based on. Afterwards weights, optimizer and random state
+are exactly as before.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def _evaluation_seconds(session: Session, limit: int) -> float:
 
 
 def _checkpoint_seconds(saver: Saver, folder: Path) -> float:
-    """Writes a real checkpoint and removes it, so that a full disk or a read-only folder shows up now, not in an hour."""
+    """Writes a real checkpoint and removes it, so that a full disk or a read-only folder shows up now, not
+    in an hour."""
     # left by an attempt that was killed here
     shutil.rmtree(folder / "rehearsal", ignore_errors=True)
     begun = time.perf_counter()

@@ -20,7 +20,8 @@ from training.plan.events import Failure
 
 @dataclass
 class State:
-    """What a step changes besides weights, optimizer and random generators. state.json of a checkpoint holds all of it."""
+    """What a step changes besides weights, optimizer and random generators. state.json of a checkpoint
+    holds all of it."""
 
     step: int = 0
     cursor: int = 0  # examples seen so far, over all epochs
@@ -48,7 +49,8 @@ class State:
 
 @dataclass(frozen=True)
 class Resumable:
-    """What a run can resume from: the requested checkpoint and older ones, and the settings they were made with."""
+    """What a run can resume from: the requested checkpoint and older ones, and the settings they were made
+    with."""
 
     folders: list[Path]
     settings: Settings | None
@@ -101,7 +103,8 @@ class Saver:
         return self.session.processes.is_main and 0 < every <= waited and not self._writer.busy
 
     def save(self, state: State, *, best: bool, final: bool) -> None:
-        """Starts writing a checkpoint, at most once per step. Every process must call it: each has its own random state."""
+        """Starts writing a checkpoint, at most once per step. Every process must call it: each has its own
+        random state."""
         if self._saved_step == state.step:
             return
         session = self.session
@@ -157,10 +160,11 @@ class Saver:
             final=snapshot.final,
         )
 
-    # ---- resuming -----------------------------------------------------------------------------------------------
+    # ---- resuming ------------------------------------------------------------------------------------------
 
     def restore(self, folders: list[Path]) -> State:
-        """Restores weights, optimizer and random state from the first checkpoint that verifies. Returns its counters.
+        """Restores weights, optimizer and random state from the first checkpoint that verifies. Returns its
+        counters.
 
         Raises Failure("checkpoint_unreadable")."""
         session = self.session

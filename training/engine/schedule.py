@@ -13,7 +13,8 @@ def warmup_steps(warmup: float, total: int) -> int:
 
 
 def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: float) -> float:
-    """Learning rate of optimizer step `step` (0 ≤ step < total): linear warmup (Goyal et al., arXiv 1706.02677), then `schedule`."""
+    """Learning rate of optimizer step `step` (0 ≤ step < total): linear warmup (Goyal et al., arXiv
+    1706.02677), then `schedule`."""
     rising = warmup_steps(warmup, total)
     if step < rising:
         # never zero, not even in the first step

@@ -31,7 +31,8 @@ PREVIEW_TOKENS = 200  # of an example in the log
 
 @dataclass
 class Session:
-    """Everything a prepared run consists of. Only `settings` may change: the rehearsal can lower the micro-batch."""
+    """Everything a prepared run consists of. Only `settings` may change: the rehearsal can lower the
+    micro-batch."""
 
     run: Run
     settings: Settings  # every automatic value resolved
@@ -82,7 +83,8 @@ class Session:
 
 
 def prepare(run: Run, resolved: Settings | None, emit: Emit, stop: Callable[[], bool]) -> Session:
-    """Reads data and model and resolves automatic settings. `resolved` are the settings of an earlier attempt, if any.
+    """Reads data and model and resolves automatic settings. `resolved` are the settings of an earlier
+    attempt, if any.
 
     Raises Failure with a reason from plan/events.py."""
     processes = Processes.join()
@@ -151,7 +153,8 @@ def _base_model(data: Inputs, settings: Settings) -> LanguageModel:
 
 
 def whole_model(session: Session) -> LanguageModel:
-    """The trained model for the export: whole, in fp32, on the CPU. Frozen weights are exactly those of the base model.
+    """The trained model for the export: whole, in fp32, on the CPU. Frozen weights are exactly those of the
+    base model.
 
     Every process must call it; only the first gets the weights of a sharded model."""
     model, optimizer = session.model, session.optimizer

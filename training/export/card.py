@@ -11,7 +11,8 @@ from training.export.interface import Description
 
 
 def card(details: Mapping[str, Any], description: Description) -> str:
-    """README.md as model hubs expect it: YAML metadata first, then text. `details`: see folder.write_folder."""
+    """README.md as model hubs expect it: YAML metadata first, then text. `details`: see
+    folder.write_folder."""
     base = str(details.get("base") or "")
     head = ["---", f"library_name: {description.library}", "pipeline_tag: text-generation"]
     if base and not os.path.isabs(base):
@@ -57,7 +58,7 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _export_check(found: Mapping[str, Any]) -> str:
-    if found.get("exact"):
-        return f"These files were read back and compared with the trained model: {found.get('logits', 0):,} logits, bit-for-bit equal."
-    return f"These files were read back and compared with the trained model: the largest logit difference is {found.get('max_difference', 0):.2g}."
+def _export_check(result: Mapping[str, Any]) -> str:
+    if result.get("exact"):
+        return f"These files were read back and compared with the trained model: {result.get('logits', 0):,} logits, bit-for-bit equal."
+    return f"These files were read back and compared with the trained model: the largest logit difference is {result.get('max_difference', 0):.2g}."

@@ -1,4 +1,5 @@
-"""`python -m training export --checkpoint DIR --to DIR [--format NAME] [--dtype NAME]`: a checkpoint becomes a model folder."""
+"""`python -m training export --checkpoint DIR --to DIR [--format NAME] [--dtype NAME]`: a checkpoint
+becomes a model folder."""
 
 from __future__ import annotations
 
@@ -38,12 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints one JSON line: the files, and how they compare with the model in memory. Exit 1 if they are not close."""
+    """Prints one JSON line: the files, and how they compare with the model in memory. Exit 1 if they are
+    not close."""
     model, base, details = load_trained(Path(args.checkpoint), args.base)
     files = write_folder(model, args.to, base=base, format=args.format, dtype=args.dtype, details=details)
-    found = verify(model, args.to, base=base, format=args.format)
-    print(json.dumps({"files": files, "fidelity": found}))
-    return 0 if found["close"] else 1
+    result = verify(model, args.to, base=base, format=args.format)
+    print(json.dumps({"files": files, "fidelity": result}))
+    return 0 if result["close"] else 1
 
 
 def load_trained(folder: Path, base: str | None) -> tuple[Any, Path, dict[str, Any]]:

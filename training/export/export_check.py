@@ -1,8 +1,8 @@
-"""Checks that an export is the model that was trained: reads it back, runs both models on the same prompts and compares all
-logits.
+"""Checks that an export is the model that was trained: reads it back, runs both models on the same prompts
+and compares all logits.
 
-fp32 must be equal bit for bit, since the same numbers go through the same operations. Half precision and adapters (which
-sum in another order) must be close; the result says how close.
+fp32 must be equal bit for bit, since the same numbers go through the same operations. Half precision and
+adapters (which sum in another order) must be close; the result says how close.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ def compare(
     dtype: str,
     prompts: Sequence[str] = PROMPTS,
 ) -> dict[str, Any]:
-    """Compares the trained `model` in memory with the export that was `opened` again. `dtype` is that of the export.
+    """Compares the trained `model` in memory with the export that was `opened` again. `dtype` is that of the
+    export.
 
-    Returns {"exact": equal bit for bit, "close", "max_difference", "logits": how many, "prompts": how many, "sha256": of the
-    export's logits, "dtype"}."""
+    Returns {"exact": equal bit for bit, "close", "max_difference", "logits": how many, "prompts": how
+    many, "sha256": of the export's logits, "dtype"}."""
     batches = [ids for ids in map(tokenizer.encode, prompts) if ids]
     trained = _merged(model)
     digest, count, worst, largest, exact = hashlib.sha256(), 0, 0.0, 0.0, True
@@ -81,7 +82,8 @@ def logits_of(model: Any, ids: Sequence[int]) -> Tensor:
 
 
 def _merged(model: Any) -> Any:
-    """The model as it is exported: adapters merged, fp32, on the CPU. Unchanged weights are shared, not copied."""
+    """The model as it is exported: adapters merged, fp32, on the CPU. Unchanged weights are shared, not
+    copied."""
     if not isinstance(model, GPT2):
         return model if model.lora is None else type(model)(model.merged())
     with torch.device("meta"):

@@ -1,4 +1,5 @@
-"""Writes a model folder in any format: weights, configuration, tokenizer, licenses, model card and a list of its files.
+"""Writes a model folder in any format: weights, configuration, tokenizer, licenses, model card and a list of
+its files.
 
 It is written atomically: to a temporary folder first, then renamed.
 """
@@ -42,11 +43,13 @@ def write_folder(
     dtype: str = "fp32",
     details: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Writes `model` to the folder `to`, which is created or replaced. Returns its files: [{"name", "bytes", "sha256"}].
+    """Writes `model` to the folder `to`, which is created or replaced. Returns its files: [{"name", "bytes",
+    "sha256"}].
 
-    `base` is the folder of the base model, whose tokenizer is copied. `details` is for the model card: job, base, settings,
-    examples, tokens, steps, metrics, fidelity; whatever is missing is left out. The list of files is also written to manifest.json.
-    Raises Failure if the model cannot be exported in this format."""
+    `base` is the folder of the base model, whose tokenizer is copied. `details` is for the model card:
+    job, base, settings, examples, tokens, steps, metrics, fidelity; whatever is missing is left out. The
+    list of files is also written to manifest.json. Raises Failure if the model cannot be exported in this
+    format."""
     to, base, details = Path(to), Path(base), details or {}
     module = _module(format)
     if dtype not in FORMATS[format].dtypes:
@@ -91,16 +94,17 @@ def _module(format: str) -> Format:
 
 def list_files(folder: Path) -> list[dict[str, Any]]:
     """Name, size and sha256 of each file of a folder."""
-    found = []
+    files = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found.append({"name": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": digest})
-    return found
+        files.append({"name": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": digest})
+    return files
 
 
 def write_tokenizer(base: Path, to: Path) -> None:
-    """Copies the base model's tokenizer, and writes the chat template that the model was trained with into its config."""
+    """Copies the base model's tokenizer, and writes the chat template that the model was trained with into
+    its config."""
     tokenizer = Tokenizer.load(base)
     for name in TOKENIZER_FILES:
         if (base / name).is_file():

@@ -1,7 +1,7 @@
 """A packed row: what a model reads in one pass.
 
-Whole documents follow each other without padding. Positions restart in each, and attention stays inside each: sequence packing
-without cross-contamination (Krell et al., arXiv 2107.02027).
+Whole documents follow each other without padding. Positions restart in each, and attention stays inside each:
+sequence packing without cross-contamination (Krell et al., arXiv 2107.02027).
 """
 
 from __future__ import annotations

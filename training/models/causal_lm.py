@@ -1,9 +1,10 @@
 """Any other causal language model of Hugging Face's transformers, behind models/interface.py.
 
-Nothing is assumed about an architecture; it is tested when the model is loaded. Packed rows are used only if the model, with a
-block-diagonal mask and positions that restart, gives the same logits as for each document alone. The fused head is used only if
-states times head equal the model's own logits (not so with soft-capped or biased heads). A model that fails the tests reads
-one document at a time, or returns all logits: `head()` is then None and `hidden` returns logits (N, V).
+Nothing is assumed about an architecture; it is tested when the model is loaded. Packed rows are used only if
+the model, with a block-diagonal mask and positions that restart, gives the same logits as for each document
+alone. The fused head is used only if states times head equal the model's own logits (not so with soft-capped
+or biased heads). A model that fails the tests reads one document at a time, or returns all logits: `head()`
+is then None and `hidden` returns logits (N, V).
 
 Weights are read from safetensors only. Code that comes with a model is never run.
 """
@@ -73,7 +74,7 @@ class CausalLM(nn.Module):
             raise Failure("base_model", f"transformers cannot load the model in {folder}: {error}") from error
         return CausalLM(lm)
 
-    # ---- the interface ---------------------------------------------------------------------------------------------
+    # ---- the interface -------------------------------------------------------------------------------------
 
     @property
     def context(self) -> int:
@@ -82,7 +83,8 @@ class CausalLM(nn.Module):
         return int(getattr(text, "max_position_embeddings", None) or 2048)
 
     def hidden(self, batch: Batch, all_tokens: bool = False) -> Tensor:
-        """Final states of the positions that predict a trained token, (N, D), or of all tokens, (T, D), if `all_tokens`.
+        """Final states of the positions that predict a trained token, (N, D), or of all tokens, (T, D), if
+        `all_tokens`.
 
         They are logits, (N, V) or (T, V), if `head()` is None."""
         states = self._packed_states(batch) if self.packed else self._separate_states(batch)  # (T, D or V)
@@ -127,7 +129,7 @@ class CausalLM(nn.Module):
     def decoder(self) -> TransformersDecoder:
         return TransformersDecoder(self.lm, self.context)
 
-    # ---- adapters ------------------------------------------------------------------------------------------------
+    # ---- adapters ------------------------------------------------------------------------------------------
 
     def add_lora(
         self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
@@ -183,7 +185,7 @@ class CausalLM(nn.Module):
         lm._hf_peft_config_loaded = False
         return lm
 
-    # ---- how it is computed --------------------------------------------------------------------------------------
+    # ---- how it is computed --------------------------------------------------------------------------------
 
     def _packed_states(self, batch: Batch) -> Tensor:
         out = self._inner()(
@@ -207,7 +209,8 @@ class CausalLM(nn.Module):
         return self.lm.base_model if self.fused else self.lm
 
     def _mask(self, batch: Batch) -> Any:
-        """The additive attention mask, (1, 1, T, T): each token attends to itself and what precedes it in its document.
+        """The additive attention mask, (1, 1, T, T): each token attends to itself and what precedes it in its
+        document.
 
         Models with several kinds of layers get one mask for each kind."""
         T, device = len(batch.ids), batch.ids.device
@@ -232,14 +235,15 @@ class CausalLM(nn.Module):
             ~allowed, lowest
         )[None, None]
 
-    # ---- self-test -----------------------------------------------------------------------------------------------
+    # ---- self-test -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _self_test(self) -> None:
         """Compares the fused head and packed rows with the model as transformers runs it.
 
-        Two short documents, the second longer than a small attention window, are run one by one and packed. A second packed
-        row differs only in its first document, which must not change the states of the second."""
+        Two short documents, the second longer than a small attention window, are run one by one and
+        packed. A second packed row differs only in its first document, which must not change the states of
+        the second."""
         was_training = self.lm.training
         self.lm.eval()
         rng = torch.Generator().manual_seed(1)
@@ -313,7 +317,7 @@ def _collect(p: Tensor) -> None:
         p.grad = None
 
 
-# ---- generation ------------------------------------------------------------------------------------------------------
+# ---- generation --------------------------------------------------------------------------------------------
 
 
 class TransformersDecoder:

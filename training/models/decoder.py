@@ -1,8 +1,9 @@
 """Generating one token after another, fast: the key/value cache, weights laid out for reading, and sampling.
 
 Shapes: B sequences, N tokens read or written in a pass, D width, H heads of size d, V vocabulary, C context.
-Each step reads every weight once, so its speed is limited by memory bandwidth. On a CPU the weights are repacked for oneDNN
-(measured on 2 cores, one row: an MLP matrix takes 0.28 ms as stored, 0.08 ms repacked; GPT-2's head 11.7 ms and 6.1 ms).
+Each step reads every weight once, so its speed is limited by memory bandwidth. On a CPU the weights are
+repacked for oneDNN (measured on 2 cores, one row: an MLP matrix takes 0.28 ms as stored, 0.08 ms repacked;
+GPT-2's head 11.7 ms and 6.1 ms).
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ Linear = Callable[[Tensor], Tensor]
 
 
 class Decoder(Protocol):
-    """What generation needs from a model. A cache belongs to one sequence; a step advances several sequences at once."""
+    """What generation needs from a model. A cache belongs to one sequence; a step advances several
+    sequences at once."""
 
     context: int
 
     def prefill(self, ids: Sequence[int], room: int, all_tokens: bool = False) -> tuple[Any, Tensor]:
         """Reads a prompt into a new cache with room for `room` tokens.
 
-        Returns (cache, logits): the last token's logits, (V,), or those of all tokens, (T, V), if `all_tokens`."""
+        Returns (cache, logits): the last token's logits, (V,), or those of all tokens, (T, V), if
+        `all_tokens`."""
         ...
 
     def fork(self, cache: Any) -> Any:
@@ -39,14 +42,16 @@ class Decoder(Protocol):
 
 
 def linear(weight: Tensor, bias: Tensor | None, act: str = "none", pack: bool = True) -> Linear:
-    """x (N, in) -> act(x @ weight.T + bias) (N, out), for weight (out, in); `act` is "none" or "gelu" (tanh form)."""
+    """x (N, in) -> act(x @ weight.T + bias) (N, out), for weight (out, in); `act` is "none" or "gelu"
+    (tanh form)."""
     if (
         pack
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
     ):
-        # The operators that torch.compile emits for frozen weights. The repacked copy replaces the plain weight.
+        # The operators that torch.compile emits for frozen weights. The repacked copy replaces the plain
+        # weight.
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
         run = torch.ops.mkldnn._linear_pointwise
         algorithm = "tanh" if act == "gelu" else ""
@@ -58,7 +63,8 @@ def linear(weight: Tensor, bias: Tensor | None, act: str = "none", pack: bool = 
 
 @dataclass
 class Cache:
-    """Keys and values of one sequence: one tensor (room, 2, H, d) per layer, of which `length` tokens are filled."""
+    """Keys and values of one sequence: one tensor (room, 2, H, d) per layer, of which `length` tokens are
+    filled."""
 
     layers: list[Tensor]
     length: int
@@ -66,7 +72,8 @@ class Cache:
 
 @dataclass
 class Layer:
-    """The weights of one block, ready to be applied: (scale, shift) of the norms, functions for the linear layers."""
+    """The weights of one block, ready to be applied: (scale, shift) of the norms, functions for the linear
+    layers."""
 
     norm1: tuple[Tensor, Tensor]
     qkv: Linear
@@ -77,10 +84,11 @@ class Layer:
 
 
 class GPT2Decoder:
-    """GPT-2 from its Hugging Face weights by name (`wte.weight`, `h.0.attn.c_attn.weight` of shape (in, out), …).
+    """GPT-2 from its Hugging Face weights by name (`wte.weight`, `h.0.attn.c_attn.weight` of shape (in, out),
+    …).
 
-    pack=True copies the weights for speed, for models that generate a lot. pack=False reads them in place, so a model
-    in training can generate samples without extra memory."""
+    pack=True copies the weights for speed, for models that generate a lot. pack=False reads them in place,
+    so a model in training can generate samples without extra memory."""
 
     @torch.inference_mode()
     def __init__(
@@ -136,10 +144,11 @@ class GPT2Decoder:
         return self.head(self._run(torch.tensor(ids, device=device), positions, caches, 1))  # (B, V)
 
     def _run(self, ids: Tensor, positions: Tensor, caches: Sequence[Cache], new: int) -> Tensor:
-        """Runs `new` tokens for each cache, the rows of one cache after those of another: ids (B * new,) -> (B * new, D).
+        """Runs `new` tokens for each cache, the rows of one cache after those of another: ids (B * new,) ->
+        (B * new, D).
 
-        The same pre-norm blocks as models/gpt2.py, without dropout. The linear layers see all sequences as one matrix;
-        only attention goes sequence by sequence."""
+        The same pre-norm blocks as models/gpt2.py, without dropout. The linear layers see all sequences as
+        one matrix; only attention goes sequence by sequence."""
         x = self.wte[ids] + self.wpe[positions]  # (B * new, D)
         shape = (self.width,)
         for i, layer in enumerate(self.layers):
@@ -151,7 +160,8 @@ class GPT2Decoder:
         return F.layer_norm(x, shape, *self.norm, self.eps)
 
     def _attend(self, qkv: Tensor, layer: int, caches: Sequence[Cache], new: int) -> Tensor:
-        """Each sequence attends to its own past, so different lengths need no padding and no mask. (N, 3, H, d) -> (N, D)"""
+        """Each sequence attends to its own past, so different lengths need no padding and no mask. (N, 3,
+        H, d) -> (N, D)"""
         outs = []
         for b, cache in enumerate(caches):
             rows, end = qkv[b * new : (b + 1) * new], cache.length + new
@@ -166,7 +176,8 @@ class GPT2Decoder:
 
 
 def penalized(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
-    """Repetition penalty (CTRL, arXiv 1909.05858) on logits (V,): every token seen before becomes less likely.
+    """Repetition penalty (CTRL, arXiv 1909.05858) on logits (V,): every token seen before becomes less
+    likely.
 
     As in transformers, positive logits are divided by `penalty` and negative ones multiplied."""
     if penalty == 1 or not seen:
@@ -181,9 +192,9 @@ def sample(
 ) -> int:
     """Draws a token from logits (V,) by inverting the cumulative distribution at `uniform` (0 ≤ u < 1).
 
-    At temperature 0 it is the first of the most likely tokens. The filters apply in the order of transformers: top_k (Fan et
-    al., arXiv 1805.04833), then top_p (nucleus sampling, arXiv 1904.09751), then min_p (arXiv 2407.01082), which is relative to
-    the most likely token's probability."""
+    At temperature 0 it is the first of the most likely tokens. The filters apply in the order of
+    transformers: top_k (Fan et al., arXiv 1805.04833), then top_p (nucleus sampling, arXiv 1904.09751),
+    then min_p (arXiv 2407.01082), which is relative to the most likely token's probability."""
     if temperature <= 0 or top_p <= 0:
         return int(logits.argmax())
     logits = logits.float() / temperature
@@ -214,7 +225,8 @@ def sample(
 
 
 def _pick(weights: Tensor, uniform: float) -> int:
-    """The index at which the cumulative sum of `weights` passes `uniform` times their total. Summed in fp64."""
+    """The index at which the cumulative sum of `weights` passes `uniform` times their total. Summed in
+    fp64."""
     mass = torch.cumsum(weights.double(), 0)
     point = torch.as_tensor(uniform * float(mass[-1]), dtype=mass.dtype, device=mass.device)
     return min(int(torch.searchsorted(mass, point, right=True)), weights.numel() - 1)

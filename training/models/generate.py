@@ -1,8 +1,8 @@
 """Text generation: a prompt in, tokens out one by one.
 
-`open_sequences` reads a prompt once and starts sequences from it. `advance` generates one token for each sequence in one batched
-pass through the model. `generate` is the simple loop over the two; serving/serve.py advances the sequences of many requests
-together (continuous batching, as in Orca, OSDI 2022).
+`open_sequences` reads a prompt once and starts sequences from it. `advance` generates one token for each
+sequence in one batched pass through the model. `generate` is the simple loop over the two; serving/serve.py
+advances the sequences of many requests together (continuous batching, as in Orca, OSDI 2022).
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class GenerateOptions:
 class Token:
     """One generated token. Joined, the `text`s are the completion.
 
-    While a character is incomplete or a stop string may have begun, `text` is empty and comes with a later token."""
+    While a character is incomplete or a stop string may have begun, `text` is empty and comes with a later
+    token."""
 
     index: int
     id: int
@@ -86,10 +87,11 @@ def generate(
     should_stop: Callable[[], bool] | None = None,
     decoder: Decoder | None = None,
 ) -> list[Completion]:
-    """Generates `options.n` completions of `prompt_ids`. Calls `on_token` for each token; `should_stop` ends it early.
+    """Generates `options.n` completions of `prompt_ids`. Calls `on_token` for each token; `should_stop` ends
+    it early.
 
-    Without a `decoder` the model's weights are read in place. To generate a lot, make one with `decoder_for`. Raises
-    GenerateError if the prompt is too long."""
+    Without a `decoder` the model's weights are read in place. To generate a lot, make one with
+    `decoder_for`. Raises GenerateError if the prompt is too long."""
     decoder = decoder or decoder_for(model, pack=False)
     sequences = open_sequences(decoder, tokenizer, prompt_ids, options)
     written: list[list[Token]] = [[] for _ in sequences]
@@ -189,7 +191,8 @@ def open_sequences(
     options: GenerateOptions,
     first: int = 0,
 ) -> list[TextSequence]:
-    """Reads the prompt once and starts `options.n` sequences from it, numbered from `first`. Raises GenerateError."""
+    """Reads the prompt once and starts `options.n` sequences from it, numbered from `first`. Raises
+    GenerateError."""
     prompt = list(prompt_ids) or [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
     check_length(len(prompt), decoder.context, options)
     room = min(options.max_tokens, decoder.context - len(prompt))
@@ -219,7 +222,8 @@ def open_sequences(
 def advance(
     decoder: Decoder, sequences: Sequence[TextSequence], record: Callable[[TextSequence, Token], None]
 ) -> None:
-    """Generates one token for each sequence. `record` is called before the pass that computes the next logits."""
+    """Generates one token for each sequence. `record` is called before the pass that computes the next
+    logits."""
     for sequence in sequences:
         token = sequence.next_token()
         if token is not None:
@@ -235,7 +239,8 @@ def advance(
 
 
 def logprobs_of(logits: Tensor, token_id: int, count: int, tokenizer: Tokenizer) -> tuple[float, TopLogprobs]:
-    """Natural log-probabilities of a token and of the `count` most likely ones, before temperature. logits (V,)."""
+    """Natural log-probabilities of a token and of the `count` most likely ones, before temperature. logits
+    (V,)."""
     scores = torch.log_softmax(logits.float(), -1)
     values, ids = torch.topk(scores, min(count, scores.numel()))
     names = tokenizer.token_texts(ids.tolist())
@@ -268,7 +273,8 @@ BROKEN = "\ufffd"
 class TextStream:
     """Incremental detokenization: token ids in, final text out.
 
-    Characters come out whole even if they span several tokens. A stop string and everything after it never come out."""
+    Characters come out whole even if they span several tokens. A stop string and everything after it never
+    come out."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
         # Decoding starts a few tokens early: some tokenizers write a space only between words.
@@ -296,10 +302,10 @@ class TextStream:
 
     def _release(self, text: str, final: bool) -> str:
         text = self.pending + text
-        found = [at for at in (text.find(s) for s in self.stop) if at >= 0]
-        if found:
+        stops = [at for at in (text.find(s) for s in self.stop) if at >= 0]
+        if stops:
             self.stopped, self.pending = True, ""
-            return text[: min(found)]
+            return text[: min(stops)]
         keep = 0 if final else max((_overlap(text, s) for s in self.stop), default=0)
         self.pending = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -364,7 +370,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def prompt_ids(prompt: str | list[int] | list[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
-    """The token ids of a prompt or conversation, built exactly as in training. Token ids are only validated."""
+    """The token ids of a prompt or conversation, built exactly as in training. Token ids are only
+    validated."""
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt)
         return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]

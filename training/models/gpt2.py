@@ -1,8 +1,8 @@
 """GPT-2, all of it, on torch alone. Reads and writes Hugging Face's names and files.
 
-One of the two implementations of models/interface.py (models/causal_lm.py is the other). The model is that of Radford et al.,
-"Language Models are Unsupervised Multitask Learners" (2019); nanoGPT's model.py is the short version to read beside it.
-Here a batch is one packed row, so tensors are (T, D) without a batch dimension.
+One of the two implementations of models/interface.py (models/causal_lm.py is the other). The model is that of
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019); nanoGPT's model.py is the short
+version to read beside it. Here a batch is one packed row, so tensors are (T, D) without a batch dimension.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ Param = nn.Parameter
 
 @dataclass
 class GPT2Config:
-    """The shape of a GPT-2 under Hugging Face's names. `extra` is the rest of config.json, written back unchanged."""
+    """The shape of a GPT-2 under Hugging Face's names. `extra` is the rest of config.json, written back
+    unchanged."""
 
     vocab_size: int = 50257
     n_positions: int = 1024  # the context
@@ -62,7 +63,8 @@ class GPT2Config:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a model folder. Raises Failure("base_model") if it is missing, broken or not an object."""
+    """The config.json of a model folder. Raises Failure("base_model") if it is missing, broken or not an
+    object."""
     path = Path(folder) / "config.json"
     try:
         values = json.loads(path.read_text())
@@ -76,7 +78,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def is_plain_gpt2(config: dict[str, Any]) -> bool:
-    """Whether this module implements the model of a config.json. Rarely used options are left to transformers."""
+    """Whether this module implements the model of a config.json. Rarely used options are left to
+    transformers."""
     return (
         config.get("model_type") == "gpt2"
         and config.get("activation_function", "gelu_new") in ("gelu_new", "gelu_pytorch_tanh")
@@ -174,7 +177,8 @@ class Embeddings(nn.Module):
 
 
 class GPT2(nn.Module):
-    """Language model with tied input and output embeddings. Parameters have Hugging Face's names (`transformer.h.0.…`)."""
+    """Language model with tied input and output embeddings. Parameters have Hugging Face's names
+    (`transformer.h.0.…`)."""
 
     gradient_checkpointing = False
     lora: dict[str, Any] | None = None  # rank, alpha, dropout, targets, once adapters are there
@@ -209,19 +213,21 @@ class GPT2(nn.Module):
         return lora.merged_weights(self)
 
     def hidden(self, batch: Batch, all_tokens: bool = False) -> Tensor:
-        """Final states of the positions that predict a trained token, (N, D), or of all tokens, (T, D), if `all_tokens`."""
+        """Final states of the positions that predict a trained token, (N, D), or of all tokens, (T, D), if
+        `all_tokens`."""
         t: Any = self.transformer
         # token embedding + learned position embedding; positions restart at 0 in each document
         x = kernels.Embedding.apply(t["wte"].weight, t["wpe"].weight, batch.ids, batch.positions)  # (T, D)
         x = kernels.dropout(x, self.config.embd_pdrop if self.training else 0.0)
         for block in t["h"]:
-            # Gradient checkpointing keeps only the input of each block and computes the rest again in the backward pass
-            # (Chen et al., arXiv 1604.06174).
+            # Gradient checkpointing keeps only the input of each block and computes the rest again in the
+            # backward pass (Chen et al., arXiv 1604.06174).
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, batch, use_reentrant=False)
             else:
                 x = block(x, batch)
-        # Only the N positions that the loss needs go through the last norm and the head: prompts cost neither.
+        # Only the N positions that the loss needs go through the last norm and the head: prompts cost
+        # neither.
         states: Tensor = t["ln_f"](x if all_tokens else x[batch.loss_positions])
         return states
 
@@ -236,11 +242,12 @@ class GPT2(nn.Module):
         assert self.lora is not None
         lora.save_adapter(self, self.lora, folder, base)
 
-    # ---- files ---------------------------------------------------------------------------------------------------
+    # ---- files ---------------------------------------------------------------------------------------------
 
     @staticmethod
     def new(config: GPT2Config, seed: int = 0) -> GPT2:
-        """Random weights with GPT-2's initialization: N(0, 0.02), norms 1, biases 0. The same `seed` gives the same weights."""
+        """Random weights with GPT-2's initialization: N(0, 0.02), norms 1, biases 0. The same `seed` gives
+        the same weights."""
         model = GPT2(config)
         rng = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -257,11 +264,13 @@ class GPT2(nn.Module):
 
     @staticmethod
     def load(folder: str | Path) -> GPT2:
-        """Reads config.json and model.safetensors (or its shards), fp32 on the CPU. Raises Failure("base_model").
+        """Reads config.json and model.safetensors (or its shards), fp32 on the CPU. Raises
+        Failure("base_model").
 
         fp32 weights are memory-mapped: nothing is copied until they are written to."""
         config = GPT2Config.load(folder)
-        # on the meta device parameters have shapes but no memory: they are replaced by the tensors of the file
+        # on the meta device parameters have shapes but no memory: they are replaced by the tensors of the
+        # file
         with torch.device("meta"):
             model = GPT2(config)
         weights = _weights(Path(folder))
@@ -269,13 +278,13 @@ class GPT2(nn.Module):
             # older files (OpenAI's own upload among them) leave out the prefix "transformer."
             tensor = weights.get(name, weights.get(name.removeprefix("transformer.")))
             if tensor is None or tensor.shape != p.shape:
-                found = (
+                problem = (
                     "is missing"
                     if tensor is None
                     else f"has the shape {tuple(tensor.shape)}, not {tuple(p.shape)}"
                 )
                 raise Failure(
-                    "base_model", f"The model in {folder} does not fit its config.json: {name} {found}."
+                    "base_model", f"The model in {folder} does not fit its config.json: {name} {problem}."
                 )
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, Param(tensor.float()))

@@ -33,13 +33,15 @@ class LanguageModel(Protocol):
     def gradient_checkpointing(self, on: bool) -> None: ...
 
     def hidden(self, batch: Batch, all_tokens: bool = False) -> Tensor:
-        """Final states of the positions that predict a trained token, (N, D), or of all tokens, (T, D), if `all_tokens`.
+        """Final states of the positions that predict a trained token, (N, D), or of all tokens, (T, D), if
+        `all_tokens`.
 
         If `head()` is None they are logits already: (N, V) or (T, V)."""
         ...
 
     def head(self) -> Tensor | None:
-        """(V, D): logits are states @ head.T. None if the head is not a plain matrix product (soft-capped, biased)."""
+        """(V, D): logits are states @ head.T. None if the head is not a plain matrix product (soft-capped,
+        biased)."""
         ...
 
     def set_dropout(self, p: float) -> None:
@@ -49,7 +51,8 @@ class LanguageModel(Protocol):
     def add_lora(
         self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
     ) -> None:
-        """Freezes the weights and adds adapters, in place. Raises Failure("bad_settings") for unknown targets."""
+        """Freezes the weights and adds adapters, in place. Raises Failure("bad_settings") for unknown
+        targets."""
         ...
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -60,7 +63,7 @@ class LanguageModel(Protocol):
         """Writes the two files of a peft adapter. `base` is the folder or Hub name of the base model."""
         ...
 
-    # ---- from torch.nn.Module --------------------------------------------------------------------------------------
+    # ---- from torch.nn.Module ------------------------------------------------------------------------------
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...

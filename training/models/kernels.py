@@ -1,12 +1,13 @@
-"""The few operations that make training fast, each next to the plain formula it equals (tests/training/test_engine.py).
+"""The few operations that make training fast, each next to the plain formula it equals
+(tests/training/test_engine.py).
 
-Shapes: T tokens of a packed row, N of them trained, D the width of the model, H heads of size d = D / H, V the vocabulary.
-A document is rows s to e of a packed row, t = e - s.
+Shapes: T tokens of a packed row, N of them trained, D the width of the model, H heads of size d = D / H, V
+the vocabulary. A document is rows s to e of a packed row, t = e - s.
 
-What they share: each trained parameter owns `main_grad`, a view of one flat fp32 buffer (see engine/optimizer.py), and the
-backward pass adds to it in place. No gradient tensor is allocated, summed and copied; autograd carries only activations.
-Megatron-LM calls this gradient accumulation fusion. With a sharded model, gradients must go through autograd after
-all: engine/fsdp.py sets `by_autograd`.
+What they share: each trained parameter owns `main_grad`, a view of one flat fp32 buffer (see
+engine/optimizer.py), and the backward pass adds to it in place. No gradient tensor is allocated, summed and
+copied; autograd carries only activations. Megatron-LM calls this gradient accumulation fusion. With a sharded
+model, gradients must go through autograd after all: engine/fsdp.py sets `by_autograd`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def accumulate_grad_product(p: Tensor, a: Tensor, b: Tensor, scale: float = 1.0)
 
 
 def accumulate_product(grad: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """grad += scale * a @ b. One GEMM with beta = 1 where the dtypes match; bf16 products are added to the fp32 buffer."""
+    """grad += scale * a @ b. One GEMM with beta = 1 where the dtypes match; bf16 products are added to the
+    fp32 buffer."""
     if grad.dtype == a.dtype:
         grad.addmm_(a, b, alpha=scale)
     else:
@@ -104,7 +106,9 @@ class Linear(Function):
 
 
 class LayerNorm(Function):
-    """y = (x - mean) / std * w + b over the last dimension (Ba et al., arXiv 1607.06450).  x (T, D) -> (T, D)."""
+    """y = (x - mean) / std * w + b over the last dimension (Ba et al., arXiv 1607.06450).
+
+    x (T, D) -> (T, D)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor, eps: float) -> Tensor:
@@ -146,7 +150,7 @@ class Embedding(Function):
         return *given, None, None
 
 
-# ---- attention -----------------------------------------------------------------------------------------------------
+# ---- attention ---------------------------------------------------------------------------------------------
 
 
 def attention(
@@ -154,9 +158,10 @@ def attention(
 ) -> Tensor:
     """Causal attention inside each document of a packed row.  qkv (T, 3D) -> (T, D).
 
-    bounds: (start, end) of each document; offsets: the same as (documents + 1,) int32 on the device; longest: tokens of
-    the longest document. No mask and no padding: documents never see each other because each has its own call (or, on a
-    GPU, its own segment of FlashAttention's variable-length kernel; Dao et al., arXiv 2205.14135)."""
+    bounds: (start, end) of each document; offsets: the same as (documents + 1,) int32 on the device;
+    longest: tokens of the longest document. No mask and no padding: documents never see each other because
+    each has its own call (or, on a GPU, its own segment of FlashAttention's variable-length kernel; Dao et
+    al., arXiv 2205.14135)."""
     T, D = qkv.shape[0], qkv.shape[1] // 3
     if qkv.device.type == "cpu":
         if dropout:
@@ -172,7 +177,8 @@ def attention(
             o = F.scaled_dot_product_attention(one, two, three, dropout_p=dropout, is_causal=True)
             outs.append(o[0].transpose(0, 1))
         return torch.cat(outs).reshape(T, D)
-    # The operator behind torch.nn.attention.varlen, called directly because its public function takes no dropout.
+    # The operator behind torch.nn.attention.varlen, called directly because its public function takes no
+    # dropout.
     out = torch.ops.aten._flash_attention_forward(
         q, k, v, offsets, offsets, longest, longest, dropout, True, False
     )[0]
@@ -184,7 +190,8 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class DocumentAttention(Function):
-    """One call of torch's CPU flash kernel per document. Queries, keys and values are strided views of qkv: no copies."""
+    """One call of torch's CPU flash kernel per document. Queries, keys and values are strided views of
+    qkv: no copies."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bounds: list[tuple[int, int]], heads: int) -> Tensor:
@@ -194,7 +201,8 @@ class DocumentAttention(Function):
         out, kept = qkv.new_empty(T, D), []
         for s, e in bounds:
             q, k, v = (z[s:e, j].transpose(0, 1)[None] for j in range(3))  # (1, H, t, d)
-            # o (1, H, t, d); lse (1, H, t) is the log of each softmax denominator, all that backward needs of the scores
+            # o (1, H, t, d); lse (1, H, t) is the log of each softmax denominator, all that backward needs of
+            # the scores
             o, lse = _flash(q, k, v, 0.0, True)
             out[s:e].view(e - s, heads, D // heads).copy_(o[0].transpose(0, 1))
             kept.append((o, lse))
@@ -221,8 +229,8 @@ class DocumentAttention(Function):
 class DropoutAttention(Function):
     """The same with dropout on the attention probabilities, which torch's CPU flash kernel does not support.
 
-    The plain algorithm with the (H, t, t) scores of one document at a time. Instead of probabilities and a mask it keeps
-    one number per pair of tokens: the probability, with a minus sign where it was dropped."""
+    The plain algorithm with the (H, t, t) scores of one document at a time. Instead of probabilities and a
+    mask it keeps one number per pair of tokens: the probability, with a minus sign where it was dropped."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bounds: list[tuple[int, int]], heads: int, p: float) -> Tensor:
@@ -236,7 +244,8 @@ class DropoutAttention(Function):
             scores.masked_fill_(_causal_mask(e - s), float("-inf"))
             probs = torch.softmax(scores, -1)
             signed = torch.where(keep_mask(probs.shape, p), probs, -probs)
-            # Dropped probabilities are negative, so clamp sets them to 0; the rest are scaled up by 1 / (1 - p).
+            # Dropped probabilities are negative, so clamp sets them to 0; the rest are scaled up by 1 / (1 -
+            # p).
             o = torch.bmm(signed.clamp(min=0), v).mul_(1 / keep_probability(p))
             out[s:e].view(e - s, heads, D // heads).copy_(o.transpose(0, 1))
             kept.append(signed)
@@ -259,7 +268,8 @@ class DropoutAttention(Function):
             # dv = dropped(P).T @ do
             dropped = signed.clamp(min=0).mul_(1 / keep_probability(p))
             dz[s:e, 2].copy_(torch.bmm(dropped.transpose(1, 2), d).transpose(0, 1))
-            # Backward of softmax: ds = P * (dP - sum(dP * P)). The sum equals sum(do * o) over d (FlashAttention, appendix B).
+            # Backward of softmax: ds = P * (dP - sum(dP * P)). The sum equals sum(do * o) over d
+            # (FlashAttention, appendix B).
             ds = torch.bmm(d, v.transpose(1, 2)).mul_(dropped)  # gradient of the scores: dP * P - P * delta
             ds.addcmul_(signed.abs(), delta[:, s:e, None], value=-1).mul_(scale)
             # dq = ds @ k and dk = ds.T @ q
@@ -274,7 +284,7 @@ def _causal_mask(t: int) -> Tensor:
     return torch.ones(t, t, dtype=torch.bool).triu_(1)
 
 
-# ---- dropout -------------------------------------------------------------------------------------------------------
+# ---- dropout -----------------------------------------------------------------------------------------------
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -302,7 +312,8 @@ LEVELS = 1 << 16
 
 
 def keep_mask(shape: Sequence[int], p: float) -> Tensor:
-    """A bool tensor on the CPU: True with probability `keep_probability(p)`, drawn from torch's global generator."""
+    """A bool tensor on the CPU: True with probability `keep_probability(p)`, drawn from torch's global
+    generator."""
     count = math.prod(shape)
     # Each int64 draw is read as four int16 values, uniform over [-2**15, 2**15).
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
@@ -314,19 +325,20 @@ def keep_probability(p: float) -> float:
     return 1 - round(p * LEVELS) / LEVELS
 
 
-# ---- head and loss -------------------------------------------------------------------------------------------------
+# ---- head and loss -----------------------------------------------------------------------------------------
 
 ROWS = 512  # tokens whose logits are in memory at once
 COLUMNS = 4096  # vocabulary entries in a block, so that a block stays in the CPU's cache
 
 
 def head_loss(h: Tensor, targets: Tensor, w: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of softmax(h @ w.T), summed over tokens and times `scale`, and how many tokens argmax would hit.
+    """Cross-entropy of softmax(h @ w.T), summed over tokens and times `scale`, and how many tokens argmax
+    would hit.
 
-    h (N, D), targets (N,), w (V, D) -> two scalars: the loss in nats, fp32, and the count, int64. Logits exist for 512
-    tokens at a time, (512, V) instead of (N, V), and the gradients are computed while they do, so `scale` must already
-    include whatever the loss is divided by. The idea is that of Liger Kernel's fused linear cross-entropy
-    (arXiv 2410.10989) and of cut cross-entropy (arXiv 2411.09009)."""
+    h (N, D), targets (N,), w (V, D) -> two scalars: the loss in nats, fp32, and the count, int64. Logits
+    exist for 512 tokens at a time, (512, V) instead of (N, V), and the gradients are computed while they
+    do, so `scale` must already include whatever the loss is divided by. The idea is that of Liger Kernel's
+    fused linear cross-entropy (arXiv 2410.10989) and of cut cross-entropy (arXiv 2411.09009)."""
     learning = torch.is_grad_enabled()  # asked here: inside a Function it is always False
     result: tuple[Tensor, Tensor] = HeadLoss.apply(
         h, targets, w, scale, learning and h.requires_grad, learning and w.requires_grad
@@ -362,7 +374,8 @@ class HeadLoss(Function):
                 top = torch.maximum(top, lg.amax(1))
                 place, inside = _local_targets(yc, v0, v1)
                 own = own + lg.gather(1, place).squeeze(1) * inside
-            # 2. exp(logit - largest) in place and the sum of each row: the loss is log(sum) + largest - target's logit.
+            # 2. exp(logit - largest) in place and the sum of each row: the loss is log(sum) + largest -
+            # target's logit.
             total = 0.0
             for lg in logits:
                 total = total + lg.sub_(top[:, None]).exp_().sum(1)
@@ -371,8 +384,8 @@ class HeadLoss(Function):
             hits += (own >= top).sum()
             if dh is None:
                 continue
-            # 3. d loss / d logits = softmax - onehot(target). The 1 is subtracted before the products; afterwards it would
-            #    be lost in their rounding. exp / total is the probability, so total is subtracted at the target.
+            # 3. d loss / d logits = softmax - onehot(target). The 1 is subtracted before the products; afterwards
+            #    it would be lost in their rounding. exp / total is the probability, so total is subtracted at the target.
             weight = (scale / total)[:, None]  # (n, 1): turns exp into probability * scale
             # In fp32 the factor goes to the smaller side of each product, (n, D) instead of (n, V).
             scaled = hc * weight if exact else hc
@@ -394,12 +407,14 @@ class HeadLoss(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """The gradients exist already, so the incoming gradient is ignored: do not scale the loss after head_loss."""
+        """The gradients exist already, so the incoming gradient is ignored: do not scale the loss after
+        head_loss."""
         dh, dw = ctx.saved_tensors
         return dh, None, dw, None, None, None
 
 
 def _local_targets(targets: Tensor, v0: int, v1: int) -> tuple[Tensor, Tensor]:
-    """Index of each target within a block of the vocabulary, clamped, (n, 1), and whether it really is in it, (n,) as 0 or 1."""
+    """Index of each target within a block of the vocabulary, clamped, (n, 1), and whether it really is in
+    it, (n,) as 0 or 1."""
     inside = (targets >= v0) & (targets < v1)
     return (targets - v0).clamp(0, v1 - v0 - 1)[:, None], inside.float()

@@ -10,7 +10,8 @@ from training.models.gpt2 import GPT2, is_plain_gpt2, read_config
 
 
 def load_model(folder: str | Path) -> Any:
-    """GPT2 for plain GPT-2 models, CausalLM for all others. Weights are fp32 on the CPU. Raises Failure("base_model")."""
+    """GPT2 for plain GPT-2 models, CausalLM for all others. Weights are fp32 on the CPU. Raises
+    Failure("base_model")."""
     if is_plain_gpt2(read_config(folder)):
         return GPT2.load(folder)
     from training.models.causal_lm import CausalLM  # late: importing transformers takes seconds

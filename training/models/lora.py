@@ -1,7 +1,8 @@
-"""LoRA for models/gpt2.py: small trained matrices next to frozen ones (Hu et al., arXiv 2106.09685). Other models use peft.
+"""LoRA for models/gpt2.py: small trained matrices next to frozen ones (Hu et al., arXiv 2106.09685). Other
+models use peft.
 
-y = x @ W + b + (alpha / rank) * (x @ A.T) @ B.T, with A (rank, in) random and B (out, rank) zero, so training starts
-exactly at the base model. Files and parameter names are those of peft, which loads what we save.
+y = x @ W + b + (alpha / rank) * (x @ A.T) @ B.T, with A (rank, in) random and B (out, rank) zero, so training
+starts exactly at the base model. Files and parameter names are those of peft, which loads what we save.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class Weight(nn.Module):
 class LoRALinearFunction(kernels.Function):
     """x (T, in), dropped (T, in) or None = x, w (in, out), b (out,), A (r, in), B (out, r) -> (T, out).
 
-    One Function instead of three matrix products under autograd: only the adapter's input and z are kept, and the
-    gradients of A and B are added to `main_grad` by the products that compute them."""
+    One Function instead of three matrix products under autograd: only the adapter's input and z are kept,
+    and the gradients of A and B are added to `main_grad` by the products that compute them."""
 
     @staticmethod
     def forward(
@@ -88,7 +89,8 @@ class LoRALinearFunction(kernels.Function):
         # dA = dz.T @ x, (r, in), and dB = scale * dy.T @ z, (out, r)
         dA, dB = accumulate_grad_product(A, dz.t(), x), accumulate_grad_product(B, dy.t(), z, ctx.scale)
         dx = dropped = None
-        # with dropout the frozen product and the adapter have different inputs, so each gets a gradient of its own
+        # with dropout the frozen product and the adapter have different inputs, so each gets a gradient of
+        # its own
         if ctx.separate:
             dx, dropped = affine(dy, ctx.w.t()), dz @ A
         elif ctx.needs_input_grad[0]:
@@ -101,7 +103,8 @@ def add(
 ) -> dict[str, Any]:
     """Freezes the model and adds adapters to the linear layers whose name ends in one of `targets`, in place.
 
-    Returns {"rank", "alpha", "dropout", "targets"}. Raises Failure("bad_settings") if no layer has such a name."""
+    Returns {"rank", "alpha", "dropout", "targets"}. Raises Failure("bad_settings") if no layer has such a
+    name."""
     wanted = tuple(targets or DEFAULT_TARGETS)
     for p in model.parameters():
         p.requires_grad_(False)
@@ -134,14 +137,16 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights under their Hugging Face names, adapters folded in. Only weights with an adapter are copied."""
+    """All weights under their Hugging Face names, adapters folded in. Only weights with an adapter are
+    copied."""
     folded = {f"{name}.weight": module.merged() for name, module in lora_layers(model)}
     plain = {name: p.detach() for name, p in model.named_parameters() if ".lora_" not in name}
     return plain | folded
 
 
 def save_adapter(model: nn.Module, lora: dict[str, Any], folder: str | Path, base: str) -> None:
-    """adapter_config.json and adapter_model.safetensors, for `peft.PeftModel.from_pretrained(base_model, folder)`."""
+    """adapter_config.json and adapter_model.safetensors, for `peft.PeftModel.from_pretrained(base_model,
+    folder)`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {
         f"base_model.model.{name}": p.detach().to("cpu", torch.float32).contiguous()

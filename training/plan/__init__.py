@@ -1,1 +1,2 @@
-"""What is decided before a run: settings, base models, estimates, warnings, and the events of a trainer. No torch."""
+"""What is decided before a run: settings, base models, estimates, warnings, and the events of a trainer.
+No torch."""

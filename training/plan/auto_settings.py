@@ -69,8 +69,8 @@ def _batch(summary: Summary) -> tuple[int, str]:
 
 
 def _epochs(summary: Summary, base: BaseModel) -> tuple[float, str]:
-    """Three, as in OpenAI's cookbook; more for few examples, fewer for many. Models far smaller than GPT-2 need up to twice
-    as many: the starter solves its sample task after five epochs, not after three."""
+    """Three, as in OpenAI's cookbook; more for few examples, fewer for many. Models far smaller than GPT-2
+    need up to twice as many: the starter solves its sample task after five epochs, not after three."""
     n = max(1, summary.examples)
     epochs, why = 3, f"{n:,} examples"
     if 3 * n < 100:
@@ -85,8 +85,8 @@ def _epochs(summary: Summary, base: BaseModel) -> tuple[float, str]:
 
 
 def learning_rate(adapter: str, base: BaseModel) -> tuple[float, str]:
-    """Smaller models tolerate larger steps, and adapters ten times larger ones than full fine-tuning (as found by
-    "LoRA Without Regret", Thinking Machines, 2025)."""
+    """Smaller models tolerate larger steps, and adapters ten times larger ones than full fine-tuning (as
+    found by "LoRA Without Regret", Thinking Machines, 2025)."""
     rate = 1e-4 * (GPT2_SIZE / max(1, base.parameters)) ** 0.5
     if adapter == "lora":
         rate *= 10

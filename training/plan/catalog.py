@@ -107,9 +107,9 @@ def base_models() -> list[BaseModel]:
 
 def starter() -> BaseModel:
     """The bundled model, which needs no network."""
-    found = describe(STARTER_FOLDER, id=STARTER)
+    model = describe(STARTER_FOLDER, id=STARTER)
     return replace(
-        found,
+        model,
         name="Starter",
         licence="Apache-2.0 (text: WordNet License)",
         languages="English",
@@ -136,18 +136,19 @@ def _described(folder: str, stamp: int) -> BaseModel:
 def describe(folder: str | Path, id: str = "") -> BaseModel:
     """The model in a folder of Hugging Face files, by its config.json. Raises OSError or ValueError."""
     folder = Path(folder).absolute()
-    found = _described(str(folder), (folder / "config.json").stat().st_mtime_ns)
+    model = _described(str(folder), (folder / "config.json").stat().st_mtime_ns)
     size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
-    return replace(found, id=id or folder.name, name=found.name or folder.name, download=size)
+    return replace(model, id=id or folder.name, name=model.name or folder.name, download=size)
 
 
 def from_config(config: Mapping[str, Any], *, id: str = "", folder: str = "") -> BaseModel:
-    """The model of a Hugging Face config.json, whose names differ between architectures. Raises ValueError."""
+    """The model of a Hugging Face config.json, whose names differ between architectures. Raises
+    ValueError."""
 
     def first(*names: str, default: int = 0) -> int:
         # Impossible numbers count as absent: an untrusted file must not overflow what is computed from it.
-        found = (config.get(name) for name in names)
-        return next((n for n in found if isinstance(n, int) and 0 < n < 10**9), default)
+        values = (config.get(name) for name in names)
+        return next((n for n in values if isinstance(n, int) and 0 < n < 10**9), default)
 
     width, layers = (
         first("n_embd", "hidden_size", "d_model"),
@@ -186,7 +187,8 @@ def training_memory(
 ) -> int:
     """Peak bytes of training: weights, optimizer, and activations of `tokens` tokens computed at once.
 
-    Full fine-tuning: weight, gradient and AdamW's two moments, 4 bytes each. LoRA: the frozen weights plus its adapters."""
+    Full fine-tuning: weight, gradient and AdamW's two moments, 4 bytes each. LoRA: the frozen weights plus
+    its adapters."""
     trained = base.parameters if adapter == "none" else lora_parameters(base, 8)
     state = 4 * base.parameters + 12 * trained
     own = 300 << 20  # of Python and torch themselves
@@ -227,8 +229,8 @@ def this_machine() -> Machine:
 
 
 def measure(machine: Machine) -> Machine:
-    """The machine with the measured rate of a plain matrix product with the shape of a GPT-2 block, on its CPU. Takes a fifth of a
-    second. GPUs cannot be measured without torch."""
+    """The machine with the measured rate of a plain matrix product with the shape of a GPT-2 block, on its
+    CPU. Takes a fifth of a second. GPUs cannot be measured without torch."""
     if machine.device != "cpu":
         return machine
     a, b = np.ones((512, 768), np.float32), np.ones((768, 3072), np.float32)
@@ -241,8 +243,8 @@ def measure(machine: Machine) -> Machine:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU has bf16 units, according to Linux. With them, matrix products are twice as fast as in fp32; without,
-    sixty times slower (measured)."""
+    """Whether the CPU has bf16 units, according to Linux. With them, matrix products are twice as fast as
+    in fp32; without, sixty times slower (measured)."""
     try:
         known = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -264,7 +266,7 @@ def _gpu(cores: int) -> Machine | None:
     if tool is None:
         return None
     try:
-        found = subprocess.run(
+        output = subprocess.run(
             [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
@@ -273,7 +275,7 @@ def _gpu(cores: int) -> Machine | None:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    lines = [line.split(", ") for line in found.splitlines() if line.count(", ") == 2]
+    lines = [line.split(", ") for line in output.splitlines() if line.count(", ") == 2]
     if not lines:
         return None
     name, memory, capability = lines[0]

@@ -1,7 +1,8 @@
 """The hyperparameters and the run file. One class, Settings, drives the form, the API and the command line.
 
-Imports no torch: pages validate with it. A field that is missing, None or "auto" takes its default. If the default is None,
-`training.plan.auto_settings.resolve` chooses the value from the data, the base model and the machine.
+Imports no torch: pages validate with it. A field that is missing, None or "auto" takes its default. If the
+default is None, `training.plan.auto_settings.resolve` chooses the value from the data, the base model and the
+machine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any, Literal
 
 
 class ConfigError(Exception):
-    """A setting that cannot be used. `field` names it ("" = the whole file); the message says what to change."""
+    """A setting that cannot be used. `field` names it ("" = the whole file); the message says what to
+    change."""
 
     def __init__(self, field: str, message: str) -> None:
         self.field = field
@@ -50,7 +52,8 @@ def setting(
     choices: tuple[str, ...] = (),
     group: Literal["basic", "advanced"] = "advanced",
 ) -> Any:
-    """A field of Settings with everything that the form, the API and the command line need to know about it."""
+    """A field of Settings with everything that the form, the API and the command line need to know about
+    it."""
     spec = Field(default, kind, help, label, minimum, maximum, choices, group)
     return field(default=default, metadata={"spec": spec})
 
@@ -258,8 +261,8 @@ class Settings:
     def stored(self) -> dict[str, Any]:
         """As stored in rows, events and checkpoints; `parse` reads these too.
 
-        The adapter is stored as `method`, its name in the first release, and the only objective of that release is left out, so
-        that programs of that release can read it."""
+        The adapter is stored as `method`, its name in the first release, and the only objective of that
+        release is left out, so that programs of that release can read it."""
         return stored_names(self.as_dict())
 
 
@@ -268,8 +271,8 @@ FIELDS: dict[str, Field] = {f.name: f.metadata["spec"] for f in fields(Settings)
 _METHODS = {"none": "full", "lora": "lora"}  # adapter -> its stored name
 
 
-# The version of the settings' schema, incremented whenever a setting is added or a default changes. Jobs and checkpoints
-# keep the version they were made with.
+# The version of the settings' schema, incremented whenever a setting is added or a default changes. Jobs and
+# checkpoints keep the version they were made with.
 SCHEMA = 1
 
 # name -> (the schema that introduced the current default, the default before it)
@@ -474,7 +477,8 @@ class Run:
         return values | {"settings": self.settings.as_dict(), "prompts": list(self.prompts)}
 
 
-# What may change between two attempts of a job: how much is computed at once and where, and when checkpoints are written.
+# What may change between two attempts of a job: how much is computed at once and where, and when checkpoints
+# are written.
 UNHASHED = (
     "micro_batch_tokens",
     "gradient_checkpointing",

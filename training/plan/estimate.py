@@ -1,5 +1,5 @@
-"""Estimates a run before it starts: what its work consists of, at the typical speed of such a machine, corrected by what each
-part took in finished jobs.
+"""Estimates a run before it starts: what its work consists of, at the typical speed of such a machine,
+corrected by what each part took in finished jobs.
 
 This is what a form can show at once. The rehearsal on the worker measures it all and is more accurate.
 """
@@ -54,7 +54,8 @@ class FinishedJob:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Times in seconds: half of all jobs take less than P50, nine in ten less than P90. `rows` and `basis` are for a page."""
+    """Times in seconds: half of all jobs take less than P50, nine in ten less than P90. `rows` and `basis`
+    are for a page."""
 
     seconds_p50: float
     seconds_p90: float
@@ -84,7 +85,8 @@ def estimate(
     queue: float = 0.0,
     price_per_hour: float = 0.0,
 ) -> Estimate:
-    """The estimate for resolved settings (see auto_settings.resolve). `queue`: seconds until a worker is free, at no cost."""
+    """The estimate for resolved settings (see auto_settings.resolve). `queue`: seconds until a worker is
+    free, at no cost."""
     plan = _Plan.of(base, settings, summary, validation)
     work, kept = plan.work(machine), plan.memory()
     alike = [p for p in past if p.took][:50]
@@ -210,8 +212,8 @@ class _Plan:
         }
 
     def memory(self) -> dict[str, float]:
-        """Bytes at the peak: the process, the weights, what training adds to them, and the larger of a row's backward pass and
-        the copy from which a checkpoint is written."""
+        """Bytes at the peak: the process, the weights, what training adds to them, and the larger of a
+        row's backward pass and the copy from which a checkpoint is written."""
         row = HOLES * activation_memory(self.base, self.row, self.settings.gradient_checkpointing)
         row *= 1 if self.settings.adapter == "none" else 0.75  # with frozen weights, fewer inputs are kept
         return {
@@ -232,7 +234,8 @@ def _steps(settings: Settings, examples: int, mean: float) -> tuple[int, int]:
 
 
 def _largest(summary: Summary, batch: int, steps: int) -> int:
-    """Expected tokens of the largest of `steps` random batches, from mean and variance of the lengths in the histogram."""
+    """Expected tokens of the largest of `steps` random batches, from mean and variance of the lengths in
+    the histogram."""
     mean = summary.tokens / max(1, summary.examples)
     # An example in the bucket up to 2ⁿ has about three quarters of that; the first bucket has all up to 16.
     squares = sum(n * (12 << i) ** 2 for i, n in enumerate(summary.histogram))
@@ -242,7 +245,8 @@ def _largest(summary: Summary, batch: int, steps: int) -> int:
 
 
 def operations(base: BaseModel, settings: Settings, mean: float, trained_share: float) -> float:
-    """Operations per token, forward and backward. The head is computed for trained tokens only; LoRA needs no weight gradients."""
+    """Operations per token, forward and backward. The head is computed for trained tokens only; LoRA needs
+    no weight gradients."""
     body = base.parameters - (base.vocab + base.context) * base.width
     attention = base.layers * base.width * mean * 2
     head = base.vocab * base.width * trained_share
@@ -261,12 +265,12 @@ def _time(work: Work, past: Sequence[FinishedJob], base: str, adapter: str) -> t
     alike = [_likeness(p, base, adapter) for p in past]
     weights = [like * FADES**age for age, like in enumerate(alike)]
     for _ in range(3):  # reweighted: jobs that were disturbed count less each time
-        found, ratios = _fitted(work, past, totals, weights)
+        fitted, ratios = _fitted(work, past, totals, weights)
         off = [abs(math.log(max(ratio, 1e-6))) for ratio in ratios]
         weights = [w * min(1.0, USUAL_NOISE / max(o, 1e-9)) for w, o in zip(weights, off, strict=True)]
     usual = _typical([(r, w) for r, w, like in zip(ratios, weights, alike, strict=True) if like == 1])
-    found = {part: {name: usual * seconds for name, seconds in of.items()} for part, of in found.items()}
-    return found, _spread(
+    fitted = {part: {name: usual * seconds for name, seconds in of.items()} for part, of in fitted.items()}
+    return fitted, _spread(
         [(r / (usual if like == 1 else 1), like) for r, like in zip(ratios, alike, strict=True)]
     )
 
@@ -275,14 +279,14 @@ def _fitted(
     work: Work, past: Sequence[FinishedJob], totals: list[float], weights: list[float]
 ) -> tuple[Work, list[float]]:
     """(seconds of the work according to finished jobs, actual / fitted time of each of those)."""
-    found: Work = {}
+    fitted: Work = {}
     again = np.zeros(len(past))
     for part, of in work.items():
         rows = [p.work.get(part, {}) for p in past]
         factors = _fit(list(of), rows, [p.took.get(part, 0.0) for p in past], totals, weights)
-        found[part] = {name: factors[name] * seconds for name, seconds in of.items()}
+        fitted[part] = {name: factors[name] * seconds for name, seconds in of.items()}
         again += [sum(factors[name] * row.get(name, 0.0) for name in of) for row in rows]
-    return found, (np.array(totals) / np.maximum(again, 1e-9)).tolist()
+    return fitted, (np.array(totals) / np.maximum(again, 1e-9)).tolist()
 
 
 def _memory(kept: dict[str, float], past: Sequence[FinishedJob], base: str, adapter: str) -> int:
@@ -307,8 +311,8 @@ def _fit(
     scale: list[float],
     weights: list[float],
 ) -> dict[str, float]:
-    """A factor for each of `names`: weighted ridge regression of what each job took, relative to `scale`. What the jobs do not
-    determine stays at the median factor. No factor is less than a tenth of that."""
+    """A factor for each of `names`: weighted ridge regression of what each job took, relative to `scale`.
+    What the jobs do not determine stays at the median factor. No factor is less than a tenth of that."""
     expected = [sum(row.get(name, 0.0) for name in names) for row in rows]
     ratios = [(t / e, w) for t, e, w in zip(took, expected, weights, strict=True) if e > 0]
     middle = max(_quantile(ratios, 0.5), 1e-3) if ratios else 1.0
@@ -326,18 +330,20 @@ def _fit(
 
 
 def _typical(ratios: list[tuple[float, float]]) -> float:
-    """The remaining factor for jobs with the same model and adapter, which the operation counts do not explain."""
+    """The remaining factor for jobs with the same model and adapter, which the operation counts do not
+    explain."""
     return _quantile(ratios, 0.5) if len(ratios) >= FEW else 1.0
 
 
 def _spread(ratios: list[tuple[float, float]]) -> float:
-    """P90 / P50 from the (ratio, weight) of finished jobs to their fitted times, half as much again because the fit was made
-    from these jobs, between 1.12 and 1.35."""
+    """P90 / P50 from the (ratio, weight) of finished jobs to their fitted times, half as much again
+    because the fit was made from these jobs, between 1.12 and 1.35."""
     return min(max(1 + 1.5 * (_quantile(ratios, 0.9) - 1), 1.12), 1.35)
 
 
 def _quantile(ratios: list[tuple[float, float]], share: float) -> float:
-    """Weighted quantile of (value, weight): the smallest value with that share of the weight at or below it."""
+    """Weighted quantile of (value, weight): the smallest value with that share of the weight at or below
+    it."""
     wanted, seen = share * sum(weight for _, weight in ratios) - 1e-9, 0.0
     ordered = sorted(ratios)
     for value, weight in ordered:

@@ -1,5 +1,5 @@
-"""Locates a base model: the bundled starter, a local folder, or the Hugging Face Hub (with the usual HF_ENDPOINT, HF_TOKEN
-and HF_HUB_OFFLINE), from which it is downloaded once. Imports no torch.
+"""Locates a base model: the bundled starter, a local folder, or the Hugging Face Hub (with the usual
+HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE), from which it is downloaded once. Imports no torch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def locate(base: str | Path, revision: str | None = None) -> Path:
 
 
 def fetch(name: str, revision: str | None = None, *, with_token: bool = True, only: str = "all") -> Path:
-    """Downloads what is missing of a Hub model to the local cache. Returns its folder. Raises Failure("base_model").
+    """Downloads what is missing of a Hub model to the local cache. Returns its folder. Raises
+    Failure("base_model").
 
     `with_token=False` requests it anonymously. `only="tokenizer"` skips the weights."""
     from huggingface_hub import snapshot_download  # late: only Hub models need it
@@ -99,7 +100,8 @@ def fetch(name: str, revision: str | None = None, *, with_token: bool = True, on
 
 
 def check(folder: Path) -> Path:
-    """Checks that a folder can be a base model: config.json, safetensors, no custom code. Raises Failure("base_model")."""
+    """Checks that a folder can be a base model: config.json, safetensors, no custom code. Raises
+    Failure("base_model")."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

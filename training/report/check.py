@@ -56,7 +56,7 @@ def main(given: argparse.Namespace) -> int:
         emit({"t": "row", "line": given.row, **_row(given, tokenizer, length)})
         return 0
     gc.disable()  # rows and examples have no reference cycles
-    found = report(
+    result = report(
         given.file,
         tokenizer,
         EncodingOptions(length, given.train_on),
@@ -65,7 +65,7 @@ def main(given: argparse.Namespace) -> int:
         validation_format=json.loads(given.validation_format) if given.validation_format else None,
         progress=lambda rows, share: emit({"t": "progress", "rows": rows, "share": round(share, 3)}),
     )
-    emit({"t": "report", "bytes": size, **found})
+    emit({"t": "report", "bytes": size, **result})
     return 0
 
 

@@ -242,7 +242,8 @@ SECRETS: tuple[tuple[str, re.Pattern[str]], ...] = (
         ),
     ),
 )
-# Each secret contains one of these words, and each word the character before it: plain searches cost next to nothing.
+# Each secret contains one of these words, and each word the character before it: plain searches cost next to
+# nothing.
 SECRET_WORDS = (
     ("", ("AKIA", "ASIA", "AIza", "eyJ", "xox", "PRIVATE KEY")),
     ("-", ("sk-",)),
@@ -265,8 +266,8 @@ CARD = re.compile(r"(?<![\d.])(?:\d[ -]?){13,19}(?![\d.])")
 
 @dataclass(frozen=True)
 class Prefilter:
-    """What a batch of texts may contain. Checking all of them at once is cheap, and what none contains need not be searched
-    for in each."""
+    """What a batch of texts may contain. Checking all of them at once is cheap, and what none contains
+    need not be searched for in each."""
 
     non_ascii: bool
     control: bool

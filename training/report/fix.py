@@ -26,7 +26,8 @@ DROPPABLE = frozenset(code for code, kind in KINDS.items() if kind.drop)
 
 @dataclass
 class Fixed:
-    """What happened to the rows. `dropped` has the lines by finding; a row with several findings counts for each."""
+    """What happened to the rows. `dropped` has the lines by finding; a row with several findings counts
+    for each."""
 
     rows: int = 0  # in the old file, including unreadable ones
     kept: int = 0
@@ -47,15 +48,19 @@ def fix(
     fraction: float = 0.1,
     seed: int = 0,
 ) -> Fixed:
-    """Writes the remaining rows as JSON Lines. Raises BadRow if a row cannot be read and "bad_row" is not in `drop`.
+    """Writes the remaining rows as JSON Lines. Raises BadRow if a row cannot be read and "bad_row" is not in
+    `drop`.
 
-    A row's content and the seed decide whether it goes to `validation`, so duplicates are always on the same side."""
+    A row's content and the seed decide whether it goes to `validation`, so duplicates are always on the
+    same side."""
     unknown = set(drop) - DROPPABLE
     if unknown:
         raise ValueError(f"these findings have no rows to drop: {', '.join(sorted(unknown))}")
     chosen = format or detect(path)
-    found = findings_of(path, tokenizer, settings or EncodingOptions(), chosen)
-    wanted = {code: set(found[code]) for code in sorted(set(found) & set(drop)) if code != "bad_row"}
+    row_numbers = findings_of(path, tokenizer, settings or EncodingOptions(), chosen)
+    wanted = {
+        code: set(row_numbers[code]) for code in sorted(set(row_numbers) & set(drop)) if code != "bad_row"
+    }
     result = Fixed()
 
     def bad(row: BadRow) -> None:

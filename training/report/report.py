@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from training.data.formats import BadFile, BadRow, ByteRange, Format, Row, detect, head, look, rows
+from training.data.formats import BadFile, BadRow, ByteRange, Format, Row, detect, detect_lenient, head, rows
 from training.data.summary import Summary
 from training.report.findings import (
     LINES_KEPT,
@@ -69,23 +69,23 @@ def report(
 
 
 def _column_choice(path: Path, chosen: Format, given: bool, read: int) -> dict[str, Any]:
-    """The head of a file with columns, so that the user can choose among them. `choose`: they must, since no row could be read
-    with the known or given columns."""
+    """The head of a file with columns, so that the user can choose among them. `choose`: they must, since
+    no row could be read with the known or given columns."""
     try:
-        written = look(path)
-        found = head(path, written) | {"format": written.as_dict()}
+        written = detect_lenient(path)
+        file_head = head(path, written) | {"format": written.as_dict()}
     except BadRow:
         return {}
-    if not found["columns"] or not found["rows"]:
+    if not file_head["columns"] or not file_head["rows"]:
         return {}
-    return {"head": found, "choose": not read and (given or not chosen.shape)}
+    return {"head": file_head, "choose": not read and (given or not chosen.shape)}
 
 
 def findings_of(
     path: str | Path, tokenizer: Tokenizer | None, settings: EncodingOptions, format: Format
 ) -> dict[str, list[int]]:
-    """{code: numbers of the rows with that finding}, where the first row is 1. Row numbers rather than lines, because all
-    elements of a JSON array may be on one line. Raises BadFile."""
+    """{code: numbers of the rows with that finding}, where the first row is 1. Row numbers rather than
+    lines, because all elements of a JSON array may be on one line. Raises BadFile."""
     run = _Report(tokenizer, settings, keep=sys.maxsize)
     run.by_order = True
     run.read(Path(path), format, lambda rows, share: None)
@@ -352,11 +352,11 @@ def row_tokens(
 
     for row in rows(path, format, on_bad=bad):
         if row.line == line:
-            found = encode_batch([row], tokenizer, settings)[0]
-            if isinstance(found, BadRow):
-                raise found
-            shown = colored_tokens(found.example(), tokenizer, ROW_TOKENS)
-            return {"line": line, "preview": preview_of(row), "cut": found.truncated, **shown}
+            tokens = encode_batch([row], tokenizer, settings)[0]
+            if isinstance(tokens, BadRow):
+                raise tokens
+            shown = colored_tokens(tokens.example(), tokenizer, ROW_TOKENS)
+            return {"line": line, "preview": preview_of(row), "cut": tokens.truncated, **shown}
         if row.line > line:
             break
     raise KeyError(line)

@@ -8,11 +8,11 @@
          {"id", "t": "start", "prompt_tokens"} · {"id", "t": "token", "index", "text", …}
          {"id", "t": "done", "choices", "usage"} · {"id", "t": "error", "code", "message"} · {"t": "status", …}
 
-One thread reads, one loads models, and the main one generates. Each pass advances all sequences of a model together; waiting
-requests join between two passes (continuous batching). Users (`who`) take turns, so one user's hundred requests do not delay
-another user's single one. A request with many `prompts` (texts or lists of token ids) starts them one by one; choice i of prompt k
-has the index k * n + i. Chat templates are rendered in a child process. The server ends when its input ends, and so with
-the process that started it.
+One thread reads, one loads models, and the main one generates. Each pass advances all sequences of a model
+together; waiting requests join between two passes (continuous batching). Users (`who`) take turns, so one
+user's hundred requests do not delay another user's single one. A request with many `prompts` (texts or lists
+of token ids) starts them one by one; choice i of prompt k has the index k * n + i. Chat templates are
+rendered in a child process. The server ends when its input ends, and so with the process that started it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ MAX_TOKENS = 1_000_000
 MAX_PROMPTS = 128
 ALIVE_S = 5.0
 CHAT_BLOCK_S = (
-    60  # a person's chats with a model are refused for so long after its template had to be stopped
+    60  # after a template had to be stopped, the user's chats with that model are refused this long
 )
 
 
@@ -178,7 +178,8 @@ class Server:
         return None
 
     def _admit(self) -> None:
-        """Admits from each user in turn the oldest request that fits; users who were served go to the end of the line."""
+        """Admits from each user in turn the oldest request that fits; users who were served go to the end
+        of the line."""
         for who in list(self.waiting):
             line = self.waiting[who]
             request = line[0]
@@ -205,7 +206,8 @@ class Server:
         return sum(s.finish_reason is None for r in requests for s in r.sequences)
 
     def _start(self, request: Request, model: Loaded) -> None:
-        """Starts the next prompt of a request. All prompts are encoded before the first, so a request is refused as a whole."""
+        """Starts the next prompt of a request. All prompts are encoded before the first, so a request is
+        refused as a whole."""
         # if the server dies here, it is known whose prompt it was
         write_line({"id": request.id, "t": "reading"})
         if request.id not in self.active:
@@ -229,7 +231,8 @@ class Server:
             self._close(request)
 
     def _read(self, prompt: Any, request: Request, model: Loaded) -> list[int]:
-        """A prompt's token ids. All users wait while a template has to be stopped, so it is not tried again right away."""
+        """A prompt's token ids. All users wait while a template has to be stopped, so it is not tried
+        again right away."""
         key, now = (request.who, request.model), time.monotonic()
         if is_conversation(prompt) and now < self.chat_blocked_until.get(key, 0):
             raise GenerateError("bad_request", f"{STOPPED}. Send a prompt instead, or wait a minute")

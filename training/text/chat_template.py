@@ -1,7 +1,8 @@
 """Renders chat templates in jinja2's immutable sandbox, because they come with models and are not trusted.
 
-The sandbox keeps a template away from files, but does not stop infinite loops or memory exhaustion. In a trainer or a report only
-that process fails. A server for many users renders in a child process (`Renderer`) that the kernel stops.
+The sandbox keeps a template away from files, but does not stop infinite loops or memory exhaustion. In a
+trainer or a report only that process fails. A server for many users renders in a child process (`Renderer`)
+that the kernel stops.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""From a row to the tokens that a model sees: chat template, loss mask, truncation. The report and the trainer both use it,
-so what the report counts is what the trainer trains on, token for token."""
+"""From a row to the tokens that a model sees: chat template, loss mask, truncation. The report and the
+trainer both use it, so what the report counts is what the trainer trains on, token for token."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Example(NamedTuple):
 class Tokens(NamedTuple):
     """The encoded pieces of a row, from token `start` to `stop`.
 
-    It can be counted before the lists of an Example are made: the report counts millions of examples and shows five."""
+    It can be counted before the lists of an Example are made: the report counts millions of examples and
+    shows five."""
 
     line: int
     parts: Sequence[tuple[Piece, Encoded, bool]]  # (text, its tokens, trained on)
@@ -66,14 +67,14 @@ class Tokens(NamedTuple):
 
     @property
     def trained(self) -> int:
-        found = at = 0
+        count = at = 0
         for _, encoded, trained in self.parts:
             end = at + len(encoded)
             if trained:
                 # The very first token is never trained: nothing predicts it.
-                found += max(0, min(end, self.stop) - max(at, self.start + 1))
+                count += max(0, min(end, self.stop) - max(at, self.start + 1))
             at = end
-        return found
+        return count
 
     @property
     def last_trained(self) -> str:
@@ -119,11 +120,11 @@ def examples(
 ) -> Iterator[Example]:
     """Every example of a file, in order: what the trainer trains on and the report counts.
 
-    A plain text longer than the sequence length becomes several examples, so nothing is lost. A chat or completion is
-    truncated. Raises BadRow at the first bad row, or passes it to `on_bad` and continues."""
+    A plain text longer than the sequence length becomes several examples, so nothing is lost. A chat or
+    completion is truncated. Raises BadRow at the first bad row, or passes it to `on_bad` and continues."""
     for batch in encoded_batches(path, tokenizer, settings, format, on_bad):
-        for _, found in batch:
-            for tokens in found:
+        for _, encoded in batch:
+            for tokens in encoded:
                 yield tokens.example()
 
 
@@ -163,7 +164,8 @@ def encode(row: Row, tokenizer: Tokenizer, settings: EncodingSettings) -> Exampl
 def encode_batch(
     batch: Sequence[Row], tokenizer: Tokenizer, settings: EncodingSettings
 ) -> list[Tokens | BadRow]:
-    """Encodes rows before truncation, with one call of the tokenizer. A BadRow where the template rejects a row."""
+    """Encodes rows before truncation, with one call of the tokenizer. A BadRow where the template rejects
+    a row."""
     everything = (settings.train_on or "completion") == "all"
     plans: list[list[Piece] | BadRow] = []
     for row in batch:
@@ -191,7 +193,8 @@ def pieces(row: Row, tokenizer: Tokenizer) -> list[Piece]:
 
 
 def batches(items: Iterable[Row]) -> Iterator[list[Row]]:
-    """BATCH_ROWS rows at a time, or about a megabyte. Rows before a BadFile are still yielded before it is raised."""
+    """BATCH_ROWS rows at a time, or about a megabyte. Rows before a BadFile are still yielded before it is
+    raised."""
     held: list[Row] = []
     characters = 0
     ended: BadRow | None = None

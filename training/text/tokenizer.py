@@ -20,8 +20,8 @@ import tokenizers
 
 from training.text.chat_template import BadTemplate, TemplateStopped, render
 
-# Plain-text roles and the end token, for models without a template (such as GPT-2). The separator comes before a turn, not
-# after it, so that the rendered text of the first turns is always a prefix of the whole.
+# Plain-text roles and the end token, for models without a template (such as GPT-2). The separator comes
+# before a turn, not after it, so that the rendered text of the first turns is always a prefix of the whole.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
     "{{ m['role'].capitalize() + ':\\n' + m['content'] }}"
@@ -33,7 +33,8 @@ Message = Mapping[str, Any]
 
 
 class Piece(NamedTuple):
-    """A piece of a row: user text, or (`made`) text from a template, in which control tokens are control tokens."""
+    """A piece of a row: user text, or (`made`) text from a template, in which control tokens are control
+    tokens."""
 
     text: str
     trained: bool = False
@@ -69,7 +70,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Reads tokenizer.json (or GPT-2's older vocab.json + merges.txt) and tokenizer_config.json. Raises TokenizerError."""
+        """Reads tokenizer.json (or GPT-2's older vocab.json + merges.txt) and tokenizer_config.json.
+        Raises TokenizerError."""
         folder = Path(folder)
         backend = _backend(folder)
         backend.no_truncation()
@@ -126,8 +128,8 @@ class Tokenizer:
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
         """Texts of all special tokens, longest first."""
-        found = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
-        return tuple(sorted(found, key=len, reverse=True))
+        special = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
+        return tuple(sorted(special, key=len, reverse=True))
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str] | None:
@@ -144,8 +146,8 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, but control tokens in a text are plain letters. A copy, because the switch applies to the whole
-        object and encoding may run in several threads."""
+        """The same tokenizer, but control tokens in a text are plain letters. A copy, because the switch
+        applies to the whole object and encoding may run in several threads."""
         copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
         copy.no_truncation()
         copy.no_padding()
@@ -168,25 +170,27 @@ class Tokenizer:
         """The tokens of each piece, with one call for all of them."""
         pattern = self.special_pattern
         texts = [piece.text for piece in pieces]
-        found: list[Encoded] = [*self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        encoded: list[Encoded] = [*self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         for i, piece in enumerate(pieces):
             if piece.hidden:
-                found[i] = self.encode_pieces(piece.text, piece.hidden)
+                encoded[i] = self.encode_pieces(piece.text, piece.hidden)
             elif not piece.made and pattern is not None and pattern.search(piece.text):
-                found[i] = self._plain.encode(piece.text, add_special_tokens=False)
-        return found
+                encoded[i] = self._plain.encode(piece.text, add_special_tokens=False)
+        return encoded
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token. Bytes of a character that spans tokens show as the replacement character."""
+        """The text of each token. Bytes of a character that spans tokens show as the replacement
+        character."""
         return [self.backend.decode([i], skip_special_tokens=False) for i in ids]
 
     # --- chat ----------------------------------------------------------------------------------
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The text that the template makes of the messages. Raises TokenizerError with the template's message."""
+        """The text that the template makes of the messages. Raises TokenizerError with the template's
+        message."""
         if self.chat_template == CHAT_TEMPLATE and all(
             type(m.get("role")) is str and type(m.get("content")) is str for m in messages
         ):
@@ -211,10 +215,11 @@ class Tokenizer:
         return self.encode_pieces(self.render_chat(guarded, add_generation_prompt), hidden)
 
     def guard(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
-        """Replaces contents that spell a control token by a placeholder, so that rendering cannot turn them into one.
+        """Replaces contents that spell a control token by a placeholder, so that rendering cannot turn them
+        into one.
 
-        Returns the messages and {placeholder: content}. All other conversations are encoded exactly as the template wrote
-        them."""
+        Returns the messages and {placeholder: content}. All other conversations are encoded exactly as the
+        template wrote them."""
         pattern, guarded = self.special_pattern, list(messages)
         hidden: dict[str, str] = {}
         for i, message in enumerate(messages):
