@@ -107,7 +107,7 @@ def test_presets_are_settings() -> None:
         parse(values)
 
 
-# --- the catalogue --------------------------------------------------------------------------------
+# --- the catalog ----------------------------------------------------------------------------------
 
 
 def test_parameter_counts_equal_those_of_the_files() -> None:

@@ -100,12 +100,14 @@ def write(snapshot: Snapshot, parent: Path) -> tuple[Path, dict[str, Any], str]:
     temporary.mkdir()
     try:
         manifest = _write_files(snapshot, temporary)
+        # The manifest comes last: a folder with a valid manifest has all its files.
         text = seal(manifest)
         sha256 = _write_bytes(temporary / "manifest.json", [text])
         _sync_folder(temporary)
         target = parent / snapshot.name
         if target.exists():  # from an earlier attempt at this step under the same lease
             shutil.rmtree(target)
+        # rename is atomic; syncing the parent makes it survive a power failure
         temporary.rename(target)
         _sync_folder(parent)
     except BaseException:
@@ -176,6 +178,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         }
         offset += size
     text = json.dumps(header).encode()
+    # the format wants the data to start at a multiple of 8
     text += b" " * (-len(text) % 8)
     parts = (t.detach().contiguous().view(-1).view(torch.uint8).numpy().data for t in tensors.values())
     return _write_bytes(path, (struct.pack("<Q", len(text)) + text, *parts))
@@ -189,6 +192,7 @@ def _write_bytes(path: Path, parts: Any) -> str:
             for at in range(0, len(view), 1 << 24):  # 16 MB: still in the cache when it is hashed
                 piece = view[at : at + (1 << 24)]
                 digest.update(piece)
+                # an unbuffered write may be partial
                 while piece:
                     piece = piece[file.write(piece) :]
         os.fsync(file.fileno())
@@ -221,13 +225,16 @@ def read(
 
 def _read(folder: Path, identity: Identity, shapes: Mapping[str, list[int]], sha256: str | None) -> Restored:
     manifest = verify_files(folder, sha256)
+    # 1. the same run
     mine, theirs = vars(identity), manifest["identity"]
     for what in ("job", "settings", "data", "base"):
         if mine[what] != theirs.get(what):
             raise Unreadable(f"it belongs to another run: its {what} differs")
+    # 2. the step in the name: a folder may have been copied or renamed
     match = folder.name.split("-s")
     if folder.name.startswith("e") and match[-1] != str(manifest["step"]):
         raise Unreadable("its folder's name gives a different step")
+    # 3. names and shapes of all tensors
     weights, optimizer, random = (load_file(folder / name) for name in FILES[:3])
     state = json.loads((folder / "state.json").read_text())
     if {name: list(t.shape) for name, t in weights.items()} != dict(shapes):
@@ -235,9 +242,11 @@ def _read(folder: Path, identity: Identity, shapes: Mapping[str, list[int]], sha
     wanted = {f"{kind}.{name}": shape for kind in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
     if {name: list(t.shape) for name, t in optimizer.items()} != wanted | {"step": []}:
         raise Unreadable("its optimizer is not this model's")
+    # 4. finite fp32 numbers
     for name, t in (weights | optimizer).items():
         if t.dtype != torch.float32 or not bool(torch.isfinite(t).all()):
             raise Unreadable(f"{name} has numbers that are not finite")
+    # 5. all files are of one step
     if state["step"] != manifest["step"] or int(optimizer["step"]) != state["step"]:
         raise Unreadable("its files are from different steps")
     return Restored(

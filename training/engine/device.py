@@ -66,12 +66,15 @@ def pick(settings: Settings) -> Device:
     hardware allow."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    # bf16 if requested, or automatically on GPUs with native support
     half = settings.precision == "bf16" or (
         settings.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     dtype = torch.bfloat16 if half and (on_gpu or cpu_has_bf16()) else torch.float32
     if on_gpu:
         torch.cuda.set_device(device)
+    # cuBLAS needs a fixed workspace to be deterministic:
+    # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -106,6 +109,7 @@ def flop_counter(model: Any, lora: bool) -> Callable[[list[int], int], float]:
     6 per weight and token: 2 for the forward pass and 4 for the backward pass (Kaplan et al., arXiv
     2001.08361, appendix B). Plus causal attention, which is half of the full square, and the head for
     trained tokens only. Frozen weights (LoRA) need no gradient: 4 instead of 6."""
+    # The head counts separately: it is computed for trained tokens only.
     head = model.head()
     vocabulary = int(head.numel()) if head is not None else 0
     matrices: int = sum(p.numel() for p in model.parameters() if p.dim() == 2)
@@ -115,6 +119,8 @@ def flop_counter(model: Any, lora: bool) -> Callable[[list[int], int], float]:
     factor = 4 if lora else 6
 
     def count(lengths: list[int], trained: int) -> float:
+        # per layer 2 products of n(n + 1)/2 pairs and D features, each 2 operations, three times for forward
+        # and backward
         attention = sum(6 * layers * width * n * (n + 1) for n in lengths)
         return factor * inner * sum(lengths) + attention + factor * vocabulary * trained
 
@@ -136,6 +142,8 @@ def random_state() -> dict[str, Tensor]:
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),
+        # Python's Mersenne Twister: version, 624 words and a position; its cached Gaussian separately, inf
+        # for None
         "python": torch.tensor([version, *internal], dtype=torch.int64),
         "python_gauss": torch.tensor([float("inf") if gauss is None else gauss], dtype=torch.float64),
         "numpy": torch.tensor(np.asarray(keys).astype(np.int64)),

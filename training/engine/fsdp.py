@@ -37,6 +37,7 @@ class ShardedAdamW:
             "mesh": init_device_mesh(device.device.type, (processes.size,)),
             "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32),
         }
+        # Each block is a unit of its own, so only one block at a time is gathered in full.
         for layer in _layers(model):
             fully_shard(layer, **options)
         fully_shard(model, **options)
@@ -46,6 +47,7 @@ class ShardedAdamW:
                 module.set_force_sum_reduction_for_comms(True)
                 # losses are divided by all trained tokens of a step already
                 module.set_gradient_divide_factor(1.0)
+        # DTensors: each holds the shard of this process
         self.params: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.mean = {name: torch.zeros_like(p) for name, p in self.params.items()}
         self.square = {name: torch.zeros_like(p) for name, p in self.params.items()}
@@ -69,6 +71,7 @@ class ShardedAdamW:
         self.steps += 1
         longer = norm / s.clip_norm if s.clip_norm else 1.0
         scale = torch.tensor(longer, device=self.device.device) if longer > 1 else None
+        # as in optimizer.AdamW: matrices with weight decay, everything else without
         for decayed in (True, False):
             names = [
                 name

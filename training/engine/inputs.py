@@ -61,6 +61,7 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     wants = EncodingOptions(longest, settings.train_on)
     encode = partial(_encode, objective, tokenizer, wants, notes)
     everything = encode(run.train_file, run.train_format, forgiving=bool(run.expected))
+    # before anything is left out: the report counts all examples
     _check_counts(run.expected, everything)
     if resolved is None:
         settings, reasons = auto_settings.resolve(
@@ -69,6 +70,7 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     else:
         reasons = {}
     _check_context(everything, described.context)
+    # An example without trained tokens has no loss; it would only cost time.
     kept = [example for example in everything if example.trained]
     if len(kept) < len(everything):
         notes.append(f"{len(everything) - len(kept)} examples have nothing to train on and are left out.")
@@ -78,6 +80,7 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     if run.validation_file:
         held = encode(run.validation_file, run.validation_format, forgiving=True)
         _check_context(held, described.context)
+        # Validation examples that are also trained on would measure memorization.
         seen = {tuple(example.ids) for example in kept}
         fresh = [example for example in held if tuple(example.ids) not in seen]
         held_out = Examples.of([example for example in fresh if example.trained])
@@ -105,6 +108,7 @@ def _model_config(base: Path) -> dict[str, Any]:
 def _tokenizer(base: Path, vocabulary: int) -> Tokenizer:
     try:
         tokenizer = Tokenizer.load(base)
+        # a token id beyond the embedding table would crash deep inside the model
         highest = max([*tokenizer.backend.get_vocab(with_added_tokens=True).values(), tokenizer.eos_id])
     except TokenizerError as error:
         raise Failure("tokenizer", f"The tokenizer in {base} cannot be used: {error}.") from error
@@ -173,6 +177,7 @@ def _prompts(run: Run, tokenizer: Tokenizer, examples: Examples) -> list[Prompt]
     prompts = []
     for i in range(min(PINNED, len(examples))):
         ids, mask = examples[i]
+        # up to the first trained token, and at least one token
         begin = ids[: max(1, int(np.argmax(mask)))].tolist()
         prompts.append(Prompt(tokenizer.decode(begin), begin))
     return prompts

@@ -48,13 +48,17 @@ def rehearse(session: Session, saver: Saver) -> tuple[Settings, Estimate]:
     limit, row, seconds, update = _largest_that_fits(session, optimizer)
     evaluation = _evaluation_seconds(session, limit)
     written = _checkpoint_seconds(saver, Path(session.run.work_dir)) if session.processes.is_main else 0.0
+    # all processes must cut the same rows
     limit = session.processes.minimum(limit)
+    # undo everything: gradients, moments, step count and random state
     optimizer.reset()
     restore_random_state(before, device)
+    # time is proportional to tokens; updates and the rest are counted separately
     training = seconds / len(row.ids) * plan.tokens + update * plan.steps
     rest = evaluation * len(session.evaluation_steps) + 2 * written
     estimate = Estimate(
         seconds_p50=training + rest,
+        # fixed safety margins
         seconds_p90=1.3 * training + 1.6 * rest + 2,
         step_s=training / max(plan.steps, 1),
         evaluation_s=evaluation,

@@ -111,7 +111,9 @@ class Saver:
         self._saved_step, self._saved_at = state.step, time.monotonic()
         if best:
             state.best_checkpoint = f"e{session.run.epoch}-s{state.step}"
+        # A collective operation, so it comes before any process returns.
         generators = session.processes.gather(device.generator_state(session.device))
+        # gathering the shards of a sharded model needs every process
         if not (session.processes.is_main or session.optimizer.sharded):
             return
         snapshot = self.snapshot(state, best, final)

@@ -94,9 +94,11 @@ def prepare(run: Run, resolved: Settings | None, emit: Emit, stop: Callable[[], 
     chosen = device.pick(settings)
     if settings.precision == "bf16" and chosen.dtype != torch.bfloat16:
         emit("log", level="warning", message="bf16 is far slower than fp32 on this CPU, so fp32 is used.")
+    # one stream of random numbers per process, or all would drop the same activations
     device.seed_everything(settings.seed + 1_000_003 * processes.rank)
     model, optimizer = _model_and_optimizer(data, settings, chosen, processes, emit)
     plan = StepPlan.of(data.train, settings, processes.size)
+    # What a checkpoint must match to be resumed.
     identity = Identity(
         run.job,
         config.settings_hash(run.settings, run.settings_schema),
@@ -163,6 +165,8 @@ def whole_model(session: Session) -> LanguageModel:
         if session.device.dtype == torch.float32 or session.settings.adapter == "none":
             whole: LanguageModel = model.cpu().float().eval()
             return whole
+    # A frozen bf16 weight has lost bits, so the base model is loaded again and the trained weights are put
+    # into it.
     weights = optimizer.weight_tensors()
     if not weights:  # only the first process has them
         return model

@@ -95,6 +95,7 @@ class CausalLM(nn.Module):
         return weight
 
     def set_dropout(self, p: float) -> None:
+        """Sets every nn.Dropout, and the probabilities that some architectures keep as plain numbers."""
         for module in self.lm.modules():
             if isinstance(module, nn.Dropout):
                 module.p = p
@@ -147,6 +148,7 @@ class CausalLM(nn.Module):
         for p in self.lm.parameters():
             p.requires_grad_(False)
         try:
+            # peft draws A from the global generator: fork it, so that the run's own random state is unchanged
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 peft.inject_adapter_in_model(config, self.lm)
@@ -214,15 +216,18 @@ class CausalLM(nn.Module):
 
         Models with several kinds of layers get one mask for each kind."""
         T, device = len(batch.ids), batch.ids.device
+        # (T,): which document each token is in
         document = torch.zeros(T, dtype=torch.int64, device=device)
         for i, (start, end) in enumerate(batch.bounds):
             document[start:end] = i
         place = torch.arange(T, device=device)
         back = place[:, None] - place[None, :]  # how many tokens a key is behind its query
+        # (T, T) bool: same document, and the key is not after the query
         allowed = (document[:, None] == document[None, :]) & (back >= 0)
         window = getattr(self.config, "sliding_window", None)
         kinds = set(getattr(self.config, "layer_types", None) or ())
         if "sliding_attention" in kinds and window:
+            # sliding-window attention (Mistral, arXiv 2310.06825): only the last `window` tokens
             near = self._additive(allowed & (back < window))
             if kinds == {"sliding_attention"}:
                 return near
@@ -254,6 +259,7 @@ class CausalLM(nn.Module):
             torch.randint(0, size, (n,), generator=rng, dtype=torch.int64)
             for n in (lengths[0], *lengths[1:], lengths[0])
         )
+        # the reference: each document alone, in transformers' own way
         alone = [self.lm(input_ids=ids[None], use_cache=False).logits[0] for ids in (first, second)]
         truth = torch.cat(alone)  # (T, V)
         scale = float(truth.abs().max()) or 1.0
@@ -280,6 +286,7 @@ class CausalLM(nn.Module):
 
     def _packing_holds(self, documents: list[Tensor], other: Tensor, truth: Tensor, scale: float) -> bool:
         try:
+            # the packed row, and one with another first document
             batch, changed = (_batch([d, documents[1]]) for d in (documents[0], other))
             states, moved = self._packed_states(batch), self._packed_states(changed)
         except Exception as error:  # whatever an architecture says to a mask or positions it does not know

@@ -195,8 +195,10 @@ def open_sequences(
     GenerateError."""
     prompt = list(prompt_ids) or [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
     check_length(len(prompt), decoder.context, options)
+    # the context holds prompt and answer together
     room = min(options.max_tokens, decoder.context - len(prompt))
     scores = options.echo and options.logprobs is not None
+    # Echo with log-probabilities needs the logits of every prompt token, everything else only the last.
     cache, logits = decoder.prefill(prompt, len(prompt) + room, all_tokens=scores)
     echoed = _echo(logits if scores else None, prompt, tokenizer, options) if options.echo else []
     last = logits[-1] if scores else logits
@@ -210,6 +212,7 @@ def open_sequences(
             last,
             TextStream(tokenizer, prompt, options.stop),
             room,
+            # Each sequence has its own generator, so its text does not depend on what else is generated.
             random.Random(f"{seed}:{index}"),  # noqa: S311 (sampling text, not keeping secrets)
             prompt=prompt,
             prompt_tokens=[Token(first + index, t.id, t.token, t.text, t.logprob, t.top) for t in echoed],
@@ -295,6 +298,7 @@ class TextStream:
     def _decode(self, final: bool) -> str:
         known = self.tokenizer.decode(self.ids[self.start : self.done]).rstrip(BROKEN)
         text = self.tokenizer.decode(self.ids[self.start :])
+        # an incomplete UTF-8 sequence decodes to U+FFFD: wait for the rest of it
         if text.endswith(BROKEN) and not final and len(self.ids) - self.done < MAX_PENDING_TOKENS:
             return ""
         self.start, self.done = self.done, len(self.ids)
@@ -306,6 +310,7 @@ class TextStream:
         if stops:
             self.stopped, self.pending = True, ""
             return text[: min(stops)]
+        # hold back the longest suffix that could still become a stop string
         keep = 0 if final else max((_overlap(text, s) for s in self.stop), default=0)
         self.pending = text[len(text) - keep :]
         return text[: len(text) - keep]

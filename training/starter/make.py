@@ -70,9 +70,9 @@ def main() -> None:
         flush=True,
     )
     loss = train(train_rows, held_rows, given.steps, given.seed, given.out, given.start, given.round)
-    licence = (given.wordnet / "doc" / "wordnet-base" / "copyright").read_text(encoding="utf-8")
+    license_text = (given.wordnet / "doc" / "wordnet-base" / "copyright").read_text(encoding="utf-8")
     rounds = given.round + 1
-    write_card(given.out, loss, len(texts), train_rows.size, given.steps, rounds, given.seed, licence)
+    write_card(given.out, loss, len(texts), train_rows.size, given.steps, rounds, given.seed, license_text)
 
 
 def make_tokenizer(texts: list[str], folder: Path) -> None:
@@ -208,8 +208,8 @@ def orthogonal(g: Tensor) -> Tensor:
 def write_card(
     folder: Path, loss: float, texts: int, tokens: int, steps: int, rounds: int, seed: int, copyright: str
 ) -> None:
-    licence = re.search(r"License: WordNet3\.0\n(.*?)\n\n", copyright, re.DOTALL)
-    words = re.sub(r"^ \.?", "", licence[1], flags=re.MULTILINE) if licence else copyright
+    license_text = re.search(r"License: WordNet3\.0\n(.*?)\n\n", copyright, re.DOTALL)
+    words = re.sub(r"^ \.?", "", license_text[1], flags=re.MULTILINE) if license_text else copyright
     (folder / "README.md").write_text(
         f"""---
 license: other
@@ -229,7 +229,7 @@ fine-tune needs no network. It writes English like a dictionary's; it knows litt
 - Training: {rounds} rounds of {steps} steps of {BATCH} rows of {CONTEXT} tokens, Muon for the layers' matrices and AdamW for the rest, seed {seed}.
 - Held-out loss: {loss:.3f} nats a token (perplexity {math.exp(loss):.1f}).
 
-The weights and this card are under Apache-2.0. The text they were trained on is under WordNet's licence:
+The weights and this card are under Apache-2.0. The text they were trained on is under WordNet's license_text:
 
 ```
 {words.strip()}
