@@ -229,7 +229,7 @@ fine-tune needs no network. It writes English like a dictionary's; it knows litt
 - Training: {rounds} rounds of {steps} steps of {BATCH} rows of {CONTEXT} tokens, Muon for the layers' matrices and AdamW for the rest, seed {seed}.
 - Held-out loss: {loss:.3f} nats a token (perplexity {math.exp(loss):.1f}).
 
-The weights and this card are under Apache-2.0. The text they were trained on is under WordNet's license_text:
+The weights and this card are under Apache-2.0. The text they were trained on is under WordNet's license:
 
 ```
 {words.strip()}
