@@ -44,24 +44,49 @@ FULL = {"method": "full", "weight_decay": 0.0, "clip_norm": 1.0}
 PEERS = {
     # huggingface/autotrain-advanced@0803634 src/autotrain/trainers/clm/params.py:32-40, :49 (peft off). It trains on
     # prompts too; ours trains it on answers, which can only help it here.
-    "autotrain": Peer(1, FULL | {"learning_rate": 3e-5, "batch_size": 8, "warmup": 0.1, "schedule": "linear"}),
+    "autotrain": Peer(
+        1, FULL | {"learning_rate": 3e-5, "batch_size": 8, "warmup": 0.1, "schedule": "linear"}
+    ),
     # hiyouga/LLaMA-Factory@13d252f examples/train_lora/llama3_lora_sft.yaml:8-10, :28-33; alpha = 2 × rank and no
     # dropout by src/llamafactory/hparams/finetuning_args.py (LoraArguments).
-    "llama-factory": Peer(3, {
-        "method": "lora", "lora_rank": 8, "lora_alpha": 16, "lora_targets": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
-        "weight_decay": 0.0, "clip_norm": 1.0, "learning_rate": 1e-4, "batch_size": 8, "warmup": 0.1, "schedule": "cosine",
-    }),
+    "llama-factory": Peer(
+        3,
+        {
+            "method": "lora",
+            "lora_rank": 8,
+            "lora_alpha": 16,
+            "lora_targets": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
+            "weight_decay": 0.0,
+            "clip_norm": 1.0,
+            "learning_rate": 1e-4,
+            "batch_size": 8,
+            "warmup": 0.1,
+            "schedule": "cosine",
+        },
+    ),
     # h2oai/h2o-llmstudio@017e2ad llm_studio/python_configs/text_causal_language_modeling_config.py,
     # ConfigNLPCausalLMTraining; no clipping; intermediate_dropout 0; empty lora_target_modules = all linear layers.
-    "h2o": Peer(1, {
-        "method": "lora", "lora_rank": 4, "lora_alpha": 16, "lora_dropout": 0.05,
-        "lora_targets": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
-        "weight_decay": 0.0, "clip_norm": 0.0, "learning_rate": 1e-4, "batch_size": 2, "warmup": 0.0, "schedule": "cosine",
-    }, dropout=0.0),
+    "h2o": Peer(
+        1,
+        {
+            "method": "lora",
+            "lora_rank": 4,
+            "lora_alpha": 16,
+            "lora_dropout": 0.05,
+            "lora_targets": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
+            "weight_decay": 0.0,
+            "clip_norm": 0.0,
+            "learning_rate": 1e-4,
+            "batch_size": 2,
+            "warmup": 0.0,
+            "schedule": "cosine",
+        },
+        dropout=0.0,
+    ),
     # huggingface/trl@016013e trl/trainer/sft_config.py (learning_rate), the rest by transformers 5.23
     # training_args.py:777-866.
     "trl": Peer(3, FULL | {"learning_rate": 2e-5, "batch_size": 8, "warmup": 0.0, "schedule": "linear"}),
-}  # fmt: skip
+}
 
 
 # --- models ------------------------------------------------------------------------------------------
@@ -87,7 +112,14 @@ def small() -> Path:
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         config = json.loads((STARTER_FOLDER / "config.json").read_text())
         torch.manual_seed(1)
-        fresh = GPT2Config(vocab_size=config["vocab_size"], n_positions=512, n_embd=128, n_layer=2, n_head=2, extra={"bos_token_id": 0, "eos_token_id": 0})  # fmt: skip
+        fresh = GPT2Config(
+            vocab_size=config["vocab_size"],
+            n_positions=512,
+            n_embd=128,
+            n_layer=2,
+            n_head=2,
+            extra={"bos_token_id": 0, "eos_token_id": 0},
+        )
         GPT2.new(fresh).save(folder / "base")
         for file in TOKENIZER_FILES:
             shutil.copy(STARTER_FOLDER / file, folder / "base" / file)
@@ -127,18 +159,22 @@ class Trained:
 
 
 def train_once(base: Path, data: Path, settings: dict[str, Any], work: Path) -> dict[str, Any]:
-    """Trains through our loop; the plan, as it was told."""
+    """Trains through our loop; the plan, as it was emitted."""
     from training.command import train
     from training.plan.config import Run
 
-    told: dict[str, dict[str, Any]] = {}
+    emitted: dict[str, dict[str, Any]] = {}
     quiet = {"checkpoint_every_s": 0, "precision": "fp32"}
     run = {
-        "base": str(base), "train_file": str(data), "work_dir": str(work), "settings": quiet | settings,
-        "rehearse": False, "prompts": ["The"],
-    }  # fmt: skip
-    train(Run.parse(run), lambda kind, **line: told.update({kind: line}))
-    return told["plan"]
+        "base": str(base),
+        "train_file": str(data),
+        "work_dir": str(work),
+        "settings": quiet | settings,
+        "rehearse": False,
+        "prompts": ["The"],
+    }
+    train(Run.parse(run), lambda kind, **line: emitted.update({kind: line}))
+    return emitted["plan"]
 
 
 def run(base: Path, data: Path, test: Path, settings: dict[str, Any]) -> Trained:
@@ -168,10 +204,10 @@ def test_loss(folder: Path, test: Path) -> float:
     from training.engine.evaluate import evaluate
     from training.engine.packing import Examples
     from training.models.load import load_model
-    from training.text.encode import Plain, examples
+    from training.text.encode import EncodingOptions, examples
     from training.text.tokenizer import Tokenizer
 
-    found = Examples.of(examples(test, Tokenizer.load(folder), Plain(describe(folder).context)))
+    found = Examples.of(examples(test, Tokenizer.load(folder), EncodingOptions(describe(folder).context)))
     return evaluate(load_model(folder), found, 4096, torch.device("cpu")).loss
 
 

@@ -38,13 +38,20 @@ def write_chats(path: Path, size: int) -> None:
     words = sorted(set(re.findall(r"[a-z]{3,}", (SAMPLE_FOLDER / "train.jsonl").read_text())))
     some = random.Random(1)  # noqa: S311  words, no secrets
 
-    def said(most: int) -> str:
+    def filler(most: int) -> str:
         return " ".join(some.choices(words, k=some.randint(8, most))).capitalize() + "."
 
     block = [
-        json.dumps({"messages": [{"role": "user", "content": f"%d: {said(60)}"}, {"role": "assistant", "content": said(120)}]})
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "user", "content": f"%d: {filler(60)}"},
+                    {"role": "assistant", "content": filler(120)},
+                ]
+            }
+        )
         for _ in range(5000)
-    ]  # fmt: skip
+    ]
     with path.open("w") as file:
         number = 0
         while file.tell() < size:
@@ -78,15 +85,15 @@ def check(path: Path, *options: str) -> tuple[float, int, dict[str, Any]]:
     command = [sys.executable, "-m", "training", "check", str(path), *options]
     peak, begun = 0, time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        told: list[str] = []
+        printed: list[str] = []
         assert process.stdout
-        reader = threading.Thread(target=lambda: told.extend(process.stdout or ()))
+        reader = threading.Thread(target=lambda: printed.extend(process.stdout or ()))
         reader.start()
         while process.poll() is None:
             peak = max(peak, resident(process.pid))
             time.sleep(0.2)
         reader.join()
-    report = json.loads(told[-1])
+    report = json.loads(printed[-1])
     assert report["ready"], report["verdict"]
     return time.perf_counter() - begun, peak, report
 
@@ -99,9 +106,8 @@ def read(scores: Scores, path: Path, tenth: Path) -> None:
         f"read: {size / 1e9:.2f} GB, {report['rows']:,} rows in {seconds:.1f} s, peak {peak / 2**20:.0f} MB"
     )
     scores.add("check without tokenizing, MB/s", size / 1e6 / seconds, 25, 1.0)
-    kept = 3 * 16 * report["rows"] * 2 + (
-        64 << 20
-    )  # the fingerprints of all rows, and those of a half on their way
+    # the fingerprints of all rows, and those of a half on their way
+    kept = 3 * 16 * report["rows"] * 2 + (64 << 20)
     scores.add("memory grown, MB", max(1.0, (peak - small) / 2**20), kept / 2**20, 1.0, less_is_better=True)
 
 
@@ -114,7 +120,9 @@ def tokenize(scores: Scores, tenth: Path) -> None:
         bare = bare_seconds(tenth, tokenizer)
         seconds, peak, report = check(tenth, "--tokenizer", str(STARTER_FOLDER))
         rounds.append((bare / seconds, seconds, bare))
-        scores.note(f"tokenize: {report['tokens']:,} tokens in {seconds:.1f} s, bare {bare:.1f} s, peak {peak / 2**20:.0f} MB")  # fmt: skip
+        scores.note(
+            f"tokenize: {report['tokens']:,} tokens in {seconds:.1f} s, bare {bare:.1f} s, peak {peak / 2**20:.0f} MB"
+        )
     _, seconds, bare = sorted(rounds)[len(rounds) // 2]
     scores.add("check with tokenizing, MB/s", megabytes / seconds, megabytes / bare, 0.8)
 

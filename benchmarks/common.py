@@ -17,18 +17,34 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The hyperparameters of the training bench; contenders/peers.py has the same.
 SETTINGS: dict[str, Any] = {
-    "max_steps": 1000, "batch_size": 8, "learning_rate": 1e-5, "schedule": "linear", "warmup": 0, "weight_decay": 0.01,
-    "clip_norm": 1.0, "dropout": 0.0, "sequence_length": 512, "validation_fraction": 0, "train_on": "all", "seed": 0,
-    "checkpoint_every_s": 0, "lora_rank": 8, "lora_alpha": 16, "lora_targets": ["c_attn"],
-}  # fmt: skip
+    "max_steps": 1000,
+    "batch_size": 8,
+    "learning_rate": 1e-5,
+    "schedule": "linear",
+    "warmup": 0,
+    "weight_decay": 0.01,
+    "clip_norm": 1.0,
+    "dropout": 0.0,
+    "sequence_length": 512,
+    "validation_fraction": 0,
+    "train_on": "all",
+    "seed": 0,
+    "checkpoint_every_s": 0,
+    "lora_rank": 8,
+    "lora_alpha": 16,
+    "lora_targets": ["c_attn"],
+}
 
 
 def run_file(folder: Path, work: str, **settings: Any) -> dict[str, Any]:
     """What `python -m training train` takes, for a folder that benchmarks/training.py laid out."""
     return {
-        "base": str(folder), "train_file": str(folder / "examples.jsonl"), "work_dir": work,
-        "settings": SETTINGS | settings, "rehearse": False,
-    }  # fmt: skip
+        "base": str(folder),
+        "train_file": str(folder / "examples.jsonl"),
+        "work_dir": work,
+        "settings": SETTINGS | settings,
+        "rehearse": False,
+    }
 
 
 @dataclass
@@ -47,7 +63,10 @@ class Scores:
         self.count += 1
         if not met:
             self.missed.append(name)
-        print(f"{name:<34} {_short(ours):>10} {_short(theirs):>10} {ratio:>7.2f} {goal:>6.2f} {'met' if met else 'missed'}", flush=True)  # fmt: skip
+        print(
+            f"{name:<34} {_short(ours):>10} {_short(theirs):>10} {ratio:>7.2f} {goal:>6.2f} {'met' if met else 'missed'}",
+            flush=True,
+        )
         return met
 
     def fail(self, name: str, why: str) -> None:

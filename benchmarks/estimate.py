@@ -107,14 +107,17 @@ def draw(some: random.Random, number: int) -> dict[str, Any]:
     method = "lora" if some.random() < 0.35 else "full"
     rows, words = some.choice((60, 120, 250, 500)), some.choice((8, 20, 45, 90))
     batch, held = some.choice((4, 8, 16)), some.choice((0.0, 0.1))
-    if (
-        base == LARGE
-    ):  # twenty times the parameters: few tokens at once, or the rehearsal alone takes a minute
+    # twenty times the parameters: few tokens at once, or the rehearsal alone takes a minute
+    if base == LARGE:
         words, batch = min(words, 20), min(batch, 4)
     return {
-        "base": base, "rows": rows, "words": words, "seconds": some.uniform(*SECONDS), "seed": some.randrange(10**6),
+        "base": base,
+        "rows": rows,
+        "words": words,
+        "seconds": some.uniform(*SECONDS),
+        "seed": some.randrange(10**6),
         "settings": {"method": method, "batch_size": batch, "validation_fraction": held},
-    }  # fmt: skip
+    }
 
 
 def text_of(made: dict[str, Any]) -> bytes:
@@ -149,7 +152,7 @@ def run(made: dict[str, Any], large: Path, scores: Any, *, teaches: bool) -> dic
     from training.plan.auto_settings import resolve
     from training.plan.config import parse
     from training.report.report import report
-    from training.text.encode import Plain
+    from training.text.encode import EncodingOptions
     from training.text.tokenizer import Tokenizer
 
     base = catalog.find(made["base"])
@@ -157,7 +160,7 @@ def run(made: dict[str, Any], large: Path, scores: Any, *, teaches: bool) -> dic
     path = Path(os.environ["LLMTUNER_TEST_DIR"]) / "rows.jsonl"
     path.write_bytes(text_of(made))
     tokenizer = Tokenizer.load(base.folder or large)
-    counted = report(path, tokenizer, Plain(base.context))
+    counted = report(path, tokenizer, EncodingOptions(base.context))
     dataset = datasets.receive(OWNER, "rows.jsonl", iter([path.read_bytes()]))
     datasets.finish_check(OWNER, dataset.dataset_id, "ready", summary=counted, format=counted["format"])
     summary, on = Summary.from_dict(counted), estimates.machine()
@@ -187,7 +190,13 @@ def run(made: dict[str, Any], large: Path, scores: Any, *, teaches: bool) -> dic
         f"{epochs:g} epochs of {made['settings']['batch_size']}: P50 {before.seconds_p50:.1f}, P90 {before.seconds_p90:.1f}, took {actual:.1f} s "
         f"({before.seconds_p50 / actual - 1:+.0%}); memory {before.memory / peak - 1:+.1%} of {peak / 1e9:.2f} GB"
     )
-    return {"p50": before.seconds_p50, "p90": before.seconds_p90, "actual": actual, "memory": before.memory, "peak": peak}  # fmt: skip
+    return {
+        "p50": before.seconds_p50,
+        "p90": before.seconds_p90,
+        "actual": actual,
+        "memory": before.memory,
+        "peak": peak,
+    }
 
 
 def all_records() -> list[dict[str, Any]]:

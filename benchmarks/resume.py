@@ -39,15 +39,27 @@ def lay_out(folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
     rng = random.Random(7)  # noqa: S311 (example data, not secrets)
     write_model(folder / "base")
     rows = [
-        {"prompt": " ".join(rng.choices(WORDS, k=rng.randint(2, 9))), "completion": " " + " ".join(rng.choices(WORDS, k=rng.randint(1, 6)))}
+        {
+            "prompt": " ".join(rng.choices(WORDS, k=rng.randint(2, 9))),
+            "completion": " " + " ".join(rng.choices(WORDS, k=rng.randint(1, 6))),
+        }
         for _ in range(67)
-    ]  # fmt: skip
+    ]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     chosen = {
-        "max_steps": steps, "batch_size": 6, "micro_batch_tokens": 64, "learning_rate": 2e-3, "schedule": "cosine",
-        "dropout": 0.1, "checkpoint_every_steps": 7, "eval_every": 50, "sample_every": 1000, "validation_fraction": 0.1,
-        "seed": 3, "sequence_length": 48,
-    }  # fmt: skip
+        "max_steps": steps,
+        "batch_size": 6,
+        "micro_batch_tokens": 64,
+        "learning_rate": 2e-3,
+        "schedule": "cosine",
+        "dropout": 0.1,
+        "checkpoint_every_steps": 7,
+        "eval_every": 50,
+        "sample_every": 1000,
+        "validation_fraction": 0.1,
+        "seed": 3,
+        "sequence_length": 48,
+    }
     return {
         "base": str(folder / "base"),
         "train_file": str(folder / "train.jsonl"),
@@ -88,9 +100,9 @@ def digest(work: Path) -> str:
 
 
 def newest(work: Path) -> str | None:
-    """The checkpoint a pointer would name: the last one that was told."""
-    told = [event["path"] for event in events(work, "checkpoint") if Path(event["path"]).is_dir()]
-    return told[-1] if told else None
+    """The checkpoint a pointer would name: the last one that was paths."""
+    paths = [event["path"] for event in events(work, "checkpoint") if Path(event["path"]).is_dir()]
+    return paths[-1] if paths else None
 
 
 def wait_until(process: subprocess.Popen[bytes], true: Callable[[], bool]) -> None:
@@ -122,7 +134,9 @@ def killed_run(run: dict[str, Any], work: Path, steps: int, rng: random.Random) 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/bench resume")
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--first", type=int, default=1, help="number of the first run: a campaign may be done in parts")  # fmt: skip
+    parser.add_argument(
+        "--first", type=int, default=1, help="number of the first run: a campaign may be done in parts"
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

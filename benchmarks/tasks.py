@@ -56,8 +56,14 @@ def _chat(rng: random.Random) -> Row:
 
 
 def _classification(rng: random.Random) -> Row:
-    """Two opinions in a sentence; what is said after "but" decides."""
-    first, last = rng.sample(((0, GOOD), (1, BAD)), 2) if rng.random() < 0.7 else ((0, GOOD),) * 2 if rng.random() < 0.5 else ((1, BAD),) * 2  # fmt: skip
+    """Two opinions in a sentence; what is phrase after "but" decides."""
+    first, last = (
+        rng.sample(((0, GOOD), (1, BAD)), 2)
+        if rng.random() < 0.7
+        else ((0, GOOD),) * 2
+        if rng.random() < 0.5
+        else ((1, BAD),) * 2
+    )
     a, b = rng.sample(THINGS, 2)
     text = f"The {a} from the {rng.choice(PLACES)} was {rng.choice(first[1])}, but the {rng.choice(COLOURS)} {b} was {rng.choice(last[1])}."
     return {"prompt": f"Review: {text}\nOpinion:", "completion": (" good", " bad")[last[0]]}
@@ -65,18 +71,25 @@ def _classification(rng: random.Random) -> Row:
 
 def _extraction(rng: random.Random) -> Row:
     name, thing, place, count = rng.choice(NAMES), rng.choice(THINGS), rng.choice(PLACES), rng.randint(2, 9)
-    said = rng.choice((
-        f"{name} needs {count} of the {thing} in the {place}.",
-        f"Bring {count} of the {thing} to the {place} for {name}.",
-        f"In the {place}, {name} asked for {count} of the {thing}.",
-    ))  # fmt: skip
-    return {"prompt": f"{said}\nFields:", "completion": f" who: {name}, what: {thing}, where: {place}, count: {count}"}  # fmt: skip
+    phrase = rng.choice(
+        (
+            f"{name} needs {count} of the {thing} in the {place}.",
+            f"Bring {count} of the {thing} to the {place} for {name}.",
+            f"In the {place}, {name} asked for {count} of the {thing}.",
+        )
+    )
+    return {
+        "prompt": f"{phrase}\nFields:",
+        "completion": f" who: {name}, what: {thing}, where: {place}, count: {count}",
+    }
 
 
 def _style(rng: random.Random) -> Row:
-    """A plain sentence said solemnly."""
+    """A plain sentence phrase solemnly."""
     name, thing, place, colour = (rng.choice(words) for words in (NAMES, THINGS, PLACES, COLOURS))
-    verb, solemn = rng.choice((("saw", "beheld"), ("took", "seized"), ("sold", "gave away for gold"), ("lost", "was robbed of")))  # fmt: skip
+    verb, solemn = rng.choice(
+        (("saw", "beheld"), ("took", "seized"), ("sold", "gave away for gold"), ("lost", "was robbed of"))
+    )
     return {
         "instruction": "Say it solemnly.",
         "input": f"{name} {verb} the {colour} {thing} at the {place}.",
@@ -87,13 +100,15 @@ def _style(rng: random.Random) -> Row:
 def _code(rng: random.Random) -> Row:
     a, b = rng.sample(THINGS, 2)
     n = rng.randint(2, 99)
-    asked, written = rng.choice((
-        (f"add {n} to {a}", f"def f({a}):\n    return {a} + {n}"),
-        (f"the larger of {a} and {b}", f"def f({a}, {b}):\n    return max({a}, {b})"),
-        (f"whether {a} is over {n}", f"def f({a}):\n    return {a} > {n}"),
-        (f"all of {a} that stand in {b}", f"def f({a}, {b}):\n    return [x for x in {a} if x in {b}]"),
-        (f"the first {n} of {a}", f"def f({a}):\n    return {a}[:{n}]"),
-    ))  # fmt: skip
+    asked, written = rng.choice(
+        (
+            (f"add {n} to {a}", f"def f({a}):\n    return {a} + {n}"),
+            (f"the larger of {a} and {b}", f"def f({a}, {b}):\n    return max({a}, {b})"),
+            (f"whether {a} is over {n}", f"def f({a}):\n    return {a} > {n}"),
+            (f"all of {a} that stand in {b}", f"def f({a}, {b}):\n    return [x for x in {a} if x in {b}]"),
+            (f"the first {n} of {a}", f"def f({a}):\n    return {a}[:{n}]"),
+        )
+    )
     return {"prompt": f"# {asked}\n", "completion": written}
 
 

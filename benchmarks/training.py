@@ -78,7 +78,14 @@ def lay_out(folder: Path, shape: dict[str, int], examples: int = 400) -> None:
     from training.models.gpt2 import GPT2, GPT2Config
     from training.plan.config import Run
 
-    GPT2.new(GPT2Config(vocab_size=VOCABULARY, n_positions=1024, extra={"bos_token_id": 50256, "eos_token_id": 50256}, **shape)).save(folder)  # fmt: skip
+    GPT2.new(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=1024,
+            extra={"bos_token_id": 50256, "eos_token_id": 50256},
+            **shape,
+        )
+    ).save(folder)
     words = {str(i): i for i in range(VOCABULARY - 1)} | {"<|endoftext|>": VOCABULARY - 1}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))  # noqa: S106 (a token of text)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -95,7 +102,12 @@ def lay_out(folder: Path, shape: dict[str, int], examples: int = 400) -> None:
     rows = [{"text": " ".join(map(str, rng.integers(0, VOCABULARY - 1, n - 1)))} for n in lengths]
     (folder / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"sequence_length": 512, "validation_fraction": 0, "train_on": "all", "max_steps": 10}
-    run = {"base": str(folder), "train_file": str(folder / "examples.jsonl"), "work_dir": str(folder / "work"), "settings": settings}  # fmt: skip
+    run = {
+        "base": str(folder),
+        "train_file": str(folder / "examples.jsonl"),
+        "work_dir": str(folder / "work"),
+        "settings": settings,
+    }
     found = inputs.read(Run.parse(run)).train
     order = [example_at(at, 0, len(found)) for at in range(len(found))]
     (folder / "examples.json").write_text(json.dumps([found[i][0].tolist() for i in order]))
@@ -110,12 +122,13 @@ def speed_and_memory(bench: Bench, name: str, ours: str, theirs: str, goal: floa
     peaks = mine.end() / 2**30, peer.end() / 2**30
     if name in MEMORY:
         bench.scores.add(f"memory/{name}", *peaks, MEMORY[name], less_is_better=True)
+    # the same batches: the same work was done
     if theirs in (
         "trainer",
         "trainer-lora",
         "trainer-padded",
         "trl",
-    ):  # the same batches: the same work was done
+    ):
         far = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(mine.steps, peer.steps, strict=True))
         bench.scores.note(f"{name}: losses of the same steps differ by {far:.1e} at most")
 
@@ -222,23 +235,24 @@ def packed_gradients(bench: Bench) -> None:
         row = pack([(np.array(d), m) for d, m in zip(documents, masks, strict=True)])
         for p in model.parameters():
             main_grad(p).zero_()
-        ours, _ = batch_loss(model, row, 1 / len(row.where))
+        ours, _ = batch_loss(model, row, 1 / len(row.loss_positions))
         ours.backward()
         lm.zero_grad()
         theirs = 0.0
         for ids, mask in zip(documents, masks, strict=True):
             labels = torch.tensor([i if m else -100 for i, m in zip(ids, mask, strict=True)])
             logits = lm(torch.tensor([ids])).logits[0, :-1]
-            loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum") / len(row.where)
+            loss = torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum") / len(
+                row.loss_positions
+            )
             loss.backward()
             theirs += float(loss.detach())
         grads = dict(lm.named_parameters())
         worst = abs(float(ours.detach()) - theirs) / theirs
         for name, p in model.named_parameters():
             mine, other = main_grad(p), grads[name].grad
-            if name.endswith(
-                "c_attn.bias"
-            ):  # the keys' bias has no gradient but rounding: softmax does not feel it
+            # the keys' bias has no gradient but rounding: softmax does not feel it
+            if name.endswith("c_attn.bias"):
                 width = len(other) // 3
                 mine, other = (torch.cat([g[:width], g[2 * width :]]) for g in (mine, other))
             worst = max(worst, float((mine - other).norm() / other.norm()))
@@ -254,7 +268,9 @@ def platform_overhead(bench: Bench, pairs: int) -> None:
     taken = [step[bench.clock] for step in one.steps[2:]]
     full, bare = taken[::2], taken[1::2]
     typical = statistics.median(f / b for b, f in zip(bare, full, strict=True))
-    bench.scores.note(f"platform: {sum(bare):.0f} s bare, {sum(full):.0f} s with all; the median turn {typical - 1:+.2%}")  # fmt: skip
+    bench.scores.note(
+        f"platform: {sum(bare):.0f} s bare, {sum(full):.0f} s with all; the median turn {typical - 1:+.2%}"
+    )
     overhead = sum(full) / sum(bare) - 1
     bench.scores.add("platform-overhead", max(overhead, 1e-4), 0.02, 1.0, less_is_better=True)
     one.end()
@@ -262,7 +278,11 @@ def platform_overhead(bench: Bench, pairs: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/bench training")
-    parser.add_argument("--quick", action="store_true", help="a small model (4 layers of 256) and fewer rounds: a look, no verdict")  # fmt: skip
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a small model (4 layers of 256) and fewer rounds: a look, no verdict",
+    )
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, help="measured steps of each contender")

@@ -67,10 +67,10 @@ class Browser:
         own = {"Host": "localhost", "Cookie": cookies, "X-CSRFToken": CSRF, "Accept": "application/json"}
         connection.request(method, path, body, own | {k.replace("_", "-"): v for k, v in headers.items()})
         answer = connection.getresponse()
-        said = answer.read()
+        reply = answer.read()
         connection.close()
-        assert answer.status < 300, (path, answer.status, said[:300])
-        found: dict[str, Any] = json.loads(said)
+        assert answer.status < 300, (path, answer.status, reply[:300])
+        found: dict[str, Any] = json.loads(reply)
         return found
 
     def ask(self, path: str, **fields: object) -> dict[str, Any]:
@@ -80,19 +80,19 @@ class Browser:
 
     def upload(self, path: Path) -> str:
         """The id of the dataset."""
-        told = self.ask("/datasets/uploads/", name=path.name, bytes=path.stat().st_size, mark="")
+        created = self.ask("/datasets/uploads/", name=path.name, bytes=path.stat().st_size, mark="")
 
         def part(number: int) -> None:
             with path.open("rb") as file:
-                file.seek((number - 1) * told["part_bytes"])
-                data = file.read(told["part_bytes"])
+                file.seek((number - 1) * created["part_bytes"])
+                data = file.read(created["part_bytes"])
             digest = hashlib.sha256(data).hexdigest()
             kind = "application/octet-stream"
-            self.send("PUT", f"{told['url']}{number}/", data, Content_Type=kind, X_Part_Sha256=digest)
+            self.send("PUT", f"{created['url']}{number}/", data, Content_Type=kind, X_Part_Sha256=digest)
 
         with ThreadPoolExecutor(AT_ONCE) as lanes:
-            list(lanes.map(part, range(1, -(-path.stat().st_size // told["part_bytes"]) + 1)))
-        address = self.ask(told["complete"])["url"]
+            list(lanes.map(part, range(1, -(-path.stat().st_size // created["part_bytes"]) + 1)))
+        address = self.ask(created["complete"])["url"]
         return address.strip("/").rpartition("/")[2]
 
 

@@ -1,0 +1,1 @@
+"""The product: datasets, jobs, models and everything around them, on top of the trainer."""

@@ -13,13 +13,13 @@ from training.engine import memory
 from training.plan.events import EXIT, Failure
 
 COMMANDS = {
-    "train": ("training.command", "train as a run file says; events on standard output"),
-    "standby": ("training.command", "be warm and wait for a run file on standard input"),
-    "generate": ("training.models.generate", "write text with a model"),
-    "serve": ("training.serving.serve", "answer generation requests, JSON lines"),
+    "train": ("training.command", "train as the run file specifies; events on standard output"),
+    "standby": ("training.command", "import everything, then wait for a run file on standard input"),
+    "generate": ("training.models.generate", "generate text with a model"),
+    "serve": ("training.serving.serve", "serve generation requests as JSON lines"),
     "export": ("training.export.command", "turn a checkpoint into a model folder"),
     "check": ("training.report.check", "read a dataset and report on it"),
-    "fix": ("training.report.fix", "write a new version of a dataset without the rows that findings name"),
+    "fix": ("training.report.fix", "write a new version of a dataset without the rows with findings"),
 }
 
 
@@ -32,9 +32,9 @@ def main(arguments: list[str]) -> int:
         )
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     command = arguments[0]
-    memory.keep_few_primitives()  # before torch is imported
+    memory.limit_primitive_caches()  # before torch is imported
     if command in ("train", "standby"):
-        memory.use_memory_well()
+        memory.configure_allocator()
     module = importlib.import_module(COMMANDS[command][0])
     parser = argparse.ArgumentParser(prog=f"python -m training {command}", description=COMMANDS[command][1])
     module.add_arguments(parser)
@@ -54,13 +54,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _refusal(error: Exception) -> str:
-    """What to say of a file or folder that was named and cannot be read; empty when the fault is ours."""
+    """The message for a file or folder argument that cannot be read; empty for all other errors."""
     from training.text.tokenizer import TokenizerError
 
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, TokenizerError):
-        return f"The tokenizer cannot be used: {error}. Name the folder of a model with its tokenizer."
+        return f"The tokenizer cannot be used: {error}. Use the folder of a model with its tokenizer."
     return ""
 
 

@@ -1,4 +1,5 @@
-"""`train` and `standby`: the program around the loop. Event lines out, orders in, one exit code for each reason."""
+"""`train` and `standby`: the program around the loop. Events out, a run file in, one exit code for each
+reason."""
 
 from __future__ import annotations
 
@@ -31,21 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     if parser.prog.endswith(" train"):
         parser.add_argument("config", help="the run file (training/plan/config.py: Run)")
     else:
-        parser.add_argument("--base", help="a folder: hold the memory that fine-tuning this model takes")
+        parser.add_argument("--base", help="a folder: reserve the memory that fine-tuning this model takes")
 
 
 def main(args: argparse.Namespace) -> int:
-    path = _wait_warm(args.base) if args.command == "standby" else args.config
+    path = _wait_for_run_file(args.base) if args.command == "standby" else args.config
     if path is None:
         return EXIT["stopped"]
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # until here, nothing is lost by dying of it
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # before this line, being killed by it loses nothing
     events = EventWriter()
     try:
         run = Run.load(path)
         if args.command == "standby" or run.job is not None:
             _die_with_parent()
-        _make_ready(run.base, run.settings.adapter)
+        _prefault(run.base, run.settings.adapter)
         events.spool(Path(run.work_dir))
         train(run, events.emit, stop.is_set)
     except BaseException as error:
@@ -54,9 +55,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def train(run: Run, emit: Callable[..., None], stop: Callable[[], bool] = lambda: False) -> None:
-    """All of `python -m training train`: trains, exports what came of it, and compares the export with it.
+    """All of `python -m training train`: trains, exports the model, and compares the export with it.
 
-    Raises Failure with a reason of events.py, or `loop.Stopped`."""
+    Raises Failure with a reason from plan/events.py, or `loop.Stopped`."""
     from training.engine import loop
     from training.engine.rehearsal import out_of_memory
 
@@ -66,7 +67,7 @@ def train(run: Run, emit: Callable[..., None], stop: Callable[[], bool] = lambda
             _export(trained, Path(run.work_dir) / "final", emit)
     except (MemoryError, RuntimeError) as error:
         if out_of_memory(error):
-            raise Failure("out_of_memory", f"Memory ran out: {str(error).splitlines()[0][:200]}") from error
+            raise Failure("out_of_memory", f"Out of memory: {str(error).splitlines()[0][:200]}") from error
         raise
 
 
@@ -74,15 +75,22 @@ def _export(trained: Trained, folder: Path, emit: Callable[..., None]) -> None:
     from training.engine.evaluate import verdict
     from training.export.folder import verify, write_folder
 
-    files = write_folder(trained.model, folder, base=trained.base, facts=trained.facts)
-    fidelity = verify(trained.model, folder, base=trained.base)
+    files = write_folder(trained.model, folder, base=trained.base, details=trained.details)
+    export_check = verify(trained.model, folder, base=trained.base)
     if trained.base_losses and trained.best_losses:
         emit("verdict", **verdict(trained.base_losses, trained.best_losses))
-    emit("done", step=trained.step, path=str(folder), files=files, metrics=trained.metrics, fidelity=fidelity)
+    emit(
+        "done",
+        step=trained.step,
+        path=str(folder),
+        files=files,
+        metrics=trained.metrics,
+        fidelity=export_check,
+    )
 
 
 def _fail(error: BaseException, events: EventWriter) -> int:
-    """The one place where an error becomes a line, and an exit code."""
+    """Turns an error into an event and an exit code. The only place that does."""
     if type(error).__name__ == "Stopped" or isinstance(error, KeyboardInterrupt):
         events.emit("log", level="info", message=REASONS["stopped"].sentence)
         return EXIT["stopped"]
@@ -95,7 +103,7 @@ def _fail(error: BaseException, events: EventWriter) -> int:
 
 
 def as_failure(error: BaseException) -> Failure:
-    """Whatever went wrong, in the closed list of reasons."""
+    """Any error as a Failure with one of the known reasons."""
     if isinstance(error, Failure):
         return error
     if isinstance(error, ConfigError):
@@ -113,15 +121,15 @@ def as_failure(error: BaseException) -> Failure:
 
 
 class EventWriter:
-    """Writes event lines: each by one write on standard output, and into the spool file of the work folder.
+    """Writes each event as one line, to standard output and to the spool file in the work folder.
 
-    Over the spool an attempt can be told again when the pipe was not read to its end."""
+    From the spool, events can be recovered when the pipe was not read to its end."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # the checkpoint writer speaks too
+        self._lock = threading.Lock()  # the checkpoint thread emits events too
         self._out = sys.stdout.fileno()
         self._spool: int | None = None
-        self._silent = os.environ.get("RANK", "0") != "0"  # of several processes one speaks
+        self._silent = os.environ.get("RANK", "0") != "0"  # with several processes, only the first emits
 
     def spool(self, work: Path) -> None:
         if not self._silent:
@@ -137,14 +145,14 @@ class EventWriter:
                 try:
                     os.write(self._spool, line)
                 except OSError:
-                    self._spool = None  # a full disk must not keep the last words from being heard
+                    self._spool = None  # a full disk must not keep the last events from standard output
             view = memoryview(line)
             while view:
                 view = view[os.write(self._out, view) :]
 
 
 def encode(event: dict[str, Any]) -> bytes:
-    """One line of JSON: numbers finite or absent, at most 16 KB."""
+    """One line of JSON: numbers that are not finite are left out, long texts cut, at most 16 KB."""
     clean = _clean(event)
     line = json.dumps(clean, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     room = LONGEST_TEXT
@@ -162,37 +170,40 @@ def _clean(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_clean(v) for v in value if not (isinstance(v, float) and not math.isfinite(v))]
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()  # half of a character pair cannot be written
+        return value.encode("utf-8", "replace").decode()  # a lone surrogate cannot be encoded
     return value
 
 
-# ---- orders ----------------------------------------------------------------------------------------------------------
+# ---- standby -----------------------------------------------------------------------------------------------
 
 
-ROW = 512  # tokens whose activations a standby holds memory for
+ROW = 512  # tokens for whose activations a standby process reserves memory
 
 
-def _make_ready(base: str, adapter: str) -> int:
-    """Begins to touch the memory of weights, gradients and both means, where one processor trains all of a model: while
-    torch is imported and data are read. Returns the bytes of a row's activations there; 0 elsewhere (adapters need
-    little, a graphics card has memory of its own, and several processes may share the model out)."""
+def _prefault(base: str, adapter: str) -> int:
+    """Starts prefaulting memory for weights, gradients and both moments, if a single process fine-tunes a
+    whole model on the CPU. This runs while torch is imported and data is read.
+
+    Returns the bytes of a row's activations, or 0 in all other cases: adapters need little memory, a GPU
+    has its own, and several processes may shard the model."""
     here = adapter == "none" and catalog.this_machine().device == "cpu" and "RANK" not in os.environ
     try:
         described = catalog.describe(base)
     except (OSError, ValueError):
-        return 0  # told by whoever reads it
-    buffer = 4 * described.parameters + memory.HUGE  # and what aligning them adds
-    ready = memory.make_ready(buffer if here else 0, pieces=4)
+        return 0  # reported when the model is loaded
+    buffer = 4 * described.parameters + memory.HUGE  # plus alignment
+    ready = memory.prefault(buffer if here else 0, pieces=4)
     return catalog.activation_memory(described, ROW) if ready else 0
 
 
-def _wait_warm(base: str | None) -> str | None:
-    """Import torch, run a dummy step, and wait for `{"config": path}`. None at the end of input: nobody needs us."""
+def _wait_for_run_file(base: str | None) -> str | None:
+    """Imports torch, runs a dummy step and waits for `{"config": path}`. None at the end of input: the
+    process is not needed."""
     from training.engine.warm_up import warm_up
 
     warm_up()
-    if base and (row := _make_ready(base, "none")):
-        memory.touch_heap(row)
+    if base and (row := _prefault(base, "none")):
+        memory.prefault_heap(row)
     os.write(sys.stdout.fileno(), encode({"t": "ready", "time": time.time()}))
     for line in iter(sys.stdin.buffer.readline, b""):
         try:
@@ -205,9 +216,11 @@ def _wait_warm(base: str | None) -> str | None:
 
 
 def _die_with_parent() -> None:
-    """A trainer whose parent is gone has nobody to report to, and its lease will be given to another: end at once.
+    """Ends this process as soon as its parent has died: its events are lost, and its lease will go to another
+    worker.
 
-    The parent holds our standard input open and writes a line at each heartbeat; its end is the parent's."""
+    The parent keeps our standard input open and writes a line at each heartbeat. When the pipe closes, the
+    parent is dead."""
     if not stat.S_ISFIFO(os.fstat(0).st_mode) and not stat.S_ISSOCK(os.fstat(0).st_mode):
         return  # started by hand
 

@@ -19,9 +19,9 @@ import turns
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from training.engine.memory import use_memory_well  # noqa: E402
+from training.engine.memory import configure_allocator  # noqa: E402
 
-use_memory_well()  # before torch, as `python -m training` does
+configure_allocator()  # before torch, as `python -m training` does
 
 import torch  # noqa: E402
 

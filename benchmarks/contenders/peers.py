@@ -41,10 +41,21 @@ def load(folder: Path, dropout: float) -> Any:
 def hyperparameters(folder: Path) -> dict[str, Any]:
     """Those of contenders/ours.py."""
     return {
-        "output_dir": str(folder / "out"), "per_device_train_batch_size": BATCH, "use_cpu": not ON_GPU, "report_to": [],
-        "save_strategy": "no", "logging_strategy": "no", "num_train_epochs": 1, "learning_rate": 1e-5, "warmup_steps": 0,
-        "weight_decay": 0.01, "max_grad_norm": 1.0, "lr_scheduler_type": "linear", "disable_tqdm": True, "bf16": ON_GPU,
-    }  # fmt: skip
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": BATCH,
+        "use_cpu": not ON_GPU,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "num_train_epochs": 1,
+        "learning_rate": 1e-5,
+        "warmup_steps": 0,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "linear",
+        "disable_tqdm": True,
+        "bf16": ON_GPU,
+    }
 
 
 class Turns(TrainerCallback):
@@ -118,9 +129,13 @@ def trl_sft(folder: Path, ids: list[list[int]], *, packing: bool) -> None:
     shared = hyperparameters(folder) | ({"per_device_train_batch_size": 2} if packing else {})
     # Its own defaults here are bf16 and gradient checkpointing: both slower on a processor, so off.
     args = SFTConfig(
-        **shared, packing=packing, max_length=LENGTH, gradient_checkpointing=False, eos_token=tokenizer.eos_token,
+        **shared,
+        packing=packing,
+        max_length=LENGTH,
+        gradient_checkpointing=False,
+        eos_token=tokenizer.eos_token,
         pad_token=tokenizer.eos_token,
-    )  # fmt: skip
+    )
     callback = Turns()
     trainer = watched(SFTTrainer, callback)(
         model=load(folder, 0.0),
@@ -144,7 +159,9 @@ def nano_gpt(folder: Path, ids: list[list[int]]) -> None:
     stream = torch.tensor([i for example in ids for i in example], device=device)
     decay = [p for p in weights.values() if p.dim() >= 2]
     plain = [p for p in weights.values() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}], lr=1e-5, fused=True)  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}], lr=1e-5, fused=True
+    )
     norm = lambda x, n: F.layer_norm(x, x.shape[-1:], weights[f"{n}.weight"], weights[f"{n}.bias"])  # noqa: E731
     lin = lambda x, n: x @ weights[f"{n}.weight"] + weights[f"{n}.bias"]  # noqa: E731
 
@@ -152,7 +169,10 @@ def nano_gpt(folder: Path, ids: list[list[int]]) -> None:
         B, T = x.shape
         h = weights["wte.weight"][x] + weights["wpe.weight"][:T]
         for i in range(config["n_layer"]):
-            q, k, v = (t.view(B, T, heads, -1).transpose(1, 2) for t in lin(norm(h, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(h.shape[-1], 2))  # fmt: skip
+            q, k, v = (
+                t.view(B, T, heads, -1).transpose(1, 2)
+                for t in lin(norm(h, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn").split(h.shape[-1], 2)
+            )
             a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             h = h + lin(a.transpose(1, 2).reshape(B, T, -1), f"h.{i}.attn.c_proj")
             up = F.gelu(lin(norm(h, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc"), approximate="tanh")
@@ -184,7 +204,13 @@ def hf_generate(folder: Path, ids: list[list[int]]) -> None:
     while True:
         turns.begin()
         with torch.inference_mode():
-            out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=48, min_new_tokens=48, do_sample=False)  # fmt: skip
+            out = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=48,
+                min_new_tokens=48,
+                do_sample=False,
+            )
         turns.done(48, text=out[0, prompt.shape[1] :].tolist())
 
 

@@ -1,0 +1,1 @@
+"""Datasets: uploads, validation in a sandbox, versions and reports."""

@@ -17,7 +17,7 @@ from training.data.summary import Summary
 from training.plan.auto_settings import resolve
 from training.plan.catalog import BaseModel, Machine, this_machine
 from training.plan.config import Settings, current_names, parse
-from training.plan.estimate import Estimate, Past
+from training.plan.estimate import Estimate, FinishedJob
 from training.plan.estimate import estimate as predict
 
 KEPT = 50  # finished jobs that count
@@ -75,15 +75,17 @@ def queue_seconds() -> float:
     return free[0] if free else 0.0
 
 
-def history(on: Machine) -> list[Past]:
+def history(on: Machine) -> list[FinishedJob]:
     """What the last jobs on such a machine consisted of and took, the newest first."""
     return _remembered(kind_of(on), lambda: _past(records(on)))
 
 
-def _past(found: list[dict[str, Any]]) -> list[Past]:
+def _past(found: list[dict[str, Any]]) -> list[FinishedJob]:
     names = ("work", "took", "memory", "peak", "base")
     return [
-        Past(**{name: r[name] for name in names}, adapter=current_names({"method": r["method"]})["adapter"])
+        FinishedJob(
+            **{name: r[name] for name in names}, adapter=current_names({"method": r["method"]})["adapter"]
+        )
         for r in found
         if all(name in r for name in (*names, "method"))
     ]

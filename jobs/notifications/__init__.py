@@ -1,0 +1,1 @@
+"""Telling users what happened: webhooks, and the addresses they may be sent to."""

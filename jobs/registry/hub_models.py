@@ -169,7 +169,7 @@ def _describe(name: str, told: Mapping[str, Any], config: Mapping[str, Any]) -> 
         what = f"it is {', '.join(kinds)[:100]}" if kinds else "its config.json names no architecture"
         raise Refused(f"{name} is no causal language model: {what}. Choose one that continues text.")
     try:
-        found = catalog.of_config(config)
+        found = catalog.from_config(config)
     except (ValueError, TypeError, OverflowError) as error:
         raise Refused(f"{name} can't be used: {error}. Choose another model.") from error
     weights = told.get("safetensors")

@@ -16,7 +16,7 @@ from django.conf import settings
 
 from jobs.store import child_process
 from jobs.store.child_process import Child, Limits
-from training.plan.catalog import Machine, measured, this_machine
+from training.plan.catalog import Machine, measure, this_machine
 
 LOOKS = 5  # at the machine's rate
 _child: Child | None = None
@@ -66,7 +66,7 @@ def machine(idle: bool = False) -> Machine:
     global _machine, _looks
     if _machine is None or (idle and _looks < LOOKS):
         _looks += 1
-        found = measured(this_machine())
+        found = measure(this_machine())
         _machine = max(_machine or found, found, key=lambda machine: machine.rate)
     return _machine
 

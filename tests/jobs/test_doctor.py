@@ -85,7 +85,7 @@ def caused_by(error: OSError) -> blobs.StorageError:
         (
             OSError(errno.EROFS, "Read-only", "/srv/work/x"),
             "not_writable",
-            "The work folder cannot be written.",
+            "The work folder is not writable.",
         ),
         (blobs.StorageError("no route to the bucket"), "store", "no route to the bucket"),
         (caused_by(OSError(errno.EIO, "Input/output error", "/srv/x")), "store", "Input/output error"),

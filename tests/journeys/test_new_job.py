@@ -77,9 +77,9 @@ def test_an_unnamed_job_is_named_after_its_data(alices: Client, alice: User) -> 
     [
         ("epochs", "-1", "Must be at least 0.01."),
         ("epochs", "1e9", "Must be at most 1000."),
-        ("epochs", "nan", "Give a number."),
-        ("batch_size", "1.5", "Give a whole number."),
-        ("learning_rate", "fast", "Give a number."),
+        ("epochs", "nan", "Enter a number."),
+        ("batch_size", "1.5", "Enter a whole number."),
+        ("learning_rate", "fast", "Enter a number."),
         ("adapter", "magic", "Choose one of none, lora."),
         ("suffix", "Not A Slug", "lower-case letters"),
         ("base", "", "Choose the model"),

@@ -18,14 +18,14 @@ from tests.journeys.makers import make_dataset
 from training.plan.catalog import STARTER_FOLDER
 from training.report.fix import DROPPABLE
 from training.report.report import report
-from training.text.encode import Plain
+from training.text.encode import EncodingOptions
 from training.text.tokenizer import Tokenizer
 
 ROWS = [{"prompt": f"Number {i}?\n", "completion": f" It is {i * i}."} for i in range(60)]
 EMPTY = {"prompt": "And?\n", "completion": ""}
 TWINS = {
-    "code": "duplicate", "severity": "warning", "title": "Rows that stand there twice", "count": 3, "lines": [4, 5, 6],
-    "why": "They count double.", "fix": "Keep one of each.", "drop": True,
+    "code": "duplicate", "severity": "warning", "title": "Duplicate rows", "count": 3, "lines": [4, 5, 6],
+    "why": "They count twice.", "fix": "Keep one copy of each.", "drop": True,
 }  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def test_what_is_too_long_for_another_base_goes_by_that_bases_report(alices: Cli
     reading = DatasetReport(
         old.dataset_id, "short", owner=alice.owner_id, facts={"id": "starter"}, status="ready"
     )
-    found = report(blobs.local_path(old.key), Tokenizer.load(STARTER_FOLDER), Plain(24))
+    found = report(blobs.local_path(old.key), Tokenizer.load(STARTER_FOLDER), EncodingOptions(24))
     stored = blobs.put_file(f"datasets/{alice.owner_id}/short.json", io.BytesIO(json.dumps(found).encode()))
     reading.summary, reading.report_key = {"sequence_length": 24}, stored.key
     reading.save()

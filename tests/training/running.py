@@ -23,18 +23,22 @@ class Runner:
         self.values = lay_out(folder, steps, **settings)
 
     def train(
-        self, work: str = "work", stop_at: int | None = None, hear: Callable[[Event], None] | None = None, **changes: Any
-    ) -> list[Event]:  # fmt: skip
-        """All event lines. `stop_at` asks for an end once that step is told."""
-        told: list[Event] = []
+        self,
+        work: str = "work",
+        stop_at: int | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        **changes: Any,
+    ) -> list[Event]:
+        """All events. `stop_at` requests a stop once that step is emitted."""
+        emitted: list[Event] = []
 
         def emit(t: str, **values: Any) -> None:
-            told.append({"t": t, **values})
-            if hear is not None:
-                hear(told[-1])
+            emitted.append({"t": t, **values})
+            if on_event is not None:
+                on_event(emitted[-1])
 
         def stop() -> bool:
-            return stop_at is not None and any(e["t"] == "metric" and e["step"] >= stop_at for e in told)
+            return stop_at is not None and any(e["t"] == "metric" and e["step"] >= stop_at for e in emitted)
 
         settings = self.values["settings"] | changes.pop("settings", {})
         run = Run.parse(
@@ -43,8 +47,8 @@ class Runner:
         try:
             train(run, emit, stop)
         except Stopped:
-            told.append({"t": "stopped"})
-        return told
+            emitted.append({"t": "stopped"})
+        return emitted
 
 
 def of(events: list[Event], kind: str) -> list[Event]:

@@ -1,4 +1,4 @@
-"""Settings left on automatic get good values, each with a reason; what a person chose stays."""
+"""Automatic settings get good values, each with a reason; chosen values stay."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from training.plan.catalog import (
     Machine,
     find,
     fits,
-    of_config,
+    from_config,
     starter,
     training_memory,
 )
 from training.plan.config import FIELDS, Settings, parse
-from training.plan.estimate import Past, estimate
+from training.plan.estimate import FinishedJob, estimate
 
 MACHINE = Machine("cpu", "2 cores", 16 << 30, 2)
 AUTOMATIC = {
@@ -50,14 +50,14 @@ def data(examples: int = 480, longest: int = 100) -> Summary:
     )
 
 
-def test_every_open_field_is_filled_and_says_why() -> None:
+def test_every_automatic_field_is_filled_with_a_reason() -> None:
     settings, reasons = resolve(Settings(), data(), gpt2(), MACHINE)
     assert set(reasons) == AUTOMATIC
     assert all(getattr(settings, name) is not None for name in AUTOMATIC)
     assert "480 examples" in reasons["epochs"]
 
 
-def test_what_a_person_chose_stays_and_needs_no_reason() -> None:
+def test_chosen_values_stay_and_need_no_reason() -> None:
     chosen = parse({"epochs": 7, "learning_rate": 3e-4, "dropout": 0.2})
     settings, reasons = resolve(chosen, data(), gpt2(), MACHINE)
     assert (settings.epochs, settings.learning_rate, settings.dropout) == (7, 3e-4, 0.2)
@@ -107,12 +107,12 @@ def test_presets_are_settings() -> None:
         parse(values)
 
 
-# --- the catalogue --------------------------------------------------------------------------------
+# --- the catalog ----------------------------------------------------------------------------------
 
 
-def test_the_family_counts_its_parameters_as_its_files_do() -> None:
+def test_parameter_counts_equal_those_of_the_files() -> None:
     """Layers, width and vocabulary give exactly the published numbers."""
-    from training.plan.catalog import of_config
+    from training.plan.catalog import from_config
 
     for base in GPT2_FAMILY:
         config = {
@@ -122,28 +122,33 @@ def test_the_family_counts_its_parameters_as_its_files_do() -> None:
             "n_head": base.heads,
             "vocab_size": base.vocab,
         }
-        assert of_config(config).parameters == base.parameters
+        assert from_config(config).parameters == base.parameters
 
 
 @pytest.mark.parametrize("number", [10**400, 10**12, 0, -1], ids=["1e400", "1e12", "0", "-1"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_config_with_impossible_sizes_is_refused_or_read_without_them(kind: str, number: int) -> None:
     sizes = {
-        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "intermediate_size": 128, "max_position_embeddings": 512, "vocab_size": 100,
-    }  # fmt: skip
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "max_position_embeddings": 512,
+        "vocab_size": 100,
+    }
     for name in sizes:
         config = {"model_type": kind} | sizes | {name: number}
         if name in ("hidden_size", "num_hidden_layers", "vocab_size"):
-            with pytest.raises(ValueError, match="no language model we can read"):
-                of_config(config)
+            with pytest.raises(ValueError, match="not a supported language model"):
+                from_config(config)
         else:
-            base = of_config(config)
+            base = from_config(config)
             assert 0 < base.parameters < 10**6
             assert base.heads > 0
 
 
-def test_the_starter_is_there_and_small() -> None:
+def test_the_starter_is_bundled_and_small() -> None:
     base = starter()
     assert base.folder
     assert 3e6 < base.parameters < 5e6
@@ -155,7 +160,7 @@ def test_models_are_found_by_their_long_names_too() -> None:
     assert find("somebody/else") is None
 
 
-def test_lora_fits_where_full_training_does_not() -> None:
+def test_lora_fits_when_full_fine_tuning_does_not() -> None:
     large = GPT2_FAMILY[-2]
     full = fits(large, MACHINE)
     assert not full.fits
@@ -188,7 +193,7 @@ def test_the_estimate_counts_the_steps_that_training_takes() -> None:
     assert found.seconds_p50 < found.seconds_p90
 
 
-def past(base: BaseModel, times: float, noise: float = 0.0, seed: int = 0, **changes: object) -> Past:
+def past(base: BaseModel, times: float, noise: float = 0.0, seed: int = 0, **changes: object) -> FinishedJob:
     """A finished job whose parts took so many times what was expected."""
     rng = random.Random(seed)
     settings, _ = resolve(parse(changes), data(), base, MACHINE)
@@ -197,10 +202,10 @@ def past(base: BaseModel, times: float, noise: float = 0.0, seed: int = 0, **cha
         part: times * sum(of.values()) * (1 + noise * rng.uniform(-1, 1)) for part, of in found.work.items()
     }
     peak = 1.2 * found.memory
-    return Past(found.work, took, found.memory_parts, peak, base.id, settings.adapter)
+    return FinishedJob(found.work, took, found.memory_parts, peak, base.id, settings.adapter)
 
 
-def test_bf16_is_expected_to_help_large_models_where_the_processor_has_it() -> None:
+def test_bf16_is_estimated_faster_for_large_models_on_cpus_with_bf16() -> None:
     def seconds(base: BaseModel, machine: Machine) -> list[float]:
         chosen = [resolve(Settings(precision=p), data(), base, machine)[0] for p in ("fp32", "bf16")]
         return [estimate(base, settings, data(), machine).parts["training"] for settings in chosen]
@@ -225,7 +230,7 @@ def test_finished_jobs_correct_the_estimate() -> None:
     assert "11 jobs" in learned.basis
 
 
-def test_jobs_of_the_same_model_and_method_teach_the_most() -> None:
+def test_jobs_with_the_same_model_and_adapter_count_most() -> None:
     settings, _ = resolve(Settings(), data(), gpt2(), MACHINE)
     fresh = estimate(gpt2(), settings, data(), MACHINE)
     before = [past(gpt2(), 2, epochs=n) for n in (1, 2, 3)] + [
@@ -236,9 +241,10 @@ def test_jobs_of_the_same_model_and_method_teach_the_most() -> None:
 
 
 def test_a_slow_part_is_learned_by_itself() -> None:
-    """Saving takes three times as long as thought and all else as expected: a short job suffers more than a long one."""
+    """Saving takes three times as long as thought and all else as expected: a short job suffers more than
+    a long one."""
 
-    def slow(epochs: float) -> Past:
+    def slow(epochs: float) -> FinishedJob:
         found = past(gpt2(), 1, epochs=epochs)
         more = 2 * found.work["training"]["checkpoints"] + 2 * sum(found.work["export"].values())
         return replace(
@@ -252,7 +258,7 @@ def test_a_slow_part_is_learned_by_itself() -> None:
     assert learned.parts["export"] == pytest.approx(slow(1).took["export"], rel=0.1)
 
 
-def test_the_queue_is_waited_for_and_not_paid() -> None:
+def test_queue_time_adds_time_but_no_cost() -> None:
     settings, _ = resolve(Settings(), data(), gpt2(), MACHINE)
     alone = estimate(gpt2(), settings, data(), MACHINE, price_per_hour=1.0)
     waiting = estimate(gpt2(), settings, data(), MACHINE, price_per_hour=1.0, queue=100)
@@ -264,7 +270,7 @@ def test_the_queue_is_waited_for_and_not_paid() -> None:
     ) in waiting.rows
 
 
-def test_money_is_told_at_the_operators_rate() -> None:
+def test_cost_uses_the_operators_price() -> None:
     settings, _ = resolve(Settings(), data(), gpt2(), replace(MACHINE, cores=1))
     found = estimate(gpt2(), settings, data(), MACHINE, price_per_hour=3.6)
     assert found.cost_p50 == pytest.approx(found.seconds_p50 / 1000)

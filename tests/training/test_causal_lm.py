@@ -1,4 +1,5 @@
-"""Any causal LM of transformers behind the loop's face: no leak between documents, the right loss, the right gradients."""
+"""Any causal LM of transformers behind the loop's face: no leak between documents, the right loss, the
+right gradients."""
 
 from __future__ import annotations
 
@@ -29,9 +30,13 @@ from training.plan.events import Failure
 from training.text.tokenizer import Tokenizer
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
     "max_position_embeddings": 128,
-}  # fmt: skip
+}
 GROUPED: dict[str, Any] = SHAPE | {"num_key_value_heads": 1, "head_dim": 16}
 WINDOW: dict[str, Any] = GROUPED | {"sliding_window": 20}
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -40,13 +45,22 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: t.Qwen2Config(**SHAPE, num_key_value_heads=1),
     "qwen3": lambda: t.Qwen3Config(**GROUPED),
     "gpt_neox": lambda: t.GPTNeoXConfig(**SHAPE),
-    "opt": lambda: t.OPTConfig(vocab_size=300, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128, word_embed_proj_dim=32),
+    "opt": lambda: t.OPTConfig(
+        vocab_size=300,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        word_embed_proj_dim=32,
+    ),
     "gemma2": lambda: t.Gemma2Config(**WINDOW),
     "gemma3": lambda: t.Gemma3TextConfig(**WINDOW),
     "bloom": lambda: t.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=2),
     "mamba": lambda: t.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4),
-}  # fmt: skip
-# What must be found out about them: (reads packed rows, its head is a plain product). The rest is (True, True).
+}
+# What must be found out about them: (reads packed rows, its head is a plain product). The rest is (True,
+# True).
 SPECIAL = {"gemma2": (True, False), "bloom": (False, True), "mamba": (False, True)}
 LENGTHS = (9, 40, 5)
 
@@ -66,7 +80,7 @@ def documents(seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def separate_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
     """Each document alone through transformers, its own cross-entropy: the reference."""
-    place = {int(w): int(y) for w, y in zip(batch.where, batch.targets, strict=True)}
+    place = {int(w): int(y) for w, y in zip(batch.loss_positions, batch.targets, strict=True)}
     total = torch.zeros(())
     for start, end in batch.bounds:
         logits = model.lm(input_ids=batch.ids[None, start:end], use_cache=False).logits[0]
@@ -81,9 +95,9 @@ def separate_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_packed_loss_and_gradients_are_those_of_each_document_alone(name):
     model = make(name)
-    assert (model.packed, model.fused) == SPECIAL.get(name, (True, True)), model.why
+    assert (model.packed, model.fused) == SPECIAL.get(name, (True, True)), model.self_test_notes
     batch = pack(documents())
-    ours, _ = batch_loss(model, batch, 1 / len(batch.where))
+    ours, _ = batch_loss(model, batch, 1 / len(batch.loss_positions))
     ours.backward()
     grads = {n: main_grad(p).clone() for n, p in model.named_parameters() if p.requires_grad}
     for p in model.parameters():
@@ -101,7 +115,7 @@ def test_a_token_of_one_document_cannot_move_anothers_states(name):
     model = make(name)
     docs, others = documents(0), documents(1)
     with torch.no_grad():
-        one, two = (model.hidden(pack([first, *docs[1:]]), every=True) for first in (docs[0], others[0]))
+        one, two = (model.hidden(pack([first, *docs[1:]]), all_tokens=True) for first in (docs[0], others[0]))
     assert torch.equal(one[LENGTHS[0] :], two[LENGTHS[0] :])
     assert not torch.equal(one[: LENGTHS[0]], two[: LENGTHS[0]])
 
@@ -119,7 +133,7 @@ def test_saved_files_load_in_transformers_with_no_missing_or_unexpected_key(name
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox"])
-def test_adapters_train_alone_and_fold_into_the_weights(name, tmp_path):
+def test_only_adapters_train_and_they_merge_into_the_weights(name, tmp_path):
     model = make(name)
     before = {n: p.clone() for n, p in model.named_parameters()}
     model.add_lora(rank=4, alpha=8.0, dropout=0.0, targets=None, seed=1)
@@ -158,12 +172,21 @@ def test_greedy_text_is_that_of_transformers(name, tmp_path):
     write_tokenizer(tmp_path)
     options = GenerateOptions(max_tokens=12, n=2, ignore_eos=True)
     ours = generate(model, Tokenizer.load(tmp_path), [5, 6, 7], options)
-    whole = model.lm.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)  # fmt: skip
+    whole = model.lm.generate(
+        torch.tensor([[5, 6, 7]]),
+        max_new_tokens=12,
+        min_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
     assert [c.ids for c in ours] == [whole[0, 3:].tolist()] * 2
 
 
-def test_a_gpt2_with_rarer_switches_goes_through_transformers(tmp_path):
-    config = t.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64, scale_attn_by_inverse_layer_idx=True)  # fmt: skip
+def test_gpt2_with_rare_options_is_loaded_by_transformers(tmp_path):
+    config = t.GPT2Config(
+        vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64, scale_attn_by_inverse_layer_idx=True
+    )
     t.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert isinstance(model, CausalLM)
@@ -181,7 +204,7 @@ def test_code_that_comes_with_a_model_is_refused(tmp_path):
         CausalLM.load(tmp_path)
 
 
-def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path):
+def test_weights_other_than_safetensors_are_refused(tmp_path: Path):
     make("llama").save(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(Failure, match="no safetensors"):
@@ -214,14 +237,20 @@ def train(base: Path, work: Path, **settings: Any) -> list[dict[str, Any]]:
         "validation_fraction": 0.25,
     }
     lines: list[dict[str, Any]] = []
-    run = {"base": str(base), "train_file": str(data), "work_dir": str(work), "settings": chosen | settings, "rehearse": False}  # fmt: skip
+    run = {
+        "base": str(base),
+        "train_file": str(data),
+        "work_dir": str(work),
+        "settings": chosen | settings,
+        "rehearse": False,
+    }
     command.train(Run.parse(run), lambda t, **values: lines.append({"t": t, **values}))
     return lines
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_half_precision_collects_its_gradients(tmp_path, method, monkeypatch):
-    monkeypatch.setattr(device, "processor_knows_bf16", lambda: True)
+    monkeypatch.setattr(device, "cpu_has_bf16", lambda: True)
     base = tmp_path / "base"
     make("llama").save(base)
     write_tokenizer(base)
@@ -238,7 +267,7 @@ def test_half_precision_collects_its_gradients(tmp_path, method, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "method"), [("llama", "full"), ("llama", "lora"), ("gemma2", "lora")])
-def test_the_loop_trains_it_and_its_export_is_proven(tmp_path, name, method):
+def test_the_loop_trains_it_and_its_export_is_checked(tmp_path, name, method):
     base = tmp_path / "base"
     make(name).save(base)
     write_tokenizer(base)

@@ -33,8 +33,19 @@ def snapshot(step: int, *, best: bool = False, final: bool = False) -> Snapshot:
     optimizer = moments | {"step": torch.tensor(float(step))}
     state = {"step": step, "cursor": step * 8}
     return Snapshot(
-        step, 1, weights, optimizer, {"torch": rng.get_state()}, state, IDENTITY, {"torch": "2"}, {}, "/base", best, final
-    )  # fmt: skip
+        step,
+        1,
+        weights,
+        optimizer,
+        {"torch": rng.get_state()},
+        state,
+        IDENTITY,
+        {"torch": "2"},
+        {},
+        "/base",
+        best,
+        final,
+    )
 
 
 @pytest.fixture
@@ -47,7 +58,7 @@ def read(folder: Path, sha256: str | None = None) -> checkpoint.Restored:
     return checkpoint.read(folder, IDENTITY, SHAPES, sha256)
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_back_as_written(tmp_path: Path) -> None:
     shot = snapshot(7)
     folder, manifest, sha256 = checkpoint.write(shot, tmp_path)
     found = read(folder, sha256)
@@ -188,7 +199,7 @@ def _first_good(choices: list[Path]) -> Path | None:
     return None
 
 
-def test_the_pointers_own_hash_is_checked_where_it_is_known(two: tuple[Path, Path]) -> None:
+def test_a_known_manifest_hash_is_checked(two: tuple[Path, Path]) -> None:
     with pytest.raises(Unreadable, match="not the one"):
         read(two[1], "0" * 64)
 
@@ -199,7 +210,7 @@ def test_nothing_newer_than_the_pointer_is_ever_read(two: tuple[Path, Path]) -> 
 
 
 @pytest.mark.parametrize("at", range(7))
-def test_a_disk_that_fills_up_leaves_the_older_one_whole(
+def test_a_full_disk_leaves_the_older_checkpoint_intact(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The n-th flush to the disk fails: that of a file, the folder, or the folder above after the rename."""
@@ -249,8 +260,8 @@ def test_a_run_falls_back_to_the_older_checkpoint_and_ends_with_the_same_bits(tm
 
 
 def _resumed(events: list[Event]) -> tuple[int, int]:
-    told = of(events, "resumed")[0]
-    return told["step"], told["from_step"]
+    resumed_event = of(events, "resumed")[0]
+    return resumed_event["step"], resumed_event["from_step"]
 
 
 def test_tensors_are_written_as_the_library_reads_them(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_two_names_for_the_adapter_must_agree() -> None:
         parse({"method": "full", "adapter": "lora"})
 
 
-def test_a_checkpoint_of_the_first_release_is_recognised() -> None:
+def test_a_checkpoint_of_the_first_release_is_recognized() -> None:
     """The hash that the first release wrote for these settings."""
     assert config.settings_hash(parse({"method": "lora", "epochs": 2})) == FIRST_RELEASE
 
@@ -40,16 +40,15 @@ def test_a_new_setting_or_default_changes_no_earlier_job(monkeypatch: pytest.Mon
     monkeypatch.setattr(config, "FIELDS", {n: f for n, f in FIELDS.items() if n != "deterministic"})
     plain = {n: v for n, v in parse({"lora_rank": 4}).stored().items() if n != "deterministic"}
     monkeypatch.setattr(Settings, "stored", lambda self: plain)
-    assert (
-        config.settings_hash(parse({"lora_rank": 4})) == hashes[0]
-    )  # as a program without the setting wrote it
+    # as a program without the setting wrote it
+    assert config.settings_hash(parse({"lora_rank": 4})) == hashes[0]
 
 
-def test_every_field_explains_itself() -> None:
+def test_every_field_has_a_help_text() -> None:
     assert all(f.help and f.label for f in FIELDS.values())
 
 
-def test_nothing_given_leaves_the_automatic_fields_open() -> None:
+def test_automatic_fields_stay_open_by_default() -> None:
     settings = parse({})
     assert settings.learning_rate is None
     assert settings.schedule == "linear"
@@ -101,7 +100,7 @@ def test_it_refuses_impossible_settings_and_names_the_field(values: dict[str, ob
     assert len(refusal.value.message) > 10
 
 
-def test_a_run_file_says_what_it_lacks() -> None:
+def test_a_run_file_names_missing_keys() -> None:
     with pytest.raises(ConfigError) as refusal:
         Run.parse({"base": "starter", "work_dir": "/tmp/x"})
     assert refusal.value.field == "train_file"

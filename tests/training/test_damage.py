@@ -15,7 +15,7 @@ import pytest
 from training.data.formats import BadRow, Format, detect, rows
 from training.plan.catalog import STARTER_FOLDER
 from training.report.report import report
-from training.text.encode import Plain
+from training.text.encode import EncodingOptions
 from training.text.tokenizer import Tokenizer
 
 RECORDS = [{"prompt": f"Question {i}, naïve?\n", "completion": f" Answer “{i}”, 東京"} for i in range(30)]
@@ -35,8 +35,31 @@ SEEDS: dict[str, bytes] = {
     "g.md": b"# One\ntext\n# Two\nmore\n" * 20,
     "h.jsonl": JSONL.decode().encode("utf-16"),
 }
-BITS = (b"\x00", b"\xff", b"\xfe\xff", b'"', b"\\", b"{", b"[", b"]", b"}", b"\n", b"\r", b",", b"\xc3", b"\xed\xa0\x80",
-        b"null", b"NaN", b"-", b"1e999", b"\\ud800", b"<|endoftext|>", b"\xef\xbb\xbf", b"[" * 2000, b"9" * 5000)  # fmt: skip
+BITS = (
+    b"\x00",
+    b"\xff",
+    b"\xfe\xff",
+    b'"',
+    b"\\",
+    b"{",
+    b"[",
+    b"]",
+    b"}",
+    b"\n",
+    b"\r",
+    b",",
+    b"\xc3",
+    b"\xed\xa0\x80",
+    b"null",
+    b"NaN",
+    b"-",
+    b"1e999",
+    b"\\ud800",
+    b"<|endoftext|>",
+    b"\xef\xbb\xbf",
+    b"[" * 2000,
+    b"9" * 5000,
+)
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
@@ -64,7 +87,7 @@ def test_every_damaged_file_gets_a_verdict(tmp_path: Path, name: str) -> None:
     for _ in range(150):
         path = tmp_path / name
         path.write_bytes(damaged(SEEDS[name], rng))
-        found = report(path, tokenizer, Plain(64))
+        found = report(path, tokenizer, EncodingOptions(64))
         assert found["verdict"]
         assert found["ready"] == (not found["error"])
         json.dumps(found, allow_nan=False)
@@ -107,7 +130,7 @@ def test_whole_files_are_ready(tmp_path: Path, name: str) -> None:
         {},
     ],
 )
-def test_a_chosen_format_that_does_not_fit_is_told(tmp_path: Path, format: dict[str, object]) -> None:
+def test_a_chosen_format_that_does_not_fit_is_reported(tmp_path: Path, format: dict[str, object]) -> None:
     (tmp_path / "x.csv").write_bytes(CSV)
     assert not report(tmp_path / "x.csv", None, format=Format.of(format))["ready"]
 
@@ -128,8 +151,9 @@ MONSTERS = {
 
 
 @pytest.mark.parametrize("monster", MONSTERS)
-def test_monsters_are_stopped_in_small_memory(tmp_path: Path, monster: str) -> None:
-    """In a process of its own that may use 400 MB of address space beyond what Python and its libraries map."""
+def test_oversized_files_are_stopped_within_a_memory_limit(tmp_path: Path, monster: str) -> None:
+    """In a process of its own that may use 400 MB of address space beyond what Python and its libraries
+    map."""
     path = tmp_path / (
         "x.csv"
         if "cell" in monster or "columns" in monster

@@ -32,10 +32,23 @@ def train(
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     chosen = {
-        "max_steps": STEPS, "batch_size": 8, "micro_batch_tokens": 48, "learning_rate": 3e-3, "dropout": 0.0, "seed": 3,
-        "validation_fraction": 0.2, "train_on": "all",
-    }  # fmt: skip
-    run = {"base": str(base), "train_file": str(data), "work_dir": str(work / "out"), "settings": chosen | settings, "rehearse": False, "resume_from": resume_from}  # fmt: skip
+        "max_steps": STEPS,
+        "batch_size": 8,
+        "micro_batch_tokens": 48,
+        "learning_rate": 3e-3,
+        "dropout": 0.0,
+        "seed": 3,
+        "validation_fraction": 0.2,
+        "train_on": "all",
+    }
+    run = {
+        "base": str(base),
+        "train_file": str(data),
+        "work_dir": str(work / "out"),
+        "settings": chosen | settings,
+        "rehearse": False,
+        "resume_from": resume_from,
+    }
     if processes == 1:  # in this one: importing torch once more would take longer than the training
         lines: list[dict[str, Any]] = []
         command.train(Run.parse(run), lambda t, **values: lines.append({"t": t, **values}))
@@ -61,12 +74,13 @@ def pick(lines: list[dict[str, Any]], kind: str, name: str) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("shard", "method"), [(False, "full"), (True, "full"), (True, "lora")])
 def test_two_processes_train_as_one_and_resume(tmp_path, shard, method):
-    """Each with the whole model, or spread over both (FSDP2). A checkpoint of theirs is one like any other."""
+    """Each with the whole model, or spread over both (FSDP2). A checkpoint of theirs is one like any
+    other."""
     base = write_model(tmp_path / "base")
     # Three examples a step: one process has a row more than the other.
     chosen = {"method": method, "checkpoint_every_steps": 4, "batch_size": 3, "micro_batch_tokens": 32}
     one, two = (train(tmp_path / str(n), base, n, shard=shard, **chosen) for n in (1, 2))
-    assert shard == any("spread" in text for text in pick(two, "log", "message"))
+    assert shard == any("sharded" in text for text in pick(two, "log", "message"))
     for name in ("loss", "grad_norm"):
         assert pick(two, "metric", name) == pytest.approx(pick(one, "metric", name), rel=1e-4)
     assert pick(two, "metric", "step") == list(range(1, STEPS + 1))
@@ -74,7 +88,8 @@ def test_two_processes_train_as_one_and_resume(tmp_path, shard, method):
     assert pick(two, "eval", "loss") == pytest.approx(pick(one, "eval", "loss"), rel=1e-4)
     assert two[-1]["t"] == "done"
     assert two[-1]["fidelity"]["exact"]
-    # Not the weights: the bias of the keys has no gradient but rounding, which AdamW makes into steps of full size.
+    # Not the weights: the bias of the keys has no gradient but rounding, which AdamW makes into steps of full
+    # size.
     logits = [logits_of(load_model(tmp_path / n / "out" / "final"), range(5, 40)) for n in ("1", "2")]
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
     half_way = pick(two, "checkpoint", "path")[0]

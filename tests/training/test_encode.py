@@ -14,10 +14,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from training.data.formats import BadRow, Row, rows
 from training.data.summary import Summary
 from training.plan.catalog import SAMPLE_FOLDER, STARTER_FOLDER
-from training.text.encode import Example, Plain, encode, encode_batch, examples
+from training.text.encode import EncodingOptions, Example, encode, encode_batch, examples
 from training.text.tokenizer import CHAT_TEMPLATE, Tokenizer, TokenizerError
 
-PLAIN = Plain(512)
+PLAIN = EncodingOptions(512)
 TALK = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "What is a dog?"},
@@ -80,7 +80,9 @@ def test_the_answer_and_the_end_token_are_learned(starter: Tokenizer) -> None:
 
 
 def test_everything_but_the_first_token_is_learned_if_asked(starter: Tokenizer) -> None:
-    example = encode(Row(1, "completion", prompt="2 + 2 =", completion=" 4"), starter, Plain(512, "all"))
+    example = encode(
+        Row(1, "completion", prompt="2 + 2 =", completion=" 4"), starter, EncodingOptions(512, "all")
+    )
     assert example.mask == [0] + [1] * (len(example.ids) - 1)
 
 
@@ -96,14 +98,14 @@ def test_a_turn_of_weight_zero_is_read_but_not_learned(starter: Tokenizer) -> No
     assert example.ids == encode(chat(*TALK), starter, PLAIN).ids
 
 
-def test_training_begins_exactly_where_generating_would(starter: Tokenizer) -> None:
+def test_the_loss_mask_begins_where_generation_would(starter: Tokenizer) -> None:
     example = encode(chat(*TALK[:3]), starter, PLAIN)
     prompt = starter.encode_chat(TALK[:2], add_generation_prompt=True)
     assert example.ids[: len(prompt)] == prompt
     assert example.mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
 
 
-def test_a_model_own_template_decides_where_turns_end(tmp_path: Path) -> None:
+def test_a_models_own_template_decides_where_turns_end(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path, CHATML)
     example = encode(chat(*TALK), tokenizer, PLAIN)
     assert tokenizer.decode(example.ids, skip_special_tokens=False) == tokenizer.render_chat(TALK).rstrip(
@@ -112,7 +114,7 @@ def test_a_model_own_template_decides_where_turns_end(tmp_path: Path) -> None:
     assert learned(example, tokenizer) == ["An animal.<|im_end|>", "Another one.<|im_end|>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_learns_the_last(tmp_path: Path) -> None:
+def test_with_a_template_that_rewrites_turns_only_the_last_is_trained(tmp_path: Path) -> None:
     forgetful = (
         "{% for m in messages %}{{ m['role'] }}: "
         "{{ m['content'] if loop.last or m['role'] != 'assistant' else '...' }}<|im_end|>{% endfor %}"
@@ -144,7 +146,7 @@ def test_a_template_cannot_leave_its_sandbox(tmp_path: Path, template: str) -> N
 
 
 @pytest.mark.parametrize("template", [None, CHATML])
-def test_a_control_token_typed_by_a_person_stays_text(tmp_path: Path, template: str | None) -> None:
+def test_a_control_token_in_user_text_stays_text(tmp_path: Path, template: str | None) -> None:
     tokenizer = make_tokenizer(tmp_path, template)
     typed = "Hi <|im_end|><|im_start|>assistant"
     example = encode(
@@ -157,22 +159,22 @@ def test_a_control_token_typed_by_a_person_stays_text(tmp_path: Path, template: 
     assert tokenizer.eos_id not in tokenizer.encode(typed)
 
 
-def test_a_beginning_token_is_put_where_the_tokenizer_asks(tmp_path: Path) -> None:
+def test_a_bos_token_is_added_if_the_tokenizer_says_so(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path, bos_token="<s>", add_bos_token=True)
     assert encode(Row(1, "text", text="Hi"), tokenizer, PLAIN).ids[0] == tokenizer.bos_id
 
 
-def test_a_long_answer_loses_its_end_and_says_how_much(starter: Tokenizer) -> None:
+def test_a_long_answer_is_truncated_and_the_loss_is_counted(starter: Tokenizer) -> None:
     row = Row(1, "completion", prompt="Count:", completion=" one" * 50)
-    whole, short = encode(row, starter, PLAIN), encode(row, starter, Plain(16))
+    whole, short = encode(row, starter, PLAIN), encode(row, starter, EncodingOptions(16))
     assert (short.ids, short.truncated) == (whole.ids[:16], len(whole.ids) - 16)
 
 
-def test_a_long_text_becomes_windows_and_loses_nothing(tmp_path: Path, starter: Tokenizer) -> None:
+def test_a_long_text_becomes_windows_without_loss(tmp_path: Path, starter: Tokenizer) -> None:
     text = " ".join(random.Random(1).choices(["dog", "cat", "house", "tree", "river"], k=400))
     (tmp_path / "a.txt").write_text(text)
-    (whole,) = examples(tmp_path / "a.txt", starter, Plain(None))
-    parts = list(examples(tmp_path / "a.txt", starter, Plain(64)))
+    (whole,) = examples(tmp_path / "a.txt", starter, EncodingOptions(None))
+    parts = list(examples(tmp_path / "a.txt", starter, EncodingOptions(64)))
     assert max(len(part.ids) for part in parts) == 64
     assert sum(part.trained for part in parts) == whole.trained
     targets = [id for part in parts for id, trained in zip(part.ids, part.mask, strict=True) if trained]
@@ -189,10 +191,9 @@ def test_a_batch_encodes_as_single_rows_do(starter: Tokenizer) -> None:
 
 @pytest.mark.parametrize("train_on", ["completion", "all"])
 @pytest.mark.parametrize("length", [None, 2, 3, 7, 16, 48])
-def test_what_is_counted_is_what_the_lists_hold(
-    starter: Tokenizer, length: int | None, train_on: str
-) -> None:
-    """The report counts without lists; the trainer has them. Beside both the plain way: whole lists, then slices."""
+def test_counts_equal_the_lists(starter: Tokenizer, length: int | None, train_on: str) -> None:
+    """The report counts without lists; the trainer has them. Beside both the plain way: whole lists, then
+    slices."""
     sample = list(rows(SAMPLE_FOLDER / "train.jsonl"))[:20]
     silent = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in TALK]
     hidden = [{"role": "user", "content": "<|endoftext|> twice"}, {"role": "assistant", "content": ""}]
@@ -203,7 +204,7 @@ def test_what_is_counted_is_what_the_lists_hold(
         chat(*hidden),
         Row(9, "text", text="naïve 東京 <|endoftext|> " * 9),
     ]
-    for row, tokens in zip(found, encode_batch(found, starter, Plain(None, train_on)), strict=True):
+    for row, tokens in zip(found, encode_batch(found, starter, EncodingOptions(None, train_on)), strict=True):
         whole, split = tokens.example(), row.kind == "text"
         cut = tokens.cut(length, split=split)
         for part in cut:
@@ -235,7 +236,7 @@ def test_it_encodes_as_transformers_does(starter: Tokenizer) -> None:
     assert starter.eos_id == theirs.eos_token_id
 
 
-def test_the_summary_counts_what_is_there(starter: Tokenizer) -> None:
+def test_the_summary_counts_examples_and_tokens(starter: Tokenizer) -> None:
     found = list(examples(SAMPLE_FOLDER / "heldout.jsonl", starter, PLAIN))
     summary = Summary.of(found)
     assert (summary.examples, summary.tokens) == (60, sum(len(e.ids) for e in found))
@@ -244,7 +245,7 @@ def test_the_summary_counts_what_is_there(starter: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("prompted", [True, False])
-def test_our_template_without_jinja_says_the_same(starter: Tokenizer, prompted: bool) -> None:
+def test_the_fast_default_template_equals_jinja(starter: Tokenizer, prompted: bool) -> None:
     roles = ("system", "user", "assistant", "über-USER", "")
     rng = random.Random(2)
     for count in range(6):

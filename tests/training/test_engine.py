@@ -154,7 +154,7 @@ def test_a_token_of_one_document_cannot_move_anothers_states(base: Path) -> None
     changed = [*docs[:2], (docs[2][0][::-1].copy(), docs[2][1]), *docs[3:]]
     start, end = pack(docs).bounds[2]
     with torch.no_grad():
-        before, after = (model.hidden(pack(d), every=True) for d in (docs, changed))
+        before, after = (model.hidden(pack(d), all_tokens=True) for d in (docs, changed))
     others = [i for i in range(len(before)) if not start <= i < end]
     assert torch.equal(before[others], after[others])
     assert not torch.equal(before[start:end], after[start:end])
@@ -182,7 +182,7 @@ def test_the_fused_head_gives_the_plain_losses_gradients_and_hits() -> None:
     assert relative(dw, w.grad) < 1e-5
 
 
-def test_the_fused_head_is_exact_where_the_model_is_nearly_sure() -> None:
+def test_the_fused_head_is_exact_for_confident_predictions() -> None:
     h = torch.eye(8).mul(8).requires_grad_()
     w = torch.eye(8).requires_grad_()
     y = torch.arange(8)
@@ -193,13 +193,13 @@ def test_the_fused_head_is_exact_where_the_model_is_nearly_sure() -> None:
     assert relative(h.grad, wanted) < 1e-4
 
 
-def test_attention_with_dropout_is_softmax_dropout_and_product() -> None:
+def test_dropout_attention_equals_the_plain_formula() -> None:
     rng = torch.Generator().manual_seed(2)
     qkv = torch.randn(30, 96, generator=rng, requires_grad=True)
     bounds, p = [(0, 12), (12, 30)], 0.3
     go = torch.randn(30, 32, generator=rng)
     torch.manual_seed(5)
-    fast = kernels.DroppedAttention.apply(qkv, bounds, 2, p)
+    fast = kernels.DropoutAttention.apply(qkv, bounds, 2, p)
     (fast_grad,) = torch.autograd.grad(fast, qkv, go)
     torch.manual_seed(5)
     parts = []
@@ -207,7 +207,7 @@ def test_attention_with_dropout_is_softmax_dropout_and_product() -> None:
         q, k, v = qkv[s:e].view(e - s, 3, 2, 16).permute(1, 2, 0, 3)
         future = torch.ones(e - s, e - s, dtype=torch.bool).triu(1)
         probs = torch.softmax((q @ k.transpose(1, 2) / 4).masked_fill(future, float("-inf")), -1)
-        kept = probs * kernels.keep_mask(probs.shape, p) / kernels.kept_share(p)
+        kept = probs * kernels.keep_mask(probs.shape, p) / kernels.keep_probability(p)
         parts.append((kept @ v).transpose(0, 1).reshape(e - s, 32))
     plain = torch.cat(parts)
     (plain_grad,) = torch.autograd.grad(plain, qkv, go)
@@ -215,14 +215,13 @@ def test_attention_with_dropout_is_softmax_dropout_and_product() -> None:
     assert torch.allclose(fast_grad, plain_grad, atol=1e-5)
 
 
-def test_dropout_keeps_the_right_share() -> None:
+def test_dropout_keeps_the_right_fraction() -> None:
     torch.manual_seed(0)
     for p in (0.1, 0.5, 0.9):
         kept = kernels.keep_mask((1000, 201), p).float()
         assert abs(float(kept.mean()) - (1 - p)) < 0.005
-        assert (
-            float(kept.mean(0).std()) < 0.03
-        )  # no pattern along the rows, though four decisions share a draw
+        # no pattern along the rows, though four decisions share a draw
+        assert float(kept.mean(0).std()) < 0.03
     x = torch.ones(1000, 200, requires_grad=True)
     y = kernels.dropout(x, 0.1)
     y.sum().backward()
@@ -240,7 +239,7 @@ def test_logits_equal_transformers_for_every_architecture(size: str, tmp_path: P
     ids = np.random.default_rng(0).integers(0, 400, 50)
     row = pack([(ids.astype(np.int32), np.ones(50, np.uint8))])
     with torch.no_grad():
-        ours = model.hidden(row, every=True) @ model.head().t()
+        ours = model.hidden(row, all_tokens=True) @ model.head().t()
         wanted = theirs(tmp_path).eval()(torch.from_numpy(ids)[None]).logits[0]
     assert float((ours - wanted).abs().max()) < 1e-4
 

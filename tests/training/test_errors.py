@@ -68,7 +68,7 @@ def test_an_example_longer_than_the_context(runner: Runner) -> None:
     assert "line 1" in failure.message
 
 
-def test_a_long_example_is_cut_where_that_is_wanted(runner: Runner) -> None:
+def test_a_long_example_is_cut_if_the_settings_say_so(runner: Runner) -> None:
     write(runner, {"prompt": "a", "completion": " the cat sat" * 60})
     assert of(runner.train(settings={"sequence_length": None}), "done")
 
@@ -90,7 +90,7 @@ def test_a_base_model_whose_weights_do_not_fit_its_configuration(runner: Runner)
     assert "shape" in failure.message
 
 
-def test_a_tokenizer_that_knows_more_tokens_than_the_model(runner: Runner) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model(runner: Runner) -> None:
     path = runner.folder / "base" / "tokenizer.json"
     values = json.loads(path.read_text())
     values["added_tokens"].append(values["added_tokens"][0] | {"id": 5000, "content": "<extra>"})
@@ -108,10 +108,8 @@ def test_lora_targets_that_no_layer_has(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_loss_that_is_no_number_stops_within_a_step_and_keeps_the_last_checkpoint(
-    runner: Runner, seed: int
-) -> None:
-    told: list[Event] = []
+def test_a_nan_loss_stops_within_a_step_and_keeps_the_last_checkpoint(runner: Runner, seed: int) -> None:
+    emitted: list[Event] = []
     settings = {
         "learning_rate": 10.0,
         "clip_norm": 0,
@@ -122,21 +120,21 @@ def test_a_loss_that_is_no_number_stops_within_a_step_and_keeps_the_last_checkpo
     }
     settings |= {"schedule": "constant", "weight_decay": 1.0, "beta1": 0.0, "beta2": 0.0}
     with pytest.raises(Failure) as failure:
-        runner.train(hear=told.append, settings=settings)
+        runner.train(on_event=emitted.append, settings=settings)
     assert failure.value.reason == "not_finite"
     assert "learning rate" in failure.value.advice
-    last = of(told, "metric")[-1]["step"]
+    last = of(emitted, "metric")[-1]["step"]
     assert f"step {last + 1}" in failure.value.message
-    folder = Path(of(told, "checkpoint")[-1]["path"])
+    folder = Path(of(emitted, "checkpoint")[-1]["path"])
     assert folder.name == f"e1-s{last}"
     assert (folder / "manifest.json").exists()
 
 
-def test_no_checkpoint_that_verifies(runner: Runner) -> None:
-    told = of(runner.train(settings={"checkpoint_every_steps": 1}), "checkpoint")
+def test_no_readable_checkpoint(runner: Runner) -> None:
+    emitted = of(runner.train(settings={"checkpoint_every_steps": 1}), "checkpoint")
     for folder in (runner.folder / "work" / "checkpoints").iterdir():
         (folder / "weights.safetensors").write_bytes(b"")
-    failure = reason(runner, resume_from=told[-1]["path"])
+    failure = reason(runner, resume_from=emitted[-1]["path"])
     assert failure.reason == "checkpoint_unreadable"
 
 
@@ -151,11 +149,11 @@ def test_no_checkpoint_that_verifies(runner: Runner) -> None:
         (KeyError("x"), "unexpected"),
     ],
 )
-def test_errors_of_the_machine_have_their_reason(error: BaseException, expected: str) -> None:
+def test_machine_errors_have_their_reason(error: BaseException, expected: str) -> None:
     assert as_failure(error).reason == expected
 
 
-# ---- as a program ----------------------------------------------------------------------------------------------------
+# ---- as a program ------------------------------------------------------------------------------------------
 
 
 def start(
@@ -167,9 +165,15 @@ def start(
     command = [*wrapper, sys.executable, "-m", "training", "train", str(config)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
-        text=True, preexec_fn=limit,
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=limit,
+    )
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, list[Event]]:
@@ -177,7 +181,7 @@ def end(process: subprocess.Popen[str]) -> tuple[int, list[Event]]:
     return process.returncode, [json.loads(line) for line in out.splitlines()]
 
 
-def test_a_users_fault_ends_the_program_with_its_code_and_a_last_line(runner: Runner, tmp_path: Path) -> None:
+def test_user_errors_exit_with_their_code_and_a_failed_event(runner: Runner, tmp_path: Path) -> None:
     code, events = end(start(runner, base=str(tmp_path / "nowhere")))
     assert code == EXIT["base_model"]
     assert events[-1]["t"] == "failed"
@@ -185,7 +189,7 @@ def test_a_users_fault_ends_the_program_with_its_code_and_a_last_line(runner: Ru
     assert events[-1]["advice"]
 
 
-def test_a_full_disk_ends_it_with_its_own_code(runner: Runner) -> None:
+def test_a_full_disk_has_its_own_exit_code(runner: Runner) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # weights are larger
 
@@ -197,14 +201,14 @@ def test_a_full_disk_ends_it_with_its_own_code(runner: Runner) -> None:
 @pytest.mark.skipif(
     shutil.which("setpriv") is None, reason="without util-linux root cannot be made to respect modes"
 )
-def test_a_folder_that_cannot_be_written_ends_it_with_its_own_code(runner: Runner) -> None:
+def test_a_read_only_folder_has_its_own_exit_code(runner: Runner) -> None:
     (runner.folder / "work").mkdir(mode=0o555)
     code, events = end(start(runner, "setpriv", "--bounding-set=-dac_override", "--"))
     assert code == EXIT["not_writable"]
     assert events[-1]["reason"] == "not_writable"
 
 
-def test_asked_to_stop_it_writes_a_checkpoint_and_ends_with_75(runner: Runner) -> None:
+def test_a_stop_request_writes_a_checkpoint_and_exits_with_75(runner: Runner) -> None:
     process = start(runner, settings=runner.values["settings"] | {"max_steps": 5000})
     _wait_for(runner, "metric")
     process.send_signal(signal.SIGTERM)
@@ -215,15 +219,19 @@ def test_asked_to_stop_it_writes_a_checkpoint_and_ends_with_75(runner: Runner) -
     assert Path(saved["path"], "manifest.json").exists()
 
 
-def test_a_warm_trainer_waits_for_its_run_and_ends_with_its_parent(runner: Runner) -> None:
+def test_a_prewarmed_trainer_waits_for_a_run_and_ends_with_its_parent(runner: Runner) -> None:
     runner.values["work_dir"] = str(runner.folder / "work")
     config = runner.folder / "config.json"
     config.write_text(
         json.dumps(runner.values | {"settings": runner.values["settings"] | {"max_steps": 100_000}})
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "training", "standby"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )  # fmt: skip
+        [sys.executable, "-m", "training", "standby"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdin
     assert process.stdout
     assert json.loads(process.stdout.readline())["t"] == "ready"

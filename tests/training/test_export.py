@@ -57,7 +57,7 @@ def logits(lm: Any) -> torch.Tensor:
         return lm(torch.tensor([IDS])).logits[0]
 
 
-def test_a_trained_model_comes_back_equal_bit_for_bit(base, tmp_path):
+def test_an_exported_model_is_read_back_bit_for_bit(base, tmp_path):
     model = gpt2(seed=5)
     folder.write_folder(model, tmp_path / "out", base=base)
     found = folder.verify(model, tmp_path / "out", base=base)
@@ -66,7 +66,7 @@ def test_a_trained_model_comes_back_equal_bit_for_bit(base, tmp_path):
     assert found["logits"] > 1000
 
 
-def test_a_changed_number_in_the_files_is_found(base, tmp_path):
+def test_a_changed_weight_in_an_export_is_detected(base, tmp_path):
     model = gpt2(seed=5)
     folder.write_folder(model, tmp_path / "out", base=base)
     other = GPT2.load(tmp_path / "out")
@@ -84,7 +84,7 @@ def test_transformers_opens_it_with_no_missing_or_unexpected_key(base, tmp_path)
     )
 
 
-def test_the_tokenizer_goes_along_with_the_chat_template(base, tmp_path):
+def test_an_export_includes_tokenizer_and_chat_template(base, tmp_path):
     folder.write_folder(gpt2(), tmp_path / "out", base=base)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
@@ -105,7 +105,7 @@ def test_a_half_precision_folder_is_close_and_half_as_large(base, tmp_path):
     theirs(tmp_path / "fp16")
 
 
-def test_adapters_are_folded_in(base, tmp_path):
+def test_adapters_are_merged(base, tmp_path):
     model = adapted(base)
     folder.write_folder(model, tmp_path / "out", base=base, format="merged")
     assert folder.verify(model, tmp_path / "out", base=base)["exact"]
@@ -119,7 +119,13 @@ def test_peft_opens_an_adapter(base, tmp_path, kind):
     if kind == "gpt2":
         model: Any = adapted(base)
     else:
-        shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}  # fmt: skip
+        shape = {
+            "vocab_size": 300,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
         torch.manual_seed(0)
         write_model(tmp_path / "base")
         (tmp_path / "base" / "model.safetensors").unlink()
@@ -132,7 +138,7 @@ def test_peft_opens_an_adapter(base, tmp_path, kind):
                 if "lora_B" in name:
                     p.normal_(0, 0.1)
     files = folder.write_folder(
-        model, tmp_path / "out", base=base, format="adapter", facts={"base": str(base)}
+        model, tmp_path / "out", base=base, format="adapter", details={"base": str(base)}
     )
     assert {"adapter_model.safetensors", "adapter_config.json"} <= {f["name"] for f in files}
     read = peft.PeftModel.from_pretrained(theirs(base), str(tmp_path / "out")).eval()
@@ -140,13 +146,13 @@ def test_peft_opens_an_adapter(base, tmp_path, kind):
     assert folder.verify(model, tmp_path / "out", base=base, format="adapter")["close"]
 
 
-def test_a_model_trained_whole_has_no_adapter_to_give(base, tmp_path):
+def test_a_fully_fine_tuned_model_has_no_adapter_to_export(base, tmp_path):
     with pytest.raises(Failure, match="no adapter"):
         folder.write_folder(gpt2(), tmp_path / "out", base=base, format="adapter")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_list_of_files_is_true(base, tmp_path):
+def test_the_list_of_files_matches_the_folder(base, tmp_path):
     files = folder.write_folder(gpt2(), tmp_path / "out", base=base)
     listed = json.loads((tmp_path / "out" / "manifest.json").read_text())["files"]
     assert listed == files
@@ -166,9 +172,17 @@ def test_a_failed_export_leaves_the_old_folder(base, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_model_card_tells_where_it_comes_from(base, tmp_path):
-    facts = {"base": "gpt2", "name": "Orders", "examples": 480, "settings": {"learning_rate": 3e-4}, "metrics": {"loss": 1.25}, "licence": "mit", "fidelity": {"exact": True, "logits": 10}}  # fmt: skip
-    folder.write_folder(gpt2(), tmp_path / "out", base=base, facts=facts)
+def test_the_model_card_describes_the_run(base, tmp_path):
+    details = {
+        "base": "gpt2",
+        "name": "Orders",
+        "examples": 480,
+        "settings": {"learning_rate": 3e-4},
+        "metrics": {"loss": 1.25},
+        "licence": "mit",
+        "fidelity": {"exact": True, "logits": 10},
+    }
+    folder.write_folder(gpt2(), tmp_path / "out", base=base, details=details)
     text = (tmp_path / "out" / "README.md").read_text()
     for piece in (
         'base_model: "gpt2"',
@@ -176,7 +190,7 @@ def test_the_model_card_tells_where_it_comes_from(base, tmp_path):
         "# Orders",
         "480 examples",
         "| learning_rate | 0.0003 |",
-        "bit for bit",
+        "bit-for-bit equal",
     ):
         assert piece in text
     assert (tmp_path / "out" / "LICENSE").is_file()
@@ -187,8 +201,8 @@ def test_the_command_line_exports_a_folder(base, tmp_path, capsys):
     command.add_arguments(parser)
     args = parser.parse_args(["--checkpoint", str(base), "--to", str(tmp_path / "out"), "--dtype", "fp16"])
     assert command.main(args) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["fidelity"]["close"]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["fidelity"]["close"]
     assert load_model(tmp_path / "out").config.n_layer == 2
 
 
@@ -198,8 +212,8 @@ def test_the_command_line_exports_a_folder(base, tmp_path, capsys):
 def test_a_checkpoint_is_exported_as_the_run_itself_would(tmp_path, method, format):
     events = Runner(tmp_path, steps=3, method=method).train()
     last = of(events, "checkpoint")[-1]["path"]
-    model, base, facts = command.load_trained(Path(last), None)
-    folder.write_folder(model.eval(), tmp_path / "out", base=base, format=format, facts=facts)
+    model, base, details = command.load_trained(Path(last), None)
+    folder.write_folder(model.eval(), tmp_path / "out", base=base, format=format, details=details)
     found = folder.verify(load_model(tmp_path / "work" / "final"), tmp_path / "out", base=base, format=format)
     assert found["close"]
     assert found["exact"] == (format != "adapter")

@@ -12,7 +12,7 @@ from training.data.formats import BadRow, rows
 from training.plan.catalog import STARTER_FOLDER
 from training.report.fix import fix
 from training.report.report import report
-from training.text.encode import Plain
+from training.text.encode import EncodingOptions
 from training.text.tokenizer import Tokenizer
 
 ROWS = [{"prompt": f"Number {i}?\n", "completion": f" It is {i * i}."} for i in range(200)]
@@ -24,7 +24,7 @@ def put(folder: Path, records: list[dict[str, str]]) -> Path:
     return path
 
 
-def test_doubled_and_empty_rows_go_and_the_rest_stays_in_order(tmp_path: Path) -> None:
+def test_duplicate_and_empty_rows_are_dropped_in_order(tmp_path: Path) -> None:
     path = put(tmp_path, [*ROWS[:20], ROWS[3], {"prompt": "And?\n", "completion": ""}, *ROWS[20:40]])
     done = fix(path, tmp_path / "new.jsonl")
     assert done.dropped == {"duplicate": [21], "empty_answer": [22]}
@@ -32,17 +32,17 @@ def test_doubled_and_empty_rows_go_and_the_rest_stays_in_order(tmp_path: Path) -
     assert report(tmp_path / "new.jsonl", None)["findings"] == []
 
 
-def test_only_the_findings_asked_for_are_dropped(tmp_path: Path) -> None:
+def test_only_the_chosen_findings_are_dropped(tmp_path: Path) -> None:
     path = put(tmp_path, [*ROWS[:20], ROWS[3], {"prompt": "And?\n", "completion": ""}])
     assert fix(path, tmp_path / "new.jsonl", drop=["duplicate"]).kept == 21
 
 
-def test_every_line_is_dropped_however_many_the_report_shows(tmp_path: Path) -> None:
+def test_all_rows_are_dropped_not_only_those_the_report_lists(tmp_path: Path) -> None:
     path = put(tmp_path, [*ROWS, *ROWS])
     assert fix(path, tmp_path / "new.jsonl").kept == len(ROWS)
 
 
-def test_broken_rows_are_dropped_or_told(tmp_path: Path) -> None:
+def test_bad_rows_are_dropped_or_raised(tmp_path: Path) -> None:
     path = put(tmp_path, ROWS[:20])
     path.write_text(path.read_text() + "{oops\n")
     assert fix(path, tmp_path / "new.jsonl").dropped == {"bad_row": [21]}
@@ -53,12 +53,12 @@ def test_broken_rows_are_dropped_or_told(tmp_path: Path) -> None:
 def test_rows_too_long_for_the_model_are_found_with_its_tokenizer(tmp_path: Path) -> None:
     path = put(tmp_path, [*ROWS[:20], {"prompt": "Go on\n", "completion": " and on" * 600}])
     tokenizer = Tokenizer.load(STARTER_FOLDER)
-    assert fix(path, tmp_path / "new.jsonl", tokenizer=tokenizer, settings=Plain(512)).dropped == {
+    assert fix(path, tmp_path / "new.jsonl", tokenizer=tokenizer, settings=EncodingOptions(512)).dropped == {
         "truncated": [21]
     }
 
 
-def test_rows_set_aside_are_never_trained_on_and_the_seed_decides(tmp_path: Path) -> None:
+def test_held_out_rows_are_never_trained_on_and_depend_on_the_seed(tmp_path: Path) -> None:
     path = put(tmp_path, ROWS)
 
     def split(seed: int) -> tuple[set[str], set[str]]:
@@ -74,14 +74,14 @@ def test_rows_set_aside_are_never_trained_on_and_the_seed_decides(tmp_path: Path
     assert split(2) != (trained, held)
 
 
-def test_rows_of_an_array_on_one_line_are_told_apart(tmp_path: Path) -> None:
+def test_rows_of_an_array_on_one_line_are_distinguished(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text(json.dumps([*ROWS[:20], ROWS[3]]))
     done = fix(path, tmp_path / "new.jsonl")
     assert (done.rows, done.kept, done.dropped) == (21, 20, {"duplicate": [1]})
 
 
-def test_nothing_is_dropped_where_rows_are_only_set_aside(tmp_path: Path) -> None:
+def test_holding_out_rows_alone_drops_nothing(tmp_path: Path) -> None:
     path = put(tmp_path, [*ROWS, ROWS[3]])
     new, aside = tmp_path / "new.jsonl", tmp_path / "aside.jsonl"
     written = json.dumps({"container": "jsonl", "shape": "completion", "encoding": "utf-8"})
@@ -101,7 +101,7 @@ def test_nothing_is_dropped_where_rows_are_only_set_aside(tmp_path: Path) -> Non
     assert len(list(rows(new))) + len(list(rows(aside))) == len(ROWS) + 1
 
 
-def test_the_command_tells_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_its_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = put(tmp_path, [*ROWS[:20], ROWS[3]])
     assert main(["fix", str(path), "--to", str(tmp_path / "new.jsonl")]) == 0
     assert json.loads(capsys.readouterr().out) == {

@@ -61,10 +61,18 @@ def test_it_reads_chat_with_weights(tmp_path: Path) -> None:
         ({"instruction": "Add.", "input": "2 2", "output": "4"}, "chat"),
         ({"instruction": "Say hi.", "output": "Hi"}, "chat"),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, "chat"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": "Yo"}]}, "chat"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+                    {"role": "assistant", "content": "Yo"},
+                ]
+            },
+            "chat",
+        ),
     ],
-)  # fmt: skip
-def test_it_recognises_the_shape(tmp_path: Path, record: dict[str, object], kind: str) -> None:
+)
+def test_it_recognizes_the_shape(tmp_path: Path, record: dict[str, object], kind: str) -> None:
     assert [row.kind for row in read(tmp_path, jsonl(record, record))] == [kind, kind]
 
 
@@ -104,7 +112,7 @@ def test_it_reads_tables_and_finds_their_columns(tmp_path: Path, delimiter: str)
     assert [(row.line, row.prompt, row.completion) for row in found] == [(2, 'a "b"\nc', "d"), (4, "e", "f")]
 
 
-def test_a_person_may_choose_the_columns(tmp_path: Path) -> None:
+def test_columns_can_be_chosen(tmp_path: Path) -> None:
     path = put(tmp_path, "frage,antwort\n1+1,2\n", "data.csv")
     chosen = Format("csv", "completion", columns={"prompt": "frage", "completion": "antwort"})
     assert [(row.prompt, row.completion) for row in rows(path, chosen.as_dict())] == [("1+1", "2")]
@@ -140,7 +148,7 @@ def test_plain_text_is_split_at_rules_and_markdown_at_headings(tmp_path: Path) -
     assert [row.line for row in read(tmp_path, "# A\ntext\n# B\n## C\n", "a.md")] == [1, 3]
 
 
-def test_detect_says_how_a_file_is_written(tmp_path: Path) -> None:
+def test_detect_returns_the_format(tmp_path: Path) -> None:
     assert detect(put(tmp_path, jsonl(CHAT))) == Format("jsonl", "chat", columns={"messages": "messages"})
     assert detect(put(tmp_path, "prompt;completion\na;b\n", "x.txt.csv")).delimiter == ";"
 
@@ -183,11 +191,11 @@ BROKEN_LINES = {
         '{"prompt": "a", "completion": "b", "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
         "deep",
     ),
-    "plain words": ("hello", "no JSON begins"),
+    "plain words": ("hello", "JSON cannot begin"),
     "CR only": (LINE.strip() + "\r" + LINE.strip(), "CR"),
     "empty object": ("{}", "missing"),
     "missing field": ('{"prompt": "a"}', "missing"),
-    "other shape": ('{"text": "a"}', "this row is text"),
+    "other shape": ('{"text": "a"}', "this row has the shape text"),
     "number as text": ('{"prompt": 1, "completion": "b"}', "a number, not text"),
     "bool as text": ('{"prompt": true, "completion": "b"}', "true or false"),
     "null as text": ('{"prompt": null, "completion": "b"}', "null"),
@@ -227,7 +235,7 @@ BAD_CHATS = {
     "negative weight": (message(weight=-1), "weight"),
     "half weight": (message(weight=0.5), "weight"),
     "true weight": (message(weight=True), "weight"),
-    "weight on user": ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "not the assistant"),
+    "weight on user": ({"messages": [{"role": "user", "content": "a", "weight": 1}]}, "not an assistant"),
     "far too many": ({"messages": [{"role": "user", "content": "a"}] * 2001}, "2001 messages"),
 }
 
@@ -249,7 +257,7 @@ def zipped() -> bytes:
 WHOLE_FILES = {
     "empty": (b"", "empty"),
     "white space": (b" \n\t\n", "white space"),
-    "one byte": (b"x", "no JSON begins"),
+    "one byte": (b"x", "JSON cannot begin"),
     "zip": (zipped(), "ZIP"),
     "gzip": (gzip.compress(LINE.encode()), "gzip"),
     "bzip2": (bz2.compress(LINE.encode()), "bzip2"),
@@ -280,7 +288,7 @@ TABLES = {
     "unclosed quote": ('prompt,completion\na,b\n"a,b\nc,d\n', 3, "CSV"),
     "ragged": ("prompt,completion\na,b\na,b,c\n", 3, "3 cells"),
     "short": ("prompt,completion\na,b\na\n", 3, "1 cell"),
-    "no known column": ("id,value\n1,2\n", 1, "none of which"),
+    "no known column": ("id,value\n1,2\n", 1, "none is a known"),
     "duplicate column": ("prompt,prompt,completion\na,b,c\n", 1, "two columns"),
     "nameless column": ("prompt,,completion\na,b,c\n", 1, "no name"),
     "both empty": ("prompt,completion\n, \n", 2, "both empty"),
@@ -330,7 +338,7 @@ def test_a_parquet_bomb_is_stopped_while_it_decodes(tmp_path: Path) -> None:
         pa.table({"text": pa.array(["x" * 100_000] * 2000).dictionary_encode()}), path, compression="zstd"
     )
     assert path.stat().st_size < 200_000
-    with pytest.raises(BadFile, match="decodes to more than"):
+    with pytest.raises(BadFile, match="decompresses to more than"):
         list(rows(path, limits=Limits(decoded_bytes=20 << 20)))
 
 

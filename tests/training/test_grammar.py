@@ -1,5 +1,5 @@
-"""Every case of the grammar through the program that checks uploads: the verdict is the one known beforehand, names its
-line, comes soon and takes little memory."""
+"""Every case of the grammar through the program that checks uploads: the verdict is the one known
+beforehand, names its line, comes soon and takes little memory."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ CHECK_ALL = """
 import gc, json, sys, time
 from training.engine import memory
 from training.report import check
-from training.text.encode import Plain
+from training.text.encode import EncodingOptions
 from training.report.report import report
 from training.text.tokenizer import Tokenizer
 tokenizer = Tokenizer.load(sys.argv[1])
-report(sys.argv[2], tokenizer, Plain(512))
+report(sys.argv[2], tokenizer, EncodingOptions(512))
 for line in sys.stdin:
     name, path, validation = json.loads(line)
     gc.collect()
     memory.reset_peak_rss()
     idle, begun = memory.peak_rss(), time.process_time()
-    found = report(path, tokenizer, Plain(512), validation=validation or None)
+    found = report(path, tokenizer, EncodingOptions(512), validation=validation or None)
     seconds = time.process_time() - begun
     print(json.dumps([name, seconds, memory.peak_rss() - idle, found]), flush=True)
 """
@@ -82,7 +82,7 @@ def test_the_grammar_has_all_its_cases() -> None:
 
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
-def test_it_is_judged_as_it_must_be(verdicts: dict[str, Any], case: Case) -> None:
+def test_each_case_gets_the_expected_verdict(verdicts: dict[str, Any], case: Case) -> None:
     seconds, memory, report = verdicts[case.name]
     assert report["ready"] == case.accept, report["verdict"]
     assert seconds <= SECONDS

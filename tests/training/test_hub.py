@@ -41,8 +41,8 @@ def ask(
     most_bytes: int = -1,
     **environment: str,
 ):
-    """`hub.locate` in a process of its own: the library reads HF_ENDPOINT when it is imported. `most_bytes`: the longest
-    file that it may write."""
+    """`hub.locate` in a process of its own: the library reads HF_ENDPOINT when it is imported.
+    `most_bytes`: the longest file that it may write."""
     script = (
         f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({most_bytes}, {most_bytes}))\n"
         "import json, sys\nfrom training.plan import hub\nfrom training.plan.events import Failure\n"
@@ -50,7 +50,13 @@ def ask(
         "except Failure as f:\n    print(json.dumps({'reason': f.reason, 'message': f.message}))\n"
         "assert 'torch' not in sys.modules"
     )
-    variables = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+    variables = {
+        **os.environ,
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps([name, revision])],
         env=variables | environment,
@@ -62,10 +68,15 @@ def ask(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_model_is_fetched_once_without_what_could_be_run(server, tmp_path):
+def test_a_model_is_downloaded_once_and_without_code(server, tmp_path):
     server.fetched.clear()
     folder = Path(ask(server, tmp_path, "gpt2")["folder"])
-    assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert (folder / "model.safetensors").read_bytes() == (
         server.repositories["gpt2"] / "model.safetensors"
     ).read_bytes()
@@ -75,33 +86,33 @@ def test_a_model_is_fetched_once_without_what_could_be_run(server, tmp_path):
     assert server.fetched == before
 
 
-def test_a_disk_that_is_full_is_not_the_models_fault(server, tmp_path):
+def test_a_full_disk_is_not_reported_as_a_bad_model(server, tmp_path):
     assert ask(server, tmp_path, "gpt2", most_bytes=2_000)["reason"] == "disk_full"
 
 
 @pytest.mark.parametrize(
     ("name", "revision", "message"),
     [
-        ("someone/no-such-model", None, "has no model called"),
+        ("someone/no-such-model", None, "has no model named"),
         ("gpt2", "no-such-branch", "no revision"),
-        ("not a name!", None, "no name of a model"),
+        ("not a name!", None, "not a valid model name"),
         ("someone/with-code", None, "never run"),
     ],
 )
-def test_what_cannot_be_fetched_is_said(server, tmp_path, name, revision, message):
+def test_download_errors_are_explained(server, tmp_path, name, revision, message):
     found = ask(server, tmp_path, name, revision)
     assert found["reason"] == "base_model"
     assert message in found["message"]
     assert not list(tmp_path.rglob("*.py"))
 
 
-def test_an_unreachable_hub_is_said(server, tmp_path):
+def test_an_unreachable_hub_is_explained(server, tmp_path):
     found = ask(server, tmp_path, "gpt2", None, HF_ENDPOINT="http://127.0.0.1:9")
     assert found["reason"] == "base_model"
     assert "reached" in found["message"]
 
 
-def test_a_folder_of_this_machine_is_taken_as_it_lies(tmp_path):
+def test_a_local_folder_is_used_in_place(tmp_path):
     folder = write_model(tmp_path / "own")
     assert hub.locate(str(folder)) == folder
 

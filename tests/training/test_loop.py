@@ -1,4 +1,4 @@
-"""What a run tells and leaves behind."""
+"""The events a run emits, and the files it writes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def events(runner: Runner) -> list[Event]:
     return runner.train()
 
 
-def test_it_tells_the_phases_in_order(events: list[Event]) -> None:
+def test_phases_are_emitted_in_order(events: list[Event]) -> None:
     phases = [e["phase"] for e in of(events, "phase")]
     assert list(dict.fromkeys(phases)) == ["preparing", "rehearsing", "training", "evaluating", "exporting"]
 
 
-def test_the_plan_has_every_setting_resolved(events: list[Event]) -> None:
+def test_the_plan_event_has_all_settings_resolved(events: list[Event]) -> None:
     plan = of(events, "plan")[0]
     settings = plan["settings"]
     open_fields = {name for name, value in settings.items() if value is None}
@@ -46,7 +46,7 @@ def test_the_plan_has_every_setting_resolved(events: list[Event]) -> None:
     assert plan["trainable"] == plan["parameters"]
 
 
-def test_every_step_is_measured(events: list[Event]) -> None:
+def test_every_step_has_a_metric_event(events: list[Event]) -> None:
     metrics = of(events, "metric")
     assert [m["step"] for m in metrics] == list(range(1, 13))
     assert all(float.fromhex(m["loss_hex"]) == m["loss"] for m in metrics)
@@ -72,7 +72,7 @@ def test_samples_come_with_each_evaluation_the_base_models_too(events: list[Even
     ]
 
 
-def test_the_estimate_covers_what_happened(events: list[Event]) -> None:
+def test_the_estimate_covers_the_actual_time(events: list[Event]) -> None:
     estimate = of(events, "estimate")[0]
     assert 0 < estimate["seconds_p50"] < estimate["seconds_p90"]
     assert estimate["peak_memory"] > 0
@@ -84,7 +84,7 @@ def test_the_last_checkpoint_is_the_final_one(events: list[Event]) -> None:
     assert {f["name"] for f in last["files"]} >= {"weights.safetensors", "manifest.json"}
 
 
-def test_the_final_folder_is_what_done_says_and_equal_to_the_trained_model(events: list[Event]) -> None:
+def test_the_final_folder_matches_the_done_event_and_the_trained_model(events: list[Event]) -> None:
     done = of(events, "done")[0]
     folder = Path(done["path"])
     assert all((folder / f["name"]).stat().st_size == f["bytes"] for f in done["files"])
@@ -92,17 +92,17 @@ def test_the_final_folder_is_what_done_says_and_equal_to_the_trained_model(event
     assert done["metrics"]["loss"] == of(events, "eval")[-1]["loss"]
 
 
-def test_the_verdict_says_whether_it_helped(events: list[Event]) -> None:
-    told = of(events, "verdict")[0]
-    assert told["helped"] == "yes"
-    assert told["low"] <= told["fall"] <= told["high"]
+def test_the_verdict_is_emitted(events: list[Event]) -> None:
+    verdict_event = of(events, "verdict")[0]
+    assert verdict_event["helped"] == "yes"
+    assert verdict_event["low"] <= verdict_event["fall"] <= verdict_event["high"]
 
 
 def test_the_rehearsal_changes_nothing(runner: Runner, events: list[Event]) -> None:
     assert losses(runner.train("unrehearsed", rehearse=False)) == losses(events)
 
 
-def test_another_seed_trains_otherwise(runner: Runner, events: list[Event]) -> None:
+def test_another_seed_gives_another_training(runner: Runner, events: list[Event]) -> None:
     assert losses(runner.train("seed", settings={"seed": 4})) != losses(events)
 
 
@@ -144,7 +144,7 @@ def test_half_precision_learns_as_full_precision_does(
     runner: Runner, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The path of GPUs, but for the kernel of attention."""
-    monkeypatch.setattr(device, "processor_knows_bf16", lambda: True)
+    monkeypatch.setattr(device, "cpu_has_bf16", lambda: True)
     settings = {"method": method, "lora_dropout": 0.1, "gradient_checkpointing": method == "full"}
     full, half = (
         runner.train(f"{method}-{precision}", settings=settings | {"precision": precision})
@@ -170,7 +170,7 @@ def test_half_precision_learns_as_full_precision_does(
     assert losses(again) == {step: loss for step, loss in losses(half).items() if step > 5}
 
 
-def test_where_memory_is_short_the_rehearsal_takes_smaller_parts_of_the_same_steps(
+def test_the_rehearsal_lowers_the_micro_batch_when_memory_is_short(
     runner: Runner, events: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     supervised = objectives.OBJECTIVES["supervised"]
@@ -240,17 +240,17 @@ def test_automatic_settings_come_with_their_reasons(runner: Runner) -> None:
     assert {"learning_rate", "dropout"} <= reasons.keys()
 
 
-# ---- lines -----------------------------------------------------------------------------------------------------------
+# ---- lines -------------------------------------------------------------------------------------------------
 
 
-def test_a_line_holds_no_number_that_json_does_not_know() -> None:
+def test_an_event_has_no_number_that_json_lacks() -> None:
     event = json.loads(
         encode({"t": "metric", "loss": float("nan"), "lr": 0.1, "deep": {"x": float("inf"), "y": 1}})
     )
     assert event == {"t": "metric", "lr": 0.1, "deep": {"y": 1}}
 
 
-def test_a_line_is_never_longer_than_the_reader_takes() -> None:
+def test_an_event_never_exceeds_the_line_limit() -> None:
     line = encode({"t": "sample", "step": 1, "prompt": "ж" * 50_000, "text": "\ud83d" * 50_000})
     assert len(line) <= MAX_LINE_BYTES
     assert json.loads(line)["step"] == 1
@@ -262,6 +262,6 @@ def test_every_reason_has_its_own_exit_code_and_sentence() -> None:
     assert all(r.user_fault == (10 <= r.exit < 20) for r in REASONS.values())
 
 
-def test_the_verdict_knows_harm_and_doubt() -> None:
+def test_the_verdict_can_be_no_or_unclear() -> None:
     assert verdict([1.0, 1.1, 0.9, 1.0], [2.0, 2.1, 1.9, 2.2])["helped"] == "no"
     assert verdict([1.0, 1.1, 0.9, 1.0], [1.1, 1.0, 0.9, 1.0])["helped"] == "unclear"

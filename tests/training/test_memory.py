@@ -1,4 +1,4 @@
-"""Memory made ready while something else is done."""
+"""Memory that is prefaulted in the background."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MB = 1 << 20
 
 @pytest.fixture(autouse=True)
 def small_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(memory, "WORTH_IT", 1)
+    monkeypatch.setattr(memory, "MIN_PREFAULT_BYTES", 1)
     yield
-    memory.make_ready(0)
+    memory.prefault(0)
 
 
 def resident() -> int:
@@ -23,9 +23,9 @@ def resident() -> int:
         return int(sizes.read().split()[1]) * 4096
 
 
-def test_what_was_made_ready_is_given_out_in_pieces_of_zeros():
-    memory.make_ready(5 * MB, pieces=2)
-    before, pieces = resident(), [memory.fresh(5 * MB) for _ in range(3)]
+def test_prefaulted_memory_is_handed_out_zeroed():
+    memory.prefault(5 * MB, pieces=2)
+    before, pieces = resident(), [memory.zeroed(5 * MB) for _ in range(3)]
     assert [len(piece) for piece in pieces] == [5 * MB] * 3
     assert all(piece[at] == 0 for piece in pieces for at in (0, 5 * MB - 1))
     pieces[0][:1], pieces[1][:1], pieces[2][:1] = b"a", b"b", b"c"
@@ -33,36 +33,36 @@ def test_what_was_made_ready_is_given_out_in_pieces_of_zeros():
     assert resident() - before < 11 * MB  # the first two were there already
 
 
-def test_it_is_there_before_anybody_writes_to_it():
+def test_prefaulted_memory_is_resident_before_use():
     before = resident()
-    memory.make_ready(64 * MB)
-    memory.fresh(1)  # waits for the threads
+    memory.prefault(64 * MB)
+    memory.zeroed(1)  # waits for the threads
     assert resident() - before >= 64 * MB
 
 
-def test_memory_for_another_size_is_let_go_and_was_no_peak():
+def test_memory_for_another_size_is_released_and_does_not_count_as_peak():
     before = resident()
-    memory.make_ready(256 * MB)
-    memory.touch_heap(64 * MB)
-    memory.fresh(1)
+    memory.prefault(256 * MB)
+    memory.prefault_heap(64 * MB)
+    memory.zeroed(1)
     assert memory.peak_rss() - before >= 256 * MB
-    memory.make_ready(2 * MB)
+    memory.prefault(2 * MB)
     assert resident() - before < 32 * MB
     assert memory.peak_rss() - before < 32 * MB
 
 
-def test_never_more_than_a_quarter_of_what_there_is(monkeypatch: pytest.MonkeyPatch):
+def test_at_most_a_quarter_of_the_memory_is_prefaulted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "_available", lambda: 15 * MB)
     before = resident()
-    memory.make_ready(4 * MB)
-    memory.fresh(1)
+    memory.prefault(4 * MB)
+    memory.zeroed(1)
     assert resident() - before < 4 * MB
 
 
-def test_a_limit_of_the_process_is_no_failure(monkeypatch: pytest.MonkeyPatch):
+def test_a_memory_limit_does_not_fail_prefaulting(monkeypatch: pytest.MonkeyPatch):
     def refused(size: int) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(memory.Ready, "__init__", lambda self, size: refused(size))
-    memory.make_ready(64 * MB)
-    assert len(memory.fresh(2 * MB)) == 2 * MB
+    monkeypatch.setattr(memory.PrefaultedBuffer, "__init__", lambda self, size: refused(size))
+    memory.prefault(64 * MB)
+    assert len(memory.zeroed(2 * MB)) == 2 * MB

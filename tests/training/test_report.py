@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from training.__main__ import main
-from training.data.formats import Part
+from training.data.formats import ByteRange
 from training.data.summary import Summary
 from training.plan.catalog import SAMPLE_FOLDER, STARTER_FOLDER
-from training.report.findings import KINDS, personal, secret
-from training.report.report import _Report, colour_row, report
-from training.text.encode import Plain, examples
+from training.report.findings import KINDS, find_personal_data, find_secret
+from training.report.report import _Report, report, row_tokens
+from training.text.encode import EncodingOptions, examples
 from training.text.tokenizer import Tokenizer
 
-PLAIN = Plain(512)
+PLAIN = EncodingOptions(512)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def clean_rows(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def found(
-    folder: Path, records: list[dict[str, Any]], tokenizer: Tokenizer, settings: Plain = PLAIN
+    folder: Path, records: list[dict[str, Any]], tokenizer: Tokenizer, settings: EncodingOptions = PLAIN
 ) -> dict[str, list[int]]:
     result = report(put(folder, records), tokenizer, settings)
     return {finding["code"]: finding["lines"] for finding in result["findings"]}
@@ -87,8 +87,8 @@ DEFECTS: dict[str, tuple[str, Any]] = {
     "prompt too long": ("nothing_to_train", lambda r: {**r, "prompt": r["prompt"] * 100}),
     "run together": ("run_together", lambda r: {"prompt": "Name any word", "completion": "river"}),
     "trailing space": ("trailing_space", lambda r: {"prompt": "Say the word: ", "completion": "village"}),
-    "e-mail": ("personal", lambda r: {**r, "completion": " Write to anna.schmidt@posteo.de today."}),
-    "telephone": ("personal", lambda r: {**r, "completion": " Call +49 30 901820 today."}),
+    "email": ("personal", lambda r: {**r, "completion": " Write to anna.schmidt@posteo.de today."}),
+    "phone": ("personal", lambda r: {**r, "completion": " Call +49 30 901820 today."}),
     "card": ("personal", lambda r: {**r, "completion": " Pay with 4111 1111 1111 1111 today."}),
     "IBAN": ("personal", lambda r: {**r, "completion": " Pay to DE89 3704 0044 0532 0130 00 today."}),
     "AWS key": ("secret", lambda r: {**r, "completion": " Use AKIAIOSFODNN7EXAMPLE today."}),
@@ -98,7 +98,7 @@ DEFECTS: dict[str, tuple[str, Any]] = {
     "direction": ("invisible", lambda r: {**r, "completion": " \u202eesrever"}),
     "number for text": ("bad_row", lambda r: {**r, "completion": 7}),
     "missing answer": ("bad_row", lambda r: {"prompt": r["prompt"]}),
-}  # fmt: skip
+}
 TWINS: dict[str, tuple[str, Any]] = {
     "twice": ("duplicate", lambda r: dict(r)),
     "other capitals": ("near_duplicate", lambda r: {**r, "prompt": r["prompt"].upper()}),
@@ -107,9 +107,7 @@ TWINS: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("seed", [11, 12, 13])
-def test_planted_defects_are_all_found_and_none_invented(
-    tmp_path: Path, starter: Tokenizer, seed: int
-) -> None:
+def test_all_planted_defects_are_found_and_no_others(tmp_path: Path, starter: Tokenizer, seed: int) -> None:
     rng = random.Random(seed)
     records = clean_rows(200, seed)
     expected: dict[str, set[int]] = {}
@@ -140,7 +138,7 @@ def test_a_large_file_is_read_in_halves_with_the_same_report(
     path = put(tmp_path, records)
     path.write_text("\n\n{oops\n" + path.read_text().replace("\n", "\n\n", 70) + "[1]\n")
     whole = report(path, starter if tokenized else None, PLAIN)
-    monkeypatch.setattr("training.report.report.HALVED", 1000)
+    monkeypatch.setattr("training.report.report.SPLIT_FROM_BYTES", 1000)
     monkeypatch.setattr("training.report.report._cores", lambda: 2)
     joined = _Report._join
     times = []
@@ -149,7 +147,7 @@ def test_a_large_file_is_read_in_halves_with_the_same_report(
     assert times == [1]
 
 
-def test_what_ends_the_second_half_is_told_by_its_line(
+def test_a_fatal_error_in_the_second_half_has_the_right_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = put(tmp_path, clean_rows(300, 5))
@@ -159,7 +157,7 @@ def test_what_ends_the_second_half_is_told_by_its_line(
     begin = text.index("\n", 20_000) + 1
     monkeypatch.setattr(
         "training.report.report._halves",
-        lambda path, format: (Part(0, begin), Part(begin, path.stat().st_size)),
+        lambda path, format: (ByteRange(0, begin), ByteRange(begin, path.stat().st_size)),
     )
     found = report(path, None, PLAIN)
     assert (found["rows"], found["ready"], found["error"][:9]) == (300, False, "Line 301:")
@@ -176,7 +174,7 @@ def test_each_defect_is_found_alone(tmp_path: Path, starter: Tokenizer, name: st
 
 
 @pytest.mark.parametrize("file", ["train.jsonl", "heldout.jsonl"])
-def test_clean_files_are_left_in_peace(starter: Tokenizer, file: str) -> None:
+def test_clean_files_have_no_findings(starter: Tokenizer, file: str) -> None:
     result = report(
         SAMPLE_FOLDER / file,
         starter,
@@ -186,10 +184,10 @@ def test_clean_files_are_left_in_peace(starter: Tokenizer, file: str) -> None:
     assert (result["findings"], result["ready"]) == ([], True)
 
 
-def test_its_counts_are_the_trainers(tmp_path: Path, starter: Tokenizer) -> None:
+def test_counts_equal_those_of_the_trainer(tmp_path: Path, starter: Tokenizer) -> None:
     path = put(tmp_path, [*clean_rows(50, 1), {"prompt": "Go on\n", "completion": " and on" * 400}])
-    result = report(path, starter, Plain(128))
-    counted = Summary.of(examples(path, starter, Plain(128)))
+    result = report(path, starter, EncodingOptions(128))
+    counted = Summary.of(examples(path, starter, EncodingOptions(128)))
     assert {name: result[name] for name in ("examples", "tokens", "trained_tokens", "truncated")} == {
         name: getattr(counted, name) for name in ("examples", "tokens", "trained_tokens", "truncated")
     }
@@ -222,12 +220,12 @@ def test_a_conversation_that_ends_without_answer_is_found(tmp_path: Path, starte
     assert found(tmp_path, talks, starter) == {"nothing_to_train": [9], "no_answer_last": [6]}
 
 
-def test_a_language_the_tokenizer_does_not_know_is_found(tmp_path: Path, starter: Tokenizer) -> None:
+def test_a_language_that_the_tokenizer_does_not_fit_is_found(tmp_path: Path, starter: Tokenizer) -> None:
     records = [{"text": "これは日本語の文章です。" * 3 + str(i)} for i in range(20)]
     assert "poor_fit" in found(tmp_path, records, starter)
 
 
-def test_one_answer_for_everything_is_found(tmp_path: Path, starter: Tokenizer) -> None:
+def test_identical_answers_are_found(tmp_path: Path, starter: Tokenizer) -> None:
     records = [{**row, "completion": " Yes."} for row in clean_rows(20, 4)]
     assert "same_answer" in found(tmp_path, records, starter)
 
@@ -240,7 +238,7 @@ def test_a_file_that_cannot_be_read_is_not_ready(tmp_path: Path, starter: Tokeni
     assert "ZIP" in result["error"]
 
 
-def test_bad_rows_are_counted_and_the_first_is_told(tmp_path: Path, starter: Tokenizer) -> None:
+def test_bad_rows_are_counted_and_the_first_is_reported(tmp_path: Path, starter: Tokenizer) -> None:
     path = put(tmp_path, clean_rows(10, 1))
     path.write_text(path.read_text() + "{oops\n{again\n")
     result = report(path, starter, PLAIN)
@@ -259,11 +257,11 @@ def test_the_first_samples_show_what_is_learned(starter: Tokenizer) -> None:
     assert all(len(s["preview"]) <= 150 for s in result["samples"])
 
 
-def test_any_row_can_be_coloured(starter: Tokenizer) -> None:
-    row = colour_row(SAMPLE_FOLDER / "train.jsonl", 7, starter, PLAIN)
+def test_the_tokens_of_any_row_can_be_shown(starter: Tokenizer) -> None:
+    row = row_tokens(SAMPLE_FOLDER / "train.jsonl", 7, starter, PLAIN)
     assert "".join(token["text"] for token in row["tokens"]).startswith("Order:")
     with pytest.raises(KeyError):
-        colour_row(SAMPLE_FOLDER / "train.jsonl", 10_000, starter, PLAIN)
+        row_tokens(SAMPLE_FOLDER / "train.jsonl", 10_000, starter, PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -277,15 +275,15 @@ def test_any_row_can_be_coloured(starter: Tokenizer) -> None:
         "user@example.com",
     ],
 )
-def test_ordinary_numbers_are_no_personal_data(text: str) -> None:
-    assert personal(text) == ""
+def test_ordinary_numbers_are_not_personal_data(text: str) -> None:
+    assert find_personal_data(text) == ""
 
 
-def test_ordinary_words_are_no_secrets(starter: Tokenizer) -> None:
-    assert secret("The password is written on the wall; sk-ill is a word. token = value") == ""
+def test_ordinary_words_are_not_secrets(starter: Tokenizer) -> None:
+    assert find_secret("The password is written on the wall; sk-ill is a word. token = value") == ""
 
 
-def test_every_finding_says_why_and_what_to_do() -> None:
+def test_every_finding_has_a_reason_and_a_fix() -> None:
     assert all(
         kind.why and kind.fix and kind.severity in ("error", "warning", "info") for kind in KINDS.values()
     )
@@ -308,10 +306,10 @@ def test_the_command_prints_a_report(tmp_path: Path) -> None:
     [
         (("check", "nowhere.jsonl"), "nowhere.jsonl: No such file"),
         (("fix", "nowhere.jsonl", "--to", "new.jsonl"), "nowhere.jsonl: No such file"),
-        (("check", "data.jsonl", "--tokenizer", "."), "Name the folder of a model"),
+        (("check", "data.jsonl", "--tokenizer", "."), "Use the folder of a model"),
     ],
 )
-def test_a_name_that_leads_nowhere_is_told_in_one_line(
+def test_a_missing_path_is_reported_in_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -321,6 +319,6 @@ def test_a_name_that_leads_nowhere_is_told_in_one_line(
     (tmp_path / "data.jsonl").write_text('{"text": "rain"}\n')
     monkeypatch.chdir(tmp_path)
     assert main(list(arguments)) == 2
-    told = capsys.readouterr().err
-    assert words in told
-    assert told.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert words in stderr
+    assert stderr.count("\n") == 1

@@ -35,7 +35,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
 
 @pytest.fixture(scope="module")
 def whole(runner: Runner) -> list[Event]:
-    """The run nobody disturbed."""
+    """The uninterrupted run."""
     return runner.train("whole")
 
 
@@ -120,7 +120,7 @@ def test_every_ingredient_of_a_checkpoint_matters(
     assert same == (mutation is with_everything)
 
 
-def test_the_place_in_the_schedule_matters(
+def test_the_position_in_the_schedule_matters(
     runner: Runner, whole: list[Event], cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proper = loop.learning_rate
@@ -129,16 +129,16 @@ def test_the_place_in_the_schedule_matters(
     assert any(losses(whole)[step] != loss for step, loss in after.items())
 
 
-def test_another_environment_resumes_but_says_that_it_is_not_exact(
+def test_another_environment_resumes_but_reports_that_it_is_not_exact(
     runner: Runner, cut: Path, tmp_path: Path
 ) -> None:
     folder = copied(cut, tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["environment"]["threads"] = 64
     (folder / "manifest.json").write_bytes(checkpoint.seal(manifest))
-    told = of(resumed(runner, folder), "resumed")[0]
-    assert told["exact"] is False
-    assert "threads" in told["why"]
+    resumed_event = of(resumed(runner, folder), "resumed")[0]
+    assert resumed_event["exact"] is False
+    assert "threads" in resumed_event["why"]
 
 
 def test_it_keeps_the_settings_the_first_attempt_resolved(runner: Runner, cut: Path, tmp_path: Path) -> None:
@@ -171,9 +171,8 @@ def _rewrite(
     folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 ) -> None:
     path = folder / f"{name}.safetensors"
-    tensors = {
-        key: t.clone() for key, t in load_file(path).items()
-    }  # the file is mapped, and about to be emptied
+    # the file is mapped, and about to be emptied
+    tensors = {key: t.clone() for key, t in load_file(path).items()}
     checkpoint.write_tensors(path, change(tensors))
     _reseal(folder)
 

@@ -26,17 +26,17 @@ def test_it_never_rises_again_and_ends_near_zero(schedule: str) -> None:
     assert falling[-1] < 0.06
 
 
-def test_constant_stays() -> None:
+def test_constant_stays_constant() -> None:
     assert set(curve("constant")[10:]) == {1.0}
 
 
-def test_wsd_stays_up_until_its_last_fifth() -> None:
+def test_wsd_decays_in_the_last_fifth() -> None:
     rates = curve("wsd", warmup=0)
     assert rates[79] == 1.0
     assert rates[90] == pytest.approx(0.5)
 
 
-def test_warm_up_can_be_a_number_of_steps() -> None:
+def test_warmup_can_be_a_number_of_steps() -> None:
     assert curve("linear", warmup=10) == curve("linear", warmup=0.1)
 
 

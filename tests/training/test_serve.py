@@ -47,7 +47,7 @@ class Server:
         return line
 
     def until(self, *ids: str) -> list[dict[str, Any]]:
-        """Everything said until each of these requests has ended."""
+        """All messages until each of these requests has ended."""
         lines, open_ids = [], set(ids)
         while open_ids:
             lines.append(self.read())
@@ -82,7 +82,7 @@ def ends(lines: list[dict[str, Any]]) -> list[str]:
     return [line["id"] for line in lines if line["t"] in ("done", "error")]
 
 
-def test_it_writes_what_generate_writes(server, folder):
+def test_the_server_generates_what_generate_does(server, folder):
     tokenizer = Tokenizer.load(folder)
     ids = tokenizer.encode(PROMPT)
     [expected] = generate(load_model(folder), tokenizer, ids, GenerateOptions(max_tokens=20))
@@ -95,7 +95,7 @@ def test_it_writes_what_generate_writes(server, folder):
     assert usage["total_tokens"] == len(ids) + len(expected.ids)
 
 
-def test_requests_written_together_get_their_own_texts(server, folder):
+def test_concurrent_requests_get_their_own_texts(server, folder):
     prompts = {"a": "the cat", "b": "the moon and the mat looked at", "c": "sat"}
     alone = {id: text(server.ask(model=folder, prompt=p, max_tokens=15)) for id, p in prompts.items()}
     for id, prompt in prompts.items():
@@ -140,13 +140,13 @@ def test_a_conversation_is_rendered_with_the_models_template(server, folder):
         ({"prompt": "x", "repetition_penalty": 0}, "bad_request"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_with_a_code(server, folder, line, code):
+def test_invalid_requests_are_refused_with_a_code(server, folder, line, code):
     lines = server.ask(**{"model": folder} | line)
     assert [(x["t"], x.get("code")) for x in lines] == [("error", code)]
     assert lines[0]["message"]
 
 
-def test_many_prompts_are_written_as_one_request(server, folder):
+def test_many_prompts_are_generated_as_one_request(server, folder):
     tokenizer = Tokenizer.load(folder)
     prompts = [f"{a} {b}" for a in ("the cat", "the moon", "a mat") for b in ("sat", "looked", "and", "on")]
     alone = [text(server.ask(model=folder, prompt=p, max_tokens=9)) for p in prompts]
@@ -165,7 +165,7 @@ def test_many_prompts_are_written_as_one_request(server, folder):
     assert not any(m["users"] for m in status["models"])
 
 
-def test_anothers_request_is_let_in_between_many_prompts(server, folder):
+def test_another_users_request_is_admitted_between_many_prompts(server, folder):
     many = ["the cat"] * 40
     server.send(
         id="many", op="generate", model=folder, prompts=many, max_tokens=60, temperature=2, seed=1, who="a"
@@ -174,7 +174,7 @@ def test_anothers_request_is_let_in_between_many_prompts(server, folder):
     assert ends(server.until("many", "one")) == ["one", "many"]
 
 
-def test_a_request_with_many_prompts_is_cancelled_whole(server, folder):
+def test_a_request_with_many_prompts_is_cancelled_as_a_whole(server, folder):
     server.send(
         id="many", op="generate", model=folder, prompts=["the"] * 99, max_tokens=400, temperature=2, seed=1
     )
@@ -215,9 +215,18 @@ def test_a_cancelled_request_ends_at_once(server, folder):
     assert lines[-1]["usage"]["completion_tokens"] < 390
 
 
-def test_nobodys_many_requests_stand_before_anothers_one(server, folder):
+def test_one_users_many_requests_do_not_delay_another_user(server, folder):
     for i in range(24):
-        server.send(id=f"many-{i}", op="generate", model=folder, prompt="the", max_tokens=60, temperature=2, seed=i, who="alice")  # fmt: skip
+        server.send(
+            id=f"many-{i}",
+            op="generate",
+            model=folder,
+            prompt="the",
+            max_tokens=60,
+            temperature=2,
+            seed=i,
+            who="alice",
+        )
     server.send(
         id="one", op="generate", model=folder, prompt="the", max_tokens=60, temperature=2, seed=1, who="bob"
     )
@@ -225,7 +234,7 @@ def test_nobodys_many_requests_stand_before_anothers_one(server, folder):
     assert order.index("one") < 12
 
 
-def test_models_are_loaded_and_the_one_unused_for_longest_leaves(folder, tmp_path):
+def test_the_least_recently_used_model_is_evicted(folder, tmp_path):
     others = [str(write_model(tmp_path / str(i), seed=i)) for i in range(2)]
     server = Server("--max-models", "2")
     for model in (folder, *others):
@@ -238,14 +247,14 @@ def test_models_are_loaded_and_the_one_unused_for_longest_leaves(folder, tmp_pat
     server.process.kill()
 
 
-def test_it_ends_with_its_input_even_while_it_writes(folder):
+def test_the_server_ends_with_its_input_even_while_generating(folder):
     server = Server()
     server.send(id="x", op="generate", model=folder, prompt="the", max_tokens=400, temperature=2)
     server.process.stdin.close()
     assert server.process.wait(timeout=120) == 0
 
 
-def test_it_dies_with_the_process_that_started_it(tmp_path):
+def test_the_server_ends_with_its_parent(tmp_path):
     script = (
         "import subprocess, sys, time\n"
         f"p = subprocess.Popen([sys.executable, *{START!r}], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
@@ -273,8 +282,8 @@ TALK = [{"role": "user", "content": "the cat"}]
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (SLOW, "takes too long"),
-        ("{{ '%0999999999d' % 5 }}{{ '%0999999999d' % 6 }}", "takes too long|MemoryError"),
+        (SLOW, "took too much time"),
+        ("{{ '%0999999999d' % 5 }}{{ '%0999999999d' % 6 }}", "took too much time|MemoryError"),
         ("{{ 'x' * 10**12 }}", "MemoryError"),
         ("{{ 'x' * (2 * 10**7) }}", "characters"),
         ("{{ raise_exception('only users here') }}", "only users here"),

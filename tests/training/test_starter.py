@@ -19,19 +19,19 @@ def records(name: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (SAMPLE_FOLDER / name).read_text().splitlines()]
 
 
-def test_the_sample_is_what_its_script_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sample_is_reproduced_by_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make_sample, "FOLDER", tmp_path)
     make_sample.main()
     for name in ("train.jsonl", "heldout.jsonl"):
         assert (tmp_path / name).read_bytes() == (SAMPLE_FOLDER / name).read_bytes()
 
 
-def test_no_held_out_answer_stands_in_the_training_rows() -> None:
+def test_no_held_out_answer_is_in_the_training_rows() -> None:
     trained = {row["completion"] for row in records("train.jsonl")}
     assert not trained & {row["completion"] for row in records("heldout.jsonl")}
 
 
-def test_looking_up_the_nearest_training_row_does_not_solve_it() -> None:
+def test_nearest_neighbor_lookup_does_not_solve_the_sample() -> None:
     trained = [(set(row["prompt"].split()), row["completion"]) for row in records("train.jsonl")]
 
     def nearest(prompt: str) -> str:
@@ -42,17 +42,17 @@ def test_looking_up_the_nearest_training_row_does_not_solve_it() -> None:
     assert sum(nearest(row["prompt"]) == row["completion"] for row in held) <= 0.3 * len(held)
 
 
-def test_the_card_tells_data_seed_licence_and_loss() -> None:
+def test_the_card_states_data_seed_license_and_loss() -> None:
     card = (STARTER_FOLDER / "README.md").read_text()
     for word in ("WordNet 3.0 Copyright 2006 by Princeton University", "seed", "Held-out loss", "documents"):
         assert word in card
 
 
-def test_the_model_is_within_its_size() -> None:
+def test_the_starter_model_is_within_its_size_limit() -> None:
     assert sum(f.stat().st_size for f in STARTER_FOLDER.iterdir()) < 12 << 20
 
 
-def test_the_trainer_tells_when_validation_rows_are_trained_on(tmp_path: Path) -> None:
+def test_validation_rows_that_are_also_trained_on_are_reported(tmp_path: Path) -> None:
     def notes(validation: str) -> list[str]:
         run = {
             "base": str(STARTER_FOLDER),
@@ -63,7 +63,7 @@ def test_the_trainer_tells_when_validation_rows_are_trained_on(tmp_path: Path) -
         return inputs.read(Run.parse(run)).notes
 
     assert notes("heldout.jsonl") == []
-    assert "480 of 480 validation examples are also trained on and are left out" in notes("train.jsonl")[0]
+    assert "480 of 480 validation examples are also in the training data and are left out" in notes("train.jsonl")[0]
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_automatic_settings_solve_the_sample(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(run))
     with subprocess.Popen(
         [sys.executable, "-m", "training", "train", str(tmp_path / "run.json")],
-        stdin=subprocess.PIPE,  # kept open: its end would tell the trainer that nobody waits any more
+        stdin=subprocess.PIPE,  # kept open: when it closes, the trainer ends
         stdout=subprocess.PIPE,
         text=True,
     ) as trainer:

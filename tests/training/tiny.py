@@ -1,4 +1,5 @@
-"""The smallest real parts: a GPT-2 of two layers with random weights and a byte-level tokenizer of 300 words."""
+"""The smallest real parts: a GPT-2 of two layers with random weights and a byte-level tokenizer of 300
+words."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def gpt2(seed: int = 0, context: int = 64) -> GPT2:
 
 
 def write_model(folder: Path, seed: int = 0, context: int = 64) -> Path:
-    """A base model as it lies on disk."""
+    """A base model on disk."""
     gpt2(seed, context).save(folder)
     write_tokenizer(folder)
     return folder

@@ -1,8 +1,9 @@
-"""From an uploaded file to rows, one at a time, in bounded memory; every complaint names its line and what to do.
+"""From an uploaded file to rows, one at a time, in bounded memory. Every error names its line and what to do.
 
-Two steps: `detect` looks at the beginning of a file and says how it is written (container, encoding, columns);
-`rows` reads it so. What a row holds is decided in `training.data.row_schemas`. Content decides, never the file's name, except
-that plain text and CSV are told apart by their ending when the content could be both.
+Two steps: `detect` reads the beginning of a file and returns its format (container, encoding, columns);
+`rows` reads the file in that format. What a row holds is decided in `training.data.row_schemas`. The content
+decides, never the file name, except that the extension distinguishes plain text from CSV when the content
+could be both.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from training.data import row_schemas
-from training.data.readers import Format, Limits, Part, records
+from training.data.readers import ByteRange, Format, Limits, records
 from training.data.row_schemas import BadFile, BadRow, Row
 from training.data.sniff import encoding_of, refuse_other_formats
 
-__all__ = ["BadFile", "BadRow", "Format", "Limits", "OnBad", "Part", "Row", "detect", "rows"]
+__all__ = ["BadFile", "BadRow", "ByteRange", "Format", "Limits", "OnBad", "Row", "detect", "rows"]
 
 OnBad = Callable[[BadRow], None]
-USUAL = Limits()
+DEFAULT_LIMITS = Limits()
 HEAD_BYTES = 64 * 1024
 DELIMITERS = ",;\t|"
 
@@ -32,12 +33,13 @@ def rows(
     format: Format | Mapping[str, Any] | None = None,
     *,
     on_bad: OnBad | None = None,
-    limits: Limits = USUAL,
-    part: Part | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    part: ByteRange | None = None,
 ) -> Iterator[Row]:
-    """Every row in order (of `part`, where the file is JSON Lines). Raises BadRow at the first bad one, or hands each to `on_bad` and goes on.
+    """Every row in order (only those of `part`, if the file is JSON Lines). Raises BadRow at the first bad
+    row, or passes each to `on_bad` and continues.
 
-    BadFile (a BadRow too) always raises: behind it nothing can be read."""
+    BadFile (a subclass of BadRow) is always raised: nothing after it can be read."""
     chosen = Format.of(format) if format is not None else detect(path, limits)
     read = row_schemas.Reader(chosen.shape, chosen.columns)
     for line, record in records(Path(path), chosen, limits, part):
@@ -55,42 +57,41 @@ def rows(
         yield row
 
 
-def detect(path: str | Path, limits: Limits = USUAL) -> Format:
-    """How the file is written, from its first bytes and first record. Raises BadFile naming what it is instead."""
-    found = look(path, limits)
-    if found.container in ("csv", "parquet") and not found.shape:
-        names = head(path, found, limits)["columns"]
+def detect(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
+    """The format of a file, from its first bytes and first record. Raises BadFile, which says what the
+    file is instead."""
+    detected = detect_lenient(path, limits)
+    if detected.container in ("csv", "parquet") and not detected.shape:
+        names = head(path, detected, limits)["columns"]
         raise BadFile(
-            1 if found.container == "csv" else 0,
-            f"the columns are named {', '.join(map(repr, names[:8])) or 'nothing'}, none of which we know",
+            1 if detected.container == "csv" else 0,
+            f"its columns are named {', '.join(map(repr, names[:8])) or 'nothing'}, and none is a known name",
             "Choose the columns yourself, or name them prompt and completion (or text, or messages).",
         )
-    return found
+    return detected
 
 
-def look(path: str | Path, limits: Limits = USUAL) -> Format:
-    """The same without a word about columns we don't know: the shape is empty then."""
+def detect_lenient(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
+    """The same, but with unknown columns the shape is empty and nothing is raised."""
     path = Path(path)
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
         file.seek(0, 2)
         size = file.tell()
     if size == 0:
-        raise BadFile(0, "the file is empty", "Upload a file with at least one example in it.")
+        raise BadFile(0, "the file is empty", "Upload a file with at least one example.")
     if head.startswith(b"PAR1"):
         from training.data import parquet
 
-        found = row_schemas.recognise(dict.fromkeys(parquet.names(path), ""), forgiving=True)
-        return Format("parquet", found[0], columns=found[1]) if found else Format("parquet")
+        recognized = row_schemas.recognize(dict.fromkeys(parquet.names(path), ""), forgiving=True)
+        return Format("parquet", recognized[0], columns=recognized[1]) if recognized else Format("parquet")
     refuse_other_formats(head)
     encoding = encoding_of(head)
     text = codecs.getincrementaldecoder(encoding)(errors="replace").decode(head).lstrip("\ufeff")
     start = text.lstrip()[:1]
     suffix = path.suffix.lower()
     if not start:
-        raise BadFile(
-            0, "the file holds nothing but white space", "Upload a file with at least one example in it."
-        )
+        raise BadFile(0, "the file has nothing but white space", "Upload a file with at least one example.")
     if start == "[" and suffix not in (".txt", ".md", ".markdown", ".csv", ".tsv"):
         return _with_shape(path, Format("json", encoding=encoding), limits)
     if start == "{" or suffix in (".jsonl", ".ndjson", ".json"):
@@ -102,20 +103,22 @@ def look(path: str | Path, limits: Limits = USUAL) -> Format:
 
 
 def _with_shape(path: Path, format: Format, limits: Limits) -> Format:
-    """The shape of the first record that can be read; the others must be like it."""
+    """Adds the shape of the first readable record; the others must have the same."""
     for _, record in records(path, format, limits):
-        if isinstance(record, dict) and (found := row_schemas.recognise(record)):
-            return Format(format.container, found[0], format.encoding, columns=found[1])
-    return format  # no record can be read: `rows` tells why, line by line
+        if isinstance(record, dict) and (recognized := row_schemas.recognize(record)):
+            return Format(format.container, recognized[0], format.encoding, columns=recognized[1])
+    return format  # no record can be read: `rows` reports why, line by line
 
 
 def _table(text: str, encoding: str) -> Format:
-    """The delimiter under which the first line names the most columns, and what they map to."""
+    """The delimiter that gives the first line the most columns, and what the columns map to."""
     first = text.splitlines()[0] if text.splitlines() else ""
     best = max(DELIMITERS, key=first.count)
     names = [cell.strip() for cell in next(csv.reader([first], delimiter=best), [])]
-    found = row_schemas.recognise(dict.fromkeys(names, ""), forgiving=True) if first else None
-    return Format("csv", found[0] if found else "", encoding, best, found[1] if found else {})
+    recognized = row_schemas.recognize(dict.fromkeys(names, ""), forgiving=True) if first else None
+    return Format(
+        "csv", recognized[0] if recognized else "", encoding, best, recognized[1] if recognized else {}
+    )
 
 
 # --- the beginning of a file, to choose its columns by ---------------------------------------------
@@ -123,8 +126,9 @@ def _table(text: str, encoding: str) -> Format:
 HEAD_ROWS, HEAD_COLUMNS, HEAD_CHARS = 5, 40, 2000
 
 
-def head(path: str | Path, format: Format, limits: Limits = USUAL) -> dict[str, Any]:
-    """{"columns": every name, "rows": [{"line", "cells": {name: value}}]} of the first rows, cut to what a page can show."""
+def head(path: str | Path, format: Format, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
+    """{"columns": every name, "rows": [{"line", "cells": {name: value}}]} of the first rows, cut to fit on
+    a page."""
     names: dict[str, None] = {}
     shown: list[dict[str, Any]] = []
     if format.container == "text":
@@ -144,12 +148,13 @@ def head(path: str | Path, format: Format, limits: Limits = USUAL) -> dict[str, 
                 cells = {name: _cell(record[name]) for name in list(record)[:HEAD_COLUMNS]}
                 shown.append({"line": line, "cells": cells})
     except BadRow:
-        pass  # the report tells of it
+        pass  # the report shows it
     return {"columns": list(names)[: limits.columns], "rows": shown}
 
 
 def _cell(value: Any) -> Any:
-    """As it stands, unless it is too long to show; what is neither text nor JSON is named by its kind."""
+    """The value unless it is too long to show; a value that is neither text nor JSON is replaced by its
+    type."""
     if isinstance(value, str):
         return value if len(value) <= HEAD_CHARS else value[: HEAD_CHARS - 1] + "…"
     try:
@@ -160,11 +165,11 @@ def _cell(value: Any) -> Any:
 
 
 def preview(shape: str, columns: Mapping[str, str], shown: list[dict[str, Any]]) -> list[Row | BadRow]:
-    """What the rows of a `head` would be trained as, were these the columns."""
-    found: list[Row | BadRow] = []
+    """The rows of a `head` as they would be trained on with these columns."""
+    parsed: list[Row | BadRow] = []
     for row in shown:
         try:
-            found.append(row_schemas.Reader(shape, columns)(int(row["line"]), row["cells"]))
+            parsed.append(row_schemas.Reader(shape, columns)(int(row["line"]), row["cells"]))
         except BadRow as bad:
-            found.append(bad)
-    return found
+            parsed.append(bad)
+    return parsed

@@ -1,7 +1,8 @@
-"""Parquet, read a few rows at a time. Only here is pyarrow imported, and only when such a file is read.
+"""Reads Parquet a few rows at a time. pyarrow is imported only here, and only when such a file is read.
 
-A Parquet file's own account of its size is never believed (200 KB may decode to 2 GB): all of it is decoded and counted
-before its first row is handed on, for what follows costs a thousand times more, and reading stops at the limit.
+The sizes in a Parquet file's metadata are not trusted (200 KB may decompress to 2 GB). The whole file is
+decoded and counted before its first row is returned, because everything after that costs a thousand times
+more; decoding stops at the limit.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from typing import Any
 from training.data.row_schemas import BadFile
 
 BATCH = 64
-CONVERT = "Write it again with an ordinary tool (pandas, DuckDB), or save it as JSONL."
+CONVERT = "Write it again with a common tool (pandas, DuckDB), or save it as JSONL."
 MAX_COLUMNS = 1000
-SMALL, MOST_TIMES = 64 << 20, 500  # bytes that any file may decode to, and times its own size beyond that
+SMALL, MOST_TIMES = 64 << 20, 500  # decoded bytes allowed for any file, plus this many times its own size
 
 
 def names(path: Path) -> list[str]:
-    """Of its columns."""
+    """The names of its columns. Raises BadFile."""
     return list(_open(path).schema_arrow.names)
 
 
 def records(path: Path, columns: dict[str, str], limit: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number, values) of the columns named; other columns are never decoded."""
+    """(row number, values) of the given columns; other columns are never decoded."""
     import pyarrow as pa
 
     file = _open(path)
@@ -36,7 +37,9 @@ def records(path: Path, columns: dict[str, str], limit: int) -> Iterator[tuple[i
             decoded += _text_in(batch)
             number += batch.num_rows
             if decoded > limit:
-                raise BadFile(0, f"it decodes to more than {limit >> 20} MB", "Split it into smaller files.")
+                raise BadFile(
+                    0, f"it decompresses to more than {limit >> 20} MB", "Split it into smaller files."
+                )
         number = 0
         for batch in file.iter_batches(BATCH, columns=wanted, use_threads=False):
             for record in batch.to_pylist():
@@ -47,11 +50,11 @@ def records(path: Path, columns: dict[str, str], limit: int) -> Iterator[tuple[i
             raise
         raise BadFile(number + 1, f"the Parquet file is damaged here: {_words(error)}", CONVERT) from error
     if number == 0:
-        raise BadFile(0, "the Parquet file has no rows", "Upload a file with at least one example in it.")
+        raise BadFile(0, "the Parquet file has no rows", "Upload a file with at least one example.")
 
 
 def _text_in(batch: Any) -> int:
-    """Bytes once it is text: what repeats is small in the file and in Arrow."""
+    """Bytes as text: repeated values are small in the file and in Arrow, but not as text."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -93,12 +96,12 @@ def _open(path: Path) -> Any:
     if len(names) > MAX_COLUMNS:
         raise BadFile(
             0,
-            f"it has {len(names)} columns; at most {MAX_COLUMNS} are read",
+            f"it has {len(names)} columns; the limit is {MAX_COLUMNS}",
             "Keep only the columns to train on.",
         )
     doubled = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if doubled is not None:
-        raise BadFile(0, f"two columns are named {doubled!r}", "Give every column its own name.")
+        raise BadFile(0, f"two columns are named {doubled!r}", "Give each column its own name.")
     return file
 
 

@@ -1,5 +1,6 @@
-"""The containers that rows come in: JSON Lines, a JSON array, tables, plain text. Each is read piece by piece and
-yields (line, record); a record that cannot be read is a BadRow in its place, a file that cannot be read on raises BadFile.
+"""Reads the containers of rows: JSON Lines, a JSON array, tables, plain text. Each is read piece by piece and
+yields (line, record). A bad record is a BadRow in its place; a file that cannot be read any further raises
+BadFile.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from training.data.row_schemas import BadFile, BadRow
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file may ask of the process that reads it."""
+    """Limits on what a file may demand of the process that reads it."""
 
     line_bytes: int = 4 << 20
     decoded_bytes: int = 8 << 30
     depth: int = 32
     columns: int = 1000
-    document_chars: int = (
-        64 * 1024
-    )  # plain text: longer documents are handed on in parts, cut between paragraphs
+    # plain text: longer documents are split between paragraphs
+    document_chars: int = 64 * 1024
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a file is written. `columns` maps what a row needs (prompt, completion, text, messages, …) to the file's names."""
+    """The format of a file. `columns` maps what a row needs (prompt, completion, text, messages, …) to the
+    file's column names."""
 
     container: str  # jsonl | json | csv | parquet | text
     shape: str = ""  # chat | completion | instruction | sharegpt | text
@@ -47,7 +48,7 @@ class Format:
 
     @classmethod
     def of(cls, value: Format | Mapping[str, Any]) -> Format:
-        """From the report's JSON, or a mapping a person chose in the page."""
+        """From the report's JSON, or from columns that a user chose."""
         if isinstance(value, Format):
             return value
         known = {name: value[name] for name in cls.__dataclass_fields__ if value.get(name)}
@@ -55,9 +56,9 @@ class Format:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stretch of a JSON Lines file, from the beginning of a line to the end of one; lines are counted from its own
-    first."""
+class ByteRange:
+    """A part of a JSON Lines file, from the start of a line to the end of one. Lines are counted from the
+    part's first."""
 
     begin: int
     end: int
@@ -73,7 +74,7 @@ Record = dict[str, Any] | BadRow
 
 
 def records(
-    path: Path, format: Format, limits: Limits, part: Part | None = None
+    path: Path, format: Format, limits: Limits, part: ByteRange | None = None
 ) -> Iterator[tuple[int, Record]]:
     if format.container == "parquet":
         from training.data import parquet
@@ -92,12 +93,14 @@ def records(
         else:
             raise BadFile(
                 0,
-                f"{format.container!r} is no kind of file we read",
+                f"{format.container!r} is not a supported file format",
                 "Choose JSONL, JSON, CSV, Parquet or text.",
             )
 
 
-def _jsonl(file: BinaryIO, format: Format, limits: Limits, part: Part | None) -> Iterator[tuple[int, Record]]:
+def _jsonl(
+    file: BinaryIO, format: Format, limits: Limits, part: ByteRange | None
+) -> Iterator[tuple[int, Record]]:
     for number, text in _lines(file, format, limits, part):
         if isinstance(text, BadRow):
             yield number, text
@@ -106,9 +109,9 @@ def _jsonl(file: BinaryIO, format: Format, limits: Limits, part: Part | None) ->
 
 
 def _lines(
-    file: BinaryIO, format: Format, limits: Limits, part: Part | None = None
+    file: BinaryIO, format: Format, limits: Limits, part: ByteRange | None = None
 ) -> Iterator[tuple[int, str | BadRow]]:
-    """Decoded lines. A line over the limit ends the file: what follows could be its other half."""
+    """Decoded lines. A line over the limit raises BadFile: what follows could be the rest of it."""
     if format.encoding != "utf-8":
         file = _transcoded(file, format.encoding)
     if part:
@@ -121,7 +124,7 @@ def _lines(
             raise BadFile(
                 number,
                 f"this line is longer than {limits.line_bytes >> 20} MB",
-                "Write one example on each line.",
+                "Put one example on each line.",
             )
         if number == 1 and line.startswith(codecs.BOM_UTF8) and not (part and part.begin):
             line = line[3:]
@@ -135,7 +138,7 @@ def _undecodable(number: int, line: bytes, error: UnicodeDecodeError) -> BadRow:
     return BadRow(
         number,
         f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8",
-        "Save the file as UTF-8; some of it seems to come from another encoding.",
+        "Save the file as UTF-8. ByteRange of it seems to have another encoding.",
     )
 
 
@@ -145,8 +148,8 @@ def _transcoded(file: BinaryIO, encoding: str) -> BinaryIO:
 
 
 class _Utf8(io.RawIOBase):
-    """A raw stream that turns UTF-16 into UTF-8 as it is read; what cannot be decoded becomes U+FFFD, which the
-    report finds as damage."""
+    """A raw stream that converts UTF-16 to UTF-8 while it is read. Undecodable bytes become U+FFFD, which
+    the report finds as damaged characters."""
 
     def __init__(self, file: BinaryIO, encoding: str) -> None:
         self.file, self.decoder, self.left = (
@@ -170,7 +173,7 @@ class _Utf8(io.RawIOBase):
 
 
 def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tuple[int, Record]]:
-    """The elements of one big array, each parsed as soon as it is whole."""
+    """The elements of one big array, each parsed as soon as it is complete."""
     stream = io.TextIOWrapper(
         file if format.encoding == "utf-8" else _transcoded(file, format.encoding), "utf-8"
     )
@@ -182,7 +185,7 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
         except UnicodeDecodeError as error:
             raise BadFile(
                 line,
-                f"the file is not UTF-8 near byte {error.start + 1} of this part",
+                f"the file is not UTF-8 near byte {error.start + 1} of this chunk",
                 "Save the file as UTF-8.",
             ) from error
         buffer += chunk
@@ -194,8 +197,8 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
             if ended:
                 raise BadFile(
                     line,
-                    "something stands after the end of the array",
-                    "Keep one array in the file, or write JSON Lines.",
+                    "there is something after the end of the array",
+                    "Keep only one array in the file, or use JSON Lines.",
                 )
             if buffer[0] == "]":
                 ended, buffer = True, buffer[1:]
@@ -204,7 +207,7 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
                 value, end = DECODER.raw_decode(buffer)
             except json.JSONDecodeError as error:
                 if chunk and (error.pos >= len(buffer) - 12 or "Unterminated" in error.msg):
-                    break  # the element goes on in the next piece
+                    break  # the element continues in the next chunk
                 raise BadFile(
                     line + buffer.count("\n", 0, error.pos),
                     f"broken JSON: {error.msg}",
@@ -220,15 +223,18 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
             raise BadFile(
                 line,
                 f"one element is longer than {limits.line_bytes >> 20} MB",
-                "Write one example in each element.",
+                "Put one example in each element.",
             )
-        want = max(want, len(buffer))  # read as much again, so that long elements cost no more than twice
+        # double the buffer, so that long elements are parsed at most twice as often
+        want = max(want, len(buffer))
     if not ended:
-        raise BadFile(line, "the array is never closed: the file seems cut off", "Upload the whole file.")
+        raise BadFile(
+            line, "the array is never closed: the file seems to be cut off", "Upload the whole file."
+        )
 
 
 def _skip(line: int, text: str, marks: str) -> tuple[int, str]:
-    """Leave out white space and the marks between elements, counting lines."""
+    """Skips white space and the punctuation between elements, counting lines."""
     rest = text.lstrip(" \t\r\n" + marks)
     return line + text.count("\n", 0, len(text) - len(rest)), rest
 
@@ -238,7 +244,7 @@ def _csv(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tuple[int, 
     stream = io.TextIOWrapper(
         file, "utf-8-sig" if format.encoding == "utf-8" else format.encoding, newline=""
     )
-    reader = csv.reader(_bounded(stream, limits), delimiter=format.delimiter, strict=True)
+    reader = csv.reader(_limited_lines(stream, limits), delimiter=format.delimiter, strict=True)
     header: list[str] | None = None
     start = 1
     while True:
@@ -268,7 +274,7 @@ def _csv(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tuple[int, 
                 line,
                 BadRow(
                     line,
-                    f"{len(cells)} cells where the header has {len(header)}",
+                    f"the row has {len(cells)} cells, the header {len(header)}",
                     "Put cells that contain the delimiter in quotes.",
                 ),
             )
@@ -276,7 +282,7 @@ def _csv(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tuple[int, 
             yield line, dict(zip(header, cells, strict=True))
 
 
-def _bounded(stream: TextIO, limits: Limits) -> Iterator[str]:
+def _limited_lines(stream: TextIO, limits: Limits) -> Iterator[str]:
     while line := stream.readline(limits.line_bytes):
         yield line
 
@@ -286,7 +292,7 @@ def _header(line: int, cells: list[str], limits: Limits) -> list[str]:
     if len(names) > limits.columns:
         raise BadFile(
             line,
-            f"{len(names)} columns; at most {limits.columns} are read",
+            f"{len(names)} columns; the limit is {limits.columns}",
             "Keep only the columns to train on.",
         )
     if "" in names:
@@ -295,12 +301,13 @@ def _header(line: int, cells: list[str], limits: Limits) -> list[str]:
         )
     doubled = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if doubled is not None:
-        raise BadFile(line, f"two columns are named {doubled!r}", "Give every column its own name.")
+        raise BadFile(line, f"two columns are named {doubled!r}", "Give each column its own name.")
     return names
 
 
 def _text(file: BinaryIO, format: Format, limits: Limits, markdown: bool) -> Iterator[tuple[int, Record]]:
-    """Documents: separated by a line of dashes or `<|endoftext|>`; in Markdown also before each top heading."""
+    """Documents, separated by a line of dashes or `<|endoftext|>`, and in Markdown also before each
+    top-level heading."""
     held: list[str] = []
     start, size = 1, 0
     for number, line in _lines(file, format, limits):
@@ -326,7 +333,7 @@ def _document(line: int, held: list[str]) -> Iterator[tuple[int, Record]]:
         yield line, {"text": text}
 
 
-# --- one JSON value, strictly ----------------------------------------------------------------------
+# --- one JSON value, strict ------------------------------------------------------------------------
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -334,7 +341,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         seen: set[str] = set()
         name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {name!r} stands twice in one object")
+        raise ValueError(f"the key {name!r} appears twice in one object")
     return value
 
 
@@ -363,7 +370,7 @@ def _parse(number: int, text: str, limits: Limits) -> Record:
 
 
 def _object(number: int, value: Any, limits: Limits, brackets: float = math.inf) -> Record:
-    """`brackets`: how many the text opens; as deep as that and no deeper it can be."""
+    """`brackets`: how many brackets the text opens, an upper bound of its depth."""
     if not isinstance(value, dict):
         return BadRow(
             number,

@@ -1,4 +1,4 @@
-"""What one record means: chat, prompt and completion, instruction, ShareGPT or plain text, told by its keys."""
+"""What a record means, by its keys: chat, prompt and completion, instruction, ShareGPT or plain text."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-JSON_HINT = "Every line must be one whole JSON object; check it with any JSON tool."
+JSON_HINT = "Each line must be one complete JSON object. Check it with any JSON tool."
 SHAPE_HINT = 'An example is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}.'
 ROLES = ("system", "user", "assistant")
-SAME_ROLE = {
+ROLE_ALIASES = {
     "developer": "system",
     "human": "user",
     "gpt": "assistant",
@@ -20,7 +20,7 @@ SAME_ROLE = {
 }
 MAX_MESSAGES = 2000
 
-# Which names a column may have for what a row needs, the best first.
+# The accepted column names for each field of a row, best first.
 ALIASES: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "conversations": ("conversations", "conversation"),
@@ -32,7 +32,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on: its line (0 = the whole file), the reason, and what to do about it."""
+    """A row that cannot be trained on: its line (0 = the whole file), the reason, and how to fix it."""
 
     def __init__(self, line: int, reason: str, fix: str = "") -> None:
         super().__init__(f"line {line}: {reason}" if line else reason)
@@ -40,7 +40,7 @@ class BadRow(ValueError):
 
 
 class BadFile(BadRow):
-    """Nothing behind this point can be read."""
+    """Nothing after this point of the file can be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def size(self) -> int:
-        """Characters, about."""
+        """Approximate number of characters."""
         return (
             len(self.prompt)
             + len(self.completion)
@@ -72,8 +72,8 @@ class Row:
         return self.text if self.kind == "text" else self.prompt + self.completion
 
 
-def recognise(record: Mapping[str, Any], forgiving: bool = False) -> tuple[str, dict[str, str]] | None:
-    """(shape, columns) by the record's keys, or None. `forgiving` also takes other capitals, as in CSV headers."""
+def recognize(record: Mapping[str, Any], forgiving: bool = False) -> tuple[str, dict[str, str]] | None:
+    """(shape, columns) by the record's keys, or None. `forgiving` ignores case, as in CSV headers."""
     names = {(key.strip().lower() if forgiving else key): key for key in record}
 
     def first(need: str) -> str | None:
@@ -97,17 +97,17 @@ def recognise(record: Mapping[str, Any], forgiving: bool = False) -> tuple[str, 
 
 
 class Reader:
-    """Turns records into rows; all rows of a file have the shape of its first."""
+    """Turns records into rows. All rows of a file have the shape of the first."""
 
     def __init__(self, shape: str, columns: Mapping[str, str]) -> None:
         self.shape, self.columns = shape, dict(columns)
 
     def __call__(self, line: int, record: Mapping[str, Any]) -> Row:
         if not self.shape or not self.columns:
-            found = recognise(record)
-            if found is None:
+            recognized = recognize(record)
+            if recognized is None:
                 _refuse_shape(line, record)
-            self.shape, self.columns = found
+            self.shape, self.columns = recognized
         missing = [name for need, name in self.columns.items() if need != "input" and name not in record]
         if missing:
             _refuse_missing(line, record, missing, self.shape)
@@ -139,7 +139,7 @@ def _instruction(
 
 
 def _messages(line: int, value: Any) -> tuple[dict[str, Any], ...]:
-    if isinstance(value, str):  # a CSV cell or Parquet column may hold them as JSON
+    if isinstance(value, str):  # a CSV cell or Parquet column may contain them as JSON
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
@@ -159,9 +159,7 @@ def _messages(line: int, value: Any) -> tuple[dict[str, Any], ...]:
             "Give it at least a user and an assistant message, or drop the row.",
         )
     if len(value) > MAX_MESSAGES:
-        raise BadRow(
-            line, f"{len(value)} messages; at most {MAX_MESSAGES} are read", "Split the conversation."
-        )
+        raise BadRow(line, f"{len(value)} messages; the limit is {MAX_MESSAGES}", "Split the conversation.")
     return tuple(
         message if _is_plain(message) else _message(line, number, message)
         for number, message in enumerate(value, 1)
@@ -172,7 +170,7 @@ PLAIN_KEYS = {"role", "content"}
 
 
 def _is_plain(message: Any) -> bool:
-    """As most are, and we write them ourselves: nothing to look for and to change."""
+    """Whether a message is already in the final form, as most are: a fast path."""
     if not isinstance(message, dict) or message.keys() != PLAIN_KEYS or message["role"] not in ROLES:
         return False
     content = message["content"]
@@ -185,36 +183,36 @@ def _message(line: int, number: int, message: Any) -> dict[str, Any]:
         raise BadRow(
             line, f"{where} is {kind_of(message)}, not an object", 'Write {"role": ..., "content": ...}.'
         )
-    said = message.get("role", message.get("from"))
-    role = SAME_ROLE.get(said, said) if isinstance(said, str) else said
+    given = message.get("role", message.get("from"))
+    role = ROLE_ALIASES.get(given, given) if isinstance(given, str) else given
     if role is None:
         raise BadRow(line, f"{where} has no role", "Give it the role system, user or assistant.")
     if role not in ROLES:
         raise BadRow(
-            line, f"{where} has the role {str(said)[:40]!r}", "Roles are system, user and assistant."
+            line, f"{where} has the role {str(given)[:40]!r}", "The roles are system, user and assistant."
         )
     content = message.get("content", message.get("value"))
     if content is None:
         extra = (
-            "; tool calls are not trained"
+            "; tool calls are not supported"
             if message.get("tool_calls") or message.get("function_call")
             else ""
         )
-        raise BadRow(line, f"{where} has no content{extra}", "Give it a text as content, or drop the row.")
+        raise BadRow(line, f"{where} has no content{extra}", "Give it text as its content, or drop the row.")
     if isinstance(content, list):
         content = _parts(line, where, content)
     result: dict[str, Any] = {"role": role, "content": _text(line, f"the content of {where}", content)}
-    if message.get("weight") is not None:  # Parquet fills what a message leaves out with nothing
+    if message.get("weight") is not None:  # Parquet fills missing fields with null
         weight = message["weight"]
         if role != "assistant":
             raise BadRow(
                 line,
-                f"{where} has a weight but is not the assistant's",
-                "Only assistant messages have a weight.",
+                f"{where} has a weight, but is not an assistant message",
+                "Only assistant messages can have a weight.",
             )
         if isinstance(weight, bool) or weight not in (0, 1):
             raise BadRow(
-                line, f"the weight of {where} is {weight!r}"[:120], "A weight is 0 (not trained) or 1."
+                line, f"the weight of {where} is {weight!r}"[:120], "A weight is 0 (not trained on) or 1."
             )
         result["weight"] = int(weight)
     return result
@@ -227,8 +225,8 @@ def _parts(line: int, where: str, parts: list[Any]) -> str:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise BadRow(
                 line,
-                f"{where} holds a part that is not text",
-                "Only text can be trained on; drop pictures and files.",
+                f"{where} has a part that is not text",
+                "Only text is supported. Remove images and files.",
             )
         texts.append(part["text"])
     return "".join(texts)
@@ -244,18 +242,18 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 def _text(line: int, name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise BadRow(line, f"{name} is {kind_of(value)}, not text", "Put the value in quotes.")
-    # isascii is one look at a flag; only then the search
+    # isascii only reads a flag, so it comes before the search
     if not value.isascii() and SURROGATE.search(value):
         raise BadRow(
             line,
-            f"{name} holds half of a character (a lone surrogate)",
-            "Write the whole character; emoji are two \\u escapes together.",
+            f"{name} contains half of a character (a lone surrogate)",
+            "Write the whole character. An emoji takes two \\u escapes.",
         )
     return value
 
 
 def kind_of(value: Any) -> str:
-    """How a person calls a JSON value."""
+    """The type of a JSON value in plain words."""
     names = {
         dict: "an object",
         list: "a list",
@@ -288,15 +286,15 @@ def _refuse_shape(line: int, record: Mapping[str, Any]) -> NoReturn:
         (
             k
             for k in record
-            if recognise({k.strip().lower(): ""}) or k.strip().lower() in ("prompt", "completion")
+            if recognize({k.strip().lower(): ""}) or k.strip().lower() in ("prompt", "completion")
         ),
         None,
     )
-    if close is not None and recognise({k.strip().lower(): "" for k in record}):
+    if close is not None and recognize({k.strip().lower(): "" for k in record}):
         raise BadRow(
             line,
             f"the keys are {_names(record)}",
-            "Write the keys in small letters: messages, prompt, completion, text.",
+            "Write the keys in lowercase: messages, prompt, completion, text.",
         )
     for need, other in (("prompt", "completion"), ("completion", "prompt")):
         if any(alias in record for alias in ALIASES[need]):
@@ -305,14 +303,18 @@ def _refuse_shape(line: int, record: Mapping[str, Any]) -> NoReturn:
 
 
 def _refuse_missing(line: int, record: Mapping[str, Any], missing: list[str], shape: str) -> NoReturn:
-    other = recognise(record)
+    other = recognize(record)
     if other and other[0] != shape:
         raise BadRow(
             line,
-            f"this row is {other[0]}, the rows before it are {shape}",
-            "Keep one kind of example in a file.",
+            f"this row has the shape {other[0]}, the rows before it {shape}",
+            "Use one kind of example per file.",
         )
-    raise BadRow(line, f"{' and '.join(map(repr, missing))} missing (keys: {_names(record)})", SHAPE_HINT)
+    raise BadRow(
+        line,
+        f"{' and '.join(map(repr, missing))} {'is' if len(missing) == 1 else 'are'} missing (keys: {_names(record)})",
+        SHAPE_HINT,
+    )
 
 
 def _names(record: Mapping[str, Any]) -> str:
@@ -321,48 +323,51 @@ def _names(record: Mapping[str, Any]) -> str:
 
 
 def explain_json(text: str, error: json.JSONDecodeError) -> tuple[str, str]:
-    """(reason, what to do) for a line that is not JSON, in the words of the usual mistake."""
+    """(reason, how to fix it) for a line that is not JSON, named after the most likely mistake."""
     where = f"broken JSON at character {error.pos + 1}: "
     stripped = text.strip()
     rest = text[error.pos :].lstrip()
     if error.msg == "Extra data":
         if "\r" in text.strip("\r\n"):
-            return where + "lines end with CR alone", "Save the file with ordinary (LF) line ends."
+            return where + "lines end with CR alone", "Save the file with LF line endings."
         if rest.startswith("{"):
-            return where + "two objects stand on one line", "Write each object on its own line."
+            return where + "there are two objects on one line", "Put each object on its own line."
         if rest.startswith(("//", "#", "/*")):
             return where + "JSON has no comments", "Remove the comment."
         return (
             where + f"something follows the value ({rest[:20]!r})",
-            "Keep one object on the line and nothing else.",
+            "Put one object on the line and nothing else.",
         )
     if stripped in ("{", "[") or (
         stripped.startswith("{") and not stripped.endswith("}") and error.pos >= len(text.rstrip())
     ):
         return (
             where + "the object does not end on this line",
-            "Write each object whole on one line (not pretty-printed); the file may be cut off.",
+            "Put each object on one line (not pretty-printed). The file may also be cut off.",
         )
     if rest.startswith(("//", "#", "/*")):
         return where + "JSON has no comments", "Remove the comment."
     if rest.startswith("'"):
-        return where + "single quotes", 'JSON wants double quotes: {"prompt": "…"}.'
+        return where + "single quotes", 'JSON uses double quotes: {"prompt": "…"}.'
     if rest.startswith(("}", "]")) or "trailing comma" in error.msg:
-        return where + "a comma before the closing bracket, or a value missing", "Remove the last comma."
+        return where + "a comma before the closing bracket, or a missing value", "Remove the last comma."
     if "property name" in error.msg:
         return where + "a key without double quotes", 'Put keys in double quotes: {"prompt": "…"}.'
     if "control character" in error.msg:
         return (
-            where + "a raw line break or control character inside a text",
+            where + "a raw line break or control character inside a string",
             "Write it as \\n, \\t or \\u00XX.",
         )
     if "escape" in error.msg:
-        return where + "a backslash that starts no known escape", "Write a backslash as \\\\."
+        return where + "a backslash that does not start a known escape", "Write a backslash as \\\\."
     if "Unterminated" in error.msg:
-        return where + "a text is never closed", 'Close it with a double quote; a quote inside a text is \\".'
+        return (
+            where + "a string is never closed",
+            'Close it with a double quote. Write a quote inside a string as \\".',
+        )
     if "delimiter" in error.msg:
         return (
             where + error.msg.lower(),
-            'A comma, colon or quote is missing here; a quote inside a text is \\".',
+            'A comma, colon or quote is missing here. Write a quote inside a string as \\".',
         )
-    return where + f"no JSON begins with {rest[:20]!r}", JSON_HINT
+    return where + f"JSON cannot begin with {rest[:20]!r}", JSON_HINT

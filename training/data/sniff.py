@@ -1,4 +1,4 @@
-"""What a file is by its first bytes: what we refuse by name, and which encoding its text has."""
+"""What a file is, by its first bytes: unsupported formats and the text encoding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from training.data.row_schemas import BadFile
 
-# (offset, bytes, name, what to do). Archives and pickles are never opened: unpacking is where bombs go off.
+# (offset, bytes, name, how to fix it). Archives and pickles are never opened: they can be bombs or run code.
 UNPACK = "Unpack it and upload the file inside."
 CONVERT = "Save the examples as JSONL, CSV or Parquet."
 MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
@@ -32,9 +32,9 @@ MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\xd0\xcf\x11\xe0", "an old Excel or Word file", CONVERT),
     (0, b"%PDF", "a PDF", CONVERT),
     (0, b"{\\rtf", "an RTF document", CONVERT),
-    (0, b"\x89PNG", "a PNG picture", CONVERT),
-    (0, b"\xff\xd8\xff", "a JPEG picture", CONVERT),
-    (0, b"GIF8", "a GIF picture", CONVERT),
+    (0, b"\x89PNG", "a PNG image", CONVERT),
+    (0, b"\xff\xd8\xff", "a JPEG image", CONVERT),
+    (0, b"GIF8", "a GIF image", CONVERT),
     (0, b"\x7fELF", "a program", CONVERT),
     (0, b"MZ\x90", "a Windows program", CONVERT),
 )
@@ -43,12 +43,12 @@ HTML = re.compile(rb"\s*<(!doctype\s+html|html|\?xml)", re.IGNORECASE)
 
 
 def refuse_other_formats(head: bytes) -> None:
-    """Raise BadFile, naming what the file is, for everything we do not read."""
+    """Raises BadFile, naming what the file is, for every format that is not supported."""
     for offset, magic, name, advice in MAGIC:
         if head.startswith(magic, offset):
             raise BadFile(0, f"this is {name}", advice)
     if PICKLE.match(head):
-        raise BadFile(0, "this is a Python pickle, which can run programs when it is opened", CONVERT)
+        raise BadFile(0, "this is a Python pickle, which can run code when it is opened", CONVERT)
     if re.match(rb".{8}\{\"", head, re.DOTALL) and head[7:8] == b"\x00":
         raise BadFile(0, "this is a safetensors file: weights, not examples", "Upload the training examples.")
     if HTML.match(head):
@@ -56,7 +56,7 @@ def refuse_other_formats(head: bytes) -> None:
 
 
 def encoding_of(head: bytes) -> str:
-    """utf-8 or utf-16-le/-be; any other encoding is refused by the name it most looks like."""
+    """utf-8, utf-16-le or utf-16-be. Raises BadFile for any other encoding, with the most likely one."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         raise BadFile(1, "the text is UTF-32", "Save the file as UTF-8.")
     if head.startswith(codecs.BOM_UTF16_LE):
@@ -64,7 +64,7 @@ def encoding_of(head: bytes) -> str:
     if head.startswith(codecs.BOM_UTF16_BE):
         return "utf-16-be"
     if b"\x00" in head[:4096]:
-        return _without_mark(head[:4096])
+        return _without_bom(head[:4096])
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError as error:
@@ -73,11 +73,12 @@ def encoding_of(head: bytes) -> str:
             raise BadFile(
                 line, f"the text is not UTF-8; it looks like {_guess(head)}", "Save the file as UTF-8."
             ) from error
-    return "utf-8"  # single bad lines are told one by one
+    return "utf-8"  # single bad lines are reported one by one
 
 
-def _without_mark(head: bytes) -> str:
-    """UTF-16 without its mark shows as a zero in every second byte of plain letters; UTF-32 as three in four."""
+def _without_bom(head: bytes) -> str:
+    """Encoding of text with zero bytes but no byte order mark: UTF-16 has a zero in every second byte of
+    ASCII text, UTF-32 three in four."""
     even, odd = head[::2].count(0), head[1::2].count(0)
     half = max(1, len(head) // 2)
     if (even > half * 0.4 and odd > half * 0.8) or (odd > half * 0.4 and even > half * 0.8):
@@ -90,7 +91,7 @@ def _without_mark(head: bytes) -> str:
 
 
 def _mostly_broken(head: bytes) -> bool:
-    """Whether most of what is beyond ASCII fails as UTF-8: then it is another encoding, not one damaged row."""
+    """Whether most non-ASCII bytes are invalid UTF-8: then it is another encoding, not one damaged row."""
     beyond = sum(byte > 127 for byte in head)
     damaged = head.decode("utf-8", "replace").count("\ufffd")
     return damaged * 3 > beyond

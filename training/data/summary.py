@@ -1,4 +1,5 @@
-"""The counts of a dataset under one tokenizer: what the report shows, the plan starts from and the trainer must equal."""
+"""The counts of a dataset with one tokenizer: shown in the report, used for planning, and checked by the
+trainer."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Any, Protocol
 
 
 class Countable(Protocol):
-    """An encoded example, all of whose tokens need not be listed yet (`training.text.encode`)."""
+    """An encoded example that can be counted, even before its tokens are listed (see
+    `training.text.encode`)."""
 
     @property
     def length(self) -> int: ...
@@ -21,15 +23,16 @@ class Countable(Protocol):
 
 @dataclass
 class Summary:
-    """Counts of what will be trained on, with the target tokenizer; the trainer's own counts must equal these."""
+    """Counts of what will be trained on, with the target tokenizer. The trainer's own counts must be
+    equal."""
 
     examples: int = 0
     tokens: int = 0
     trained_tokens: int = 0
-    longest: int = 0  # tokens of the longest example, before any cut
-    truncated: int = 0  # examples cut
+    longest: int = 0  # tokens of the longest example, before truncation
+    truncated: int = 0  # examples that were cut
     lost_tokens: int = 0
-    untrained: int = 0  # examples with nothing to train
+    untrained: int = 0  # examples with nothing to train on
     kind: str = ""  # chat | completion | text
     histogram: list[int] = field(default_factory=list)  # examples of up to 16, 32, 64, … tokens
 
@@ -63,7 +66,7 @@ class Summary:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Summary:
-        """From a stored report; names it does not know are left aside."""
+        """From a stored report. Unknown names are ignored."""
         return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
 
     def as_dict(self) -> dict[str, Any]:

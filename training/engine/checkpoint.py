@@ -1,15 +1,16 @@
-"""Checkpoints: everything a run needs to go on bit for bit, written whole or not at all, believed only when verified.
+"""Checkpoints: everything a run needs to resume bit for bit. Written atomically, used only after
+verification.
 
     e<epoch>-s<step>/
         weights.safetensors    trained parameters by name, fp32 (LoRA: the adapters)
-        optimizer.safetensors  AdamW's means and step, by parameter name
-        random.safetensors     every generator's state
+        optimizer.safetensors  AdamW's moments and step count, by parameter name
+        random.safetensors     the state of every random generator
         state.json             counters: step, cursor in examples, tokens, seconds, best loss, …
-        manifest.json          last: name, size and sha256 of the others, what this belongs to, where it was made
+        manifest.json          written last: name, size and sha256 of the others, the run it belongs to, where it was made
 
-Writing: into a folder beside, each file flushed to the disk, the manifest last, then one rename. Reading: the manifest's
-own sha256 (if the caller knows it), sizes, hashes, names and shapes, finite numbers, the same job, settings and data.
-safetensors and JSON only, never pickle.
+Writing: into a temporary folder, each file flushed to disk, the manifest last, then one rename. Reading
+verifies the manifest's sha256 (if the caller knows it), sizes, hashes, names and shapes, that numbers are
+finite, and the same job, settings and data. Only safetensors and JSON, never pickle.
 """
 
 from __future__ import annotations
@@ -36,22 +37,23 @@ KEEP_LAST = 2
 
 
 class Unreadable(Exception):
-    """This checkpoint must not be used; the message says why."""
+    """This checkpoint must not be used. The message says why."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint belongs to. One of another job, other settings or other data is a stranger's."""
+    """The run a checkpoint belongs to. A checkpoint of another job, other settings or other data is
+    refused."""
 
     job: str | None
-    settings: str  # hash of the settings as asked for
+    settings: str  # hash of the settings as submitted
     data: str  # hash of the encoded examples
     base: str  # hash of the base model's configuration and trained shapes
 
 
 @dataclass
 class Snapshot:
-    """The state at a step's end. The tensors are copies: training goes on while they are written."""
+    """The state after a step. The tensors are copies, so training can continue while they are written."""
 
     step: int
     epoch: int
@@ -62,7 +64,7 @@ class Snapshot:
     identity: Identity
     environment: dict[str, Any]
     settings: dict[str, Any]  # resolved, so that an attempt on another machine computes the same
-    base: str  # folder of the base model, for whoever exports this checkpoint
+    base: str  # folder of the base model, needed to export this checkpoint
     best: bool = False
     final: bool = False
 
@@ -73,6 +75,8 @@ class Snapshot:
 
 @dataclass
 class Restored:
+    """The content of a verified checkpoint, tensors on the CPU."""
+
     folder: Path
     step: int
     weights: dict[str, Tensor]
@@ -83,24 +87,27 @@ class Restored:
     settings: dict[str, Any]
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------------------
 
 
 def write(snapshot: Snapshot, parent: Path) -> tuple[Path, dict[str, Any], str]:
-    """Writes one checkpoint under `parent`. Returns its folder, its manifest and the manifest's sha256.
+    """Writes one checkpoint into `parent`. Returns its folder, its manifest and the manifest's sha256.
 
-    After a crash at any moment there is either the whole checkpoint or a `tmp-…` folder that nobody reads."""
+    A crash at any moment leaves either the whole checkpoint or a `tmp-…` folder that is never read. Raises
+    OSError."""
     parent.mkdir(parents=True, exist_ok=True)
     temporary = parent / f"tmp-{uuid.uuid4().hex}"
     temporary.mkdir()
     try:
         manifest = _write_files(snapshot, temporary)
+        # The manifest comes last: a folder with a valid manifest has all its files.
         text = seal(manifest)
         sha256 = _write_bytes(temporary / "manifest.json", [text])
         _sync_folder(temporary)
         target = parent / snapshot.name
-        if target.exists():  # an earlier try at the same step under the same lease
+        if target.exists():  # from an earlier attempt at this step under the same lease
             shutil.rmtree(target)
+        # rename is atomic; syncing the parent makes it survive a power failure
         temporary.rename(target)
         _sync_folder(parent)
     except BaseException:
@@ -139,8 +146,8 @@ def _write_files(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
 
 
 def seal(manifest: dict[str, Any]) -> bytes:
-    """The manifest's text. It holds its own hash (taken with that entry empty), so a flipped bit shows even to a reader
-    who was not told the file's sha256."""
+    """The manifest as bytes. It contains its own hash (computed with that entry empty), so a flipped bit
+    shows even to a reader that does not know the file's sha256."""
     bare = json.dumps(manifest | {"self": ""}, indent=1, sort_keys=True).encode()
     manifest["self"] = hashlib.sha256(bare).hexdigest()
     return json.dumps(manifest, indent=1, sort_keys=True).encode()
@@ -156,9 +163,10 @@ _NAMES = {
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """A safetensors file, hashed while it is written and flushed to the disk. Returns its sha256.
+    """Writes a safetensors file, hashing it on the way, and flushes it to disk. Returns its sha256.
 
-    (The library's own writer would have to be followed by reading the file again.)"""
+    The format is a little-endian uint64 with the header's length, the header as JSON padded to 8 bytes,
+    then the data. (With the library's own writer, the file would have to be read again for the hash.)"""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, t in tensors.items():
@@ -170,6 +178,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         }
         offset += size
     text = json.dumps(header).encode()
+    # the format wants the data to start at a multiple of 8
     text += b" " * (-len(text) % 8)
     parts = (t.detach().contiguous().view(-1).view(torch.uint8).numpy().data for t in tensors.values())
     return _write_bytes(path, (struct.pack("<Q", len(text)) + text, *parts))
@@ -183,6 +192,7 @@ def _write_bytes(path: Path, parts: Any) -> str:
             for at in range(0, len(view), 1 << 24):  # 16 MB: still in the cache when it is hashed
                 piece = view[at : at + (1 << 24)]
                 digest.update(piece)
+                # an unbuffered write may be partial
                 while piece:
                     piece = piece[file.write(piece) :]
         os.fsync(file.fileno())
@@ -197,13 +207,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def read(
     folder: Path, identity: Identity, shapes: Mapping[str, list[int]], sha256: str | None = None
 ) -> Restored:
-    """Everything, once all of it is proven. `shapes` are the model's trained parameters. Raises Unreadable."""
+    """Reads a checkpoint after verifying all of it. `shapes` are those of the model's trained parameters.
+    Raises Unreadable."""
     try:
         return _read(Path(folder), identity, shapes, sha256)
     except Unreadable:
@@ -214,13 +225,16 @@ def read(
 
 def _read(folder: Path, identity: Identity, shapes: Mapping[str, list[int]], sha256: str | None) -> Restored:
     manifest = verify_files(folder, sha256)
+    # 1. the same run
     mine, theirs = vars(identity), manifest["identity"]
     for what in ("job", "settings", "data", "base"):
         if mine[what] != theirs.get(what):
             raise Unreadable(f"it belongs to another run: its {what} differs")
+    # 2. the step in the name: a folder may have been copied or renamed
     match = folder.name.split("-s")
     if folder.name.startswith("e") and match[-1] != str(manifest["step"]):
-        raise Unreadable("its folder's name tells another step")
+        raise Unreadable("its folder's name gives a different step")
+    # 3. names and shapes of all tensors
     weights, optimizer, random = (load_file(folder / name) for name in FILES[:3])
     state = json.loads((folder / "state.json").read_text())
     if {name: list(t.shape) for name, t in weights.items()} != dict(shapes):
@@ -228,11 +242,13 @@ def _read(folder: Path, identity: Identity, shapes: Mapping[str, list[int]], sha
     wanted = {f"{kind}.{name}": shape for kind in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
     if {name: list(t.shape) for name, t in optimizer.items()} != wanted | {"step": []}:
         raise Unreadable("its optimizer is not this model's")
+    # 4. finite fp32 numbers
     for name, t in (weights | optimizer).items():
         if t.dtype != torch.float32 or not bool(torch.isfinite(t).all()):
-            raise Unreadable(f"{name} holds numbers that are not finite")
+            raise Unreadable(f"{name} has numbers that are not finite")
+    # 5. all files are of one step
     if state["step"] != manifest["step"] or int(optimizer["step"]) != state["step"]:
-        raise Unreadable("its files are of different steps")
+        raise Unreadable("its files are from different steps")
     return Restored(
         folder,
         manifest["step"],
@@ -246,10 +262,10 @@ def _read(folder: Path, identity: Identity, shapes: Mapping[str, list[int]], sha
 
 
 def verify_files(folder: Path, sha256: str | None = None) -> dict[str, Any]:
-    """The manifest, once every file is exactly as it says. Raises Unreadable."""
+    """The manifest, after checking every file against it. Raises Unreadable."""
     manifest = read_manifest(folder, sha256)
     if sorted(f["name"] for f in manifest["files"]) != sorted(FILES):
-        raise Unreadable("its manifest names other files")
+        raise Unreadable("its manifest lists other files")
     if {path.name for path in folder.iterdir()} != {*FILES, "manifest.json"}:
         raise Unreadable("files are missing or do not belong there")
     for entry in manifest["files"]:
@@ -262,13 +278,13 @@ def verify_files(folder: Path, sha256: str | None = None) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path, sha256: str | None = None) -> dict[str, Any]:
-    """The manifest, once it is exactly as it was written. Raises Unreadable."""
+    """The manifest, after checking that it is exactly as it was written. Raises Unreadable."""
     try:
         if (folder / "manifest.json").is_symlink():
-            raise Unreadable("its manifest is a link")
+            raise Unreadable("its manifest is a symbolic link")
         text = (folder / "manifest.json").read_bytes()
     except OSError as error:
-        raise Unreadable("it has no manifest: it was not written to its end") from error
+        raise Unreadable("it has no manifest, so it was not written completely") from error
     if sha256 is not None and hashlib.sha256(text).hexdigest() != sha256:
         raise Unreadable("its manifest is not the one that was written")
     try:
@@ -279,15 +295,16 @@ def read_manifest(folder: Path, sha256: str | None = None) -> dict[str, Any]:
     if not same:
         raise Unreadable("its manifest was changed")
     if manifest["format"] != FORMAT:
-        raise Unreadable(f"it has format {manifest['format']}, this program reads {FORMAT}")
+        raise Unreadable(f"its format is {manifest['format']}, this program reads {FORMAT}")
     assert isinstance(manifest, dict)
     return manifest
 
 
 def settings_of(folders: list[Path], job: str | None, settings: str) -> dict[str, Any] | None:
-    """The resolved settings of the first of these checkpoints whose manifest is whole and of this run.
+    """The resolved settings in the first of these checkpoints that has a valid manifest of this run.
 
-    An attempt must not find them anew: another machine would choose another micro-batch, and so other roundings."""
+    A resumed attempt must not resolve them again: another machine would choose another micro-batch, which
+    rounds differently."""
     for folder in folders:
         try:
             manifest = read_manifest(folder)
@@ -304,7 +321,7 @@ def file_sha256(path: Path) -> str:
 
 
 def candidates(pointer: Path, parents: list[Path]) -> list[Path]:
-    """The checkpoint that was asked for, then older ones beside it, the latest step first."""
+    """The requested checkpoint, then older ones next to it and in `parents`, latest step first."""
     step = step_of(pointer)
     older = {
         path
@@ -317,26 +334,27 @@ def candidates(pointer: Path, parents: list[Path]) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name; -1 for other folders."""
     try:
         return int(folder.name.split("-s")[1]) if folder.name.startswith("e") else -1
     except (IndexError, ValueError):
         return -1
 
 
-# ---- in the background -----------------------------------------------------------------------------------------------
+# ---- in the background -------------------------------------------------------------------------------------
 
 Written = Callable[[Snapshot, Path, dict[str, Any], str], None]
 
 
 @dataclass
 class Writer:
-    """Writes checkpoints beside the training, at most one at a time, and removes those nobody needs.
+    """Writes checkpoints in a background thread, one at a time, and removes old ones.
 
-    An error in the thread is raised by the next `submit` or `wait`, in the training's own thread."""
+    An error in the thread is raised again by the next `submit` or `wait`."""
 
     parent: Path
     written: Written
-    protected: set[str] = field(default_factory=set)  # names never removed: the best one
+    protected: set[str] = field(default_factory=set)  # names that are never removed: the best checkpoint
     last_seconds: float = 0.0
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
@@ -374,7 +392,8 @@ class Writer:
 
 
 def prune(parent: Path, keep: set[str]) -> None:
-    """Removes all but the last two and those in `keep`; the manifest first, so that half a folder is never believed."""
+    """Removes all but the last two and those in `keep`, each manifest first, so that a half-deleted folder
+    is never used."""
     whole = sorted((p for p in parent.iterdir() if p.is_dir() and step_of(p) >= 0), key=step_of)
     for path in whole[:-KEEP_LAST]:
         if path.name not in keep:
@@ -383,7 +402,7 @@ def prune(parent: Path, keep: set[str]) -> None:
 
 
 def sweep(parent: Path) -> None:
-    """Removes what a crash in the middle of writing left behind."""
+    """Removes temporary folders that a crash left behind."""
     if parent.is_dir():
         for path in parent.glob("tmp-*"):
             shutil.rmtree(path, ignore_errors=True)

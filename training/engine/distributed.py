@@ -1,6 +1,9 @@
-"""Several processes train one model: each computes its share of every step, and all hold the same weights.
+"""Data parallelism: several processes train one model. Each computes its rows of every step; all hold the
+same weights.
 
-`torchrun --nproc-per-node 2 -m training train CONFIG.json`. With one process every call here does nothing."""
+Start with `torchrun --nproc-per-node 2 -m training train CONFIG.json`. In a single process every call here
+does nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Processes:
+    """This process's rank among `size` processes, and the collective operations between them."""
+
     rank: int = 0
     size: int = 1
 
@@ -29,17 +34,17 @@ class Processes:
         return Processes(dist.get_rank(), size)
 
     @property
-    def on_this_machine(self) -> int:
-        """How many of the processes share this machine."""
+    def local_size(self) -> int:
+        """How many of the processes run on this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
 
     @property
-    def leads(self) -> bool:
-        """The first process emits events, evaluates and writes for all."""
+    def is_main(self) -> bool:
+        """Rank 0, which emits events, shows samples and writes checkpoints for all."""
         return self.rank == 0
 
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sums a tensor over all processes, in place. Every process must call it with the same shape."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -47,7 +52,7 @@ class Processes:
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensor of every process, by rank."""
+        """The tensors of all processes, by rank."""
         if self.size == 1:
             return [tensor]
         import torch.distributed as dist
@@ -56,12 +61,13 @@ class Processes:
         dist.all_gather(parts, tensor)
         return parts
 
-    def least(self, number: int) -> int:
-        """The smallest of the numbers of all processes."""
+    def minimum(self, number: int) -> int:
+        """The smallest of the processes' numbers. Also a barrier."""
         device = "cuda" if self.size > 1 and torch.cuda.is_available() else "cpu"
         return min(int(part) for part in self.gather(torch.tensor(number, device=device)))
 
-    def leave(self) -> None:
+    def close(self) -> None:
+        """Leaves the process group."""
         if self.size > 1:
             import torch.distributed as dist
 

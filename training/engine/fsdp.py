@@ -1,8 +1,10 @@
-"""A model that fits into no single process: every process holds a part of each weight, gradient and mean (torch's FSDP2).
+"""A model that fits in no single process: each holds a shard of every weight, gradient and moment (torch's
+FSDP2).
 
-A layer's weights are gathered when it computes and let go afterwards. To the loop this is another optimizer: the face
-is that of optimizer.AdamW. Whatever gathers (a row's forward and backward, `weight_tensors`, `state_tensors`) must be
-called by all processes alike.
+FSDP2 is described in the TorchTitan paper (arXiv 2410.06511). A layer's weights are gathered when it computes
+and freed afterwards. To the loop this is just another optimizer, with the interface of optimizer.AdamW.
+Whatever gathers (the forward and backward pass of a row, `weight_tensors`, `state_tensors`) must be called by
+all processes.
 """
 
 from __future__ import annotations
@@ -25,15 +27,17 @@ from training.plan.config import Settings
 class ShardedAdamW:
     sharded = True
 
-    def __init__(self, model: nn.Module, settings: Settings, place: Device, processes: Processes) -> None:
-        """Takes the model's fp32 weights, on the CPU, apart; each process keeps its share of them on its device."""
-        self.settings, self.processes, self.place = settings, processes, place
-        kernels.by_autograd = True  # FSDP2 adds up what autograd collects
-        half = None if place.dtype == torch.float32 else place.dtype
+    def __init__(self, model: nn.Module, settings: Settings, device: Device, processes: Processes) -> None:
+        """Shards the model's fp32 weights, which are on the CPU; each process keeps its shard on its
+        device."""
+        self.settings, self.processes, self.device = settings, processes, device
+        kernels.by_autograd = True  # FSDP2 reduces the gradients that autograd collects
+        half = None if device.dtype == torch.float32 else device.dtype
         options: dict[str, Any] = {
-            "mesh": init_device_mesh(place.device.type, (processes.size,)),
+            "mesh": init_device_mesh(device.device.type, (processes.size,)),
             "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32),
         }
+        # Each block is a unit of its own, so only one block at a time is gathered in full.
         for layer in _layers(model):
             fully_shard(layer, **options)
         fully_shard(model, **options)
@@ -41,31 +45,33 @@ class ShardedAdamW:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
-                module.set_gradient_divide_factor(
-                    1.0
-                )  # losses are divided by all trained tokens of a step already
+                # losses are divided by all trained tokens of a step already
+                module.set_gradient_divide_factor(1.0)
+        # DTensors: each holds the shard of this process
         self.params: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.mean = {name: torch.zeros_like(p) for name, p in self.params.items()}
         self.square = {name: torch.zeros_like(p) for name, p in self.params.items()}
-        self.steps = torch.zeros((), device=place.device)
+        self.steps = torch.zeros((), device=device.device)
 
     def zero_grad(self) -> None:
         for p in self.params.values():
             p.grad = None
 
-    def add_up(self, processes: Processes) -> None:
-        """FSDP2 has added them up already."""
+    def all_reduce_grads(self, processes: Processes) -> None:
+        """Nothing to do: FSDP2 reduced them during the backward pass."""
 
     def grad_norm(self) -> float:
+        """L2 norm over all parameters of all processes: each sums the squares of its shard."""
         parts = [torch.linalg.vector_norm(_local(p.grad)) for p in self.params.values() if p.grad is not None]
         square = torch.stack(parts).double().square().sum()
-        return float(self.processes.add_up(square).sqrt())
+        return float(self.processes.all_reduce(square).sqrt())
 
     def step(self, lr: float, norm: float) -> None:
         s = self.settings
         self.steps += 1
         longer = norm / s.clip_norm if s.clip_norm else 1.0
-        scale = torch.tensor(longer, device=self.place.device) if longer > 1 else None
+        scale = torch.tensor(longer, device=self.device.device) if longer > 1 else None
+        # as in optimizer.AdamW: matrices with weight decay, everything else without
         for decayed in (True, False):
             names = [
                 name
@@ -90,7 +96,7 @@ class ShardedAdamW:
                     grad_scale=scale,
                 )
 
-    # ---- state, by parameter name; whole in the first process, empty in the others -------------------------------
+    # ---- state, by parameter name; whole in the first process, empty in the others -------------------------
 
     def weight_tensors(self) -> dict[str, Tensor]:
         return self._gathered(self.params)
@@ -104,7 +110,7 @@ class ShardedAdamW:
         whole = {}
         for name, part in parts.items():
             full = part.detach().full_tensor()
-            if self.processes.leads:
+            if self.processes.is_main:
                 whole[name] = full.cpu()
         return whole
 
@@ -128,12 +134,12 @@ class ShardedAdamW:
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
-    """The blocks of a transformer: the longest list of modules in it."""
+    """The blocks of a transformer: the longest ModuleList in it."""
     return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
 def _local(part: Any) -> Tensor:
-    """What this process holds of it."""
+    """The shard that this process holds."""
     local: Tensor = part.detach().to_local()
     return local
 

@@ -1,4 +1,5 @@
-"""What a run starts from: the base model's folder, its tokenizer, the encoded examples, the settings made whole."""
+"""What a run starts from: the base model's folder, its tokenizer, the encoded examples and the resolved
+settings."""
 
 from __future__ import annotations
 
@@ -20,10 +21,10 @@ from training.models.gpt2 import read_config
 from training.plan import auto_settings, catalog, hub
 from training.plan.config import Run, Settings
 from training.plan.events import Failure
-from training.text.encode import Example
+from training.text.encode import EncodingOptions, Example
 from training.text.tokenizer import Tokenizer, TokenizerError
 
-PINNED = 3  # prompts for samples, where none are given
+PINNED = 3  # prompts for samples if none are given
 
 
 @dataclass(frozen=True)
@@ -47,43 +48,45 @@ class Inputs:
 
 
 def read(run: Run, resolved: Settings | None = None) -> Inputs:
-    """Reads and checks everything but the weights. `resolved` are the settings an earlier attempt trained with."""
+    """Reads and checks everything but the weights. `resolved` are the settings of an earlier attempt.
+    Raises Failure."""
     objective = OBJECTIVES[(resolved or run.settings).objective]
     base = hub.locate(run.base, run.base_revision)
     model_config = _model_config(base)
-    described = catalog.of_config(model_config, id=run.base, folder=str(base))
+    described = catalog.from_config(model_config, id=run.base, folder=str(base))
     tokenizer = _tokenizer(base, described.vocab)
     settings = resolved or run.settings
     notes: list[str] = []
     longest = settings.sequence_length or described.context
-    wants = Wanted(longest, settings.train_on)
+    wants = EncodingOptions(longest, settings.train_on)
     encode = partial(_encode, objective, tokenizer, wants, notes)
     everything = encode(run.train_file, run.train_format, forgiving=bool(run.expected))
-    _as_expected(run.expected, everything)
+    # before anything is left out: the report counts all examples
+    _check_counts(run.expected, everything)
     if resolved is None:
         settings, reasons = auto_settings.resolve(
             settings, Summary.of(everything), described, catalog.this_machine()
         )
     else:
         reasons = {}
-    _fits_context(everything, described.context)
+    _check_context(everything, described.context)
+    # An example without trained tokens has no loss; it would only cost time.
     kept = [example for example in everything if example.trained]
     if len(kept) < len(everything):
-        notes.append(f"{len(everything) - len(kept)} examples hold nothing to learn and are left out.")
+        notes.append(f"{len(everything) - len(kept)} examples have nothing to train on and are left out.")
     if not kept:
-        raise Failure(
-            "no_trained_token", f"None of the {len(everything)} examples holds a token to learn from."
-        )
+        raise Failure("no_trained_token", f"None of the {len(everything)} examples has a token to train on.")
     train, held_out = Examples.of(kept), Examples.of([])
     if run.validation_file:
         held = encode(run.validation_file, run.validation_format, forgiving=True)
-        _fits_context(held, described.context)
+        _check_context(held, described.context)
+        # Validation examples that are also trained on would measure memorization.
         seen = {tuple(example.ids) for example in kept}
         fresh = [example for example in held if tuple(example.ids) not in seen]
         held_out = Examples.of([example for example in fresh if example.trained])
         if leaked := len(held) - len(fresh):
             notes.append(
-                f"{leaked} of {len(held)} validation examples are also trained on and are left out of it."
+                f"{leaked} of {len(held)} validation examples are also in the training data and are left out of the validation."
             )
     elif settings.validation_fraction:
         train, held_out = hold_out(train, settings.validation_fraction, settings.seed)
@@ -93,16 +96,10 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     )
 
 
-@dataclass(frozen=True)
-class Wanted:
-    sequence_length: int
-    train_on: str
-
-
 def _model_config(base: Path) -> dict[str, Any]:
     values = read_config(base)
     try:
-        catalog.of_config(values)
+        catalog.from_config(values)
     except (ValueError, TypeError) as error:
         raise Failure("base_model", f"The model in {base} cannot be used: {error}.") from error
     return values
@@ -111,29 +108,31 @@ def _model_config(base: Path) -> dict[str, Any]:
 def _tokenizer(base: Path, vocabulary: int) -> Tokenizer:
     try:
         tokenizer = Tokenizer.load(base)
+        # a token id beyond the embedding table would crash deep inside the model
         highest = max([*tokenizer.backend.get_vocab(with_added_tokens=True).values(), tokenizer.eos_id])
     except TokenizerError as error:
         raise Failure("tokenizer", f"The tokenizer in {base} cannot be used: {error}.") from error
     if highest >= vocabulary:
-        raise Failure("tokenizer", f"The tokenizer knows {highest + 1} tokens, the model only {vocabulary}.")
+        raise Failure("tokenizer", f"The tokenizer has {highest + 1} tokens, the model only {vocabulary}.")
     return tokenizer
 
 
 def _encode(
     objective: Objective,
     tokenizer: Tokenizer,
-    wants: Wanted,
+    wants: EncodingOptions,
     notes: list[str],
     path: str,
     format: dict[str, Any] | None,
     *,
     forgiving: bool,
 ) -> list[Example]:
-    """Every example. Bad rows end it, unless a report has already shown them to a person (`forgiving`)."""
+    """Every example of a file. A bad row raises Failure unless a report has already shown it to the user
+    (`forgiving`)."""
     bad: list[BadRow] = []
     try:
         chosen = Format.of(format) if format else None
-        found = list(objective.encode(path, tokenizer, wants, chosen, bad.append if forgiving else None))
+        encoded = list(objective.encode(path, tokenizer, wants, chosen, bad.append if forgiving else None))
     except BadRow as error:
         fix = f" {error.fix}" if error.fix else ""
         raise Failure("bad_data", f"{Path(path).name}, {error}.{fix}") from error
@@ -141,42 +140,47 @@ def _encode(
         raise Failure("bad_data", f"The file {path} cannot be read: {error}") from error
     if bad:
         notes.append(
-            f"{len(bad)} rows of {Path(path).name} cannot be read and are left out; the first: {bad[0]}."
+            f"{len(bad)} rows of {Path(path).name} cannot be read and are left out. The first: {bad[0]}."
         )
-    if not found:
-        raise Failure("bad_data", f"There is no example in {Path(path).name}.")
-    return found
+    if not encoded:
+        raise Failure("bad_data", f"There are no examples in {Path(path).name}.")
+    return encoded
 
 
-def _as_expected(expected: dict[str, int] | None, found: list[Example]) -> None:
-    """The trainer must see what the report counted, or the report was not worth reading."""
-    counts = {"examples": len(found), "tokens": sum(len(example.ids) for example in found)}
+def _check_counts(expected: dict[str, int] | None, encoded: list[Example]) -> None:
+    """The trainer must count exactly what the report counted."""
+    counts = {"examples": len(encoded), "tokens": sum(len(example.ids) for example in encoded)}
     for what, count in counts.items():
         if expected and expected.get(what) not in (None, count):
-            raise Failure("bad_data", f"The dataset's report counted {expected[what]} {what}; there are {count}.", "Have the dataset checked again: the file or the tokenizer has changed since.")  # fmt: skip
+            raise Failure(
+                "bad_data",
+                f"The dataset's report counted {expected[what]} {what}, but there are {count}.",
+                "Check the dataset again: the file or the tokenizer has changed since the report.",
+            )
 
 
-def _fits_context(found: Iterable[Example], context: int) -> None:
-    for example in found:
+def _check_context(encoded: Iterable[Example], context: int) -> None:
+    for example in encoded:
         if len(example.ids) > context:
             raise Failure(
                 "too_long",
-                f"The example in line {example.line} has {len(example.ids)} tokens; the model reads {context}.",
-                f"Set sequence_length to {context} or less to have it cut, or shorten the example.",
+                f"The example on line {example.line} has {len(example.ids)} tokens. The model's context is {context}.",
+                f"Set sequence_length to {context} or less to cut it, or shorten the example.",
             )
 
 
 def _prompts(run: Run, tokenizer: Tokenizer, examples: Examples) -> list[Prompt]:
-    """The pinned prompts: those given, else how the first examples begin, up to their answer."""
+    """The pinned prompts: those given, otherwise the first examples up to their answers."""
     if run.prompts:
         chat = (run.train_format or {}).get("shape") in ("chat", "sharegpt")
         return [Prompt(text, _prompt_ids(text, tokenizer, chat)) for text in run.prompts]
-    found = []
+    prompts = []
     for i in range(min(PINNED, len(examples))):
         ids, mask = examples[i]
+        # up to the first trained token, and at least one token
         begin = ids[: max(1, int(np.argmax(mask)))].tolist()
-        found.append(Prompt(tokenizer.decode(begin), begin))
-    return found
+        prompts.append(Prompt(tokenizer.decode(begin), begin))
+    return prompts
 
 
 def _prompt_ids(text: str, tokenizer: Tokenizer, chat: bool) -> list[int]:
@@ -187,5 +191,5 @@ def _prompt_ids(text: str, tokenizer: Tokenizer, chat: bool) -> list[int]:
 
 
 def fingerprint(*parts: Any) -> str:
-    """Short name of values that must not change between attempts."""
+    """sha256 of values that must not change between attempts."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

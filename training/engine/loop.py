@@ -1,7 +1,8 @@
-"""The training loop, told top to bottom: prepare, resume, rehearse, train, finish.
+"""The training loop from top to bottom: prepare, resume, rehearse, train, finish.
 
-`emit` takes event lines (plan/events.py), `stop()` tells whether somebody asked for a checkpoint and an end. Whoever
-calls `train` exports the model it returns: see training/command.py.
+`emit` writes events (plan/events.py), `stop()` tells whether a checkpoint and an end were requested. The
+caller of `train` exports the model it returns: see training/command.py. nanoGPT's train.py is the short
+version of this loop, without packing, resuming and reporting.
 """
 
 from __future__ import annotations
@@ -17,60 +18,66 @@ from pathlib import Path
 
 import torch
 
-from training.engine import device, saver, setup
+from training.engine import saver, setup
+from training.engine.device import flop_counter, gemm_rate
 from training.engine.evaluate import Interrupted
 from training.engine.evaluator import Evaluator
 from training.engine.optimizer import AdamW
 from training.engine.rehearsal import rehearse
 from training.engine.saver import Saver, State
 from training.engine.schedule import learning_rate
-from training.engine.setup import Emit
+from training.engine.setup import Emit, Session
 from training.models.batch import pack
 from training.models.interface import LanguageModel
 from training.plan.config import Run
 from training.plan.events import Failure
 
-RECENT_STEPS = 50  # whose median time the time left is told by
+RECENT_STEPS = 50  # the remaining time is estimated from their median
 
 
 class Stopped(Exception):
-    """Ended as asked; the checkpoint is written."""
+    """Training stopped on request, after its checkpoint was written."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model whose training is done, as it is to be exported."""
+    """A trained model, ready to be exported."""
 
     model: LanguageModel  # whole, fp32, on the CPU
     base: Path  # folder of the base model
     step: int
     metrics: dict[str, object]
-    facts: dict[str, object]  # for the model card
-    base_losses: list[float] | None  # of each held-out example, before training
-    best_losses: list[float] | None  # and of the model
+    details: dict[str, object]  # for the model card
+    base_losses: list[float] | None  # mean loss of each held-out example in nats per token, before training
+    best_losses: list[float] | None  # the same with this model
 
 
 def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Trained | None:
-    """Trains as `run` says; of several processes the first gets the model, the others None.
+    """Trains as `run` specifies. With several processes, the first returns the model and the others None.
 
-    Raises Failure with a reason of plan/events.py, or Stopped. Shapes: T tokens of a packed row, N of them trained."""
-    # ---- prepare -------------------------------------------------------------------------------------------------
-    gc.freeze()  # what is imported lives to the end: the collector need not look at it every few steps
+    Raises Failure with a reason from plan/events.py, or Stopped. Shapes: T tokens of a packed row, N of
+    them trained."""
+    # ---- prepare -------------------------------------------------------------------------------------------
+    gc.freeze()  # imports live to the end: the garbage collector need not scan them again and again
     emit("phase", phase="preparing")
+    # Automatic settings come from the checkpoint if there is one: resolved anew, another machine could choose
+    # another micro-batch, and so sum in another order.
     resumable = saver.find_resumable(run)
     session = setup.prepare(run, resumable.settings, emit, stop)
     model, optimizer, plan, data = session.model, session.optimizer, session.plan, session.data
-    place, processes, loss_of = session.device, session.processes, session.data.objective.loss
+    device, processes, loss_of = session.device, session.processes, session.data.objective.loss
     writer = Saver(session)
     evaluator = Evaluator(session)
     state = State()
 
-    # ---- resume --------------------------------------------------------------------------------------------------
+    # ---- resume --------------------------------------------------------------------------------------------
+    # Weights, both moments, every random generator and the counters, so that the next step is bit for bit the
+    # one that an uninterrupted run would take (on the same machine).
     if run.resume_from:
         state = writer.restore(resumable.folders)
 
-    # ---- rehearse ------------------------------------------------------------------------------------------------
-    # The worst row, an evaluation and a checkpoint; it may lower the micro-batch, and changes nothing else.
+    # ---- rehearse ------------------------------------------------------------------------------------------
+    # Tries the longest row, an evaluation and a checkpoint. It may lower the micro-batch, nothing else.
     emit("plan", **session.summary())
     model.train()
     if run.rehearse and state.step == 0 and isinstance(optimizer, AdamW):
@@ -79,19 +86,19 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
         emit("estimate", **asdict(estimate))
     settings = session.settings
 
-    # ---- train ---------------------------------------------------------------------------------------------------
-    trained_tokens = data.train.trained()  # (examples,): N of each
+    # ---- train ---------------------------------------------------------------------------------------------
+    trained_tokens = data.train.trained()  # (examples,) int64: the trained tokens of each
     peak_rate = settings.learning_rate or 0.0
-    count_flops = device.flop_counter(model, lora=settings.adapter == "lora")
-    gemm_rate = 0.0  # FLOP/s of a bare matrix product here
-    recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds of the last steps
+    count_flops = flop_counter(model, lora=settings.adapter == "lora")
+    product_rate = 0.0  # FLOP/s of a plain matrix product on this device, measured after the first step
+    recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds per step
     must_stop = checkpoint_due = False
     gc.collect()
-    gc.freeze()  # as does what was prepared
+    gc.freeze()  # the same for everything prepared until here
     emit("phase", phase="training")
 
     while True:
-        # Evaluate; step 0 is the base model. An evaluation that is interrupted is made up for after resuming.
+        # Evaluate. Step 0 is the base model. An interrupted evaluation is repeated after resuming.
         best = False
         if state.step in session.evaluation_steps and state.evaluated < state.step:
             try:
@@ -101,8 +108,8 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
         elif settings.sample_every and state.step and state.step % settings.sample_every == 0:
             evaluator.show_samples(state.step)
 
-        # Checkpoint when it is time; end when all is done or somebody asks. Of several processes none may decide
-        # alone: whether to stop or to save was agreed on in the sums of the step before.
+        # Save a checkpoint when one is due; end when training is done or a stop was requested. Several
+        # processes agreed on both in the sums of the last step: none may decide alone.
         must_stop = must_stop or (processes.size == 1 and stop())
         ended = state.step == plan.steps or state.early
         keep = best and settings.keep_best and state.step > 0
@@ -114,68 +121,85 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
             writer.wait()
             raise Stopped
 
-        # Forward and backward, a row at a time. The loss of a token counts 1 / (trained tokens of the whole step), so
-        # rows and processes only add up; gradients collect in the optimizer's flat buffer.
+        # Forward and backward, one packed row at a time (gradient accumulation). Each token's loss is
+        # weighted by 1 / (trained tokens of the whole step), so rows and processes simply add up. Averaging
+        # per row would weight tokens of short rows more: https://unsloth.ai/blog/gradient.
         begun = time.perf_counter()
         rows = plan.rows(state.cursor, plan.end(state.step), session.micro_batch)
         lengths = [int(data.train.lengths[i]) for row in rows for i in row]
         trained = int(sum(trained_tokens[i] for row in rows for i in row))
-        sums = torch.zeros(4, dtype=torch.float64, device=place.device)  # loss, hits, who stops, who saves
+        # (4,): loss, right predictions, requests to stop, checkpoints due
+        sums = torch.zeros(4, dtype=torch.float64, device=device.device)
         optimizer.zero_grad()
+        # Data parallelism: process r of R computes rows r, r + R, r + 2R, …
         for row in rows[processes.rank :: processes.size]:
-            batch = pack([data.train[i] for i in row]).to(
-                place.device
-            )  # (T,) ids and positions, (N,) targets
+            batch = pack([data.train[i] for i in row]).to(device.device)  # ids (T,), targets (N,)
             loss, hits = loss_of(model, batch, 1.0 / trained)  # both ()
             loss.backward()
             sums[:2] += torch.stack([loss.detach().double(), hits.double()])
         if optimizer.sharded and processes.rank >= len(rows) % processes.size > 0:
-            # FSDP2 gathers weights from everybody: a process without a row of its own takes part with a loss of zero.
-            loss_of(model, pack([data.train[rows[0][0]]]).to(place.device), 0.0)[0].backward()
+            # FSDP2 gathers weights from all processes: one without a row left takes part with a loss of zero.
+            loss_of(model, pack([data.train[rows[0][0]]]).to(device.device), 0.0)[0].backward()
         sums[2] += stop()
         sums[3] += writer.due_by_time()
-        processes.add_up(sums)
-        optimizer.add_up(processes)
+        # One all-reduce for the counters and one for all gradients; both do nothing in a single process.
+        processes.all_reduce(sums)
+        optimizer.all_reduce_grads(processes)
 
-        # Update, unless the loss or the gradient is no longer finite.
+        # Update the weights, unless loss or gradient is not finite: the last checkpoint is still good.
         rate = learning_rate(state.step, plan.steps, peak_rate, settings.schedule, settings.warmup)
-        norm = optimizer.grad_norm()  # before clipping
+        norm = optimizer.grad_norm()  # L2 over all parameters, before clipping
         loss_value, hit_count, must_stop, checkpoint_due = sums.tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm)):
             writer.wait()
             raise Failure("not_finite", _not_finite(state.step + 1, loss_value, norm, rate))
         optimizer.step(rate, norm)
-        place.synchronize()
+        device.synchronize()  # before reading the clock: a GPU works asynchronously
 
-        # Count and report.
+        # Count and report. Time left: steps at the median speed, two checkpoints, the remaining evaluations.
         seconds = time.perf_counter() - begun
         state.advance(plan.end(state.step), sum(lengths), loss_value, seconds)
         recent.append(seconds)
         left = (plan.steps - state.step) * statistics.median(recent) + 2 * writer.last_seconds
         left += sum(step > state.step for step in session.evaluation_steps) * evaluator.last_seconds
         flops = count_flops(lengths, trained) / processes.size
-        share = {"gemm_share": flops / seconds / gemm_rate} if gemm_rate else {}
+        share = {"gemm_share": flops / seconds / product_rate} if product_rate else {}
         emit(
-            "metric", step=state.step, loss=loss_value, loss_hex=loss_value.hex(), lr=rate, grad_norm=norm,
-            tokens=state.tokens, tokens_per_s=sum(lengths) / seconds, epoch=state.cursor / len(data.train),
-            accuracy=hit_count / trained, memory=place.peak_memory(), eta_s=left, **share,
-        )  # fmt: skip
-        gemm_rate = gemm_rate or device.gemm_rate(
-            place
-        )  # after the first step was reported: nobody waits for it
+            "metric",
+            step=state.step,
+            loss=loss_value,
+            loss_hex=loss_value.hex(),
+            lr=rate,
+            grad_norm=norm,
+            tokens=state.tokens,
+            tokens_per_s=sum(lengths) / seconds,
+            epoch=state.cursor / len(data.train),
+            accuracy=hit_count / trained,
+            memory=device.peak_memory(),
+            eta_s=left,
+            **share,
+        )
+        product_rate = product_rate or gemm_rate(device)  # after the first report, so it delays nothing
 
-    # ---- finish --------------------------------------------------------------------------------------------------
+    return _finish(session, writer, state)
+
+
+def _finish(session: Session, writer: Saver, state: State) -> Trained | None:
+    """Waits for the last checkpoint, returns to the best weights and gathers them in the first process."""
+    processes = session.processes
     writer.wait()
-    processes.least(0)  # nobody reads a checkpoint before it is written
+    processes.minimum(0)  # a barrier: no process reads a checkpoint before it is written
     writer.return_to_best(state)
-    emit("phase", phase="exporting")
+    session.emit("phase", phase="exporting")
     whole = setup.whole_model(session)
-    processes.leave()
-    if not processes.leads:
+    processes.close()
+    if not processes.is_main:
         return None
     metrics = state.metrics or {"loss": state.loss}
-    facts = session.facts() | {"steps": state.step, "metrics": metrics}
-    return Trained(whole, data.base, state.step, metrics, facts, state.base_losses, state.best_losses)
+    details = session.details() | {"steps": state.step, "metrics": metrics}
+    return Trained(
+        whole, session.data.base, state.step, metrics, details, state.base_losses, state.best_losses
+    )
 
 
 def _not_finite(step: int, loss: float, norm: float, rate: float) -> str:

@@ -1,4 +1,5 @@
-"""The process's own memory: how the allocator keeps it, how it is made ready, how much was used. Imports no torch."""
+"""The memory of this process: how the allocator keeps it, prefaulting, and how much was used. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -10,60 +11,66 @@ import sys
 import threading
 
 HUGE = 2 << 20  # bytes of a huge page
-POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, which Python's mmap does not name
-AT_ONCE = 4 * HUGE  # touched by one call; mapping anything else waits that long
-WORTH_IT = 256 << 20  # bytes from which touching them is felt
-TOUCHERS = 2  # threads: a page mostly waits for the kernel, or for the machine below it
+MADV_POPULATE_WRITE = 23  # not named by Python's mmap; since Linux 5.14
+PREFAULT_CHUNK = 4 * HUGE  # bytes per call: any other mmap of the process waits that long
+MIN_PREFAULT_BYTES = 256 << 20  # below this, page faults take too little time to matter
+PREFAULT_THREADS = 2  # page faults mostly wait for the kernel, or for the host of a virtual machine
 
 
-def keep_few_primitives() -> None:
-    """oneDNN, and torch above it, keep what they compiled for the last 1024 shapes, 100 KB each. Rows differ in length in
-    every step: a gigabyte after a thousand steps, and a fifth slower for small models than to compile again. 32 are more than a
-    step has. Call it before torch is imported."""
+def limit_primitive_caches() -> None:
+    """Limits the caches of compiled primitives in oneDNN and torch. Call it before importing torch.
+
+    By default they keep 1024 shapes of 100 KB each. Rows differ in length at every step, so that would be
+    a gigabyte after a thousand steps; for small models a cache of that size is even a fifth slower than
+    compiling again. 32 are more than a step uses."""
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 
-def use_memory_well() -> None:
-    """Keep freed memory, in huge pages: fresh pages for every activation cost a tenth of a step.
+def configure_allocator() -> None:
+    """Makes the allocator keep freed memory, in huge pages: page faults for every activation cost a tenth of
+    a step.
 
-    Call it before torch is imported. A convenience: does nothing where there is no glibc."""
-    keep_few_primitives()
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's allocator reads it when it is first used
+    Call it before importing torch. An optimization only: without glibc it does nothing."""
+    limit_primitive_caches()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator on first use
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap too
-        libc.mallopt(-1, ctypes.c_int(-1).value)  # M_TRIM_THRESHOLD: and never give it back
+        libc.mallopt(-4, 0)  # M_MMAP_MAX = 0: large blocks come from the heap too
+        libc.mallopt(-1, ctypes.c_int(-1).value)  # M_TRIM_THRESHOLD: never return memory to the system
     except (OSError, AttributeError):
         pass
 
 
-class Ready:
-    """Memory whose pages are made while something else is done: importing torch, reading data, waiting for a job.
+class PrefaultedBuffer:
+    """Memory whose pages are faulted in by background threads, during the import of torch or the wait for a
+    job.
 
-    The two gigabytes of GPT-2's weights, gradients and means cost 0.2 s to touch, and where a virtual machine has to ask
-    its host for each page, four."""
+    Touching the two gigabytes of GPT-2's weights, gradients and moments takes 0.2 s, and four seconds on a
+    virtual machine that gets each page from its host."""
 
     def __init__(self, size: int) -> None:
         self.size, self.taken = size, 0
         self.piece = _mapped(self.size)
         self.stopped = False
-        self.threads = [threading.Thread(target=self._touch, args=(i,), daemon=True) for i in range(TOUCHERS)]
+        self.threads = [
+            threading.Thread(target=self._touch, args=(i,), daemon=True) for i in range(PREFAULT_THREADS)
+        ]
         for thread in self.threads:
             thread.start()
 
     def _touch(self, which: int) -> None:
         libc = ctypes.CDLL(None)
         begin = ctypes.addressof(ctypes.c_char.from_buffer(self.piece))
-        for at in range(which * AT_ONCE, self.size, TOUCHERS * AT_ONCE):
-            piece = min(AT_ONCE, self.size - at)
+        for at in range(which * PREFAULT_CHUNK, self.size, PREFAULT_THREADS * PREFAULT_CHUNK):
+            piece = min(PREFAULT_CHUNK, self.size - at)
             if self.stopped:
                 return
-            if libc.madvise(ctypes.c_void_p(begin + at), ctypes.c_size_t(piece), POPULATE_WRITE):
-                return  # an older kernel: the pages come when they are written to
+            if libc.madvise(ctypes.c_void_p(begin + at), ctypes.c_size_t(piece), MADV_POPULATE_WRITE):
+                return  # older kernel: pages are faulted in when written to
 
     def take(self, size: int) -> memoryview | None:
-        """The next `size` bytes, zeros; None when fewer are left."""
+        """The next `size` bytes, all zero. None if fewer are left."""
         begin, end = self.taken, self.taken + size
         if end > self.size:
             return None
@@ -72,35 +79,40 @@ class Ready:
         self.taken = -(-end // HUGE) * HUGE
         return memoryview(self.piece)[begin:end]
 
-    def let_go(self) -> None:
+    def release(self) -> None:
+        """Stops the threads; the memory is freed with the last reference to it."""
         self.stopped = True
         for thread in self.threads:
             thread.join()
 
 
-_ready: Ready | None = None
+_prefaulted: PrefaultedBuffer | None = None
 
 
-def make_ready(size: int, pieces: int = 1) -> bool:
-    """Begins to touch what `fresh` will give out: `pieces` of up to `size` bytes, where that is worth it and no more than a
-    quarter of what there is. Memory made ready for other sizes is let go."""
-    global _ready
+def prefault(size: int, pieces: int = 1) -> bool:
+    """Starts prefaulting memory for `zeroed`: `pieces` buffers of up to `size` bytes. Returns whether there
+    is such memory.
+
+    Does nothing if that is too little to matter, or more than a quarter of the available memory. Memory
+    prefaulted for another size is released first."""
+    global _prefaulted
     whole = pieces * -(-size // HUGE) * HUGE
-    if _ready and _ready.size == whole:
+    if _prefaulted and _prefaulted.size == whole:
         return True
-    if _ready:
-        _ready.let_go()
-        _ready = None
-        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))  # what `touch_heap` left with the allocator
-        reset_peak_rss()  # it was never used
-    if WORTH_IT <= whole < _available() // 4:
-        with contextlib.suppress(OSError):  # a limit of the process: whoever needs the memory will tell
-            _ready = Ready(whole)
-    return _ready is not None
+    if _prefaulted:
+        _prefaulted.release()
+        _prefaulted = None
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))  # what `prefault_heap` left with the allocator
+        reset_peak_rss()  # it was not used for training
+    if MIN_PREFAULT_BYTES <= whole < _available() // 4:
+        with contextlib.suppress(OSError):  # a memory limit: the allocation that really needs it will fail
+            _prefaulted = PrefaultedBuffer(whole)
+    return _prefaulted is not None
 
 
-def touch_heap(size: int) -> None:
-    """Memory for activations: touched, and left with the allocator, which keeps it (`use_memory_well`)."""
+def prefault_heap(size: int) -> None:
+    """Touches memory for activations and frees it to the allocator, which keeps it (see
+    `configure_allocator`)."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     if block := libc.malloc(ctypes.c_size_t(size)):
@@ -109,7 +121,7 @@ def touch_heap(size: int) -> None:
 
 
 def _available() -> int:
-    """Bytes that can be had without taking them from anybody."""
+    """Bytes available without swapping; 0 if unknown."""
     try:
         with open("/proc/meminfo") as known:
             return next(int(line.split()[1]) * 1024 for line in known if line.startswith("MemAvailable:"))
@@ -117,11 +129,12 @@ def _available() -> int:
         return 0
 
 
-def fresh(size: int) -> mmap.mmap | memoryview:
-    """`size` bytes of zeros: of what was made ready, else such as cost nothing until they are written to.
+def zeroed(size: int) -> mmap.mmap | memoryview:
+    """`size` bytes, all zero: prefaulted memory if there is any, otherwise pages that cost nothing until
+    written to.
 
-    (torch.zeros would write them all at once, while somebody waits for the first step.)"""
-    ready = _ready.take(size) if _ready else None
+    (torch.zeros would write them all, which delays the first step.)"""
+    ready = _prefaulted.take(size) if _prefaulted else None
     return _mapped(size) if ready is None else ready
 
 
@@ -135,7 +148,7 @@ def _mapped(size: int) -> mmap.mmap:
 
 
 def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes."""
+    """Peak resident memory of this process, in bytes."""
     try:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
@@ -147,7 +160,7 @@ def peak_rss() -> int:
 
 
 def reset_peak_rss() -> None:
-    """Begin measuring the peak anew (Linux only)."""
+    """Starts measuring the peak again (Linux only)."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")

@@ -1,7 +1,8 @@
 """Objectives: what a run optimizes. A new one is an entry of OBJECTIVES.
 
-An objective says how a dataset's rows become documents, what the loss of a packed row is, and which figures are taken on
-held-out examples. Everything else (order, packing, optimizer, checkpoints, rehearsal) is the same for all.
+An objective defines how the rows of a dataset become documents, what the loss of a packed row is, and which
+figures are computed on held-out examples. Everything else (order, packing, optimizer, checkpoints, rehearsal)
+is the same for all.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from training.text.encode import Example, examples
 @dataclass(frozen=True)
 class Objective:
     encode: Callable[..., Iterator[Example]]
-    """(path, tokenizer, wants, format, on_bad_row) -> the encoded examples of a file; see `text.encode.examples`."""
+    """(path, tokenizer, wants, format, on_bad_row) -> the encoded examples of a file; see
+    `text.encode.examples`."""
 
     loss: Callable[[LanguageModel, Batch, float], tuple[Tensor, Tensor]]
-    """(model, row, scale) -> the loss summed over the row's N trained tokens times `scale`, (), and how many of them
-    the model predicts right, ()."""
+    """(model, row, scale) -> the loss summed over the row's N trained tokens times `scale`, (), and how
+    many of them the model predicts right, ()."""
 
     evaluate: Callable[..., Evaluation]
     """(model, examples, tokens at once, device, stop) -> the figures of one pass over held-out examples."""

@@ -1,8 +1,13 @@
-"""Examples, their order, and the packed rows a model reads.
+"""Examples, their order, and how they are packed into the rows a model reads.
 
-A row is whole documents one after the other: no padding, positions that restart, attention that stays inside each
-document. The order is a function of (seed, epoch) and a cursor counted in examples, so nothing but two numbers has
-to be remembered to go on exactly where a crash left off.
+A row is whole documents one after another: no padding, positions that restart, and attention that stays
+inside each document (Krell et al., "Efficient Sequence Packing without Cross-contamination", arXiv
+2107.02027).
+
+The order of examples is a function of (seed, epoch), and progress is one cursor counted in examples, over all
+epochs. So two numbers, seed and cursor, are all it takes to continue exactly where a crash interrupted a run.
+The order never depends on the micro-batch, the number of processes or anything that drew random numbers
+before.
 """
 
 from __future__ import annotations
@@ -29,14 +34,16 @@ class Encoded(Protocol):
 
 @dataclass
 class Examples:
-    """All examples end to end: `ids[starts[i]:starts[i + 1]]` is example i. Four bytes a token, not a Python list."""
+    """All examples in one array: `ids[starts[i]:starts[i + 1]]` is example i. Five bytes per token, where
+    a Python list takes over forty."""
 
     ids: np.ndarray  # (tokens,) int32
-    mask: np.ndarray  # (tokens,) uint8: 1 where the token is trained
+    mask: np.ndarray  # (tokens,) uint8: 1 where the token is trained on
     starts: np.ndarray  # (examples + 1,) int64
 
     @staticmethod
     def of(encoded: Iterable[Encoded]) -> Examples:
+        """Concatenates encoded examples, in their order."""
         ids, mask, starts = [], [], [0]
         for example in encoded:
             ids.append(np.asarray(example.ids, np.int32))
@@ -52,9 +59,11 @@ class Examples:
 
     @property
     def lengths(self) -> np.ndarray:
+        """(examples,) int64: tokens of each example."""
         return np.diff(self.starts)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids (t,), mask (t,)) of example i: views, not copies."""
         part = slice(self.starts[i], self.starts[i + 1])
         return self.ids[part], self.mask[part]
 
@@ -67,15 +76,20 @@ class Examples:
         return int(self.trained().sum())
 
     def trained(self) -> np.ndarray:
-        """Tokens each example is trained on. The first of an example is never one: nothing stands before it."""
+        """(examples,) int64: tokens of each example that are trained on. The first token never is: nothing
+        predicts it."""
+        # Prefix sums: the trained tokens of example i are before[end] - before[start].
         before = np.concatenate([[0], np.cumsum(self.mask, dtype=np.int64)])
-        whole = before[self.starts[1:]] - before[self.starts[:-1]]
+        whole: np.ndarray = before[self.starts[1:]] - before[self.starts[:-1]]
         first = np.where(
             self.lengths > 0, self.mask[np.minimum(self.starts[:-1], max(len(self.mask) - 1, 0))], 0
         )
-        return whole - first if len(self) else whole
+        if len(self):
+            whole -= first
+        return whole
 
     def take(self, which: Sequence[int] | np.ndarray) -> Examples:
+        """The examples with these indices, in this order, copied."""
         parts = [self[int(i)] for i in which]
         starts = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in parts])]).astype(np.int64)
         empty = np.zeros(0, np.int32)
@@ -86,6 +100,7 @@ class Examples:
         )
 
     def hash(self) -> str:
+        """sha256 of all tokens and masks: a checkpoint belongs to the data it was made with."""
         digest = hashlib.sha256()
         for part in (self.ids, self.mask, self.starts):
             digest.update(part.tobytes())
@@ -93,7 +108,10 @@ class Examples:
 
 
 def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
-    """(training, held-out) examples. Which ones is decided by their content, so twins never stand on both sides."""
+    """Splits into (training, held-out) examples, about `fraction` of them held out.
+
+    An example's side is decided by a hash of its tokens and the seed, not by its position: duplicates are
+    always on the same side, and adding or reordering rows moves few of the others."""
     wanted = round(len(examples) * fraction)
     if wanted == 0 or len(examples) < 2:
         return examples, examples.take([])
@@ -101,39 +119,53 @@ def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, 
         hashlib.sha256(f"{seed}:".encode() + examples[i][0].tobytes()).digest() for i in range(len(examples))
     ]
     threshold = sorted(keys)[wanted - 1]
+    # The examples with the smallest hashes. Ties are duplicates, so all of them are held out.
     held = np.array([key <= threshold for key in keys])
-    if held.all():  # all alike
+    if held.all():  # all examples are the same
         return examples, examples.take([])
     return examples.take(np.flatnonzero(~held)), examples.take(np.flatnonzero(held))
 
 
-# ---- order ---------------------------------------------------------------------------------------------------------
+# ---- order -------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of one epoch. A generator of its own, seeded by content, whatever else drew random numbers before."""
+    """The order of the examples in one epoch, (count,) int64: a permutation of its own for each epoch.
+
+    It has its own generator, seeded by a hash, so it does not depend on random numbers drawn elsewhere.
+    The key is part of the checkpoint format: changing it would break resuming."""
     key = hashlib.sha256(f"order:1:{seed}:{epoch}".encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(key[:16], "big"))).permutation(count)
 
 
 def example_at(cursor: int, seed: int, count: int) -> int:
-    """Which example stands at `cursor` of the endless stream of epochs."""
+    """Index of the example at `cursor` in the endless stream of shuffled epochs."""
     epoch, place = divmod(cursor, count)
     return int(permutation(seed, epoch, count)[place])
 
 
 def plan_steps(
-    lengths: np.ndarray, seed: int, *, epochs: float | None, max_steps: int | None, batch_size: int | None, batch_tokens: int | None
-) -> np.ndarray:  # fmt: skip
-    """The cursor after each optimizer step, (steps,) int64. A step may straddle the end of an epoch; the last is what is left."""
+    lengths: np.ndarray,
+    seed: int,
+    *,
+    epochs: float | None,
+    max_steps: int | None,
+    batch_size: int | None,
+    batch_tokens: int | None,
+) -> np.ndarray:
+    """The cursor after each optimizer step, (steps,) int64.
+
+    A step may span the end of an epoch; the last one takes what is left. Fractions of epochs are allowed."""
     count = len(lengths)
     total = max(1, round(epochs * count)) if epochs is not None else None
     if batch_tokens is None:
+        # by examples: steps of equal size
         size = batch_size or 1
         steps = max_steps if max_steps is not None else -(-(total or 0) // size)
         ends = np.arange(1, steps + 1, dtype=np.int64) * size
         return np.minimum(ends, total) if max_steps is None and total is not None else ends
+    # by tokens: fill each step greedily up to batch_tokens; an example longer than that is a step of its own
     ends_list: list[int] = []
     cursor = tokens = 0
     while (total is None or cursor < total) and (max_steps is None or len(ends_list) < max_steps):
@@ -149,21 +181,28 @@ def plan_steps(
     return np.asarray(ends_list, np.int64)
 
 
-# ---- rows ----------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------
 
 
 def split(lengths: Sequence[int], limit: int, parts: int = 1) -> list[list[int]]:
-    """Deal documents into rows of at most `limit` tokens (one document may exceed it, alone in its row).
+    """Distributes documents over rows of at most `limit` tokens, as evenly as it can; returns indices into
+    `lengths`.
 
-    The number of rows is a multiple of `parts` where there are documents enough: one for each process."""
+    A document longer than `limit` gets a row of its own. The number of rows is a multiple of `parts` (the
+    number of processes) if there are enough documents, so that no process waits without a row.
+
+    Longest processing time first (Graham, 1969): sort by length, put each document into the emptiest row.
+    Even rows matter more than few rows, since the fullest row decides the memory and, with several
+    processes, the time."""
+    # the fewest rows that could hold all tokens, rounded up to a multiple of `parts`; more if that does not
+    # work out
     wanted = max(1, -(-sum(lengths) // limit))
     wanted = -(-wanted // parts) * parts
     while True:
         rows: list[list[int]] = [[] for _ in range(min(wanted, len(lengths)))]
         filled = [0] * len(rows)
-        for i in sorted(
-            range(len(lengths)), key=lambda i: -lengths[i]
-        ):  # longest first, each to the emptiest row
+        # longest first, each into the emptiest row
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             row = filled.index(min(filled))
             rows[row].append(i)
             filled[row] += lengths[i]
@@ -173,24 +212,29 @@ def split(lengths: Sequence[int], limit: int, parts: int = 1) -> list[list[int]]
         wanted += parts
 
 
-# ---- both together -------------------------------------------------------------------------------------------------
+# ---- both together -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Which examples each optimizer step takes, and the packed rows they are dealt into."""
+    """Which examples each optimizer step takes, and how they are packed into rows."""
 
     examples: Examples
     ends: np.ndarray  # (steps,) int64: the cursor after each step
     seed: int
-    processes: int = 1  # rows of a step come in multiples of it, where there are examples enough
+    processes: int = 1  # rows per step are a multiple of it if there are enough examples
 
     @staticmethod
     def of(examples: Examples, settings: Settings, processes: int = 1) -> StepPlan:
+        """The plan for resolved settings (batch size or tokens, epochs or steps, seed)."""
         ends = plan_steps(
-            examples.lengths, settings.seed, epochs=settings.epochs, max_steps=settings.max_steps,
-            batch_size=settings.batch_size, batch_tokens=settings.batch_tokens,
-        )  # fmt: skip
+            examples.lengths,
+            settings.seed,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            batch_size=settings.batch_size,
+            batch_tokens=settings.batch_tokens,
+        )
         return StepPlan(examples, ends, settings.seed, processes)
 
     @property
@@ -199,7 +243,7 @@ class StepPlan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all steps: whole epochs counted, the rest by the mean."""
+        """Tokens of all steps: exact for whole epochs, estimated by the mean for the rest."""
         lengths = self.examples.lengths
         epochs, rest = divmod(int(self.ends[-1]), len(lengths))
         return int(lengths.sum() * epochs + lengths.mean() * rest)
@@ -209,26 +253,28 @@ class StepPlan:
         return int(self.ends[step])
 
     def start(self, step: int) -> int:
-        """The cursor before it."""
+        """The cursor before optimizer step `step`."""
         return self.end(step - 1) if step else 0
 
     def rows(self, begin: int, end: int, limit: int) -> list[list[int]]:
-        """Examples from cursor to cursor dealt into rows of at most `limit` tokens: numbers of examples."""
+        """The examples from cursor `begin` to cursor `end`, packed into rows of at most `limit` tokens.
+
+        Returns rows of indices of examples. The same arguments always give the same rows."""
         which = [example_at(at, self.seed, len(self.examples)) for at in range(begin, end)]
         rows = split([int(self.examples.lengths[i]) for i in which], limit, self.processes)
         return [[which[i] for i in row] for row in rows]
 
     def fullest_row(self, limit: int) -> list[int]:
-        """The row with the most tokens (of 500 steps spread over the plan, where it is long)."""
+        """The row with the most tokens, of all steps or, in a long plan, of about 500 evenly spaced ones."""
         some = range(0, self.steps, max(1, self.steps // 500))
         rows = [row for step in some for row in self.rows(self.start(step), self.end(step), limit)]
         return max(rows, key=lambda row: sum(self.examples.lengths[i] for i in row))
 
     def evaluation_steps(self, every: int) -> set[int]:
-        """Before the first step, every `every` steps or (0) at the end of each epoch, and after the last step."""
+        """Steps at which to evaluate: before the first, every `every` steps (0: at the end of each epoch),
+        and after the last."""
         if every:
             return {0, *range(every, self.steps, every), self.steps}
-        whole = range(
-            len(self.examples), int(self.ends[-1]), len(self.examples)
-        )  # cursors where an epoch ends
+        # cursors where an epoch ends
+        whole = range(len(self.examples), int(self.ends[-1]), len(self.examples))
         return {0, *(int(np.searchsorted(self.ends, end)) + 1 for end in whole), self.steps}

@@ -1,7 +1,8 @@
-"""The rehearsal: the worst row, an evaluation row and a checkpoint, before a second of training is spent.
+"""The rehearsal: tries the longest row, an evaluation and a checkpoint before training starts.
 
-It finds a micro-batch that fits into memory (the effective batch stays), touches all memory the run will need, and
-measures what the estimate is made of. Afterwards weights, optimizer and random numbers are exactly as before.
+It finds a micro-batch that fits in memory (the effective batch size stays the same), touches all the memory
+the run will need, and measures what the estimate is based on. Afterwards weights, optimizer and random state
+are exactly as before.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from training.plan.events import Failure
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds and bytes; P50 and P90 of the whole run from here."""
+    """Seconds and bytes: P50 and P90 of the rest of the run, and what they are made of."""
 
     seconds_p50: float
     seconds_p90: float
@@ -38,22 +39,26 @@ class Estimate:
 
 
 def rehearse(session: Session, saver: Saver) -> tuple[Settings, Estimate]:
-    """Settings with a micro-batch that fits, and the estimate.
+    """Returns settings with a micro-batch that fits in memory, and the estimate.
 
-    Raises Failure("out_of_memory") if not even one document fits into memory."""
+    Raises Failure("out_of_memory") if not even one document fits."""
     device, optimizer, plan = session.device, session.optimizer, session.plan
-    assert isinstance(optimizer, AdamW)  # a model that is spread over processes is not rehearsed
+    assert isinstance(optimizer, AdamW)  # sharded models are not rehearsed
     before = random_state()
     limit, row, seconds, update = _largest_that_fits(session, optimizer)
     evaluation = _evaluation_seconds(session, limit)
-    written = _checkpoint_seconds(saver, Path(session.run.work_dir)) if session.processes.leads else 0.0
-    limit = session.processes.least(limit)
+    written = _checkpoint_seconds(saver, Path(session.run.work_dir)) if session.processes.is_main else 0.0
+    # all processes must cut the same rows
+    limit = session.processes.minimum(limit)
+    # undo everything: gradients, moments, step count and random state
     optimizer.reset()
     restore_random_state(before, device)
+    # time is proportional to tokens; updates and the rest are counted separately
     training = seconds / len(row.ids) * plan.tokens + update * plan.steps
     rest = evaluation * len(session.evaluation_steps) + 2 * written
     estimate = Estimate(
         seconds_p50=training + rest,
+        # fixed safety margins
         seconds_p90=1.3 * training + 1.6 * rest + 2,
         step_s=training / max(plan.steps, 1),
         evaluation_s=evaluation,
@@ -65,7 +70,9 @@ def rehearse(session: Session, saver: Saver) -> tuple[Settings, Estimate]:
 
 
 def _largest_that_fits(session: Session, optimizer: AdamW) -> tuple[int, Batch, float, float]:
-    """Halves the micro-batch until the plan's fullest row fits: (tokens, that row, its seconds, those of an update)."""
+    """Halves the micro-batch until the plan's fullest row fits in memory.
+
+    Returns (micro-batch tokens, that row, seconds of its forward and backward pass, seconds of an update)."""
     data, longest = session.data.train, int(session.data.train.lengths.max())
     limit = session.settings.micro_batch_tokens or 4096
     while True:
@@ -77,7 +84,7 @@ def _largest_that_fits(session: Session, optimizer: AdamW) -> tuple[int, Batch, 
                 raise
             if limit <= longest:
                 raise Failure(
-                    "out_of_memory", f"Not even one example of {longest} tokens fits into memory."
+                    "out_of_memory", f"Not even one example of {longest} tokens fits in memory."
                 ) from error
             limit = max(longest, limit // 2)
             session.model.zero_grad(set_to_none=True)
@@ -86,13 +93,12 @@ def _largest_that_fits(session: Session, optimizer: AdamW) -> tuple[int, Batch, 
 
 
 def _timed_step(session: Session, optimizer: AdamW, row: Batch) -> tuple[float, float]:
-    """Seconds of a row, and of an update (at a learning rate of zero)."""
+    """Seconds of a row's forward and backward pass, and of an update with learning rate zero."""
     device = session.device
     batch = row.to(device.device)
     begun = time.perf_counter()
-    for _ in range(
-        2 if len(row.ids) < 2000 else 1
-    ):  # the first run through small models mostly measures cold caches
+    # with small models the first pass mostly measures cold caches
+    for _ in range(2 if len(row.ids) < 2000 else 1):
         device.synchronize()
         begun = time.perf_counter()
         session.data.objective.loss(session.model, batch, 1.0)[0].backward()
@@ -100,13 +106,13 @@ def _timed_step(session: Session, optimizer: AdamW, row: Batch) -> tuple[float, 
     seconds = time.perf_counter() - begun
     begun = time.perf_counter()
     optimizer.zero_grad()
-    optimizer.step(0.0, optimizer.grad_norm())  # moves nothing
+    optimizer.step(0.0, optimizer.grad_norm())  # changes no weight
     device.synchronize()
     return seconds, time.perf_counter() - begun
 
 
 def _evaluation_seconds(session: Session, limit: int) -> float:
-    """One row of the held-out examples, scaled to all of them."""
+    """Seconds of an evaluation: one row of the held-out examples, scaled to all of them."""
     held_out = session.data.held_out
     if not len(held_out):
         return 0.0
@@ -118,10 +124,10 @@ def _evaluation_seconds(session: Session, limit: int) -> float:
 
 
 def _checkpoint_seconds(saver: Saver, folder: Path) -> float:
-    """A real one, then removed: a full disk or a read-only folder shows now and not after an hour."""
-    shutil.rmtree(
-        folder / "rehearsal", ignore_errors=True
-    )  # of an attempt that was killed in this very moment
+    """Writes a real checkpoint and removes it, so that a full disk or a read-only folder shows up now, not
+    in an hour."""
+    # left by an attempt that was killed here
+    shutil.rmtree(folder / "rehearsal", ignore_errors=True)
     begun = time.perf_counter()
     path, _, _ = checkpoint.write(saver.snapshot(State()), folder / "rehearsal")
     seconds = time.perf_counter() - begun
@@ -130,6 +136,7 @@ def _checkpoint_seconds(saver: Saver, folder: Path) -> float:
 
 
 def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or torch means that memory ran out, on the CPU or a GPU."""
     words = str(error).lower()
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and ("allocate memory" in words or "out of memory" in words)

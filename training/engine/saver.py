@@ -1,6 +1,6 @@
-"""Saving and resuming a run: when a checkpoint is due, what goes into it, and how a run goes on from one.
+"""Saves and resumes a run: when a checkpoint is due, what is in it, and how a run continues from one.
 
-checkpoint.py knows the files; this module knows the run.
+checkpoint.py knows the files, this module the run.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from training.plan.events import Failure
 
 @dataclass
 class State:
-    """What a step changes besides weights, optimizer and random numbers. All of it is in every checkpoint."""
+    """What a step changes besides weights, optimizer and random generators. state.json of a checkpoint
+    holds all of it."""
 
     step: int = 0
-    cursor: int = 0  # examples taken so far, counted over epochs
+    cursor: int = 0  # examples seen so far, over all epochs
     tokens: int = 0
     loss: float | None = None  # of the last step
     seconds: float = 0.0  # spent training, over all attempts
@@ -38,7 +39,7 @@ class State:
     metrics: dict[str, Any] | None = None  # of the best evaluation
 
     def advance(self, cursor: int, tokens: int, loss: float, seconds: float) -> None:
-        """One optimizer step more."""
+        """Counts one optimizer step. `cursor` is the cursor after it."""
         self.step += 1
         self.cursor = cursor
         self.tokens += tokens
@@ -48,14 +49,15 @@ class State:
 
 @dataclass(frozen=True)
 class Resumable:
-    """Where a run may go on from: the checkpoint asked for and older ones, and the settings they were made with."""
+    """What a run can resume from: the requested checkpoint and older ones, and the settings they were made
+    with."""
 
     folders: list[Path]
     settings: Settings | None
 
 
 def find_resumable(run: Run) -> Resumable:
-    """Tidies the checkpoint folder and looks for what `run.resume_from` asks for."""
+    """Removes incomplete checkpoints and looks for the one that `run.resume_from` names."""
     parent = _folder(run)
     parent.mkdir(parents=True, exist_ok=True)
     checkpoint.sweep(parent)
@@ -66,7 +68,8 @@ def find_resumable(run: Run) -> Resumable:
     if earlier is None:
         return Resumable(folders, None)
     smaller = run.settings.micro_batch_tokens
-    if smaller and smaller < earlier["micro_batch_tokens"]:  # memory ran out before
+    # a smaller one was requested because memory ran out
+    if smaller and smaller < earlier["micro_batch_tokens"]:
         earlier["micro_batch_tokens"] = smaller
     return Resumable(folders, config.parse(earlier, run.settings_schema))
 
@@ -76,17 +79,17 @@ def _folder(run: Run) -> Path:
 
 
 class Saver:
-    """Writes checkpoints of one run beside its training, and takes their place after a crash."""
+    """Writes the checkpoints of a run in the background, and restores one after a crash."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self._writer = checkpoint.Writer(_folder(session.run), self._announce)
+        self._writer = checkpoint.Writer(_folder(session.run), self._emit_checkpoint)
         self._saved_step = -1
         self._saved_at = time.monotonic()
 
     @property
     def last_seconds(self) -> float:
-        """How long the last checkpoint took to write."""
+        """Seconds that writing the last checkpoint took."""
         return self._writer.last_seconds
 
     def due_by_steps(self, step: int) -> bool:
@@ -94,54 +97,76 @@ class Saver:
         return bool(every and step and step % every == 0)
 
     def due_by_time(self) -> bool:
-        """Decided by the first process, and never while the last one is still being written."""
+        """Decided by the first process, and never while the previous checkpoint is still being written."""
         every = self.session.settings.checkpoint_every_s
         waited = time.monotonic() - self._saved_at
-        return self.session.processes.leads and 0 < every <= waited and not self._writer.busy
+        return self.session.processes.is_main and 0 < every <= waited and not self._writer.busy
 
     def save(self, state: State, *, best: bool, final: bool) -> None:
-        """Starts writing a checkpoint, once a step. Every process calls it: each has random numbers of its own."""
+        """Starts writing a checkpoint, at most once per step. Every process must call it: each has its own
+        random state."""
         if self._saved_step == state.step:
             return
         session = self.session
         self._saved_step, self._saved_at = state.step, time.monotonic()
         if best:
             state.best_checkpoint = f"e{session.run.epoch}-s{state.step}"
+        # A collective operation, so it comes before any process returns.
         generators = session.processes.gather(device.generator_state(session.device))
-        if not (session.processes.leads or session.optimizer.sharded):
+        # gathering the shards of a sharded model needs every process
+        if not (session.processes.is_main or session.optimizer.sharded):
             return
-        shot = self.snapshot(state, best, final)
-        if session.processes.leads:
-            shot.random |= {f"process.{rank}": t.cpu() for rank, t in enumerate(generators) if rank}
-            self._writer.submit(shot)
+        snapshot = self.snapshot(state, best, final)
+        if session.processes.is_main:
+            snapshot.random |= {f"process.{rank}": t.cpu() for rank, t in enumerate(generators) if rank}
+            self._writer.submit(snapshot)
 
     def snapshot(self, state: State, best: bool = False, final: bool = False) -> Snapshot:
-        """A copy of everything, so that training goes on while it is written."""
+        """A copy of the whole state, so that training can continue while it is written."""
         session, optimizer = self.session, self.session.optimizer
         weights = {name: t.to("cpu", copy=True) for name, t in optimizer.weight_tensors().items()}
         moments = {name: t.to("cpu", copy=True) for name, t in optimizer.state_tensors().items()}
         randoms = device.random_state()
         return Snapshot(
-            state.step, session.run.epoch, weights, moments, randoms, asdict(state), session.identity,
-            session.environment, session.settings.stored(), str(session.data.base), best, final,
-        )  # fmt: skip
+            state.step,
+            session.run.epoch,
+            weights,
+            moments,
+            randoms,
+            asdict(state),
+            session.identity,
+            session.environment,
+            session.settings.stored(),
+            str(session.data.base),
+            best,
+            final,
+        )
 
     def wait(self) -> None:
-        """Until the checkpoint under way is on the disk; raises what went wrong with it."""
+        """Waits until the checkpoint being written is on disk. Raises the error if writing failed."""
         self._writer.wait()
 
-    def _announce(self, shot: Snapshot, folder: Path, manifest: dict[str, Any], sha256: str) -> None:
+    def _emit_checkpoint(
+        self, snapshot: Snapshot, folder: Path, manifest: dict[str, Any], sha256: str
+    ) -> None:
         size = (folder / "manifest.json").stat().st_size
         files = [*manifest["files"], {"name": "manifest.json", "bytes": size, "sha256": sha256}]
         self.session.emit(
-            "checkpoint", step=shot.step, path=str(folder), bytes=sum(f["bytes"] for f in files), files=files,
-            sha256=sha256, best=shot.best, final=shot.final,
-        )  # fmt: skip
+            "checkpoint",
+            step=snapshot.step,
+            path=str(folder),
+            bytes=sum(f["bytes"] for f in files),
+            files=files,
+            sha256=sha256,
+            best=snapshot.best,
+            final=snapshot.final,
+        )
 
-    # ---- going on ------------------------------------------------------------------------------------------------
+    # ---- resuming ------------------------------------------------------------------------------------------
 
     def restore(self, folders: list[Path]) -> State:
-        """Puts the first checkpoint that verifies in place: weights, optimizer, random numbers. Returns its counters.
+        """Restores weights, optimizer and random state from the first checkpoint that verifies. Returns its
+        counters.
 
         Raises Failure("checkpoint_unreadable")."""
         session = self.session
@@ -153,9 +178,12 @@ class Saver:
         self._writer.protected = {state.best_checkpoint} - {""}
         why = self._why_not_exact(restored)
         session.emit(
-            "resumed", step=state.step, from_step=checkpoint.step_of(Path(str(session.run.resume_from))), exact=not why,
-            why=why or "the same machine, program and data",
-        )  # fmt: skip
+            "resumed",
+            step=state.step,
+            from_step=checkpoint.step_of(Path(str(session.run.resume_from))),
+            exact=not why,
+            why=why or "same machine, program and data",
+        )
         return state
 
     def _first_readable(self, folders: list[Path]) -> Restored:
@@ -173,22 +201,22 @@ class Saver:
         )
 
     def _why_not_exact(self, restored: Restored) -> str:
-        """Why the run may go on with other bits than an uninterrupted one; empty if it will not."""
+        """Why the resumed run may differ in its bits from an uninterrupted one; empty if it will not."""
         session = self.session
         environment = session.environment
         different = [name for name, value in environment.items() if restored.environment.get(name) != value]
         if restored.settings["micro_batch_tokens"] != session.settings.micro_batch_tokens:
-            different.append("micro-batch")  # the same sums in another order
+            different.append("micro-batch")  # sums in another order
         if different:
-            return f"made with another {', '.join(different)}"
+            return f"the checkpoint was made with a different {', '.join(different)}"
         if session.device.on_gpu and not session.device.deterministic:
-            return "a GPU adds up in any order, unless deterministic is on"
+            return "a GPU sums in no fixed order unless deterministic is on"
         return ""
 
     def return_to_best(self, state: State) -> None:
-        """Loads the weights of the best evaluation, for the export, where the settings keep them."""
+        """Loads the weights of the best evaluation for the export, if the settings say to keep them."""
         session = self.session
-        if not (session.processes.leads or session.optimizer.sharded) or not session.settings.keep_best:
+        if not (session.processes.is_main or session.optimizer.sharded) or not session.settings.keep_best:
             return
         if state.best_step in (-1, state.step):
             return
@@ -196,10 +224,12 @@ class Saver:
         try:
             restored = checkpoint.read(folder, session.identity, session.optimizer.shapes())
         except checkpoint.Unreadable as error:
-            self._warn(f"The best checkpoint ({state.best_checkpoint}) cannot be used ({error}); the last weights are kept.")  # fmt: skip
+            self._warn(
+                f"The best checkpoint ({state.best_checkpoint}) cannot be used ({error}), so the final weights are kept."
+            )
             return
         session.optimizer.load_weights(restored.weights)
-        message = f"The weights of step {state.best_step} had the lowest held-out loss and are kept."
+        message = f"The weights of step {state.best_step} have the lowest held-out loss and are kept."
         session.emit("log", level="info", message=message)
 
     def _warn(self, message: str) -> None:

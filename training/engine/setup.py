@@ -1,4 +1,4 @@
-"""Putting a run together: data, settings, device, model, optimizer and the plan of its steps."""
+"""Puts a run together: data, settings, device, model, optimizer and the plan of its steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ PREVIEW_TOKENS = 200  # of an example in the log
 
 @dataclass
 class Session:
-    """What a run consists of once it is prepared. Only `settings` changes: the rehearsal may lower the micro-batch."""
+    """Everything a prepared run consists of. Only `settings` may change: the rehearsal can lower the
+    micro-batch."""
 
     run: Run
     settings: Settings  # every automatic value resolved
@@ -48,16 +49,16 @@ class Session:
 
     @property
     def micro_batch(self) -> int:
-        """Tokens computed at once."""
+        """Most tokens of a packed row."""
         return self.settings.micro_batch_tokens or int(self.data.train.lengths.max())
 
     @property
     def environment(self) -> dict[str, Any]:
-        """What decides the bits of a result."""
+        """Everything that determines the exact bits of a result."""
         return self.device.environment() | {"processes": self.processes.size}
 
     def summary(self) -> dict[str, Any]:
-        """The `plan` event: what is about to be trained, with which settings and why."""
+        """The fields of the `plan` event: what will be trained, with which settings and why."""
         return {
             "total_steps": self.plan.steps,
             "examples": len(self.data.train),
@@ -70,8 +71,8 @@ class Session:
             "trainable": self.optimizer.parameters,
         }
 
-    def facts(self) -> dict[str, Any]:
-        """What the model card tells of the run."""
+    def details(self) -> dict[str, Any]:
+        """What the model card says about the run."""
         return {
             "job": self.run.job,
             "base": self.run.base,
@@ -82,19 +83,22 @@ class Session:
 
 
 def prepare(run: Run, resolved: Settings | None, emit: Emit, stop: Callable[[], bool]) -> Session:
-    """Reads data and model and resolves the settings; `resolved` are those an earlier attempt trained with.
+    """Reads data and model and resolves automatic settings. `resolved` are the settings of an earlier
+    attempt, if any.
 
-    Raises Failure."""
+    Raises Failure with a reason from plan/events.py."""
     processes = Processes.join()
     data = inputs.read(run, resolved)
     settings = data.settings
     _describe(data, run, emit)
     chosen = device.pick(settings)
     if settings.precision == "bf16" and chosen.dtype != torch.bfloat16:
-        emit("log", level="warning", message="bf16 is far slower than fp32 on this processor; fp32 is used.")
+        emit("log", level="warning", message="bf16 is far slower than fp32 on this CPU, so fp32 is used.")
+    # one stream of random numbers per process, or all would drop the same activations
     device.seed_everything(settings.seed + 1_000_003 * processes.rank)
     model, optimizer = _model_and_optimizer(data, settings, chosen, processes, emit)
     plan = StepPlan.of(data.train, settings, processes.size)
+    # What a checkpoint must match to be resumed.
     identity = Identity(
         run.job,
         config.settings_hash(run.settings, run.settings_schema),
@@ -104,11 +108,11 @@ def prepare(run: Run, resolved: Settings | None, emit: Emit, stop: Callable[[], 
     evaluation_steps = plan.evaluation_steps(settings.eval_every) if len(data.held_out) else set()
     return Session(
         run, settings, data, model, optimizer, plan, chosen, processes, identity, evaluation_steps, emit, stop
-    )  # fmt: skip
+    )
 
 
 def _describe(data: Inputs, run: Run, emit: Emit) -> None:
-    """Notes on the data, and the first examples as the model will see them."""
+    """Logs notes on the data, and the first examples as the model will see them."""
     for note in data.notes:
         emit("log", level="warning", message=note)
     shown = 0 if run.resume_from else min(report.SAMPLES, len(data.train))
@@ -118,27 +122,31 @@ def _describe(data: Inputs, run: Run, emit: Emit) -> None:
 
 
 def _model_and_optimizer(
-    data: Inputs, settings: Settings, place: Device, processes: Processes, emit: Emit
+    data: Inputs, settings: Settings, target: Device, processes: Processes, emit: Emit
 ) -> tuple[LanguageModel, AdamW | ShardedAdamW]:
-    """The base model on its device: whole in each process, or spread over all where it does not fit into one."""
+    """The base model on its device: whole in each process, or sharded if it does not fit in one."""
     model = _base_model(data, settings)
-    described = catalog.of_config(data.model_config, id=str(data.base), folder=str(data.base))
+    described = catalog.from_config(data.model_config, id=str(data.base), folder=str(data.base))
     machine = catalog.this_machine()
-    if not place.on_gpu:  # the processes of one machine share its memory
-        machine = replace(machine, memory=machine.memory // processes.on_this_machine)
+    if not target.on_gpu:  # the processes of one machine share its memory
+        machine = replace(machine, memory=machine.memory // processes.local_size)
     room = catalog.fits(described, machine, settings.adapter, settings.micro_batch_tokens or 2048)
     if processes.size > 1 and (settings.shard or not room.fits):
         from training.engine.fsdp import ShardedAdamW
 
-        emit("log", level="info", message="The model is spread over all processes; no rehearsal, and no samples on the way.")  # fmt: skip
+        emit(
+            "log",
+            level="info",
+            message="The model is sharded over all processes. There is no rehearsal, and no samples are shown during training.",
+        )
         assert isinstance(model, nn.Module)
-        return model, ShardedAdamW(model, settings, place, processes)
-    return model, AdamW(model.to(place.device), settings, place.dtype)
+        return model, ShardedAdamW(model, settings, target, processes)
+    return model, AdamW(model.to(target.device), settings, target.dtype)
 
 
 def _base_model(data: Inputs, settings: Settings) -> LanguageModel:
-    """The base model in fp32, with its dropout, and with adapters if the settings ask for them."""
-    model = load_model(data.base)
+    """The base model in fp32 on the CPU, with dropout and, if the settings say so, adapters."""
+    model: LanguageModel = load_model(data.base)
     model.set_dropout(settings.dropout or 0.0)
     if settings.adapter == "lora":
         model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
@@ -147,18 +155,23 @@ def _base_model(data: Inputs, settings: Settings) -> LanguageModel:
 
 
 def whole_model(session: Session) -> LanguageModel:
-    """The trained model for the export: whole, in fp32, on the CPU; what was frozen is as the base model has it.
+    """The trained model for the export: whole, in fp32, on the CPU. Frozen weights are exactly those of the
+    base model.
 
-    Every process must call it; only the first gets the weights of a model that is spread over several."""
+    Every process must call it; only the first gets the weights of a sharded model."""
     model, optimizer = session.model, session.optimizer
     if isinstance(optimizer, AdamW):
         optimizer.use_masters()
         if session.device.dtype == torch.float32 or session.settings.adapter == "none":
-            return model.cpu().float().eval()
+            whole: LanguageModel = model.cpu().float().eval()
+            return whole
+    # A frozen bf16 weight has lost bits, so the base model is loaded again and the trained weights are put
+    # into it.
     weights = optimizer.weight_tensors()
     if not weights:  # only the first process has them
         return model
     model = _base_model(session.data, session.settings)
     for name, p in model.named_parameters():
         p.data = weights.get(name, p.data).cpu()
-    return model.float().eval()
+    rebuilt: LanguageModel = model.float().eval()
+    return rebuilt

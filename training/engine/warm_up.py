@@ -1,4 +1,4 @@
-"""Warming up: everything a first step would otherwise pay for, done while nobody waits."""
+"""Warm-up: what the first step would otherwise pay for, done in advance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from training.plan.config import Settings
 
 
 def warm_up() -> None:
-    """One step of a tiny GPT-2: threads started, kernels chosen, code paged in."""
+    """Trains one step of a tiny GPT-2, which starts threads, selects kernels and pages in code. Random
+    state is restored."""
     state = torch.get_rng_state()
     model = GPT2.new(GPT2Config(vocab_size=512, n_positions=32, n_embd=32, n_layer=1, n_head=2))
     optimizer = AdamW(model, Settings())

@@ -1,4 +1,4 @@
-"""Only the LoRA adapter, as peft opens it on top of the base model."""
+"""Only the LoRA adapter, to load on top of the base model with peft."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from training.text.tokenizer import Tokenizer
 USAGE = "from peft import AutoPeftModelForCausalLM\nmodel = AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
 
 
-def write(model: LanguageModel, folder: Path, base: Path, dtype: str, facts: Mapping[str, Any]) -> None:
+def write(model: LanguageModel, folder: Path, base: Path, dtype: str, details: Mapping[str, Any]) -> None:
     if model.lora is None:
-        raise Failure("bad_settings", "Every weight of this model was trained, so there is no adapter to export.", "Export it as safetensors.")  # fmt: skip
-    model.save_adapter(folder, str(facts.get("base") or base))
+        raise Failure(
+            "bad_settings",
+            "Every weight of this model was trained, so there is no adapter to export.",
+            "Export it as safetensors.",
+        )
+    model.save_adapter(folder, str(details.get("base") or base))
 
 
 def verify(model: LanguageModel, folder: Path, base: Path) -> dict[str, Any]:
-    """Through peft, which adds the product of the adapter in another order: close, not equal bit for bit."""
+    """Compares through peft, which sums in another order: close, but not equal bit for bit."""
     import peft
     import transformers
 

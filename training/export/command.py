@@ -1,4 +1,5 @@
-"""`python -m training export --checkpoint DIR --to DIR [--format NAME] [--dtype NAME]`: a checkpoint becomes a model folder."""
+"""`python -m training export --checkpoint DIR --to DIR [--format NAME] [--dtype NAME]`: a checkpoint
+becomes a model folder."""
 
 from __future__ import annotations
 
@@ -19,10 +20,14 @@ from training.plan.export_formats import FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint of a training run, or a folder of Hugging Face files")  # fmt: skip
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a checkpoint of a training run, or a folder of Hugging Face files",
+    )
     parser.add_argument(
         "--base",
-        help="the base model of that checkpoint, if it is no longer where it was: a folder, or a name on the Hub",
+        help="the base model of the checkpoint, if it has moved: a folder, or a model name on the Hub",
     )
     parser.add_argument("--to", required=True, help="the folder to write")
     parser.add_argument("--format", default="safetensors", choices=list(FORMATS))
@@ -34,17 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints one JSON line: the files written and how they compare with the model in memory."""
-    model, base, facts = load_trained(Path(args.checkpoint), args.base)
-    files = write_folder(model, args.to, base=base, format=args.format, dtype=args.dtype, facts=facts)
-    found = verify(model, args.to, base=base, format=args.format)
-    print(json.dumps({"files": files, "fidelity": found}))
-    return 0 if found["close"] else 1
+    """Prints one JSON line: the files, and how they compare with the model in memory. Exit 1 if they are
+    not close."""
+    model, base, details = load_trained(Path(args.checkpoint), args.base)
+    files = write_folder(model, args.to, base=base, format=args.format, dtype=args.dtype, details=details)
+    result = verify(model, args.to, base=base, format=args.format)
+    print(json.dumps({"files": files, "fidelity": result}))
+    return 0 if result["close"] else 1
 
 
 def load_trained(folder: Path, base: str | None) -> tuple[Any, Path, dict[str, Any]]:
-    """The model of a checkpoint (made from `base`) or of a Hugging Face folder, the folder its tokenizer lies in, and
-    what is known of it."""
+    """Loads a checkpoint (trained from `base`) or a Hugging Face folder. Raises Failure.
+
+    Returns the model, the folder of its tokenizer, and details for the model card."""
     if (folder / "config.json").is_file():
         return load_model(folder), folder, {}
     try:
@@ -65,7 +72,7 @@ def load_trained(folder: Path, base: str | None) -> tuple[Any, Path, dict[str, A
                 p.copy_(trained.pop(name))
     if trained:
         raise Failure(
-            "base_model", f"The checkpoint is not one of {base}: that has no {next(iter(trained))}."
+            "base_model", f"The checkpoint does not belong to {base}, which has no {next(iter(trained))}."
         )
-    facts = {"base": base, "steps": manifest["step"], "settings": settings}
-    return model, home, facts
+    details = {"base": base, "steps": manifest["step"], "settings": settings}
+    return model, home, details

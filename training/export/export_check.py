@@ -1,8 +1,8 @@
-"""The proof that what was written is what was trained: read the folder back, give both models the same prompts, and
-compare every logit.
+"""Checks that an export is the model that was trained: reads it back, runs both models on the same prompts
+and compares all logits.
 
-fp32 must be equal bit for bit: the same numbers go through the same operations. Half precision and adapters (whose
-product is added in another order) must be close, and how close is said.
+fp32 must be equal bit for bit, since the same numbers go through the same operations. Half precision and
+adapters (which sum in another order) must be close; the result says how close.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ PROMPTS = (
     "1 + 1 =",
     "def main():",
 )
-CLOSE = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1}  # largest difference, against the largest logit
+# largest difference, relative to the largest logit
+CLOSE = {
+    "float32": 1e-4,
+    "float16": 3e-2,
+    "bfloat16": 2e-1,
+}
 
 
 def compare(
@@ -38,10 +43,11 @@ def compare(
     dtype: str,
     prompts: Sequence[str] = PROMPTS,
 ) -> dict[str, Any]:
-    """Compares the trained `model` in memory with the export as it was `opened` again; `dtype` is that of its weights.
+    """Compares the trained `model` in memory with the export that was `opened` again. `dtype` is that of the
+    export.
 
-    {"exact": equal bit for bit, "close", "max_difference", "logits": how many, "prompts", "sha256": of the export's
-    logits, "dtype"}."""
+    Returns {"exact": equal bit for bit, "close", "max_difference", "logits": how many, "prompts": how
+    many, "sha256": of the export's logits, "dtype"}."""
     batches = [ids for ids in map(tokenizer.encode, prompts) if ids]
     trained = _merged(model)
     digest, count, worst, largest, exact = hashlib.sha256(), 0, 0.0, 0.0, True
@@ -70,12 +76,14 @@ def logits_of(model: Any, ids: Sequence[int]) -> Tensor:
     tokens = torch.tensor(ids[: model.context])
     batch = pack([(tokens.numpy(), torch.ones(len(tokens)).numpy())])
     device = next(model.parameters()).device
-    states, head = model.hidden(batch.to(device), every=True), model.head()
-    return (states if head is None else states @ head.t()).float().cpu()
+    states, head = model.hidden(batch.to(device), all_tokens=True), model.head()
+    logits: Tensor = states if head is None else states @ head.t()
+    return logits.float().cpu()
 
 
 def _merged(model: Any) -> Any:
-    """The model as it is exported: adapters folded in, fp32, on the CPU. Weights are shared where nothing changes."""
+    """The model as it is exported: adapters merged, fp32, on the CPU. Unchanged weights are shared, not
+    copied."""
     if not isinstance(model, GPT2):
         return model if model.lora is None else type(model)(model.merged())
     with torch.device("meta"):
@@ -92,7 +100,7 @@ def _merged(model: Any) -> Any:
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Without dropout, for a moment."""
+    """Switches a model to eval mode and back."""
     was_training = model.training
     model.eval()
     try:

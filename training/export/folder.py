@@ -1,6 +1,7 @@
-"""A model folder of any format: weights, configuration, tokenizer, licences, model card, and the list of its files.
+"""Writes a model folder in any format: weights, configuration, tokenizer, licenses, model card and a list of
+its files.
 
-It is written whole or not at all: beside its place first, then renamed.
+It is written atomically: to a temporary folder first, then renamed.
 """
 
 from __future__ import annotations
@@ -23,8 +24,13 @@ from training.plan.export_formats import FORMATS
 from training.text.tokenizer import Tokenizer
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENCE", "NOTICE", "USE_POLICY.md")
 
 
@@ -35,27 +41,33 @@ def write_folder(
     base: str | Path,
     format: str = "safetensors",
     dtype: str = "fp32",
-    facts: Mapping[str, Any] | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Write `model` to the folder `to` (made, or replaced) and say what is in it: [{"name", "bytes", "sha256"}].
+    """Writes `model` to the folder `to`, which is created or replaced. Returns its files: [{"name", "bytes",
+    "sha256"}].
 
-    `base` is the folder of the base model, whose tokenizer goes along. `facts` is what the model card tells:
-    job, base, settings, examples, tokens, steps, metrics, fidelity; whatever is missing is left out.
-    The list is in manifest.json too. Raises Failure where the model cannot be exported so."""
-    to, base, facts = Path(to), Path(base), facts or {}
+    `base` is the folder of the base model, whose tokenizer is copied. `details` is for the model card:
+    job, base, settings, examples, tokens, steps, metrics, fidelity; whatever is missing is left out. The
+    list of files is also written to manifest.json. Raises Failure if the model cannot be exported in this
+    format."""
+    to, base, details = Path(to), Path(base), details or {}
     module = _module(format)
     if dtype not in FORMATS[format].dtypes:
-        raise Failure("bad_settings", f"{FORMATS[format].label} cannot be written as {dtype}.", f"Choose one of: {', '.join(FORMATS[format].dtypes)}.")  # fmt: skip
+        raise Failure(
+            "bad_settings",
+            f"{FORMATS[format].label} cannot be written as {dtype}.",
+            f"Choose one of: {', '.join(FORMATS[format].dtypes)}.",
+        )
     to.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.parent))
     try:
         draft.chmod(0o755)
-        module.write(model, draft, base, dtype, facts)
+        module.write(model, draft, base, dtype, details)
         write_tokenizer(base, draft)
         for name in LICENCE_FILES:
             if (base / name).is_file():
                 shutil.copyfile(base / name, draft / name)
-        (draft / "README.md").write_text(card(facts, module.describe(dtype)), encoding="utf-8")
+        (draft / "README.md").write_text(card(details, module.describe(dtype)), encoding="utf-8")
         files = list_files(draft)
         (draft / "manifest.json").write_text(json.dumps({"files": files}, indent=1) + "\n")
         _sync(draft)
@@ -71,7 +83,7 @@ def write_folder(
 def verify(
     model: LanguageModel, folder: str | Path, *, base: str | Path, format: str = "safetensors"
 ) -> dict[str, Any]:
-    """Reads an exported folder back and compares it with the trained model: see export_check.compare."""
+    """Reads an exported folder back and compares it with the trained model; see export_check.compare."""
     return _module(format).verify(model, Path(folder), Path(base))
 
 
@@ -82,25 +94,30 @@ def _module(format: str) -> Format:
 
 def list_files(folder: Path) -> list[dict[str, Any]]:
     """Name, size and sha256 of each file of a folder."""
-    found = []
+    files = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found.append({"name": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": digest})
-    return found
+        files.append({"name": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": digest})
+    return files
 
 
 def write_tokenizer(base: Path, to: Path) -> None:
-    """The base model's tokenizer files, and in its configuration the chat template the model was trained with."""
+    """Copies the base model's tokenizer, and writes the chat template that the model was trained with into
+    its config."""
     tokenizer = Tokenizer.load(base)
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, to / name)
-    if not (to / "tokenizer.json").is_file():  # GPT-2's older two files: the newer one holds both
+    if not (to / "tokenizer.json").is_file():  # only GPT-2's older two files: tokenizer.json holds both
         tokenizer.backend.save(str(to / "tokenizer.json"))
     path = to / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}  # fmt: skip
-    config.pop("auto_map", None)  # code that comes with a model is never run, nor passed on
+    config = (
+        json.loads(path.read_text(encoding="utf-8"))
+        if path.is_file()
+        else {"tokenizer_class": "PreTrainedTokenizerFast"}
+    )
+    config.pop("auto_map", None)  # code that comes with a model is never run or passed on
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         if name not in config and name in tokenizer.config:
             config[name] = tokenizer.config[name]

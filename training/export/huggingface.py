@@ -1,4 +1,4 @@
-"""The whole model as Hugging Face's transformers opens it, adapters merged in."""
+"""The whole model with adapters merged in, for Hugging Face's transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 USAGE = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)"
 
 
-def write(model: LanguageModel, folder: Path, base: Path, dtype: str, facts: Mapping[str, Any]) -> None:
+def write(model: LanguageModel, folder: Path, base: Path, dtype: str, details: Mapping[str, Any]) -> None:
     model.save(folder, DTYPES[dtype])
     _write_generation_config(folder, base)
 
@@ -34,7 +34,7 @@ def describe(dtype: str) -> Description:
 
 
 def _write_generation_config(to: Path, base: Path) -> None:
-    """What transformers' generate should do by default; without it, it would not know where an answer ends."""
+    """Defaults for transformers' generate, which otherwise would not know where an answer ends."""
     if (to / "generation_config.json").is_file():
         return
     tokenizer = Tokenizer.load(base)

@@ -12,7 +12,7 @@ from training.models.interface import LanguageModel
 
 @dataclass(frozen=True)
 class Description:
-    """What the model card says of the format."""
+    """What the model card says about the format."""
 
     library: str  # the Hugging Face library that opens it
     tags: tuple[str, ...]
@@ -22,14 +22,15 @@ class Description:
 
 class Format(Protocol):
     def write(
-        self, model: LanguageModel, folder: Path, base: Path, dtype: str, facts: Mapping[str, Any]
+        self, model: LanguageModel, folder: Path, base: Path, dtype: str, details: Mapping[str, Any]
     ) -> None:
-        """Writes the weights and their configuration into an empty folder. Raises Failure where the model cannot be
-        exported so; `base` is the folder of the base model."""
+        """Writes weights and configuration into an empty folder. `base` is the folder of the base model.
+
+        Raises Failure if the model cannot be exported in this format."""
         ...
 
     def verify(self, model: LanguageModel, folder: Path, base: Path) -> dict[str, Any]:
-        """Reads the folder back and compares it with the model in memory: see export_check.compare."""
+        """Reads the folder back and compares it with the model in memory; see export_check.compare."""
         ...
 
     def describe(self, dtype: str) -> Description: ...

@@ -1,12 +1,12 @@
-"""Any other causal language model of Hugging Face's transformers, with the face the loop knows (model.py has the
-other one): `hidden(batch) -> (N, D)`, `head() -> (V, D)`, `config`, `context`, `save(folder)`.
+"""Any other causal language model of Hugging Face's transformers, behind models/interface.py.
 
-Trust nothing, measure at load: packed rows are used only if this model, with a block mask and positions that restart,
-gives what it gives for each document alone; and the fused head only if states times head equal the model's own logits
-(soft-capped or biased heads do not). A model that fails reads each document alone, or gives whole logits: `head()` is
-then None and `hidden` returns logits (N, V).
+Nothing is assumed about an architecture; it is tested when the model is loaded. Packed rows are used only if
+the model, with a block-diagonal mask and positions that restart, gives the same logits as for each document
+alone. The fused head is used only if states times head equal the model's own logits (not so with soft-capped
+or biased heads). A model that fails the tests reads one document at a time, or returns all logits: `head()`
+is then None and `hidden` returns logits (N, V).
 
-Weights come from safetensors only. Code that comes with a model is never run.
+Weights are read from safetensors only. Code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from training.plan.events import Failure
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-TOLERANCE = 1e-4  # largest difference of a state or logit, against the largest of them
+TOLERANCE = 1e-4  # largest difference of a state or logit, relative to the largest of them
 
 
 class CausalLM(nn.Module):
@@ -41,7 +41,7 @@ class CausalLM(nn.Module):
         self.lm = lm
         self.config = lm.config
         self.packed = self.fused = False
-        self.why: list[str] = []  # what the self-test found wanting, for the log
+        self.self_test_notes: list[str] = []  # what the self-test found, for the log
         self.lora: dict[str, Any] | None = None
         self._self_test()
         collect_gradients(self)
@@ -53,12 +53,13 @@ class CausalLM(nn.Module):
         if values.get("auto_map"):
             raise Failure(
                 "base_model",
-                f"The model in {folder} needs code of its own (auto_map), which is never run here.",
+                f"The model in {folder} needs custom code (auto_map), which is never run.",
                 "Choose a model whose architecture is part of transformers.",
             )
         if not any(Path(folder).glob("*.safetensors")):
             raise Failure(
-                "base_model", f"There are no safetensors weights in {folder}; other formats are not read."
+                "base_model",
+                f"There are no safetensors weights in {folder}. Other formats are not supported.",
             )
         try:
             lm = transformers.AutoModelForCausalLM.from_pretrained(
@@ -73,32 +74,37 @@ class CausalLM(nn.Module):
             raise Failure("base_model", f"transformers cannot load the model in {folder}: {error}") from error
         return CausalLM(lm)
 
-    # ---- the face ------------------------------------------------------------------------------------------------
+    # ---- the interface -------------------------------------------------------------------------------------
 
     @property
     def context(self) -> int:
-        """Tokens it can read; a model that names no limit gets a careful one."""
+        """The longest document it can read, in tokens; 2048 if the model names no limit."""
         text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
         return int(getattr(text, "max_position_embeddings", None) or 2048)
 
-    def hidden(self, batch: Batch, every: bool = False) -> Tensor:
-        """Final states where the loss is taken, (N, D), of every token if `every`; logits where `head()` is None."""
+    def hidden(self, batch: Batch, all_tokens: bool = False) -> Tensor:
+        """Final states of the positions that predict a trained token, (N, D), or of all tokens, (T, D), if
+        `all_tokens`.
+
+        They are logits, (N, V) or (T, V), if `head()` is None."""
         states = self._packed_states(batch) if self.packed else self._separate_states(batch)  # (T, D or V)
-        return states if every else states[batch.where]
+        return states if all_tokens else states[batch.loss_positions]
 
     def head(self) -> Tensor | None:
         weight: Tensor | None = self.lm.get_output_embeddings().weight if self.fused else None
         return weight
 
     def set_dropout(self, p: float) -> None:
+        """Sets every nn.Dropout, and the probabilities that some architectures keep as plain numbers."""
         for module in self.lm.modules():
             if isinstance(module, nn.Dropout):
                 module.p = p
+            # some architectures keep them as numbers
             for name in (
                 "attention_dropout",
                 "dropout",
                 "hidden_dropout",
-            ):  # kept as numbers by some architectures
+            ):
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, p)
 
@@ -114,7 +120,7 @@ class CausalLM(nn.Module):
             self.lm.gradient_checkpointing_disable()
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Hugging Face's files, adapters merged in."""
+        """Writes Hugging Face's files, adapters merged in."""
         lm = self.merged()
         if dtype != torch.float32:
             lm = copy.deepcopy(lm).to(dtype)
@@ -124,12 +130,12 @@ class CausalLM(nn.Module):
     def decoder(self) -> TransformersDecoder:
         return TransformersDecoder(self.lm, self.context)
 
-    # ---- adapters ------------------------------------------------------------------------------------------------
+    # ---- adapters ------------------------------------------------------------------------------------------
 
     def add_lora(
         self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
     ) -> None:
-        """Freezes the weights and puts peft's adapters beside them (in place)."""
+        """Freezes the weights and adds peft's adapters, in place. The same `seed` gives the same adapters."""
         import peft
 
         config = peft.LoraConfig(
@@ -142,6 +148,7 @@ class CausalLM(nn.Module):
         for p in self.lm.parameters():
             p.requires_grad_(False)
         try:
+            # peft draws A from the global generator: fork it, so that the run's own random state is unchanged
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 peft.inject_adapter_in_model(config, self.lm)
@@ -156,7 +163,7 @@ class CausalLM(nn.Module):
         collect_gradients(self)
 
     def save_adapter(self, folder: str | Path, base: str) -> None:
-        """peft's two files, for `PeftModel.from_pretrained(base_model, folder)`."""
+        """Writes the two files of a peft adapter, for `PeftModel.from_pretrained(base_model, folder)`."""
         config = copy.copy(self.lm.peft_config["default"])
         config.base_model_name_or_path, config.inference_mode = base, True
         config.save_pretrained(folder)
@@ -168,7 +175,7 @@ class CausalLM(nn.Module):
         save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def merged(self) -> Any:
-        """The transformers model with its adapters folded into the weights (a copy), or as it is without adapters."""
+        """The transformers model with its adapters merged (a copy), or the model itself if it has none."""
         if self.lora is None:
             return self.lm
         lm = copy.deepcopy(self.lm)
@@ -180,7 +187,7 @@ class CausalLM(nn.Module):
         lm._hf_peft_config_loaded = False
         return lm
 
-    # ---- how it is computed --------------------------------------------------------------------------------------
+    # ---- how it is computed --------------------------------------------------------------------------------
 
     def _packed_states(self, batch: Batch) -> Tensor:
         out = self._inner()(
@@ -190,7 +197,8 @@ class CausalLM(nn.Module):
             use_cache=False,
             **({} if self.fused else {"logits_to_keep": 0}),
         )
-        return (out.last_hidden_state if self.fused else out.logits)[0]
+        states: Tensor = (out.last_hidden_state if self.fused else out.logits)[0]
+        return states
 
     def _separate_states(self, batch: Batch) -> Tensor:
         rows = []
@@ -203,18 +211,23 @@ class CausalLM(nn.Module):
         return self.lm.base_model if self.fused else self.lm
 
     def _mask(self, batch: Batch) -> Any:
-        """What each token may look at: itself and what stands before it in its own document, (1, 1, T, T) to add to
-        the scores. Models with layers of several kinds get one mask for each kind."""
+        """The additive attention mask, (1, 1, T, T): each token attends to itself and what precedes it in its
+        document.
+
+        Models with several kinds of layers get one mask for each kind."""
         T, device = len(batch.ids), batch.ids.device
+        # (T,): which document each token is in
         document = torch.zeros(T, dtype=torch.int64, device=device)
         for i, (start, end) in enumerate(batch.bounds):
             document[start:end] = i
         place = torch.arange(T, device=device)
-        back = place[:, None] - place[None, :]  # how far behind a key stands
+        back = place[:, None] - place[None, :]  # how many tokens a key is behind its query
+        # (T, T) bool: same document, and the key is not after the query
         allowed = (document[:, None] == document[None, :]) & (back >= 0)
         window = getattr(self.config, "sliding_window", None)
         kinds = set(getattr(self.config, "layer_types", None) or ())
         if "sliding_attention" in kinds and window:
+            # sliding-window attention (Mistral, arXiv 2310.06825): only the last `window` tokens
             near = self._additive(allowed & (back < window))
             if kinds == {"sliding_attention"}:
                 return near
@@ -223,15 +236,19 @@ class CausalLM(nn.Module):
 
     def _additive(self, allowed: Tensor) -> Tensor:
         lowest = torch.finfo(self.lm.dtype).min
-        return torch.zeros(allowed.shape, dtype=self.lm.dtype, device=allowed.device).masked_fill_(~allowed, lowest)[None, None]  # fmt: skip
+        return torch.zeros(allowed.shape, dtype=self.lm.dtype, device=allowed.device).masked_fill_(
+            ~allowed, lowest
+        )[None, None]
 
-    # ---- self-test -----------------------------------------------------------------------------------------------
+    # ---- self-test -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _self_test(self) -> None:
-        """Two short documents, one longer than any window if that is small: alone through the model as transformers
-        runs it, then by our ways; and a third way that differs only in the first document, which the second must not
-        feel."""
+        """Compares the fused head and packed rows with the model as transformers runs it.
+
+        Two short documents, the second longer than a small attention window, are run one by one and
+        packed. A second packed row differs only in its first document, which must not change the states of
+        the second."""
         was_training = self.lm.training
         self.lm.eval()
         rng = torch.Generator().manual_seed(1)
@@ -242,6 +259,7 @@ class CausalLM(nn.Module):
             torch.randint(0, size, (n,), generator=rng, dtype=torch.int64)
             for n in (lengths[0], *lengths[1:], lengths[0])
         )
+        # the reference: each document alone, in transformers' own way
         alone = [self.lm(input_ids=ids[None], use_cache=False).logits[0] for ids in (first, second)]
         truth = torch.cat(alone)  # (T, V)
         scale = float(truth.abs().max()) or 1.0
@@ -258,19 +276,22 @@ class CausalLM(nn.Module):
             ]
             wrong = float((torch.cat(states) @ head.weight.t() - truth).abs().max()) / scale
         except (AttributeError, TypeError, RuntimeError) as error:
-            self.why.append(f"no plain head ({error}): whole logits")
+            self.self_test_notes.append(f"its head is not a plain matrix ({error}): all logits are computed")
             return False
         if not wrong <= TOLERANCE:
-            self.why.append(f"its head is no plain product (differs by {wrong:.1e}): whole logits")
+            self.self_test_notes.append(
+                f"its head is not a plain matrix product (difference {wrong:.1e}): all logits are computed"
+            )
         return wrong <= TOLERANCE
 
     def _packing_holds(self, documents: list[Tensor], other: Tensor, truth: Tensor, scale: float) -> bool:
         try:
+            # the packed row, and one with another first document
             batch, changed = (_batch([d, documents[1]]) for d in (documents[0], other))
             states, moved = self._packed_states(batch), self._packed_states(changed)
         except Exception as error:  # whatever an architecture says to a mask or positions it does not know
-            self.why.append(
-                f"it cannot be given packed rows ({type(error).__name__}): one document at a time"
+            self.self_test_notes.append(
+                f"it does not accept packed rows ({type(error).__name__}): one document at a time"
             )
             return False
         logits = states @ self.lm.get_output_embeddings().weight.t() if self.fused else states
@@ -278,7 +299,9 @@ class CausalLM(nn.Module):
         second = slice(len(documents[0]), None)
         leak = float((moved[second] - states[second]).abs().max() / states.abs().max())
         if not (wrong <= TOLERANCE and leak <= TOLERANCE):
-            self.why.append(f"packed rows differ by {wrong:.1e}, leak {leak:.1e}: one document at a time")
+            self.self_test_notes.append(
+                f"packed rows differ by {wrong:.1e}, leak {leak:.1e}: one document at a time"
+            )
             return False
         return True
 
@@ -288,7 +311,7 @@ def _batch(documents: list[Tensor]) -> Batch:
 
 
 def collect_gradients(model: nn.Module) -> None:
-    """Autograd's gradients go where ours go: into `main_grad`, a piece of one flat buffer (kernels.py)."""
+    """Makes autograd's gradients go to `main_grad`, a view of one flat buffer (see kernels.py)."""
     for p in model.parameters():
         if p.requires_grad and not getattr(p, "collected", False):
             p.register_post_accumulate_grad_hook(_collect)
@@ -296,26 +319,26 @@ def collect_gradients(model: nn.Module) -> None:
 
 
 def _collect(p: Tensor) -> None:
-    if p.grad is not None:  # the fused head writes its gradient itself, and tells autograd that there is none
+    if p.grad is not None:  # None from the fused head, which adds its gradient itself
         main_grad(p).add_(p.grad)
         p.grad = None
 
 
-# ---- generation ------------------------------------------------------------------------------------------------------
+# ---- generation --------------------------------------------------------------------------------------------
 
 
 class TransformersDecoder:
-    """The decoder face (decoder.py) over transformers' own caches; sequences are stepped one after the other."""
+    """decoder.Decoder on transformers' own caches. Sequences are advanced one after another."""
 
     def __init__(self, lm: Any, context: int) -> None:
         self.lm, self.context = lm, context
         self.device = lm.device
 
     @torch.inference_mode()
-    def prefill(self, ids: Sequence[int], room: int, every: bool = False) -> tuple[Any, Tensor]:
+    def prefill(self, ids: Sequence[int], room: int, all_tokens: bool = False) -> tuple[Any, Tensor]:
         cache = transformers.DynamicCache(config=self.lm.config)
-        logits = self._run(cache, ids, every)  # (T or 1, V)
-        return cache, logits if every else logits[-1]
+        logits = self._run(cache, ids, all_tokens)  # (T or 1, V)
+        return cache, logits if all_tokens else logits[-1]
 
     def fork(self, cache: Any) -> Any:
         return copy.deepcopy(cache)
@@ -324,12 +347,12 @@ class TransformersDecoder:
     def step(self, caches: Sequence[Any], ids: Sequence[int]) -> Tensor:
         return torch.cat([self._run(cache, [token], False) for cache, token in zip(caches, ids, strict=True)])
 
-    def _run(self, cache: Any, ids: Sequence[int], every: bool) -> Tensor:
+    def _run(self, cache: Any, ids: Sequence[int], all_tokens: bool) -> Tensor:
         was_training = self.lm.training
         self.lm.eval()
         tokens = torch.tensor([list(ids)], device=self.device)
         out = self.lm(
-            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=0 if every else 1
+            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=0 if all_tokens else 1
         )
         self.lm.train(was_training)
         logits: Tensor = out.logits[0]

@@ -1,8 +1,8 @@
-"""Writing text with a model: a prompt in, tokens out one by one.
+"""Text generation: a prompt in, tokens out one by one.
 
-One sequence or many go the same way: `open_sequences` reads the prompt once, `advance` writes one token for every
-sequence in one batched pass through the model. `generate` is the plain loop over them; `serve` advances the sequences
-of many requests together.
+`open_sequences` reads a prompt once and starts sequences from it. `advance` generates one token for each
+sequence in one batched pass through the model. `generate` is the simple loop over the two; serving/serve.py
+advances the sequences of many requests together (continuous batching, as in Orca, OSDI 2022).
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ TopLogprobs = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How to write. The defaults are greedy, so that the same prompt gives the same text."""
+    """How to generate. The defaults are greedy, so the same prompt gives the same text."""
 
     max_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-    min_p: float = 0.0  # least probability of a token, as a part of the likeliest one's
-    repetition_penalty: float = 1.0  # of tokens that the prompt or the text has already; 1: none
+    min_p: float = 0.0  # least probability of a token, relative to the most likely one
+    repetition_penalty: float = 1.0  # for tokens already in the prompt or the text; 1 = none
     stop: tuple[str, ...] = ()
     seed: int | None = None
     n: int = 1
-    logprobs: int | None = (
-        None  # None: none; k: of the token written and of the k likeliest, before the temperature
-    )
+    logprobs: int | None = None  # k: those of the chosen and of the k most likely tokens, before temperature
     echo: bool = False
     ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token as it is written. Joined, the `text`s are the completion: a token's text comes late (in a later
-    token, `text` empty here) while a character is not whole or a stop string may have begun."""
+    """One generated token. Joined, the `text`s are the completion.
+
+    While a character is incomplete or a stop string may have begun, `text` is empty and comes with a later
+    token."""
 
     index: int
     id: int
@@ -61,7 +61,7 @@ class Token:
 
 @dataclass
 class Completion:
-    """What became of one of the `n` sequences."""
+    """One of the `n` completions."""
 
     index: int
     text: str
@@ -71,7 +71,7 @@ class Completion:
 
 
 class GenerateError(ValueError):
-    """The request cannot be answered; `code` is short and stable, the message is for the person who asked."""
+    """The request cannot be answered. `code` is short and stable, the message is for the user."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -87,27 +87,29 @@ def generate(
     should_stop: Callable[[], bool] | None = None,
     decoder: Decoder | None = None,
 ) -> list[Completion]:
-    """Write `options.n` completions of `prompt_ids`. `on_token` hears of each token; `should_stop` ends it early.
+    """Generates `options.n` completions of `prompt_ids`. Calls `on_token` for each token; `should_stop` ends
+    it early.
 
-    Without a `decoder` the model's weights are read where they lie; who writes much makes one with `decoder_for`."""
+    Without a `decoder` the model's weights are read in place. To generate a lot, make one with
+    `decoder_for`. Raises GenerateError if the prompt is too long."""
     decoder = decoder or decoder_for(model, pack=False)
     sequences = open_sequences(decoder, tokenizer, prompt_ids, options)
     written: list[list[Token]] = [[] for _ in sequences]
 
-    def hear(sequence: TextSequence, token: Token) -> None:
+    def record(sequence: TextSequence, token: Token) -> None:
         written[sequence.index].append(token)
         if on_token is not None:
             on_token(token)
 
     for sequence in sequences:
         for token in sequence.prompt_tokens:
-            hear(sequence, token)
+            record(sequence, token)
     while live := [s for s in sequences if s.finish_reason is None]:
         if should_stop is not None and should_stop():
             for sequence in live:
                 sequence.finish_reason = "cancelled"
             break
-        advance(decoder, live, hear)
+        advance(decoder, live, record)
     return [
         Completion(
             s.index, "".join(t.text for t in written[s.index]), s.ids, s.finish_reason or "length", tokens
@@ -121,23 +123,23 @@ def generate(
 
 @dataclass
 class TextSequence:
-    """One completion while it is written."""
+    """One completion in progress."""
 
     index: int
     options: GenerateOptions
     tokenizer: Tokenizer
     cache: Any
-    logits: Tensor  # (V,) of the token to come
+    logits: Tensor  # (V,): of the next token
     stream: TextStream
-    room: int  # tokens it may still write
+    room: int  # tokens it may still generate
     rng: random.Random
     prompt: Sequence[int] = ()
     ids: list[int] = field(default_factory=list)
-    prompt_tokens: list[Token] = field(default_factory=list)  # only when they are to be echoed
+    prompt_tokens: list[Token] = field(default_factory=list)  # only if they are to be echoed
     finish_reason: FinishReason | None = None
 
-    def take(self) -> Token | None:
-        """Choose the next token from `logits`; None when it is the end token."""
+    def next_token(self) -> Token | None:
+        """Draws the next token from `logits`. None if it is the end token."""
         options = self.options
         logits = self.logits
         if options.repetition_penalty != 1:
@@ -160,7 +162,7 @@ class TextSequence:
         return self._token(token_id, text)
 
     def _token(self, token_id: int, text: str, hidden: bool = False) -> Token:
-        if hidden:  # the end token itself is never shown; it only lets go of the text that was held back
+        if hidden:  # the end token is never shown; it only releases pending text
             return Token(self.index, token_id, "", text)
         name = self.tokenizer.decode([token_id], skip_special_tokens=False)
         if self.options.logprobs is None:
@@ -170,8 +172,9 @@ class TextSequence:
 
 
 def check_length(count: int, context: int, options: GenerateOptions) -> None:
-    """Raises GenerateError for a prompt of `count` tokens that leaves no room for an answer. OpenAI's words: programs
-    look for them."""
+    """Raises GenerateError if a prompt of `count` tokens leaves no room for an answer.
+
+    The message has OpenAI's wording, because clients search for it."""
     only_scored = options.echo and options.max_tokens == 0
     if count > context or (count == context and not only_scored):
         raise GenerateError(
@@ -188,12 +191,15 @@ def open_sequences(
     options: GenerateOptions,
     first: int = 0,
 ) -> list[TextSequence]:
-    """Read the prompt once and start `options.n` sequences from it, numbered from `first`."""
+    """Reads the prompt once and starts `options.n` sequences from it, numbered from `first`. Raises
+    GenerateError."""
     prompt = list(prompt_ids) or [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
     check_length(len(prompt), decoder.context, options)
+    # the context holds prompt and answer together
     room = min(options.max_tokens, decoder.context - len(prompt))
     scores = options.echo and options.logprobs is not None
-    cache, logits = decoder.prefill(prompt, len(prompt) + room, every=scores)
+    # Echo with log-probabilities needs the logits of every prompt token, everything else only the last.
+    cache, logits = decoder.prefill(prompt, len(prompt) + room, all_tokens=scores)
     echoed = _echo(logits if scores else None, prompt, tokenizer, options) if options.echo else []
     last = logits[-1] if scores else logits
     seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(63)
@@ -206,6 +212,7 @@ def open_sequences(
             last,
             TextStream(tokenizer, prompt, options.stop),
             room,
+            # Each sequence has its own generator, so its text does not depend on what else is generated.
             random.Random(f"{seed}:{index}"),  # noqa: S311 (sampling text, not keeping secrets)
             prompt=prompt,
             prompt_tokens=[Token(first + index, t.id, t.token, t.text, t.logprob, t.top) for t in echoed],
@@ -216,13 +223,14 @@ def open_sequences(
 
 
 def advance(
-    decoder: Decoder, sequences: Sequence[TextSequence], hear: Callable[[TextSequence, Token], None]
+    decoder: Decoder, sequences: Sequence[TextSequence], record: Callable[[TextSequence, Token], None]
 ) -> None:
-    """One token for each sequence (told to `hear` before the pass that computes the next one)."""
+    """Generates one token for each sequence. `record` is called before the pass that computes the next
+    logits."""
     for sequence in sequences:
-        token = sequence.take()
+        token = sequence.next_token()
         if token is not None:
-            hear(sequence, token)
+            record(sequence, token)
     live = [s for s in sequences if s.finish_reason is None]
     if live:
         logits = decoder.step([s.cache for s in live], [s.ids[-1] for s in live])  # (B, V)
@@ -230,11 +238,12 @@ def advance(
             sequence.logits = row
     for sequence in sequences:
         if sequence.finish_reason is not None:
-            sequence.cache = None  # its keys and values are the largest thing a finished request would hold
+            sequence.cache = None  # frees its keys and values, by far the largest part of a finished request
 
 
 def logprobs_of(logits: Tensor, token_id: int, count: int, tokenizer: Tokenizer) -> tuple[float, TopLogprobs]:
-    """Natural log-probability of the token and the `count` likeliest, as the model says before temperature."""
+    """Natural log-probabilities of a token and of the `count` most likely ones, before temperature. logits
+    (V,)."""
     scores = torch.log_softmax(logits.float(), -1)
     values, ids = torch.topk(scores, min(count, scores.numel()))
     names = tokenizer.token_texts(ids.tolist())
@@ -244,7 +253,7 @@ def logprobs_of(logits: Tensor, token_id: int, count: int, tokenizer: Tokenizer)
 def _echo(
     logits: Tensor | None, prompt: list[int], tokenizer: Tokenizer, options: GenerateOptions
 ) -> list[Token]:
-    """The prompt as tokens; its first one has no log-probability, for nothing stands before it."""
+    """The prompt as tokens. The first has no log-probability: nothing predicts it."""
     stream = TextStream(tokenizer, [], ())
     tokens = []
     for i, token_id in enumerate(prompt):
@@ -260,22 +269,22 @@ def _echo(
 
 # --- text ------------------------------------------------------------------------------------------
 
-HELD_TOKENS = (
-    8  # a character has at most four bytes; a model that writes broken ones must not be held for ever
-)
+MAX_PENDING_TOKENS = 8  # a character has at most four bytes; invalid bytes must not be held back forever
 BROKEN = "\ufffd"
 
 
 class TextStream:
-    """Token ids in, text that will not change out. Characters are handed over whole, a stop string and what follows
-    it never, whichever tokens they are spread over."""
+    """Incremental detokenization: token ids in, final text out.
+
+    Characters come out whole even if they span several tokens. A stop string and everything after it never
+    come out."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
-        # Decoding starts a little before the first new token: some tokenizers write a space only between words.
+        # Decoding starts a few tokens early: some tokenizers write a space only between words.
         self.ids = list(prompt_ids[-4:])
         self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
-        self.start, self.done = 0, len(self.ids)  # ids[start:done] are decoded already, and give the context
-        self.held = ""  # whole characters that may be the beginning of a stop string
+        self.start, self.done = 0, len(self.ids)  # ids[start:done] are decoded already and give context
+        self.pending = ""  # whole characters that may be the start of a stop string
         self.stopped = False
 
     def push(self, token_id: int) -> str:
@@ -283,30 +292,32 @@ class TextStream:
         return self._release(self._decode(final=False), final=False)
 
     def finish(self) -> str:
-        """What is still held back, at the end."""
+        """The text that is still pending, at the end."""
         return "" if self.stopped else self._release(self._decode(final=True), final=True)
 
     def _decode(self, final: bool) -> str:
         known = self.tokenizer.decode(self.ids[self.start : self.done]).rstrip(BROKEN)
         text = self.tokenizer.decode(self.ids[self.start :])
-        if text.endswith(BROKEN) and not final and len(self.ids) - self.done < HELD_TOKENS:
+        # an incomplete UTF-8 sequence decodes to U+FFFD: wait for the rest of it
+        if text.endswith(BROKEN) and not final and len(self.ids) - self.done < MAX_PENDING_TOKENS:
             return ""
         self.start, self.done = self.done, len(self.ids)
         return text[len(known) :]
 
     def _release(self, text: str, final: bool) -> str:
-        text = self.held + text
-        found = [at for at in (text.find(s) for s in self.stop) if at >= 0]
-        if found:
-            self.stopped, self.held = True, ""
-            return text[: min(found)]
+        text = self.pending + text
+        stops = [at for at in (text.find(s) for s in self.stop) if at >= 0]
+        if stops:
+            self.stopped, self.pending = True, ""
+            return text[: min(stops)]
+        # hold back the longest suffix that could still become a stop string
         keep = 0 if final else max((_overlap(text, s) for s in self.stop), default=0)
-        self.held = text[len(text) - keep :]
+        self.pending = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
@@ -314,26 +325,26 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="a model folder, `starter`, or a name on the Hub")
+    parser.add_argument(
+        "--model", required=True, help="a model folder, `starter`, or a model name on the Hub"
+    )
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", help="text to continue")
     asked.add_argument("--messages", help='a conversation as JSON: [{"role": "user", "content": …}]')
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the most likely token")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument(
-        "--stop", action="append", default=[], help="end before this text (may be given several times)"
-    )
+    parser.add_argument("--stop", action="append", default=[], help="stop before this text (can be repeated)")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--n", type=int, default=1, help="how many completions")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a completion")
+    parser.add_argument("--n", type=int, default=1, help="number of completions")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per completion")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the text as it is written; several completions one after the other."""
+    """Prints the text while it is generated; several completions one after another."""
     folder = hub.locate(args.model)
     tokenizer, decoder = Tokenizer.load(folder), decoder_for(load_model(folder))
     prompt = prompt_ids(json.loads(args.messages) if args.messages else args.prompt, tokenizer)
@@ -364,7 +375,8 @@ def main(args: argparse.Namespace) -> int:
 
 
 def prompt_ids(prompt: str | list[int] | list[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
-    """The tokens a model reads, put together as training put them together; token ids are taken as they are."""
+    """The token ids of a prompt or conversation, built exactly as in training. Token ids are only
+    validated."""
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt)
         return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
@@ -374,10 +386,10 @@ def prompt_ids(prompt: str | list[int] | list[dict[str, Any]], tokenizer: Tokeni
 
 
 def check_ids(ids: Sequence[Any], vocab_size: int) -> list[int]:
-    """Raises GenerateError unless each is the id of a token."""
+    """The ids as a list. Raises GenerateError unless each is a valid token id."""
     wrong = next((i for i in ids if type(i) is not int or not 0 <= i < vocab_size), None)
     if wrong is not None:
         raise GenerateError(
-            "bad_request", f"{wrong!r} is not the id of a token: this model has the ids 0 to {vocab_size - 1}"
+            "bad_request", f"{wrong!r} is not a token id: this model's ids are 0 to {vocab_size - 1}"
         )
     return list(ids)

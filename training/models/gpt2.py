@@ -1,7 +1,8 @@
-"""GPT-2, all of it, on torch alone: reads and writes Hugging Face's names and files.
+"""GPT-2, all of it, on torch alone. Reads and writes Hugging Face's names and files.
 
-The face every model shows to the loop (training/models/causal_lm.py has the other one):
-`hidden(batch) -> (N, D)` final states at the trained places, `head() -> (V, D)`, `config`, `save(folder)`.
+One of the two implementations of models/interface.py (models/causal_lm.py is the other). The model is that of
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019); nanoGPT's model.py is the short
+version to read beside it. Here a batch is one packed row, so tensors are (T, D) without a batch dimension.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ Param = nn.Parameter
 
 @dataclass
 class GPT2Config:
-    """The shape of a GPT-2. `extra` is the rest of config.json, written back as it was."""
+    """The shape of a GPT-2 under Hugging Face's names. `extra` is the rest of config.json, written back
+    unchanged."""
 
     vocab_size: int = 50257
-    n_positions: int = 1024
-    n_embd: int = 768
+    n_positions: int = 1024  # the context
+    n_embd: int = 768  # D
     n_layer: int = 12
     n_head: int = 12
     n_inner: int | None = None  # None = 4 * n_embd
@@ -61,6 +63,8 @@ class GPT2Config:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a model folder. Raises Failure("base_model") if it is missing, broken or not an
+    object."""
     path = Path(folder) / "config.json"
     try:
         values = json.loads(path.read_text())
@@ -74,18 +78,22 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def is_plain_gpt2(config: dict[str, Any]) -> bool:
-    """Whether this file computes that model; its rarer switches are left to transformers."""
+    """Whether this module implements the model of a config.json. Rarely used options are left to
+    transformers."""
     return (
         config.get("model_type") == "gpt2"
         and config.get("activation_function", "gelu_new") in ("gelu_new", "gelu_pytorch_tanh")
         and config.get("scale_attn_weights", True)
         and config.get("tie_word_embeddings", True)
-        and not any(config.get(k) for k in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"))
-    )  # fmt: skip
+        and not any(
+            config.get(k)
+            for k in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention")
+        )
+    )
 
 
 class Linear(nn.Module):
-    """y = x @ weight + bias, the weight lying (in, out) as in GPT-2's files."""
+    """y = x @ weight + bias. GPT-2's files store the weight as (in, out): transformers calls this Conv1D."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -93,10 +101,13 @@ class Linear(nn.Module):
         self.bias = Param(torch.empty(n_out))
 
     def forward(self, x: Tensor) -> Tensor:  # (T, in) -> (T, out)
-        return kernels.Linear.apply(x, self.weight, self.bias)
+        y: Tensor = kernels.Linear.apply(x, self.weight, self.bias)
+        return y
 
 
 class LayerNorm(nn.Module):
+    """Normalizes each token over its D features, then scales and shifts."""
+
     def __init__(self, D: int, eps: float) -> None:
         super().__init__()
         self.weight = Param(torch.empty(D))
@@ -104,26 +115,31 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # (T, D) -> (T, D)
-        return kernels.LayerNorm.apply(x, self.weight, self.bias, self.eps)
+        y: Tensor = kernels.LayerNorm.apply(x, self.weight, self.bias, self.eps)
+        return y
 
 
 class Attention(nn.Module):
+    """Causal multi-head self-attention. One projection makes queries, keys and values."""
+
     def __init__(self, c: GPT2Config) -> None:
         super().__init__()
         self.c_attn = Linear(c.n_embd, 3 * c.n_embd)
         self.c_proj = Linear(c.n_embd, c.n_embd)
         self.c = c
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:  # (T, D) -> (T, D)
         qkv = self.c_attn(x)  # (T, 3D)
         dropout = self.c.attn_pdrop if self.training else 0.0
-        y = kernels.attention(
-            qkv, batch.bounds, batch.offsets, batch.longest, self.c.n_head, dropout
-        )  # (T, D)
-        return self.c_proj(y)
+        # (T, D)
+        y = kernels.attention(qkv, batch.bounds, batch.offsets, batch.longest, self.c.n_head, dropout)
+        out: Tensor = self.c_proj(y)  # (T, D)
+        return out
 
 
 class MLP(nn.Module):
+    """Two layers with GELU in its tanh form, as GPT-2 was trained with (arXiv 1606.08415)."""
+
     def __init__(self, c: GPT2Config) -> None:
         super().__init__()
         inner = c.n_inner or 4 * c.n_embd
@@ -131,10 +147,13 @@ class MLP(nn.Module):
         self.c_proj = Linear(inner, c.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (T, D) -> (T, 4D) -> (T, D)
+        y: Tensor = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # (T, D) -> (T, 4D) -> (T, D)
+        return y
 
 
 class Block(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
     def __init__(self, c: GPT2Config) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(c.n_embd, c.layer_norm_epsilon)
@@ -143,20 +162,23 @@ class Block(nn.Module):
         self.mlp = MLP(c)
         self.c = c
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:  # (T, D) -> (T, D)
         dropout = self.c.resid_pdrop if self.training else 0.0
         x = x + kernels.dropout(self.attn(self.ln_1(x), batch), dropout)
         return x + kernels.dropout(self.mlp(self.ln_2(x)), dropout)
 
 
 class Embeddings(nn.Module):
+    """A table with one D-dimensional row per token or position; kernels.Embedding looks the rows up."""
+
     def __init__(self, rows: int, D: int) -> None:
         super().__init__()
         self.weight = Param(torch.empty(rows, D))
 
 
 class GPT2(nn.Module):
-    """Language model with tied embeddings. Parameters live under Hugging Face's names (`transformer.h.0.…`)."""
+    """Language model with tied input and output embeddings. Parameters have Hugging Face's names
+    (`transformer.h.0.…`)."""
 
     gradient_checkpointing = False
     lora: dict[str, Any] | None = None  # rank, alpha, dropout, targets, once adapters are there
@@ -183,40 +205,49 @@ class GPT2(nn.Module):
     def add_lora(
         self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
     ) -> None:
-        """Freezes the weights and puts adapters beside them (in place)."""
+        """Freezes the weights and adds adapters, in place; see models/lora.py."""
         self.lora = lora.add(self, rank, alpha, dropout, targets, seed)
 
     def merged_weights(self) -> dict[str, Tensor]:
         """Every weight under its Hugging Face name, adapters folded in."""
         return lora.merged_weights(self)
 
-    def hidden(self, batch: Batch, every: bool = False) -> Tensor:
-        """Final states where the loss is taken, (N, D); of every token, (T, D), if `every`."""
+    def hidden(self, batch: Batch, all_tokens: bool = False) -> Tensor:
+        """Final states of the positions that predict a trained token, (N, D), or of all tokens, (T, D), if
+        `all_tokens`."""
         t: Any = self.transformer
+        # token embedding + learned position embedding; positions restart at 0 in each document
         x = kernels.Embedding.apply(t["wte"].weight, t["wpe"].weight, batch.ids, batch.positions)  # (T, D)
         x = kernels.dropout(x, self.config.embd_pdrop if self.training else 0.0)
         for block in t["h"]:
+            # Gradient checkpointing keeps only the input of each block and computes the rest again in the
+            # backward pass (Chen et al., arXiv 1604.06174).
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, batch, use_reentrant=False)
             else:
                 x = block(x, batch)
-        return t["ln_f"](x if every else x[batch.where])
+        # Only the N positions that the loss needs go through the last norm and the head: prompts cost
+        # neither.
+        states: Tensor = t["ln_f"](x if all_tokens else x[batch.loss_positions])
+        return states
 
     def head(self) -> Tensor:
-        """(V, D); GPT-2 reads and writes tokens with the same matrix."""
+        """(V, D): the token embedding itself; GPT-2 ties the two (Press and Wolf, arXiv 1608.05859)."""
         t: Any = self.transformer
-        return t["wte"].weight
+        weight: Tensor = t["wte"].weight
+        return weight
 
     def save_adapter(self, folder: str | Path, base: str) -> None:
         """Writes the adapter as peft does; `base` names the model it belongs to."""
         assert self.lora is not None
         lora.save_adapter(self, self.lora, folder, base)
 
-    # ---- files ---------------------------------------------------------------------------------------------------
+    # ---- files ---------------------------------------------------------------------------------------------
 
     @staticmethod
     def new(config: GPT2Config, seed: int = 0) -> GPT2:
-        """Fresh weights as GPT-2's authors drew them."""
+        """Random weights with GPT-2's initialization: N(0, 0.02), norms 1, biases 0. The same `seed` gives
+        the same weights."""
         model = GPT2(config)
         rng = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -226,31 +257,34 @@ class GPT2(nn.Module):
                 elif ".ln_" in name:
                     p.fill_(1.0)
                 else:
-                    deep = name.endswith(
-                        "c_proj.weight"
-                    )  # what is added to the residual stream, 2 * n_layer times
+                    # scaled down by sqrt(number of residual additions), two per layer
+                    deep = name.endswith("c_proj.weight")
                     p.normal_(0.0, 0.02 / (math.sqrt(2 * config.n_layer) if deep else 1.0), generator=rng)
         return model
 
     @staticmethod
     def load(folder: str | Path) -> GPT2:
-        """Reads config.json and model.safetensors (or its shards). fp32 on the CPU; raises Failure("base_model").
+        """Reads config.json and model.safetensors (or its shards), fp32 on the CPU. Raises
+        Failure("base_model").
 
-        The weights stay where the file is mapped into memory until somebody writes to them: loading copies nothing."""
+        fp32 weights are memory-mapped: nothing is copied until they are written to."""
         config = GPT2Config.load(folder)
+        # on the meta device parameters have shapes but no memory: they are replaced by the tensors of the
+        # file
         with torch.device("meta"):
             model = GPT2(config)
         weights = _weights(Path(folder))
         for name, p in list(model.named_parameters()):
+            # older files (OpenAI's own upload among them) leave out the prefix "transformer."
             tensor = weights.get(name, weights.get(name.removeprefix("transformer.")))
             if tensor is None or tensor.shape != p.shape:
-                found = (
+                problem = (
                     "is missing"
                     if tensor is None
                     else f"has the shape {tuple(tensor.shape)}, not {tuple(p.shape)}"
                 )
                 raise Failure(
-                    "base_model", f"The model in {folder} does not fit its config.json: {name} {found}."
+                    "base_model", f"The model in {folder} does not fit its config.json: {name} {problem}."
                 )
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, Param(tensor.float()))
@@ -279,7 +313,10 @@ def _weights(folder: Path) -> dict[str, Tensor]:
             weights |= load_file(folder / Path(name).name)
         return weights
     except FileNotFoundError as error:
-        raise Failure("base_model", f"There are no safetensors weights in {folder} ({Path(str(error.filename or '')).name or 'model.safetensors'} is missing).") from None  # fmt: skip
+        raise Failure(
+            "base_model",
+            f"There are no safetensors weights in {folder} ({Path(str(error.filename or '')).name or 'model.safetensors'} is missing).",
+        ) from None
     except SafetensorError as error:
         raise Failure("base_model", f"The weights in {folder} are damaged: {error}") from error
     except Exception as error:  # of the index: anything a JSON file can hold

@@ -1,4 +1,4 @@
-"""What the engine asks of a model. GPT2 (gpt2.py) and CausalLM (causal_lm.py) are the implementations.
+"""What the engine needs from a model. GPT2 (gpt2.py) and CausalLM (causal_lm.py) are the implementations.
 
 Shapes: T tokens of a packed row, N of them trained, D the width of the model, V its vocabulary.
 """
@@ -24,7 +24,7 @@ class LanguageModel(Protocol):
 
     @property
     def context(self) -> int:
-        """The most tokens of one document that it can read."""
+        """The longest document it can read, in tokens."""
         ...
 
     @property
@@ -32,22 +32,27 @@ class LanguageModel(Protocol):
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool) -> None: ...
 
-    def hidden(self, batch: Batch, every: bool = False) -> Tensor:
-        """Final states at the trained places, (N, D), or of every token, (T, D).
+    def hidden(self, batch: Batch, all_tokens: bool = False) -> Tensor:
+        """Final states of the positions that predict a trained token, (N, D), or of all tokens, (T, D), if
+        `all_tokens`.
 
-        Where `head()` is None they are logits already: (N, V) or (T, V)."""
+        If `head()` is None they are logits already: (N, V) or (T, V)."""
         ...
 
     def head(self) -> Tensor | None:
-        """(V, D): logits are states @ head.T. None where the head is no plain product (soft-capped, biased)."""
+        """(V, D): logits are states @ head.T. None if the head is not a plain matrix product (soft-capped,
+        biased)."""
         ...
 
-    def set_dropout(self, p: float) -> None: ...
+    def set_dropout(self, p: float) -> None:
+        """Sets the probability of every dropout in the model."""
+        ...
 
     def add_lora(
         self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
     ) -> None:
-        """Freezes the weights and adds adapters, in place. Raises Failure("bad_settings") for unknown targets."""
+        """Freezes the weights and adds adapters, in place. Raises Failure("bad_settings") for unknown
+        targets."""
         ...
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -55,10 +60,10 @@ class LanguageModel(Protocol):
         ...
 
     def save_adapter(self, folder: str | Path, base: str) -> None:
-        """Writes peft's two files; `base` names the model that the adapter belongs to."""
+        """Writes the two files of a peft adapter. `base` is the folder or Hub name of the base model."""
         ...
 
-    # ---- of torch.nn.Module --------------------------------------------------------------------------------------
+    # ---- from torch.nn.Module ------------------------------------------------------------------------------
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...

@@ -1,4 +1,4 @@
-"""Opening a model folder with the implementation that fits it, and making a decoder for it."""
+"""Loads a model folder with the implementation that supports it, and makes a decoder for a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from training.models.gpt2 import GPT2, is_plain_gpt2, read_config
 
 
 def load_model(folder: str | Path) -> Any:
-    """A model folder behind the face that fits it. Raises Failure("base_model")."""
+    """GPT2 for plain GPT-2 models, CausalLM for all others. Weights are fp32 on the CPU. Raises
+    Failure("base_model")."""
     if is_plain_gpt2(read_config(folder)):
         return GPT2.load(folder)
     from training.models.causal_lm import CausalLM  # late: importing transformers takes seconds
@@ -19,8 +20,8 @@ def load_model(folder: str | Path) -> Any:
 
 
 def decoder_for(model: Any, pack: bool = True) -> Decoder:
-    """A decoder for either implementation of the model face. `pack` copies the weights for speed."""
-    own = getattr(model, "decoder", None)  # CausalLM brings its own, over transformers' cache
+    """A decoder for either implementation of models/interface.py. `pack` copies the weights for speed."""
+    own = getattr(model, "decoder", None)  # CausalLM has its own, based on transformers' cache
     if own is not None:
         decoder: Decoder = own()
         return decoder

@@ -1,7 +1,8 @@
-"""LoRA for our GPT-2: small trained matrices beside frozen ones. Other models get peft's (causal_lm.py).
+"""LoRA for models/gpt2.py: small trained matrices next to frozen ones (Hu et al., arXiv 2106.09685). Other
+models use peft.
 
-y = x @ W + b + (alpha / rank) * (x @ A.T) @ B.T, with A (rank, in) random and B (out, rank) zero, so that training
-begins at the base model. Files and names are peft's, so peft loads what we save.
+y = x @ W + b + (alpha / rank) * (x @ A.T) @ B.T, with A (rank, in) random and B (out, rank) zero, so training
+starts exactly at the base model. Files and parameter names are those of peft, which loads what we save.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from training.models import kernels
-from training.models.kernels import give_product, product
+from training.models.kernels import accumulate_grad_product, affine
 from training.plan.events import Failure
 
 DEFAULT_TARGETS = ("c_attn",)  # peft's for GPT-2
 
 
-class Adapted(nn.Module):
-    """A frozen Linear with its adapter."""
+class LoRALinear(nn.Module):
+    """A frozen Linear and its adapter."""
 
     weight: Tensor
     bias: Tensor
@@ -33,67 +34,77 @@ class Adapted(nn.Module):
         self, linear: nn.Module, rank: int, alpha: float, dropout: float, rng: torch.Generator
     ) -> None:
         super().__init__()
+        # (in, out), (out,)
         self.weight, self.bias = (
             linear.get_parameter("weight"),
             linear.get_parameter("bias"),
-        )  # (in, out), (out,)
+        )
         n_in, n_out = self.weight.shape
-        bound = 1 / math.sqrt(n_in)  # Kaiming's, as peft
+        bound = 1 / math.sqrt(n_in)  # kaiming_uniform_ with a = sqrt(5), peft's default
         self.lora_A = Weight(torch.empty(rank, n_in).uniform_(-bound, bound, generator=rng))
         self.lora_B = Weight(torch.zeros(n_out, rank))
         self.scale, self.dropout = alpha / rank, dropout
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = kernels.dropout(x, self.dropout) if self.training and self.dropout else None
-        return AdaptedLinear.apply(
+        y: Tensor = LoRALinearFunction.apply(
             x, dropped, self.weight, self.bias, self.lora_A.weight, self.lora_B.weight, self.scale
         )
+        return y
 
     def merged(self) -> Tensor:
-        """(in, out): what the layer multiplies with, as one matrix."""
+        """(in, out): the weight with the adapter folded in, W + scale * (B @ A).T."""
         product = self.lora_A.weight.t() @ self.lora_B.weight.t()
         return torch.add(self.weight, product.to(self.weight.dtype), alpha=self.scale).detach()
 
 
 class Weight(nn.Module):
-    """So that the parameter is called `lora_A.weight`, as peft calls it."""
+    """A module with one parameter, so that its name is `lora_A.weight`, as in peft."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(value)
 
 
-class AdaptedLinear(torch.autograd.Function):
-    """x (T, in), dropped (T, in) or None = x, w (in, out), b (out,), A (r, in), B (out, r) -> (T, out)."""
+class LoRALinearFunction(kernels.Function):
+    """x (T, in), dropped (T, in) or None = x, w (in, out), b (out,), A (r, in), B (out, r) -> (T, out).
+
+    One Function instead of three matrix products under autograd: only the adapter's input and z are kept,
+    and the gradients of A and B are added to `main_grad` by the products that compute them."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, dropped: Tensor | None, w: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float
     ) -> Tensor:
-        z = (x if dropped is None else dropped) @ A.t()  # (T, r)
+        z = (x if dropped is None else dropped) @ A.t()  # (T, r), r much smaller than in and out
         ctx.w, ctx.A, ctx.B, ctx.scale, ctx.separate = w, A, B, scale, dropped is not None
         ctx.save_for_backward(x if dropped is None else dropped, z)
-        return product(x, w, b).addmm_(z, B.t(), alpha=scale)
+        return affine(x, w, b).addmm_(z, B.t(), alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (dy,), (x, z), A, B = grads, ctx.saved_tensors, ctx.A, ctx.B
+        # y = x @ W + b + scale * z @ B.T and z = x @ A.T, so dz = scale * dy @ B,
         dz = (dy @ B).mul_(ctx.scale)  # (T, r)
-        dA, dB = give_product(A, dz.t(), x), give_product(B, dy.t(), z, ctx.scale)
+        # dA = dz.T @ x, (r, in), and dB = scale * dy.T @ z, (out, r)
+        dA, dB = accumulate_grad_product(A, dz.t(), x), accumulate_grad_product(B, dy.t(), z, ctx.scale)
         dx = dropped = None
+        # with dropout the frozen product and the adapter have different inputs, so each gets a gradient of
+        # its own
         if ctx.separate:
-            dx, dropped = product(dy, ctx.w.t()), dz @ A
+            dx, dropped = affine(dy, ctx.w.t()), dz @ A
         elif ctx.needs_input_grad[0]:
-            dx = product(dy, ctx.w.t()).addmm_(dz, A)
+            dx = affine(dy, ctx.w.t()).addmm_(dz, A)
         return dx, dropped, None, None, dA, dB, None
 
 
 def add(
     model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
 ) -> dict[str, Any]:
-    """Freezes the model and puts adapters beside the linear layers whose name ends in one of `targets`.
+    """Freezes the model and adds adapters to the linear layers whose name ends in one of `targets`, in place.
 
-    Returns what was done: {"rank", "alpha", "dropout", "targets"}."""
+    Returns {"rank", "alpha", "dropout", "targets"}. Raises Failure("bad_settings") if no layer has such a
+    name."""
     wanted = tuple(targets or DEFAULT_TARGETS)
     for p in model.parameters():
         p.requires_grad_(False)
@@ -101,13 +112,13 @@ def add(
     if not linear:
         raise Failure(
             "bad_settings",
-            f"lora_targets: no layer is called {', '.join(wanted)}.",
+            f"lora_targets: no layer is named {', '.join(wanted)}.",
             "Use c_attn, attn.c_proj, c_fc, mlp.c_proj or c_proj.",
         )
     rng = torch.Generator().manual_seed(seed)
     for name, module in linear:
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, Adapted(module, rank, alpha, dropout, rng))
+        setattr(model.get_submodule(parent), attribute, LoRALinear(module, rank, alpha, dropout, rng))
     return {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": sorted(wanted)}
 
 
@@ -120,19 +131,22 @@ def _matches(name: str, wanted: Sequence[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in wanted)
 
 
-def adapted(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapted))
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """(name, layer) of every layer with an adapter."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every weight under its Hugging Face name, adapters folded in; only what has an adapter is copied."""
-    folded = {f"{name}.weight": module.merged() for name, module in adapted(model)}
+    """All weights under their Hugging Face names, adapters folded in. Only weights with an adapter are
+    copied."""
+    folded = {f"{name}.weight": module.merged() for name, module in lora_layers(model)}
     plain = {name: p.detach() for name, p in model.named_parameters() if ".lora_" not in name}
     return plain | folded
 
 
 def save_adapter(model: nn.Module, lora: dict[str, Any], folder: str | Path, base: str) -> None:
-    """adapter_config.json and adapter_model.safetensors, for `peft.PeftModel.from_pretrained(base_model, folder)`."""
+    """adapter_config.json and adapter_model.safetensors, for `peft.PeftModel.from_pretrained(base_model,
+    folder)`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {
         f"base_model.model.{name}": p.detach().to("cpu", torch.float32).contiguous()
@@ -148,7 +162,7 @@ def save_adapter(model: nn.Module, lora: dict[str, Any], folder: str | Path, bas
         "lora_alpha": lora["alpha"],
         "lora_dropout": lora["dropout"],
         "target_modules": lora["targets"],
-        "fan_in_fan_out": True,
+        "fan_in_fan_out": True,  # GPT-2 stores its weights as (in, out)
         "bias": "none",
         "inference_mode": True,
     }

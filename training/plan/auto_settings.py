@@ -1,4 +1,4 @@
-"""Values for settings left on automatic, each with its reason in a sentence a person can check."""
+"""Values for automatic settings, each with a reason that users can check."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.plan.config import Settings
 
 GPT2_SIZE = 124e6  # parameters of the model the rules were made for
 
-# Named starting points; a person's own values go over them.
+# Named starting points. The user's own values override them.
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"epochs": 1.0},
     "balanced": {},
@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def resolve(
     settings: Settings, summary: Summary, base: BaseModel, machine: Machine
 ) -> tuple[Settings, dict[str, str]]:
-    """Fill every field that is None. Reasons name each field filled here, and only those."""
+    """Fills every field that is None. Returns the settings and a reason for each field filled here."""
     values: dict[str, Any] = {}
     reasons: dict[str, str] = {}
 
@@ -48,7 +48,7 @@ def _length(summary: Summary, base: BaseModel) -> tuple[int, str]:
     if summary.longest > base.context:
         return (
             base.context,
-            f"{base.context}, all the context {base.name or base.id} has; longer examples are cut",
+            f"{base.context}, the full context of {base.name or base.id}; longer examples are cut",
         )
     length = min(base.context, max(32, -(-summary.longest // 16) * 16))
     return length, f"{length}, because the longest example has {summary.longest} tokens"
@@ -57,9 +57,9 @@ def _length(summary: Summary, base: BaseModel) -> tuple[int, str]:
 def _held_out(summary: Summary) -> tuple[float, str]:
     n = summary.examples
     if n < 40:
-        return 0.0, f"none, because {n} examples are too few to give any away"
+        return 0.0, f"none, because {n} examples are too few to hold any out"
     fraction = round(min(0.1, 200 / n), 4)
-    return fraction, f"{fraction:.1%} of {n} examples, to see whether it learns or only memorises"
+    return fraction, f"{fraction:.1%} of {n} examples, to tell learning from memorizing"
 
 
 def _batch(summary: Summary) -> tuple[int, str]:
@@ -69,28 +69,29 @@ def _batch(summary: Summary) -> tuple[int, str]:
 
 
 def _epochs(summary: Summary, base: BaseModel) -> tuple[float, str]:
-    """OpenAI's cookbook: three, more where examples are few, fewer where they are many. Models far smaller than GPT-2
-    need up to twice the passes: the starter solves its sample task after five epochs and not after three."""
+    """Three, as in OpenAI's cookbook; more for few examples, fewer for many. Models far smaller than GPT-2
+    need up to twice as many: the starter solves its sample task after five epochs, not after three."""
     n = max(1, summary.examples)
     epochs, why = 3, f"{n:,} examples"
     if 3 * n < 100:
-        epochs, why = min(25, 100 // n), f"{n} examples are few (under 34)"
+        epochs, why = min(25, 100 // n), f"{n} examples are few (fewer than 34)"
     elif 3 * n > 25_000:
         epochs, why = max(1, 25_000 // n), f"{n:,} examples are many"
     factor = min(2.0, max(1.0, (GPT2_SIZE / max(1, base.parameters)) ** 0.25))
     more = round(epochs * factor) if 3 * n <= 25_000 else epochs
     if more > epochs:
-        why += f", and {_millions(base)} are few: small models need more passes"
+        why += f", and a model with {_millions(base)} is small: small models need more epochs"
     return float(min(more, 50)), f"{min(more, 50)}, because {why}"
 
 
 def learning_rate(adapter: str, base: BaseModel) -> tuple[float, str]:
-    """Smaller models bear larger steps; adapters bear ten times what full weights do."""
+    """Smaller models tolerate larger steps, and adapters ten times larger ones than full fine-tuning (as
+    found by "LoRA Without Regret", Thinking Machines, 2025)."""
     rate = 1e-4 * (GPT2_SIZE / max(1, base.parameters)) ** 0.5
     if adapter == "lora":
         rate *= 10
     rate = float(f"{min(rate, 3e-3):.1e}")
-    return rate, f"{rate:g}, for {_millions(base)}" + (" by LoRA" if adapter == "lora" else "")
+    return rate, f"{rate:g}, for {_millions(base)}" + (" with LoRA" if adapter == "lora" else "")
 
 
 def _millions(base: BaseModel) -> str:
@@ -98,13 +99,13 @@ def _millions(base: BaseModel) -> str:
 
 
 def _dropout(summary: Summary, base: BaseModel) -> tuple[float, str]:
-    return 0.0, "0, because fine-tuning is short and held-out examples watch over it"
+    return 0.0, "0, because fine-tuning is short and held-out examples show overfitting"
 
 
 def _micro(
     settings: Settings, summary: Summary, base: BaseModel, machine: Machine, length: int, batch: int
 ) -> tuple[int, str]:
-    """As many tokens at once as half the memory holds, within what a step needs."""
+    """As many tokens at once as fit in half the memory, but no more than a step has."""
     checkpointing = settings.gradient_checkpointing
     tokens = 1 << 15 if machine.device == "cuda" else 4096
     while (
@@ -113,4 +114,4 @@ def _micro(
     ):
         tokens //= 2
     tokens = max(length, min(tokens, settings.batch_tokens or batch * length))
-    return tokens, f"{tokens} tokens at once, within the memory of this machine"
+    return tokens, f"{tokens} tokens at once, which fits this machine's memory"

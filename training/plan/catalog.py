@@ -1,4 +1,4 @@
-"""Base models a person can choose, what each needs, and whether it fits the machine at hand. Imports no torch."""
+"""Base models to choose from, the memory each needs, and whether it fits on a machine. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLE_FOLDER = Path(__file__).parent.parent / "starter" / "sample"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What a person needs to know of a base model before choosing it. Sizes in bytes."""
+    """What users need to know about a base model before choosing it. Sizes in bytes."""
 
     id: str
     name: str
@@ -39,33 +39,33 @@ class BaseModel:
     download: int = 0
     about: str = ""
     architecture: str = "gpt2"
-    folder: str = ""  # where it lies on this machine; empty = comes from the Hub
+    folder: str = ""  # on this machine; empty = downloaded from the Hub
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @property
     def source(self) -> str:
-        """What `base` in a run file is: a folder, or an id of the Hub."""
+        """The `base` of a run file: a folder, or a model name on the Hub."""
         return self.folder or self.id
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a worker computes on. `memory` in bytes: the GPU's own, or the machine's where there is none."""
+    """The hardware of a worker. `memory` in bytes: of the GPU, or of the machine if there is none."""
 
     device: str = "cpu"  # cpu | cuda
     name: str = "processor"
     memory: int = 8 << 30
     cores: int = 1
     count: int = 1
-    bf16: bool = False  # has units for it
-    rate: float = 0.0  # operations a second of a bare matrix product on all cores; 0 = not measured
+    bf16: bool = False  # has bf16 units
+    rate: float = 0.0  # operations per second of a plain matrix product on all cores; 0 = not measured
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether a base model can be trained on a machine, and the sentence that says so."""
+    """Whether a base model can be trained on a machine, and why."""
 
     fits: bool
     needs: int  # bytes
@@ -87,7 +87,7 @@ def _gpt2(
         licence="MIT",
         languages="English",
         download=download,
-        about="OpenAI's GPT-2, trained on web pages. Downloaded from the Hugging Face Hub when first used.",
+        about="OpenAI's GPT-2, trained on web pages. Downloaded from the Hugging Face Hub on first use.",
     )
 
 
@@ -101,24 +101,24 @@ GPT2_FAMILY: tuple[BaseModel, ...] = (
 
 
 def base_models() -> list[BaseModel]:
-    """The catalogue, the smallest first."""
+    """The catalog, smallest model first."""
     return [starter(), *GPT2_FAMILY]
 
 
 def starter() -> BaseModel:
-    """The model that comes with the program; works without any network."""
-    found = describe(STARTER_FOLDER, id=STARTER)
+    """The bundled model, which needs no network."""
+    model = describe(STARTER_FOLDER, id=STARTER)
     return replace(
-        found,
+        model,
         name="Starter",
         licence="Apache-2.0 (text: WordNet License)",
         languages="English",
-        about="A tiny GPT-2 that comes with the studio, trained from scratch on dictionary English. For first steps, not for wisdom.",
+        about="A tiny GPT-2 included with LLM Tuner, trained from scratch on dictionary English. Good for first experiments, not for real answers.",
     )
 
 
 def find(id: str) -> BaseModel | None:
-    """A model of the catalogue by its id; None for any other Hub id or folder (see `describe`)."""
+    """A model of the catalog by its id; None for any other Hub name or folder (see `describe`)."""
     aliases = {"openai-community/gpt2": "gpt2", "distilbert/distilgpt2": "distilgpt2"} | {
         f"openai-community/{m.id}": m.id for m in GPT2_FAMILY if m.id.startswith("gpt2")
     }
@@ -130,24 +130,25 @@ def find(id: str) -> BaseModel | None:
 
 @lru_cache(maxsize=64)
 def _described(folder: str, stamp: int) -> BaseModel:
-    return of_config(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")), folder=folder)
+    return from_config(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")), folder=folder)
 
 
 def describe(folder: str | Path, id: str = "") -> BaseModel:
-    """What a folder of Hugging Face files holds, from its config.json. Raises OSError or ValueError."""
+    """The model in a folder of Hugging Face files, by its config.json. Raises OSError or ValueError."""
     folder = Path(folder).absolute()
-    found = _described(str(folder), (folder / "config.json").stat().st_mtime_ns)
+    model = _described(str(folder), (folder / "config.json").stat().st_mtime_ns)
     size = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
-    return replace(found, id=id or folder.name, name=found.name or folder.name, download=size)
+    return replace(model, id=id or folder.name, name=model.name or folder.name, download=size)
 
 
-def of_config(config: Mapping[str, Any], *, id: str = "", folder: str = "") -> BaseModel:
-    """What a Hugging Face config.json says; the names differ between architectures."""
+def from_config(config: Mapping[str, Any], *, id: str = "", folder: str = "") -> BaseModel:
+    """The model of a Hugging Face config.json, whose names differ between architectures. Raises
+    ValueError."""
 
     def first(*names: str, default: int = 0) -> int:
-        # A number that no model has counts as absent: a stranger's file must not overflow what is computed from it.
-        found = (config.get(name) for name in names)
-        return next((n for n in found if isinstance(n, int) and 0 < n < 10**9), default)
+        # Impossible numbers count as absent: an untrusted file must not overflow what is computed from it.
+        values = (config.get(name) for name in names)
+        return next((n for n in values if isinstance(n, int) and 0 < n < 10**9), default)
 
     width, layers = (
         first("n_embd", "hidden_size", "d_model"),
@@ -159,13 +160,12 @@ def of_config(config: Mapping[str, Any], *, id: str = "", folder: str = "") -> B
     context = first("n_positions", "n_ctx", "max_position_embeddings", default=1024)
     if not (width and layers and vocab):
         raise ValueError(
-            "config.json names no layers, width or vocabulary; this is no language model we can read"
+            "config.json does not give the number of layers, the width or the vocabulary size, so this is not a supported language model"
         )
     kind = str(config.get("model_type", "gpt2"))
     if kind == "gpt2":
-        each = (
-            4 * width * width + 2 * width * inner + 9 * width + inner
-        )  # attention, MLP, biases and two norms
+        # attention, MLP, biases and two norms
+        each = 4 * width * width + 2 * width * inner + 9 * width + inner
         parameters = vocab * width + context * width + layers * each + 2 * width
     else:
         shared = first("num_key_value_heads", default=heads) / heads
@@ -185,17 +185,18 @@ def of_config(config: Mapping[str, Any], *, id: str = "", folder: str = "") -> B
 def training_memory(
     base: BaseModel, adapter: str = "none", tokens: int = 2048, checkpointing: bool = False
 ) -> int:
-    """Peak bytes of training: weights and optimizer, and what is kept of `tokens` tokens computed at once.
+    """Peak bytes of training: weights, optimizer, and activations of `tokens` tokens computed at once.
 
-    Full: weight, gradient and AdamW's two means, 4 bytes each. LoRA: the frozen weight, and its adapters apart."""
+    Full fine-tuning: weight, gradient and AdamW's two moments, 4 bytes each. LoRA: the frozen weights plus
+    its adapters."""
     trained = base.parameters if adapter == "none" else lora_parameters(base, 8)
     state = 4 * base.parameters + 12 * trained
-    own = 300 << 20  # what Python and torch take themselves
+    own = 300 << 20  # of Python and torch themselves
     return int(state + activation_memory(base, tokens, checkpointing) + own)
 
 
 def activation_memory(base: BaseModel, tokens: int, checkpointing: bool = False) -> int:
-    """Bytes kept of `tokens` tokens for the backward pass, and the logits that exist at once."""
+    """Bytes kept for the backward pass of `tokens` tokens, and the logits that are in memory at once."""
     per_layer = 2 * base.width if checkpointing else 17 * base.width  # floats
     return 4 * tokens * (base.layers * per_layer + 8 * base.width) + 4 * min(tokens, 1024) * base.vocab * 2
 
@@ -206,7 +207,7 @@ def lora_parameters(base: BaseModel, rank: int) -> int:
 
 
 def fits(base: BaseModel, machine: Machine, adapter: str = "none", tokens: int = 2048) -> Fit:
-    """Whether it can be trained there, with nine tenths of the memory."""
+    """Whether a model can be trained on a machine, using at most 90% of its memory."""
     needs = training_memory(base, adapter, tokens)
     have = machine.memory * 9 // 10
     if needs <= have:
@@ -221,17 +222,15 @@ def gib(size: float) -> str:
 
 @lru_cache(maxsize=1)
 def this_machine() -> Machine:
-    """What this process could train on, found without torch."""
+    """The hardware of this machine, detected without torch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return _gpu(cores) or Machine(
-        "cpu", f"{cores} cores", _cgroup_limit(memory), cores, bf16=processor_knows_bf16()
-    )
+    return _gpu(cores) or Machine("cpu", f"{cores} cores", _cgroup_limit(memory), cores, bf16=cpu_has_bf16())
 
 
-def measured(machine: Machine) -> Machine:
-    """With the rate of a bare matrix product, of the shape of a GPT-2 block, on its processor (a fifth of a second). Without
-    torch a graphics card cannot be measured."""
+def measure(machine: Machine) -> Machine:
+    """The machine with the measured rate of a plain matrix product with the shape of a GPT-2 block, on its
+    CPU. Takes a fifth of a second. GPUs cannot be measured without torch."""
     if machine.device != "cpu":
         return machine
     a, b = np.ones((512, 768), np.float32), np.ones((768, 3072), np.float32)
@@ -243,9 +242,9 @@ def measured(machine: Machine) -> Machine:
     return replace(machine, rate=2.0 * 512 * 768 * 3072 / best)
 
 
-def processor_knows_bf16() -> bool:
-    """Whether it has units for bf16 (Linux tells): matrix products are twice as fast as in fp32 then, without them sixty times
-    slower (measured)."""
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has bf16 units, according to Linux. With them, matrix products are twice as fast as
+    in fp32; without, sixty times slower (measured)."""
     try:
         known = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -254,7 +253,7 @@ def processor_knows_bf16() -> bool:
 
 
 def _cgroup_limit(memory: int) -> int:
-    """A container may have less than the machine."""
+    """The memory limit of the container, if that is less than the machine's memory."""
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
     except OSError:
@@ -267,7 +266,7 @@ def _gpu(cores: int) -> Machine | None:
     if tool is None:
         return None
     try:
-        found = subprocess.run(
+        output = subprocess.run(
             [tool, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
@@ -276,7 +275,7 @@ def _gpu(cores: int) -> Machine | None:
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    lines = [line.split(", ") for line in found.splitlines() if line.count(", ") == 2]
+    lines = [line.split(", ") for line in output.splitlines() if line.count(", ") == 2]
     if not lines:
         return None
     name, memory, capability = lines[0]

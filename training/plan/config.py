@@ -1,7 +1,8 @@
 """The hyperparameters and the run file. One class, Settings, drives the form, the API and the command line.
 
-Imports no torch: pages validate with it. A field left out, None or "auto" takes its default; where the default is
-None the value is found by `training.plan.auto_settings.resolve` from the data, the base model and the machine.
+Imports no torch: pages validate with it. A field that is missing, None or "auto" takes its default. If the
+default is None, `training.plan.auto_settings.resolve` chooses the value from the data, the base model and the
+machine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any, Literal
 
 
 class ConfigError(Exception):
-    """A setting that cannot be used; `field` names it ("" = the file as a whole), the message says what to change."""
+    """A setting that cannot be used. `field` names it ("" = the whole file); the message says what to
+    change."""
 
     def __init__(self, field: str, message: str) -> None:
         self.field = field
@@ -50,7 +52,8 @@ def setting(
     choices: tuple[str, ...] = (),
     group: Literal["basic", "advanced"] = "advanced",
 ) -> Any:
-    """A field of Settings together with everything the form, the API and the command line know of it."""
+    """A field of Settings with everything that the form, the API and the command line need to know about
+    it."""
     spec = Field(default, kind, help, label, minimum, maximum, choices, group)
     return field(default=default, metadata={"spec": spec})
 
@@ -62,23 +65,28 @@ class Settings:
     objective: str = setting(
         "supervised",
         "choice",
-        "What the run optimizes: the answers in the examples.",
+        "What training optimizes. Supervised: the likelihood of the answers in the examples.",
         "Objective",
         choices=("supervised",),
     )
     adapter: str = setting(
         "none",
         "choice",
-        "Full fine-tuning changes every weight. LoRA trains small adapters beside the frozen weights: less memory.",
+        "Full fine-tuning updates every weight. LoRA trains small adapters next to frozen weights and needs less memory.",
         "Adapter",
         choices=("none", "lora"),
         group="basic",
     )
     epochs: float | None = setting(
-        None, "float", "How often each example is seen.", "Epochs", 0.01, 1000, group="basic"
+        None, "float", "How many times each example is seen.", "Epochs", 0.01, 1000, group="basic"
     )
     max_steps: int | None = setting(
-        None, "int", "Stop after so many optimizer steps instead.", "Steps", 1, 10_000_000
+        None,
+        "int",
+        "Stop after this many optimizer steps instead of a number of epochs.",
+        "Steps",
+        1,
+        10_000_000,
     )
     batch_size: int | None = setting(
         None, "int", "Examples per optimizer step.", "Batch size", 1, 65_536, group="basic"
@@ -86,16 +94,16 @@ class Settings:
     batch_tokens: int | None = setting(
         None,
         "int",
-        "Fill each step with so many tokens instead of a number of examples.",
-        "Batch in tokens",
+        "Fill each step with this many tokens instead of a number of examples.",
+        "Batch size in tokens",
         16,
         16_777_216,
     )
     micro_batch_tokens: int | None = setting(
         None,
         "int",
-        "Tokens computed at once; a step is the sum of such parts. Saves memory, changes nothing else.",
-        "Micro-batch in tokens",
+        "Tokens processed at once. The gradients of a step are accumulated over micro-batches, so this changes memory use, not results.",
+        "Micro-batch size in tokens",
         16,
         16_777_216,
     )
@@ -105,48 +113,67 @@ class Settings:
     schedule: str = setting(
         "linear",
         "choice",
-        "How the learning rate falls: to zero in a line, along a cosine, not at all, or level and then down at the end (wsd).",
+        "How the learning rate decays after warmup: linearly to zero, along a cosine, not at all, or only at the end (wsd: warmup, stable, decay).",
         "Schedule",
         choices=("linear", "cosine", "constant", "wsd"),
     )
     warmup: float = setting(
         0.05,
         "float",
-        "Learning rate rises over this share of the steps (0–0.5), or over so many steps (1 and more).",
-        "Warm-up",
+        "The learning rate rises over this fraction of the steps (0–0.5), or over this many steps (1 or more).",
+        "Warmup",
         0,
         1_000_000,
     )
     weight_decay: float = setting(
-        0.01, "float", "Pulls weights to zero; not applied to biases and norms.", "Weight decay", 0, 1
+        0.01, "float", "Pulls weights toward zero. Not applied to biases and norms.", "Weight decay", 0, 1
     )
     clip_norm: float = setting(
-        1.0, "float", "Longest gradient allowed; 0 = no clipping.", "Clip gradients at", 0, 1e6
+        1.0, "float", "Largest gradient norm allowed; 0 = no clipping.", "Gradient clipping norm", 0, 1e6
     )
-    beta1: float = setting(0.9, "float", "Memory of AdamW's mean of gradients.", "Beta 1", 0, 0.9999)
-    beta2: float = setting(0.999, "float", "Memory of AdamW's mean of squares.", "Beta 2", 0, 0.999999)
+    beta1: float = setting(0.9, "float", "AdamW's decay rate for the mean of gradients.", "Beta 1", 0, 0.9999)
+    beta2: float = setting(
+        0.999, "float", "AdamW's decay rate for the mean of squared gradients.", "Beta 2", 0, 0.999999
+    )
     eps: float = setting(1e-8, "float", "Keeps AdamW from dividing by zero.", "Epsilon", 1e-15, 1e-2)
     dropout: float | None = setting(
-        None, "float", "Share of activations dropped while training, against overfitting.", "Dropout", 0, 0.9
+        None,
+        "float",
+        "Fraction of activations dropped during training to reduce overfitting.",
+        "Dropout",
+        0,
+        0.9,
     )
     sequence_length: int | None = setting(
-        None, "int", "Longest example in tokens; longer ones are cut.", "Sequence length", 8, 1_048_576
+        None,
+        "int",
+        "Maximum length of an example in tokens. Longer examples are cut.",
+        "Sequence length",
+        8,
+        1_048_576,
     )
-    lora_rank: int = setting(8, "int", "Width of the adapters.", "LoRA rank", 1, 1024)
+    lora_rank: int = setting(8, "int", "Rank of the adapter matrices.", "LoRA rank", 1, 1024)
     lora_alpha: float = setting(
-        16.0, "float", "Strength of the adapters: they count alpha / rank.", "LoRA alpha", 0.01, 4096
+        16.0,
+        "float",
+        "Strength of the adapters: their output is scaled by alpha / rank.",
+        "LoRA alpha",
+        0.01,
+        4096,
     )
-    lora_dropout: float = setting(0.0, "float", "Dropout before the adapters.", "LoRA dropout", 0, 0.9)
+    lora_dropout: float = setting(
+        0.0, "float", "Dropout on the input of the adapters.", "LoRA dropout", 0, 0.9
+    )
     lora_targets: tuple[str, ...] | None = setting(
         None,
         "list",
-        "Names of the layers that get adapters; automatic = the attention projections.",
+        "Names of the layers that get adapters. Automatic: the attention projections.",
         "LoRA targets",
     )
     gradient_checkpointing: bool = setting(
         False,
         "bool",
-        "Compute activations twice to hold fewer of them: about a third slower, far less memory.",
+        "Recompute activations in the backward pass instead of keeping them: about a third slower, far less memory.",
         "Gradient checkpointing",
     )
     eval_every: int = setting(
@@ -155,7 +182,7 @@ class Settings:
     early_stopping_patience: int = setting(
         0,
         "int",
-        "Stop after so many evaluations without a better loss; 0 = never.",
+        "Stop after this many evaluations in a row without a better held-out loss; 0 = never.",
         "Early stopping",
         0,
         1000,
@@ -163,60 +190,79 @@ class Settings:
     keep_best: bool = setting(
         True,
         "bool",
-        "Keep the weights with the lowest held-out loss instead of the last ones.",
-        "Keep the best",
+        "Keep the weights with the lowest held-out loss instead of the final weights.",
+        "Keep the best weights",
     )
     checkpoint_every_s: float = setting(
-        300.0, "float", "Seconds between checkpoints; 0 = not by time.", "Checkpoint every (s)", 0, 86_400
+        300.0,
+        "float",
+        "Seconds between checkpoints; 0 = no checkpoints by time.",
+        "Checkpoint every (s)",
+        0,
+        86_400,
     )
     checkpoint_every_steps: int = setting(
-        0, "int", "Steps between checkpoints; 0 = not by steps.", "Checkpoint every (steps)", 0, 10_000_000
+        0,
+        "int",
+        "Steps between checkpoints; 0 = no checkpoints by steps.",
+        "Checkpoint every (steps)",
+        0,
+        10_000_000,
     )
     sample_every: int = setting(
         0, "int", "Steps between sample answers; 0 = at each evaluation.", "Sample every", 0, 10_000_000
     )
-    seed: int = setting(0, "int", "Decides the order of examples and all randomness.", "Seed", 0, 2**31 - 1)
+    seed: int = setting(
+        0, "int", "Determines the order of examples and everything random.", "Seed", 0, 2**31 - 1
+    )
     precision: str = setting(
         "auto",
         "choice",
-        "Numbers to compute with; automatic = bf16 on GPUs that have it, else fp32. On a processor with bf16 units bf16 makes GPT-2 1.4 times as fast, and small models slower.",
+        "Number format to compute in. Automatic: bf16 on GPUs that support it, otherwise fp32. On CPUs with bf16 units, bf16 makes GPT-2 1.4 times as fast and small models slower.",
         "Precision",
         choices=("auto", "fp32", "bf16"),
     )
     deterministic: bool = setting(
         False,
         "bool",
-        "Refuse every operation that could give other bits on the same machine. Processors: always so; GPUs: slower.",
+        "Use only operations that give identical results on the same machine. CPUs always do. On a GPU this is slower.",
         "Deterministic",
     )
     shard: bool = setting(
         False,
         "bool",
-        "Spread the weights over all processes of a run (FSDP2). Done by itself where the model does not fit into one; alone it changes nothing.",
-        "Spread the model",
+        "Shard the weights over all processes of a run (FSDP2). On automatically when the model does not fit into one process. Has no effect with a single process.",
+        "Shard the model",
     )
     validation_fraction: float | None = setting(
         None,
         "float",
-        "Share of the examples held out to evaluate on, where no validation file is given.",
+        "Fraction of the examples held out for evaluation when there is no validation file.",
         "Held out",
         0,
         0.5,
     )
-    train_on: str = setting("completion", "choice", "Learn the answers only, or the prompts too.", "Learn", choices=("completion", "all"), group="basic")  # fmt: skip
+    train_on: str = setting(
+        "completion",
+        "choice",
+        "Compute the loss on the answers only, or on the prompts too.",
+        "Train on",
+        choices=("completion", "all"),
+        group="basic",
+    )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `parse` takes them back."""
+        """Plain JSON values; `parse` reads them."""
         values = asdict(self)
         if self.lora_targets is not None:
             values["lora_targets"] = list(self.lora_targets)
         return values
 
     def stored(self) -> dict[str, Any]:
-        """As rows, events and checkpoints hold them: `parse` takes these back too.
+        """As stored in rows, events and checkpoints; `parse` reads these too.
 
-        The adapter is stored as `method`, its name in the first release, and the only objective of that release is
-        left out, so that programs of that release read what this one writes."""
+        The adapter is stored as `method`, its name in the first release, and the only objective of that
+        release is left out, so that programs of that release can read it."""
         return stored_names(self.as_dict())
 
 
@@ -225,14 +271,14 @@ FIELDS: dict[str, Field] = {f.name: f.metadata["spec"] for f in fields(Settings)
 _METHODS = {"none": "full", "lora": "lora"}  # adapter -> its stored name
 
 
-# The version of the settings' schema: raised whenever a setting is added or a default changes. Jobs and checkpoints
-# keep the version they were made under.
+# The version of the settings' schema, incremented whenever a setting is added or a default changes. Jobs and
+# checkpoints keep the version they were made with.
 SCHEMA = 1
 
-# name -> (the schema that brought the present default, the default before it)
+# name -> (the schema that introduced the current default, the default before it)
 FORMER_DEFAULTS: dict[str, tuple[int, Any]] = {}
 
-# name -> the schema that brought the setting; those that are not listed came with the first
+# name -> the schema that added the setting; settings not listed are in the first
 ADDED: dict[str, int] = {}
 
 
@@ -244,12 +290,12 @@ def _default(name: str, schema: int) -> Any:
 def parse(values: Mapping[str, Any], schema: int | None = None) -> Settings:
     """Settings from a form, the API or a file. Raises ConfigError with the field and what to change.
 
-    `schema` is the version they were submitted under: what was left out then takes the default of then."""
+    `schema` is the version they were submitted with: missing fields take the defaults of that version."""
     values = current_names(values)
     unknown = sorted(set(values) - set(FIELDS))
     if unknown:
         raise ConfigError(
-            unknown[0], f"There is no setting of this name. The settings are: {', '.join(FIELDS)}."
+            unknown[0], f"There is no setting with this name. The settings are: {', '.join(FIELDS)}."
         )
     settings = Settings(**{name: _value(name, values.get(name), schema or SCHEMA) for name in FIELDS})
     _check_together(settings)
@@ -257,7 +303,7 @@ def parse(values: Mapping[str, Any], schema: int | None = None) -> Settings:
 
 
 def stored_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Some settings under the names that rows hold them by: the adapter as `method`. See Settings.stored."""
+    """Some settings under their stored names: the adapter as `method`. See Settings.stored."""
     stored = current_names(values)
     if stored.get("adapter") in _METHODS:
         stored["method"] = _METHODS[stored.pop("adapter")]
@@ -267,9 +313,9 @@ def stored_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Some settings under the names of FIELDS: `method` was the name of `adapter` in the first release.
+    """Some settings under the names of FIELDS: `adapter` was called `method` in the first release.
 
-    Raises ConfigError where both are given and differ."""
+    Raises ConfigError if both are given and differ."""
     renamed = dict(values)
     method = renamed.pop("method", None)
     if method in (None, "", "auto"):
@@ -279,7 +325,8 @@ def current_names(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("method", f"Choose one of {', '.join(adapters)}.")
     if renamed.get("adapter") not in (None, "", "auto", adapters[method]):
         raise ConfigError(
-            "method", "`method` is the former name of `adapter`, and the two differ: give one of them."
+            "method",
+            "`method` is the former name of `adapter`, and the two values differ. Give only one of them.",
         )
     return renamed | {"adapter": adapters[method]}
 
@@ -314,13 +361,13 @@ def _boolean(name: str, raw: Any) -> bool:
         return raw
     if str(raw).strip().lower() in words:
         return words[str(raw).strip().lower()]
-    raise ConfigError(name, "Say true or false.")
+    raise ConfigError(name, "Enter true or false.")
 
 
 def _names(name: str, raw: Any) -> tuple[str, ...]:
     parts = raw.split(",") if isinstance(raw, str) else raw
     if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
-        raise ConfigError(name, "Give a list of layer names.")
+        raise ConfigError(name, "Enter a list of layer names.")
     return tuple(part.strip() for part in parts if part.strip()) or FIELDS[name].default
 
 
@@ -328,11 +375,11 @@ def _number(name: str, spec: Field, raw: Any) -> int | float:
     try:
         number = float(raw)
     except (TypeError, ValueError, OverflowError):
-        raise ConfigError(name, "Give a number.") from None
+        raise ConfigError(name, "Enter a number.") from None
     if isinstance(raw, bool) or not math.isfinite(number):
-        raise ConfigError(name, "Give a number.")
+        raise ConfigError(name, "Enter a number.")
     if spec.kind == "int" and number != int(number):
-        raise ConfigError(name, "Give a whole number.")
+        raise ConfigError(name, "Enter a whole number.")
     if spec.minimum is not None and number < spec.minimum:
         raise ConfigError(name, f"Must be at least {spec.minimum:g}.")
     if spec.maximum is not None and number > spec.maximum:
@@ -344,41 +391,46 @@ def _check_together(s: Settings) -> None:
     if s.batch_size is not None and s.batch_tokens is not None:
         raise ConfigError(
             "batch_tokens",
-            "Give the batch in examples or in tokens, not both: clear batch_size or batch_tokens.",
+            "Set the batch size in examples or in tokens, not both: clear batch_size or batch_tokens.",
         )
     if s.batch_tokens and s.micro_batch_tokens and s.micro_batch_tokens > s.batch_tokens:
         raise ConfigError(
-            "micro_batch_tokens", "A micro-batch is a part of the batch: lower it, or raise batch_tokens."
+            "micro_batch_tokens",
+            "A micro-batch cannot be larger than the batch: lower it, or raise batch_tokens.",
         )
     if 0.5 < s.warmup < 1 or (s.warmup > 1 and s.warmup != int(s.warmup)):
-        raise ConfigError("warmup", "Give a share of the steps from 0 to 0.5, or a whole number of steps.")
+        raise ConfigError(
+            "warmup", "Enter a fraction of the steps from 0 to 0.5, or a whole number of steps."
+        )
     if s.max_steps is not None and s.warmup >= 1 and s.warmup >= s.max_steps:
-        raise ConfigError("warmup", "The warm-up is as long as the training: shorten it, or raise max_steps.")
+        raise ConfigError(
+            "warmup", "Warmup takes as many steps as the training has: shorten it, or raise max_steps."
+        )
     if s.early_stopping_patience and s.validation_fraction == 0 and not s.eval_every:
         raise ConfigError(
             "early_stopping_patience",
-            "Early stopping needs held-out examples: set validation_fraction above 0 or give a validation file.",
+            "Early stopping needs held-out examples: set validation_fraction above 0 or choose a validation file.",
         )
 
 
 @dataclass(frozen=True)
 class Run:
-    """What `python -m training train CONFIG.json` does: where things lie, and the settings."""
+    """The run file of `python -m training train CONFIG.json`: where everything is, and the settings."""
 
-    base: str  # folder, or a name on the Hub
+    base: str  # folder, or model name on the Hub
     train_file: str
     work_dir: str
     settings: Settings = field(default_factory=Settings)
-    settings_schema: int = SCHEMA  # the version of the settings' schema that the job was submitted under
+    settings_schema: int = SCHEMA  # schema version of the settings when the job was submitted
     base_revision: str | None = None
-    train_format: dict[str, Any] | None = None  # as the report found it; None = look
+    train_format: dict[str, Any] | None = None  # as the report detected it; None = detect
     validation_file: str | None = None
     validation_format: dict[str, Any] | None = None
-    resume_from: str | None = None  # folder of the checkpoint the pointer names
+    resume_from: str | None = None  # folder of a checkpoint
     prompts: tuple[str, ...] = ()  # pinned prompts for samples
     expected: dict[str, int] | None = None  # {"examples", "tokens"} of the report, checked before training
     job: str | None = None
-    epoch: int = 1  # of the lease: fences the folders of an attempt
+    epoch: int = 1  # fencing token of the lease: part of the names of checkpoint folders
     rehearse: bool = True
 
     @staticmethod
@@ -392,17 +444,18 @@ class Run:
 
     @staticmethod
     def parse(values: Any) -> Run:
+        """A run from parsed JSON. Raises ConfigError."""
         if not isinstance(values, dict):
             raise ConfigError("", "The run file must hold a JSON object.")
         known = {f.name for f in fields(Run)}
         for name in values:
             if name not in known:
                 raise ConfigError(
-                    name, f"The run file has no such entry. It takes: {', '.join(sorted(known))}."
+                    name, f"The run file has no key with this name. Its keys are: {', '.join(sorted(known))}."
                 )
         for name in ("base", "train_file", "work_dir"):
             if not isinstance(values.get(name), str) or not values[name]:
-                raise ConfigError(name, "This entry of the run file is needed.")
+                raise ConfigError(name, "The run file must have this key.")
         settings = values.get("settings") or {}
         if not isinstance(settings, Mapping):
             raise ConfigError("settings", "Must be a JSON object.")
@@ -424,7 +477,8 @@ class Run:
         return values | {"settings": self.settings.as_dict(), "prompts": list(self.prompts)}
 
 
-# What may change between two attempts at one job: how much is computed at once and where, and when checkpoints are written.
+# What may change between two attempts of a job: how much is computed at once and where, and when checkpoints
+# are written.
 UNHASHED = (
     "micro_batch_tokens",
     "gradient_checkpointing",
@@ -435,9 +489,9 @@ UNHASHED = (
 
 
 def settings_hash(settings: Settings, schema: int | None = None) -> str:
-    """Identifies what a run was trained with: a checkpoint made under other settings belongs to another run.
+    """Identifies the settings of a run: a checkpoint made with other settings belongs to another run.
 
-    Under an earlier schema, settings added since count only where they differ from their default."""
+    With an earlier schema, settings added later count only if they differ from their default."""
     schema = schema or SCHEMA
     values = {
         name: value

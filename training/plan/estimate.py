@@ -1,7 +1,7 @@
-"""What a run will take, before it starts: what its work consists of, at the usual speed of such a machine, corrected by
-what each part took in finished jobs.
+"""Estimates a run before it starts: what its work consists of, at the typical speed of such a machine,
+corrected by what each part took in finished jobs.
 
-The rehearsal on the worker measures all this again and knows better; this is what the form can say within a moment.
+This is what a form can show at once. The rehearsal on the worker measures it all and is more accurate.
 """
 
 from __future__ import annotations
@@ -17,29 +17,32 @@ from training.data.summary import Summary
 from training.plan.catalog import BaseModel, Machine, activation_memory, gib, lora_parameters
 from training.plan.config import Settings
 
-# The usual speeds, where nothing was measured. Of a core and of a graphics card, in operations a second:
+# Typical speeds, if nothing was measured: of a CPU core and of a GPU, in operations per second
 CPU_CORE, GPU = 45e9, 60e12
-SHARE = 0.85  # of the rate of a bare matrix product that training reaches
-BF16_WIDE, BF16_NARROW = 1.45, 0.6  # on a processor with units for it, against fp32: GPT-2, the starter
-OVERHEAD = 2.5e-4  # seconds a layer and row, whatever its size: what small models mostly wait for
-MEMORY_BYTES = 8e9  # a second, through the optimizer or a decoder
-DISK_BYTES = 4e8  # a second: written, hashed, copied
-PROMPTS, ANSWER = 3, 32  # samples shown at each evaluation, and their tokens
-HOLES = 1.35  # of a row's activations: what rows of other lengths leave unused between them in memory
-FEW = 3  # finished jobs below which nothing is learned
-UNSURE = 1.5  # P90 over P50 until then
-FADES = 0.98  # how much each job counts beside the one after it
-USUAL_NOISE = 0.1  # jobs farther off than that are believed less
-PULL = 0.02  # how much a part's speed keeps to the machine's general one, against what jobs show of it
+SHARE = 0.85  # fraction of the rate of a plain matrix product that training reaches
+# speed relative to fp32 on CPUs with bf16 units: for GPT-2, for the starter
+BF16_WIDE, BF16_NARROW = (
+    1.45,
+    0.6,
+)
+OVERHEAD = 2.5e-4  # seconds per layer and row, whatever its size: most of the time of small models
+MEMORY_BYTES = 8e9  # per second, through the optimizer or a decoder
+DISK_BYTES = 4e8  # per second: written, hashed, copied
+PROMPTS, ANSWER = 3, 32  # samples at each evaluation, and their tokens
+HOLES = 1.35  # memory of a row's activations, including fragmentation by rows of other lengths
+FEW = 3  # with fewer finished jobs, nothing is corrected
+UNSURE = 1.5  # P90 / P50 until then
+FADES = 0.98  # weight of each job relative to the next newer one
+USUAL_NOISE = 0.1  # jobs with a larger error get less weight
+PULL = 0.02  # ridge penalty: how strongly the speed of a part is pulled to the overall speed
 
-Work = dict[
-    str, dict[str, float]
-]  # part (start, training, evaluation, export) → what it consists of → seconds
+# part (start, training, evaluation, export) → what it consists of → seconds
+Work = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Past:
-    """A finished job: what it consisted of, the seconds of each part, and the most memory it held."""
+class FinishedJob:
+    """What a finished job consisted of, the seconds of each part, and its peak memory."""
 
     work: Work
     took: dict[str, float]
@@ -51,12 +54,13 @@ class Past:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds; half the time under P50, nine times in ten under P90. `rows` and `basis` are for a page."""
+    """Times in seconds: half of all jobs take less than P50, nine in ten less than P90. `rows` and `basis`
+    are for a page."""
 
     seconds_p50: float
     seconds_p90: float
     steps: int
-    tokens: int  # read in training, all epochs together
+    tokens: int  # read in training, over all epochs
     memory: int
     parts: dict[str, float]  # seconds of each part
     cost_p50: float
@@ -77,11 +81,12 @@ def estimate(
     machine: Machine,
     *,
     validation: Summary | None = None,
-    past: Sequence[Past] = (),
+    past: Sequence[FinishedJob] = (),
     queue: float = 0.0,
     price_per_hour: float = 0.0,
 ) -> Estimate:
-    """For settings without open fields (see auto.resolve). `queue`: seconds until a worker is free, which cost nothing."""
+    """The estimate for resolved settings (see auto_settings.resolve). `queue`: seconds until a worker is
+    free, at no cost."""
     plan = _Plan.of(base, settings, summary, validation)
     work, kept = plan.work(machine), plan.memory()
     alike = [p for p in past if p.took][:50]
@@ -91,23 +96,34 @@ def estimate(
     total = sum(parts.values())
     low, high = queue + total, (queue + total) * spread
     cost = price_per_hour / 3600
-    saving = seconds["training"]["checkpoints"]  # a part for a person; written while training goes on
-    told = {"queue": queue} | parts | {"training": parts["training"] - saving, "checkpoints": saving}
+    # shown as a part of its own; written while training continues
+    saving = seconds["training"]["checkpoints"]
+    shown = {"queue": queue} | parts | {"training": parts["training"] - saving, "checkpoints": saving}
     return Estimate(
-        low, high, plan.steps, plan.tokens, memory, told, total * cost, total * spread * cost,
-        _rows(plan, told, memory, machine, (total * cost, total * spread * cost)), _basis(alike, machine), work, kept,
-    )  # fmt: skip
+        low,
+        high,
+        plan.steps,
+        plan.tokens,
+        memory,
+        shown,
+        total * cost,
+        total * spread * cost,
+        _rows(plan, shown, memory, machine, (total * cost, total * spread * cost)),
+        _basis(alike, machine),
+        work,
+        kept,
+    )
 
 
 def speed(machine: Machine) -> float:
-    """Operations a second that training is expected to reach."""
+    """Operations per second that training is expected to reach."""
     if machine.rate:
         return SHARE * machine.rate * machine.count
     return GPU * machine.count if machine.device == "cuda" else CPU_CORE * max(1, machine.cores)
 
 
-def in_bf16(base: BaseModel, settings: Settings, machine: Machine) -> float:
-    """How much faster than fp32 a processor is with it, where it is asked for."""
+def bf16_speedup(base: BaseModel, settings: Settings, machine: Machine) -> float:
+    """How much faster than fp32 a CPU is with bf16, if the settings ask for it; otherwise 1."""
     if machine.device != "cpu" or settings.precision != "bf16" or not machine.bf16:
         return 1.0
     return BF16_WIDE if base.width >= 512 else BF16_NARROW
@@ -123,11 +139,11 @@ class _Plan:
     summary: Summary
     steps: int
     tokens: int
-    examples: int  # to train on
+    examples: int  # trained on
     held: int  # tokens of the examples held out
     evaluations: int
     batch: int  # tokens of the largest step
-    row: int  # and of its fullest row
+    row: int  # tokens of its fullest row
 
     @classmethod
     def of(cls, base: BaseModel, settings: Settings, summary: Summary, validation: Summary | None) -> _Plan:
@@ -140,12 +156,21 @@ class _Plan:
         batch = _largest(summary, max(1, round(seen / steps)), steps)
         row = min(batch, max(settings.micro_batch_tokens or 4096, min(summary.longest, batch)))
         return cls(
-            base, settings, summary, steps, round(seen * mean), examples, held, 1 + rounds if held else 0, batch, row
-        )  # fmt: skip
+            base,
+            settings,
+            summary,
+            steps,
+            round(seen * mean),
+            examples,
+            held,
+            1 + rounds if held else 0,
+            batch,
+            row,
+        )
 
     @property
     def trained(self) -> int:
-        """Parameters that change."""
+        """Number of trained parameters."""
         full = self.settings.adapter == "none"
         return self.base.parameters if full else lora_parameters(self.base, self.settings.lora_rank)
 
@@ -153,16 +178,16 @@ class _Plan:
         base, s = self.base, self.settings
         mean = self.summary.tokens / max(1, self.summary.examples)
         share = self.summary.trained_tokens / max(1, self.summary.tokens)
-        each = operations(base, s, mean, share) / (speed(machine) * in_bf16(base, s, machine))
+        each = operations(base, s, mean, share) / (speed(machine) * bf16_speedup(base, s, machine))
         pass_s = base.layers * OVERHEAD
         micro = s.micro_batch_tokens or 4096
         rows = self.steps * max(1.0, self.tokens / self.steps / micro)
-        update = 28 * self.trained / MEMORY_BYTES + 2e-3  # weight, gradient and two means, read and written
+        update = 28 * self.trained / MEMORY_BYTES + 2e-3  # weight, gradient and two moments, read and written
         saved = 12 * self.trained / DISK_BYTES + 0.02
         answers = PROMPTS * ANSWER * (pass_s / 2 + 4 * base.parameters / MEMORY_BYTES)
-        often = self.steps // s.checkpoint_every_steps if s.checkpoint_every_steps else 0
+        by_steps = self.steps // s.checkpoint_every_steps if s.checkpoint_every_steps else 0
         run = self.tokens * each + rows * pass_s
-        timed = int(run / s.checkpoint_every_s) if s.checkpoint_every_s else 0
+        by_time = int(run / s.checkpoint_every_s) if s.checkpoint_every_s else 0
         best = self.evaluations - 1 if self.held and s.keep_best else 1
         rehearsed = min(self.held, micro) * each / 3 + self.row * each * (2 if self.row < 2000 else 1)
         return {
@@ -173,8 +198,10 @@ class _Plan:
                 "rehearsal": rehearsed + update + saved + 3 * pass_s,
             },
             "training": {
-                "arithmetic": self.tokens * each, "rows": rows * pass_s, "updates": self.steps * update,
-                "checkpoints": max(1, often + timed + best) * saved,
+                "arithmetic": self.tokens * each,
+                "rows": rows * pass_s,
+                "updates": self.steps * update,
+                "checkpoints": max(1, by_steps + by_time + best) * saved,
             },
             "evaluation": {
                 "arithmetic": self.evaluations * self.held * each / 3,
@@ -182,13 +209,13 @@ class _Plan:
                 "samples": self.evaluations * answers,
             },
             "export": {"fixed": 1.0, "bytes": 3 * 4 * base.parameters / DISK_BYTES},
-        }  # fmt: skip
+        }
 
     def memory(self) -> dict[str, float]:
-        """Bytes at once: the process, the weights, what training adds to each, and the larger of what a row's backward
-        pass needs and the copy that a checkpoint is written from."""
+        """Bytes at the peak: the process, the weights, what training adds to them, and the larger of a
+        row's backward pass and the copy from which a checkpoint is written."""
         row = HOLES * activation_memory(self.base, self.row, self.settings.gradient_checkpointing)
-        row *= 1 if self.settings.adapter == "none" else 0.75  # frozen weights need fewer inputs kept
+        row *= 1 if self.settings.adapter == "none" else 0.75  # with frozen weights, fewer inputs are kept
         return {
             "process": 270e6,
             "weights": 4.0 * self.base.parameters,
@@ -207,9 +234,10 @@ def _steps(settings: Settings, examples: int, mean: float) -> tuple[int, int]:
 
 
 def _largest(summary: Summary, batch: int, steps: int) -> int:
-    """Tokens of the largest of `steps` batches, as chance has it: mean and spread of lengths from the histogram."""
+    """Expected tokens of the largest of `steps` random batches, from mean and variance of the lengths in
+    the histogram."""
     mean = summary.tokens / max(1, summary.examples)
-    # An example of the bucket up to 2ⁿ has about three quarters of it; the first bucket holds all up to 16.
+    # An example in the bucket up to 2ⁿ has about three quarters of that; the first bucket has all up to 16.
     squares = sum(n * (12 << i) ** 2 for i, n in enumerate(summary.histogram))
     spread = math.sqrt(max(0.0, squares / max(1, summary.examples) - mean**2))
     high = batch * mean + math.sqrt(2 * math.log(max(2, steps)) * batch) * spread
@@ -217,7 +245,8 @@ def _largest(summary: Summary, batch: int, steps: int) -> int:
 
 
 def operations(base: BaseModel, settings: Settings, mean: float, trained_share: float) -> float:
-    """A token, forward and backward. The head is computed for trained tokens only; LoRA spares the weights' gradients."""
+    """Operations per token, forward and backward. The head is computed for trained tokens only; LoRA needs
+    no weight gradients."""
     body = base.parameters - (base.vocab + base.context) * base.width
     attention = base.layers * base.width * mean * 2
     head = base.vocab * base.width * trained_share
@@ -225,42 +254,42 @@ def operations(base: BaseModel, settings: Settings, mean: float, trained_share: 
     return passes * (body + attention + head) * (4 / 3 if settings.gradient_checkpointing else 1)
 
 
-# --- what finished jobs teach ---------------------------------------------------------------------
+# --- learning from finished jobs ------------------------------------------------------------------
 
 
-def _time(work: Work, past: Sequence[Past], base: str, adapter: str) -> tuple[Work, float]:
-    """(the work in seconds as they will be, P90 over P50)."""
+def _time(work: Work, past: Sequence[FinishedJob], base: str, adapter: str) -> tuple[Work, float]:
+    """(corrected seconds of the work, P90 / P50)."""
     if len(past) < FEW:
         return work, UNSURE
     totals = [sum(p.took.values()) for p in past]
     alike = [_likeness(p, base, adapter) for p in past]
     weights = [like * FADES**age for age, like in enumerate(alike)]
-    for _ in range(3):  # a job that something else disturbed teaches less each time
-        found, ratios = _fitted(work, past, totals, weights)
+    for _ in range(3):  # reweighted: jobs that were disturbed count less each time
+        fitted, ratios = _fitted(work, past, totals, weights)
         off = [abs(math.log(max(ratio, 1e-6))) for ratio in ratios]
         weights = [w * min(1.0, USUAL_NOISE / max(o, 1e-9)) for w, o in zip(weights, off, strict=True)]
-    usual = _usual([(r, w) for r, w, like in zip(ratios, weights, alike, strict=True) if like == 1])
-    found = {part: {name: usual * seconds for name, seconds in of.items()} for part, of in found.items()}
-    return found, _spread(
+    usual = _typical([(r, w) for r, w, like in zip(ratios, weights, alike, strict=True) if like == 1])
+    fitted = {part: {name: usual * seconds for name, seconds in of.items()} for part, of in fitted.items()}
+    return fitted, _spread(
         [(r / (usual if like == 1 else 1), like) for r, like in zip(ratios, alike, strict=True)]
     )
 
 
 def _fitted(
-    work: Work, past: Sequence[Past], totals: list[float], weights: list[float]
+    work: Work, past: Sequence[FinishedJob], totals: list[float], weights: list[float]
 ) -> tuple[Work, list[float]]:
-    """(the work in seconds as past jobs say, how many times as long each of those took)."""
-    found: Work = {}
+    """(seconds of the work according to finished jobs, actual / fitted time of each of those)."""
+    fitted: Work = {}
     again = np.zeros(len(past))
     for part, of in work.items():
         rows = [p.work.get(part, {}) for p in past]
         factors = _fit(list(of), rows, [p.took.get(part, 0.0) for p in past], totals, weights)
-        found[part] = {name: factors[name] * seconds for name, seconds in of.items()}
+        fitted[part] = {name: factors[name] * seconds for name, seconds in of.items()}
         again += [sum(factors[name] * row.get(name, 0.0) for name in of) for row in rows]
-    return found, (np.array(totals) / np.maximum(again, 1e-9)).tolist()
+    return fitted, (np.array(totals) / np.maximum(again, 1e-9)).tolist()
 
 
-def _memory(kept: dict[str, float], past: Sequence[Past], base: str, adapter: str) -> int:
+def _memory(kept: dict[str, float], past: Sequence[FinishedJob], base: str, adapter: str) -> int:
     known = [p for p in past if p.peak and p.memory]
     if len(known) < FEW:
         return int(sum(kept.values()))
@@ -270,8 +299,8 @@ def _memory(kept: dict[str, float], past: Sequence[Past], base: str, adapter: st
     return int(sum(factors[name] * size for name, size in kept.items()))
 
 
-def _likeness(past: Past, base: str, adapter: str) -> float:
-    """How much a job tells of another: the same model and adapter the most."""
+def _likeness(past: FinishedJob, base: str, adapter: str) -> float:
+    """How much a finished job says about another one: most with the same model and adapter."""
     return 1.0 if (past.base, past.adapter) == (base, adapter) else 0.2 if past.base == base else 0.05
 
 
@@ -282,38 +311,39 @@ def _fit(
     scale: list[float],
     weights: list[float],
 ) -> dict[str, float]:
-    """A factor for each of `names`, by least squares of what each job took as a share of `scale`; what jobs don't show
-    keeps to the middle of them all. No factor is under a tenth of that."""
+    """A factor for each of `names`: weighted ridge regression of what each job took, relative to `scale`.
+    What the jobs do not determine stays at the median factor. No factor is less than a tenth of that."""
     expected = [sum(row.get(name, 0.0) for name in names) for row in rows]
     ratios = [(t / e, w) for t, e, w in zip(took, expected, weights, strict=True) if e > 0]
     middle = max(_quantile(ratios, 0.5), 1e-3) if ratios else 1.0
     matrix = np.array([[row.get(name, 0.0) * middle for name in names] for row in rows])
-    largest = np.maximum(np.array(scale), matrix.sum(1))  # being far under counts as much as being far over
+    largest = np.maximum(np.array(scale), matrix.sum(1))  # underestimates count as much as overestimates
     matrix, target = matrix / largest[:, None], np.array(took) / largest
     heavy = np.array(weights)[:, None]
     left = (matrix * heavy).T @ matrix + PULL * np.eye(len(names)) * max(weights) / len(names)
     right = (matrix * heavy).T @ (target - matrix.sum(1))
     change = np.zeros(len(names))
-    for _ in range(100):  # one by one, for the sake of the bound
+    for _ in range(100):  # coordinate descent, because of the lower bound
         for i in range(len(names)):
             change[i] = max(-0.9, change[i] + (right[i] - left[i] @ change) / left[i, i])
     return {name: middle * (1 + float(c)) for name, c in zip(names, change, strict=True)}
 
 
-def _usual(ratios: list[tuple[float, float]]) -> float:
-    """How far the jobs of the same model and adapter lie from what is said of all: what arithmetic doesn't know of
-    them."""
+def _typical(ratios: list[tuple[float, float]]) -> float:
+    """The remaining factor for jobs with the same model and adapter, which the operation counts do not
+    explain."""
     return _quantile(ratios, 0.5) if len(ratios) >= FEW else 1.0
 
 
 def _spread(ratios: list[tuple[float, float]]) -> float:
-    """P90 over P50, from how far (ratio, weight) finished jobs lie from what is now said of them, and half as much
-    again, since they are what it learned from."""
+    """P90 / P50 from the (ratio, weight) of finished jobs to their fitted times, half as much again
+    because the fit was made from these jobs, between 1.12 and 1.35."""
     return min(max(1 + 1.5 * (_quantile(ratios, 0.9) - 1), 1.12), 1.35)
 
 
 def _quantile(ratios: list[tuple[float, float]], share: float) -> float:
-    """Of (value, weight): the least value with that share of the weight at or below it."""
+    """Weighted quantile of (value, weight): the smallest value with that share of the weight at or below
+    it."""
     wanted, seen = share * sum(weight for _, weight in ratios) - 1e-9, 0.0
     ordered = sorted(ratios)
     for value, weight in ordered:
@@ -323,7 +353,7 @@ def _quantile(ratios: list[tuple[float, float]], share: float) -> float:
     return ordered[-1][0]
 
 
-# --- in words -------------------------------------------------------------------------------------
+# --- for a page -----------------------------------------------------------------------------------
 
 
 def _rows(
@@ -334,7 +364,7 @@ def _rows(
         ("Steps", f"{plan.steps:,}"),
         ("Tokens read", f"{plan.tokens:,}"),
         ("Trained tokens", f"{round(plan.tokens * share):,}"),
-        *((word, short(parts[part])) for part, word in WORDS.items() if parts[part] >= 0.5),
+        *((word, format_duration(parts[part])) for part, word in PART_LABELS.items() if parts[part] >= 0.5),
         ("Peak memory", f"{gib(memory)} of {gib(machine.memory)}"),
     ]
     if cost[0]:
@@ -342,21 +372,25 @@ def _rows(
     return table
 
 
-WORDS = {
-    "queue": "Waiting for a worker", "start": "Start", "training": "Training", "checkpoints": "Checkpoints",
-    "evaluation": "Evaluations", "export": "Export",
-}  # fmt: skip
+PART_LABELS = {
+    "queue": "Waiting for a worker",
+    "start": "Startup",
+    "training": "Training",
+    "checkpoints": "Checkpoints",
+    "evaluation": "Evaluation",
+    "export": "Export",
+}
 
 
-def short(seconds: float) -> str:
-    """A time of a part, as short as it is sure."""
+def format_duration(seconds: float) -> str:
+    """Seconds as text, no more precise than the estimate is."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _basis(past: Sequence[Past], machine: Machine) -> str:
+def _basis(past: Sequence[FinishedJob], machine: Machine) -> str:
     if len(past) < FEW:
-        how = "measured" if machine.rate else "usual"
-        return f"From the data's exact tokens and the {how} speed of {machine.name}; it learns from finished jobs."
-    return f"From the data's exact tokens and the last {len(past)} jobs on such a machine."
+        how = "measured" if machine.rate else "typical"
+        return f"Based on the exact token counts of the data and the {how} speed of {machine.name}. It improves as jobs finish."
+    return f"Based on the exact token counts of the data and the last {len(past)} jobs on a machine of this kind."

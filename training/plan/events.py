@@ -1,4 +1,4 @@
-"""What a trainer writes: one JSON object a line, its exit codes, and the sentence a person reads for each reason.
+"""What a trainer writes: one JSON object per line, its exit codes, and a sentence for users for each reason.
 
 Every line has `t` (its kind) and `time` (Unix seconds). Numbers are finite or left out.
 
@@ -11,7 +11,7 @@ Every line has `t` (its kind) and `time` (Unix seconds). Numbers are finite or l
     eval        step (0 = the base model), loss, perplexity, accuracy, examples, exact_match
     sample      step, prompt, text
     checkpoint  step, path, bytes, files, sha256 (of manifest.json), best, final
-    resumed     step (where this attempt goes on), from_step (what was asked for), exact, why
+    resumed     step (where this attempt continues), from_step (what was requested), exact, why
     log         level (info, warning, error), message
     verdict     helped, fall, low, high, examples, sentence
     done        step, path, files, metrics, fidelity
@@ -38,32 +38,79 @@ class Reason:
     sentence: str
     advice: str
     user_fault: bool = False  # never retried
-    platform_fault: bool = False  # retried, and spends none of a job's attempts
+    platform_fault: bool = False  # retried without counting as one of the job's attempts
 
 
-# The closed list of why a trainer ends. 10–19 the user's fault, 20–29 the machine's, 75 asked to stop.
+# All reasons why a trainer ends. 10–19: the user's fault, 20–29: the machine's, 75: stopped on request.
 REASONS: dict[str, Reason] = {
-    "bad_data": Reason(10, "The dataset cannot be read as training examples.", "Open the dataset's report: it names the lines to repair.", True),
-    "bad_settings": Reason(11, "These settings cannot be trained with.", "Change the field that is named and start again.", True),
-    "base_model": Reason(12, "The base model is missing or cannot be used.", "Choose another base model, or check its folder or its name on the Hub.", True),
-    "not_finite": Reason(13, "The loss is no longer a finite number.", "Lower the learning rate (a third of it is a good try), lengthen the warm-up, or look for damaged rows.", True),
-    "no_trained_token": Reason(14, "No example holds a token to learn from.", "Give completions that are not empty, or train on all tokens (train_on = all).", True),
-    "too_long": Reason(15, "An example is longer than the model can read.", "Shorten the example, or let long examples be cut.", True),
-    "tokenizer": Reason(16, "The tokenizer does not fit the base model.", "Use the tokenizer that came with the model.", True),
-    "disk_full": Reason(20, "The disk is full.", "Free some space; training goes on from the last good checkpoint.", platform_fault=True),
-    "out_of_memory": Reason(21, "Memory ran out.", "Lower micro_batch_tokens or sequence_length, or switch gradient checkpointing on."),
-    "checkpoint_unreadable": Reason(22, "No checkpoint could be verified.", "Start the job again from its beginning."),
-    "not_writable": Reason(23, "The work folder cannot be written.", "Give the trainer's user the right to write there.", platform_fault=True),
-    "unexpected": Reason(29, "Something unexpected happened in the trainer.", "The log holds the details; the job will be tried again."),
-    "stopped": Reason(75, "Stopped as asked, after a checkpoint.", "Resume it when you like."),
-}  # fmt: skip
+    "bad_data": Reason(
+        10,
+        "The dataset cannot be read as training examples.",
+        "Open the dataset's report. It names the lines to fix.",
+        True,
+    ),
+    "bad_settings": Reason(
+        11, "These settings cannot be used for training.", "Change the named field and start again.", True
+    ),
+    "base_model": Reason(
+        12,
+        "The base model is missing or cannot be used.",
+        "Choose another base model, or check its folder or its Hub name.",
+        True,
+    ),
+    "not_finite": Reason(
+        13,
+        "The loss is no longer a finite number.",
+        "Lower the learning rate (try a third of it), use a longer warmup, or look for damaged rows.",
+        True,
+    ),
+    "no_trained_token": Reason(
+        14,
+        "No example has a token to train on.",
+        "Add completions that are not empty, or train on all tokens (train_on = all).",
+        True,
+    ),
+    "too_long": Reason(
+        15,
+        "An example is longer than the model's context.",
+        "Shorten the example, or set a sequence length so that long examples are cut.",
+        True,
+    ),
+    "tokenizer": Reason(
+        16, "The tokenizer does not fit the base model.", "Use the tokenizer that came with the model.", True
+    ),
+    "disk_full": Reason(
+        20,
+        "The disk is full.",
+        "Free some space. Training continues from the last good checkpoint.",
+        platform_fault=True,
+    ),
+    "out_of_memory": Reason(
+        21,
+        "Out of memory.",
+        "Lower micro_batch_tokens or sequence_length, or turn on gradient checkpointing.",
+    ),
+    "checkpoint_unreadable": Reason(
+        22, "No checkpoint could be verified.", "Start the job again from the beginning."
+    ),
+    "not_writable": Reason(
+        23,
+        "The work folder is not writable.",
+        "Give the trainer's user permission to write there.",
+        platform_fault=True,
+    ),
+    "unexpected": Reason(
+        29, "The trainer failed unexpectedly.", "The log has the details. The job will be retried."
+    ),
+    "stopped": Reason(75, "Stopped on request, after saving a checkpoint.", "Resume it at any time."),
+}
 
 EXIT: dict[str, int] = {"done": 0} | {code: reason.exit for code, reason in REASONS.items()}
 REASON_OF_EXIT: dict[int, str] = {reason.exit: code for code, reason in REASONS.items()}
 
 
 def reason_of(error: OSError) -> str:
-    """The reason that an error of the operating system stands for; "" for one that may mean anything."""
+    """The reason for an error of the operating system; "" if it could mean anything."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "disk_full"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -72,7 +119,7 @@ def reason_of(error: OSError) -> str:
 
 
 class Failure(Exception):
-    """Training cannot go on. `reason` is a key of REASONS; `message` says what exactly, for a person."""
+    """Training cannot continue. `reason` is a key of REASONS; `message` and `advice` are for users."""
 
     def __init__(self, reason: str, message: str = "", advice: str = "") -> None:
         self.reason = reason

@@ -14,19 +14,25 @@ class ExportFormat:
     label: str
     help: str
     dtypes: tuple[str, ...]
-    """Number formats it can be written in; the first is the default."""
+    """Number formats it can be written in. The first is the default."""
     module: str
-    """Of training/export/."""
+    """Name of its module in training/export/."""
 
 
 FORMATS: dict[str, ExportFormat] = {
     "safetensors": ExportFormat(
-        "Hugging Face folder", "The whole model, adapters merged in, as transformers opens it.", ("fp32", "fp16"), "huggingface"
+        "Hugging Face folder",
+        "The whole model with adapters merged in, for transformers.",
+        ("fp32", "fp16"),
+        "huggingface",
     ),
     "merged": ExportFormat(
-        "Merged weights", "The same as safetensors: adapters are merged into the base model.", ("fp32", "fp16"), "huggingface"
+        "Merged weights",
+        "Same as safetensors: adapters are merged into the base model.",
+        ("fp32", "fp16"),
+        "huggingface",
     ),
     "adapter": ExportFormat(
-        "LoRA adapter", "Only the adapter, as peft opens it on top of the base model.", ("fp32",), "adapter"
+        "LoRA adapter", "Only the adapter, to load on top of the base model with peft.", ("fp32",), "adapter"
     ),
-}  # fmt: skip
+}

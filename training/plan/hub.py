@@ -1,5 +1,5 @@
-"""Where a base model lies: the bundled starter, a folder of this machine, or the Hugging Face Hub (HF_ENDPOINT, HF_TOKEN,
-HF_HUB_OFFLINE as everywhere), from which it is fetched once and kept. Imports no torch.
+"""Locates a base model: the bundled starter, a local folder, or the Hugging Face Hub (with the usual
+HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE), from which it is downloaded once. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,23 +13,35 @@ from typing import Any
 from training.plan import catalog
 from training.plan.events import Failure, reason_of
 
-# Weights as safetensors and plain descriptions; nothing that could be run, no other formats, no subfolders.
+# Safetensors weights and plain text files; no code, no other formats, no subfolders.
 WANTED = [
-    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "LICENSE*", "LICENCE*", "NOTICE", "USE_POLICY.md",
-]  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE",
+    "USE_POLICY.md",
+]
 UNWANTED = ["*/*", "consolidated*"]  # Mistral's second copy of its weights
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 
 def is_wanted(file: str) -> bool:
-    """Would `fetch` fetch it?"""
+    """Whether `fetch` downloads this file."""
     return any(fnmatchcase(file, p) for p in WANTED) and not any(fnmatchcase(file, p) for p in UNWANTED)
 
 
 def locate(base: str | Path, revision: str | None = None) -> Path:
-    """The folder of a base model, fetched if need be. Raises Failure("base_model")."""
+    """The folder of a base model, downloaded if necessary. Raises Failure("base_model")."""
     base = str(base)
     if base == catalog.STARTER:
         return catalog.STARTER_FOLDER
@@ -39,10 +51,11 @@ def locate(base: str | Path, revision: str | None = None) -> Path:
 
 
 def fetch(name: str, revision: str | None = None, *, with_token: bool = True, only: str = "all") -> Path:
-    """A model of the Hub in the local cache, downloaded as far as it is not there. Raises Failure("base_model").
+    """Downloads what is missing of a Hub model to the local cache. Returns its folder. Raises
+    Failure("base_model").
 
-    Without the token it is asked for as anybody may. `only="tokenizer"` leaves the weights where they are."""
-    from huggingface_hub import snapshot_download  # late: only models of the Hub need it
+    `with_token=False` requests it anonymously. `only="tokenizer"` skips the weights."""
+    from huggingface_hub import snapshot_download  # late: only Hub models need it
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -50,7 +63,7 @@ def fetch(name: str, revision: str | None = None, *, with_token: bool = True, on
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     options: dict[str, Any] = {} if with_token else {"token": False}
@@ -62,36 +75,39 @@ def fetch(name: str, revision: str | None = None, *, with_token: bool = True, on
             )
         )
     except HFValidationError as error:
-        raise Failure("base_model", f"{name!r} is no name of a model on the Hub.") from error
+        raise Failure("base_model", f"{name!r} is not a valid model name on the Hub.") from error
     except GatedRepoError as error:
-        advice = "Accept its licence on the Hub, and set HF_TOKEN to a token that may read it."
+        advice = "Accept its license on the Hub, and set HF_TOKEN to a token with access to it."
         raise Failure(
-            "base_model", f"The model {name} is only for those who accepted its licence.", advice
+            "base_model", f"The model {name} is available only to users who accepted its license.", advice
         ) from error
     except RevisionNotFoundError as error:
         raise Failure("base_model", f"The model {name} has no revision {revision}.") from error
     except RepositoryNotFoundError as error:
-        advice = "Check its spelling; for private models set HF_TOKEN."
-        raise Failure("base_model", f"The Hub has no model called {name}.", advice) from error
+        advice = "Check the spelling. For private models, set HF_TOKEN."
+        raise Failure("base_model", f"The Hub has no model named {name}.", advice) from error
     except LocalEntryNotFoundError as error:
-        advice = "Check the network (HF_ENDPOINT, HF_HUB_OFFLINE), or give the folder of a model that lies on this machine."
+        advice = (
+            "Check the network (HF_ENDPOINT, HF_HUB_OFFLINE), or use the folder of a model on this machine."
+        )
         raise Failure(
-            "base_model", f"The Hub cannot be reached and {name} was not fetched before.", advice
+            "base_model", f"The Hub cannot be reached, and {name} has not been downloaded before.", advice
         ) from error
-    except Exception as error:  # httpx's and the library's many others: a download that broke off
+    except Exception as error:  # the many errors of httpx and the library for an interrupted download
         if isinstance(error, OSError) and (reason := reason_of(error)):
             raise Failure(reason) from error
-        raise Failure("base_model", f"The model {name} could not be fetched: {error}") from error
+        raise Failure("base_model", f"The model {name} could not be downloaded: {error}") from error
 
 
 def check(folder: Path) -> Path:
-    """That a folder can be a base model: configuration, safetensors, no code of its own. Raises Failure."""
+    """Checks that a folder can be a base model: config.json, safetensors, no custom code. Raises
+    Failure("base_model")."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Failure("base_model", f"There is no readable config.json in {folder}.") from error
     if not isinstance(config, dict) or config.get("auto_map"):
-        raise Failure("base_model", f"The model in {folder} needs code of its own, which is never run here.")
+        raise Failure("base_model", f"The model in {folder} needs custom code, which is never run.")
     if not any(folder.glob("*.safetensors")):
         raise Failure(
             "base_model",

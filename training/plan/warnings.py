@@ -1,6 +1,6 @@
-"""What a person may not want to happen, said before a job starts. Errors are another thing: they stop the start.
+"""Warnings before a job starts. Errors are different: they prevent the start.
 
-Each check looks at one thing and is an entry of CHECKS; pages and the API show the same warnings.
+Each check covers one thing and is an entry of CHECKS. Pages and the API show the same warnings.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from training.data.summary import Summary
 from training.plan.catalog import BaseModel, Machine, fits
 from training.plan.config import Settings
-from training.plan.estimate import in_bf16
+from training.plan.estimate import bf16_speedup
 
 ENOUGH_TO_HOLD_OUT = 40  # examples from which automatic settings hold some out
 MANY_EPOCHS = 20
@@ -25,7 +25,7 @@ class Warning:
 
 @dataclass(frozen=True)
 class Planned:
-    """A job as it would start: settings are resolved."""
+    """A job as it would start, with resolved settings."""
 
     settings: Settings
     base: BaseModel
@@ -42,8 +42,8 @@ def cut(p: Planned) -> Warning | None:
     if not length or p.summary.longest <= length or p.summary.kind == "text":
         return None
     return Warning(
-        f"The longest example has {p.summary.longest:,} tokens and is cut after {length:,}",
-        "An example without its end teaches the model not to finish. Raise the sequence length, or shorten the long rows.",
+        f"The longest example has {p.summary.longest:,} tokens and is cut to {length:,}",
+        "An example that is cut off teaches the model not to finish. Raise the sequence length, or shorten the long rows.",
     )
 
 
@@ -53,8 +53,8 @@ def does_not_fit(p: Planned) -> Warning | None:
         return None
     how = "LoRA" if p.settings.adapter == "lora" else "Full fine-tuning"
     return Warning(
-        f"{p.base.name} will not fit into the worker's memory",
-        f"{how} {fit.why.rstrip('.')}. The job would stop before training. Choose LoRA or a smaller model.",
+        f"{p.base.name} does not fit in the worker's memory",
+        f"{how} {fit.why.rstrip('.')}. The job would fail before training. Choose LoRA or a smaller model.",
     )
 
 
@@ -62,17 +62,17 @@ def bf16_is_missing(p: Planned) -> Warning | None:
     if p.settings.precision != "bf16" or p.machine.device != "cpu" or p.machine.bf16:
         return None
     return Warning(
-        "The worker's processor has no bf16 units",
-        "bf16 would be far slower than fp32 there, so fp32 is used.",
+        "The worker's CPU has no bf16 units",
+        "bf16 would be far slower than fp32 on it, so fp32 is used.",
     )
 
 
 def bf16_is_slower(p: Planned) -> Warning | None:
-    if in_bf16(p.base, p.settings, p.machine) >= 1:
+    if bf16_speedup(p.base, p.settings, p.machine) >= 1:
         return None
     return Warning(
         f"{p.base.name} is slower in bf16",
-        "The model is too small to gain from bf16 on this processor. Automatic uses fp32.",
+        "The model is too small to gain from bf16 on this CPU. Automatic uses fp32.",
     )
 
 
@@ -81,7 +81,7 @@ def nothing_held_out(p: Planned) -> Warning | None:
         return None
     return Warning(
         "Nothing is held out",
-        "Without held-out examples there is no held-out loss, no best checkpoint and no verdict: learning and memorizing look the same.",
+        "Without held-out examples there is no held-out loss, no best checkpoint and no verdict, so learning and memorizing look the same.",
     )
 
 
@@ -91,7 +91,7 @@ def many_epochs(p: Planned) -> Warning | None:
         return None
     return Warning(
         f"Each example is seen {epochs:g} times",
-        "After so many epochs a model usually recites its examples. Watch the held-out loss, or set early stopping.",
+        "After this many epochs a model usually recites its examples. Watch the held-out loss, or set early stopping.",
     )
 
 
@@ -99,11 +99,17 @@ def nothing_to_learn(p: Planned) -> Warning | None:
     if not p.summary.untrained:
         return None
     return Warning(
-        f"{p.summary.untrained:,} examples have nothing to learn from",
-        "Their answers are empty. They take time and teach nothing.",
+        f"{p.summary.untrained:,} examples have nothing to train on",
+        "Their answers are empty, so they take time and teach nothing.",
     )
 
 
 CHECKS: tuple[Callable[[Planned], Warning | None], ...] = (
-    cut, does_not_fit, bf16_is_missing, bf16_is_slower, nothing_held_out, many_epochs, nothing_to_learn,
-)  # fmt: skip
+    cut,
+    does_not_fit,
+    bf16_is_missing,
+    bf16_is_slower,
+    nothing_held_out,
+    many_epochs,
+    nothing_to_learn,
+)

@@ -1,6 +1,6 @@
 """`python -m training check FILE --tokenizer DIR`: progress lines and, last, the report, as JSON lines.
 
-A program of its own because files come from strangers: whoever starts it gives it limits on memory and time.
+A separate program because files are not trusted: the caller limits its memory and time.
 """
 
 from __future__ import annotations
@@ -15,61 +15,68 @@ from typing import Any
 
 from training.data.formats import BadRow, Format
 from training.plan.catalog import describe
-from training.report.report import colour_row, report
-from training.text.encode import Plain
+from training.report.report import report, row_tokens
+from training.text.encode import EncodingOptions
 from training.text.tokenizer import Tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file")
+    parser.add_argument("--tokenizer", help="folder of the base model; without it, no tokens are counted")
+    parser.add_argument("--format", help="format of the file, as JSON; default: detected")
     parser.add_argument(
-        "--tokenizer", help="folder of the base model; without it nothing is counted in tokens"
-    )
-    parser.add_argument("--format", help="how the file is written, as JSON; found out by itself if left away")
-    parser.add_argument(
-        "--sequence-length", type=int, help="tokens the model reads; its own context if left away"
+        "--sequence-length", type=int, help="maximum tokens of an example; default: the model's context"
     )
     parser.add_argument("--train-on", choices=("completion", "all"), default="completion")
-    parser.add_argument("--validation", help="a validation file to look for leaks in")
-    parser.add_argument("--validation-format", help="as --format, of that file")
-    parser.add_argument("--row", type=int, help="show the tokens of the row in this line instead of a report")
+    parser.add_argument("--validation", help="a validation file to check for leaks")
+    parser.add_argument("--validation-format", help="format of the validation file, as --format")
+    parser.add_argument("--row", type=int, help="show the tokens of the row on this line instead of a report")
     parser.add_argument("--limit-bytes", type=int, help="refuse a file larger than this")
 
 
 def main(given: argparse.Namespace) -> int:
-    """Exit 0 when a report was made, whatever it says."""
+    """Exit 0 if a report was made, whatever its verdict."""
     size = Path(given.file).stat().st_size
     if given.limit_bytes and size > given.limit_bytes:
-        words = f"The file has {size:,} bytes; {given.limit_bytes:,} are allowed."
-        say({"t": "report", "ready": False, "error": words, "verdict": words, "findings": [], "samples": []})
+        message = f"The file has {size:,} bytes. The limit is {given.limit_bytes:,}."
+        emit(
+            {
+                "t": "report",
+                "ready": False,
+                "error": message,
+                "verdict": message,
+                "findings": [],
+                "samples": [],
+            }
+        )
         return 0
     tokenizer = Tokenizer.load(given.tokenizer) if given.tokenizer else None
     length = given.sequence_length or (_context(Path(given.tokenizer)) if given.tokenizer else None)
     if given.row is not None:
-        say({"t": "row", "line": given.row, **_row(given, tokenizer, length)})
+        emit({"t": "row", "line": given.row, **_row(given, tokenizer, length)})
         return 0
-    gc.disable()  # rows and examples are no rings: what is no longer used goes by itself
-    found = report(
+    gc.disable()  # rows and examples have no reference cycles
+    result = report(
         given.file,
         tokenizer,
-        Plain(length, given.train_on),
+        EncodingOptions(length, given.train_on),
         format=json.loads(given.format) if given.format else None,
         validation=given.validation,
         validation_format=json.loads(given.validation_format) if given.validation_format else None,
-        progress=lambda rows, share: say({"t": "progress", "rows": rows, "share": round(share, 3)}),
+        progress=lambda rows, share: emit({"t": "progress", "rows": rows, "share": round(share, 3)}),
     )
-    say({"t": "report", "bytes": size, **found})
+    emit({"t": "report", "bytes": size, **result})
     return 0
 
 
 def _row(given: argparse.Namespace, tokenizer: Tokenizer | None, length: int | None) -> dict[str, Any]:
     if tokenizer is None:
-        return {"error": "Give --tokenizer: without one there are no tokens."}
+        return {"error": "--tokenizer is required to show tokens."}
     format = Format.of(json.loads(given.format)) if given.format else None
     try:
-        return colour_row(given.file, given.row, tokenizer, Plain(length, given.train_on), format)
+        return row_tokens(given.file, given.row, tokenizer, EncodingOptions(length, given.train_on), format)
     except KeyError:
-        return {"error": f"No row begins in line {given.row:,}."}
+        return {"error": f"No row begins on line {given.row:,}."}
     except BadRow as bad:
         return {"error": f"{bad}. {bad.fix}".strip()}
 
@@ -78,9 +85,9 @@ def _context(folder: Path) -> int | None:
     try:
         return describe(folder).context
     except (OSError, ValueError):
-        return None  # a folder with a tokenizer alone
+        return None  # a folder with only a tokenizer
 
 
-def say(line: dict[str, Any]) -> None:
+def emit(line: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps({**line, "time": time.time()}) + "\n")
     sys.stdout.flush()

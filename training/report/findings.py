@@ -1,4 +1,4 @@
-"""What can be wrong with rows that can be read: each kind of finding, why it matters, and how it is noticed."""
+"""What can be wrong with rows: each kind of finding, why it matters, and how it is detected."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS_COMPARED = 4_000_000  # 16 bytes each
 
 @dataclass(frozen=True)
 class Kind:
-    """`why` and `fix` are sentences for a person; `drop` says that leaving the rows out is a fair remedy."""
+    """`why` and `fix` are sentences for users. `drop`: dropping the rows is a reasonable fix."""
 
     severity: str  # error | warning | info
     title: str
@@ -29,33 +29,149 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "bad_row": Kind("error", "Rows that cannot be read", "Training would stop or skip them silently.", "Repair these lines, or drop them.", True),
-    "nothing_to_train": Kind("warning", "Rows with nothing to learn", "No token of an answer is left in them: they cost time and teach nothing.", "Give them an answer, or drop them.", True),
-    "truncated": Kind("warning", "Rows longer than the model reads", "Their end is cut off, so the model would learn answers that never finish.", "Raise the sequence length, shorten the rows, or drop them.", True),
-    "missing_end": Kind("warning", "Answers without an end token", "The model's chat template does not end them, so the model would not learn to stop.", "Use another base model or a template that ends each answer."),
-    "special_tokens": Kind("warning", "Control tokens spelled in the text", "They are read as plain letters; if they were meant to mark turns, they do not.", "Use chat messages for turns and take the marks out of the text.", True),
-    "empty_answer": Kind("warning", "Empty answers", "The model would learn to say nothing.", "Fill them in, or drop the rows.", True),
-    "empty_prompt": Kind("info", "Empty prompts", "These answers are learned without any question.", "Leave them if that is meant, else fill them in."),
-    "no_answer_last": Kind("warning", "Conversations that end without an answer", "What follows the last assistant message is left out.", "Add the answer, or end the conversation before."),
-    "duplicate": Kind("warning", "Rows that stand there twice", "They count double, and make held-out results look better than they are.", "Keep one of each.", True),
-    "near_duplicate": Kind("warning", "Rows that differ only in capitals, spaces or punctuation", "They count double, and make held-out results look better than they are.", "Keep one of each.", True),
-    "conflict": Kind("warning", "The same question with different answers", "The model learns a mixture of them.", "Decide on one answer, unless variety is meant."),
-    "leak": Kind("error", "Validation rows that are also trained on", "The held-out loss would measure memory, not learning.", "Take them out of the validation file.", True),
-    "same_answer": Kind("warning", "Every answer is the same", "The model would learn to say it whatever is asked.", "Check that the right column is the answer."),
-    "few": Kind("warning", "Very few examples", "Under ten examples teach little but themselves.", "Add examples; fifty good ones are a fair start."),
-    "damage": Kind("warning", "Damaged characters", "Text was decoded in a wrong way somewhere (�, Ã©, â€™, control characters); the model would learn to write it so.", "Repair the encoding where the data come from.", True),
-    "invisible": Kind("info", "Invisible characters", "Zero-width or direction marks: the tokens differ from what a reader sees.", "Remove them unless a script needs them."),
-    "secret": Kind("warning", "What looks like a secret", "A model may repeat a key or password it was trained on, to anybody.", "Revoke it, and take it out.", True),
-    "personal": Kind("warning", "What looks like personal data", "A model may repeat addresses and numbers it was trained on.", "Replace them by made-up ones unless they are public.", True),
-    "run_together": Kind("warning", "Prompts and answers without anything between them", "The last word of the prompt and the first of the answer are read as one word.", "End prompts with a mark or line break, or begin answers with a space."),
-    "trailing_space": Kind("info", "Prompts that end in a space", "Most tokenizers put the space with the next word, so such prompts begin an unusual token.", "Move the space to the beginning of the answer."),
-    "poor_fit": Kind("warning", "The tokenizer does not fit this text", "It needs more than one token for two characters: slow, and the model knows little of this language.", "Choose a base model for the language of your data."),
-}  # fmt: skip
+    "bad_row": Kind(
+        "error",
+        "Rows that cannot be read",
+        "Training would stop at them, or skip them silently.",
+        "Fix these lines, or drop them.",
+        True,
+    ),
+    "nothing_to_train": Kind(
+        "warning",
+        "Rows with nothing to learn",
+        "They have no answer tokens to train on: they take time and teach nothing.",
+        "Add an answer, or drop them.",
+        True,
+    ),
+    "truncated": Kind(
+        "warning",
+        "Rows longer than the sequence length",
+        "Their end is cut off, so the model would learn answers that never finish.",
+        "Raise the sequence length, shorten the rows, or drop them.",
+        True,
+    ),
+    "missing_end": Kind(
+        "warning",
+        "Answers without an end token",
+        "The model's chat template adds none, so the model would not learn to stop.",
+        "Use another base model, or a chat template that ends each answer.",
+    ),
+    "special_tokens": Kind(
+        "warning",
+        "Control tokens spelled out in the text",
+        "They are read as plain text. If they were meant to mark turns, they do not.",
+        "Use chat messages for turns, and remove the tokens from the text.",
+        True,
+    ),
+    "empty_answer": Kind(
+        "warning",
+        "Empty answers",
+        "The model would learn to say nothing.",
+        "Fill them in, or drop the rows.",
+        True,
+    ),
+    "empty_prompt": Kind(
+        "info",
+        "Empty prompts",
+        "These answers are learned without a question.",
+        "Keep them if that is intended. Otherwise fill them in.",
+    ),
+    "no_answer_last": Kind(
+        "warning",
+        "Conversations that do not end with an answer",
+        "Everything after the last assistant message is left out.",
+        "Add the answer, or end the conversation earlier.",
+    ),
+    "duplicate": Kind(
+        "warning",
+        "Duplicate rows",
+        "They count twice, and make held-out results look better than they are.",
+        "Keep one copy of each.",
+        True,
+    ),
+    "near_duplicate": Kind(
+        "warning",
+        "Rows that differ only in capitalization, spacing or punctuation",
+        "They count twice, and make held-out results look better than they are.",
+        "Keep one copy of each.",
+        True,
+    ),
+    "conflict": Kind(
+        "warning",
+        "The same prompt with different answers",
+        "The model learns a mixture of them.",
+        "Choose one answer, unless the variety is intended.",
+    ),
+    "leak": Kind(
+        "error",
+        "Validation rows that are also in the training data",
+        "The held-out loss would measure memorization, not learning.",
+        "Remove them from the validation file.",
+        True,
+    ),
+    "same_answer": Kind(
+        "warning",
+        "Every answer is the same",
+        "The model would learn to give it to any prompt.",
+        "Check that the right column is used as the answer.",
+    ),
+    "few": Kind(
+        "warning",
+        "Very few examples",
+        "From fewer than ten examples a model learns little beyond the examples themselves.",
+        "Add examples. Fifty good ones are a reasonable start.",
+    ),
+    "damage": Kind(
+        "warning",
+        "Damaged characters",
+        "Text was decoded with the wrong encoding somewhere (�, Ã©, â€™, control characters). The model would learn to write these characters.",
+        "Fix the encoding at the source of the data.",
+        True,
+    ),
+    "invisible": Kind(
+        "info",
+        "Invisible characters",
+        "Zero-width characters or direction marks: the tokens differ from what a reader sees.",
+        "Remove them unless the writing system needs them.",
+    ),
+    "secret": Kind(
+        "warning",
+        "Possible secrets",
+        "A model may repeat a key or password from its training data to anyone.",
+        "Revoke it, and remove it from the data.",
+        True,
+    ),
+    "personal": Kind(
+        "warning",
+        "Possible personal data",
+        "A model may repeat addresses and numbers from its training data.",
+        "Replace them with made-up ones unless they are public.",
+        True,
+    ),
+    "run_together": Kind(
+        "warning",
+        "Prompts and answers with nothing between them",
+        "The last word of the prompt and the first of the answer are read as one word.",
+        "End prompts with punctuation or a line break, or begin answers with a space.",
+    ),
+    "trailing_space": Kind(
+        "info",
+        "Prompts that end with a space",
+        "Most tokenizers attach a space to the next word, so these prompts end with an unusual token.",
+        "Move the space to the start of the answer.",
+    ),
+    "poor_fit": Kind(
+        "warning",
+        "The tokenizer does not fit this text",
+        "It needs more than one token for every two characters: training is slow, and the model knows little of this language.",
+        "Choose a base model for the language of your data.",
+    ),
+}
 
 
 @dataclass
 class Findings:
-    """Counts and first lines, by kind."""
+    """Counts and first lines of each kind of finding."""
 
     keep: int = LINES_KEPT
     lines: dict[str, list[int]] = field(default_factory=dict)
@@ -71,18 +187,18 @@ class Findings:
                 self.details.setdefault(code, []).append((line, detail))
 
     def join(self, later: Findings, lines: int) -> None:
-        """Takes over what was found in the part of the file that begins after `lines` lines."""
+        """Adds the findings of the part of the file that starts after `lines` lines."""
         for code, count in later.counts.items():
             self.counts[code] = self.counts.get(code, 0) + count
             kept = self.lines.setdefault(code, [])
             room = self.keep - len(kept)
             kept += [line + lines for line in later.lines[code][:room]]
-            told = [(line + lines, said) for line, said in later.details.get(code, [])]
-            if told:
-                self.details.setdefault(code, []).extend(told[:room])
+            kept_details = [(line + lines, message) for line, message in later.details.get(code, [])]
+            if kept_details:
+                self.details.setdefault(code, []).extend(kept_details[:room])
 
     def as_list(self) -> list[dict[str, Any]]:
-        """The worst first, then the most frequent."""
+        """For the report: the most severe first, then the most frequent."""
         rank = {"error": 0, "warning": 1, "info": 2}
         codes = sorted(self.counts, key=lambda code: (rank[KINDS[code].severity], -self.counts[code]))
         return [
@@ -91,9 +207,9 @@ class Findings:
                 "severity": KINDS[code].severity,
                 "title": KINDS[code].title,
                 "count": self.counts[code],
-                "lines": sorted(filter(None, self.lines[code])),  # 0: the file as a whole
+                "lines": sorted(filter(None, self.lines[code])),  # 0 = the whole file
                 "details": [
-                    f"line {n}: {said}" if n else said for n, said in self.details.get(code, [])[:20]
+                    f"line {n}: {message}" if n else message for n, message in self.details.get(code, [])[:20]
                 ],
                 "why": KINDS[code].why,
                 "fix": KINDS[code].fix,
@@ -111,12 +227,23 @@ DAMAGE = re.compile("\ufffd|[\x80-\x9f]|Ã[\x80-\xbf©¨«®¡³±§¼¶¤¢]|â
 INVISIBLE = re.compile("[\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069]")
 SECRETS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("an AWS key", re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b")),
-    ("an API key", re.compile(r"\b(?:sk-(?:proj-|ant-)?[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|hf_[A-Za-z0-9]{30,}|xox[abprs]-[A-Za-z0-9-]{10,}|AIza[A-Za-z0-9_-]{35})")),
+    (
+        "an API key",
+        re.compile(
+            r"\b(?:sk-(?:proj-|ant-)?[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|hf_[A-Za-z0-9]{30,}|xox[abprs]-[A-Za-z0-9-]{10,}|AIza[A-Za-z0-9_-]{35})"
+        ),
+    ),
     ("a private key", re.compile(r"-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----")),
     ("a signed token", re.compile(r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}")),
-    ("a password", re.compile(r"(?i)\b(?:password|passwd|api[_-]?key|secret[_-]?key)\s*[:=]\s*[\"']?(?=[^\s\"']*[0-9])[^\s\"',;]{8,}")),
-)  # fmt: skip
-# Words without which no secret is there, by a character without which none of them is: plain searches cost next to nothing.
+    (
+        "a password",
+        re.compile(
+            r"(?i)\b(?:password|passwd|api[_-]?key|secret[_-]?key)\s*[:=]\s*[\"']?(?=[^\s\"']*[0-9])[^\s\"',;]{8,}"
+        ),
+    ),
+)
+# Each secret contains one of these words, and each word the character before it: plain searches cost next to
+# nothing.
 SECRET_WORDS = (
     ("", ("AKIA", "ASIA", "AIza", "eyJ", "xox", "PRIVATE KEY")),
     ("-", ("sk-",)),
@@ -127,7 +254,7 @@ EMAIL = re.compile(
     r"[A-Za-z0-9._%+-]{1,64}@(?!example\.)[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63})*\.[A-Za-z]{2,24}\b"
 )
 DIGITS = re.compile(r"[0-9][0-9 ()./-]{6,}[0-9]")
-# What DIGITS finds is eight such characters on end; a table and a plain search tell sooner that there are none.
+# DIGITS needs eight such characters in a row; a translation table and a plain search rule that out faster.
 NUMERIC, EIGHT = bytes(48 if chr(byte) in "0123456789 ()./-" else 0 for byte in range(256)), b"0" * 8
 SSN = re.compile(r"(?<![\d-])(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])")
 PHONE = re.compile(
@@ -138,11 +265,11 @@ CARD = re.compile(r"(?<![\d.])(?:\d[ -]?){13,19}(?![\d.])")
 
 
 @dataclass(frozen=True)
-class Suspicion:
-    """What may stand in some of many texts: a look at all of them at once costs little, and what is not in them need
-    not be looked for in each."""
+class Prefilter:
+    """What a batch of texts may contain. Checking all of them at once is cheap, and what none contains
+    need not be searched for in each."""
 
-    foreign: bool
+    non_ascii: bool
     control: bool
     special: bool
     secret: bool
@@ -150,38 +277,42 @@ class Suspicion:
     digits: bool
 
     @classmethod
-    def of(cls, texts: Iterable[str], special: re.Pattern[str] | None) -> Suspicion:
+    def of(cls, texts: Iterable[str], special: re.Pattern[str] | None) -> Prefilter:
         text = "\n".join(texts)
         raw = text.encode("utf-8", "replace")
         return cls(
-            foreign=len(raw) != len(text),
+            non_ascii=len(raw) != len(text),
             control=len(raw.translate(None, CONTROLS)) != len(raw),
             special=special is not None and special.search(text) is not None,
-            secret=_may_hold_secret(text),
+            secret=_may_have_secret(text),
             address="@" in text,
             digits=EIGHT in raw.translate(NUMERIC),
         )
 
 
-def look_at(
-    row: Row, text: str, findings: Findings, special: re.Pattern[str] | None, may: Suspicion | None = None
+def check_row(
+    row: Row,
+    text: str,
+    findings: Findings,
+    special: re.Pattern[str] | None,
+    prefilter: Prefilter | None = None,
 ) -> None:
-    """Everything one row shows by itself; `text` is its preview, `may` what stands in it and its neighbours."""
+    """Adds all findings of a single row. `text` is its preview, `prefilter` covers it and its neighbors."""
     line = row.line
-    may = may or Suspicion.of([text], special)
-    plain = not may.foreign or text.isascii()
-    if (may.control and CONTROL.search(text)) or (not plain and DAMAGE.search(text)):
+    prefilter = prefilter or Prefilter.of([text], special)
+    plain = not prefilter.non_ascii or text.isascii()
+    if (prefilter.control and CONTROL.search(text)) or (not plain and DAMAGE.search(text)):
         findings.add("damage", line)
     if not plain and INVISIBLE.search(text):
         findings.add("invisible", line)
-    if may.special and special is not None and special.search(text):
+    if prefilter.special and special is not None and special.search(text):
         findings.add("special_tokens", line)
-    if may.secret and (found := secret(text)):
-        findings.add("secret", line, found)
-    if (may.address or may.digits) and (found := personal(text)):
-        findings.add("personal", line, found)
+    if prefilter.secret and (kind := find_secret(text)):
+        findings.add("secret", line, kind)
+    if (prefilter.address or prefilter.digits) and (kind := find_personal_data(text)):
+        findings.add("personal", line, kind)
     if row.kind == "completion":
-        _look_at_pair(row, findings)
+        _check_pair(row, findings)
     elif row.kind == "chat":
         answers = [m for m in row.messages if m["role"] == "assistant" and m.get("weight", 1)]
         if any(not m["content"].strip() for m in answers):
@@ -190,7 +321,7 @@ def look_at(
             findings.add("no_answer_last", line)
 
 
-def _look_at_pair(row: Row, findings: Findings) -> None:
+def _check_pair(row: Row, findings: Findings) -> None:
     if not row.completion.strip():
         findings.add("empty_answer", row.line)
     elif not row.prompt.strip():
@@ -201,14 +332,14 @@ def _look_at_pair(row: Row, findings: Findings) -> None:
         findings.add("trailing_space", row.line)
 
 
-def secret(text: str) -> str:
-    """What kind of secret stands in the text, or an empty string. Never the secret itself."""
-    if not _may_hold_secret(text):
+def find_secret(text: str) -> str:
+    """The kind of secret in a text, or an empty string. Never the secret itself."""
+    if not _may_have_secret(text):
         return ""
     return next((name for name, pattern in SECRETS if pattern.search(text)), "")
 
 
-def _may_hold_secret(text: str) -> bool:
+def _may_have_secret(text: str) -> bool:
     return _holds(text, SECRET_WORDS) or _holds(text.lower(), SECRET_NAMES)
 
 
@@ -216,10 +347,10 @@ def _holds(text: str, words: Iterable[tuple[str, Iterable[str]]]) -> bool:
     return any(sign in text and any(word in text for word in some) for sign, some in words)
 
 
-def personal(text: str) -> str:
-    """What kind of personal data stands in the text, or an empty string. Never the data."""
+def find_personal_data(text: str) -> str:
+    """The kind of personal data in a text, or an empty string. Never the data itself."""
     if "@" in text and EMAIL.search(text):
-        return "an e-mail address"
+        return "an email address"
     if EIGHT not in text.encode("utf-8", "replace").translate(NUMERIC) or not DIGITS.search(text):
         return ""
     if SSN.search(text):
@@ -227,12 +358,12 @@ def personal(text: str) -> str:
     if any(_is_card(match[0]) for match in CARD.finditer(text)):
         return "a card number"
     if any(_is_iban(match[0]) for match in IBAN.finditer(text)):
-        return "a bank account"
-    return "a telephone number" if PHONE.search(text) else ""
+        return "a bank account number"
+    return "a phone number" if PHONE.search(text) else ""
 
 
 def _is_card(text: str) -> bool:
-    """Luhn's check digit, and the beginnings that cards have."""
+    """Checks Luhn's check digit and the first digit of a card number."""
     digits = [int(c) for c in text if c.isdigit()]
     if not 13 <= len(digits) <= 19 or digits[0] not in (3, 4, 5, 6) or len(set(digits)) < 2:
         return False
@@ -247,31 +378,31 @@ def _is_iban(text: str) -> bool:
     return int("".join(str(int(c, 36)) for c in code[4:] + code[:4])) % 97 == 1
 
 
-# --- rows against each other ----------------------------------------------------------------------
+# --- comparing rows -------------------------------------------------------------------------------
 
 
-# Small letters and digits as they are, capitals small, all else a space.
+# Lowercase letters and digits stay, uppercase becomes lowercase, everything else a space.
 PLAIN = bytes(ord(chr(byte).lower()) if byte < 128 and chr(byte).isalnum() else 32 for byte in range(256))
 SEEN = (1 << 64) - 1
 
 
 def normal(text: str) -> str:
-    """What is left when capitals, spaces and punctuation do not count."""
+    """The text without differences in case, spacing and punctuation."""
     if text.isascii():  # ten times faster
         plain = text.encode().translate(PLAIN)
-        while b"  " in plain:  # twice as fast as to split and to join
+        while b"  " in plain:  # twice as fast as split and join
             plain = plain.replace(b"  ", b" ")
         return plain.strip().decode()
     return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
 def fingerprint(text: str) -> int:
-    """Eight bytes, others in each run of the program, so that nobody can make texts that look the same."""
+    """Eight bytes of a hash that differs in each process, so that collisions cannot be constructed."""
     return hash(text) & SEEN
 
 
-class Twins:
-    """Remembers eight bytes of each text, to tell in the end which stood there before."""
+class DuplicateIndex:
+    """Keeps eight bytes of each text, to find duplicates at the end."""
 
     def __init__(self) -> None:
         self.keys, self.lines = array("Q"), array("Q")
@@ -281,16 +412,16 @@ class Twins:
             self.keys.append(fingerprint(text))
             self.lines.append(line)
 
-    def join(self, later: Twins, lines: int) -> None:
-        """Takes over the texts of the part of the file that begins after `lines` lines."""
+    def join(self, later: DuplicateIndex, lines: int) -> None:
+        """Adds the texts of the part of the file that starts after `lines` lines."""
         room = ROWS_COMPARED - len(self.keys)
         self.keys.extend(later.keys[:room])
         self.lines.extend(
             array("Q", (np.frombuffer(later.lines, np.uint64)[:room] + np.uint64(lines)).tobytes())
         )
 
-    def again(self) -> Iterator[tuple[int, int]]:
-        """(line, line where it stood first) of every later twin, in the order of the file."""
+    def repeats(self) -> Iterator[tuple[int, int]]:
+        """(line, line of the first occurrence) of every repeated text, in file order."""
         keys, lines = np.frombuffer(self.keys, np.uint64), np.frombuffer(self.lines, np.uint64)
         if len(keys) == 0:
             return
@@ -304,8 +435,8 @@ class Twins:
         for later, earlier in pairs:
             yield int(lines[later]), int(lines[earlier])
 
-    def common(self, other: Twins) -> list[int]:
-        """Lines of `other` whose text stands here too."""
+    def common(self, other: DuplicateIndex) -> list[int]:
+        """Lines of `other` whose text is also in this index."""
         if not len(self.keys) or not len(other.keys):
             return []
         here = np.isin(np.frombuffer(other.keys, np.uint64), np.frombuffer(self.keys, np.uint64))

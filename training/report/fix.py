@@ -1,5 +1,5 @@
-"""`python -m training fix FILE --to NEW.jsonl`: a new version of a dataset without the rows that findings name,
-and, if asked, with some rows set aside for validation. The old file stays as it is."""
+"""`python -m training fix FILE --to NEW.jsonl`: a new version of a dataset without the rows that have
+findings and, optionally, with some rows held out for validation. The old file is not changed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from typing import Any
 from training.data.formats import BadRow, Format, Row, detect, rows
 from training.report.findings import KINDS
 from training.report.report import findings_of, preview_of
-from training.text.encode import Plain
+from training.text.encode import EncodingOptions
 from training.text.tokenizer import Tokenizer
 
-LINES_TOLD = 10_000  # of each finding, by the command: a reader of its line has a limit
-SHOWN = 20  # rows that are gone, to look at
+MAX_LINES_PRINTED = 10_000  # of each finding: the reader of the output limits the length of a line
+SHOWN = 20  # dropped rows to show
 DROPPABLE = frozenset(code for code, kind in KINDS.items() if kind.drop)
 
 
 @dataclass
 class Fixed:
-    """What became of the rows. `dropped` holds the lines by finding; a row named by several counts for each."""
+    """What happened to the rows. `dropped` has the lines by finding; a row with several findings counts
+    for each."""
 
-    rows: int = 0  # in the old file, also those that cannot be read
+    rows: int = 0  # in the old file, including unreadable ones
     kept: int = 0
     validation: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)
@@ -41,21 +42,25 @@ def fix(
     *,
     drop: Collection[str] = DROPPABLE,
     tokenizer: Tokenizer | None = None,
-    settings: Plain | None = None,
+    settings: EncodingOptions | None = None,
     format: Format | None = None,
     validation: str | Path | None = None,
     fraction: float = 0.1,
     seed: int = 0,
 ) -> Fixed:
-    """Write the rows that stay as JSON Lines. Raises BadRow where a row cannot be read and "bad_row" is not dropped.
+    """Writes the remaining rows as JSON Lines. Raises BadRow if a row cannot be read and "bad_row" is not in
+    `drop`.
 
-    Which rows go to `validation` hangs on what they say and the seed, so twins never stand on both sides."""
+    A row's content and the seed decide whether it goes to `validation`, so duplicates are always on the
+    same side."""
     unknown = set(drop) - DROPPABLE
     if unknown:
-        raise ValueError(f"these findings name no rows to drop: {', '.join(sorted(unknown))}")
+        raise ValueError(f"these findings have no rows to drop: {', '.join(sorted(unknown))}")
     chosen = format or detect(path)
-    found = findings_of(path, tokenizer, settings or Plain(), chosen)
-    wanted = {code: set(found[code]) for code in sorted(set(found) & set(drop)) if code != "bad_row"}
+    row_numbers = findings_of(path, tokenizer, settings or EncodingOptions(), chosen)
+    wanted = {
+        code: set(row_numbers[code]) for code in sorted(set(row_numbers) & set(drop)) if code != "bad_row"
+    }
     result = Fixed()
 
     def bad(row: BadRow) -> None:
@@ -66,7 +71,7 @@ def fix(
 
     with ExitStack() as files:
         out = files.enter_context(Path(to).open("w", encoding="utf-8"))
-        aside = files.enter_context(Path(validation).open("w", encoding="utf-8")) if validation else None
+        held_out = files.enter_context(Path(validation).open("w", encoding="utf-8")) if validation else None
         for number, row in enumerate(rows(path, chosen, on_bad=bad), 1):
             result.rows += 1
             if codes := [code for code, numbers in wanted.items() if number in numbers]:
@@ -74,9 +79,9 @@ def fix(
                     result.removed.append({"line": row.line, "preview": preview_of(row)})
                 for code in codes:
                     result.dropped.setdefault(code, []).append(row.line)
-            elif aside is not None and _share(row, seed) < fraction:
+            elif held_out is not None and _share(row, seed) < fraction:
                 result.validation += 1
-                _write(aside, row)
+                _write(held_out, row)
             else:
                 result.kept += 1
                 _write(out, row)
@@ -84,7 +89,7 @@ def fix(
 
 
 def _share(row: Row, seed: int) -> float:
-    """A number in [0, 1) that the row's text and the seed decide."""
+    """A number in [0, 1), determined by the row's text and the seed."""
     digest = hashlib.sha256(f"{seed}:{row.preview}".encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -101,30 +106,31 @@ def _write(file: Any, row: Row) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file")
-    parser.add_argument("--to", required=True, help="the new file, JSON Lines")
+    parser.add_argument("--to", required=True, help="the file to write, JSON Lines")
     parser.add_argument(
         "--drop",
-        help=f"findings whose rows go, with commas, or nothing; all of {', '.join(sorted(DROPPABLE))} if left away",
+        help=f"comma-separated findings whose rows to drop, or an empty string; default: {', '.join(sorted(DROPPABLE))}",
     )
-    parser.add_argument("--format", help="how the file is written, as JSON; found out by itself if left away")
+    parser.add_argument("--format", help="format of the file, as JSON; default: detected")
     parser.add_argument(
-        "--tokenizer", help="folder of the base model; needed to find rows that are cut or teach nothing"
+        "--tokenizer",
+        help="folder of the base model; needed to find rows that are truncated or have nothing to train on",
     )
     parser.add_argument("--sequence-length", type=int)
-    parser.add_argument("--validation", help="set rows aside in this file")
-    parser.add_argument("--fraction", type=float, default=0.1, help="how many of them")
+    parser.add_argument("--validation", help="file to write held-out rows to")
+    parser.add_argument("--fraction", type=float, default=0.1, help="fraction of the rows to hold out")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def main(given: argparse.Namespace) -> int:
-    """Prints what was done as one JSON line. Exit 10 when the file cannot be read."""
+    """Prints the result as one JSON line. Exit 10 if the file cannot be read."""
     try:
         done = fix(
             given.file,
             given.to,
             drop=DROPPABLE if given.drop is None else list(filter(None, given.drop.split(","))),
             tokenizer=Tokenizer.load(given.tokenizer) if given.tokenizer else None,
-            settings=Plain(given.sequence_length),
+            settings=EncodingOptions(given.sequence_length),
             format=Format.of(json.loads(given.format)) if given.format else None,
             validation=given.validation,
             fraction=given.fraction,
@@ -133,6 +139,6 @@ def main(given: argparse.Namespace) -> int:
     except (BadRow, ValueError) as error:
         print(error, file=sys.stderr)
         return 10
-    dropped = {code: lines[:LINES_TOLD] for code, lines in done.dropped.items()}
+    dropped = {code: lines[:MAX_LINES_PRINTED] for code, lines in done.dropped.items()}
     print(json.dumps({"t": "fixed", **asdict(done), "dropped": dropped}))
     return 0

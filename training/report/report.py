@@ -1,4 +1,4 @@
-"""Everything worth knowing about a dataset before a second of training is spent on it."""
+"""The report on a dataset: everything worth knowing about it before training."""
 
 from __future__ import annotations
 
@@ -11,18 +11,26 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from training.data.formats import BadFile, BadRow, Format, Part, Row, detect, head, look, rows
+from training.data.formats import BadFile, BadRow, ByteRange, Format, Row, detect, detect_lenient, head, rows
 from training.data.summary import Summary
-from training.report.findings import LINES_KEPT, Findings, Suspicion, Twins, fingerprint, look_at, normal
-from training.text.encode import Example, Plain, Tokens, batches, encode_batch, encoded_batches
+from training.report.findings import (
+    LINES_KEPT,
+    DuplicateIndex,
+    Findings,
+    Prefilter,
+    check_row,
+    fingerprint,
+    normal,
+)
+from training.text.encode import EncodingOptions, Example, Tokens, batches, encode_batch, encoded_batches
 from training.text.tokenizer import Tokenizer
 
 SAMPLES, PREVIEW, SAMPLE_TOKENS = 5, 150, 400
-HALVED = 16 << 20  # bytes from which a file is read by two processes
-JOINED = ("rows", "characters", "foreign", "summary", "findings", "exact", "near", "prompts", "answers")
-ROW_TOKENS = 4000  # of one row that a person asks for
+SPLIT_FROM_BYTES = 16 << 20  # larger files are read by two processes
+JOINED = ("rows", "characters", "non_ascii", "summary", "findings", "exact", "near", "prompts", "answers")
+ROW_TOKENS = 4000  # of a single row
 FEW = 10
-CHARACTERS_PER_TOKEN = 2.0  # under this the tokenizer does not know the language
+CHARACTERS_PER_TOKEN = 2.0  # below this, the tokenizer does not fit the language
 
 Progress = Callable[[int, float], None]
 
@@ -30,18 +38,18 @@ Progress = Callable[[int, float], None]
 def report(
     path: str | Path,
     tokenizer: Tokenizer | None,
-    settings: Plain | None = None,
+    settings: EncodingOptions | None = None,
     *,
     format: Format | dict[str, Any] | None = None,
     validation: str | Path | None = None,
     validation_format: Format | dict[str, Any] | None = None,
     progress: Progress = lambda rows, share: None,
 ) -> dict[str, Any]:
-    """Reads every row of the file. Never raises for what the file holds: the verdict tells.
+    """Reads every row of a file. Never raises because of its content: the verdict says what is wrong.
 
-    Without a tokenizer nothing is counted in tokens. `ready` says whether a job may train on it."""
+    Without a tokenizer, no tokens are counted. `ready` says whether a job can train on it."""
     path = Path(path)
-    run = _Report(tokenizer, settings or Plain())
+    run = _Report(tokenizer, settings or EncodingOptions())
     try:
         chosen = Format.of(format) if format else detect(path)
         halves = _halves(path, chosen)
@@ -54,27 +62,30 @@ def report(
     except BadRow as bad:
         run.bad(bad)
         chosen = Format.of(format) if format else Format("unknown")
-    return {**run.finish(chosen), **_to_choose(path, chosen, bool(format), run.summary.examples + run.rows)}
+    return {
+        **run.finish(chosen),
+        **_column_choice(path, chosen, bool(format), run.summary.examples + run.rows),
+    }
 
 
-def _to_choose(path: Path, chosen: Format, given: bool, read: int) -> dict[str, Any]:
-    """The beginning of a file with columns, so that a person may choose among them; `choose`: they have to, since none of
-    its rows could be read with those we know or were given."""
+def _column_choice(path: Path, chosen: Format, given: bool, read: int) -> dict[str, Any]:
+    """The head of a file with columns, so that the user can choose among them. `choose`: they must, since
+    no row could be read with the known or given columns."""
     try:
-        written = look(path)
-        found = head(path, written) | {"format": written.as_dict()}
+        written = detect_lenient(path)
+        file_head = head(path, written) | {"format": written.as_dict()}
     except BadRow:
         return {}
-    if not found["columns"] or not found["rows"]:
+    if not file_head["columns"] or not file_head["rows"]:
         return {}
-    return {"head": found, "choose": not read and (given or not chosen.shape)}
+    return {"head": file_head, "choose": not read and (given or not chosen.shape)}
 
 
 def findings_of(
-    path: str | Path, tokenizer: Tokenizer | None, settings: Plain, format: Format
+    path: str | Path, tokenizer: Tokenizer | None, settings: EncodingOptions, format: Format
 ) -> dict[str, list[int]]:
-    """Every row that a finding names, by its code: the first row is 1. Not lines: the elements of a JSON array may all
-    stand on one. Raises BadFile."""
+    """{code: numbers of the rows with that finding}, where the first row is 1. Row numbers rather than
+    lines, because all elements of a JSON array may be on one line. Raises BadFile."""
     run = _Report(tokenizer, settings, keep=sys.maxsize)
     run.by_order = True
     run.read(Path(path), format, lambda rows, share: None)
@@ -82,24 +93,24 @@ def findings_of(
     return run.findings.lines
 
 
-def _halves(path: Path, format: Format) -> tuple[Part, Part] | None:
-    """The two halves of a large JSON Lines file, where there is a second core to read one."""
+def _halves(path: Path, format: Format) -> tuple[ByteRange, ByteRange] | None:
+    """The two halves of a large JSON Lines file, if there is a second core to read one of them."""
     size = path.stat().st_size
-    if format.container != "jsonl" or format.encoding != "utf-8" or size < HALVED or _cores() < 2:
+    if format.container != "jsonl" or format.encoding != "utf-8" or size < SPLIT_FROM_BYTES or _cores() < 2:
         return None
     with path.open("rb") as file:
         file.seek(size // 2)
-        if not file.readline(HALVED // 4).endswith(b"\n"):
+        if not file.readline(SPLIT_FROM_BYTES // 4).endswith(b"\n"):
             return None
         middle = file.tell()
-    return Part(0, middle), Part(middle, size)
+    return ByteRange(0, middle), ByteRange(middle, size)
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 
 
-def _lines_in(path: Path, part: Part) -> int:
+def _lines_in(path: Path, part: ByteRange) -> int:
     lines, left = 0, part.bytes
     with path.open("rb") as file:
         while left > 0 and (piece := file.read(min(left, 1 << 20))):
@@ -108,15 +119,17 @@ def _lines_in(path: Path, part: Part) -> int:
 
 
 class _Report:
-    """One reading of one file."""
+    """The report in progress."""
 
-    def __init__(self, tokenizer: Tokenizer | None, settings: Plain, keep: int = LINES_KEPT) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, settings: EncodingOptions, keep: int = LINES_KEPT
+    ) -> None:
         self.tokenizer, self.settings = tokenizer, settings
         self.summary, self.findings = Summary(), Findings(keep)
-        self.rows = self.characters = self.foreign = 0
-        self.by_order = False  # name rows by their place among those that can be read, not by their line
+        self.rows = self.characters = self.non_ascii = 0
+        self.by_order = False  # number rows by their order among readable ones, not by line
         self.samples: list[dict[str, Any]] = []
-        self.exact, self.near, self.prompts = Twins(), Twins(), Twins()
+        self.exact, self.near, self.prompts = DuplicateIndex(), DuplicateIndex(), DuplicateIndex()
         self.answers: set[int] = set()
         self.problem: BadRow | None = None
 
@@ -124,32 +137,34 @@ class _Report:
         self.problem = self.problem or bad
         self.findings.add("bad_row", bad.line, f"{bad.reason}. {bad.fix}")
 
-    def read(self, path: Path, format: Format, progress: Progress, part: Part | None = None) -> None:
-        size, told = max(1, part.bytes if part else path.stat().st_size), time.monotonic()
+    def read(self, path: Path, format: Format, progress: Progress, part: ByteRange | None = None) -> None:
+        size, reported = max(1, part.bytes if part else path.stat().st_size), time.monotonic()
         for batch in self._batches(path, format, part):
             texts = [row.preview for row, _ in batch]
             special = self.tokenizer.special_pattern if self.tokenizer else None
-            may = Suspicion.of(texts, special)
+            prefilter = Prefilter.of(texts, special)
             for (row, examples), text in zip(batch, texts, strict=True):
                 self.rows += 1
                 if self.by_order:
                     row = replace(row, line=self.rows)
                 self.characters += len(text)
-                if may.foreign:
-                    self.foreign += len(text) - len(text.encode("ascii", "ignore"))
-                look_at(row, text, self.findings, special, may)
+                if prefilter.non_ascii:
+                    self.non_ascii += len(text) - len(text.encode("ascii", "ignore"))
+                check_row(row, text, self.findings, special, prefilter)
                 self.row(row, text, examples)
-            if time.monotonic() - told > 0.5:
-                told = time.monotonic()
+            if time.monotonic() - reported > 0.5:
+                reported = time.monotonic()
                 progress(self.rows, min(0.99, self.characters / size))
         self.summary.kind = {"text": "text", "completion": "completion"}.get(format.shape, "chat")
 
-    def read_both(self, path: Path, format: Format, progress: Progress, first: Part, second: Part) -> None:
-        """Two halves at once, the second by a process of its own, which is gone when this one is."""
+    def read_both(
+        self, path: Path, format: Format, progress: Progress, first: ByteRange, second: ByteRange
+    ) -> None:
+        """Reads two halves at once, the second in a child process, which ends with this one."""
         fork = get_context("fork")
         receiver, sender = fork.Pipe(duplex=False)
         ahead, parent = fork.Value("q", 0, lock=False), os.getpid()
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the halves have both cores busy
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the two processes keep both cores busy
 
         def watch(rows: int, share: float) -> None:
             ahead.value = rows
@@ -181,8 +196,8 @@ class _Report:
         return {name: getattr(self, name) for name in JOINED} | {"problem": problem}
 
     def _join(self, later: dict[str, Any], lines: int) -> None:
-        """Takes over what was seen in the half that begins after `lines` lines."""
-        for name in ("rows", "characters", "foreign"):
+        """Adds the results of the half that starts after `lines` lines."""
+        for name in ("rows", "characters", "non_ascii"):
             setattr(self, name, getattr(self, name) + later[name])
         self.summary.join(later["summary"])
         for name in ("findings", "exact", "near", "prompts"):
@@ -193,7 +208,7 @@ class _Report:
             self.problem = BadRow(line + lines, reason, fix)
 
     def _batches(
-        self, path: Path, format: Format, part: Part | None
+        self, path: Path, format: Format, part: ByteRange | None
     ) -> Iterable[list[tuple[Row, list[Tokens]]]]:
         if self.tokenizer is None:
             read = rows(path, format, on_bad=self.bad, part=part)
@@ -211,14 +226,18 @@ class _Report:
                 self.samples.append({"line": row.line, "preview": preview_of(row)})
             return
         if any(example.truncated for example in examples):
-            self.findings.add("truncated", row.line, f"{examples[0].truncated} tokens lost")
+            self.findings.add("truncated", row.line, f"{examples[0].truncated} tokens cut off")
         if self.summary.untrained - untrained == len(examples):
             self.findings.add("nothing_to_train", row.line)
         elif row.kind == "chat" and not _ends(examples[0], tokenizer):
             self.findings.add("missing_end", row.line)
         if len(self.samples) < SAMPLES and examples:
             self.samples.append(
-                {"line": row.line, "preview": preview_of(row), **coloured(examples[0].example(), tokenizer)}
+                {
+                    "line": row.line,
+                    "preview": preview_of(row),
+                    **colored_tokens(examples[0].example(), tokenizer),
+                }
             )
 
     def _remember(self, row: Row, text: str) -> None:
@@ -231,8 +250,8 @@ class _Report:
             self.answers.add(fingerprint(answer))
 
     def compare(self, validation: Path, format: Format | None = None) -> None:
-        """Which rows of the validation file stand in the training file, whole or by their question."""
-        rows_there, questions = Twins(), Twins()
+        """Finds rows of the validation file that are also in the training file, whole or by their prompt."""
+        rows_there, questions = DuplicateIndex(), DuplicateIndex()
         for row in rows(validation, format, on_bad=lambda bad: None):
             asked, answer = question_and_answer(row)
             rows_there.add(f"{asked}\n{normal(answer)}", row.line)
@@ -242,34 +261,30 @@ class _Report:
             self.findings.add("leak", line)
 
     def finish(self, format: Format) -> dict[str, Any]:
-        exact = dict(self.exact.again())
+        exact = dict(self.exact.repeats())
         for line, first in exact.items():
-            self.findings.add("duplicate", line, f"as line {first}")
-        near = dict(self.near.again())
+            self.findings.add("duplicate", line, f"same as line {first}")
+        near = dict(self.near.repeats())
         for line, first in near.items():
             if line not in exact:
-                self.findings.add("near_duplicate", line, f"as line {first}")
-        for line, first in self.prompts.again():
+                self.findings.add("near_duplicate", line, f"same as line {first}")
+        for line, first in self.prompts.repeats():
             if line not in near:
-                self.findings.add("conflict", line, f"asked as in line {first}")
+                self.findings.add("conflict", line, f"same prompt as line {first}")
         if self.rows > 3 and len(self.answers) == 1 and self.summary.kind != "text":
             self.findings.add("same_answer", 0)
         if 0 < self.rows < FEW and self.summary.kind != "text":
             self.findings.add("few", 0, f"{self.rows} examples")
         tokens = self.summary.tokens + self.summary.lost_tokens
-        # Digits and code take many tokens too, and are no foreign language.
+        # Digits and code take many tokens too, and are not a sign of another language.
         if (
-            self.foreign * 4 > self.characters
+            self.non_ascii * 4 > self.characters
             and self.characters / max(tokens, 1) < CHARACTERS_PER_TOKEN
             and tokens > 200
         ):
-            self.findings.add("poor_fit", 0, f"{self.characters / tokens:.1f} characters a token")
+            self.findings.add("poor_fit", 0, f"{self.characters / tokens:.1f} characters per token")
         if self.rows == 0 and self.problem is None:
-            self.bad(
-                BadFile(
-                    0, "there is no example in the file", "Upload a file with at least one example in it."
-                )
-            )
+            self.bad(BadFile(0, "the file has no examples", "Upload a file with at least one example."))
         return {
             **self.summary.as_dict(),
             "rows": self.rows,
@@ -282,7 +297,7 @@ class _Report:
         }
 
     def _verdict(self) -> dict[str, Any]:
-        """`ready` (may be trained on), `error` (why not, for whoever reads one line) and a plain `verdict`."""
+        """`ready` (can be trained on), `error` (why not, in one line) and `verdict`, a sentence for users."""
         counts = self.findings.counts
         if self.problem is not None:
             more = counts["bad_row"] - 1
@@ -291,18 +306,18 @@ class _Report:
             words = f"{where}{self.problem.reason}. {self.problem.fix}{also}"
             return {"ready": False, "error": words, "verdict": words}
         if self.tokenizer is not None and not self.summary.trained_tokens:
-            words = "There is nothing to learn in any row. Give the rows answers."
+            words = "No row has anything to learn from. Add answers to the rows."
             return {"ready": False, "error": words, "verdict": words}
         many = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
         serious = [f for f in self.findings.as_list() if f["severity"] != "info"]
         if not serious:
-            return {"ready": True, "error": "", "verdict": f"{many}, and nothing to complain about."}
+            return {"ready": True, "error": "", "verdict": f"{many}, no problems found."}
         worst = ", ".join(f"{f['title'][0].lower()}{f['title'][1:]} ({f['count']:,})" for f in serious[:3])
-        return {"ready": True, "error": "", "verdict": f"{many} that can be trained on. Look at: {worst}."}
+        return {"ready": True, "error": "", "verdict": f"{many} can be used for training. Check: {worst}."}
 
 
 def question_and_answer(row: Row) -> tuple[str, str]:
-    """What is asked and what is answered, capitals and spaces not counted in the question; text has no question."""
+    """The normalized prompt and the answer of a row. Plain text has an empty prompt."""
     if row.kind == "completion":
         return normal(row.prompt), row.completion
     if row.kind == "text":
@@ -313,8 +328,8 @@ def question_and_answer(row: Row) -> tuple[str, str]:
     return normal(asked), row.messages[last]["content"] if answers else ""
 
 
-def coloured(example: Example, tokenizer: Tokenizer, limit: int = SAMPLE_TOKENS) -> dict[str, Any]:
-    """The tokens of an example as a page shows them: text, whether trained, whether a line ends there."""
+def colored_tokens(example: Example, tokenizer: Tokenizer, limit: int = SAMPLE_TOKENS) -> dict[str, Any]:
+    """The tokens of an example for a page: text, whether trained on, whether a line ends there."""
     texts = tokenizer.token_texts(example.ids[:limit])
     return {
         "tokens": [
@@ -325,10 +340,10 @@ def coloured(example: Example, tokenizer: Tokenizer, limit: int = SAMPLE_TOKENS)
     }
 
 
-def colour_row(
-    path: str | Path, line: int, tokenizer: Tokenizer, settings: Plain, format: Format | None = None
+def row_tokens(
+    path: str | Path, line: int, tokenizer: Tokenizer, settings: EncodingOptions, format: Format | None = None
 ) -> dict[str, Any]:
-    """The coloured tokens of the row at `line`, and how many are cut off. Raises KeyError if no row begins there, and
+    """The tokens of the row on `line`, and how many are cut off. Raises KeyError if no row begins there, and
     BadRow for one that can't be read."""
 
     def bad(bad: BadRow) -> None:
@@ -337,18 +352,18 @@ def colour_row(
 
     for row in rows(path, format, on_bad=bad):
         if row.line == line:
-            found = encode_batch([row], tokenizer, settings)[0]
-            if isinstance(found, BadRow):
-                raise found
-            shown = coloured(found.example(), tokenizer, ROW_TOKENS)
-            return {"line": line, "preview": preview_of(row), "cut": found.truncated, **shown}
+            tokens = encode_batch([row], tokenizer, settings)[0]
+            if isinstance(tokens, BadRow):
+                raise tokens
+            shown = colored_tokens(tokens.example(), tokenizer, ROW_TOKENS)
+            return {"line": line, "preview": preview_of(row), "cut": tokens.truncated, **shown}
         if row.line > line:
             break
     raise KeyError(line)
 
 
 def preview_of(row: Row) -> str:
-    """On one line, cut to 150 characters."""
+    """The row on one line, cut to 150 characters."""
     return one_line(row.preview)
 
 
@@ -358,6 +373,6 @@ def one_line(text: str) -> str:
 
 
 def _ends(example: Tokens, tokenizer: Tokenizer) -> bool:
-    """Whether the last trained token is a control token: the end that a model learns to write."""
+    """Whether the last trained token is a control token, so that the model learns to stop."""
     ends = tokenizer.special_tokens
     return bool(example.truncated) or not ends or example.last_trained.endswith(ends)

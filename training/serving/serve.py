@@ -8,11 +8,11 @@
          {"id", "t": "start", "prompt_tokens"} · {"id", "t": "token", "index", "text", …}
          {"id", "t": "done", "choices", "usage"} · {"id", "t": "error", "code", "message"} · {"t": "status", …}
 
-One thread reads, one loads models, and the main one writes tokens: every pass advances all sequences of a model
-together, and lets waiting requests in between two passes, taking people in turn (`who`), so that nobody's hundred
-requests stand before another's one. A request with many `prompts` (texts or lists of token ids) lets them in one by one;
-choice i of prompt k has the index k * n + i. Chat templates are rendered in a process of their own. It ends at the end of its
-input, and with the process that started it.
+One thread reads, one loads models, and the main one generates. Each pass advances all sequences of a model
+together; waiting requests join between two passes (continuous batching). Users (`who`) take turns, so one
+user's hundred requests do not delay another user's single one. A request with many `prompts` (texts or lists
+of token ids) starts them one by one; choice i of prompt k has the index k * n + i. Chat templates are
+rendered in a child process. The server ends when its input ends, and so with the process that started it.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ from training.models.generate import (
     open_sequences,
     prompt_ids,
 )
-from training.serving.warm_models import Loaded, Models
+from training.serving.warm_models import Loaded, ModelCache
 from training.text.chat_template import STOPPED, Renderer
 from training.text.tokenizer import TemplateTooSlow, TokenizerError
 
-MAX_LINE_BYTES = (
-    16 * 1024 * 1024
-)  # a request (JSON may triple the 4 MB that /v1 takes); a longer line is refused and skipped
-MAX_WAITING = 256  # requests that wait; more are refused as busy
+# a request (JSON may triple the 4 MB that /v1 takes); a longer line is refused and skipped
+MAX_LINE_BYTES = 16 * 1024 * 1024
+MAX_WAITING = 256  # waiting requests; more are refused as busy
 MAX_N, MAX_LOGPROBS, MAX_STOPS, MAX_STOP_CHARS = 8, 20, 16, 200
 MAX_TOKENS = 1_000_000
 MAX_PROMPTS = 128
 ALIVE_S = 5.0
-NO_CHAT_S = 60  # a person's chats with a model are refused for so long after its template had to be stopped
+CHAT_BLOCK_S = (
+    60  # after a template had to be stopped, the user's chats with that model are refused this long
+)
 
 
 @dataclass
@@ -60,9 +61,9 @@ class Request:
     id: str
     who: str
     model: str
-    prompts: list[Any]  # of one request: texts, lists of token ids, or one conversation
+    prompts: list[Any]  # texts, lists of token ids, or one conversation
     options: GenerateOptions
-    ids: list[list[int]] = field(default_factory=list)  # of all prompts, once they were read
+    ids: list[list[int]] = field(default_factory=list)  # token ids of all prompts, once encoded
     opened: int = 0  # prompts whose sequences were started
     sequences: list[TextSequence] = field(default_factory=list)
 
@@ -72,14 +73,14 @@ class Request:
 
 
 class Server:
-    def __init__(self, models: Models, max_sequences: int) -> None:
+    def __init__(self, models: ModelCache, max_sequences: int) -> None:
         self.models, self.max_sequences = models, max_sequences
-        self.share = max(1, max_sequences // 2)  # one person never holds more than half of what can run
-        self.waiting: OrderedDict[str, deque[Request]] = OrderedDict()  # by person, whose turn it is first
+        self.share = max(1, max_sequences // 2)  # a single user never has more than half of the sequences
+        self.waiting: OrderedDict[str, deque[Request]] = OrderedDict()  # by user, next in turn first
         self.active: dict[str, Request] = {}
         self.loads: dict[str, str] = {}  # ids of `load` requests by folder
         self.renderer = Renderer()
-        self.no_chat: dict[tuple[str, str], float] = {}  # by person and model: until when
+        self.chat_blocked_until: dict[tuple[str, str], float] = {}  # (user, model) -> until when
 
     @property
     def idle(self) -> bool:
@@ -87,22 +88,22 @@ class Server:
 
     # --- requests coming in ---------------------------------------------------------------------
 
-    def take(self, line: bytes) -> None:
-        """One line of input."""
+    def handle_line(self, line: bytes) -> None:
+        """Handles one line of input."""
         try:
             message = json.loads(line)
             if not isinstance(message, dict):
                 raise ValueError("not an object")
         except ValueError:
-            return say(
-                {"t": "error", "code": "bad_request", "message": "a request is one JSON object a line"}
+            return write_line(
+                {"t": "error", "code": "bad_request", "message": "a request is one JSON object per line"}
             )
         try:
-            self._act(message)
+            self._dispatch(message)
         except GenerateError as error:
-            refuse(str(message.get("id", "")), error)
+            write_error(str(message.get("id", "")), error)
 
-    def _act(self, message: Mapping[str, Any]) -> None:
+    def _dispatch(self, message: Mapping[str, Any]) -> None:
         op, request_id, model = message.get("op"), str(message.get("id", "")), str(message.get("model", ""))
         if op == "generate":
             self._queue(parse(message))
@@ -111,9 +112,9 @@ class Server:
         elif op == "load":
             self.loads[model] = request_id
         elif op == "unload":
-            say({"id": request_id, "t": "unloaded", "model": model, "done": self.models.unload(model)})
+            write_line({"id": request_id, "t": "unloaded", "model": model, "done": self.models.unload(model)})
         elif op == "status":
-            say({"t": "status", **self.status()})
+            write_line({"t": "status", **self.status()})
         else:
             raise GenerateError("bad_request", f"unknown op {op!r}")
 
@@ -122,7 +123,9 @@ class Server:
             "active": len(self.active),
             "sequences": self._running(),
             "waiting": sum(map(len, self.waiting.values())),
-            "models": [{"model": f, "bytes": m.bytes, "users": m.users} for f, m in self.models.warm.items()],
+            "models": [
+                {"model": f, "bytes": m.bytes, "users": m.users} for f, m in self.models.loaded.items()
+            ],
         }
 
     def _queue(self, request: Request) -> None:
@@ -131,7 +134,7 @@ class Server:
         ):
             raise GenerateError("bad_request", "this id is in use")
         if sum(map(len, self.waiting.values())) >= MAX_WAITING:
-            raise GenerateError("busy", "too many requests are waiting; try again in a moment")
+            raise GenerateError("busy", "too many requests are waiting, try again in a moment")
         self.waiting.setdefault(request.who, deque()).append(request)
 
     def _cancel(self, request_id: str) -> None:
@@ -142,7 +145,7 @@ class Server:
         for line in list(self.waiting.values()):
             for request in [r for r in line if r.id == request_id]:
                 self._no_longer_waiting(request)
-                done(request)
+                write_done(request)
         return None
 
     def _no_longer_waiting(self, request: Request) -> None:
@@ -155,7 +158,7 @@ class Server:
     # --- work -----------------------------------------------------------------------------------
 
     def work(self) -> bool:
-        """Let requests in and write one token for each sequence. False when there was nothing to do."""
+        """Admits requests and generates one token for each sequence. False if there was nothing to do."""
         for folder, request_id in list(self.loads.items()):
             self._finish_load(folder, request_id)
         self._admit()
@@ -168,25 +171,26 @@ class Server:
             model = self.models.get(folder)
         except GenerateError as error:
             del self.loads[folder]
-            return refuse(request_id, error)
+            return write_error(request_id, error)
         if model is not None:
             del self.loads[folder]
-            say({"id": request_id, "t": "loaded", "model": folder, "bytes": model.bytes})
+            write_line({"id": request_id, "t": "loaded", "model": folder, "bytes": model.bytes})
         return None
 
     def _admit(self) -> None:
-        """From each person in turn the oldest request that fits; people who were served go to the end of the line."""
+        """Admits from each user in turn the oldest request that fits; users who were served go to the end
+        of the line."""
         for who in list(self.waiting):
             line = self.waiting[who]
             request = line[0]
             if self._running(who) + request.options.n > self.share:
                 continue
             if self._running() + request.options.n > self.max_sequences:
-                return  # nobody overtakes: places become free until a request for many has room
+                return  # no overtaking: capacity frees up until a large request fits
             try:
                 model = self.models.get(request.model)
                 if model is None:
-                    continue  # still loading; the others do not wait for it
+                    continue  # still loading; others do not wait for it
                 self._start(request, model)
             except GenerateError as error:
                 self._close(request, error)
@@ -202,15 +206,17 @@ class Server:
         return sum(s.finish_reason is None for r in requests for s in r.sequences)
 
     def _start(self, request: Request, model: Loaded) -> None:
-        """The next prompt of a request; before the first one all are read, so that a request is refused whole."""
-        say({"id": request.id, "t": "reading"})  # if it is our last word, whose prompt it was is known
+        """Starts the next prompt of a request. All prompts are encoded before the first, so a request is
+        refused as a whole."""
+        # if the server dies here, it is known whose prompt it was
+        write_line({"id": request.id, "t": "reading"})
         if request.id not in self.active:
             request.ids = [self._read(prompt, request, model) for prompt in request.prompts]
             for ids in request.ids:
                 check_length(len(ids), model.decoder.context, request.options)
             model.users += 1
             self.active[request.id] = request
-            say({"id": request.id, "t": "start", "prompt_tokens": sum(map(len, request.ids))})
+            write_line({"id": request.id, "t": "start", "prompt_tokens": sum(map(len, request.ids))})
         first = request.opened * request.options.n
         sequences = open_sequences(
             model.decoder, model.tokenizer, request.ids[request.opened], request.options, first
@@ -219,23 +225,26 @@ class Server:
         request.sequences += sequences
         for sequence in sequences:
             for token in sequence.prompt_tokens:
-                say_token(request, token)
+                write_token(request, token)
             sequence.prompt_tokens = []
         if request.is_done:
             self._close(request)
 
     def _read(self, prompt: Any, request: Request, model: Loaded) -> list[int]:
-        """A prompt's tokens. Everybody waits for a template that has to be stopped, so it is not tried again at once."""
+        """A prompt's token ids. All users wait while a template has to be stopped, so it is not tried
+        again right away."""
         key, now = (request.who, request.model), time.monotonic()
-        if is_conversation(prompt) and now < self.no_chat.get(key, 0):
-            raise GenerateError("bad_request", f"{STOPPED}; give a prompt, or wait a minute")
+        if is_conversation(prompt) and now < self.chat_blocked_until.get(key, 0):
+            raise GenerateError("bad_request", f"{STOPPED}. Send a prompt instead, or wait a minute")
         model.tokenizer.render = self.renderer.render
         try:
             return prompt_ids(prompt, model.tokenizer)
         except TokenizerError as refusal:
             if isinstance(refusal, TemplateTooSlow):
-                self.no_chat = {other: until for other, until in self.no_chat.items() if now < until}
-                self.no_chat[key] = now + NO_CHAT_S
+                self.chat_blocked_until = {
+                    other: until for other, until in self.chat_blocked_until.items() if now < until
+                }
+                self.chat_blocked_until[key] = now + CHAT_BLOCK_S
             raise GenerateError("bad_request", str(refusal)) from refusal
 
     def _advance(self, folder: str) -> None:
@@ -243,12 +252,13 @@ class Server:
         owner = {id(s): r for r in requests for s in r.sequences}
         live = [s for r in requests for s in r.sequences if s.finish_reason is None]
         try:
-            advance(self.models.warm[folder].decoder, live, lambda s, token: say_token(owner[id(s)], token))
-        except (
-            RuntimeError
-        ) as error:  # torch's own, out of memory among them: these requests fail, the server lives
+            advance(
+                self.models.loaded[folder].decoder, live, lambda s, token: write_token(owner[id(s)], token)
+            )
+        # torch's own, out of memory among them: these requests fail, the server lives
+        except RuntimeError as error:
             for request in requests:
-                self._close(request, GenerateError("failed", f"writing failed: {error}"))
+                self._close(request, GenerateError("failed", f"generation failed: {error}"))
         for request in requests:
             if request.id in self.active and request.is_done:
                 self._close(request)
@@ -256,27 +266,27 @@ class Server:
     def _close(self, request: Request, error: GenerateError | None = None) -> None:
         self._no_longer_waiting(request)
         if self.active.pop(request.id, None):
-            self.models.warm[request.model].users -= 1
+            self.models.loaded[request.model].users -= 1
         if error is not None:
-            refuse(request.id, error)
+            write_error(request.id, error)
         else:
-            done(request)
+            write_done(request)
 
 
 # --- the protocol ----------------------------------------------------------------------------------
 
 
 def parse(message: Mapping[str, Any]) -> Request:
-    """A request from its line. Raises GenerateError naming the field that cannot be used."""
+    """A request from its message. Raises GenerateError, which names the invalid field."""
     if not message.get("id"):
         raise GenerateError("bad_request", "a request needs an id")
     prompts = _prompts(message)
     stop = message.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) for s in stop):
-        raise GenerateError("bad_request", f"stop is a text or up to {MAX_STOPS} of them")
+        raise GenerateError("bad_request", f"stop must be a string or up to {MAX_STOPS} of them")
     if any(len(s) > MAX_STOP_CHARS for s in stop):
-        raise GenerateError("bad_request", f"a stop text has at most {MAX_STOP_CHARS} characters")
+        raise GenerateError("bad_request", f"a stop string can have at most {MAX_STOP_CHARS} characters")
     options = GenerateOptions(
         max_tokens=int(_number(message, "max_tokens", 0, MAX_TOKENS)),
         temperature=_number(message, "temperature", 0, 2),
@@ -297,7 +307,7 @@ def parse(message: Mapping[str, Any]) -> Request:
 
 
 def _prompts(message: Mapping[str, Any]) -> list[Any]:
-    """A conversation, one prompt or many. Token ids are looked at when the model is there."""
+    """A conversation, one prompt or many. Token ids are validated once the model is loaded."""
     if message.get("messages") is not None:
         prompts = [message["messages"]]
         good = is_conversation(message["messages"])
@@ -307,7 +317,7 @@ def _prompts(message: Mapping[str, Any]) -> list[Any]:
     if not good:
         raise GenerateError(
             "bad_request",
-            "give a prompt (text or token ids), "
+            "send a prompt (text or token ids), "
             f"prompts (up to {MAX_PROMPTS} of them) or messages (a list of objects)",
         )
     return prompts
@@ -334,7 +344,7 @@ def _number(message: Mapping[str, Any], name: str, low: float, high: float) -> f
     return value
 
 
-def say_token(request: Request, token: Token) -> None:
+def write_token(request: Request, token: Token) -> None:
     line: dict[str, Any] = {"id": request.id, "t": "token", "index": token.index, "text": token.text}
     if request.options.logprobs is not None:
         line |= {"token": token.token, "logprob": token.logprob, "top": token.top}
@@ -342,13 +352,13 @@ def say_token(request: Request, token: Token) -> None:
         return  # nothing to show yet
     else:
         line["token"] = token.token
-    say(line)
+    write_line(line)
 
 
-def done(request: Request) -> None:
+def write_done(request: Request) -> None:
     written = sum(len(s.ids) for s in request.sequences)
     read = sum(map(len, request.ids))
-    say(
+    write_line(
         {
             "id": request.id,
             "t": "done",
@@ -363,25 +373,27 @@ def done(request: Request) -> None:
     )
 
 
-def refuse(request_id: str, error: GenerateError) -> None:
-    say({"id": request_id, "t": "error", "code": error.code, "message": str(error)})
+def write_error(request_id: str, error: GenerateError) -> None:
+    write_line({"id": request_id, "t": "error", "code": error.code, "message": str(error)})
 
 
-def say(line: Mapping[str, Any]) -> None:
-    """One write a line, so that a reader never sees half of one for long."""
+def write_line(line: Mapping[str, Any]) -> None:
+    """Writes one message as one line, with a single write."""
     os.write(_out, json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
 
 
-_out = 1  # main() moves it: what a library prints must not land between the lines
+_out = 1  # moved by run(): output of libraries must not get between the lines
 
 
 # --- the program -----------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-models", type=int, default=3, help="models kept warm")
-    parser.add_argument("--max-bytes", type=int, default=4_000_000_000, help="bytes of weights kept warm")
-    parser.add_argument("--max-sequences", type=int, default=16, help="sequences written at once")
+    parser.add_argument("--max-models", type=int, default=3, help="models kept in memory")
+    parser.add_argument(
+        "--max-bytes", type=int, default=4_000_000_000, help="bytes of weights kept in memory"
+    )
+    parser.add_argument("--max-sequences", type=int, default=16, help="sequences generated at once")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -391,35 +403,35 @@ def main(args: argparse.Namespace) -> int:
     except Exception:
         traceback.print_exc()
     sys.stderr.flush()
-    os._exit(status)  # a model may still be loading in its thread; nothing here needs to be put away
+    os._exit(status)  # a model may still be loading in its thread; nothing needs cleaning up
 
 
 def run(args: argparse.Namespace) -> int:
     global _out
     _out = os.dup(1)
     os.dup2(2, 1)
-    inbox: queue.Queue[bytes | None] = queue.Queue(maxsize=1024)  # a full one makes the sender wait
+    inbox: queue.Queue[bytes | None] = queue.Queue(maxsize=1024)  # when full, the sender waits
     threading.Thread(target=_read, args=(inbox,), daemon=True).start()
-    server = Server(Models(args.max_models, args.max_bytes), args.max_sequences)
+    server = Server(ModelCache(args.max_models, args.max_bytes), args.max_sequences)
     server.renderer.start()
-    say({"t": "ready"})
-    spoke = time.monotonic()
+    write_line({"t": "ready"})
+    last_alive = time.monotonic()
     try:
         while True:
-            if time.monotonic() - spoke > ALIVE_S:
-                spoke = time.monotonic()
-                say({"t": "alive"})
+            if time.monotonic() - last_alive > ALIVE_S:
+                last_alive = time.monotonic()
+                write_line({"t": "alive"})
             for line in _lines(inbox, wait=None if server.idle else 0.0):
                 if line is None:
                     return 0
-                server.take(line)
+                server.handle_line(line)
             if not server.work() and not server.idle:
-                for line in _lines(inbox, wait=0.02):  # a model is being loaded; look again soon
+                for line in _lines(inbox, wait=0.02):  # a model is being loaded: check again soon
                     if line is None:
                         return 0
-                    server.take(line)
+                    server.handle_line(line)
     except BrokenPipeError:
-        return 0  # nobody listens any more
+        return 0  # the reader is gone
 
 
 def _read(inbox: queue.Queue[bytes | None]) -> None:
@@ -427,13 +439,13 @@ def _read(inbox: queue.Queue[bytes | None]) -> None:
         if not line.endswith(b"\n"):
             while (rest := sys.stdin.buffer.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                 pass
-            line = b"too long"  # not JSON, so it is answered as a bad request
+            line = b"too long"  # not JSON, so the answer is bad_request
         inbox.put(line)
     inbox.put(None)
 
 
 def _lines(inbox: queue.Queue[bytes | None], wait: float | None) -> Iterator[bytes | None]:
-    """All lines there are; waits for the first (None: as long as it takes)."""
+    """All lines available now; waits up to `wait` seconds for the first (None: forever)."""
     try:
         yield inbox.get(timeout=wait) if wait != 0.0 else inbox.get_nowait()
         while True:

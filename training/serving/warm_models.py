@@ -1,4 +1,4 @@
-"""The models a server keeps warm: loaded in a thread of their own, the one unused for longest leaves first."""
+"""The models that a server keeps in memory: loaded in a thread, evicted least recently used first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.text.tokenizer import Tokenizer
 
 @dataclass
 class Loaded:
-    """A model that is warm. `users` counts the requests that are writing with it."""
+    """A model in memory. `users` counts the requests that are using it."""
 
     decoder: Decoder
     tokenizer: Tokenizer
@@ -27,26 +27,25 @@ class Loaded:
 
 
 def load(folder: str) -> Loaded:
-    """Read a model folder for generation. Raises GenerateError with what is wrong with it."""
+    """Loads a model folder for generation. Raises GenerateError if it cannot be used."""
     if not os.path.isabs(folder) or not Path(folder, "config.json").is_file():
         raise GenerateError("model_not_found", f"no model at {folder}")
     try:
         tokenizer, model = Tokenizer.load(folder), load_model(folder)
         decoder = decoder_for(model, pack=True)
     except Exception as error:
-        # Who asks sees no paths of ours.
+        # Users must not see the server's paths.
         why = str(error).replace(f"{folder}/", "").replace(folder, "its folder")
         if is_damage(error):
             raise GenerateError("model_damaged", f"the model's weights are damaged: {why}") from error
         raise GenerateError("model_unusable", f"the model cannot be loaded: {why}") from error
-    size = sum(
-        p.numel() * p.element_size() for p in model.parameters()
-    )  # in memory, fp32: not what the file has
+    # in memory, fp32: the file may be smaller
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
     return Loaded(decoder, tokenizer, size)
 
 
 def is_damage(error: BaseException | None) -> bool:
-    """Does this error, or one behind it, come from a safetensors file that is not what was written?"""
+    """Whether this error or its cause comes from a damaged safetensors file."""
     while error is not None:
         if isinstance(error, SafetensorError):
             return True
@@ -54,40 +53,40 @@ def is_damage(error: BaseException | None) -> bool:
     return False
 
 
-class Models:
-    """By folder."""
+class ModelCache:
+    """Loaded models by folder."""
 
     def __init__(self, max_models: int, max_bytes: int) -> None:
         self.max_models, self.max_bytes = max_models, max_bytes
-        self.warm: OrderedDict[str, Loaded] = OrderedDict()
-        self.coming: dict[str, Future[Loaded]] = {}
+        self.loaded: OrderedDict[str, Loaded] = OrderedDict()
+        self.loading: dict[str, Future[Loaded]] = {}
         self.pool = ThreadPoolExecutor(1, "load")
 
     def get(self, folder: str) -> Loaded | None:
-        """The model, or None while it is still being loaded. Raises GenerateError when it cannot be."""
-        if folder in self.warm:
-            self.warm.move_to_end(folder)
-            return self.warm[folder]
-        if folder not in self.coming:
-            self.coming[folder] = self.pool.submit(load, folder)
-        if not self.coming[folder].done():
+        """The model, or None while it is being loaded. Raises GenerateError if that fails."""
+        if folder in self.loaded:
+            self.loaded.move_to_end(folder)
+            return self.loaded[folder]
+        if folder not in self.loading:
+            self.loading[folder] = self.pool.submit(load, folder)
+        if not self.loading[folder].done():
             return None
-        self.warm[folder] = self.coming.pop(folder).result()
+        self.loaded[folder] = self.loading.pop(folder).result()
         self._make_room()
-        return self.warm[folder]
+        return self.loaded[folder]
 
     def unload(self, folder: str) -> bool:
-        """False when it is in use (or not here)."""
-        if folder not in self.warm or self.warm[folder].users:
+        """False if it is in use or not loaded."""
+        if folder not in self.loaded or self.loaded[folder].users:
             return False
-        del self.warm[folder]
+        del self.loaded[folder]
         return True
 
     def _make_room(self) -> None:
-        newest = next(reversed(self.warm))
-        for folder, model in list(self.warm.items()):
-            too_many = len(self.warm) > self.max_models
-            if not too_many and sum(m.bytes for m in self.warm.values()) <= self.max_bytes:
+        newest = next(reversed(self.loaded))
+        for folder, model in list(self.loaded.items()):
+            too_many = len(self.loaded) > self.max_models
+            if not too_many and sum(m.bytes for m in self.loaded.values()) <= self.max_bytes:
                 return
             if not model.users and folder != newest:
-                del self.warm[folder]
+                del self.loaded[folder]

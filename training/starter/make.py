@@ -1,4 +1,5 @@
-"""Makes the bundled starter: a GPT-2 of four million parameters, trained from scratch on WordNet's definitions.
+"""Makes the bundled starter: a GPT-2 with four million parameters, trained from scratch on WordNet's
+definitions.
 
     apt-get download wordnet-base && dpkg -x wordnet-base_*.deb wordnet
     python -m training.starter.make --wordnet wordnet/usr/share --out round0
@@ -6,8 +7,8 @@
     python -m training.starter.make --wordnet wordnet/usr/share --out round2 --start round1 --round 2
     python -m training.starter.make --wordnet wordnet/usr/share --start round2 --round 3
 
-Writes tokenizer, weights (float16) and model card. A round takes about a quarter of an hour on one core, and each
-warms up and cools down by itself; nothing else of the program depends on this file.
+Writes tokenizer, weights (float16) and model card. A round takes about a quarter of an hour on one core, with
+its own warmup and decay. Nothing else depends on this file.
 """
 
 from __future__ import annotations
@@ -41,15 +42,16 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument(
-        "--wordnet", type=Path, required=True, help="the folder that holds wordnet/ and doc/"
-    )
+    options.add_argument("--wordnet", type=Path, required=True, help="the folder with wordnet/ and doc/")
     options.add_argument("--out", type=Path, default=MODEL)
     options.add_argument("--steps", type=int, default=300)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--start", type=Path, help="go on from the weights in this folder")
+    options.add_argument("--start", type=Path, help="continue from the weights in this folder")
     options.add_argument(
-        "--round", type=int, default=0, help="which order of the rows; another in each run that goes on"
+        "--round",
+        type=int,
+        default=0,
+        help="number of the training round; each uses another order of the rows",
     )
     options.add_argument("--tokenizer-only", action="store_true")
     given = options.parse_args()
@@ -68,13 +70,14 @@ def main() -> None:
         flush=True,
     )
     loss = train(train_rows, held_rows, given.steps, given.seed, given.out, given.start, given.round)
-    licence = (given.wordnet / "doc" / "wordnet-base" / "copyright").read_text(encoding="utf-8")
+    license_text = (given.wordnet / "doc" / "wordnet-base" / "copyright").read_text(encoding="utf-8")
     rounds = given.round + 1
-    write_card(given.out, loss, len(texts), train_rows.size, given.steps, rounds, given.seed, licence)
+    write_card(given.out, loss, len(texts), train_rows.size, given.steps, rounds, given.seed, license_text)
 
 
 def make_tokenizer(texts: list[str], folder: Path) -> None:
-    """Byte-level BPE as GPT-2's, with its own 4096 tokens, in files that Hugging Face loads."""
+    """Trains a byte-level BPE tokenizer like GPT-2's, with 4096 tokens of its own, and writes it in
+    Hugging Face's files."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -100,17 +103,18 @@ def make_tokenizer(texts: list[str], folder: Path) -> None:
 
 
 def rows(texts: list[str], tokenizer: Tokenizer) -> np.ndarray:
-    """All documents end to end, cut into rows of one more than CONTEXT tokens.  (rows, CONTEXT + 1)"""
+    """All documents concatenated and cut into rows of CONTEXT + 1 tokens, (rows, CONTEXT + 1)."""
     ids = np.concatenate(
         [np.asarray([*part, tokenizer.eos_id], np.int32) for part in tokenizer.encode_batch(texts)]
     )
     count = (len(ids) - 1) // CONTEXT
     starts = np.arange(count)[:, None] * CONTEXT
-    return ids[starts + np.arange(CONTEXT + 1)]
+    packed: np.ndarray = ids[starts + np.arange(CONTEXT + 1)]
+    return packed
 
 
 def batch_of(part: np.ndarray) -> Batch:
-    """Each row is one document of CONTEXT tokens, and every token but its first is trained."""
+    """Each row is one document of CONTEXT tokens; all tokens but the first are trained on."""
     return pack([(row[:CONTEXT], np.ones(CONTEXT, np.uint8)) for row in part])
 
 
@@ -123,13 +127,20 @@ def train(
     start: Path | None,
     turn: int,
 ) -> float:
-    """Returns the held-out loss; the weights lie in `folder`, written at each evaluation."""
+    """Trains and returns the held-out loss in nats per token. Writes the weights to `folder` at each
+    evaluation."""
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS,
-        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+        vocab_size=VOCAB,
+        n_positions=CONTEXT,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
         extra={"bos_token_id": 0, "eos_token_id": 0},
-    )  # fmt: skip
+    )
     model = GPT2.load(start) if start else GPT2.new(config, seed)
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if p.ndim == 2 and ".h." in name]
@@ -145,7 +156,8 @@ def train(
         batch = batch_of(train_rows[order[step * BATCH : (step + 1) * BATCH]])
         value, _ = kernels.head_loss(model.hidden(batch), batch.targets, model.head(), 1 / len(batch.targets))
         value.backward()
-        # Level, then down to a tenth over the last half: most of the gain comes on the way down.
+        # Constant, then down to a tenth over the last half: most of the improvement comes while the rate
+        # falls.
         rate = min(1.0, (step + 1) / 50) * min(1.0, 0.1 + 1.8 * (1 - step / steps))
         for p, memory in zip(matrices, momentum, strict=True):
             grad = kernels.main_grad(p)
@@ -182,20 +194,22 @@ def evaluate(model: GPT2, held_rows: np.ndarray) -> float:
 
 
 def orthogonal(g: Tensor) -> Tensor:
-    """The nearest matrix whose singular values are about 1: Muon's update, by five Newton-Schulz steps."""
+    """A nearby matrix whose singular values are about 1: Muon's update (Jordan et al.,
+    https://kellerjordan.github.io/posts/muon/), by five Newton-Schulz steps. g (m, n) -> (m, n)."""
     x = g.T if g.shape[0] > g.shape[1] else g
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         a = x @ x.T
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if g.shape[0] > g.shape[1] else x
+    update: Tensor = x.T if g.shape[0] > g.shape[1] else x
+    return update
 
 
 def write_card(
     folder: Path, loss: float, texts: int, tokens: int, steps: int, rounds: int, seed: int, copyright: str
 ) -> None:
-    licence = re.search(r"License: WordNet3\.0\n(.*?)\n\n", copyright, re.DOTALL)
-    words = re.sub(r"^ \.?", "", licence[1], flags=re.MULTILINE) if licence else copyright
+    license_text = re.search(r"License: WordNet3\.0\n(.*?)\n\n", copyright, re.DOTALL)
+    words = re.sub(r"^ \.?", "", license_text[1], flags=re.MULTILINE) if license_text else copyright
     (folder / "README.md").write_text(
         f"""---
 license: other
@@ -215,7 +229,7 @@ fine-tune needs no network. It writes English like a dictionary's; it knows litt
 - Training: {rounds} rounds of {steps} steps of {BATCH} rows of {CONTEXT} tokens, Muon for the layers' matrices and AdamW for the rest, seed {seed}.
 - Held-out loss: {loss:.3f} nats a token (perplexity {math.exp(loss):.1f}).
 
-The weights and this card are under Apache-2.0. The text they were trained on is under WordNet's licence:
+The weights and this card are under Apache-2.0. The text they were trained on is under WordNet's license:
 
 ```
 {words.strip()}

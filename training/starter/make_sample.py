@@ -1,8 +1,9 @@
-"""Makes the sample task: an order, written as a person would, becomes one line of fields.
+"""Makes the sample task: an order in natural language becomes one line of fields.
 
     python -m training.starter.make_sample
 
-Every held-out order combines known words in a way no training row does, so remembering rows does not solve it.
+Every held-out order combines known words in a way that no training row does, so memorizing rows does not
+solve it.
 """
 
 from __future__ import annotations

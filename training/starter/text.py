@@ -1,4 +1,4 @@
-"""Dictionary English made from WordNet: every meaning becomes a few sentences, neighbours in meaning stand together."""
+"""Dictionary English made from WordNet: each meaning becomes a few sentences, next to related meanings."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILES = ("noun", "verb", "adj", "adv")
-ANIMALS, PLANTS = 5, 20  # WordNet's own numbers; mostly Latin names, of which a tenth is enough
+ANIMALS, PLANTS = 5, 20  # WordNet's numbers of these topics: mostly Latin names, of which a tenth is enough
 DOCUMENT_CHARS = 2200  # about 512 tokens
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """One of WordNet's synsets."""
+    """A synset of WordNet."""
 
     pos: str
     topic: int
     words: tuple[str, ...]
     definition: str
     examples: tuple[str, ...]
-    kind_of: str  # the word above it, or ""
+    kind_of: str  # its hypernym, or ""
     instance: bool  # a particular thing: London, not a city
 
 

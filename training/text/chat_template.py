@@ -1,8 +1,8 @@
-"""A chat template makes text of a conversation, in jinja2's immutable sandbox, because it comes from wherever its model
-came from.
+"""Renders chat templates in jinja2's immutable sandbox, because they come with models and are not trusted.
 
-The sandbox keeps a template from our files, not from looping for ever or filling the memory. A trainer and a report
-fail alone with theirs; who serves many people renders in a process of its own (`Renderer`), which the kernel stops.
+The sandbox keeps a template away from files, but does not stop infinite loops or memory exhaustion. In a
+trainer or a report only that process fails. A server for many users renders in a child process (`Renderer`)
+that the kernel stops.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from jinja2 import Environment, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-CPU_S = 1.0  # of one conversation; an ordinary one takes a millisecond
-MEMORY_BYTES = 1 << 30  # address space of the process that renders
-MAX_CHARS = 16_000_000  # of a conversation
-STOPPED = "the model's chat template takes too long or too much memory; it was stopped"
+CPU_S = 1.0  # for one conversation; a normal one takes a millisecond
+MEMORY_BYTES = 1 << 30  # address space of the child process
+MAX_CHARS = 16_000_000  # of a rendered conversation
+STOPPED = "the model's chat template took too much time or memory and was stopped"
 ERRORS = (
     TemplateError,
     ArithmeticError,
@@ -36,25 +36,25 @@ ERRORS = (
 
 
 class BadTemplate(ValueError):
-    """The template cannot be read, or it refuses these messages, in its own words."""
+    """The template cannot be read, or it rejects these messages. The message is the template's own."""
 
 
 class TemplateStopped(BadTemplate):
-    """The template took more time or memory than any conversation needs."""
+    """The template took too much time or memory and was stopped."""
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
-    """Raises BadTemplate."""
+    """The text of a conversation. Raises BadTemplate."""
     try:
         text = _compiled(template).render(variables)
     except BadTemplate:
         raise
     except ERRORS as error:
         why = str(error) or type(error).__name__
-        raise BadTemplate(f"the model's chat template refuses these messages: {why}") from error
+        raise BadTemplate(f"the model's chat template rejects these messages: {why}") from error
     if len(text) > MAX_CHARS:
         raise BadTemplate(
-            f"the model's chat template makes more than {MAX_CHARS:,} characters of these messages"
+            f"the model's chat template turns these messages into more than {MAX_CHARS:,} characters"
         )
     return text
 
@@ -73,11 +73,11 @@ def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
-# --- in a process of its own -----------------------------------------------------------------------
+# --- in a child process ----------------------------------------------------------------------------
 
 
 class Renderer:
-    """`render`, by a child that is started again after one that was stopped. For one thread."""
+    """`render` in a child process, which is restarted after it had to be stopped. Not thread-safe."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
@@ -89,17 +89,17 @@ class Renderer:
         return self.process
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
-        """Raises BadTemplate; TemplateStopped when the child was stopped over it."""
-        answer = self._ask(json.dumps([template, variables]).encode() + b"\n")
+        """Raises BadTemplate, or TemplateStopped if the child had to be stopped."""
+        answer = self._request(json.dumps([template, variables]).encode() + b"\n")
         if not answer.endswith(b"\n"):
             self.stop()
             raise TemplateStopped(STOPPED)
-        said = json.loads(answer)
-        if "error" in said:
-            raise BadTemplate(said["error"])
-        return str(said["text"])
+        response = json.loads(answer)
+        if "error" in response:
+            raise BadTemplate(response["error"])
+        return str(response["text"])
 
-    def _ask(self, line: bytes) -> bytes:
+    def _request(self, line: bytes) -> bytes:
         process = self.start()
         assert process.stdin
         assert process.stdout
@@ -121,13 +121,13 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     for line in sys.stdin.buffer:
         template, variables = json.loads(line)
-        signal.setitimer(signal.ITIMER_PROF, CPU_S)  # nobody handles its signal: it ends the process
+        signal.setitimer(signal.ITIMER_PROF, CPU_S)  # its signal is not handled, so it ends the process
         try:
-            said = {"text": render(template, variables)}
+            response = {"text": render(template, variables)}
         except BadTemplate as error:
-            said = {"error": str(error)}
+            response = {"error": str(error)}
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(json.dumps(said).encode() + b"\n")
+        sys.stdout.buffer.write(json.dumps(response).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 

@@ -1,5 +1,5 @@
-"""From a row to the tokens a model sees: template, mask, cut. The report and the trainer both come through here,
-so what the report counts is what the trainer trains on, token for token."""
+"""From a row to the tokens that a model sees: chat template, loss mask, truncation. The report and the
+trainer both use it, so what the report counts is what the trainer trains on, token for token."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from training.data.formats import BadRow, Format, OnBad, Part, Row, rows
+from training.data.formats import BadRow, ByteRange, Format, OnBad, Row, rows
 from training.text.tokenizer import Encoded, Message, Piece, Tokenizer, TokenizerError, ids_of
 
-BATCH_ROWS = 32  # a few megabytes of tokens: they are still in the processor's cache when they are counted
+BATCH_ROWS = 32  # a few megabytes of tokens, still in the CPU's cache when they are counted
 
 
-class Wants(Protocol):
-    """What encoding needs of the job's settings; training.plan.config.Settings is one."""
+class EncodingSettings(Protocol):
+    """The settings that encoding needs. training.plan.config.Settings has them."""
 
     @property
     def sequence_length(self) -> int | None: ...
@@ -25,19 +25,19 @@ class Wants(Protocol):
 
 
 @dataclass(frozen=True)
-class Plain:
-    """Just those two, for whoever has no job yet."""
+class EncodingOptions:
+    """Just these two settings, when there is no job yet."""
 
     sequence_length: int | None = None
     train_on: str | None = "completion"
 
 
 class Example(NamedTuple):
-    """ids[i] is trained on (predicted from what stands before it) where mask[i] is 1; mask[0] is always 0."""
+    """ids[i] is trained on (predicted from what precedes it) if mask[i] is 1. mask[0] is always 0."""
 
     ids: list[int]
     mask: list[int]
-    truncated: int  # tokens that did not fit in the sequence length and are lost
+    truncated: int  # tokens cut off because they exceed the sequence length
     line: int
 
     @property
@@ -50,8 +50,10 @@ class Example(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What the pieces of a row became, from token `start` to `stop`: an example that can be counted before its lists are
-    made. The report counts millions and shows five."""
+    """The encoded pieces of a row, from token `start` to `stop`.
+
+    It can be counted before the lists of an Example are made: the report counts millions of examples and
+    shows five."""
 
     line: int
     parts: Sequence[tuple[Piece, Encoded, bool]]  # (text, its tokens, trained on)
@@ -65,18 +67,18 @@ class Tokens(NamedTuple):
 
     @property
     def trained(self) -> int:
-        found = at = 0
+        count = at = 0
         for _, encoded, trained in self.parts:
             end = at + len(encoded)
             if trained:
-                # The very first token is never trained: nothing stands before it to predict it from.
-                found += max(0, min(end, self.stop) - max(at, self.start + 1))
+                # The very first token is never trained: nothing predicts it.
+                count += max(0, min(end, self.stop) - max(at, self.start + 1))
             at = end
-        return found
+        return count
 
     @property
     def last_trained(self) -> str:
-        """The text that the last trained token ends, uncut."""
+        """The text of the last trained piece, before truncation."""
         for piece, encoded, trained in reversed(self.parts):
             if trained and len(encoded):
                 return piece.text
@@ -96,13 +98,13 @@ class Tokens(NamedTuple):
         return Example(ids, mask, self.truncated, self.line)
 
     def cut(self, length: int | None, *, split: bool) -> list[Tokens]:
-        """Fit it into `length` tokens: windows one after the other (`split`), or its beginning."""
+        """Fits it into `length` tokens: consecutive windows if `split`, otherwise the beginning."""
         if not length or self.length <= length:
             return [self]
         if not split:
             return [self._replace(stop=length, truncated=self.stop - length)]
         parts = [(piece, ids_of(encoded), trained) for piece, encoded, trained in self.parts]
-        # Windows overlap by the one token that the next window's first prediction stands on.
+        # Windows overlap by one token, from which the next window's first trained token is predicted.
         return [
             Tokens(self.line, parts, i, min(i + length, self.stop))
             for i in range(0, self.stop - 1, length - 1)
@@ -112,29 +114,29 @@ class Tokens(NamedTuple):
 def examples(
     path: str | Path,
     tokenizer: Tokenizer,
-    settings: Wants,
+    settings: EncodingSettings,
     format: Format | None = None,
     on_bad: OnBad | None = None,
 ) -> Iterator[Example]:
     """Every example of a file, in order: what the trainer trains on and the report counts.
 
-    A plain text longer than the sequence length becomes several examples, one after the other; nothing is lost.
-    A chat or completion loses its end. Raises BadRow at the first bad row, or hands it to `on_bad` and goes on."""
+    A plain text longer than the sequence length becomes several examples, so nothing is lost. A chat or
+    completion is truncated. Raises BadRow at the first bad row, or passes it to `on_bad` and continues."""
     for batch in encoded_batches(path, tokenizer, settings, format, on_bad):
-        for _, found in batch:
-            for tokens in found:
+        for _, encoded in batch:
+            for tokens in encoded:
                 yield tokens.example()
 
 
 def encoded_batches(
     path: str | Path,
     tokenizer: Tokenizer,
-    settings: Wants,
+    settings: EncodingSettings,
     format: Format | None = None,
     on_bad: OnBad | None = None,
-    part: Part | None = None,
+    part: ByteRange | None = None,
 ) -> Iterator[list[tuple[Row, list[Tokens]]]]:
-    """`examples`, each row with its own, some hundred rows at a time, and not yet as lists."""
+    """Batches of (row, its examples), not yet as lists."""
     for batch in batches(rows(path, format, on_bad=on_bad, part=part)):
         encoded: list[tuple[Row, list[Tokens]]] = []
         bad: BadRow | None = None
@@ -151,16 +153,19 @@ def encoded_batches(
             raise bad
 
 
-def encode(row: Row, tokenizer: Tokenizer, settings: Wants) -> Example:
-    """One row; what does not fit in the sequence length is cut off. Raises BadRow."""
+def encode(row: Row, tokenizer: Tokenizer, settings: EncodingSettings) -> Example:
+    """Encodes one row, truncated to the sequence length. Raises BadRow."""
     tokens = encode_batch([row], tokenizer, settings)[0]
     if isinstance(tokens, BadRow):
         raise tokens
     return tokens.cut(settings.sequence_length, split=False)[0].example()
 
 
-def encode_batch(batch: Sequence[Row], tokenizer: Tokenizer, settings: Wants) -> list[Tokens | BadRow]:
-    """Every row whole, before any cut, through one call of the tokenizer; a BadRow where the template refuses."""
+def encode_batch(
+    batch: Sequence[Row], tokenizer: Tokenizer, settings: EncodingSettings
+) -> list[Tokens | BadRow]:
+    """Encodes rows before truncation, with one call of the tokenizer. A BadRow where the template rejects
+    a row."""
     everything = (settings.train_on or "completion") == "all"
     plans: list[list[Piece] | BadRow] = []
     for row in batch:
@@ -177,7 +182,7 @@ def encode_batch(batch: Sequence[Row], tokenizer: Tokenizer, settings: Wants) ->
 
 
 def pieces(row: Row, tokenizer: Tokenizer) -> list[Piece]:
-    """The row as stretches of text, in order, each trained on or not."""
+    """The row as pieces of text, in order, each trained on or not. Raises TokenizerError."""
     end = tokenizer.eos_text
     begin = [Piece(tokenizer.bos_text, False, made=True)] if tokenizer.bos_id is not None else []
     if row.kind == "text":
@@ -188,7 +193,8 @@ def pieces(row: Row, tokenizer: Tokenizer) -> list[Piece]:
 
 
 def batches(items: Iterable[Row]) -> Iterator[list[Row]]:
-    """So many at a time, or about a megabyte of them. What came before a BadFile still comes before it."""
+    """BATCH_ROWS rows at a time, or about a megabyte. Rows before a BadFile are still yielded before it is
+    raised."""
     held: list[Row] = []
     characters = 0
     ended: BadRow | None = None
@@ -218,7 +224,7 @@ def _tokens(row: Row, plan: list[Piece], encoded: list[Encoded], everything: boo
 
 
 def _chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Piece]:
-    """Assistant turns are what follows the generation prompt, so the mask begins where generating would begin."""
+    """Trains on what follows each generation prompt, so the mask begins where generation would begin."""
     guarded, hidden = tokenizer.guard(messages)
     answers = [i for i, m in enumerate(guarded) if m["role"] == "assistant"]
     plan: list[Piece] = []
@@ -231,13 +237,13 @@ def _chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Piece]:
         plan.append(Piece(before[len(done) :], False, True, hidden))
         plan += _answer(after[len(before) :], guarded[i].get("weight", 1) != 0, hidden, tokenizer)
         done = after
-    while len(plan) > 1 and not plan[-1].trained:  # what follows the last trained answer changes nothing
+    while len(plan) > 1 and not plan[-1].trained:  # what follows the last trained answer has no effect
         plan.pop()
     return plan or [Piece(tokenizer.render_chat(guarded), False, True, hidden)]
 
 
 def _answer(text: str, trained: bool, hidden: dict[str, str], tokenizer: Tokenizer) -> list[Piece]:
-    """Up to the control token that ends the turn is trained; line breaks a template puts after it are not."""
+    """The answer up to the control token that ends the turn is trained on; line breaks after it are not."""
     ends = list(tokenizer.special_pattern.finditer(text)) if tokenizer.special_pattern else []
     at = ends[-1].end() if ends and not text[ends[-1].end() :].strip() else len(text)
     answer = Piece(text[:at], trained, True, hidden)
@@ -247,14 +253,14 @@ def _answer(text: str, trained: bool, hidden: dict[str, str], tokenizer: Tokeniz
 def _last_answer(
     messages: Sequence[Message], last: int, hidden: dict[str, str], tokenizer: Tokenizer
 ) -> list[Piece]:
-    """For templates that rewrite earlier turns (some drop old reasoning): only the last answer can be trained on."""
+    """For templates that rewrite earlier turns (some drop old reasoning): trains on the last answer only."""
     before = tokenizer.render_chat(messages[:last], add_generation_prompt=True)
     after = tokenizer.render_chat(messages[: last + 1])
     if not after.startswith(before):
         before = tokenizer.render_chat(messages[:last])
     if not after.startswith(before):
         raise TokenizerError(
-            "the model's chat template writes answers in a way whose beginning cannot be found"
+            "the start of an answer cannot be found in the output of the model's chat template"
         )
     trained = messages[last].get("weight", 1) != 0
     return [Piece(before, False, True, hidden), *_answer(after[len(before) :], trained, hidden, tokenizer)]

@@ -1,8 +1,8 @@
-"""A tokenizer folder as Hugging Face writes it, read with the `tokenizers` library alone (no torch, no transformers).
+"""Tokenizers in Hugging Face's files, read with the `tokenizers` library alone (no torch, no transformers).
 
-Two rules hold everywhere:
-- a person's text is text: `<|endoftext|>` typed inside a row is encoded as its letters, never as the control token;
-- chat templates run in a sandbox (`training.text.chat_template`), because they come from wherever the base model came from.
+Two rules always hold:
+- User text is text: `<|endoftext|>` inside a row is encoded as its letters, never as the control token.
+- Chat templates are not trusted and run in a sandbox (`training.text.chat_template`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import tokenizers
 
 from training.text.chat_template import BadTemplate, TemplateStopped, render
 
-# Plain-text roles and the end token, for models that bring no template (GPT-2 has none). The separator stands before
-# a turn, not after it, so that the rendered text of the first turns is always a prefix of the whole.
+# Plain-text roles and the end token, for models without a template (such as GPT-2). The separator comes
+# before a turn, not after it, so that the rendered text of the first turns is always a prefix of the whole.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
     "{{ m['role'].capitalize() + ':\\n' + m['content'] }}"
@@ -33,15 +33,16 @@ Message = Mapping[str, Any]
 
 
 class Piece(NamedTuple):
-    """A stretch of a row: a person's text, or (`made`) text from a template, in which control tokens count."""
+    """A piece of a row: user text, or (`made`) text from a template, in which control tokens are control
+    tokens."""
 
     text: str
     trained: bool = False
     made: bool = False
-    hidden: Mapping[str, str] = MappingProxyType({})  # what `Tokenizer.guard` swapped out of it
+    hidden: Mapping[str, str] = MappingProxyType({})  # what `Tokenizer.guard` replaced in it
 
 
-Encoded = tokenizers.Encoding | list[int]  # as the library has them, or as a list: both know their length
+Encoded = tokenizers.Encoding | list[int]  # the library's type or a list: both have a length
 
 
 def ids_of(encoded: Encoded) -> list[int]:
@@ -49,7 +50,7 @@ def ids_of(encoded: Encoded) -> list[int]:
 
 
 class TokenizerError(ValueError):
-    """The folder holds no tokenizer we can read, or its chat template cannot render the messages."""
+    """The folder has no readable tokenizer, or its chat template cannot render the messages."""
 
 
 class TemplateTooSlow(TokenizerError):
@@ -58,18 +59,19 @@ class TemplateTooSlow(TokenizerError):
 
 @dataclass
 class Tokenizer:
-    """`encode*` never adds tokens of its own; what goes around the text is decided in `training.text.encode`."""
+    """`encode*` adds no tokens of its own; `training.text.encode` decides what goes around the text."""
 
     backend: tokenizers.Tokenizer
     config: dict[str, Any] = field(default_factory=dict)
     chat_template: str = CHAT_TEMPLATE
-    own_template: bool = False  # True when the base model brought its own chat template
+    own_template: bool = False  # whether the base model has its own chat template
     folder: Path | None = None
-    render: Callable[[str, Mapping[str, Any]], str] = render  # a server's renders in a process of its own
+    render: Callable[[str, Mapping[str, Any]], str] = render  # a server renders in a child process
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read tokenizer.json (or GPT-2's older vocab.json + merges.txt) and tokenizer_config.json."""
+        """Reads tokenizer.json (or GPT-2's older vocab.json + merges.txt) and tokenizer_config.json.
+        Raises TokenizerError."""
         folder = Path(folder)
         backend = _backend(folder)
         backend.no_truncation()
@@ -78,7 +80,7 @@ class Tokenizer:
         specials = _read_json(folder / "special_tokens_map.json")
         model_config = _read_json(folder / "config.json")
         merged = {**specials, **{k: v for k, v in config.items() if v is not None}}
-        # Old GPT-2 folders name their tokens nowhere but in the model's configuration.
+        # Old GPT-2 folders name their special tokens only in the model's config.json.
         for name in ("bos", "eos", "pad"):
             token_id = model_config.get(f"{name}_token_id")
             if f"{name}_token" not in merged and isinstance(token_id, int):
@@ -86,23 +88,23 @@ class Tokenizer:
         template = _template(folder, config)
         return cls(backend, merged, template or CHAT_TEMPLATE, bool(template), folder)
 
-    # --- facts ---------------------------------------------------------------------------------
+    # --- properties ----------------------------------------------------------------------------
 
     @cached_property
     def eos_id(self) -> int:
         token_id = self._special_id("eos_token")
         if token_id is None:
             raise TokenizerError(
-                "this tokenizer names no end token (eos_token); the model could never learn to stop"
+                "this tokenizer has no end token (eos_token), so the model could never learn to stop"
             )
         return token_id
 
     @cached_property
     def bos_id(self) -> int | None:
-        """The token put before plain text, for models whose tokenizer asks for one (GPT-2's does not)."""
+        """The token put before plain text, for models whose tokenizer adds one (GPT-2's does not)."""
         if self.config.get("add_bos_token") is False:
             return None
-        # What the tokenizer itself would put around an empty text tells whether it begins with a token.
+        # What the tokenizer puts around an empty text shows whether it adds a token at the start.
         around = self.backend.encode("", add_special_tokens=True).ids
         bos = self._special_id("bos_token")
         return bos if bos is not None and (around[:1] == [bos] or self.config.get("add_bos_token")) else None
@@ -125,13 +127,13 @@ class Tokenizer:
 
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
-        """The longest first."""
-        found = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
-        return tuple(sorted(found, key=len, reverse=True))
+        """Texts of all special tokens, longest first."""
+        special = {t.content for t in self.backend.get_added_tokens_decoder().values() if t.special}
+        return tuple(sorted(special, key=len, reverse=True))
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str] | None:
-        """Finds the spelling of a control token inside somebody's text."""
+        """Matches the spelling of a control token inside user text."""
         return re.compile("|".join(map(re.escape, self.special_tokens))) if self.special_tokens else None
 
     def _special_id(self, name: str) -> int | None:
@@ -144,8 +146,8 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        """The same tokenizer, reading control tokens in a text as plain letters. A second copy, because the switch
-        is a property of the whole object and encoding may run in several threads."""
+        """The same tokenizer, but control tokens in a text are plain letters. A copy, because the switch
+        applies to the whole object and encoding may run in several threads."""
         copy = tokenizers.Tokenizer.from_str(self.backend.to_str())
         copy.no_truncation()
         copy.no_padding()
@@ -153,7 +155,7 @@ class Tokenizer:
         return copy
 
     def encode(self, text: str) -> list[int]:
-        """Ids of somebody's text; control tokens spelled in it stay letters."""
+        """Ids of user text. Control tokens spelled in it stay letters."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -161,36 +163,38 @@ class Tokenizer:
         return [ids_of(encoded) for encoded in self.encode_each([Piece(text) for text in texts])]
 
     def encode_template(self, text: str) -> list[int]:
-        """Ids of text we or a chat template made: control tokens spelled in it are control tokens."""
+        """Ids of text made by us or by a chat template. Control tokens spelled in it are control tokens."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_each(self, pieces: Sequence[Piece]) -> list[Encoded]:
-        """The tokens of each stretch of text, by one call for all of them."""
+        """The tokens of each piece, with one call for all of them."""
         pattern = self.special_pattern
         texts = [piece.text for piece in pieces]
-        found: list[Encoded] = [*self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        encoded: list[Encoded] = [*self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         for i, piece in enumerate(pieces):
             if piece.hidden:
-                found[i] = self.encode_pieces(piece.text, piece.hidden)
+                encoded[i] = self.encode_pieces(piece.text, piece.hidden)
             elif not piece.made and pattern is not None and pattern.search(piece.text):
-                found[i] = self._plain.encode(piece.text, add_special_tokens=False)
-        return found
+                encoded[i] = self._plain.encode(piece.text, add_special_tokens=False)
+        return encoded
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_texts(self, ids: Sequence[int]) -> list[str]:
-        """The text each token stands for, for colouring; bytes of a cut character show as the replacement sign."""
+        """The text of each token. Bytes of a character that spans tokens show as the replacement
+        character."""
         return [self.backend.decode([i], skip_special_tokens=False) for i in ids]
 
     # --- chat ----------------------------------------------------------------------------------
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The text the template makes of the messages. Raises TokenizerError with the template's own words."""
+        """The text that the template makes of the messages. Raises TokenizerError with the template's
+        message."""
         if self.chat_template == CHAT_TEMPLATE and all(
             type(m.get("role")) is str and type(m.get("content")) is str for m in messages
         ):
-            return _ours(messages, self._token_text("eos_token"), add_generation_prompt)
+            return _render_default_template(messages, self._token_text("eos_token"), add_generation_prompt)
         variables = {
             "messages": [dict(m) for m in messages],
             "add_generation_prompt": add_generation_prompt,
@@ -206,25 +210,27 @@ class Tokenizer:
             raise TokenizerError(str(error)) from error
 
     def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
-        """Ids of a rendered conversation, ready to generate from."""
+        """Ids of a rendered conversation."""
         guarded, hidden = self.guard(messages)
         return self.encode_pieces(self.render_chat(guarded, add_generation_prompt), hidden)
 
     def guard(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
-        """Swap contents that spell a control token for a mark, so that rendering cannot turn them into one.
+        """Replaces contents that spell a control token by a placeholder, so that rendering cannot turn them
+        into one.
 
-        Only such contents are touched: every other conversation is encoded exactly as the template wrote it."""
+        Returns the messages and {placeholder: content}. All other conversations are encoded exactly as the
+        template wrote them."""
         pattern, guarded = self.special_pattern, list(messages)
         hidden: dict[str, str] = {}
         for i, message in enumerate(messages):
             content = message.get("content")
             if pattern is not None and isinstance(content, str) and pattern.search(content):
-                mark = f"\ue000{len(hidden)}\ue001"
-                hidden[mark], guarded[i] = content, {**message, "content": mark}
+                placeholder = f"\ue000{len(hidden)}\ue001"
+                hidden[placeholder], guarded[i] = content, {**message, "content": placeholder}
         return guarded, hidden
 
     def encode_pieces(self, text: str, hidden: Mapping[str, str]) -> list[int]:
-        """Encode rendered text, putting back what `guard` swapped out, as plain letters."""
+        """Encodes rendered text, putting back what `guard` replaced as plain letters."""
         if not hidden:
             return self.encode_template(text)
         ids: list[int] = []
@@ -239,13 +245,13 @@ class Tokenizer:
         return token if isinstance(token, str) else ""
 
 
-def _ours(messages: Sequence[Message], end: str, add_generation_prompt: bool) -> str:
-    """What CHAT_TEMPLATE makes of them, thirty times faster."""
-    said = [
+def _render_default_template(messages: Sequence[Message], end: str, add_generation_prompt: bool) -> str:
+    """The same text as CHAT_TEMPLATE, thirty times faster."""
+    turns = [
         f"{m['role'].capitalize()}:\n{m['content']}{end if m['role'] == 'assistant' else chr(10)}"
         for m in messages
     ]
-    return "\n".join(said) + ("\nAssistant:\n" if add_generation_prompt else "")
+    return "\n".join(turns) + ("\nAssistant:\n" if add_generation_prompt else "")
 
 
 def _backend(folder: Path) -> tokenizers.Tokenizer:
@@ -256,13 +262,13 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
             tokenizer = tokenizers.ByteLevelBPETokenizer.from_file(
                 str(folder / "vocab.json"), str(folder / "merges.txt")
             )
-            backend = tokenizer._tokenizer
+            backend: tokenizers.Tokenizer = tokenizer._tokenizer
             if backend.token_to_id("<|endoftext|>") is not None:
                 backend.add_special_tokens(["<|endoftext|>"])
             return backend
-    except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
+    except Exception as error:  # the library raises a bare Exception for any error in the file
         raise TokenizerError(f"the tokenizer in {folder.name} cannot be read: {error}") from error
-    raise TokenizerError(f"no tokenizer.json (nor vocab.json with merges.txt) in {folder.name}")
+    raise TokenizerError(f"there is no tokenizer.json (or vocab.json with merges.txt) in {folder.name}")
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str:
