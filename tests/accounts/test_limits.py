@@ -101,7 +101,7 @@ def test_being_limited_is_said_in_our_words(page: Client, db):
     for i in range(25):
         answer = page.post("/accounts/password/reset/", {"email": f"nobody{i}@example.com"})
     assert answer.status_code == 429
-    assert "Too many tries" in answer.content.decode()
+    assert "Too many attempts" in answer.content.decode()
 
 
 def test_a_running_server_does_not_believe_forwarding_headers(web, transactional_db):
