@@ -70,6 +70,7 @@ def report_context(dataset: Dataset, base: str = "", line: str = "") -> dict[str
         "findings": [_finding(finding, dataset) for finding in findings],
         "samples": [display_sample(sample) for sample in report.get("samples", [])],
         "histogram": _histogram(histogram),
+        "histogram_label": ", ".join(f"{n:,} up to {16 << i:,} tokens" for i, n in enumerate(histogram)),
         "histogram_width": 28 * max(7, len(histogram)),
         "row": row,
         "other": other,

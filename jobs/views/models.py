@@ -45,6 +45,7 @@ def detail(request: HttpRequest, model_id: str) -> HttpResponse:
     context = {
         "model": model,
         "parent": _parent(model),
+        "aliases_text": "\n".join(model.aliases or []),
         "can_be_base": base_models.can_be_base(model),
         "metrics": metrics,
         "verdict": (model.verdict or {}).get("sentence", ""),
