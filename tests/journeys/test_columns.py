@@ -179,15 +179,15 @@ def test_the_tokens_of_any_row_can_be_seen(alices: Client, alice: User) -> None:
     assert 'aria-label="Tokenizing line 31"' in alices.get(address).content.decode()
     run_errands(dataset)
     page = alices.get(address).content.decode()
-    row = page[page.index("Line 31<") :]
-    tokens = re.findall(r'<span class="rounded px-0.5 (bg-primary/15|[^"]*)">([^<]*)</span>', row)
+    row = page[re.search(r"Line 31\s*<", page).start() :]
+    tokens = re.findall(r'<span\s+class="rounded px-0.5 (bg-primary/15|[^"]*)">([^<]*)</span\s*>', row)
     learned = "".join(text for tone, text in tokens if tone == "bg-primary/15")
     assert learned.startswith(" It is 30.")
     assert "Number 30?" in "".join(text for _, text in tokens)
     show_row(alices, dataset, "999")
     run_errands(dataset)
     assert "No row begins in line 999." in alices.get(address.replace("31", "999")).content.decode()
-    assert "Line 31<" not in alices.get(address).content.decode()  # one at a time is kept
+    assert not re.search(r"Line 31\s*<", alices.get(address).content.decode())  # one at a time is kept
 
 
 @pytest.mark.parametrize("line", ["", "0", "-1", "x", "9" * 30, "²"])
