@@ -1,4 +1,4 @@
-"""Staff see people and their keys; secrets are on no page."""
+"""The admin shows staff users and their keys, and no secrets."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from django.http import HttpRequest
 
 from accounts.models import ApiKey, User
 
-# Addresses, second factors, Google accounts and sessions are changed by their owner alone: whoever could change them here
-# could sign in as anybody. The others we do not use.
+# Only their owners may change email addresses, second factors, Google accounts and sessions: staff who could change them here
+# could sign in as anyone. The other models are not used.
 for model in (EmailAddress, Authenticator, SocialAccount, UserSession, SocialApp, SocialToken, Group):
     admin.site.unregister(model)
 
@@ -38,21 +38,21 @@ class UserAdmin(admin.ModelAdmin):
     readonly_fields = ("email", "owner_id", "slug", "date_joined", "last_login")
 
     def has_add_permission(self, request: HttpRequest) -> bool:
-        return False  # people sign up themselves; `createsuperuser` makes the first
+        return False  # users sign up themselves; `createsuperuser` creates the first
 
     def get_readonly_fields(self, request: HttpRequest, obj: User | None = None) -> tuple[str, ...]:
-        """Who may change people could otherwise make themselves (or anybody) a superuser."""
+        """Only superusers may grant rights: other staff could otherwise make themselves or anyone else a superuser."""
         if request.user.is_superuser:
             return self.readonly_fields
         return (*self.readonly_fields, "is_staff", "is_superuser", "groups")
 
     def has_change_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
-        """A superuser is shut out by another one only."""
-        beyond = obj is not None and obj.is_superuser and not request.user.is_superuser
-        return not beyond and super().has_change_permission(request, obj)
+        """Only a superuser may deactivate a superuser."""
+        is_protected = obj is not None and obj.is_superuser and not request.user.is_superuser
+        return not is_protected and super().has_change_permission(request, obj)
 
     def has_delete_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
-        return False  # deleting a person must also delete their work, which their own account page does
+        return False  # deleting a user must also delete their data, which their own account page does
 
 
 @admin.register(ApiKey)

@@ -1,8 +1,8 @@
-"""API keys: made on a page, shown once, stored as a hash, found by a prefix, revoked at once.
+"""API keys: created on a page, shown once, stored as a hash, looked up by prefix, revoked at once.
 
-A key reads `sk-llmt-<prefix>-<secret>`. The prefix is public and indexed; the secret has 256 random bits, so a plain
-sha256 of the whole key is enough (there is nothing to guess, and each request can afford it). Every request reads the
-row again: a revoked key is dead at the next request, in every process.
+A key has the form `sk-llmt-<prefix>-<secret>`. The prefix is public and indexed; the secret has 256 random bits, so a plain
+SHA-256 of the whole key is enough (it cannot be guessed, and is fast enough for every request). Every request reads the
+row again, so a revoked key is refused from the next request on, in every process.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from django.views.decorators.http import require_POST
 from accounts.models import ApiKey, User
 
 SCOPES = {
-    "read": "See files, jobs and models, and download them",
-    "write": "Upload, start, change and delete",
+    "read": "View and download files, jobs and models",
+    "write": "Upload files; create, change and delete anything",
     "inference": "Generate text with models",
 }
 PATTERN = re.compile(r"sk-llmt-([a-z0-9]{12})-[A-Za-z0-9_-]{43}")
-LIFETIMES = {"30": "30 days", "90": "90 days", "365": "A year", "": "No end"}
+LIFETIMES = {"30": "30 days", "90": "90 days", "365": "1 year", "": "No expiration"}
 MAX_KEYS = 50
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
-_LAST_USE_EVERY = timedelta(minutes=1)  # one write a minute is news enough
+_LAST_USED_INTERVAL = timedelta(minutes=1)  # at most one write per minute
 
 
 def create(
     user: User, name: str, scopes: list[str] | tuple[str, ...], expires_at: datetime | None = None
 ) -> tuple[ApiKey, str]:
-    """Make a key. The second value is the key itself, and this is the only time it exists outside the caller."""
+    """Creates a key. The second value is the key itself, which exists only here and with the caller."""
     prefix = "".join(secrets.choice(_ALPHABET) for _ in range(12))
     secret = f"sk-llmt-{prefix}-{secrets.token_urlsafe(32)}"
     key = ApiKey.objects.create(
@@ -56,18 +56,18 @@ def create(
 
 
 def verify(secret: str) -> ApiKey | None:
-    """The living key behind this text, or None: unknown, wrong, revoked, expired, or its owner shut out."""
-    found = PATTERN.fullmatch(secret)
-    if found is None:
+    """The valid key for this secret, or None: unknown, wrong, revoked, expired, or its owner deactivated."""
+    match = PATTERN.fullmatch(secret)
+    if match is None:
         return None
-    key = ApiKey.objects.select_related("user").filter(prefix=found[1]).first()
+    key: ApiKey | None = ApiKey.objects.select_related("user").filter(prefix=match[1]).first()
     if key is None or not hmac.compare_digest(key.digest, _digest(secret)):
         return None
-    if not key.alive or not key.user.is_active:
+    if not key.is_valid or not key.user.is_active:
         return None
     now = timezone.now()
-    if key.last_used_at is None or now - key.last_used_at > _LAST_USE_EVERY:
-        with suppress(DatabaseError):  # news for people; no reason to turn the caller away
+    if key.last_used_at is None or now - key.last_used_at > _LAST_USED_INTERVAL:
+        with suppress(DatabaseError):  # only informative: no reason to refuse the request
             ApiKey.objects.filter(pk=key.pk).update(last_used_at=now)
     return key
 
@@ -88,7 +88,7 @@ def _digest(secret: str) -> str:
 @login_required
 @never_cache
 def page(request: HttpRequest) -> HttpResponse:
-    """GET lists the keys; POST makes one and answers with the only sight of it (no redirect, so it is stored nowhere)."""
+    """GET lists the keys. POST creates one and shows it, once: there is no redirect, so that it need not be stored."""
     assert isinstance(request.user, User)
     secret: str | None = None
     errors: dict[str, str] = {}
@@ -120,13 +120,13 @@ def page(request: HttpRequest) -> HttpResponse:
 def _errors(user: User, form: dict[str, Any]) -> dict[str, str]:
     errors = {}
     if not form["name"] or len(str(form["name"])) > 80:
-        errors["name"] = "Give the key a name of at most 80 characters, so that you know it again."
+        errors["name"] = "Enter a name of at most 80 characters."
     if not form["scopes"]:
-        errors["scopes"] = "Choose at least one thing the key may do."
+        errors["scopes"] = "Choose at least one permission."
     if form["days"] not in LIFETIMES:
-        errors["days"] = "Choose how long the key lives."
-    if sum(key.alive for key in ApiKey.objects.filter(user=user)) >= MAX_KEYS:
-        errors["name"] = f"You have {MAX_KEYS} living keys. Revoke one you no longer use first."
+        errors["days"] = "Choose when the key expires."
+    if sum(key.is_valid for key in ApiKey.objects.filter(user=user)) >= MAX_KEYS:
+        errors["name"] = f"You have {MAX_KEYS} active keys. Revoke one that you no longer use."
     return errors
 
 
@@ -135,5 +135,5 @@ def _errors(user: User, form: dict[str, Any]) -> dict[str, str]:
 def revoke_page(request: HttpRequest, pk: int) -> HttpResponse:
     assert isinstance(request.user, User)
     revoke(request.user, pk)
-    messages.success(request, "The key is revoked: it is refused from now on.")
+    messages.success(request, "The key has been revoked.")
     return redirect("accounts:api_keys")

@@ -1,7 +1,7 @@
-"""Who calls `/v1`: a bearer credential, which is an API key or an access token of allauth's headless app client.
+"""Authentication of `/v1` by a bearer credential: an API key, or an access token of allauth's headless app client.
 
-Cookies are never looked at here, so a page a person visits cannot use the API in their name.
-Every refusal has the same body: it does not tell an unknown key from an expired one.
+Cookies are ignored, so that a web page cannot use the API in its visitor's name. All failures have the same response, which
+does not reveal whether a key is unknown or expired.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from accounts.models import User
 
 MAX_CREDENTIAL = 4096  # characters; a real access token has about 600
 LEEWAY_S = 30
-# Exactly what allauth signs. A token with another claim was not made by this studio for this purpose.
+# Exactly what allauth signs. A token with any other claim was not issued here for this purpose.
 CLAIMS = {"iat", "exp", "sid", "jti", "token_use", "sub"}
 _CANONICAL = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
@@ -34,11 +34,11 @@ class Caller:
 
 
 class TwoCredentials(Exception):
-    """Two different credentials came with one request: guessing which one counts is how holes are made."""
+    """A request has two different credentials. Guessing which one counts would be a security risk."""
 
 
 def authenticate(request: HttpRequest) -> Caller | None:
-    """The caller, or None. Runs SQL: call it from a thread."""
+    """The caller, or None. Runs SQL queries, so call it in a thread."""
     secret = _credential(request)
     if secret is None:
         return None
@@ -54,32 +54,32 @@ def _caller(user: User, scopes: frozenset[str], credential: str) -> Caller:
 
 
 def _credential(request: HttpRequest) -> str | None:
-    given = set()
+    credentials = set()
     header = request.META.get("HTTP_AUTHORIZATION", "")
     scheme, _, value = header.partition(" ")
     if scheme.lower() == "bearer" and value.strip():
-        given.add(value.strip())
-    # Tools written for other vendors send the key under these names.
-    given |= {
+        credentials.add(value.strip())
+    # Clients written for other vendors send the key in these headers.
+    credentials |= {
         request.META[name].strip() for name in ("HTTP_X_API_KEY", "HTTP_API_KEY") if request.META.get(name)
     }
-    if len(given) > 1 or "," in header:
+    if len(credentials) > 1 or "," in header:
         raise TwoCredentials
-    secret = given.pop() if given else None
+    secret = credentials.pop() if credentials else None
     return secret if secret and len(secret) <= MAX_CREDENTIAL else None
 
 
 def _user_of_token(token: str) -> User | None:
-    """allauth checks signature, times and that the session behind the token still lives; we are stricter about its form."""
+    """allauth checks the signature, the times and that the token's session still exists; we are stricter about its form."""
     if not _CANONICAL.fullmatch(token):
         return None
-    answer = validate_access_token(token)
-    if answer is None:
+    validated = validate_access_token(token)
+    if validated is None:
         return None
-    user, payload = answer
+    user, payload = validated
     if (
         set(payload) != CLAIMS
-        or not _times_are_sane(payload)
+        or not _has_valid_lifetime(payload)
         or not isinstance(user, User)
         or not user.is_active
     ):
@@ -87,8 +87,8 @@ def _user_of_token(token: str) -> User | None:
     return user
 
 
-def _times_are_sane(payload: dict[str, Any]) -> bool:
+def _has_valid_lifetime(payload: dict[str, Any]) -> bool:
     issued, expires = payload["iat"], payload["exp"]
     if type(issued) is not int or type(expires) is not int:
         return False
-    return 0 < expires - issued <= app_settings.JWT_ACCESS_TOKEN_EXPIRES_IN + LEEWAY_S
+    return bool(0 < expires - issued <= app_settings.JWT_ACCESS_TOKEN_EXPIRES_IN + LEEWAY_S)

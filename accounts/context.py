@@ -1,4 +1,4 @@
-"""What every template may use."""
+"""Variables for all templates."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def site(request: HttpRequest) -> dict[str, Any]:
     return {
         "google_enabled": bool(settings.GOOGLE_CLIENT_ID),
         "signup_open": settings.SIGNUP_OPEN,
-        "mail_enabled": bool(settings.EMAIL_URL),
+        "email_enabled": bool(settings.EMAIL_URL),
     }

@@ -1,4 +1,4 @@
-"""Forms about people that are not allauth's own."""
+"""Account forms beyond allauth's."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class DeleteAccountForm(forms.Form):
     def clean_email(self) -> str:
         typed: str = self.cleaned_data["email"]
         if typed.strip().lower() != self.expected.lower():
-            raise forms.ValidationError("That is not the address of this account.")
+            raise forms.ValidationError("This is not the email address of this account.")
         return typed
 
 
 class AddPasskeyForm(AddWebAuthnForm):
     passwordless = forms.BooleanField(
-        label="Sign in with it alone, without my password",
+        label="Use it to sign in without a password",
         required=False,
         initial=True,
-        help_text="Your device then asks for your fingerprint, your face or its PIN.",
+        help_text="Your device will ask for your fingerprint, your face or its PIN.",
     )

@@ -1,4 +1,4 @@
-"""People and their keys: the only things of ours in SQL."""
+"""Users and their API keys: our only SQL tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
 def new_owner_id() -> str:
-    """The name under which DynamoDB and the object store know a person. Random: it tells nothing about them."""
+    """A user's id in DynamoDB and the object store. It is random, so it reveals nothing about the user."""
     return "user-" + "".join(secrets.choice(CROCKFORD) for _ in range(26))
 
 
@@ -23,8 +23,8 @@ class UserManager(BaseUserManager["User"]):
 
     def create_user(self, email: str, password: str | None = None, **fields: Any) -> User:
         if not email:
-            raise ValueError("a user needs an e-mail address")
-        user = self.model(email=email.strip().lower(), **fields)
+            raise ValueError("a user must have an email address")
+        user: User = self.model(email=email.strip().lower(), **fields)
         user.set_password(password)
         user.save(using=self._db)
         return user
@@ -34,16 +34,16 @@ class UserManager(BaseUserManager["User"]):
 
 
 class User(AbstractUser):
-    """A person, known by e-mail address. `owner_id` never changes, whatever the address becomes."""
+    """A user, identified by email address. `owner_id` never changes, even if the address does."""
 
     username = None  # removes the inherited field
-    first_name = None  # likewise: we ask for no names
+    first_name = None  # likewise: we do not ask for names
     last_name = None
-    email = models.EmailField("e-mail address", unique=True)
+    email = models.EmailField("email address", unique=True)
     owner_id = models.CharField(max_length=64, unique=True, default=new_owner_id, editable=False)
-    # In the names of the person's models: ft:<base>:<slug>:…
+    # Part of the ids of the user's models: ft:<base>:<slug>:…
     slug = models.SlugField(max_length=32, unique=True, editable=False)
-    notify_by_email = models.BooleanField("e-mail when a job ends", default=True)
+    notify_by_email = models.BooleanField("email when a job ends", default=True)
 
     USERNAME_FIELD = "email"
     REQUIRED_FIELDS: ClassVar[list[str]] = []
@@ -55,45 +55,45 @@ class User(AbstractUser):
         super().save(*args, **kwargs)
 
     def _free_slug(self) -> str:
-        name = slugify(self.email.partition("@")[0])[:24].strip("-_") or "user"
+        name = str(slugify(self.email.partition("@")[0]))[:24].strip("-_") or "user"
         if User.objects.filter(slug=name).exists():
             name = f"{name}-{secrets.token_hex(3)}"
         return name
 
     def __str__(self) -> str:
-        return self.email
+        return str(self.email)
 
     @property
     def notification_email(self) -> str:
-        """Where mail about jobs goes: the verified address, of somebody who wants it. Else empty."""
-        from allauth.account.models import EmailAddress  # it needs this model
+        """The address for emails about jobs, or an empty string if it is not verified or the user wants none."""
+        from allauth.account.models import EmailAddress  # late: it imports this model
 
-        mine = EmailAddress.objects.filter(user=self, verified=True, email__iexact=self.email)
-        return self.email if self.is_active and self.notify_by_email and mine.exists() else ""
+        verified = EmailAddress.objects.filter(user=self, verified=True, email__iexact=self.email)
+        return str(self.email) if self.is_active and self.notify_by_email and verified.exists() else ""
 
     def get_full_name(self) -> str:
-        return self.email
+        return str(self.email)
 
     def get_short_name(self) -> str:
-        return self.email.partition("@")[0]
+        return str(self.email).partition("@")[0]
 
     @property
     def initials(self) -> str:
-        """Two letters for the round button in the corner."""
-        parts = [part for part in slugify(self.get_short_name().replace(".", "-")).split("-") if part]
-        if len(parts) > 1:
-            return (parts[0][0] + parts[-1][0]).upper()
-        return (parts[0][:2] if parts else "?").upper()
+        """Two letters for the account button."""
+        words = [word for word in slugify(self.get_short_name().replace(".", "-")).split("-") if word]
+        if len(words) > 1:
+            return str(words[0][0] + words[-1][0]).upper()
+        return str(words[0][:2] if words else "?").upper()
 
 
 class ApiKey(models.Model):
-    """A key for `/v1`. The key itself is shown once and never stored; see accounts/api_keys.py."""
+    """A key for `/v1`. The key itself is shown once and never stored: see accounts/api_keys.py."""
 
     user = models.ForeignKey(User, on_delete=models.CASCADE, related_name="api_keys")
     name = models.CharField(max_length=80)
     prefix = models.CharField(max_length=12, unique=True)
     digest = models.CharField(max_length=64)
-    scopes = models.CharField(max_length=120)  # words separated by spaces
+    scopes = models.CharField(max_length=120)  # separated by spaces
     created_at = models.DateTimeField(auto_now_add=True)
     last_used_at = models.DateTimeField(null=True)
     expires_at = models.DateTimeField(null=True)
@@ -106,5 +106,5 @@ class ApiKey(models.Model):
         return f"{self.name} ({self.prefix})"
 
     @property
-    def alive(self) -> bool:
+    def is_valid(self) -> bool:
         return self.revoked_at is None and (self.expires_at is None or timezone.now() < self.expires_at)

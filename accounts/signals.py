@@ -1,10 +1,10 @@
-"""How the rest of the studio hears about people, without accounts knowing of it."""
+"""Signals by which other apps learn about users, so that accounts need not import them."""
 
 from __future__ import annotations
 
 from django.dispatch import Signal
 
-# Somebody takes their data: a receiver(owner) answers with {section: content}, plain values only.
+# A user exports their data: a receiver(owner) returns {section: content}, with plain values only.
 exporting = Signal()
-# Somebody leaves: a receiver(owner) removes all it holds of them, and may be called again after a crash.
+# A user deletes their account: a receiver(owner) deletes all of its data, and may be called again after a crash.
 leaving = Signal()

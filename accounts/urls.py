@@ -1,4 +1,4 @@
-"""Pages of one's own account. Sign-in, addresses and second factors are allauth's, under /accounts/."""
+"""The user's account pages. Sign-in, email addresses and second factors are allauth's, under /accounts/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The account page, and the two rights everybody has over their data: to take it and to have it deleted."""
+"""The account page, and every user's right to export and to delete their data."""
 
 from __future__ import annotations
 
@@ -25,11 +25,6 @@ from accounts.models import ApiKey, User
 from accounts.signals import exporting, leaving
 
 
-@require_safe
-def home(request: HttpRequest) -> HttpResponse:
-    return redirect("jobs:jobs" if request.user.is_authenticated else "account_login")
-
-
 @dataclass(frozen=True)
 class Row:
     label: str
@@ -46,16 +41,16 @@ def overview(request: HttpRequest) -> HttpResponse:
 
 
 def _user(request: HttpRequest) -> User:
-    assert isinstance(request.user, User)  # login_required came first
+    assert isinstance(request.user, User)  # guaranteed by login_required
     return request.user
 
 
 def _rows(user: User) -> list[Row]:
     address = EmailAddress.objects.filter(user=user, primary=True).first()
-    kinds = set(Authenticator.objects.filter(user=user).values_list("type", flat=True))
-    names = [name for kind, name in _FACTORS.items() if kind in kinds]
+    types = set(Authenticator.objects.filter(user=user).values_list("type", flat=True))
+    names = [name for type_, name in _SECOND_FACTORS.items() if type_ in types]
     devices = len(UserSession.objects.purge_and_list(user))
-    keys = sum(key.alive for key in ApiKey.objects.filter(user=user))
+    keys = sum(key.is_valid for key in ApiKey.objects.filter(user=user))
     has_password = user.has_usable_password()
     password = "account_change_password" if has_password else "account_set_password"
     rows = [
@@ -74,18 +69,18 @@ def _rows(user: User) -> list[Row]:
             reverse(password),
         ),
         Row("Two-step sign-in", " and ".join(names) or "Off", "", "Manage", reverse("mfa_index")),
-        Row("Devices", f"{devices} signed in", "", "See", reverse("usersessions_list")),
-        Row("API keys", f"{keys} in use" if keys else "None", "", "Manage", reverse("accounts:api_keys")),
+        Row("Devices", f"{devices} signed in", "", "Manage", reverse("usersessions_list")),
+        Row("API keys", f"{keys} active" if keys else "None", "", "Manage", reverse("accounts:api_keys")),
     ]
     if settings.GOOGLE_CLIENT_ID:
         connected = SocialAccount.objects.filter(user=user, provider="google").exists()
         state = "Connected" if connected else "Not connected"
         rows.insert(3, Row("Google", state, "", "Manage", reverse("socialaccount_connections")))
-    rows.append(Row("Name in model ids", user.slug))
+    rows.append(Row("Name in model IDs", user.slug))
     return rows
 
 
-_FACTORS = {Authenticator.Type.TOTP: "Authenticator app", Authenticator.Type.WEBAUTHN: "Passkeys"}
+_SECOND_FACTORS = {Authenticator.Type.TOTP: "Authenticator app", Authenticator.Type.WEBAUTHN: "Passkeys"}
 
 
 @login_required
@@ -93,7 +88,7 @@ _FACTORS = {Authenticator.Type.TOTP: "Authenticator app", Authenticator.Type.WEB
 def sign_out_device(request: HttpRequest, pk: int) -> HttpResponse:
     session = get_object_or_404(UserSession, pk=pk, user=_user(request))
     session.end()
-    messages.success(request, "That device is signed out.")
+    messages.success(request, "The device has been signed out.")
     return redirect("usersessions_list")
 
 
@@ -103,15 +98,15 @@ def sign_out_device(request: HttpRequest, pk: int) -> HttpResponse:
 def export(request: HttpRequest) -> HttpResponse:
     user = _user(request)
     content: dict[str, Any] = {"exported_at": timezone.now(), "account": _account_of(user)}
-    for _, part in exporting.send(sender=User, owner=user.owner_id):
-        content |= part
+    for _, section in exporting.send(sender=User, owner=user.owner_id):
+        content |= section
     response = JsonResponse(content, json_dumps_params={"indent": 2, "ensure_ascii": False})
     response["Content-Disposition"] = 'attachment; filename="llm-tuner-data.json"'
     return response
 
 
 def _account_of(user: User) -> dict[str, Any]:
-    """Everything in SQL about a person but what would let somebody else sign in as them."""
+    """All SQL data about a user, except what would let someone else sign in as them."""
     keys = ApiKey.objects.filter(user=user)
     return {
         "email": user.email,
@@ -138,16 +133,16 @@ def _account_of(user: User) -> dict[str, Any]:
 @require_http_methods(["GET", "POST"])
 @reauthentication_required
 def delete(request: HttpRequest) -> HttpResponse:
-    """What belongs to the person goes first and the person last: a crash between leaves somebody who can ask again."""
+    """Deletes the user's data first and the user last, so that after a crash the user can ask again."""
     user = _user(request)
     form = DeleteAccountForm(request.POST or None, email=user.email)
     if not form.is_valid():
         return render(request, "accounts/delete.html", {"form": form}, status=400 if form.is_bound else 200)
-    ApiKey.objects.filter(user=user).update(revoked_at=timezone.now())  # no new work through the other door
+    ApiKey.objects.filter(user=user).update(revoked_at=timezone.now())  # no new work through the API
     leaving.send(sender=User, owner=user.owner_id)
     for session in UserSession.objects.filter(user=user):
         session.end()
     logout(request)
     user.delete()
-    messages.success(request, "Your account is deleted.")
+    messages.success(request, "Your account has been deleted.")
     return redirect("account_login")

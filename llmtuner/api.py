@@ -1,4 +1,4 @@
-"""`/v1`: the API that OpenAI's clients already speak, put together. What its answers share: see `api_shell`."""
+"""`/v1`: assembles the API that OpenAI's clients already speak. What its responses share is in `api_shell`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from jobs.api import bodies, chat, errors, files, fine_tuning, models, uploads, 
 from llmtuner.api_docs import Docs
 
 DESCRIPTION = """Files, uploads, fine-tuning jobs, models, completions and chat completions, as OpenAI's clients expect them.
-Set `base_url` to this address and `api_key` to a key from your account's page. What this studio knows beyond that
-stands under `llmtuner`, in requests and in answers."""
+Set `base_url` to this address and `api_key` to a key from your account page. Features beyond OpenAI's API are under
+`llmtuner`, in requests and in responses."""
 
 
-# What any call may answer, besides what it names itself.
-REFUSALS = {
-    400: "Something in the request cannot be used; `param` names it.",
-    401: "No credential, or one that is not (or no longer) good.",
-    403: "The key lacks the scope.",
-    404: "There is none of this id, or it is somebody else's.",
-    413: "The body is too large.",
-    429: "Too many at once, or in this minute. See `Retry-After`.",
-    503: "A store cannot be reached. See `Retry-After`.",
+# Errors that any call may return, besides those it declares itself.
+ERRORS = {
+    400: "The request is invalid. `param` names the parameter.",
+    401: "The credential is missing, invalid, expired or revoked.",
+    403: "The key does not have the required scope.",
+    404: "There is no such object, or it belongs to someone else.",
+    413: "The request body is too large.",
+    429: "Too many concurrent requests, or too many per minute. See `Retry-After`.",
+    503: "A store is unreachable. See `Retry-After`.",
 }
 
 
@@ -33,18 +33,18 @@ class Api(NinjaAPI):
     document: OpenAPISchema | None = None
 
     def get_openapi_schema(self, **options: Any) -> OpenAPISchema:
-        """Made once: it takes a tenth of a second and never changes."""
+        """Built once: it takes a tenth of a second and never changes."""
         if self.document is None:
-            self.document = self._made_document(**options)
+            self.document = self._build_document(**options)
         return self.document
 
-    def _made_document(self, **options: Any) -> OpenAPISchema:
+    def _build_document(self, **options: Any) -> OpenAPISchema:
         document = super().get_openapi_schema(**options)
-        shape = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+        content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
         for methods in document["paths"].values():
             for details in methods.values():
-                for status, words in REFUSALS.items():
-                    details["responses"][status] = {"description": words, "content": shape}
+                for status, description in ERRORS.items():
+                    details["responses"][status] = {"description": description, "content": content}
         return document
 
     def on_exception(self, request: HttpRequest, exc: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The OpenAPI document as a page of ours: rendered here, without a script and without a network."""
+"""The OpenAPI document as a page, rendered on the server: it needs no script and no external network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Docs(DocsBase):
                     "path": path,
                     "summary": details["summary"],
                     "description": details.get("description", ""),
-                    "needs": ", ".join(
+                    "scopes": ", ".join(
                         SCOPES.get(name, name) for entry in details.get("security", []) for name in entry
                     ),
                     "tables": _tables(details, schemas),
@@ -46,24 +46,29 @@ def _tables(details: dict[str, Any], schemas: dict[str, Any]) -> list[dict[str, 
     for status, response in details["responses"].items():
         content = response.get("content", {}).get("application/json")
         if content and str(status) == "200":
-            tables.append({"title": "Answer", "rows": _fields(content["schema"], schemas)})
+            tables.append({"title": "Response", "rows": _fields(content["schema"], schemas)})
     return tables
 
 
 def _fields(schema: dict[str, Any], schemas: dict[str, Any]) -> list[dict[str, Any]]:
     if "$ref" in schema:
         schema = schemas[schema["$ref"].rsplit("/", 1)[1]]
-    needed = schema.get("required", [])
-    return [_row(name, field, name in needed) for name, field in schema.get("properties", {}).items()]
+    required = schema.get("required", [])
+    return [_row(name, field, name in required) for name, field in schema.get("properties", {}).items()]
 
 
 def _row(name: str, schema: dict[str, Any], required: bool) -> dict[str, Any]:
-    return {"name": name, "kind": _kind(schema), "words": schema.get("description", ""), "required": required}
+    return {
+        "name": name,
+        "kind": _kind(schema),
+        "description": schema.get("description", ""),
+        "required": required,
+    }
 
 
 def _kind(schema: dict[str, Any]) -> str:
     if "$ref" in schema:
-        return schema["$ref"].rsplit("/", 1)[1]
+        return str(schema["$ref"].rsplit("/", 1)[1])
     if "const" in schema:
         return repr(schema["const"])
     if "enum" in schema:
@@ -71,7 +76,7 @@ def _kind(schema: dict[str, Any]) -> str:
     for key in ("anyOf", "oneOf"):
         if key in schema:
             return " | ".join(dict.fromkeys(_kind(option) for option in schema[key]))
-    kind = str(schema.get("type", "anything"))
+    kind = str(schema.get("type", "any"))
     if kind == "array":
         return f"list of {_kind(schema.get('items', {}))}"
     low, high = schema.get("minimum"), schema.get("maximum")

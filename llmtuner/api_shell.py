@@ -1,4 +1,4 @@
-"""What every answer under `/v1` shares, also where the framework answers by itself: OpenAI's error shape, no cookies."""
+"""What all responses under `/v1` share, including those the framework makes itself: OpenAI's error format, no cookies."""
 
 from __future__ import annotations
 
@@ -14,63 +14,63 @@ from jobs.api import errors
 from llmtuner.middleware import Handler
 
 PREFIX = "/v1/"
-# What OpenAI has and this studio has not, by the beginning of its address.
-MISSING = {
+# What OpenAI has and we do not, by the start of its path.
+UNSUPPORTED = {
     "/v1/fine-tunes": "Use /v1/fine_tuning/jobs.",
     "/v1/engines": "Use /v1/models.",
     "/v1/edits": "Use /v1/chat/completions.",
     "/v1/responses": "Use /v1/chat/completions.",
     "/v1/assistants": "Use /v1/chat/completions.",
     "/v1/threads": "Use /v1/chat/completions.",
-    "/v1/batches": "This studio has no batches: send each request to /v1/chat/completions.",
-    "/v1/embeddings": "This studio has no embeddings.",
-    "/v1/moderations": "This studio has no moderation.",
-    "/v1/images": "The models of this studio write text only.",
-    "/v1/audio": "The models of this studio write text only.",
+    "/v1/batches": "Batches are not supported. Send each request to /v1/chat/completions.",
+    "/v1/embeddings": "Embeddings are not supported.",
+    "/v1/moderations": "Moderation is not supported.",
+    "/v1/images": "Models here generate text only.",
+    "/v1/audio": "Models here generate text only.",
 }
 
 
 @sync_and_async_middleware
 def api_shell(get_response: Handler) -> Handler:
-    """Stands before sessions and sign-in, so that these never see a cookie of an API call."""
+    """Comes before sessions and sign-in, so that they never see the cookies of an API call."""
     if iscoroutinefunction(get_response):
 
         async def async_middleware(request: HttpRequest) -> HttpResponseBase:
             if _lacks_prefix(request):
                 return unknown_url(request)
-            _forget_cookies(request)
+            _drop_cookies(request)
             response = await get_response(request)
-            return _in_shape(request, response)
+            return _as_api_response(request, response)
 
         return async_middleware
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
         if _lacks_prefix(request):
             return unknown_url(request)
-        _forget_cookies(request)
-        return _in_shape(request, get_response(request))
+        _drop_cookies(request)
+        return _as_api_response(request, get_response(request))
 
     return middleware
 
 
-# ---- addresses that do not exist ---------------------------------------------------------------
+# ---- unknown URLs ---------------------------------------------------------------
 
 
 def is_call_without_prefix(path: str) -> bool:
-    """Would this address be one of OpenAI's with `/v1` before it?"""
-    path = _tidy(path)
-    return _resolves(path) or bool(_missing(path))
+    """Whether `/v1` before this path would make it one of OpenAI's."""
+    path = _normalize(path)
+    return _resolves(path) or bool(_unsupported(path))
 
 
 def _lacks_prefix(request: HttpRequest) -> bool:
-    """A program whose base_url lacks `/v1`. Pages share a few addresses (`/models/`), so the caller must be a program:
-    it sends a key, or asks for an address that is no page without wanting HTML."""
+    """Whether this is a program whose base_url lacks `/v1`. Pages use some of the same paths (`/models/`), so the caller
+    must be a program: it sends a key, or it requests a path that is not a page and does not accept HTML."""
     path = request.path_info
     if path.startswith(PREFIX):
         return False
-    with_key = request.headers.get("Authorization", "").startswith("Bearer ")
-    for_page = "text/html" in request.headers.get("Accept", "") or _resolves(path)
-    return (with_key or not for_page) and is_call_without_prefix(path)
+    has_key = request.headers.get("Authorization", "").startswith("Bearer ")
+    wants_page = "text/html" in request.headers.get("Accept", "") or _resolves(path)
+    return (has_key or not wants_page) and is_call_without_prefix(path)
 
 
 def unknown_url(request: HttpRequest) -> HttpResponse:
@@ -78,29 +78,29 @@ def unknown_url(request: HttpRequest) -> HttpResponse:
 
 
 def unknown_url_error(method: str, path: str) -> errors.ApiError:
-    message = f"Unknown request URL: {method} {path[:200]}. {_instead(path)}"
+    message = f"Unknown request URL: {method} {path[:200]}. {_suggestion(path)}"
     return errors.ApiError(404, message, code="unknown_url")
 
 
-def _instead(path: str) -> str:
-    tidy = _tidy(path)
+def _suggestion(path: str) -> str:
+    normal = _normalize(path)
     if not path.startswith(PREFIX) and is_call_without_prefix(path):
         return f"The API is under /v1: set base_url to {settings.PUBLIC_URL}/v1."
-    if tidy != path and _resolves(tidy):
-        return f"Use {tidy}."
-    return _missing(tidy) or f"All calls are listed at {settings.PUBLIC_URL}/v1/docs."
+    if normal != path and _resolves(normal):
+        return f"Use {normal}."
+    return _unsupported(normal) or f"All endpoints are listed at {settings.PUBLIC_URL}/v1/docs."
 
 
-def _tidy(path: str) -> str:
-    """With one `/v1` before it, single slashes and none at the end."""
+def _normalize(path: str) -> str:
+    """With exactly one `/v1` prefix, single slashes and no trailing slash."""
     path = re.sub("/{2,}", "/", f"{PREFIX}{path}").rstrip("/")
     while path.startswith("/v1/v1/"):
         path = path.removeprefix("/v1")
     return path
 
 
-def _missing(path: str) -> str:
-    return next((words for start, words in MISSING.items() if f"{path}/".startswith(f"{start}/")), "")
+def _unsupported(path: str) -> str:
+    return next((message for start, message in UNSUPPORTED.items() if f"{path}/".startswith(f"{start}/")), "")
 
 
 def _resolves(path: str) -> bool:
@@ -111,20 +111,21 @@ def _resolves(path: str) -> bool:
     return True
 
 
-# ---- the shape of answers ----------------------------------------------------------------------
+# ---- responses ----------------------------------------------------------------------
 
 
-def _forget_cookies(request: HttpRequest) -> None:
+def _drop_cookies(request: HttpRequest) -> None:
     if _is_call(request):
-        request.META.pop("HTTP_COOKIE", None)  # a session never speaks for a program
+        request.META.pop("HTTP_COOKIE", None)  # a browser session must not authenticate an API call
 
 
 def _is_call(request: HttpRequest) -> bool:
-    # The docs are a page: they show who is signed in.
-    return request.path_info.startswith(PREFIX) and request.path_info != f"{PREFIX}docs"
+    # The docs are a page that shows who is signed in.
+    path = str(request.path_info)
+    return path.startswith(PREFIX) and path != f"{PREFIX}docs"
 
 
-def _in_shape(request: HttpRequest, response: HttpResponseBase) -> HttpResponseBase:
+def _as_api_response(request: HttpRequest, response: HttpResponseBase) -> HttpResponseBase:
     if not _is_call(request):
         return response
     match = request.resolver_match
@@ -132,19 +133,19 @@ def _in_shape(request: HttpRequest, response: HttpResponseBase) -> HttpResponseB
         return unknown_url(request)
     kind = response.headers.get("Content-Type", "")
     if response.status_code >= 400 and not kind.startswith("application/json"):
-        response = _retold(request, response)
+        response = _as_json_error(request, response)
     response.headers.pop("Vary", None)
     return response
 
 
-def _retold(request: HttpRequest, response: HttpResponseBase) -> HttpResponseBase:
+def _as_json_error(request: HttpRequest, response: HttpResponseBase) -> HttpResponseBase:
     message, code = response.reason_phrase, None
     if response.status_code == 405:
         allowed = " or ".join(sorted(response.headers.get("Allow", "").split(", ")))
         message = f"{request.method} {request.path_info[:200]} is not allowed. Use {allowed}."
         code = "method_not_allowed"
-    told = errors.respond(errors.ApiError(response.status_code, message, code=code))
+    error = errors.respond(errors.ApiError(response.status_code, message, code=code))
     for name, value in response.headers.items():
         if name not in {"Content-Type", "Content-Length"}:
-            told[name] = value
-    return told
+            error[name] = value
+    return error

@@ -1,4 +1,4 @@
-"""Loads the project's own system checks, and Celery, whose messages web and workers send."""
+"""Loads the project's system checks and the Celery app, through which the web server and the workers send tasks."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ class LLMTunerConfig(AppConfig):
     name = "llmtuner"
 
     def ready(self) -> None:
-        from llmtuner import celery, checks  # noqa: F401  both register themselves
+        from llmtuner import celery, checks  # noqa: F401  importing registers them

@@ -1,7 +1,7 @@
-"""Celery: a doorbell over Redis, never the record (DynamoDB holds that).
+"""Celery: notifications over Redis that there is work. The work itself is recorded in DynamoDB.
 
-Messages are taken off at once (early ack) and one at a time; there are no results. A lost or doubled message changes
-nothing: the store decides who runs what, and the reconciler in every worker rings again.
+Messages are acknowledged early and taken one at a time; results are not stored. A lost or duplicated message changes
+nothing: the store decides who runs what, and the reconciler in every worker sends the message again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "llmtuner.settings")
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 
-os.umask(0o077)  # what a worker writes holds people's data: for its own account only
+os.umask(0o077)  # workers write users' data: no other account may read it
 
 app = Celery("llmtuner")
 app.conf.update(
@@ -28,8 +28,8 @@ app.conf.update(
         "socket_connect_timeout": 3,
         "socket_keepalive": True,
         "health_check_interval": 10,
-        # Celery delivers what is unacknowledged for this long again, by the wall clock; and with `-P solo` a message stays
-        # unacknowledged while its task runs, early ack or not. A bell too many is harmless, but never would be right: a week.
+        # Celery redelivers a message that is unacknowledged for this long, by the wall clock. With `-P solo` a message stays
+        # unacknowledged while its task runs, early ack or not. A duplicate is harmless but useless, so: a week.
         "visibility_timeout": 7 * 24 * 3600,
     },
     task_ignore_result=True,
@@ -37,9 +37,9 @@ app.conf.update(
     task_reject_on_worker_lost=False,
     task_serializer="json",
     accept_content=["json"],
-    task_default_queue="checks",  # short work, which must never wait behind hours of training
+    task_default_queue="checks",  # short tasks, which must never wait behind hours of training
     task_routes={"run_next": "training", "generate": "inference", "deliver": "notifications"},
-    # A web request must not wait long for a bell: the reconciler rings again.
+    # A web request must not wait for a retry: the reconciler sends the message again.
     task_publish_retry=False,
     worker_prefetch_multiplier=1,
     worker_disable_prefetch=True,
@@ -59,9 +59,8 @@ def _init(**_: Any) -> None:
     try:
         checks.refuse_unsafe_start(needs_sql=False)
     except ImproperlyConfigured as error:
-        raise SystemExit(
-            f"This worker does not start: {error}"
-        ) from None  # any other exception Celery only logs
+        # Celery only logs any other exception.
+        raise SystemExit(f"This worker cannot start: {error}") from None
 
 
 @signals.worker_ready.connect

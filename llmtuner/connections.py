@@ -1,14 +1,14 @@
-"""The web server's connections: how slow, and how many, one sender may be.
+"""Limits on the web server's connections: timeouts for slow clients, and a maximum per address.
 
-uvicorn waits for ever for the headers of a request and for its body, so a few thousand half requests would keep everybody
-else out. This is its HTTP protocol with limits:
+uvicorn waits forever for a request's headers and body, so a few thousand incomplete requests would shut everyone else
+out. This is its HTTP protocol with limits:
 
-- the headers of a request must be complete WEB_HEADER_TIMEOUT_S after the connection was made, or after the first byte
-  that follows an answer, and are bounded in size;
-- while a body is awaited, no WEB_BODY_TIMEOUT_S may pass without a byte of it;
-- an address has at most WEB_MAX_CONNECTIONS_PER_ADDRESS connections.
+- a request's headers must be complete within WEB_HEADER_TIMEOUT_S of the connection, or of the first byte after the
+  previous response, and their size is limited;
+- while a body is expected, no more than WEB_BODY_TIMEOUT_S may pass without a byte;
+- an address may have at most WEB_MAX_CONNECTIONS_PER_ADDRESS connections.
 
-None of them applies while we answer: the stream of a live page stays open as long as its page.
+No timeout applies while the server responds: the stream of a live page stays open as long as the page.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 MAX_HEADER_BYTES = 64 * 1024  # the parser itself has no limit
 PROBES = {b"/healthz", b"/readyz"}
-TICKS = 10  # how often in WEB_BODY_TIMEOUT_S a silent body is looked at
+TICKS = 10  # how often a silent body is checked within WEB_BODY_TIMEOUT_S
 _open: Counter[str] = Counter()  # connections by address
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Given to uvicorn by `--http`."""
+    """Passed to uvicorn with `--http`."""
 
     _address = ""
     _header_timer: asyncio.TimerHandle | None = None
     _body_timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
-    _heard = False  # a byte came since the body timer last looked
+    _received = False  # a byte arrived since the last check of the body
     _silent_ticks = 0
 
-    # ---- how many ----------------------------------------------------------------------------------------------
+    # ---- limit per address ----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        address = _counted_as(self.client)
-        most = settings.WEB_MAX_CONNECTIONS_PER_ADDRESS
-        if address and most:
-            if _open[address] >= most:
-                self._refuse(429, "Too many connections from your address.")
+        address = _address_key(self.client)
+        limit = settings.WEB_MAX_CONNECTIONS_PER_ADDRESS
+        if address and limit:
+            if _open[address] >= limit:
+                self._refuse(429, "Too many connections from your IP address.")
                 return
             self._address = address
             _open[address] += 1
@@ -62,19 +62,19 @@ class BoundedProtocol(HttpToolsProtocol):
             self._address = ""
         super().connection_lost(exc)
 
-    # ---- how slow ----------------------------------------------------------------------------------------------
+    # ---- timeouts ----------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        self._heard = True
+        self._received = True
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:  # no request whose headers are complete
+        if self.cycle is None or self.cycle.response_complete:  # headers of the next request are incomplete
             self._header_bytes += len(data)
             if self._header_bytes > MAX_HEADER_BYTES:
-                self._refuse(431, "The request's headers are too large.")
+                self._refuse(431, "The request headers are too large.")
                 return
             self._start_header_timer()
         elif self.cycle.more_body and self._body_timer is None:
@@ -84,53 +84,53 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._stop_header_timer()
         self._header_bytes = 0
-        # Also when there are too many connections, a machine that asks how we are gets an answer.
+        # Health checks are answered even when there are too many connections.
         self.limit_concurrency = None if self.url in PROBES else self.config.limit_concurrency
         super().on_headers_complete()
 
     def _start_header_timer(self) -> None:
         if self._header_timer is None:
-            self._header_timer = self.loop.call_later(settings.WEB_HEADER_TIMEOUT_S, self._headers_are_late)
+            self._header_timer = self.loop.call_later(settings.WEB_HEADER_TIMEOUT_S, self._headers_timed_out)
 
     def _stop_header_timer(self) -> None:
         if self._header_timer:
             self._header_timer.cancel()
             self._header_timer = None
 
-    def _headers_are_late(self) -> None:
+    def _headers_timed_out(self) -> None:
         if self._header_bytes:
-            self._refuse(408, "The request's headers took too long.")
-        else:  # a browser's spare connection: an answer that nobody asked for would be taken for the next one
+            self._refuse(408, "The request headers took too long.")
+        else:  # a browser's idle connection: a response here would be taken as the response to its next request
             self.transport.close()
 
     def _next_body_tick(self) -> None:
-        self._body_timer = self.loop.call_later(settings.WEB_BODY_TIMEOUT_S / TICKS, self._look_at_body)
+        self._body_timer = self.loop.call_later(settings.WEB_BODY_TIMEOUT_S / TICKS, self._check_body)
 
-    def _look_at_body(self) -> None:
+    def _check_body(self) -> None:
         self._body_timer = None
         if self.transport.is_closing() or not self.cycle.more_body or self.cycle.response_complete:
             return
-        # What we don't read, or haven't asked for yet, isn't late.
-        if self._heard or self.flow.read_paused or self.cycle.waiting_for_100_continue:
+        # A body is not late while we have paused reading or have not yet sent 100 Continue.
+        if self._received or self.flow.read_paused or self.cycle.waiting_for_100_continue:
             self._silent_ticks = 0
         else:
             self._silent_ticks += 1
-        self._heard = False
+        self._received = False
         if self._silent_ticks > TICKS:
-            self.transport.close()  # the application hears that its sender has left
+            self.transport.close()  # the application receives a disconnect
         else:
             self._next_body_tick()
 
-    def _refuse(self, status: int, words: str) -> None:
-        """Answers in place of the application, and closes."""
-        body = words.encode()
+    def _refuse(self, status: int, message: str) -> None:
+        """Responds instead of the application, and closes the connection."""
+        body = message.encode()
         head = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[status] + head % len(body) + body)
         self.transport.close()
 
 
-def _counted_as(client: tuple[str, int] | None) -> str:
-    """An IPv4 address; of an IPv6 address its /64, of which a single machine may use every address."""
+def _address_key(client: tuple[str, int] | None) -> str:
+    """What connections are counted by: an IPv4 address, or the /64 network of an IPv6 address, which one machine may own."""
     if client is None:  # a Unix socket
         return ""
     address = ipaddress.ip_address(client[0].partition("%")[0])

@@ -1,4 +1,4 @@
-"""What people and programs see when something is wrong. Needs no database and no session: those may be what broke."""
+"""Error responses for people and programs. They need no database and no session, because those may be what failed."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from django.template.loader import render_to_string
 class Problem:
     title: str
     advice: str
-    kind: str  # of the OpenAI error shape
+    type: str  # in OpenAI's error format
 
 
 PROBLEMS = {
-    400: Problem(
-        "That request cannot be read", "Go back, reload the page and try again.", "invalid_request_error"
+    400: Problem("Invalid request", "Go back, reload the page and try again.", "invalid_request_error"),
+    403: Problem(
+        "You cannot open this page", "Sign in with another account, or go back.", "permission_error"
     ),
-    403: Problem("This page is not for you", "Sign in with another account, or go back.", "permission_error"),
     404: Problem(
-        "There is nothing here",
-        "It may have been deleted, or it belongs to somebody else.",
+        "Page not found",
+        "It may have been deleted, or it may belong to someone else.",
         "invalid_request_error",
     ),
-    429: Problem("Too many tries", "Wait a few minutes, then try again.", "rate_limit_error"),
+    429: Problem("Too many attempts", "Wait a few minutes, then try again.", "rate_limit_error"),
     500: Problem(
-        "Something broke on our side", "It has been written down. Try again in a moment.", "server_error"
+        "Something went wrong on our side",
+        "The error has been logged. Try again in a moment.",
+        "server_error",
     ),
-    503: Problem(
-        "A part of the studio is not reachable", "Try again in a moment.", "service_unavailable_error"
-    ),
+    503: Problem("Part of the service is unavailable", "Try again in a moment.", "service_unavailable_error"),
 }
 
 MISCONFIGURED = Problem(
-    "A part of the studio is set up incorrectly",
-    "Trying again will not help. Tell the person who runs this studio.",
+    "Part of the service is misconfigured",
+    "Trying again will not help. Please tell the administrator.",
     "service_unavailable_error",
 )
 
@@ -47,13 +47,13 @@ def respond(
 ) -> HttpResponse:
     problem = problem or PROBLEMS[status]
     advice = advice or problem.advice
-    # Only where it helps to find the cause: a 404 must look the same for what never was and what is not yours.
+    # Only where it helps to find the cause: a 404 must look the same whether a thing never existed or is not yours.
     request_id = getattr(request, "request_id", "") if status >= 500 else ""
     if request.path_info.startswith(("/v1/", "/_allauth/")):
-        body = {"error": {"message": f"{problem.title}.", "type": problem.kind, "param": None, "code": None}}
+        body = {"error": {"message": f"{problem.title}.", "type": problem.type, "param": None, "code": None}}
         return HttpResponse(json.dumps(body), status=status, content_type="application/json")
     context = {"problem": problem, "advice": advice, "status": status, "request_id": request_id}
-    # No request goes in: context processors would ask the session, and with it the database.
+    # Rendered without the request: context processors would read the session, and with it the database.
     return HttpResponse(render_to_string("problem.html", context), status=status)
 
 
@@ -75,5 +75,5 @@ def server_error(request: HttpRequest) -> HttpResponse:
 
 def csrf_failure(request: HttpRequest, reason: str = "") -> HttpResponse:
     return respond(
-        request, 403, "The form was too old or came from another site. Reload the page and send it again."
+        request, 403, "The form has expired or came from another site. Reload the page and submit it again."
     )

@@ -1,6 +1,6 @@
-"""For machines that ask how we are: `/healthz` says that the process answers, `/readyz` that its stores do.
+"""Health checks for machines: `/healthz` reports that the process responds, `/readyz` that its stores do.
 
-Load balancers ask by our address instead of our name, so both are answered before any host is checked.
+Load balancers use the IP address instead of the host name, so both are answered before the host is checked.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from django.utils.decorators import sync_and_async_middleware
 from pynamodb.attributes import NumberAttribute
 
 log = logging.getLogger(__name__)
-WAIT_S = 4.0  # for one store; longer than that counts as unreachable
-KEEP_S = 2.0  # however often we are asked, a store is asked this often
-KEEP_BUCKET_S = 30.0  # every request to it costs money
+TIMEOUT_S = 4.0  # for one store; a slower one counts as unreachable
+CACHE_S = 2.0  # a store is checked at most this often, however many requests arrive
+CACHE_BUCKET_S = 30.0  # every request to it costs money
 _threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="health")
 
 
 @sync_and_async_middleware
 def probes(get_response: Callable[[HttpRequest], HttpResponseBase]) -> Callable[[HttpRequest], object]:
-    """The first middleware."""
+    """The outermost middleware."""
     views = {"/healthz": alive, "/readyz": ready}
 
-    async def answer(request: HttpRequest) -> HttpResponse:
+    async def respond(request: HttpRequest) -> HttpResponse:
         if request.method not in {"GET", "HEAD"}:
             return HttpResponseNotAllowed(["GET", "HEAD"])
         response = await views[request.path_info]()
@@ -43,12 +43,12 @@ def probes(get_response: Callable[[HttpRequest], HttpResponseBase]) -> Callable[
     if iscoroutinefunction(get_response):
 
         async def async_middleware(request: HttpRequest) -> HttpResponseBase:
-            return await (answer(request) if request.path_info in views else get_response(request))
+            return await (respond(request) if request.path_info in views else get_response(request))
 
         return async_middleware
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
-        return async_to_sync(answer)(request) if request.path_info in views else get_response(request)
+        return async_to_sync(respond)(request) if request.path_info in views else get_response(request)
 
     return middleware
 
@@ -58,7 +58,7 @@ async def alive() -> JsonResponse:
 
 
 async def ready() -> JsonResponse:
-    """200 when every store answers, else 503; what is wrong goes to the log, not to whoever asks."""
+    """200 if every store responds, else 503. The cause is logged, not sent to the client."""
     states = await asyncio.gather(*(probe.state() for probe in PROBES))
     is_ready = set(states) == {"ok"}
     stores = {probe.name: state for probe, state in zip(PROBES, states, strict=True)}
@@ -69,35 +69,35 @@ async def ready() -> JsonResponse:
 
 @dataclass
 class Probe:
-    """One store: ok, unreachable (it may come back by itself) or misconfigured (it will not). It is asked in a thread,
-    by one at a time, so that a store that hangs costs a thread and no more."""
+    """The state of one store: ok, unreachable (may recover) or misconfigured (will not). At most one check at a time runs,
+    in a thread, so a store that hangs blocks one thread and nothing else."""
 
     name: str
-    ask: Callable[[], None]
-    keep_s: float = KEEP_S
-    _asked: Future[str] | None = None
+    check: Callable[[], None]
+    cache_s: float = CACHE_S
+    _pending: Future[str] | None = None
     _until: float = field(default=0.0)
 
     async def state(self) -> str:
-        if self._asked is None or (self._asked.done() and time.monotonic() >= self._until):
-            self._asked = _threads.submit(self._outcome)
-        done, _ = await asyncio.wait({asyncio.wrap_future(self._asked)}, timeout=WAIT_S)
+        if self._pending is None or (self._pending.done() and time.monotonic() >= self._until):
+            self._pending = _threads.submit(self._outcome)
+        done, _ = await asyncio.wait({asyncio.wrap_future(self._pending)}, timeout=TIMEOUT_S)
         return done.pop().result() if done else "unreachable"
 
     def _outcome(self) -> str:
-        from jobs.store import errors as store_errors  # late: it needs the settings
+        from jobs.store import errors as store_errors  # late: needs the settings
 
-        keep_s = KEEP_S
+        cache_s = CACHE_S
         try:
-            self.ask()
-        except Exception as error:  # a probe reports any failure, whatever its kind
+            self.check()
+        except Exception as error:  # any failure is a state to report
             state = store_errors.outage(error) or store_errors.UNREACHABLE
             log.warning("%s is %s: %s", self.name, state, error)
         else:
-            state, keep_s = "ok", self.keep_s
+            state, cache_s = "ok", self.cache_s
         finally:
             connections.close_all()
-        self._until = time.monotonic() + keep_s
+        self._until = time.monotonic() + cache_s
         return state
 
 
@@ -108,16 +108,17 @@ def _sql() -> None:
 
 
 def _dynamodb() -> None:
-    """A read of every table, by a key that no row has: it shows that the table exists and that we may read it."""
+    """Reads a nonexistent key from every table: this proves that the table exists and can be read."""
     from jobs.store.tables import TABLES
 
     for table in TABLES:
-        hash_key, range_key = table._hash_key_attribute(), table._range_key_attribute()
+        keys = [attribute for attribute in table.get_attributes().values() if attribute.is_hash_key]
+        keys += [attribute for attribute in table.get_attributes().values() if attribute.is_range_key]
         with suppress(table.DoesNotExist):
-            table.get(_no_key(hash_key), _no_key(range_key) if range_key else None)
+            table.get(*map(_nonexistent, keys))
 
 
-def _no_key(attribute: object) -> object:
+def _nonexistent(attribute: object) -> object:
     return -1 if isinstance(attribute, NumberAttribute) else "-"
 
 
@@ -139,5 +140,5 @@ PROBES = (
     Probe("sql", _sql),
     Probe("dynamodb", _dynamodb),
     Probe("redis", _redis),
-    Probe("bucket", _bucket, keep_s=KEEP_BUCKET_S),
+    Probe("bucket", _bucket, cache_s=CACHE_BUCKET_S),
 )

@@ -1,4 +1,4 @@
-"""What every request passes first. Each works without a thread under ASGI: a held stream must cost none."""
+"""Middleware for all requests. None of it needs a thread under ASGI, because an open stream must not hold one."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ Handler = Callable[[HttpRequest], HttpResponseBase]
 current_request_id: ContextVar[str] = ContextVar("request_id", default="-")
 
 
-def around(wrap: Callable[[HttpRequest, HttpResponseBase], None], get_response: Handler) -> Handler:
-    """A middleware that only looks at the answer, in both worlds."""
+def response_hook(hook: Callable[[HttpRequest, HttpResponseBase], None], get_response: Handler) -> Handler:
+    """A sync and async middleware that only handles the response."""
     if iscoroutinefunction(get_response):
 
         async def async_middleware(request: HttpRequest) -> HttpResponseBase:
             response = await get_response(request)
-            wrap(request, response)
+            hook(request, response)
             return response
 
         return async_middleware
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
         response = get_response(request)
-        wrap(request, response)
+        hook(request, response)
         return response
 
     return middleware
@@ -51,7 +51,7 @@ def around(wrap: Callable[[HttpRequest, HttpResponseBase], None], get_response: 
 
 @sync_and_async_middleware
 def request_id(get_response: Handler) -> Handler:
-    """A number for each request: in its answer, in its log lines, on the page that says something broke."""
+    """Gives each request an id, which is in its response, its log lines and its error page."""
 
     def begin(request: HttpRequest) -> None:
         request.request_id = "req_" + secrets.token_hex(12)
@@ -60,7 +60,7 @@ def request_id(get_response: Handler) -> Handler:
     def end(request: HttpRequest, response: HttpResponseBase) -> None:
         response.headers.setdefault("X-Request-ID", request.request_id)
 
-    inner = around(end, get_response)
+    inner = response_hook(end, get_response)
     if iscoroutinefunction(get_response):
 
         async def async_middleware(request: HttpRequest) -> HttpResponseBase:
@@ -83,7 +83,7 @@ class RequestIdFilter(logging.Filter):
 
 
 class OneLine(logging.Formatter):
-    """Line ends inside a message are written out, so that nobody can forge a log line."""
+    """Escapes line breaks in a message, so that nobody can forge a log line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return super().formatMessage(record).replace("\r", "\\r").replace("\n", "\\n")
@@ -96,10 +96,10 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self' data:",  # daisyUI draws its ticks as data: images
+        "img-src 'self' data:",  # daisyUI draws check marks as data: images
         "connect-src 'self' {bucket}",
         "font-src 'self'",
-        # Browsers also apply form-action to where the answer to a form redirects: the Google button is such a form.
+        # Browsers also apply form-action to the redirect after a form, and the Google button is such a form.
         "form-action 'self' {google}",
         "base-uri 'none'",
         "frame-ancestors 'none'",
@@ -116,13 +116,13 @@ def _google_origin() -> str:
 
 @lru_cache(maxsize=1)
 def _bucket_origin() -> str:
-    """Where the page with the upload may send parts of files: the bucket, if there is one."""
+    """The origin to which the upload page may send file parts directly: the bucket, if there is one."""
     from jobs.store import blobs
 
     try:
         return blobs.direct_origin()
-    except Exception:  # without credentials nothing is signed, and the parts go through us
-        logging.getLogger(__name__).warning("uploads can't go straight to the bucket", exc_info=True)
+    except Exception:  # without credentials nothing can be signed, and parts go through this server
+        log.warning("cannot upload directly to the bucket", exc_info=True)
         return ""
 
 
@@ -139,23 +139,22 @@ def security_headers(get_response: Handler) -> Handler:
         )
         response.headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
         if not request.path_info.startswith(settings.STATIC_URL):
-            # Pages belong to one person: no cache may keep them, not even the browser's once signed out.
+            # Pages are private: no cache may store them, not even the browser's, where they would outlast signing out.
             response.headers.setdefault("Cache-Control", "no-store, private")
 
-    return around(add, get_response)
+    return response_hook(add, get_response)
 
 
-# ---- a store that does not answer ----------------------------------------------------------------
+# ---- unavailable stores ----------------------------------------------------------------
 
 
 @sync_and_async_middleware
 def unreachable_stores(get_response: Handler) -> Handler:
-    """Says with 503 that a store is away, or set up incorrectly, instead of that something broke."""
+    """Responds with 503, not 500, if a store is unreachable or misconfigured."""
 
     def process_exception(request: HttpRequest, exception: Exception) -> HttpResponse | None:
-        from jobs.store import (
-            errors as store_errors,  # late: logging imports this module before there are settings
-        )
+        # Late: logging imports this module before the settings exist.
+        from jobs.store import errors as store_errors
 
         state = store_errors.outage(exception)
         if state is None:
@@ -164,31 +163,31 @@ def unreachable_stores(get_response: Handler) -> Handler:
         problem = errors.MISCONFIGURED if state == store_errors.MISCONFIGURED else None
         return errors.respond(request, 503, problem=problem)
 
-    middleware = around(lambda request, response: None, get_response)
+    middleware = response_hook(lambda request, response: None, get_response)
     middleware.process_exception = process_exception  # type: ignore[attr-defined]  # Django looks for it there
     return middleware
 
 
-# ---- what nobody can read ------------------------------------------------------------------------
+# ---- unparsable input ------------------------------------------------------------------------
 
 
 @sync_and_async_middleware
 def unreadable_input(get_response: Handler) -> Handler:
-    """Says 400 where a number is too long or JSON too deep for Python: Django and allauth do not expect that of a body, and
-    no exception of its own tells either."""
+    """Responds with 400 if a number is too long or JSON nested too deep for Python. Django and allauth do not handle either,
+    and neither has its own exception class."""
 
     def process_exception(request: HttpRequest, exception: Exception) -> HttpResponse | None:
-        words = str(exception)
+        message = str(exception)
         if (
-            (isinstance(exception, ValueError) and "integer string conversion" in words)
-            or (isinstance(exception, RecursionError) and "decoding a JSON" in words)
-            or (isinstance(exception, OverflowError) and "too large to convert" in words)  # SQLite
-            or (isinstance(exception, DataError) and "out of range" in words)  # PostgreSQL
+            (isinstance(exception, ValueError) and "integer string conversion" in message)
+            or (isinstance(exception, RecursionError) and "decoding a JSON" in message)
+            or (isinstance(exception, OverflowError) and "too large to convert" in message)  # SQLite
+            or (isinstance(exception, DataError) and "out of range" in message)  # PostgreSQL
         ):
             return errors.respond(request, 400)
         return None
 
-    middleware = around(lambda request, response: None, get_response)
+    middleware = response_hook(lambda request, response: None, get_response)
     middleware.process_exception = process_exception  # type: ignore[attr-defined]  # Django looks for it there
     return middleware
 
@@ -200,45 +199,45 @@ _TEXT = re.compile(r"\.(css|js|svg|json|txt)$")
 
 @sync_and_async_middleware
 def static_files(get_response: Handler) -> Handler:
-    """WhiteNoise finds the file; we answer it whole, because its streamed answer would need a thread under ASGI."""
+    """WhiteNoise finds the file; we send it whole, because a streamed response would need a thread under ASGI."""
     with warnings.catch_warnings():
         if not settings.PRODUCTION:
-            warnings.simplefilter("ignore")  # nothing is collected there, and need not be
-        noise = WhiteNoiseMiddleware(lambda request: None)
+            warnings.simplefilter("ignore")  # static files are not collected there
+        whitenoise = WhiteNoiseMiddleware(lambda request: None)
 
     def serve(request: HttpRequest) -> HttpResponse | None:
         path = request.path_info
-        file = noise.find_file(path) if noise.autorefresh else noise.files.get(path)
+        file = whitenoise.find_file(path) if whitenoise.autorefresh else whitenoise.files.get(path)
         if file is None:
             return None
-        found = file.get_response(request.method, request.META)
+        served = file.get_response(request.method, request.META)
         body = b""
-        if found.file is not None:
-            with found.file:
-                body = found.file.read()
-        answer = HttpResponse(body, status=int(found.status), headers=dict(found.headers))
-        if found.status == 200 and _TEXT.search(path) and not answer.has_header("Content-Encoding"):
-            patch_vary_headers(answer, ["Accept-Encoding"])
+        if served.file is not None:
+            with served.file:
+                body = served.file.read()
+        response = HttpResponse(body, status=int(served.status), headers=dict(served.headers))
+        if served.status == 200 and _TEXT.search(path) and not response.has_header("Content-Encoding"):
+            patch_vary_headers(response, ["Accept-Encoding"])
             if "gzip" in request.headers.get("Accept-Encoding", "") and body:
-                answer.content = _compressed(body)
-                answer["Content-Encoding"] = "gzip"
-                answer["Content-Length"] = str(len(answer.content))
-        return answer
+                response.content = _compressed(body)
+                response["Content-Encoding"] = "gzip"
+                response["Content-Length"] = str(len(response.content))
+        return response
 
     if iscoroutinefunction(get_response):
 
         async def async_middleware(request: HttpRequest) -> HttpResponseBase:
             if request.path_info.startswith(settings.STATIC_URL):
-                found = await sync_to_async(serve, thread_sensitive=False)(request)
-                if found is not None:
-                    return found
+                response = await sync_to_async(serve, thread_sensitive=False)(request)
+                if response is not None:
+                    return response
             return await get_response(request)
 
         return async_middleware
 
     def middleware(request: HttpRequest) -> HttpResponseBase:
-        found = serve(request) if request.path_info.startswith(settings.STATIC_URL) else None
-        return found or get_response(request)
+        response = serve(request) if request.path_info.startswith(settings.STATIC_URL) else None
+        return response or get_response(request)
 
     return middleware
 

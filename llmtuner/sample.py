@@ -1,4 +1,4 @@
-"""The first fine-tune: the bundled starter model on the bundled sample, through the same door as everybody."""
+"""The first fine-tune: the bundled starter model on the bundled sample, as an ordinary job."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ JOB_TIMEOUT_S = 900
 
 
 def run_sample(url: str) -> bool:
-    """True if the sample job succeeded (now or at an earlier start) and its model answers. Prints as it goes, and why it
-    did not work: no reason for the studio to end."""
+    """True if the sample job succeeded (now or at an earlier start) and its model responds. Prints progress. A failure is
+    printed, not raised: it is no reason to stop serving."""
     try:
         return _run_sample(url)
-    except (NotChecked, generation.Busy, generation.Failed) as e:
-        print(f"  The sample: {e}", file=sys.stderr, flush=True)
+    except (SampleError, generation.Busy, generation.Failed) as e:
+        print(f"  The sample failed: {e}", file=sys.stderr, flush=True)
         return False
 
 
-class NotChecked(Exception):
-    """The sample's own file was rejected, or not checked in time."""
+class SampleError(Exception):
+    """A sample file was rejected, or was not checked in time."""
 
 
 def _run_sample(url: str) -> bool:
     marker = settings.VAR_DIR / "sample.json"
-    people = get_user_model().objects
+    users = get_user_model().objects
     if marker.exists():
-        known = json.loads(marker.read_text())
+        saved = json.loads(marker.read_text())
         try:
-            job = access.get_job_for(known["owner"], known["job"])
-        except access.NotFound:  # the owner deleted it; it's not ours to make again
+            job = access.get_job_for(saved["owner"], saved["job"])
+        except access.NotFound:  # the owner deleted it, so do not create it again
             return True
         if job.status == "succeeded":
             return True
-        user = people.filter(owner_id=known["owner"]).first()
+        user = users.filter(owner_id=saved["owner"]).first()
     else:
-        user = people.filter(is_superuser=True).order_by("pk").first()
+        user = users.filter(is_superuser=True).order_by("pk").first()
         if user is None:
-            return True  # nobody to own it: people were made by hand
+            return True  # no superuser to own it: accounts were created by hand
         print(
-            "\n  Fine-tuning the bundled starter model on the bundled sample, as a job like any other.",
+            "\n  Fine-tuning the bundled starter model on the bundled sample, as an ordinary job.",
             flush=True,
         )
         job = submit(user)
@@ -65,7 +65,7 @@ def _run_sample(url: str) -> bool:
     end = next((e for e in events if e["t"] == "end"), None)
     if end is None:
         print(
-            f"  The sample job has not finished yet. Its page shows its progress: {url}/jobs/{job.job_id}",
+            f"  The sample job has not finished yet. Follow its progress at {url}/jobs/{job.job_id}",
             flush=True,
         )
         return False
@@ -79,7 +79,7 @@ def _run_sample(url: str) -> bool:
 
 
 def submit(user: Any) -> Any:
-    """Both files uploaded and checked, then the job with automatic settings."""
+    """Uploads both files, waits for their checks, then submits the job with automatic settings."""
     files = {}
     for part in ("train", "heldout"):
         with (SAMPLE / f"{part}.jsonl").open("rb") as file:
@@ -103,15 +103,15 @@ def wait_until_checked(owner: str, dataset_id: str) -> str:
         if dataset.status == "ready":
             return dataset_id
         if dataset.status == "rejected":
-            raise NotChecked(f"its file was rejected: {dataset.error}")
+            raise SampleError(f"a file was rejected: {dataset.error}")
         time.sleep(0.3)
-    raise NotChecked(
-        f"its file was not checked in {CHECK_TIMEOUT_S} s; see {settings.VAR_DIR}/logs/checks.log"
+    raise SampleError(
+        f"a file was not checked within {CHECK_TIMEOUT_S} s. See {settings.VAR_DIR}/logs/checks.log"
     )
 
 
 def follow(owner: str, job_id: str) -> list[dict[str, Any]]:
-    """Prints the job's progress until its end (or 15 minutes) and returns its events."""
+    """Prints the job's progress until it ends (at most 15 minutes) and returns its events."""
     events: list[dict[str, Any]] = []
     seq, total, deadline = 0, 0, time.monotonic() + JOB_TIMEOUT_S
     while True:
@@ -119,7 +119,7 @@ def follow(owner: str, job_id: str) -> list[dict[str, Any]]:
             seq = event.seq
             events.append(event.data)
             total = event.data.get("total_steps", total)
-            tell(event.data, total)
+            print_progress(event.data, total)
             if event.data["t"] == "end":
                 return events
         if time.monotonic() > deadline:
@@ -127,8 +127,8 @@ def follow(owner: str, job_id: str) -> list[dict[str, Any]]:
         time.sleep(0.3)
 
 
-def tell(event: dict[str, Any], total: int) -> None:
-    """One line that is written over in a terminal; a line now and then in a log."""
+def print_progress(event: dict[str, Any], total: int) -> None:
+    """Redraws one line in a terminal; writes an occasional line to a log."""
     live = sys.stdout.isatty()
     clear = "\r\033[K" if live else ""
     if event["t"] == "metric" and (live or event["step"] % 20 == 0):
@@ -144,23 +144,21 @@ def tell(event: dict[str, Any], total: int) -> None:
 
 def show_result(owner: str, base: str, model: str, events: list[dict[str, Any]], url: str) -> bool:
     evaluations = [e for e in events if e["t"] == "eval"]
-    before, after = (
-        evaluations[0].get("exact_match", 0.0),
-        max(e.get("exact_match", 0.0) for e in evaluations),
-    )
+    before = float(evaluations[0].get("exact_match", 0.0))
+    after = max(float(e.get("exact_match", 0.0)) for e in evaluations)
     rows = [json.loads(line) for line in (SAMPLE / "heldout.jsonl").read_text().splitlines()[:SHOWN_PROMPTS]]
     for row in rows:
-        prompt, wanted = row["prompt"], row["completion"].strip()
+        prompt, expected = row["prompt"], row["completion"].strip()
         print(f"\n  \033[1m{prompt.strip()}\033[0m")
-        for name, which in (("before", base), ("after", model)):
-            print(f"    {name:7} {answer(owner, which, prompt)}", flush=True)
-        print(f"    wanted  {wanted}")
+        for name, model_id in (("before", base), ("after", model)):
+            print(f"    {name:9} {complete(owner, model_id, prompt)}", flush=True)
+        print(f"    expected  {expected}")
     print(f"\n  Exact match on held-out rows: {before:.0%} before, {after:.0%} after.")
     print(f"  Try it: {url}/models/{model}")
     return before <= 0.10 and after >= 0.90
 
 
-def answer(owner: str, model: str, prompt: str) -> str:
+def complete(owner: str, model: str, prompt: str) -> str:
     request = generation.GenerateRequest(model=model, prompt=prompt, max_tokens=48, stop=["\n"])
     deadline = time.monotonic() + 60
     while True:

@@ -1,6 +1,6 @@
-"""Every setting, in one file. It works after a clone with no environment; `.env.example` lists what one may set.
+"""All settings. They work right after a clone, with no environment; `.env.example` lists the variables that can be set.
 
-What would be unsafe where strangers can reach it is refused by `llmtuner/checks.py` when LLMTUNER_ENV=production.
+With LLMTUNER_ENV=production, `llmtuner/checks.py` refuses settings that would be unsafe on the internet.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ VAR_DIR = Path(env.text("VAR_DIR") or BASE_DIR / "var").resolve()
 LLMTUNER_ENV = env.text("LLMTUNER_ENV", "development")  # development, test or production
 PRODUCTION = LLMTUNER_ENV == "production"
 DEBUG = env.flag("DEBUG")
-# Places where a test may kill a process: never outside tests.
+# Points at which tests kill a process. Never outside tests.
 FAILPOINTS = env.text("FAILPOINTS")
 
-# ---- Where people reach us ---------------------------------------------------------------------
+# ---- Web ---------------------------------------------------------------------------------------
 WEB_PORT = env.number("WEB_PORT", 8420)
-# localhost, not 127.0.0.1: passkeys refuse addresses.
+# localhost, not 127.0.0.1: passkeys do not work on IP addresses.
 PUBLIC_URL = env.text("PUBLIC_URL", f"http://localhost:{WEB_PORT}").rstrip("/")
 HTTPS = PUBLIC_URL.startswith("https://")
 PUBLIC_HOST = urlsplit(PUBLIC_URL).hostname or "localhost"
@@ -30,20 +30,20 @@ ALLOWED_HOSTS = env.words(
     "ALLOWED_HOSTS", [PUBLIC_HOST, *(["localhost", "127.0.0.1", "[::1]"] if LOOPBACK else [])]
 )
 CSRF_TRUSTED_ORIGINS = [PUBLIC_URL]
-# How many reverse proxies stand before us. 0: X-Forwarded-For and X-Forwarded-Proto are believed from nobody.
+# The number of reverse proxies in front of the web server. 0: X-Forwarded-For and X-Forwarded-Proto are ignored.
 TRUSTED_PROXY_COUNT = env.number("TRUSTED_PROXY_COUNT", 0)
-# Of slow senders and of many connections: see llmtuner/connections.py.
+# Limits for slow clients and for many connections: see llmtuner/connections.py.
 WEB_HEADER_TIMEOUT_S = env.number("WEB_HEADER_TIMEOUT_S", 10.0)
 WEB_BODY_TIMEOUT_S = env.number("WEB_BODY_TIMEOUT_S", 30.0)
-# 0: no limit. Through a proxy everybody comes from the proxy's address: there it is the proxy that has to limit them.
+# 0: no limit. Behind a proxy every connection comes from the proxy's address, so the proxy must set the limit.
 WEB_MAX_CONNECTIONS_PER_ADDRESS = env.number(
     "WEB_MAX_CONNECTIONS_PER_ADDRESS", 0 if TRUSTED_PROXY_COUNT else 256
 )
 if TRUSTED_PROXY_COUNT:
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
 
-SECRET_KEY = env.text("SECRET_KEY") or env.kept_secret(VAR_DIR / "secret-key")
-SECRET_KEY_FALLBACKS = env.words("SECRET_KEY_FALLBACKS", [])  # old keys during a change of key
+SECRET_KEY = env.text("SECRET_KEY") or env.stored_secret(VAR_DIR / "secret-key")
+SECRET_KEY_FALLBACKS = env.words("SECRET_KEY_FALLBACKS", [])  # old keys, while a key is being rotated
 
 # ---- Application -------------------------------------------------------------------------------
 INSTALLED_APPS = [
@@ -63,14 +63,14 @@ INSTALLED_APPS = [
     "allauth.headless",
     "django_htmx",
     "template_partials",
-    # Ours last: what they take out of the admin must have been put in before.
+    # Ours are last: they unregister models from the admin, which must be registered by then.
     "accounts",
     "jobs",
     "llmtuner.apps.LLMTunerConfig",
 ]
-# Each of these runs without a thread of its own under ASGI; a test holds it.
+# Each of these runs without its own thread under ASGI; a test checks that.
 MIDDLEWARE = [
-    "llmtuner.health.probes",  # before anything that asks for the host, a session or https
+    "llmtuner.health.probes",  # before anything that needs the host, a session or HTTPS
     "llmtuner.middleware.request_id",
     "django.middleware.security.SecurityMiddleware",
     "llmtuner.middleware.security_headers",
@@ -111,18 +111,18 @@ USE_I18N = True
 USE_TZ = True
 TIME_ZONE = env.text("TIME_ZONE", "UTC")
 
-# ---- Stores: SQL holds people, DynamoDB work, objects bytes, Redis bells -----------------------
+# ---- Stores: SQL for users, DynamoDB for work, object storage for bytes, Redis for messages ----
 DATABASE_URL = env.url("DATABASE_URL", f"sqlite:///{VAR_DIR}/db.sqlite3", "POSTGRES_PASSWORD")
 DATABASES = {"default": env.database(DATABASE_URL)}
 
 AWS_REGION = AWS_S3_REGION_NAME = env.text("AWS_REGION", "us-east-1")
 DYNAMODB_PORT = env.number("DYNAMODB_PORT", 8421)
-# Empty: AWS's own, with the credentials boto3 finds.
+# Empty: AWS, with the credentials that boto3 finds.
 _embedded = f"http://127.0.0.1:{DYNAMODB_PORT}"  # the one bin/up runs
 DYNAMODB_ENDPOINT = env.text("DYNAMODB_ENDPOINT", _embedded)
-# What requests to the embedded one are signed with. Empty for any other: AWS has its own ways, DynamoDB Local asks nothing.
+# Signs requests to the embedded server. Empty for any other: AWS has its own credentials, DynamoDB Local needs none.
 DYNAMODB_SECRET = env.text("DYNAMODB_SECRET") or (
-    env.kept_secret(VAR_DIR / "dynamodb-secret") if _embedded == DYNAMODB_ENDPOINT else ""
+    env.stored_secret(VAR_DIR / "dynamodb-secret") if _embedded == DYNAMODB_ENDPOINT else ""
 )
 DYNAMODB_TABLE_PREFIX = env.text("DYNAMODB_TABLE_PREFIX", "llmtuner-")
 
@@ -130,7 +130,7 @@ AWS_STORAGE_BUCKET_NAME = env.text("AWS_STORAGE_BUCKET_NAME")  # empty: VAR_DIR/
 AWS_S3_ENDPOINT_URL = env.text("AWS_S3_ENDPOINT_URL") or None
 AWS_S3_SIGNATURE_VERSION = "s3v4"
 AWS_DEFAULT_ACL = None
-AWS_S3_FILE_OVERWRITE = True  # our keys carry job and epoch; nobody else writes them
+AWS_S3_FILE_OVERWRITE = True  # our keys include the job and fencing token, so nothing else writes them
 AWS_QUERYSTRING_EXPIRE = 600
 if AWS_STORAGE_BUCKET_NAME:
     _objects = {"BACKEND": "storages.backends.s3.S3Storage"}
@@ -141,8 +141,11 @@ else:
     }
 
 REDIS_PORT = env.number("REDIS_PORT", 8422)
-REDIS_URL = env.url("REDIS_URL", "", "REDIS_PASSWORD") or (
-    f"redis://:{env.kept_secret(VAR_DIR / 'redis-password')}@127.0.0.1:{REDIS_PORT}/0"  # the one bin/up runs
+REDIS_URL = (
+    env.url("REDIS_URL", "", "REDIS_PASSWORD")
+    or (
+        f"redis://:{env.stored_secret(VAR_DIR / 'redis-password')}@127.0.0.1:{REDIS_PORT}/0"  # the one bin/up runs
+    )
 )
 CACHES = {
     "default": {
@@ -157,7 +160,7 @@ CACHES = {
 STATIC_URL = "/static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
 STATICFILES_DIRS = [BASE_DIR / "static"]
-# Production serves what `collectstatic` made (hashed names, compressed); elsewhere files are served where they lie.
+# Production serves what `collectstatic` wrote (hashed names, compressed); elsewhere files are served from their folders.
 WHITENOISE_USE_FINDERS = not PRODUCTION
 WHITENOISE_AUTOREFRESH = DEBUG
 WHITENOISE_MAX_AGE = 0 if DEBUG else 300
@@ -166,7 +169,7 @@ if not PRODUCTION:
     _static = "django.contrib.staticfiles.storage.StaticFilesStorage"
 STORAGES = {"default": _objects, "staticfiles": {"BACKEND": _static}}
 
-# ---- People ------------------------------------------------------------------------------------
+# ---- Users -------------------------------------------------------------------------------------
 AUTH_USER_MODEL = "accounts.User"
 AUTHENTICATION_BACKENDS = ["allauth.account.auth_backends.AuthenticationBackend"]
 PASSWORD_HASHERS = [
@@ -184,7 +187,7 @@ LOGIN_REDIRECT_URL = "/"
 LOGOUT_REDIRECT_URL = "account_login"
 
 EMAIL_URL = env.url("EMAIL_URL", "", "EMAIL_PASSWORD")
-# Without a mail server, mails are written to the log, where the operator finds the codes in them.
+# Without a mail server, emails are written to the log, where the administrator can find the codes.
 EMAIL_BACKEND = "django.core.mail.backends.console.EmailBackend"
 if EMAIL_URL:
     globals().update(env.mail(EMAIL_URL))
@@ -198,27 +201,26 @@ ACCOUNT_SIGNUP_FIELDS = ["email*", "password1*"]
 ACCOUNT_DEFAULT_HTTP_PROTOCOL = "https" if HTTPS else "http"
 ACCOUNT_EMAIL_SUBJECT_PREFIX = "LLM Tuner: "
 ACCOUNT_EMAIL_NOTIFICATIONS = bool(EMAIL_URL)
-# Nobody on a laptop without a mail server could read the code.
+# On a laptop without a mail server, nobody could receive the code.
 ACCOUNT_EMAIL_VERIFICATION = "mandatory" if EMAIL_URL or not LOOPBACK else "none"
 ACCOUNT_EMAIL_VERIFICATION_BY_CODE_ENABLED = ACCOUNT_EMAIL_VERIFICATION == "mandatory"
 ACCOUNT_EMAIL_VERIFICATION_SUPPORTS_RESEND = True
 ACCOUNT_PASSWORD_RESET_BY_CODE_ENABLED = True
 ACCOUNT_CHANGE_EMAIL = True
-ACCOUNT_PREVENT_ENUMERATION = "strict"  # also without mail: see AccountAdapter.save_user
+ACCOUNT_PREVENT_ENUMERATION = "strict"  # even without email: see AccountAdapter.save_user
 ACCOUNT_LOGIN_ON_GET = ACCOUNT_LOGOUT_ON_GET = ACCOUNT_CONFIRM_EMAIL_ON_GET = False
-ACCOUNT_LOGOUT_ON_PASSWORD_CHANGE = False  # this device stays; all others are signed out
+ACCOUNT_LOGOUT_ON_PASSWORD_CHANGE = False  # this device stays signed in; all others are signed out
 ACCOUNT_REAUTHENTICATION_REQUIRED = True
 ACCOUNT_REAUTHENTICATION_TIMEOUT = 600
 ACCOUNT_SESSION_REMEMBER = True
-# Counted in Redis, shared by every process. 12 wrong passwords in 10 minutes from one address, and 10 for one account.
+# Counted in Redis for all processes: 12 wrong passwords in 10 minutes per IP address, and 10 per account.
 ACCOUNT_RATE_LIMITS = {"login_failed": "12/10m/ip,10/10m/key"}
 SIGNUP_OPEN = env.flag("SIGNUP_OPEN", True)
 
-# Google: one button, shown when the operator has registered the studio there.
+# Google: one button, shown if the administrator has registered a client with Google.
 GOOGLE_CLIENT_ID = env.text("GOOGLE_CLIENT_ID")
-GOOGLE_ENDPOINTS = env.pairs(
-    "GOOGLE_ENDPOINTS"
-)  # AUTHORIZE_URL=…,ACCESS_TOKEN_URL=…: another provider, for tests
+# AUTHORIZE_URL=…,ACCESS_TOKEN_URL=…: another provider, for tests
+GOOGLE_ENDPOINTS = env.pairs("GOOGLE_ENDPOINTS")
 SOCIALACCOUNT_ADAPTER = "accounts.adapters.SocialAccountAdapter"
 SOCIALACCOUNT_LOGIN_ON_GET = False
 SOCIALACCOUNT_STORE_TOKENS = False
@@ -230,17 +232,17 @@ MFA_ADAPTER = "accounts.adapters.MFAAdapter"
 MFA_SUPPORTED_TYPES = ["totp", "webauthn", "recovery_codes"]
 MFA_PASSKEY_LOGIN_ENABLED = True
 MFA_FORMS = {"add_webauthn": "accounts.forms.AddPasskeyForm"}
-MFA_ALLOW_UNVERIFIED_EMAIL = ACCOUNT_EMAIL_VERIFICATION == "none"  # where nobody can verify one
+MFA_ALLOW_UNVERIFIED_EMAIL = ACCOUNT_EMAIL_VERIFICATION == "none"  # where addresses cannot be verified
 MFA_TOTP_ISSUER = "LLM Tuner"
 MFA_WEBAUTHN_ALLOW_INSECURE_ORIGIN = not HTTPS and LOOPBACK  # browsers allow passkeys on http://localhost
 
-# Programs sign in by allauth's headless app client; its access token is good for /v1.
+# Programs sign in with allauth's headless app client, whose access tokens are valid for /v1.
 HEADLESS_CLIENTS = ("app",)
-HEADLESS_TOKEN_STRATEGY = "accounts.adapters.TokenStrategy"  # noqa: S105  a class, no secret
-HEADLESS_JWT_ALGORITHM = "HS256"  # signed with SECRET_KEY; only we verify
+HEADLESS_TOKEN_STRATEGY = "accounts.adapters.TokenStrategy"  # noqa: S105  a class, not a secret
+HEADLESS_JWT_ALGORITHM = "HS256"  # signed with SECRET_KEY; nobody else needs to verify it
 HEADLESS_JWT_ACCESS_TOKEN_EXPIRES_IN = 300
 HEADLESS_JWT_REFRESH_TOKEN_EXPIRES_IN = 30 * 86400
-HEADLESS_JWT_STATEFUL_VALIDATION_ENABLED = True  # signing out kills the token at once
+HEADLESS_JWT_STATEFUL_VALIDATION_ENABLED = True  # signing out revokes the token at once
 HEADLESS_JWT_ROTATE_REFRESH_TOKEN = True
 
 # ---- Cookies and headers -----------------------------------------------------------------------
@@ -262,23 +264,23 @@ CSRF_FAILURE_VIEW = "llmtuner.errors.csrf_failure"
 DATA_UPLOAD_MAX_MEMORY_SIZE = 4 * 2**20
 DATA_UPLOAD_MAX_NUMBER_FIELDS = 1000
 
-# ---- The life of a job: every number, each to be changed by JOBS_<NAME> ------------------------
+# ---- Jobs: every number can be changed with JOBS_<NAME> ----------------------------------------
 JOBS = env.numbers(
     "JOBS",
     {
         # the lease (see the table in jobs/lifecycle/transitions.py)
         "heartbeat_s": 5.0,
-        "heartbeat_timeout_s": 3.0,  # one try
+        "heartbeat_timeout_s": 3.0,  # per request
         "lease_s": 30.0,
-        "self_fence_s": 20.0,  # without a heartbeat for so long: nothing but heartbeats until one succeeds
+        "self_fence_s": 20.0,  # after this long without a heartbeat, a worker writes nothing until one succeeds
         "reconcile_s": 5.0,
-        "watch_gap_s": 10.0,  # the observer itself slept longer than this: it starts its watch again
+        "watch_gap_s": 10.0,  # an observer that slept longer than this restarts its watch
         "void_after_s": 600.0,
         "audit_s": 3600.0,
-        # tries
+        # attempts
         "max_attempts": 10,
         "max_attempts_without_progress": 3,
-        # Platform faults in a row without progress: with the waits below about four hours, then the job fails.
+        # Consecutive platform faults without progress: about four hours with the delays below, then the job fails.
         "max_platform_faults": 30,
         "backoff_first_s": 10.0,
         "backoff_max_s": 600.0,
@@ -290,31 +292,31 @@ JOBS = env.numbers(
         # the trainer process
         "sigterm_grace_s": 20.0,
         "cancel_grace_s": 10.0,
-        # A trainer that reports nothing for stall_steps of its steps, and for stall_s at least, is stopped. What a step
-        # takes is rehearsed, then measured. Outside of the steps, and before either is known, it has quiet_s at least.
+        # A trainer that reports nothing for the time of stall_steps steps, and at least stall_s, is stopped. The time of a
+        # step comes from the rehearsal, then from measurement. Outside the steps, and until it is known, at least quiet_s.
         "stall_s": 120.0,
         "stall_steps": 20.0,
         "quiet_s": 1800.0,
         "max_runtime_s": 72 * 3600.0,
-        "max_trainer_bytes": 0,  # address space of a trainer; 0: the machine's
-        # people
+        "max_trainer_bytes": 0,  # address space of a trainer; 0: no limit
+        # users
         "max_upload_bytes": 2 * 2**30,
-        "max_uploads_per_owner": 4,  # large ones at a time, in each web process: they wait on its disk
-        "max_jobs_per_owner": 20,  # not ended
+        "max_uploads_per_owner": 4,  # concurrent large uploads per web process, which buffers them on disk
+        "max_jobs_per_owner": 20,  # that have not ended
         "max_datasets_per_owner": 1000,
         "max_models_per_owner": 1000,
         "max_stored_bytes_per_owner": 200 * 2**30,
         "max_generations_per_owner": 2,
-        "max_streams_per_owner": 20,  # live pages open at the same time
-        "max_webhook_tests_per_owner": 5,  # in a minute
+        "max_streams_per_owner": 20,  # live pages open at once
+        "max_webhook_tests_per_owner": 5,  # per minute
         # checks
         "check_timeout_s": 1800.0,
         "check_memory_bytes": 4 * 2**30,
         # generation
         "max_warm_models": 2,
         "generation_timeout_s": 300.0,
-        "server_silence_s": 120.0,  # a server that says nothing for so long, while asked, is started again
-        # money: what an hour of a worker costs the operator; 0 hides costs
+        "server_silence_s": 120.0,  # an inference server that is silent this long during a request is restarted
+        # cost of one hour of a worker; 0 hides costs
         "price_per_hour": 0.0,
         "signed_url_s": 600,
         "janitor_s": 3600.0,
@@ -323,15 +325,15 @@ JOBS = env.numbers(
 MODEL_CACHE_DIR = Path(env.text("MODEL_CACHE_DIR") or VAR_DIR / "models")
 WORK_DIR = Path(env.text("WORK_DIR") or VAR_DIR / "work")
 HF_ENDPOINT = env.text("HF_ENDPOINT") or "https://huggingface.co"
-HF_TOKEN = env.text("HF_TOKEN")  # lent only for models of the catalogue and those that HUB_MODELS names
-# Models of the Hub that people may start from, by pattern: `Qwen/*`; the word `public` is all that anybody may read, `none` none.
+HF_TOKEN = env.text("HF_TOKEN")  # used only for models of the catalog and those that HUB_MODELS names
+# Hub models that users may fine-tune, as patterns (`Qwen/*`); `public` means all public models, `none` means none.
 HUB_MODELS = [name for name in env.words("HUB_MODELS", ["public"]) if name != "none"]
-HUB_MAX_GB = env.number("HUB_MAX_GB", 20.0)  # of one model
-# What `/v1` calls a model, as the studio calls it: OpenAI's bases, and models that were tuned there.
+HUB_MAX_GB = env.number("HUB_MAX_GB", 20.0)  # per model
+# Names that `/v1` accepts for a model, mapped to its name here: OpenAI's base models, and models fine-tuned there.
 BASE_MODEL_ALIASES = env.pairs("BASE_MODEL_ALIASES")
-# Webhooks go to the internet at large only. A studio inside a closed network may allow its own addresses (and http).
+# By default, webhooks go only to public addresses. In a closed network, private addresses and http can be allowed.
 WEBHOOKS_ALLOW_PRIVATE = env.flag("WEBHOOKS_ALLOW_PRIVATE")
-API_REQUESTS_PER_MINUTE = env.number("API_REQUESTS_PER_MINUTE", 1200)  # of one person, over all keys
+API_REQUESTS_PER_MINUTE = env.number("API_REQUESTS_PER_MINUTE", 1200)  # per user, over all keys
 
 # ---- Logs --------------------------------------------------------------------------------------
 LOGGING = {

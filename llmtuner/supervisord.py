@@ -1,8 +1,8 @@
-"""supervisord as bin/up runs it: it goes on when its logs can't be written.
+"""supervisord as bin/up runs it: it keeps running when it cannot write its logs.
 
-As it comes, supervisord reports such a line on standard error, and where that can't be written either (`bin/up >log 2>&1`
-on a full disk, a terminal that was closed) the exception ends it, and the studio with it. Rotating a log fails the same
-way. Here the line is lost, and the log goes on when there is space again.
+By default supervisord reports such a failure on standard error. If it cannot write there either (`bin/up >log 2>&1` on a
+full disk, a closed terminal), the exception ends supervisord and every process under it. Rotating a log fails the same
+way. Here the line is lost, and logging continues once there is space again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class Log(loggers.RotatingFileHandler):
         pass
 
     def emit(self, record: Any) -> None:
-        # ValueError: a rotation before this one had closed the file and could not go on.
+        # ValueError: an earlier rotation closed the file and then failed.
         with contextlib.suppress(OSError, ValueError):
             super().emit(record)
         if self.stream.closed:
             with contextlib.suppress(OSError):
-                self.stream = open(self.baseFilename, "ab")  # noqa: SIM115  kept open: it is the log
+                self.stream = open(self.baseFilename, "ab")  # noqa: SIM115  stays open: it is the log
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Every address, except the live stream `/jobs/<id>/stream` (asgi.py) and `/healthz` and `/readyz` (health.py)."""
+"""All URLs, except the live stream `/jobs/<id>/stream` (asgi.py) and `/healthz` and `/readyz` (health.py)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from allauth.account.decorators import secure_admin_login
 from django.contrib import admin
 from django.urls import include, path
 
-from accounts import views
-from llmtuner import errors
+from llmtuner import errors, views
 from llmtuner.api import api
 
-# The admin signs in by the same door as everybody: same rate limits, same second factor.
+# The admin uses the ordinary sign-in page, with its rate limits and second factor.
 admin.autodiscover()
-admin.site.login = secure_admin_login(admin.site.login)  # allauth's documented way
+admin.site.login = secure_admin_login(admin.site.login)  # as allauth documents it
 admin.site.site_header = admin.site.site_title = "LLM Tuner"
 admin.site.index_title = "Oversight"
 
@@ -21,7 +20,7 @@ urlpatterns = [
     path("admin/", admin.site.urls),
     path("accounts/", include("allauth.urls")),
     path("account/", include("accounts.urls")),
-    # Nobody signs in by telephone here, and allauth's view for it would answer an anonymous call with a 500.
+    # There is no sign-in by phone, and allauth's view for it responds to an anonymous call with a 500.
     path("_allauth/app/v1/account/phone", errors.not_found, name="no_phone"),
     path("_allauth/", include("allauth.headless.urls")),
     path("v1/", api.urls),

@@ -1,7 +1,7 @@
-"""Reading and writing JSON, strictly: what two parsers would read differently is refused.
+"""Strict JSON: input that two parsers would read differently is refused.
 
-Python's own reader takes NaN, keeps the last of two equal keys, recurses until it breaks and lets half a surrogate
-pair through (which fails later, when it is written).
+Python's own parser accepts NaN, keeps the last of two duplicate keys, recurses until it fails, and accepts a lone surrogate
+(which fails later, on output).
 """
 
 from __future__ import annotations
@@ -19,53 +19,53 @@ from jobs.api.errors import ApiError, bad, too_large
 MAX_JSON = 4 * 1024 * 1024
 MAX_DEPTH = 64
 MAX_DIGITS = 30
-# Never fails once begun, also where the closing quote is missing: a search that tried again from each quote would take hours.
+# Matches even if the closing quote is missing, because retrying from every quote would take hours.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_HALF_PAIRS = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def loads(raw: bytes) -> Any:
     if len(raw) > MAX_JSON:
         raise too_large(MAX_JSON)
-    if _depth(raw) > MAX_DEPTH:
+    if _is_too_deep(raw):
         raise bad(f"The JSON is nested deeper than {MAX_DEPTH} levels.", code="invalid_json")
     try:
         data = json.loads(
             raw.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_no_constant,
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_refuse_constant,
             parse_int=_integer,
             parse_float=_float,
         )
-        if _HALF_PAIRS.search(raw):
-            json.dumps(data, ensure_ascii=False).encode()  # fails if one stands alone
+        if _SURROGATES.search(raw):
+            json.dumps(data, ensure_ascii=False).encode()  # fails on a lone surrogate
         return data
     except ValueError as error:
         raise bad(f"The body is not valid JSON: {error}", code="invalid_json") from error
 
 
-def _depth(raw: bytes) -> int:
-    """More than MAX_DEPTH if it nests deeper; counted before parsing, because the parser recurses."""
+def _is_too_deep(raw: bytes) -> bool:
+    """Counts brackets before parsing, because the parser recurses."""
     if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH:
-        return 0
+        return False
     depth = 0
     for byte in _STRING.sub(b"", raw).translate(None, _NO_BRACKETS):
         depth += 1 if byte in b"[{" else -1
         if depth > MAX_DEPTH:
-            break
-    return depth
+            return True
+    return False
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("duplicate key in an object")
     return values
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _integer(digits: str) -> int:

@@ -1,4 +1,4 @@
-"""The door of every operation: who calls, may they do this, and not too often."""
+"""Authentication of every operation: who calls, whether they are allowed to, and how often."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Result = TypeVar("Result")
 
 
 class CallerRequest(HttpRequest):
-    """A request that came through the door (for the type checker; ninja sets `auth`)."""
+    """An authenticated request (for the type checker; ninja sets `auth`)."""
 
     auth: Caller
 
 
 class Bearer(HttpBearer):
-    """`auth=READ` on a router or an operation. Runs in a thread also for async operations."""
+    """Used as `auth=READ` on a router or an operation. Runs in a thread, even for async operations."""
 
     def __init__(self, scope: str) -> None:
         super().__init__()
@@ -41,45 +41,48 @@ class Bearer(HttpBearer):
         if self.scope not in caller.scopes:
             raise ApiError(
                 403,
-                f"This key may not do that: it lacks the scope '{self.scope}'. Make one that has it on your account's page.",
+                f"This key does not have the scope '{self.scope}'. Create one that has it on your account page.",
                 code="insufficient_scope",
             )
         check_rate(caller.owner)
         return caller
 
     def authenticate(self, request: HttpRequest, token: str) -> Any:
-        raise NotImplementedError("__call__ reads the credential itself")
+        raise NotImplementedError("__call__ reads the credential")
 
 
 def check_rate(owner: str) -> None:
-    """At most so many requests a minute and person, over all processes. Without Redis nobody is counted."""
+    """Limits the requests per minute of a user, over all processes. Without Redis there is no limit."""
     limit = settings.API_REQUESTS_PER_MINUTE
     now = time.time()
     key = f"v1:{owner}:{int(now // WINDOW_S)}"
     try:
         cache.add(key, 0, WINDOW_S * 2)
         count = cache.incr(key)
-    except Exception:  # the counter is a courtesy: work goes on when its store is down
+    except Exception:  # a store that is down must not stop requests
         return
     if count > limit:
         wait = WINDOW_S - now % WINDOW_S
         raise ApiError(
-            429, f"More than {limit} requests in a minute.", code="rate_limit_exceeded", retry_after=wait
+            429,
+            f"You have sent more than {limit} requests in a minute.",
+            code="rate_limit_exceeded",
+            retry_after=wait,
         )
 
 
-class Streaming(Bearer):
-    """A door for async operations. It borrows a thread from the common pool, and gives the request's own one back."""
+class StreamingBearer(Bearer):
+    """For async operations: uses a thread of the shared pool, and releases the request's own thread."""
 
     is_async = True
 
     async def __call__(self, request: HttpRequest) -> Caller | None:  # type: ignore[override]  # ninja awaits it
         caller = await in_pool(super().__call__, request)
-        give_thread_back()
+        release_thread()
         return caller
 
 
-# A class each, because the OpenAPI document names a security scheme after its class.
+# One class each, because the OpenAPI document names a security scheme after its class.
 class ReadKey(Bearer):
     pass
 
@@ -88,17 +91,17 @@ class WriteKey(Bearer):
     pass
 
 
-class ReadStreamKey(Streaming):
+class ReadStreamKey(StreamingBearer):
     pass
 
 
-class InferenceKey(Streaming):
+class InferenceKey(StreamingBearer):
     pass
 
 
-def give_thread_back() -> None:
-    """Django gives each request a thread for its sync signals and keeps it until the answer's last byte, so a thousand
-    streams would be a thousand threads. This lets it go now; whatever needs one later gets a new one."""
+def release_thread() -> None:
+    """Releases the request's thread. Django keeps one per request for sync signals until the last byte of the response, so
+    a thousand streams would hold a thousand threads. Code that needs a thread later gets a new one."""
     context = SyncToAsync.thread_sensitive_context.get(None)
     executor = SyncToAsync.context_to_thread_executor.pop(context, None) if context else None
     if executor is not None:
@@ -106,7 +109,7 @@ def give_thread_back() -> None:
 
 
 async def in_pool(function: Callable[..., Result], *args: Any) -> Result:
-    """Runs sync code in a thread of the common pool, which keeps no SQL connection afterwards."""
+    """Runs sync code in a thread of the shared pool, and then closes the thread's SQL connections."""
 
     def run() -> Result:
         try:

@@ -1,7 +1,7 @@
-"""`/completions` and `/chat/completions`: OpenAI's words for what `jobs.inference` streams.
+"""`/completions` and `/chat/completions`: what `jobs.inference` streams, in OpenAI's format.
 
-Both are async and hold no thread while text is made; when the caller leaves, Django cancels the view, which closes
-the stream and with it the request in the worker.
+Both are async and hold no thread while text is generated. When the client disconnects, Django cancels the view, which
+closes the stream and with it the request in the worker.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from django.http import HttpResponseBase, StreamingHttpResponse
 from ninja import Router
 
 from jobs.api import errors, models
-from jobs.api.caller import INFERENCE, CallerRequest, give_thread_back
+from jobs.api.caller import INFERENCE, CallerRequest, release_thread
 from jobs.api.errors import bad
 from jobs.api.schemas import ChatCompletion, ChatCreate, Completion, CompletionCreate, Error, Generation
 from jobs.inference import generation
@@ -25,21 +25,21 @@ from jobs.store import access
 
 router = Router(auth=INFERENCE)
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own
-MAX_CHOICES = 1024  # of one request: its prompts times n
-MAX_KEPT = 400_000  # tokens and likeliest tokens of an answer that is gathered in memory
+MAX_CHOICES = 1024  # per request: prompts times n
+MAX_BUFFERED = 400_000  # tokens and their alternatives, of a response collected in memory
 DEFAULT_CHAT_TOKENS = 512  # or to the end of the context, whichever comes first
 STREAMED: dict[str, Any] = {
     "responses": {200: {"content": {"text/event-stream": {}}}},
 }
-# The server's words for what asking again would not mend, and OpenAI's.
-FINAL = {
+# Errors that a retry cannot fix: the inference server's codes and OpenAI's.
+PERMANENT = {
     "bad_request": "invalid_value",
     "prompt_too_long": "context_length_exceeded",
     "prompt_failed": "prompt_failed",
     "model_unusable": "model_unusable",
     "model_damaged": "model_damaged",
 }
-OF_THE_PROMPT = {"context_length_exceeded", "prompt_failed"}
+PROMPT_ERRORS = {"context_length_exceeded", "prompt_failed"}
 Line = dict[str, Any]
 
 
@@ -48,20 +48,24 @@ Line = dict[str, Any]
     response={200: Completion, 400: Error},
     exclude_none=False,
     openapi_extra=STREAMED,
-    summary="Continue a text",
+    summary="Create a completion",
 )
 async def create_completion(request: CallerRequest, body: CompletionCreate) -> Any:
     if body.best_of is not None and body.best_of != (body.n or 1):
-        raise bad("best_of is not supported; leave it out or give n.", "best_of", "unsupported_parameter")
+        raise bad(
+            "best_of is not supported. Leave it out, or set it to n.", "best_of", "unsupported_parameter"
+        )
     if body.max_tokens == 0 and not body.echo:
-        raise bad("max_tokens may be 0 only together with echo.", "max_tokens")
+        raise bad("max_tokens may be 0 only with echo.", "max_tokens")
     one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
     prompts: Any = [body.prompt] if one else body.prompt
     if len(prompts) * (body.n or 1) > MAX_CHOICES:
-        raise bad(f"At most {MAX_CHOICES} choices in one request: give fewer prompts or a smaller n.", "n")
+        raise bad(f"A request may have at most {MAX_CHOICES} choices. Send fewer prompts, or reduce n.", "n")
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-    asked = _ask(body, max_tokens, prompts=prompts, logprobs=body.logprobs, echo=bool(body.echo))
-    return await _answer(request, body, asked, TEXT)
+    generate = _generate_request(
+        body, max_tokens, prompts=prompts, logprobs=body.logprobs, echo=bool(body.echo)
+    )
+    return await _answer(request, body, generate, TEXT)
 
 
 @router.post(
@@ -69,7 +73,7 @@ async def create_completion(request: CallerRequest, body: CompletionCreate) -> A
     response={200: ChatCompletion, 400: Error},
     exclude_none=False,
     openapi_extra=STREAMED,
-    summary="Answer a conversation",
+    summary="Create a chat completion",
 )
 async def create_chat(request: CallerRequest, body: ChatCreate) -> Any:
     if body.top_logprobs and not body.logprobs:
@@ -77,22 +81,22 @@ async def create_chat(request: CallerRequest, body: ChatCreate) -> Any:
     max_tokens = body.max_completion_tokens or body.max_tokens or DEFAULT_CHAT_TOKENS
     messages = [message.plain() for message in body.messages]
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    asked = _ask(body, max_tokens, messages=messages, logprobs=logprobs)
-    return await _answer(request, body, asked, CHAT)
+    generate = _generate_request(body, max_tokens, messages=messages, logprobs=logprobs)
+    return await _answer(request, body, generate, CHAT)
 
 
-# ---- asking ------------------------------------------------------------------------------------
+# ---- requests ----------------------------------------------------------------------------------
 
 
-def _ask(body: Generation, max_tokens: int, **what: Any) -> generation.GenerateRequest:
+def _generate_request(body: Generation, max_tokens: int, **fields: Any) -> generation.GenerateRequest:
     if body.stream_options and not body.stream:
-        raise bad("stream_options is only for streams.", "stream_options")
+        raise bad("stream_options is allowed only with stream.", "stream_options")
     extras = body.llmtuner or {}
     if set(extras) - {"top_k"}:
-        raise bad("For generation llmtuner takes only top_k.", "llmtuner")
+        raise bad("For generation, llmtuner accepts only top_k.", "llmtuner")
     top_k = extras.get("top_k", 0)
     if type(top_k) is not int or not 0 <= top_k <= 1_000_000:
-        raise bad("top_k must be a whole number from 0 (all tokens).", "llmtuner.top_k")
+        raise bad("top_k must be an integer of at least 0 (0: all tokens).", "llmtuner.top_k")
     if body.top_k is not None:
         top_k = max(body.top_k, 0)
     stop = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
@@ -107,69 +111,69 @@ def _ask(body: Generation, max_tokens: int, **what: Any) -> generation.GenerateR
         stop=[text for text in stop if text],
         seed=body.seed,
         n=body.n or 1,
-        **what,
+        **fields,
     )
 
 
-async def _lines_of(owner: str, asked: generation.GenerateRequest) -> AsyncIterator[Line]:
-    """What the model says, with the failures in the API's words."""
-    lines = generation.stream(owner, asked)
+async def _lines_of(owner: str, generate: generation.GenerateRequest) -> AsyncIterator[Line]:
+    """The lines of the stream. Failures are raised as API errors."""
+    lines = generation.stream(owner, generate)
     try:
         async for line in lines:
             yield line
     except access.NotFound as missing:
         raise errors.not_found("model") from missing
     except generation.Failed as failed:
-        raise _failure(failed, "prompt" if asked.messages is None else "messages") from failed
+        raise _failure(failed, "prompt" if generate.messages is None else "messages") from failed
     finally:
         await lines.aclose()
 
 
-# ---- answering ---------------------------------------------------------------------------------
+# ---- responses ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Shape:
-    """How one of the two endpoints says what both say."""
+class ResponseFormat:
+    """How one of the two endpoints formats a response."""
 
     prefix: str  # of ids
-    whole: str  # `object` of an answer
-    part: str  # `object` of a line of a stream
+    whole: str  # `object` of a complete response
+    part: str  # `object` of a chunk of a stream
     choice: Callable[[int, list[Line], str], Line]
     chunk: Callable[[int, Line | None, str | None, int], Line]
-    opening: Callable[[int], Line] | None = None  # what a choice says before its first text
+    opening: Callable[[int], Line] | None = None  # the first chunk of a choice, before any text
 
 
 async def _answer(
-    request: CallerRequest, body: Generation, asked: generation.GenerateRequest, shape: Shape
+    request: CallerRequest, body: Generation, generate: generation.GenerateRequest, format: ResponseFormat
 ) -> Any:
-    lines = _lines_of(request.auth.owner, asked)
+    lines = _lines_of(request.auth.owner, generate)
     head = {
-        "id": f"{shape.prefix}-{secrets.token_hex(12)}",
-        "object": shape.part if body.stream else shape.whole,
+        "id": f"{format.prefix}-{secrets.token_hex(12)}",
+        "object": format.part if body.stream else format.whole,
         "created": int(time.time()),
         "model": body.model,
     }
     if body.stream:
-        return await _streamed(lines, head, body, shape)
-    return await _whole(lines, head, shape)
+        return await _streamed(lines, head, body, format)
+    return await _whole(lines, head, format)
 
 
-# ---- the whole answer --------------------------------------------------------------------------
+# ---- complete responses ------------------------------------------------------------------------
 
 
-async def _whole(lines: AsyncIterator[Line], head: Line, shape: Shape) -> Line:
+async def _whole(lines: AsyncIterator[Line], head: Line, format: ResponseFormat) -> Line:
     tokens: dict[int, list[Line]] = {}
     done: Line = {"choices": [], "usage": {}}
-    kept = 0
+    buffered = 0
     try:
         async for line in lines:
             if line["t"] == "token":
                 tokens.setdefault(line["index"], []).append(line)
-                kept += 1 + len(line.get("top") or ())
-                if kept > MAX_KEPT:
+                buffered += 1 + len(line.get("top") or ())
+                if buffered > MAX_BUFFERED:
                     raise bad(
-                        "The answer is too large. Ask for fewer prompts at a time, or for a stream.",
+                        "The response is too large. Send fewer prompts at a time, or use stream.",
                         code="answer_too_large",
                     )
             elif line["t"] == "done":
@@ -177,16 +181,16 @@ async def _whole(lines: AsyncIterator[Line], head: Line, shape: Shape) -> Line:
     finally:
         await lines.aclose()  # type: ignore[attr-defined]  # an async generator, typed as an iterator
     choices = [
-        shape.choice(choice["index"], tokens.get(choice["index"], []), _reason(choice))
+        format.choice(choice["index"], tokens.get(choice["index"], []), _reason(choice))
         for choice in done["choices"]
     ]
     return {**head, "choices": sorted(choices, key=lambda choice: choice["index"]), "usage": done["usage"]}
 
 
 def _failure(failed: generation.Failed, prompt: str) -> errors.ApiError:
-    code = FINAL.get(failed.code)
+    code = PERMANENT.get(failed.code)
     if code is not None:
-        return bad(failed.message, prompt if code in OF_THE_PROMPT else None, code)
+        return bad(failed.message, prompt if code in PROMPT_ERRORS else None, code)
     return errors.ApiError(503, failed.message, code=failed.code, retry_after=2)
 
 
@@ -230,66 +234,70 @@ def _text_logprobs(tokens: list[Line], offset: int) -> Line | None:
 
 
 def _chat_logprobs(tokens: list[Line]) -> Line | None:
-    given = [token for token in tokens if token.get("logprob") is not None]
-    if not given:
+    scored = [token for token in tokens if token.get("logprob") is not None]
+    if not scored:
         return None
     return {
         "content": [
             {
-                **_named(token["token"], token["logprob"]),
-                "top_logprobs": [_named(*pair) for pair in token.get("top") or []],
+                **_token_logprob(token["token"], token["logprob"]),
+                "top_logprobs": [_token_logprob(*pair) for pair in token.get("top") or []],
             }
-            for token in given
+            for token in scored
         ],
         "refusal": None,
     }
 
 
-def _named(token: str, logprob: float) -> Line:
+def _token_logprob(token: str, logprob: float) -> Line:
     return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
 
-# ---- the stream --------------------------------------------------------------------------------
+# ---- streams -----------------------------------------------------------------------------------
 
 
 async def _streamed(
-    lines: AsyncIterator[Line], head: Line, body: Generation, shape: Shape
+    lines: AsyncIterator[Line], head: Line, body: Generation, format: ResponseFormat
 ) -> HttpResponseBase:
-    """Waits for the first line, so that a refusal still has a status of its own; after that errors are data lines."""
+    """Waits for the first line, so that an early error still has its own HTTP status. Later errors are data lines."""
     first = await anext(lines)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
-    chunks = _chunks(first, lines, head, body.n or 1, include_usage, shape)
+    chunks = _chunks(first, lines, head, body.n or 1, include_usage, format)
     response = StreamingHttpResponse(chunks, content_type="text/event-stream")
     response["X-Accel-Buffering"] = "no"
     return response
 
 
 async def _chunks(
-    first: Line, rest: AsyncIterator[Line], head: Line, n: int, include_usage: bool, shape: Shape
+    first: Line, rest: AsyncIterator[Line], head: Line, n: int, include_usage: bool, format: ResponseFormat
 ) -> AsyncIterator[bytes]:
     usage = {"usage": None} if include_usage else {}
     offsets: dict[int, int] = {}
-    give_thread_back()  # the middlewares have used it again
+    release_thread()  # the middleware has taken one again
     try:
-        if shape.opening:
+        if format.opening:
             for index in range(n):
-                yield _data({**head, "choices": [shape.opening(index)], **usage})
+                yield _data({**head, "choices": [format.opening(index)], **usage})
         async for line in _chain(first, rest):
             if line["t"] == "token":
                 offset = offsets.get(line["index"], 0)
                 offsets[line["index"]] = offset + len(line.get("token", ""))
-                yield _data({**head, "choices": [shape.chunk(line["index"], line, None, offset)], **usage})
+                yield _data({**head, "choices": [format.chunk(line["index"], line, None, offset)], **usage})
             elif line["t"] == "done":
                 for choice in line["choices"]:
                     yield _data(
-                        {**head, "choices": [shape.chunk(choice["index"], None, _reason(choice), 0)], **usage}
+                        {
+                            **head,
+                            "choices": [format.chunk(choice["index"], None, _reason(choice), 0)],
+                            **usage,
+                        }
                     )
                 if include_usage:
                     yield _data({**head, "choices": [], "usage": line["usage"]})
         yield b"data: [DONE]\n\n"
-    except Exception as error:  # the status line is long gone: the stream must carry what happened
-        told = errors.translate(error)
-        yield _data(errors.body(told.message, told.status, told.param, told.code))
+    except Exception as error:  # the status line has been sent, so the stream carries the error
+        refusal = errors.translate(error)
+        yield _data(errors.body(refusal.message, refusal.status, refusal.param, refusal.code))
     finally:
         await rest.aclose()  # type: ignore[attr-defined]  # an async generator, typed as an iterator
 
@@ -329,5 +337,7 @@ def _data(payload: Line) -> bytes:
     return b"data: " + json.dumps(payload, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
 
 
-TEXT = Shape("cmpl", "text_completion", "text_completion", _text_choice, _text_chunk)
-CHAT = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", _chat_choice, _chat_chunk, _chat_opening)
+TEXT = ResponseFormat("cmpl", "text_completion", "text_completion", _text_choice, _text_chunk)
+CHAT = ResponseFormat(
+    "chatcmpl", "chat.completion", "chat.completion.chunk", _chat_choice, _chat_chunk, _chat_opening
+)

@@ -1,4 +1,4 @@
-"""What `/v1` says when it says no: OpenAI's error shape, made in one place from our own exceptions."""
+"""The errors of `/v1`: our exceptions, translated to OpenAI's error format in one place."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
-# The official client sends a POST up to twice more on 409, 429 and 5xx, which helps nobody when nothing will have changed.
-FINAL_STATUS, FINAL_CODES = {409, 413, 501}, {"quota_exceeded", "misconfigured"}
-# How pydantic names the kinds of a union in an error's place.
-_KIND = re.compile(r"(function-|constrained-|(literal|list|dict|union|nullable)\[)|(str|int|float|bool)$")
-# What our modules call a field, as callers know it.
+# OpenAI's client repeats a POST up to twice on 409, 429 and 5xx. For these errors a repeat cannot succeed.
+PERMANENT_STATUSES, PERMANENT_CODES = {409, 413, 501}, {"quota_exceeded", "misconfigured"}
+# How pydantic names the branches of a union in the location of an error.
+_BRANCH = re.compile(r"(function-|constrained-|(literal|list|dict|union|nullable)\[)|(str|int|float|bool)$")
+# The parameters of `/v1` for the names of fields in our modules.
 PARAMS = {
     "dataset_id": "training_file",
     "validation_dataset_id": "validation_file",
@@ -50,7 +50,7 @@ PARAMS = {
 
 
 class ApiError(Exception):
-    """A refusal with its status, the parameter it is about and a code a program can test."""
+    """An error with its HTTP status, the parameter at fault and a code that programs can test."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ def bad(message: str, param: str | None = None, code: str | None = "invalid_valu
 
 
 def not_found(kind: str) -> ApiError:
-    """The same bytes for what never was and for what belongs to somebody else."""
+    """The same response whether an object never existed or belongs to someone else."""
     if kind == "model":
         message = "This model does not exist or you do not have access to it."
         return ApiError(404, message, param="model", code="model_not_found")
@@ -95,13 +95,13 @@ def respond(error: ApiError) -> HttpResponse:
         response["WWW-Authenticate"] = "Bearer"
     if error.retry_after is not None:
         response["Retry-After"] = str(max(1, round(error.retry_after)))
-    if error.status in FINAL_STATUS or error.code in FINAL_CODES:
+    if error.status in PERMANENT_STATUSES or error.code in PERMANENT_CODES:
         response["x-should-retry"] = "false"
     return response
 
 
 def translate(exc: Exception) -> ApiError:
-    """Our exceptions, the framework's and the store's, as one kind."""
+    """Translates our exceptions, the framework's and the stores' to ApiError."""
     match exc:
         case ApiError():
             return exc
@@ -109,7 +109,9 @@ def translate(exc: Exception) -> ApiError:
             return ApiError(401, "Incorrect API key or token provided.", code="invalid_api_key")
         case TwoCredentials():
             return bad(
-                "Send one credential, in the Authorization header.", "authorization", "two_credentials"
+                "Send exactly one credential, in the Authorization header.",
+                "authorization",
+                "two_credentials",
             )
         case Throttled():
             return ApiError(
@@ -126,77 +128,78 @@ def translate(exc: Exception) -> ApiError:
         case transitions.Refused():
             return bad(exc.message, PARAMS.get(exc.field, f"llmtuner.{exc.field}"))
         case transitions.LostRace():
-            return ApiError(
-                503, "Something else changed this at the same moment. Try again.", code="busy", retry_after=1
-            )
+            return ApiError(503, "This was changed at the same time. Try again.", code="busy", retry_after=1)
         case generation.Unavailable():
             return ApiError(503, str(exc), code="unavailable", retry_after=exc.retry_after)
         case generation.Busy():
             return ApiError(
-                429, str(exc) or "All generators are busy.", code="busy", retry_after=exc.retry_after
+                429, str(exc) or "All inference workers are busy.", code="busy", retry_after=exc.retry_after
             )
         case RequestDataTooBig() | blobs.TooLarge():
             return too_large()
         case blobs.Missing():
-            log.warning("objects: %s", exc)
+            log.warning("missing object: %s", exc)
             return ApiError(
-                404, "The file's bytes are not there any more. Upload it again.", code="not_found"
+                404, "The content of this file no longer exists. Upload it again.", code="not_found"
             )
         case MultiPartParserError() | SuspiciousOperation():
-            return bad("The request's body could not be read.", None, "invalid_body")
+            return bad("The request body could not be parsed.", None, "invalid_body")
         case HttpError():
             cause = exc.__cause__
             return cause if isinstance(cause, ApiError) else ApiError(exc.status_code, str(exc))
     if state := store_errors.outage(exc):
         return _store_error(exc, state)
     log.exception("unexpected error in /v1", exc_info=exc)
-    return ApiError(500, "Something went wrong on our side. The request id tells the operator where to look.")
+    return ApiError(
+        500, "Something went wrong on our side. The request id helps the administrator find the cause."
+    )
 
 
 def _store_error(exc: Exception, state: str) -> ApiError:
     log.warning("a store is %s: %s", state, exc)
     what = "object storage" if isinstance(exc, blobs.StorageError) else "store"
     if state == store_errors.MISCONFIGURED:
-        message = f"The {what} is set up incorrectly. Only the person who runs this studio can change that."
+        message = f"The {what} is misconfigured. Only the administrator can fix this."
         return ApiError(503, message, code="misconfigured")
-    return ApiError(503, f"The {what} is not reachable. Try again soon.", code="unavailable", retry_after=5)
+    return ApiError(503, f"The {what} is unavailable. Try again soon.", code="unavailable", retry_after=5)
 
 
 def too_large(limit: int | None = None) -> ApiError:
-    more = f" The limit is {limit:,} bytes." if limit else ""
-    return ApiError(413, f"The request's body is too large.{more}", code="request_too_large")
+    limit_note = f" The limit is {limit:,} bytes." if limit else ""
+    return ApiError(413, f"The request body is too large.{limit_note}", code="request_too_large")
 
 
 def _invalid(exc: ValidationError) -> ApiError:
-    """The first thing wrong, in words, with the name of the parameter as the caller wrote it.
+    """The first error, with the parameter's name as the caller wrote it.
 
-    Of a field that takes several kinds, pydantic lists what each kind found wrong. Meant was the one that was followed
-    furthest into the value, and among those the one whose type was right."""
-    places = [(_place(error["loc"]), error) for error in exc.errors]
-    first = places[0][0]
-    within = [found for found in places if found[0][: len(first)] == first]
-    depth = max(len(place) for place, _ in within)
-    place = next(place for place, _ in within if len(place) == depth)
-    branches = [error for found, error in within if found == place]
-    meant = min(branches, key=_far_off)
+    For a union, pydantic lists the errors of every branch. The branch meant is the one that got deepest into the value,
+    and among those one whose type matched."""
+    located = [(_path(error["loc"]), error) for error in exc.errors]
+    first = located[0][0]
+    nested = [(path, error) for path, error in located if path[: len(first)] == first]
+    depth = max(len(path) for path, _ in nested)
+    deepest = next(path for path, _ in nested if len(path) == depth)
+    branches = [error for path, error in nested if path == deepest]
+    meant = min(branches, key=_type_mismatch)
     message = str(meant["msg"]).removeprefix("Value error, ")
-    words = [error["ctx"]["expected"] for error in branches if error["type"] == "literal_error"]
-    if words and meant["type"] != "literal_error":
-        message += f", or {words[0]}"
-    param = ".".join(place) or None
+    literals = [error["ctx"]["expected"] for error in branches if error["type"] == "literal_error"]
+    if literals and meant["type"] != "literal_error":
+        message += f", or {literals[0]}"
+    param = ".".join(deepest) or None
     return bad(f"Invalid '{param}': {message}." if param else f"{message}.", param, str(meant["type"]))
 
 
-def _place(loc: tuple[Any, ...]) -> tuple[str, ...]:
-    """Without ninja's (source, argument) and without the names that pydantic gives to the kinds of a union."""
-    parts = [str(part) for part in loc]
-    parts = parts[2:] if parts[0] == "body" and len(parts) > 2 else parts[1:]
-    return tuple(part for part in parts if not _KIND.match(part))
+def _path(loc: tuple[Any, ...]) -> tuple[str, ...]:
+    """Without ninja's (source, argument) and without pydantic's names for the branches of a union."""
+    keys = [str(key) for key in loc]
+    keys = keys[2:] if keys[0] == "body" and len(keys) > 2 else keys[1:]
+    return tuple(key for key in keys if not _BRANCH.match(key))
 
 
-def _far_off(error: dict[str, Any]) -> int:
-    kind = str(error["type"])
-    return 2 if kind == "literal_error" else 1 if kind.endswith("_type") else 0
+def _type_mismatch(error: dict[str, Any]) -> int:
+    """0 if the type matched; a literal is the worst guess of what was meant."""
+    type_ = str(error["type"])
+    return 2 if type_ == "literal_error" else 1 if type_.endswith("_type") else 0
 
 
 def handle(request: HttpRequest, exc: Exception) -> HttpResponse:

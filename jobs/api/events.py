@@ -1,4 +1,4 @@
-"""A job's events in OpenAI's shape: a sentence, a level, and numbers under `data` where there are any."""
+"""A job's events in OpenAI's format: a message, a level, and any numbers under `data`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from jobs.api import errors
-from jobs.api.caller import give_thread_back
+from jobs.api.caller import release_thread
 from jobs.api.errors import bad
 from jobs.events import event_log, history
 from jobs.store import access
 from jobs.store.tables import Job
 
 Json = dict[str, Any]
-REAUTHORISE_S = 30
-STREAMS_PER_OWNER = 100  # in one process
+REAUTHORIZE_S = 30
+STREAMS_PER_OWNER = 100  # per process
 PING_S = 15
 _ID = re.compile(r"ftevent-([0-9A-HJKMNP-TV-Z]{26})-(\d{1,12})")
 _open: Counter[str] = Counter()  # streams by owner
 LEVELS = {"warn": "warn", "warning": "warn", "error": "error"}
-# Scripts look for OpenAI's messages, so these differ from the sentences of the pages.
+# Scripts look for OpenAI's messages, so these differ from the text on the pages.
 PHASES = {
     "preparing": "Fine-tuning job started",
     "training": "Training",
@@ -34,31 +34,31 @@ COMPLETED = "The job has successfully completed"
 
 
 def newest_first(owner: str, job: Job, limit: int, after: str | None) -> tuple[list[Json], bool]:
-    """The page of events before `after`, the latest first. Events are numbered without gaps, so it is one short read."""
+    """The page of events before `after`, newest first. Events are numbered without gaps, so this is one short read."""
     last = int(job.last_seq)
-    ends = (2 if job.status == "succeeded" else 1) if job.ended else 0  # these are not stored
+    ends = (2 if job.status == "succeeded" else 1) if job.ended else 0  # the final events are not stored
     top = _number(job, after) if after is not None else last + ends + 1
     start = max(0, top - 1 - limit)
-    found = [
-        (number, told)
+    numbered = [
+        (number, payload)
         for event in event_log.read(owner, job.job_id, min(start, last), limit + 1)
-        for number, told in _numbered(job, event, (job.plan or {}).get("total_steps"))
+        for number, payload in _numbered(job, event, (job.plan or {}).get("total_steps"))
         if start < number < top
     ]
-    return [told for _, told in reversed(found)], start > 0
+    return [payload for _, payload in reversed(numbered)], start > 0
 
 
 def _number(job: Job, event_id: str) -> int:
-    found = _ID.fullmatch(event_id)
-    number = int(found[2]) if found and found[1] == job.job_id.removeprefix("ftjob-") else 0
+    match = _ID.fullmatch(event_id)
+    number = int(match[2]) if match and match[1] == job.job_id.removeprefix("ftjob-") else 0
     if not 0 < number <= job.last_seq + (2 if job.ended else 0):
-        raise bad("This is no event of this job.", "after")
+        raise bad("This job has no such event.", "after")
     return number
 
 
 def show(job: Job, event: event_log.Event, total_steps: int | None) -> list[Json]:
     """One event, or two for a success: the model's name, and that the job is complete."""
-    return [told for _, told in _numbered(job, event, total_steps)]
+    return [payload for _, payload in _numbered(job, event, total_steps)]
 
 
 def _numbered(job: Job, event: event_log.Event, total_steps: int | None) -> list[tuple[int, Json]]:
@@ -68,12 +68,12 @@ def _numbered(job: Job, event: event_log.Event, total_steps: int | None) -> list
     else:
         messages = [_message(job, line, total_steps)]
     return [
-        (number, _shown(job, number, line, message, total_steps))
+        (number, _payload(job, number, line, message, total_steps))
         for number, message in enumerate(messages, event.seq)
     ]
 
 
-def _shown(job: Job, number: int, line: Json, message: str, total_steps: int | None) -> Json:
+def _payload(job: Job, number: int, line: Json, message: str, total_steps: int | None) -> Json:
     return {
         "id": f"ftevent-{job.job_id.removeprefix('ftjob-')}-{number:06d}",
         "object": "fine_tuning.job.event",
@@ -88,8 +88,8 @@ def _shown(job: Job, number: int, line: Json, message: str, total_steps: int | N
 def _message(job: Job, line: Json, total_steps: int | None) -> str:
     kind, step = line.get("t"), line.get("step")
     if kind in {"metric", "eval"}:
-        what = "training" if kind == "metric" else "validation"
-        return f"Step {step}/{total_steps or '?'}: {what} loss={float(line.get('loss') or 0):.2f}"
+        split = "training" if kind == "metric" else "validation"
+        return f"Step {step}/{total_steps or '?'}: {split} loss={float(line.get('loss') or 0):.2f}"
     if kind == "checkpoint" and not line.get("final"):
         return f"Checkpoint created at step {step} with Snapshot ID: {job.model_id}:ckpt-step-{step}"
     if kind == "phase" and line.get("phase") in PHASES:
@@ -99,8 +99,8 @@ def _message(job: Job, line: Json, total_steps: int | None) -> str:
     if kind == "verdict":
         return "Compared with the base model on held-out examples"
     if kind == "end":
-        ended = "The job was cancelled" if line.get("status") == "cancelled" else "The job failed"
-        return ": ".join(part for part in (ended, str(line.get("message") or "")) if part)
+        outcome = "The job was cancelled" if line.get("status") == "cancelled" else "The job failed"
+        return ": ".join(part for part in (outcome, str(line.get("message") or "")) if part)
     return history.sentence(line)[0] or "No message"
 
 
@@ -108,7 +108,7 @@ def _data(line: Json, total_steps: int | None) -> Json:
     loss, accuracy = line.get("loss"), line.get("accuracy")
     if line.get("t") == "metric":
         numbers = {"train_loss": loss, "train_mean_token_accuracy": accuracy}
-    elif line.get("t") == "eval":  # always over all held-out examples
+    elif line.get("t") == "eval":  # always computed over all held-out examples
         numbers = {
             "valid_loss": loss,
             "valid_mean_token_accuracy": accuracy,
@@ -121,37 +121,37 @@ def _data(line: Json, total_steps: int | None) -> Json:
     return {name: value for name, value in numbers.items() if value is not None} | {"llmtuner": line}
 
 
-def check_room(owner: str) -> None:
-    """Is there room for one more stream? Raises ApiError."""
+def check_stream_quota(owner: str) -> None:
+    """Raises ApiError if the user may not open another stream."""
     if _open[owner] >= STREAMS_PER_OWNER:
-        message = f"You have {STREAMS_PER_OWNER} streams open. Close one first."
+        message = f"You have {STREAMS_PER_OWNER} open streams. Close one first."
         raise errors.ApiError(429, message, code="rate_limit_exceeded", retry_after=5)
 
 
 async def stream(job: Job, still_allowed: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
-    """All events from the first, then each as it comes, until the job ends or the key is revoked."""
-    give_thread_back()  # the middlewares have used it again
+    """All events from the first, then each new one, until the job ends or the key is revoked."""
+    release_thread()  # the middleware has taken one again
     owner, total_steps = job.owner, None
     _open[owner] += 1
-    looked = time.monotonic()
+    checked_at = time.monotonic()
     events = event_log.follow(owner, job.job_id)
-    coming = asyncio.ensure_future(anext(events))
+    pending = asyncio.ensure_future(anext(events))
     try:
         while True:
-            await asyncio.wait({coming}, timeout=PING_S)
-            if time.monotonic() - looked > REAUTHORISE_S:
-                looked = time.monotonic()
+            await asyncio.wait({pending}, timeout=PING_S)
+            if time.monotonic() - checked_at > REAUTHORIZE_S:
+                checked_at = time.monotonic()
                 if not await still_allowed():
                     return
-            if not coming.done():
-                yield b": still here\n\n"
+            if not pending.done():
+                yield b": keep-alive\n\n"
                 continue
-            for event in coming.result():
-                if event.data.get("t") == "plan":  # comes before the first step
+            for event in pending.result():
+                if event.data.get("t") == "plan":  # precedes the first step
                     total_steps = event.data.get("total_steps")
-                for told in show(job, event, total_steps):
-                    yield _line(told)
-            coming = asyncio.ensure_future(anext(events))
+                for payload in show(job, event, total_steps):
+                    yield _line(payload)
+            pending = asyncio.ensure_future(anext(events))
     except StopAsyncIteration:
         yield b"data: [DONE]\n\n"
     except (access.NotFound, event_log.TooSlow) as error:
@@ -163,8 +163,8 @@ async def stream(job: Job, still_allowed: Callable[[], Awaitable[bool]]) -> Asyn
         yield _line(errors.body(refusal.message, refusal.status, refusal.param, refusal.code))
     finally:
         _open[owner] -= 1
-        coming.cancel()
-        await asyncio.gather(coming, return_exceptions=True)
+        pending.cancel()
+        await asyncio.gather(pending, return_exceptions=True)
         await events.aclose()
 
 

@@ -1,4 +1,4 @@
-"""`/files`: datasets by OpenAI's names, and the result files of jobs, which are made when they are read."""
+"""`/files`: datasets under OpenAI's names, and the result files of jobs, which are generated on request."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import IO, Annotated, Any, Literal
 from urllib.parse import quote
 
 from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
-from ninja import File as Upload
-from ninja import Form, Query, Router, UploadedFile
+from ninja import FileEx, Form, P, Query, Router, UploadedFile
 
 from jobs.api import paging, results
 from jobs.api.caller import READ, WRITE, CallerRequest
@@ -22,7 +21,7 @@ from jobs.store import access, blobs, tables
 router = Router(auth=READ)
 Json = dict[str, Any]
 STATUS = {"receiving": "uploaded", "checking": "uploaded", "ready": "processed", "rejected": "error"}
-PIECE = 256 * 1024
+CHUNK = 256 * 1024
 MAX_NAME = 255
 
 
@@ -30,15 +29,15 @@ MAX_NAME = 255
 def create_file(
     request: CallerRequest,
     purpose: Annotated[str, Form(description="`fine-tune`")],
-    file: UploadedFile = Upload(..., description="JSONL, CSV, TSV, Parquet or plain text"),  # noqa: B008  ninja's way
+    file: FileEx[UploadedFile, P(description="JSONL, CSV, TSV, Parquet or plain text")],
     anchor: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
     seconds: Annotated[int | None, Form(alias="expires_after[seconds]", ge=3600, le=2_592_000)] = None,
 ) -> Json:
-    """With `expires_after` the file is deleted that many seconds after it was made."""
+    """With `expires_after`, the file is deleted that many seconds after it was created."""
     check_purpose(purpose)
     check_name(file.name or "")
     if (anchor is None) != (seconds is None):
-        raise bad("expires_after takes an anchor and seconds.", "expires_after")
+        raise bad("expires_after requires both anchor and seconds.", "expires_after")
     expires_at = time.time() + seconds if seconds is not None else None
     dataset = datasets.receive(
         request.auth.owner, file.name or "file", file, purpose=purpose, expires_at=expires_at
@@ -56,15 +55,15 @@ def list_files(
 ) -> Json:
     owner = request.auth.owner
     if purpose == results.PURPOSE:
-        rows, has_more = results.list_files(owner, limit, after)
-        return paging.page(rows, has_more)
+        items, has_more = results.list_files(owner, limit, after)
+        return paging.page(items, has_more)
     paging.check_after(tables.Dataset, owner, after)
     fetch = access.list_datasets if order == "desc" else access.list_oldest_datasets
-    found = fetch(owner, limit, after, purpose=purpose)
-    return paging.page([show(row) for row in found], found.has_more)
+    rows = fetch(owner, limit, after, purpose=purpose)
+    return paging.page([show(row) for row in rows], rows.has_more)
 
 
-@router.get("/{file_id}", response={200: File, 404: Error}, summary="Retrieve a file's description")
+@router.get("/{file_id}", response={200: File, 404: Error}, summary="Retrieve a file")
 def retrieve_file(request: CallerRequest, file_id: str) -> Json:
     if results.is_result(file_id):
         return results.describe(request.auth.owner, file_id)
@@ -77,7 +76,7 @@ def retrieve_file(request: CallerRequest, file_id: str) -> Json:
 def delete_file(request: CallerRequest, file_id: str) -> Json:
     if results.is_result(file_id):
         results.describe(request.auth.owner, file_id)
-        raise bad("A result file belongs to its job and goes with it.", "file_id", "not_deletable")
+        raise bad("A result file belongs to its job and is deleted with it.", "file_id", "not_deletable")
     dataset = _find(request, file_id)
     datasets.delete(request.auth.owner, dataset.dataset_id)
     return {"id": file_id, "object": "file", "deleted": True}
@@ -91,7 +90,7 @@ def delete_file(request: CallerRequest, file_id: str) -> Json:
             200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
         }
     },
-    summary="Download a file's bytes",
+    summary="Download a file",
 )
 def file_content(request: CallerRequest, file_id: str) -> HttpResponseBase:
     if results.is_result(file_id):
@@ -101,18 +100,18 @@ def file_content(request: CallerRequest, file_id: str) -> HttpResponseBase:
     if not dataset.key:
         raise bad("The file is still being received.", "file_id", "not_ready")
     response = StreamingHttpResponse(
-        _pieces(blobs.open_file(dataset.key)), content_type="application/octet-stream"
+        _chunks(blobs.open_file(dataset.key)), content_type="application/octet-stream"
     )
     if dataset.bytes:
         response["Content-Length"] = str(int(dataset.bytes))
     return _attachment(response, dataset.name)
 
 
-async def _pieces(source: IO[bytes]) -> AsyncIterator[bytes]:
-    """The file in pieces; a thread is borrowed for each read only, and the whole never stands in memory."""
+async def _chunks(source: IO[bytes]) -> AsyncIterator[bytes]:
+    """The file in chunks. A thread is used only during each read, and the whole file is never in memory."""
     try:
-        while piece := await asyncio.to_thread(source.read, PIECE):
-            yield piece
+        while chunk := await asyncio.to_thread(source.read, CHUNK):
+            yield chunk
     finally:
         source.close()
 
@@ -126,18 +125,18 @@ def _attachment(response: HttpResponseBase, name: str) -> HttpResponseBase:
 def _find(request: CallerRequest, file_id: str) -> Any:
     try:
         return access.get_dataset_for(request.auth.owner, file_id)
-    except access.NotFound as missing:
-        raise not_found("File object") from missing
+    except access.NotFound as error:
+        raise not_found("File object") from error
 
 
 def check_purpose(purpose: str) -> None:
     if purpose != "fine-tune":
-        raise bad(f"The purpose '{purpose[:64]}' is not supported here: use 'fine-tune'.", "purpose")
+        raise bad(f"The purpose '{purpose[:64]}' is not supported. Use 'fine-tune'.", "purpose")
 
 
 def check_name(name: str) -> None:
-    if not name or len(name) > MAX_NAME or any(ord(letter) < 32 for letter in name):
-        raise bad("Give the file a name of 1 to 255 characters without control characters.", "filename")
+    if not name or len(name) > MAX_NAME or any(ord(character) < 32 for character in name):
+        raise bad("The file name must have 1 to 255 characters and no control characters.", "filename")
 
 
 def show(dataset: Any) -> Json:
@@ -162,5 +161,5 @@ def show(dataset: Any) -> Json:
 def concatenated(sources: Iterable[IO[bytes]]) -> Iterable[bytes]:
     for source in sources:
         with source:
-            while piece := source.read(PIECE):
-                yield piece
+            while chunk := source.read(CHUNK):
+                yield chunk

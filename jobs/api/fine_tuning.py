@@ -1,4 +1,4 @@
-"""`/fine_tuning/jobs`: OpenAI's words for `jobs.lifecycle`."""
+"""`/fine_tuning/jobs`: `jobs.lifecycle` in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import time
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from django.http import StreamingHttpResponse
@@ -18,6 +19,7 @@ from jobs.api.errors import bad, not_found
 from jobs.api.schemas import Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page
 from jobs.events import event_log, history
 from jobs.lifecycle import transitions
+from jobs.lifecycle import warnings as job_warnings
 from jobs.notifications import webhooks
 from jobs.registry import base_models
 from jobs.store import access, tables
@@ -29,18 +31,18 @@ router = Router(auth=READ)
 Json = dict[str, Any]
 STATUS = {"validating": "validating_files", "retrying": "queued", "void": "cancelled"}
 WINDOW_S = 600
-OURS = {"name", "prompts"}  # under `llmtuner`, beside the settings
+NOT_SETTINGS = {"name", "prompts"}  # also under `llmtuner`
 _METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
-@router.post("", response={200: Job, 400: Error, 429: Error}, auth=WRITE, summary="Start fine-tuning")
+@router.post("", response={200: Job, 400: Error, 429: Error}, auth=WRITE, summary="Create a fine-tuning job")
 def create_job(request: CallerRequest, body: JobCreate) -> Json:
-    """Sent twice, it is one job: by its `Idempotency-Key`, else by its content within ten minutes."""
+    """A repeated request creates one job: by its `Idempotency-Key`, or else by its content within ten minutes."""
     owner = request.auth.owner
-    _refuse_what_we_lack(body)
+    _refuse_unsupported(body)
     base = models.base_for_training(owner, body.model)
-    asked = transitions.JobRequest(
+    job_request = transitions.JobRequest(
         name=str((body.llmtuner or {}).get("name") or body.suffix or ""),
         base=base,
         dataset_id=_file(owner, body.training_file, "training_file"),
@@ -56,18 +58,23 @@ def create_job(request: CallerRequest, body: JobCreate) -> Json:
     )
     key = _idempotency(request, body)
     webhooks.set_email(owner, request.auth.user.notification_email)
-    return show(transitions.submit(owner, asked, idempotency_key=key, slug=request.auth.slug))
+    job = transitions.submit(owner, job_request, idempotency_key=key, slug=request.auth.slug)
+    created = show(job)
+    created["llmtuner"]["warnings"] = [asdict(warning) for warning in job_warnings.for_job(job)]
+    return created
 
 
 @router.get("", response={200: Page[Job], 400: Error}, summary="List jobs")
 def list_jobs(
     request: CallerRequest, after: paging.After = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> Json:
-    """`metadata[key]=value` keeps the jobs that carry it."""
-    wanted = {found[1]: value for name, value in request.GET.items() if (found := _METADATA.fullmatch(name))}
+    """`metadata[key]=value` returns only jobs with this metadata."""
+    metadata = {
+        match[1]: value for name, value in request.GET.items() if (match := _METADATA.fullmatch(name))
+    }
     owner = request.auth.owner
     paging.check_after(Row, owner, after)
-    jobs = access.list_jobs(owner, limit, after, metadata=wanted)
+    jobs = access.list_jobs(owner, limit, after, metadata=metadata)
     return paging.page([show(job) for job in jobs], jobs.has_more)
 
 
@@ -80,21 +87,21 @@ def retrieve_job(request: CallerRequest, job_id: str) -> Json:
     "/{job_id}/cancel", response={200: Job, 400: Error, 404: Error}, auth=WRITE, summary="Cancel a job"
 )
 def cancel_job(request: CallerRequest, job_id: str) -> Json:
-    return _ask(request, job_id, "cancel")
+    return _set_desired(request, job_id, "cancel")
 
 
 @router.post(
     "/{job_id}/pause", response={200: Job, 400: Error, 404: Error}, auth=WRITE, summary="Pause a job"
 )
 def pause_job(request: CallerRequest, job_id: str) -> Json:
-    return _ask(request, job_id, "pause")
+    return _set_desired(request, job_id, "pause")
 
 
 @router.post(
     "/{job_id}/resume", response={200: Job, 400: Error, 404: Error}, auth=WRITE, summary="Resume a job"
 )
 def resume_job(request: CallerRequest, job_id: str) -> Json:
-    return _ask(request, job_id, "run")
+    return _set_desired(request, job_id, "run")
 
 
 @router.get(
@@ -110,17 +117,17 @@ async def list_events(
     after: paging.After = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
     stream: Annotated[
-        bool, Query(description="All events from the first as a stream, until the job ends.")
+        bool, Query(description="Stream all events from the first, until the job ends.")
     ] = False,
 ) -> Any:
-    """The latest first."""
+    """Newest first."""
     owner = request.auth.owner
     job = await in_pool(_find, owner, job_id)
     if not stream:
         rows, has_more = await in_pool(events.newest_first, owner, job, limit, after)
         return paging.page(rows, has_more)
 
-    events.check_room(owner)
+    events.check_stream_quota(owner)
 
     async def still_allowed() -> bool:
         return await in_pool(authenticate, request) is not None
@@ -141,7 +148,7 @@ def list_checkpoints(
     after: paging.After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 10,
 ) -> Json:
-    """The latest first. Each is a model one can generate with, by the name it carries."""
+    """Newest first. Each is a model for generation, under its own name."""
     job = _find(request.auth.owner, job_id)
     names = _checkpoint_names(job)
     told = history.fold(event_log.read(request.auth.owner, job_id)) if names else history.Story()
@@ -153,27 +160,27 @@ def list_checkpoints(
     return paging.page(rows[:limit], len(rows) > limit)
 
 
-# ---- reading what was asked --------------------------------------------------------------------
+# ---- requests ----------------------------------------------------------------------------------
 
 
-def _refuse_what_we_lack(body: JobCreate) -> None:
+def _refuse_unsupported(body: JobCreate) -> None:
     if body.method is not None and body.method.type != "supervised":
         raise bad(
-            f"This studio does not train by '{body.method.type}' yet; it would not be what you asked for. Use 'supervised'.",
+            f"The method '{body.method.type}' is not supported yet. Use 'supervised'.",
             "method.type",
             "unsupported_method",
         )
     if body.integrations:
         raise bad(
-            "Integrations are not supported; leave the field out.", "integrations", "unsupported_parameter"
+            "Integrations are not supported. Leave the field out.", "integrations", "unsupported_parameter"
         )
 
 
 def _file(owner: str, file_id: str, param: str) -> str:
     try:
         return access.get_dataset_for(owner, file_id).dataset_id
-    except access.NotFound as missing:
-        raise bad(f"The file given as {param} does not exist.", param, "invalid_file") from missing
+    except access.NotFound as error:
+        raise bad(f"The file in {param} does not exist.", param, "invalid_file") from error
 
 
 def _hyperparameters(body: JobCreate) -> Hyperparameters:
@@ -183,18 +190,18 @@ def _hyperparameters(body: JobCreate) -> Hyperparameters:
 
 
 def _settings(owner: str, body: JobCreate, base: str) -> Json:
-    """OpenAI's three hyperparameters and ours, checked together. Ours win where both are given."""
-    asked = _hyperparameters(body)
-    ours = {name: value for name, value in (body.llmtuner or {}).items() if name not in OURS}
+    """OpenAI's three hyperparameters and our settings, validated together. Ours win where both are given."""
+    theirs = _hyperparameters(body)
+    ours = {name: value for name, value in (body.llmtuner or {}).items() if name not in NOT_SETTINGS}
     settings: Json = {}
     adapter = _parsed(ours).adapter
-    if isinstance(asked.n_epochs, int):
-        settings["epochs"] = asked.n_epochs
-    if isinstance(asked.batch_size, int) and "batch_tokens" not in ours:
-        settings["batch_size"] = asked.batch_size
-    if asked.learning_rate_multiplier not in (None, "auto"):
-        settings["learning_rate"] = _times(
-            float(asked.learning_rate_multiplier or 1), base_models.find(owner, base), adapter
+    if isinstance(theirs.n_epochs, int):
+        settings["epochs"] = theirs.n_epochs
+    if isinstance(theirs.batch_size, int) and "batch_tokens" not in ours:
+        settings["batch_size"] = theirs.batch_size
+    if theirs.learning_rate_multiplier not in (None, "auto"):
+        settings["learning_rate"] = _learning_rate(
+            float(theirs.learning_rate_multiplier or 1), base_models.find(owner, base), adapter
         )
     if body.seed is not None:
         settings["seed"] = body.seed
@@ -210,10 +217,10 @@ def _parsed(settings: Json) -> config.Settings:
         raise bad(error.message, f"llmtuner.{error.field}") from error
 
 
-def _times(multiplier: float, base: BaseModel | None, adapter: str) -> float:
-    """OpenAI multiplies a rate of its own choosing; we multiply the one we would choose."""
-    if base is None:  # deleted at this moment
-        raise bad("This base model is gone. Choose another one.", "model", "model_not_available")
+def _learning_rate(multiplier: float, base: BaseModel | None, adapter: str) -> float:
+    """OpenAI multiplies a rate that it chooses; we multiply the one that we would choose."""
+    if base is None:  # deleted at the same time
+        raise bad("This base model no longer exists. Choose another one.", "model", "model_not_available")
     return float(f"{multiplier * auto_settings.learning_rate(adapter, base)[0]:.6g}")
 
 
@@ -224,36 +231,39 @@ def _prompts(body: JobCreate) -> tuple[str, ...]:
         or len(prompts) > 8
         or not all(isinstance(p, str) and len(p) <= 4000 for p in prompts)
     ):
-        raise bad("Give at most 8 prompts, each a text of at most 4,000 characters.", "llmtuner.prompts")
+        raise bad(
+            "prompts must be a list of at most 8 strings of at most 4,000 characters each.",
+            "llmtuner.prompts",
+        )
     return tuple(prompts)
 
 
 def _suffix(text: str) -> str:
-    """OpenAI takes any text; a model's name here is made of letters, digits, dots, dashes and underscores."""
+    """OpenAI accepts any text; our model ids allow only letters, digits, dots, dashes and underscores."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-")
 
 
 def _as_sent(body: JobCreate) -> Json:
-    """Kept with the job, to answer in the caller's own words."""
+    """Stored with the job, so that responses repeat the caller's own values."""
     return {"model": body.model, "hyperparameters": _hyperparameters(body).model_dump(exclude_none=True)}
 
 
 def _idempotency(request: CallerRequest, body: JobCreate) -> str:
-    """Names the submission. Clients send a POST again when its answer was lost, most of them without a key: then the
-    same body within ten minutes is the same job, as long as that job has not ended."""
+    """Identifies the submission. Clients repeat a POST when its response is lost, most of them without a key. Then the same
+    body within ten minutes means the same job, unless that job has ended."""
     key = request.headers.get("idempotency-key", "")
     if key:
         if not _KEY.fullmatch(key):
-            raise bad("An Idempotency-Key has 1 to 255 visible ASCII characters.", "idempotency-key")
+            raise bad("An Idempotency-Key must have 1 to 255 visible ASCII characters.", "idempotency-key")
         return f"key#{key}"
     text = json.dumps(body.model_dump(), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     window = int(time.time() // WINDOW_S)
     for key in (f"body#{digest}#{window - 1}", f"body#{digest}#{window}"):
-        # A chain: after a job that has ended, the same body may start another.
+        # A chain: once a job has ended, the same body may start another.
         while (job := _submitted(request.auth.owner, key)) is not None:
-            over = job.ended or job.desired == "cancel"  # as the caller sees it
-            if not over and time.time() - job.created_at < WINDOW_S:
+            ended = job.ended or job.desired == "cancel"  # as the caller sees it
+            if not ended and time.time() - job.created_at < WINDOW_S:
                 return key
             key += f"#{job.job_id}"
     return key
@@ -264,17 +274,17 @@ def _submitted(owner: str, key: str) -> Row | None:
     return tables.get(Row, owner, row.job_id) if row is not None and row.job_id else None
 
 
-# ---- answering ---------------------------------------------------------------------------------
+# ---- responses ---------------------------------------------------------------------------------
 
 
 def _find(owner: str, job_id: str) -> Row:
     try:
         return access.get_job_for(owner, job_id)
-    except access.NotFound as missing:
-        raise not_found("fine-tuning job") from missing
+    except access.NotFound as error:
+        raise not_found("fine-tuning job") from error
 
 
-def _ask(request: CallerRequest, job_id: str, desired: transitions.Desired) -> Json:
+def _set_desired(request: CallerRequest, job_id: str, desired: transitions.Desired) -> Json:
     _find(request.auth.owner, job_id)
     return show(transitions.ask(request.auth.owner, job_id, desired))
 
@@ -307,8 +317,8 @@ def show(job: Row) -> Json:
 
 
 def _status(job: Row) -> str:
-    """A job that is being cancelled shows as cancelled, as at OpenAI: a cancel is never taken back, and the worker hears
-    of it with its next heartbeat. What is stored stands under `llmtuner`. A success stored before it stays one."""
+    """A job that is being cancelled shows as cancelled, as at OpenAI: a cancel is never undone, and the worker learns of it
+    with its next heartbeat. The stored status is under `llmtuner`. A success that was stored first stays a success."""
     if job.desired == "cancel" and not job.ended:
         return "cancelled"
     return STATUS.get(job.status, job.status)
@@ -323,14 +333,15 @@ def _error(job: Row) -> Json | None:
 
 
 def _shown_hyperparameters(job: Row) -> Json:
-    """What was asked for; what automatic values became, once they are known."""
-    asked = (job.api or {}).get("hyperparameters", {})
+    """The requested values; automatic ones are resolved once they are known."""
+    requested = (job.api or {}).get("hyperparameters", {})
     resolved = (job.plan or {}).get("settings") or {}
-    values: Json = {"learning_rate_multiplier": asked.get("learning_rate_multiplier", "auto")}
+    values: Json = {"learning_rate_multiplier": requested.get("learning_rate_multiplier", "auto")}
     for theirs, ours in (("n_epochs", "epochs"), ("batch_size", "batch_size")):
-        given = job.settings.get(ours)
-        known = resolved.get(ours) if given in (None, "", "auto") else given
-        values[theirs] = max(1, round(float(known))) if known else "auto"
+        value = job.settings.get(ours)
+        if value in (None, "", "auto"):
+            value = resolved.get(ours)
+        values[theirs] = max(1, round(float(value))) if value else "auto"
     return values
 
 
@@ -373,12 +384,12 @@ def checkpoint_id(job: Row, step: int) -> str:
 
 
 def _checkpoint_names(job: Row) -> dict[int, str]:
-    """What each kept checkpoint is called, by its step. The last one is the model itself, as at OpenAI."""
+    """The name of each stored checkpoint, by step. The last one is the model itself, as at OpenAI."""
     names = {int(entry["step"]): f"{job.model_id}:ckpt-step-{entry['step']}" for entry in job.checkpoints}
     last = int((job.result or {}).get("step") or 0)
     if job.status == "succeeded" and last:
         model = tables.get(tables.TunedModel, job.owner, job.model_id)
-        if model is None or not model.deleted:  # made a moment after the job has ended
+        if model is None or not model.deleted:  # created a moment after the job ends
             names[last] = job.model_id
     return names
 

@@ -1,4 +1,4 @@
-"""`/models`: what one can generate with and train on: the studio's bases, and the models one has tuned."""
+"""`/models`: the models for generation and training: base models, and the caller's tuned models."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from training.plan import catalog
 
 router = Router(auth=READ)
 Json = dict[str, Any]
-ALL = 1_000_000  # the quota of models bounds them
+ALL = 1_000_000  # the model quota limits them
 
 
 def local_name(name: str) -> str:
-    """What the studio calls the model that a caller calls so: the operator maps OpenAI's names by BASE_MODEL_ALIASES.
-    Names that a person gave a model of their own are `tuned_models.get_for`'s."""
+    """Our name for a model, given the caller's: BASE_MODEL_ALIASES maps OpenAI's names. Aliases that users give to their own
+    models are resolved by `tuned_models.get_for`."""
     return str(settings.BASE_MODEL_ALIASES.get(name, name))
 
 
 def base_for_training(owner: str, name: str) -> str:
-    """The local base to train, or a 400 that says which there are and which setting maps foreign names. A model of the Hub
-    is checked the first time; one's own tuned models are bases too."""
+    """The base model to train, or a 400 that lists the choices and the setting that maps other names. A Hub model is checked
+    on first use. The caller's tuned models are base models too."""
     wanted = local_name(name)
     known = base_models.find(owner, wanted)
     if known is None and (model := tuned_models.named(owner, wanted)):
@@ -42,9 +42,9 @@ def base_for_training(owner: str, name: str) -> str:
             raise bad(str(refused), "model", "model_not_available") from refused
     listed = ", ".join(base.id for base in catalog.base_models())
     raise bad(
-        f"The base model '{name}' is not here. This studio trains: {listed}, your own tuned models, or a model of the "
-        f"Hugging Face Hub by its owner/name. To keep code unchanged, the operator maps names in the setting BASE_MODEL_ALIASES, for instance "
-        f"BASE_MODEL_ALIASES='{name}=gpt2'.",
+        f"There is no base model '{name}'. Available: {listed}, your own tuned models, and models on the Hugging Face Hub "
+        f"as owner/name. To keep client code unchanged, the administrator can map names with BASE_MODEL_ALIASES, for "
+        f"example BASE_MODEL_ALIASES='{name}=gpt2'.",
         "model",
         "model_not_available",
     )
@@ -52,7 +52,7 @@ def base_for_training(owner: str, name: str) -> str:
 
 @router.get("", response={200: Page[Model], 400: Error}, summary="List models")
 def list_models(request: CallerRequest, after: paging.After = None) -> Json:
-    """All bases and all tuned models, in one page as at OpenAI."""
+    """All base models and all tuned models, in one page as at OpenAI."""
     owner = request.auth.owner
     known = [_base(base) for base in (*catalog.base_models(), *base_models.from_hub(owner))]
     tuned = [_tuned(row) for row in access.list_models(owner, ALL)]
@@ -74,7 +74,7 @@ def retrieve_model(request: CallerRequest, model: str) -> Json:
 )
 def delete_model(request: CallerRequest, model: str) -> Json:
     if catalog.find(model) is not None:
-        raise bad("Base models come with the studio and cannot be deleted.", "model", "not_deletable")
+        raise bad("Base models cannot be deleted.", "model", "not_deletable")
     row = _find(request, model)
     tuned_models.delete(request.auth.owner, row.model_id)
     return {"id": model, "object": "model", "deleted": True}
@@ -83,18 +83,23 @@ def delete_model(request: CallerRequest, model: str) -> Json:
 def _find(request: CallerRequest, model: str) -> Any:
     try:
         return tuned_models.get_for(request.auth.owner, model)
-    except access.NotFound as missing:
-        raise not_found("model") from missing
+    except access.NotFound as error:
+        raise not_found("model") from error
 
 
 def _base(base: catalog.BaseModel | None) -> Json:
-    assert base is not None  # a row is put only with its facts
-    facts = {"kind": "base", "parameters": base.parameters, "context": base.context, "licence": base.licence}
-    return {"id": base.id, "object": "model", "created": 0, "owned_by": "llmtuner", "llmtuner": facts}
+    assert base is not None  # a row always has its snapshot
+    details = {
+        "kind": "base",
+        "parameters": base.parameters,
+        "context": base.context,
+        "licence": base.licence,
+    }
+    return {"id": base.id, "object": "model", "created": 0, "owned_by": "llmtuner", "llmtuner": details}
 
 
 def _tuned(row: Any) -> Json:
-    facts = {
+    details = {
         "kind": "tuned",
         "base": row.base,
         "job": row.job_id,
@@ -105,7 +110,7 @@ def _tuned(row: Any) -> Json:
         "fidelity": row.fidelity,
         "aliases": row.aliases,
     }
-    shown = {name: value for name, value in facts.items() if value not in (None, "", {}, [])}
+    shown = {name: value for name, value in details.items() if value not in (None, "", {}, [])}
     return {
         "id": row.model_id,
         "object": "model",

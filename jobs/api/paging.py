@@ -1,31 +1,28 @@
-"""Lists as OpenAI pages them: the same query again with `after=<last id>`, until `has_more` is false."""
+"""Pagination as at OpenAI: repeat the query with `after=<last id>` until `has_more` is false."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from ninja import Query
 from pydantic import Field
 
 from jobs.api.errors import ApiError, bad
 from jobs.store import tables
 from jobs.store.tables import Table
 
-After = Annotated[str | None, Field(max_length=400, description="The last id of the page before.")]
-Limit = Annotated[int, Query(20, ge=1, le=1000, description="How many at most.")]
+After = Annotated[str | None, Field(max_length=400, description="The last id of the previous page.")]
 
 
 def check_after(table: type[Table], owner: str, after: str | None) -> None:
-    """Refuses a cursor that is no id of the owner's. Rows that were deleted count: one may delete while one lists."""
+    """Refuses a cursor that is not an id of this owner. Deleted rows count, because a client may delete while it lists."""
     if after is None:
         return
-    known = after.isascii() and after and tables.get(table, owner, after)
-    if not known:
+    if not (after and after.isascii() and tables.get(table, owner, after)):
         raise _unknown(after)
 
 
 def rest(items: list[dict[str, Any]], after: str | None) -> list[dict[str, Any]]:
-    """What comes after this id in a list that is always read whole."""
+    """The items after this id, of a list that is always read completely."""
     if after is None:
         return items
     ids = [item["id"] for item in items]

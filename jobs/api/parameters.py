@@ -1,7 +1,7 @@
-"""What the two endpoints for text do with each parameter: one table, which refuses, and which docs/api.md shows.
+"""How the two generation endpoints treat each parameter: one table, which is enforced here and shown in docs/api.md.
 
-What changes the answer is honoured or refused by its name; what changes nothing is ignored. A name that stands in no
-row is refused as OpenAI refuses it, since nobody knows what it was meant to change.
+A parameter that would change the response is either supported or refused by name; one that would not is ignored. Unknown
+parameters are refused as OpenAI refuses them, because nobody knows what they were meant to change.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from jobs.api.errors import ApiError, bad
 
 Place = Literal["both", "chat", "completions", "message"]
-Treatment = Literal["honoured", "refused", "ignored"]
+Treatment = Literal["supported", "refused", "ignored"]
 
 
 @dataclass(frozen=True)
@@ -23,36 +23,51 @@ class Parameter:
     place: Place
     treatment: Treatment
     note: str = ""
-    neutral: tuple[Any, ...] = ()  # what a refused one may be, because it asks for nothing; None always may
+    neutral: tuple[Any, ...] = ()  # allowed values of a refused parameter: they change nothing, like None
 
 
 TABLE = [
-    Parameter("model", "both", "honoured"),
-    Parameter("messages", "chat", "honoured", "`content` as text or as parts of the type `text`"),
-    Parameter("prompt", "completions", "honoured", "a text, up to 128 texts, token ids, up to 128 lists of token ids"),
-    Parameter("max_tokens", "both", "honoured", "at most to the end of the context; 0 together with `echo` only scores the prompt"),
-    Parameter("max_completion_tokens", "chat", "honoured", "goes before `max_tokens`"),
-    Parameter("temperature", "both", "honoured", "0 to 2"),
-    Parameter("top_p", "both", "honoured", "0 to 1; 0 takes the likeliest token"),
-    Parameter("top_k", "both", "honoured", "0 or -1: all tokens"),
-    Parameter("min_p", "both", "honoured", "0 to 1: least probability of a token, as a part of the likeliest one's"),
-    Parameter("repetition_penalty", "both", "honoured", "above 0, to 2; 1: none"),
-    Parameter("n", "both", "honoured", "1 to 8"),
-    Parameter("best_of", "completions", "honoured", "only the value of `n`"),
-    Parameter("stop", "both", "honoured", "up to 16 texts; an empty one stops nothing"),
-    Parameter("seed", "both", "honoured"),
-    Parameter("stream stream_options", "both", "honoured"),
-    Parameter("logprobs", "both", "honoured", "chat: true or false; completions: 0 to 20"),
-    Parameter("top_logprobs", "chat", "honoured", "0 to 20; above 0 only with `logprobs`"),
-    Parameter("echo", "completions", "honoured"),
-    Parameter("llmtuner", "both", "honoured", "`top_k`, as above"),
+    Parameter("model", "both", "supported"),
+    Parameter("messages", "chat", "supported", "`content` as text, or as parts of type `text`"),
+    Parameter(
+        "prompt",
+        "completions",
+        "supported",
+        "a string, up to 128 strings, token ids, or up to 128 lists of token ids",
+    ),
+    Parameter(
+        "max_tokens",
+        "both",
+        "supported",
+        "at most to the end of the context; 0 with `echo` only scores the prompt",
+    ),
+    Parameter("max_completion_tokens", "chat", "supported", "takes precedence over `max_tokens`"),
+    Parameter("temperature", "both", "supported", "0 to 2"),
+    Parameter("top_p", "both", "supported", "0 to 1; 0 takes the most likely token"),
+    Parameter("top_k", "both", "supported", "0 or -1: all tokens"),
+    Parameter(
+        "min_p",
+        "both",
+        "supported",
+        "0 to 1: minimum probability of a token, relative to the most likely one",
+    ),
+    Parameter("repetition_penalty", "both", "supported", "0.01 to 2; 1: none"),
+    Parameter("n", "both", "supported", "1 to 8"),
+    Parameter("best_of", "completions", "supported", "must equal `n`"),
+    Parameter("stop", "both", "supported", "up to 16 strings; empty ones are ignored"),
+    Parameter("seed", "both", "supported"),
+    Parameter("stream stream_options", "both", "supported"),
+    Parameter("logprobs", "both", "supported", "chat: true or false; completions: 0 to 20"),
+    Parameter("top_logprobs", "chat", "supported", "0 to 20; above 0 only with `logprobs`"),
+    Parameter("echo", "completions", "supported"),
+    Parameter("llmtuner", "both", "supported", "`top_k`, as above"),
     Parameter("presence_penalty frequency_penalty", "both", "refused", "", (0,)),
     Parameter("logit_bias", "both", "refused", "", ({},)),
     Parameter("suffix", "completions", "refused", "", ("",)),
-    Parameter("response_format", "both", "refused", "but for `text`", ({"type": "text"}, {})),
+    Parameter("response_format", "both", "refused", "except `text`", ({"type": "text"}, {})),
     Parameter("tools functions", "both", "refused", "", ([],)),
     Parameter("tool_choice function_call", "both", "refused", "", ("none", "auto")),
-    Parameter("modalities", "both", "refused", "but for `text`", (["text"], [])),
+    Parameter("modalities", "both", "refused", "except `text`", (["text"], [])),
     Parameter("audio prediction web_search_options", "both", "refused"),
     Parameter("reasoning_effort", "both", "refused", "", ("none",)),
     Parameter("verbosity", "both", "refused", "", ("medium",)),
@@ -63,24 +78,34 @@ TABLE = [
     ),
     Parameter("user safety_identifier store metadata service_tier", "both", "ignored"),
     Parameter("prompt_cache_key prompt_cache_retention parallel_tool_calls", "both", "ignored"),
-    Parameter("role content", "message", "honoured", "system, developer, user, assistant; `content` is never null"),
+    Parameter(
+        "role content",
+        "message",
+        "supported",
+        "system, developer, user, assistant; `content` must not be null",
+    ),
     Parameter("name", "message", "refused", "", ("",)),
     Parameter("tool_calls", "message", "refused", "", ([],)),
     Parameter("function_call tool_call_id audio", "message", "refused"),
-    Parameter("refusal annotations weight", "message", "ignored", "a model's answer or a training row can be sent back"),
-]  # fmt: skip
+    Parameter(
+        "refusal annotations weight",
+        "message",
+        "ignored",
+        "so that a model's response or a training row can be sent back",
+    ),
+]
 ROWS: dict[tuple[str, str], Parameter] = {
     (place, name): row
     for row in TABLE
     for place in (["chat", "completions"] if row.place == "both" else [row.place])
     for name in row.names.split()
 }
-TOOLS_ARE_NOT = "Tools are not supported: leave out what they answered and the messages that called them."
+TOOLS_UNSUPPORTED = "Tools are not supported. Leave out tool results and the messages that called tools."
 
 
 def check(place: Literal["chat", "completions"], data: Any) -> None:
-    """Raises ApiError naming the first parameter that cannot be honoured, of a request as it came."""
-    data = getattr(data, "_obj", data)  # ninja wraps what it has validated
+    """Raises ApiError for the first parameter of a raw request that is not supported."""
+    data = getattr(data, "_obj", data)  # ninja wraps the data
     if not isinstance(data, Mapping):
         return
     _check(place, data, "")
@@ -90,15 +115,15 @@ def check(place: Literal["chat", "completions"], data: Any) -> None:
             _check_message(message, f"messages.{i}")
 
 
-def _check_message(message: Mapping[str, Any], where: str) -> None:
+def _check_message(message: Mapping[str, Any], path: str) -> None:
     if message.get("role") in ("tool", "function"):
-        raise bad(f"{where} has the role '{message['role']}'. {TOOLS_ARE_NOT}", f"{where}.role")
+        raise bad(f"{path} has the role '{message['role']}'. {TOOLS_UNSUPPORTED}", f"{path}.role")
     if "content" in message and message["content"] is None:
         raise bad(
-            f"{where}.content is null: a message without text, as one that calls a tool. {TOOLS_ARE_NOT}",
-            f"{where}.content",
+            f"{path}.content is null, as in a message that calls a tool. {TOOLS_UNSUPPORTED}",
+            f"{path}.content",
         )
-    _check("message", message, f"{where}.")
+    _check("message", message, f"{path}.")
 
 
 def _check(place: str, data: Mapping[str, Any], prefix: str) -> None:
@@ -115,11 +140,13 @@ def _check(place: str, data: Mapping[str, Any], prefix: str) -> None:
 
 
 def names(place: str, treatment: Treatment) -> set[str]:
-    return {name for (where, name), row in ROWS.items() if where == place and row.treatment == treatment}
+    return {
+        name for (row_place, name), row in ROWS.items() if row_place == place and row.treatment == treatment
+    }
 
 
 def as_markdown() -> str:
-    """The section of docs/api.md."""
+    """The table in docs/api.md."""
     places = {
         "both": "",
         "chat": "`/chat/completions`: ",
@@ -130,6 +157,6 @@ def as_markdown() -> str:
     for row in TABLE:
         shown = ", ".join(f"`{name}`" for name in row.names.split())
         allowed = [f"`{json.dumps(value)}`" for value in row.neutral] if not row.note else []
-        note = row.note or (f"but for {', '.join(allowed)}" if allowed else "")
+        note = row.note or (f"except {', '.join(allowed)}" if allowed else "")
         lines.append(f"| {places[row.place]}{shown} | {row.treatment} | {note} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The result file of a job: a CSV of its curve, made from its events whenever it is read, so nothing is stored twice."""
+"""A job's result file: a CSV of its metrics, generated from its events on request, so nothing is stored twice."""
 
 from __future__ import annotations
 
@@ -34,20 +34,8 @@ def content(owner: str, file_id: str) -> str:
     table.writerow(COLUMNS)
     for step in sorted(told.metrics.keys() | told.evals.keys()):
         metric, held_out = told.metrics.get(step, {}), told.evals.get(step, {})
-        table.writerow(
-            [
-                step,
-                *(
-                    _cell(row.get(name))
-                    for row, name in (
-                        (metric, "loss"),
-                        (metric, "accuracy"),
-                        (held_out, "loss"),
-                        (held_out, "accuracy"),
-                    )
-                ),
-            ]
-        )
+        values = [row.get(name) for row in (metric, held_out) for name in ("loss", "accuracy")]
+        table.writerow([step, *map(_cell, values)])
     return out.getvalue()
 
 
@@ -63,8 +51,8 @@ def describe(owner: str, file_id: str) -> Json:
 def list_files(owner: str, limit: int, after: str | None) -> tuple[list[Json], bool]:
     cursor = None
     if after is not None:
-        found = _ID.fullmatch(after)
-        cursor = f"ftjob-{found[1]}" if found else after
+        match = _ID.fullmatch(after)
+        cursor = f"ftjob-{match[1]}" if match else after
         paging.check_after(tables.Job, owner, cursor)
     jobs = access.list_jobs(owner, min(limit, 100), cursor, status="succeeded")
     return [show(job, len(content(owner, id_for(job.job_id)))) for job in jobs], jobs.has_more
@@ -82,18 +70,14 @@ def show(job: Any, size: int) -> Json:
     }
 
 
-def _has_results(job: Any) -> bool:
-    return bool(job.status == "succeeded")
-
-
 def _job(owner: str, file_id: str) -> Any:
-    found = _ID.fullmatch(file_id)
+    match = _ID.fullmatch(file_id)
     try:
-        if found is None:
+        if match is None:
             raise access.NotFound
-        job = access.get_job_for(owner, f"ftjob-{found[1]}")
-    except access.NotFound as missing:
-        raise not_found("File object") from missing
-    if not _has_results(job):
+        job = access.get_job_for(owner, f"ftjob-{match[1]}")
+    except access.NotFound as error:
+        raise not_found("File object") from error
+    if job.status != "succeeded":
         raise not_found("File object")
     return job

@@ -1,4 +1,4 @@
-"""The shapes of `/v1`: OpenAI's fields by OpenAI's names, and ours under `llmtuner`."""
+"""The schemas of `/v1`: OpenAI's fields under OpenAI's names, and ours under `llmtuner`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class Request(Schema):
-    """What callers send: strict about the types of what we know, silent about fields that only others know."""
+    """Request bodies: strict about the types of known fields; unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -117,8 +117,8 @@ class UploadPart(Schema):
 Auto = Literal["auto"]
 
 
-def _in_range(words: str) -> WrapValidator:
-    """Says the whole range where a number is outside of it; pydantic names only the bound that was passed."""
+def _in_range(range_: str) -> WrapValidator:
+    """Reports the whole range if a number is outside it; pydantic names only the bound that was exceeded."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -126,7 +126,7 @@ def _in_range(words: str) -> WrapValidator:
         except ValidationError as refused:
             if any(error["type"].endswith("_type") for error in refused.errors()):
                 raise
-            raise PydanticCustomError("out_of_range", f"Input should be {words}") from refused
+            raise PydanticCustomError("out_of_range", f"Input should be {range_}") from refused
 
     return WrapValidator(check)
 
@@ -137,9 +137,8 @@ Multiplier = Annotated[StrictFloat | StrictInt, Field(gt=0, le=1000), _in_range(
 
 
 class Hyperparameters(Request):
-    model_config = ConfigDict(
-        extra="forbid", allow_inf_nan=False
-    )  # a misspelt one must not be trained without
+    # A misspelled hyperparameter must be an error, not ignored.
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     n_epochs: Auto | Epochs | None = None
     batch_size: Auto | BatchSize | None = None
@@ -163,13 +162,13 @@ class JobCreate(Request):
     seed: Annotated[StrictInt, Field(ge=0, le=MAX_SEED)] | None = None
     metadata: dict[StrictStr, StrictStr] | None = None
     hyperparameters: Hyperparameters | None = Field(
-        None, description="Deprecated by OpenAI in favour of `method`."
+        None, description="Deprecated by OpenAI in favor of `method`."
     )
     method: Method | None = None
     integrations: list[Any] | None = None
     llmtuner: dict[str, Any] | None = Field(
         None,
-        description="Any setting of ours by its own name, for instance `adapter`, `lora_rank`, `sequence_length`.",
+        description="Our settings by their own names, for example `adapter`, `lora_rank` and `sequence_length`.",
     )
 
     @field_validator("metadata")
@@ -180,7 +179,7 @@ class JobCreate(Request):
         if len(pairs) > 16:
             raise ValueError("at most 16 pairs")
         if any(not 1 <= len(key) <= 64 or len(value) > 512 for key, value in pairs.items()):
-            raise ValueError("keys have 1 to 64 characters, values at most 512")
+            raise ValueError("keys must have 1 to 64 characters, and values at most 512")
         return pairs
 
 
@@ -205,6 +204,16 @@ class JobMethod(Schema):
     supervised: JobSupervised
 
 
+WARNINGS: dict[str, Any] = {  # JSON schema
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["title", "text"],
+        "properties": {"title": {"type": "string"}, "text": {"type": "string"}},
+    },
+}
+
+
 class Job(Schema):
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -227,7 +236,10 @@ class Job(Schema):
     method: JobMethod
     llmtuner: dict[str, Any] = Field(
         default={},
-        description="Name, phase, progress, latest metrics, estimate, verdict, fidelity, all settings.",
+        description="Name, phase, progress, latest metrics, estimate, verdict, `fidelity` (the export check), all "
+        "settings. A newly created job also has `warnings`, a list of `title` and `text`: the warnings that the form "
+        "shows. They do not stop the job.",
+        json_schema_extra={"properties": {"warnings": WARNINGS}},
     )
 
 
@@ -270,7 +282,7 @@ class Model(Schema):
     created: int
     owned_by: str
     llmtuner: dict[str, Any] = Field(
-        default={}, description="What we know of it: base, job, metrics, verdict, fidelity."
+        default={}, description="Details: base, job, metrics, verdict, `fidelity` (the export check)."
     )
 
 
@@ -291,7 +303,7 @@ MAX_PROMPTS = 128
 
 
 class Generation(Request):
-    """Only what is honoured. What else there is, and what becomes of it: `jobs.api.parameters`."""
+    """Supported fields only. `jobs.api.parameters` lists the others and how they are treated."""
 
     model: Annotated[StrictStr, Field(min_length=1, max_length=300)]
     temperature: Temperature | None = None
@@ -302,7 +314,7 @@ class Generation(Request):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     top_k: Annotated[StrictInt, Field(ge=-1, le=1_000_000)] | None = Field(
-        None, description="Sample from the k likeliest tokens only; 0 or -1: from all."
+        None, description="Sample only from the k most likely tokens; 0 or -1: from all."
     )
     min_p: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[StrictFloat | StrictInt, Field(ge=0.01, le=2)] | None = None
@@ -326,26 +338,30 @@ class CompletionCreate(Generation):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, data: Any) -> Any:
+    def _check_parameters(cls, data: Any) -> Any:
         parameters.check("completions", data)
         return data
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _one_of_four(cls, prompt: Any) -> Any:
-        """Before the union, whose errors would name four branches."""
+    def _check_prompt(cls, prompt: Any) -> Any:
+        """Runs before the union, whose errors would name four branches."""
         if isinstance(prompt, str):
             return prompt
         if not isinstance(prompt, list) or not prompt:
-            raise ValueError("give a text, a list of texts, token ids, or a list of lists of token ids")
+            raise ValueError(
+                "must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
+            )
         if type(prompt[0]) is int:
             if any(type(token_id) is not int for token_id in prompt):
-                raise ValueError("a prompt that begins with a token id has nothing but token ids")
+                raise ValueError("a prompt that starts with a token id must contain only token ids")
             return prompt
         if len(prompt) > MAX_PROMPTS:
-            raise ValueError(f"at most {MAX_PROMPTS} prompts in one request")
+            raise ValueError(f"at most {MAX_PROMPTS} prompts per request")
         if not all(isinstance(one, str) for one in prompt) and not all(map(_are_token_ids, prompt)):
-            raise ValueError("give a text, a list of texts, token ids, or a list of lists of token ids")
+            raise ValueError(
+                "must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
+            )
         return prompt
 
 
@@ -363,7 +379,7 @@ class Message(Request):
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
 
     def plain(self) -> dict[str, str]:
-        """The form training rows have. OpenAI renamed system to developer; templates know only system."""
+        """In the format of training rows. OpenAI renamed system to developer; chat templates know only system."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -377,7 +393,7 @@ class ChatCreate(Generation):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, data: Any) -> Any:
+    def _check_parameters(cls, data: Any) -> Any:
         parameters.check("chat", data)
         return data
 
@@ -466,7 +482,7 @@ class WebhookEndpoint(Schema):
     event_types: list[str]
     signing_secret_hint: str | None = None
     llmtuner: dict[str, Any] = Field(
-        default={}, description="Whether it is active, and what came of the last notice."
+        default={}, description="Whether it is active, and the result of the last delivery."
     )
 
 

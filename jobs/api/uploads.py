@@ -1,4 +1,4 @@
-"""`/uploads`: a large file in parts, each sent again as often as it takes, put together at the end."""
+"""`/uploads`: large files in parts. Each part can be sent again, and the last call assembles the file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from django.conf import settings
-from ninja import File as Part
-from ninja import Router, UploadedFile
+from ninja import FileEx, P, Router, UploadedFile
 
 from jobs.api import files
 from jobs.api.caller import WRITE, CallerRequest
@@ -24,16 +23,16 @@ Json = dict[str, Any]
 LIFETIME_S = 3600
 MAX_PARTS = 10_000
 MAX_PART = 64 * 1024 * 1024
-MAX_OPEN = 20  # uploads of one person at a time: their parts count towards no other quota
+MAX_OPEN = 20  # open uploads per user, whose parts count toward no other quota
 
 
-@router.post("", response={200: Upload, 400: Error}, summary="Begin an upload in parts")
+@router.post("", response={200: Upload, 400: Error}, summary="Create an upload")
 def create_upload(request: CallerRequest, body: UploadCreate) -> Json:
     files.check_purpose(body.purpose)
     files.check_name(body.filename)
     limit = int(settings.JOBS["max_upload_bytes"])
     if body.bytes > limit:
-        raise bad(f"A file may have at most {limit:,} bytes here.", "bytes", "file_too_large")
+        raise bad(f"A file may have at most {limit:,} bytes.", "bytes", "file_too_large")
     owner = request.auth.owner
     if sum(_status(row) == "pending" for row in tables.rows(Row, owner)) >= MAX_OPEN:
         raise quotas.OverQuota(f"You have {MAX_OPEN} open uploads. Complete or cancel one first.")
@@ -47,67 +46,69 @@ def create_upload(request: CallerRequest, body: UploadCreate) -> Json:
         keep_s=body.expires_after.seconds if body.expires_after else None,
         expires_at=time.time() + LIFETIME_S,
     )
-    outbox.put("delete", owner, row.upload_id)  # the parts, also of an upload that nobody comes back to
+    outbox.put("delete", owner, row.upload_id)  # deletes the parts even if the upload is abandoned
     quotas.reserve(owner, row.upload_id, body.bytes)
     tables.put_new(row)
     return show(row)
 
 
-@router.post("/{upload_id}/parts", response={200: UploadPart, 400: Error, 404: Error}, summary="Send a part")
+@router.post("/{upload_id}/parts", response={200: UploadPart, 400: Error, 404: Error}, summary="Add a part")
 def add_part(
     request: CallerRequest,
     upload_id: str,
-    data: UploadedFile = Part(..., description="The bytes, at most 64 MB"),  # noqa: B008  ninja's way
+    data: FileEx[UploadedFile, P(description="The bytes, at most 64 MB")],
 ) -> Json:
     row = _pending(request, upload_id)
     size = data.size or 0
     if not 0 < size <= MAX_PART:
-        raise bad("A part has 1 byte to 64 MB.", "data")
-    taken = sum(bytes_of(part) for part in row.part_ids or ())
-    # Twice, because a part whose answer was lost is sent again under a new id.
-    if taken + size > 2 * row.bytes or len(row.part_ids or ()) >= MAX_PARTS:
-        raise bad("The parts are larger than the upload was announced.", "data", "too_many_bytes")
+        raise bad("A part must have 1 byte to 64 MB.", "data")
+    received = sum(bytes_of(part) for part in row.part_ids or ())
+    # Twice the size, because a part whose response was lost is sent again under a new id.
+    if received + size > 2 * row.bytes or len(row.part_ids or ()) >= MAX_PARTS:
+        raise bad("The parts exceed the declared size of the upload.", "data", "too_many_bytes")
     part_id = tables.new_id("part")
     blobs.put_file(_key(row, part_id), data)
     entry = {f"{part_id}:{size}"}
-    kept = tables.update(
+    added = tables.update(
         row,
         [Row.part_ids.add(entry)],
         Row.status == "pending",
-        lambda found: entry <= (found.part_ids or set()),
+        lambda stored: entry <= (stored.part_ids or set()),
     )
-    if kept is None:
+    if added is None:
         blobs.delete_prefix(_key(row, part_id))
         raise bad("This upload is no longer open.", "upload_id", "upload_not_pending")
     return {"id": part_id, "object": "upload.part", "created_at": int(time.time()), "upload_id": upload_id}
 
 
 @router.post(
-    "/{upload_id}/complete", response={200: Upload, 400: Error, 404: Error}, summary="Put the parts together"
+    "/{upload_id}/complete", response={200: Upload, 400: Error, 404: Error}, summary="Complete an upload"
 )
 def complete_upload(request: CallerRequest, upload_id: str, body: UploadComplete) -> Json:
     row = _find(request, upload_id)
-    if row.status == "completed":  # asked twice: the first answer got lost
+    if row.status == "completed":  # a repeated request: the first response was lost
         return show(row, _dataset(row))
     row = _pending(request, upload_id)
     sizes = {part.rpartition(":")[0]: bytes_of(part) for part in row.part_ids or ()}
     unknown = [part for part in body.part_ids if part not in sizes]
     if unknown or len(set(body.part_ids)) != len(body.part_ids):
-        raise bad("Each part id must be one of this upload's, and stand once.", "part_ids", "unknown_part")
+        raise bad(
+            "Each part id must belong to this upload and may appear only once.", "part_ids", "unknown_part"
+        )
     total = sum(sizes[part] for part in body.part_ids)
     if total != row.bytes:
         raise bad(
-            f"The parts have {total:,} bytes together, {int(row.bytes):,} were announced.",
+            f"The parts have {total:,} bytes in total, but the upload declared {int(row.bytes):,}.",
             "part_ids",
             "wrong_size",
         )
     if body.md5 and body.md5.lower() != _md5(row, body.part_ids):
-        raise bad("The md5 of the parts put together is another one.", "md5", "checksum_mismatch")
-    # Whoever sets `completing` puts the parts together; a second request at the same time finds it taken.
+        raise bad("The md5 does not match the assembled file.", "md5", "checksum_mismatch")
+    # The request that sets `completing` assembles the file; a concurrent one fails here.
     claimed = tables.update(row, [Row.status.set("completing")], Row.status == "pending")
     if claimed is None:
         raise ApiError(
-            503, "This upload is being completed by another request. Ask again.", code="busy", retry_after=1
+            503, "Another request is completing this upload. Try again.", code="busy", retry_after=1
         )
     try:
         dataset = datasets.receive(
@@ -121,16 +122,18 @@ def complete_upload(request: CallerRequest, upload_id: str, body: UploadComplete
     except BaseException:
         tables.update(claimed, [Row.status.set("pending")], Row.status == "completing")
         raise
-    done = tables.update(
-        claimed, [Row.status.set("completed"), Row.dataset_id.set(dataset.dataset_id)], Row.status == "completing",
-        lambda found: found.dataset_id == dataset.dataset_id,
-    )  # fmt: skip
+    completed = tables.update(
+        claimed,
+        [Row.status.set("completed"), Row.dataset_id.set(dataset.dataset_id)],
+        Row.status == "completing",
+        lambda stored: stored.dataset_id == dataset.dataset_id,
+    )
     multipart.drop(row)
-    return show(done or claimed, dataset)
+    return show(completed or claimed, dataset)
 
 
 @router.post(
-    "/{upload_id}/cancel", response={200: Upload, 400: Error, 404: Error}, summary="Give an upload up"
+    "/{upload_id}/cancel", response={200: Upload, 400: Error, 404: Error}, summary="Cancel an upload"
 )
 def cancel_upload(request: CallerRequest, upload_id: str) -> Json:
     row = _find(request, upload_id)
@@ -138,7 +141,10 @@ def cancel_upload(request: CallerRequest, upload_id: str) -> Json:
         return show(row)
     row = _pending(request, upload_id)
     cancelled = tables.update(
-        row, [Row.status.set("cancelled")], Row.status == "pending", lambda found: found.status == "cancelled"
+        row,
+        [Row.status.set("cancelled")],
+        Row.status == "pending",
+        lambda stored: stored.status == "cancelled",
     )
     if cancelled is None:
         raise bad("This upload is no longer open.", "upload_id", "upload_not_pending")
@@ -186,9 +192,9 @@ def _bytes(row: Row, part_ids: list[str]) -> Iterator[bytes]:
 
 
 def _md5(row: Row, part_ids: list[str]) -> str:
-    digest = hashlib.md5(usedforsecurity=False)  # what the caller's field is; the store checks sha256
-    for piece in _bytes(row, part_ids):
-        digest.update(piece)
+    digest = hashlib.md5(usedforsecurity=False)  # as the API defines it; the store checks SHA-256
+    for chunk in _bytes(row, part_ids):
+        digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""`/webhook_endpoints`: where a person's jobs tell of their ends, by the client's own `webhooks` calls."""
+"""`/webhook_endpoints`: the URLs that are notified when the caller's jobs end."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Json = dict[str, Any]
 
 @router.post("", response={200: WebhookWithSecret, 400: Error}, auth=WRITE, summary="Add a webhook")
 def create_webhook(request: CallerRequest, body: WebhookCreate) -> Json:
-    """The secret is shown here only. Events that this studio does not have are refused."""
-    foreign = [event for event in body.event_types if event not in webhooks.EVENT_TYPES]
-    if foreign:
+    """The secret is returned only here. Unknown event types are refused."""
+    unknown = [event for event in body.event_types if event not in webhooks.EVENT_TYPES]
+    if unknown:
         raise bad(
-            f"There is no event '{foreign[0]}' here; there are: {', '.join(webhooks.EVENT_TYPES)}.",
+            f"There is no event type '{unknown[0]}'. Available: {', '.join(webhooks.EVENT_TYPES)}.",
             "event_types",
         )
     try:

@@ -11,6 +11,7 @@ from jobs.datasets import reports
 from jobs.formatting import count, size
 from jobs.forms import NewJobForm, Setting, preset_of, rows, settings_from, shown, with_preset
 from jobs.lifecycle import estimates
+from jobs.lifecycle import warnings as job_warnings
 from jobs.lifecycle.transitions import JobRequest
 from jobs.registry import base_models, hub_models
 from jobs.store import access
@@ -21,7 +22,7 @@ from training.plan import catalog
 from training.plan.auto_settings import PRESETS, resolve
 from training.plan.catalog import BaseModel, gib
 from training.plan.config import FIELDS, Settings, current_names
-from training.plan.warnings import Planned, Warning, warnings
+from training.plan.warnings import Planned
 
 MAX_PROMPTS = 3  # sample prompts, answered at every evaluation
 MAX_OPEN_GROUP = 5  # a group with more base models than this starts collapsed
@@ -189,7 +190,7 @@ class JobForm:
             "base": _base_details(base, machine) if base else None,
             "machine": machine,
         }
-        plan = {"estimate": estimate, "warnings": _warnings(self.dataset, planned)}
+        plan = {"estimate": estimate, "warnings": job_warnings.for_plan(self.dataset, planned)}
         return data | model | plan | self._settings_context(basic, advanced) | self._fields_context()
 
     def _fields_context(self) -> dict[str, Any]:
@@ -352,18 +353,6 @@ def _choice(base: BaseModel, machine: catalog.Machine, adapter: str, chosen: str
     if not fit.fits and adapter == "none" and catalog.fits(base, machine, "lora").fits:
         label, tone = "LoRA only", "text-warning"
     return {"model": base, "label": label, "tone": tone, "why": fit.why, "chosen": base.id == chosen}
-
-
-def _warnings(dataset: Dataset | None, planned: Planned | None) -> list[Warning]:
-    result = []
-    if dataset and dataset.status in ("receiving", "checking"):
-        result.append(
-            Warning(
-                "This dataset is still being checked",
-                "You can start now. The job waits for the check and fails if the file is rejected.",
-            )
-        )
-    return result + (warnings(planned) if planned else [])
 
 
 @lru_cache(maxsize=200)

@@ -148,7 +148,7 @@ def test_a_person_who_says_no_is_told_so(db, google: Google, page: Client):
     leaving = page.post("/accounts/google/login/")
     state = parse_qs(urlsplit(leaving.headers["Location"]).query)["state"][0]
     answer = page.get(f"/accounts/google/login/callback/?error=access_denied&state={state}", follow=True)
-    assert "Google sign-in was canceled" in answer.content.decode()
+    assert "Sign-in cancelled" in answer.content.decode()
     assert not is_signed_in(page)
 
 

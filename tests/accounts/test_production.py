@@ -146,7 +146,7 @@ def test_bin_up_says_why_it_does_not_start_a_production_of_embedded_stores(tmp_p
     environment |= SAFE | {"VAR_DIR": str(tmp_path)}
     del environment["REDIS_URL"]
     found = subprocess.run(
-        [sys.executable, "-m", "llmtuner.studio"],
+        [sys.executable, "-m", "llmtuner.local_stack"],
         cwd=services.ROOT,
         env=environment,
         capture_output=True,
@@ -161,8 +161,8 @@ def test_bin_up_says_why_it_does_not_start_a_production_of_embedded_stores(tmp_p
 def test_a_clone_starts_with_no_environment_and_keeps_its_secret(tmp_path: Path):
     from llmtuner import env
 
-    first = env.kept_secret(tmp_path / "secret-key")
-    assert env.kept_secret(tmp_path / "secret-key") == first
+    first = env.stored_secret(tmp_path / "secret-key")
+    assert env.stored_secret(tmp_path / "secret-key") == first
     assert len(first) > 50
     assert (tmp_path / "secret-key").stat().st_mode & 0o077 == 0
     assert [path.name for path in tmp_path.iterdir()] == ["secret-key"]

@@ -159,14 +159,13 @@ async def test_who_leaves_frees_the_place_and_who_comes_too_late_is_told_when_to
 
 
 async def test_two_webs_and_two_workers_share_one_queue(generating: Any, people: dict[str, Person]):
-    from llmtuner.studio import worker_argv
     from tests.conftest import Studio
     from tests.services import free_port
 
     other = Studio(f"http://localhost:{free_port()}", generating.folder / "other")
     other.folder.mkdir(exist_ok=True)
     other.start_web()
-    other.start("second", *worker_argv("inference"))
+    other.start("second", "llmtuner", "worker", "inference")
     try:
         async with many(generating.url, people["alice"]) as one, many(other.url, people["alice"]) as two:
 

@@ -24,7 +24,7 @@ from django.test import Client
 from jobs.datasets import datasets
 from jobs.store import access, blobs, quotas, tables
 from jobs.store.tables import Upload
-from llmtuner import bounded
+from llmtuner import body_limit
 from tests.api.conftest import Person, make_person
 from tests.jobs.makers import make_owner
 
@@ -214,7 +214,7 @@ def test_a_part_of_unknown_length_is_read_and_bounded(door: Door) -> None:
     kept = tables.get(Upload, door.dora.owner, upload.upload_id)
     assert kept is not None
     assert kept.part_ids == {f"{told['id']}:{len(GOOD)}"}
-    data = part('name="data"; filename="part"', bytes(bounded.MAX_PART + bounded.FORM_EXTRA))
+    data = part('name="data"; filename="part"', bytes(body_limit.MAX_PART + body_limit.FORM_EXTRA))
     status, told = door.send(in_chunks(data, 1 << 20), headers=CHUNKED, path=path)
     assert status == 413
     assert b"request_too_large" in told

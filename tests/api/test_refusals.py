@@ -22,7 +22,7 @@ from django.test import Client
 from django.test.client import encode_multipart
 
 from jobs.api import uploads
-from llmtuner import bounded
+from llmtuner import body_limit
 from tests.api.conftest import Person, client_of, rows
 
 pytestmark = pytest.mark.usefixtures("web")
@@ -308,7 +308,7 @@ def test_one_person_sends_a_few_files_at_once(web: Any, people: dict[str, Person
 
 def test_a_place_is_free_once_the_answer_is_there(web: Any, people: dict[str, Person]):
     """As many lanes as places, each sending its next part the moment the last one is answered."""
-    page, part = Client(), bytes(bounded.MAX_BODY + 1)  # a large one just so
+    page, part = Client(), bytes(body_limit.MAX_BODY + 1)  # a large one just so
     page.force_login(people["alice"].user)
     headers = {"Cookie": f"session={page.cookies['session'].value}"}
 
@@ -327,7 +327,7 @@ def test_a_place_is_free_once_the_answer_is_there(web: Any, people: dict[str, Pe
 
 def test_a_large_file_of_somebody_known_is_taken(client: openai.OpenAI, web: Any, people: dict[str, Person]):
     data = rows(100_000)
-    assert len(data) > bounded.MAX_BODY
+    assert len(data) > body_limit.MAX_BODY
     file = client.files.create(file=("large.jsonl", data), purpose="fine-tune")
     assert file.bytes == len(data)
     client.files.delete(file.id)

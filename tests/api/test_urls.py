@@ -43,7 +43,7 @@ def refusal(method: str, path: str, headers: dict[str, str], status: int = 404) 
         ("GET", "/v1/engines", "/v1/models"),
         ("POST", "/v1/edits", "/v1/chat/completions"),
         ("POST", "/v1/responses", "/v1/chat/completions"),
-        ("POST", "/v1/embeddings", "no embeddings"),
+        ("POST", "/v1/embeddings", "Embeddings are not supported"),
         ("POST", "/v1/images/generations", "text"),
         ("POST", "/v1/batches", "batch"),
     ],

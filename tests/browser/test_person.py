@@ -47,7 +47,7 @@ def test_from_signing_up_to_the_model_elsewhere(
     page.fill("input[name=email]", email)
     page.fill("input[name=password1]", PASSWORD)
     page.click("main form button:not([type=button])")
-    page.get_by_text("You can sign in now").wait_for()
+    page.get_by_text("You can now sign in").wait_for()
     page.fill("input[name=login]", email)
     page.fill("input[name=password]", PASSWORD)
     page.click("main form button:not([type=button])")

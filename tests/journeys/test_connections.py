@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmtuner.processes import allow_open_files
+from llmtuner.processes import raise_open_files_limit
 from tests.journeys.conftest import browser_of
 from tests.journeys.makers import make_job
 
@@ -58,7 +58,7 @@ def dripped_on(s: socket.socket, more: bytes = b"x") -> bool:
 
 def test_thousands_of_half_requests_end_while_others_are_served(start_web: Any):
     """More than web serves at once (4,000), each kept alive by a byte now and then, with the default limits."""
-    allow_open_files()
+    raise_open_files_limit()
     port = start_web(WEB_MAX_CONNECTIONS_PER_ADDRESS="0")
     slow = [connect(port, HALF) for _ in range(4100)]
     deadline = time.monotonic() + LONGEST_S

@@ -75,7 +75,7 @@ def test_what_is_away_is_called_unreachable(start_web: Callable[..., int], s3: s
     assert (status, json.loads(body)["error"]["code"], headers["Retry-After"]) == (503, "unavailable", "5")
     status, body, _ = get(port, "/jobs/", Cookie="session=abcdefghijklmnopqrstuvwxyz123456")
     assert status == 503
-    assert "not reachable" in body
+    assert "Part of the service is unavailable" in body
     assert get(port, "/jobs/ftjob-1/stream", Cookie="session=abcdefghijklmnopqrstuvwxyz123456")[0] == 503
 
 
@@ -101,7 +101,7 @@ def test_what_is_wrong_is_called_misconfigured(
     assert "Retry-After" not in headers
     status, body, _ = get(port, "/jobs/", Cookie="session=abcdefghijklmnopqrstuvwxyz123456")
     assert status == 503
-    assert "set up incorrectly" in body
+    assert "Part of the service is misconfigured" in body
 
 
 def test_a_bucket_that_does_not_exist_is_misconfigured(start_web: Callable[..., int], s3: services.Service):

@@ -13,7 +13,7 @@ from django.urls import URLPattern, URLResolver, get_resolver, reverse
 from accounts import api_keys
 from accounts.models import User
 from jobs.forms import NewJobForm
-from llmtuner.bounded import bounded
+from llmtuner.body_limit import limit_body
 from tests.factories import PASSWORD
 from tests.journeys.conftest import browser_of, make_person
 from tests.journeys.makers import make_dataset, make_job, make_model
@@ -177,7 +177,7 @@ def test_a_declared_length_beyond_all_numbers_is_refused() -> None:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await bounded(app)(scope, None, send)  # type: ignore[arg-type]
+        await limit_body(app)(scope, None, send)  # type: ignore[arg-type]
         return int(sent[0]["status"])
 
     assert asyncio.run(ask(LONG)) == 413

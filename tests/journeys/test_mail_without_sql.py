@@ -57,15 +57,9 @@ def workers(stores, folder, monkeypatch, mail_server) -> Iterator[Studio]:
     monkeypatch.setenv("EMAIL_URL", f"smtp://127.0.0.1:{mail_server.server_address[1]}")
     studio = Studio(os.environ["PUBLIC_URL"], folder)
     for queue in ("checks", "notifications"):
-        studio.start(f"{queue}-without-sql", *argv(queue))
+        studio.start(f"{queue}-without-sql", "llmtuner", "worker", queue)
     yield studio
     studio.stop()
-
-
-def argv(queue: str) -> list[str]:
-    from llmtuner.studio import worker_argv
-
-    return worker_argv(queue)
 
 
 def wait(studio: Studio, is_so) -> None:

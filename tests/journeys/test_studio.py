@@ -61,7 +61,7 @@ class House:
     def start(self) -> None:
         with (self.folder / "up.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "llmtuner.studio", "--no-sample"],
+                [sys.executable, "-m", "llmtuner.local_stack", "--no-sample"],
                 cwd=services.ROOT,
                 env=self.env,
                 stdout=log,
@@ -153,7 +153,7 @@ def test_after_kill_9_of_everything_all_is_there_and_the_running_job_goes_on(hou
 def test_a_taken_port_is_told_clearly(house: House, redis: services.Service):
     house.env["REDIS_PORT"] = str(redis.port)
     answer = subprocess.run(
-        [sys.executable, "-m", "llmtuner.studio"],
+        [sys.executable, "-m", "llmtuner.local_stack"],
         cwd=services.ROOT,
         env=house.env,
         capture_output=True,
@@ -161,7 +161,7 @@ def test_a_taken_port_is_told_clearly(house: House, redis: services.Service):
         check=False,
     )
     assert answer.returncode == 1
-    assert f"Port {redis.port} is taken" in answer.stderr
+    assert f"Another program uses port {redis.port}" in answer.stderr
     assert "REDIS_PORT=" in answer.stderr
 
 

@@ -51,7 +51,7 @@ def damage(folder: Path) -> None:
 
 def studio_command(house: House, **environment: str) -> dict[str, Any]:
     return {
-        "args": [sys.executable, "-m", "llmtuner.studio", "--no-sample"],
+        "args": [sys.executable, "-m", "llmtuner.local_stack", "--no-sample"],
         "cwd": services.ROOT,
         "env": house.env | environment,
         "umask": 0o022,
@@ -159,7 +159,7 @@ def as_nobody(work: Callable[[], Any]) -> Any:
 
 def test_of_two_started_at_the_same_moment_one_runs_and_the_other_says_so(house: Started):
     assert house.process
-    assert f"Another bin/up already runs in {house.var}: process {house.process.pid}" in house.refused
+    assert f"Another bin/up is already running in {house.var}: process {house.process.pid}" in house.refused
     assert "Traceback" not in house.refused
     assert house.status() == 200
 
@@ -322,6 +322,6 @@ def test_a_folder_that_cannot_be_written_gets_a_sentence(tmp_path: Path):
     finally:
         (tmp_path / "var").chmod(0o755)
     assert done.returncode == 1
-    assert f"Nothing can be written to {tmp_path / 'var'} (Permission denied)" in done.stderr
+    assert f"Cannot write to {tmp_path / 'var'} (Permission denied)" in done.stderr
     assert "VAR_DIR=" in done.stderr
     assert "Traceback" not in done.stderr

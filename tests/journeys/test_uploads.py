@@ -279,7 +279,7 @@ def test_only_the_page_that_sends_them_may_speak_to_the_bucket(alices: Client, b
 
 
 def test_a_part_passes_the_outer_door_and_needs_the_pages_token(alice: User) -> None:
-    from llmtuner.bounded import MAX_BODY, limit_of
+    from llmtuner.body_limit import MAX_BODY, limit_of
 
     assert limit_of("/datasets/uploads/upload-1/parts/3/", "application/octet-stream") == 5 << 20
     assert limit_of("/datasets/uploads/upload-1/complete/", "application/octet-stream") == MAX_BODY

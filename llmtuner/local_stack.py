@@ -1,11 +1,11 @@
-"""The whole studio on one machine: `bin/up`.
+"""Everything on one machine: `bin/up`.
 
-Starts Redis, the embedded DynamoDB, the web server and the workers under supervisor (which restarts what dies), makes
-the tables and the owner's account, fine-tunes the bundled sample once through the same door as everybody, and keeps
-serving until Ctrl-C. `--check` does all that and stops again, exit 0 if every part of it worked.
+Starts Redis, the embedded DynamoDB, the web server and the workers under supervisor (which restarts what dies), creates
+the tables and the owner's account, fine-tunes the bundled sample once as an ordinary job, and keeps serving until
+Ctrl-C. `--check` does the same and then stops, with exit code 0 if everything worked.
 
-Every process is a child that dies with its parent, so nothing outlives a `kill -9` of the studio. What is configured
-elsewhere (DYNAMODB_ENDPOINT, REDIS_URL) isn't started here. One studio runs in a folder at a time: see `lock`.
+Every process is a child that dies with its parent, so nothing survives a `kill -9` of bin/up. Stores that are configured
+elsewhere (DYNAMODB_ENDPOINT, REDIS_URL) are not started here. Only one bin/up runs in a folder at a time: see `lock`.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from typing import IO, Any
 import redis
 from supervisor.xmlrpc import SupervisorTransport
 
-from llmtuner.env import kept_secret
+from llmtuner.env import stored_secret
 from llmtuner.processes import QUEUES
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / ".tools"
-STOP_WORKERS_S = 45  # a worker checkpoints and gives its job back within 30 s
+STOP_WORKERS_S = 45  # a worker writes a checkpoint and releases its job within 30 s
 
 
-class Trouble(Exception):
-    """Something a person must mend; the message says what."""
+class StartupError(Exception):
+    """Something that a person must fix; the message says what."""
 
 
-# ---- what runs -----------------------------------------------------------------------------------------------------
+# ---- processes -----------------------------------------------------------------------------------------------------
 
 
 def programs() -> Iterator[tuple[str, int, list[str], int]]:
-    """(name, priority, argv, seconds to stop) in the order of starting; supervisor stops in reverse."""
+    """(name, priority, argv, seconds to stop) in start order; supervisor stops them in reverse."""
     var = os.environ["VAR_DIR"]
     if "LLMTUNER_OWN_REDIS" in os.environ:
         yield "redis", 1, [str(TOOLS / "redis-server"), f"{var}/redis/redis.conf"], 10
@@ -64,18 +64,18 @@ def programs() -> Iterator[tuple[str, int, list[str], int]]:
         yield queue, 20, [sys.executable, "-m", "llmtuner", "worker", queue], STOP_WORKERS_S
 
 
-def dying_with_parent() -> list[str]:
-    """What stands before a command so that it dies with its parent, also when that is killed. setpriv belongs to
+def die_with_parent_prefix() -> list[str]:
+    """Put before a command, this makes it die with its parent, even if the parent is killed. setpriv is part of
     util-linux, which every Debian has."""
     return ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
 
 
 def write_configuration(var: Path) -> Path:
-    """supervisord.conf and redis.conf; both are written anew at each start."""
+    """Writes supervisord.conf and redis.conf, at every start."""
     write_redis_configuration(var)
     logs = var / "logs"
     logs.mkdir(exist_ok=True)
-    parts = [
+    lines = [
         "[supervisord]",
         f"logfile={logs}/supervisord.log",
         f"pidfile={var}/supervisord.pid",
@@ -88,11 +88,10 @@ def write_configuration(var: Path) -> Path:
         "supervisor.rpcinterface_factory = supervisor.rpcinterface:make_main_rpcinterface",
     ]
     for name, priority, argv, stop_s in programs():
-        words = (
-            word.replace("%", "%%") for word in [*dying_with_parent(), *argv]
-        )  # supervisor expands %(name)s
-        command = " ".join(f'"{word}"' if " " in word else word for word in words)
-        parts += [
+        # supervisor expands %(name)s
+        escaped = [argument.replace("%", "%%") for argument in [*die_with_parent_prefix(), *argv]]
+        command = " ".join(f'"{argument}"' if " " in argument else argument for argument in escaped)
+        lines += [
             f"[program:{name}]",
             f"command={command}",
             f"directory={ROOT}",
@@ -109,7 +108,7 @@ def write_configuration(var: Path) -> Path:
             "stdout_logfile_backups=2",
         ]
     path = var / "supervisord.conf"
-    path.write_text("\n".join(parts) + "\n")
+    path.write_text("\n".join(lines) + "\n")
     path.chmod(0o600)
     return path
 
@@ -119,28 +118,28 @@ def write_redis_configuration(var: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "redis.conf").write_text(
         f'bind 127.0.0.1\nport {os.environ["REDIS_PORT"]}\ndir {folder}\nappendonly yes\nsave ""\n'
-        f"requirepass {kept_secret(var / 'redis-password')}\n"
+        f"requirepass {stored_secret(var / 'redis-password')}\n"
     )
     (folder / "redis.conf").chmod(0o600)
 
 
 def socket_path(var: Path) -> Path:
-    """Unix socket paths end at 107 bytes, so a deep folder gets one in the temporary folder."""
+    """Unix socket paths are limited to 107 bytes, so for a deep folder the socket is in the temporary folder."""
     path = var / "supervisor.sock"
     if len(str(path).encode()) < 100:
         return path
-    return Path("/tmp") / f"llmtuner-{os.getuid()}-{abs(hash(str(var)))}.sock"  # noqa: S108  0700, made by supervisor
+    return Path("/tmp") / f"llmtuner-{os.getuid()}-{abs(hash(str(var)))}.sock"  # noqa: S108  supervisor creates it with mode 0700
 
 
-# ---- starting and stopping -----------------------------------------------------------------------------------------
+# ---- start and stop -----------------------------------------------------------------------------------------
 
 
 class Supervisor:
-    """supervisord as a child process, spoken to over its unix socket."""
+    """supervisord as a child process, controlled over its Unix socket."""
 
     def __init__(self, configuration: Path, var: Path) -> None:
         argv = [
-            *dying_with_parent(),
+            *die_with_parent_prefix(),
             sys.executable,
             "-m",
             "llmtuner.supervisord",
@@ -148,7 +147,7 @@ class Supervisor:
             str(configuration),
             "-n",
         ]
-        # A session of its own, so that Ctrl-C reaches only us and the stop is in our order.
+        # In its own session, so that Ctrl-C reaches only this process, which stops the others in order.
         self.process = subprocess.Popen(argv, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
         self.socket = socket_path(var)
         self.names = [name for name, *_ in programs()]
@@ -161,14 +160,16 @@ class Supervisor:
 
     @property
     def rpc(self) -> Any:
-        """A connection of its own for each call: a broken one would stay broken."""
+        """A new connection for each call: a broken one would stay broken."""
         transport = SupervisorTransport(None, None, f"unix://{self.socket}")
         return xmlrpc.client.ServerProxy("http://127.0.0.1", transport).supervisor
 
     def is_up(self) -> bool:
         try:
-            # The socket may be another one's: what it runs is not ours to start or stop.
-            return self.rpc.getPID() == self.process.pid and self.rpc.getState()["statename"] == "RUNNING"
+            # The socket may belong to another supervisord, whose processes are not ours to start or stop.
+            return bool(
+                self.rpc.getPID() == self.process.pid and self.rpc.getState()["statename"] == "RUNNING"
+            )
         except (OSError, xmlrpc.client.Error):
             return False
 
@@ -178,15 +179,15 @@ class Supervisor:
                 self.rpc.startProcess(name, False)
                 self.pids[name] = self.rpc.getProcessInfo(name)["pid"]
 
-    def ended(self, name: str) -> bool:
-        """Whether the process that `start` started is no more, also when supervisor has started another one since."""
+    def has_exited(self, name: str) -> bool:
+        """Whether the process that `start` started has exited, even if supervisor has started another one since."""
         return bool(self.rpc.getProcessInfo(name)["pid"] != self.pids[name])
 
     def stop_one(self, name: str) -> None:
         self._quietly(self.rpc.stopProcess, name, True)
 
     def stop(self) -> None:
-        """Workers first, so that they can give their jobs back; then web; then the stores."""
+        """Stops the workers first, so that they can release their jobs, then the web server, then the stores."""
         if self.process.poll() is None:
             order = [["checks", "notifications", "training", "inference"], ["web"], ["dynamodb", "redis"]]
             for group in order:
@@ -215,11 +216,13 @@ class Supervisor:
             return None
 
 
-def wait_for(what: str, is_up: Any, seconds: float, var: Path) -> None:
+def wait_for(name: str, is_up: Any, seconds: float, var: Path) -> None:
     deadline = time.monotonic() + seconds
     while not is_up():
         if time.monotonic() > deadline:
-            raise Trouble(f"{what} did not come up in {seconds:.0f} s. Its log: {var / 'logs'}/{what}.log")
+            raise StartupError(
+                f"{name} did not start within {seconds:.0f} s. Its log: {var / 'logs'}/{name}.log"
+            )
         time.sleep(0.1)
 
 
@@ -232,7 +235,7 @@ def port_is_open(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def redis_answers() -> bool:
-    """An open port is not enough: Redis opens it before it has read its file, and it may be another one's Redis."""
+    """An open port is not enough: Redis opens it before it has loaded its data, and it may be another Redis."""
     try:
         with redis.Redis.from_url(
             os.environ["REDIS_URL"], socket_timeout=1, socket_connect_timeout=1
@@ -243,13 +246,15 @@ def redis_answers() -> bool:
 
 
 def start_redis(supervisor: Supervisor, var: Path) -> None:
-    """Redis ends while it reads a file that is damaged in the middle (a cut end it repairs itself). Nothing that it keeps
-    is needed: what is queued stands in DynamoDB. So the file is moved away, and Redis starts empty."""
+    """Starts Redis, with empty data if it cannot read its file.
+
+    Redis exits if its file is damaged in the middle (it repairs a truncated end itself). None of its data is essential,
+    because DynamoDB has everything that is queued. So the file is moved away and Redis starts empty."""
 
     def started() -> bool:
         supervisor.start("redis")
-        wait_for("redis", lambda: redis_answers() or supervisor.ended("redis"), 120, var)
-        return not supervisor.ended("redis")
+        wait_for("redis", lambda: redis_answers() or supervisor.has_exited("redis"), 120, var)
+        return not supervisor.has_exited("redis")
 
     if "redis" not in supervisor.names or started():
         return
@@ -257,13 +262,13 @@ def start_redis(supervisor: Supervisor, var: Path) -> None:
     folder, aside = var / "redis", var / time.strftime("redis-damaged-%Y%m%d-%H%M%S")
     folder.rename(aside)
     write_redis_configuration(var)
-    if not started():  # its file was not the reason
+    if not started():  # its file was not the cause
         supervisor.stop_one("redis")
         shutil.rmtree(folder)
         aside.rename(folder)
-        raise Trouble(f"Redis does not start. Its log: {var}/logs/redis.log")
+        raise StartupError(f"Redis did not start. Its log: {var}/logs/redis.log")
     print(
-        f"\n  Redis could not read its data, so it started empty. No work is lost: jobs and datasets are not kept there.\n"
+        f"\n  Redis could not read its data, so it started empty. No work is lost: jobs and datasets are stored elsewhere.\n"
         f"  The damaged data was moved to {aside}",
         flush=True,
     )
@@ -274,23 +279,23 @@ def start_dynamodb(supervisor: Supervisor, var: Path) -> None:
         return
     supervisor.start("dynamodb")
     port = int(os.environ["DYNAMODB_PORT"])
-    wait_for("dynamodb", lambda: port_is_open(port) or supervisor.ended("dynamodb"), 20, var)
-    if supervisor.ended("dynamodb"):
-        raise Trouble(f"DynamoDB does not start. Its log: {var}/logs/dynamodb.log")
+    wait_for("dynamodb", lambda: port_is_open(port) or supervisor.has_exited("dynamodb"), 20, var)
+    if supervisor.has_exited("dynamodb"):
+        raise StartupError(f"DynamoDB did not start. Its log: {var}/logs/dynamodb.log")
 
 
 def refuse_taken_ports() -> None:
-    mine = {"WEB_PORT": "web"}
+    ports = {"WEB_PORT": "the web server"}
     if "LLMTUNER_OWN_REDIS" in os.environ:
-        mine["REDIS_PORT"] = "Redis"
+        ports["REDIS_PORT"] = "Redis"
     if "LLMTUNER_OWN_DYNAMODB" in os.environ:
-        mine["DYNAMODB_PORT"] = "DynamoDB"
-    for variable, what in mine.items():
+        ports["DYNAMODB_PORT"] = "DynamoDB"
+    for variable, name in ports.items():
         port = int(os.environ[variable])
         if port_is_open(port):
-            raise Trouble(
-                f"Port {port} is taken by another program, so {what} can't use it. "
-                f"Choose a free one: {variable}={port + 100} bin/up"
+            raise StartupError(
+                f"Another program uses port {port}, so {name} cannot. "
+                f"Choose a free port: {variable}={port + 100} bin/up"
             )
 
 
@@ -299,15 +304,15 @@ FLOCK = "hhqqi0q"
 
 
 def lock(var: Path) -> IO[str]:
-    """The folder is ours alone while this file is open. The kernel gives it free however we end, and no child inherits
-    it. Raises Trouble naming the process that has it."""
+    """Locks the folder for this process while the returned file is open. The kernel releases the lock however the process
+    ends, and no child inherits it. Raises StartupError naming the process that holds it."""
     try:
         var.mkdir(parents=True, exist_ok=True)
         file = (var / "bin-up.lock").open("a+")
     except OSError as e:
-        raise Trouble(
-            f"Nothing can be written to {var} ({e.strerror}), and the studio keeps its data there. Make the folder "
-            f"writable, or choose another one: VAR_DIR=/path/to/folder bin/up"
+        raise StartupError(
+            f"Cannot write to {var} ({e.strerror}), where LLM Tuner keeps its data. Make the folder writable, or choose "
+            f"another one: VAR_DIR=/path/to/folder bin/up"
         ) from e
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -316,24 +321,24 @@ def lock(var: Path) -> IO[str]:
             FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, 0, 0, 0, 0))
         )
         file.seek(0)
-        known = file.read().split()  # of an earlier one, while the holder hasn't written yet
-        where = f" at {known[1]}" if known[:1] == [str(pid)] else ""
-        raise Trouble(
-            f"Another bin/up already runs in {var}: process {pid}{where}. Nothing was changed. Use that one, or stop "
-            f"it first: Ctrl-C in its terminal, or kill {pid}"
+        written = file.read().split()  # by an earlier process, if the current owner has not written it yet
+        address = f" at {written[1]}" if written[:1] == [str(pid)] else ""
+        raise StartupError(
+            f"Another bin/up is already running in {var}: process {pid}{address}. Nothing was changed. Use that one, or "
+            f"stop it first: press Ctrl-C in its terminal, or run kill {pid}"
         ) from e
     return file
 
 
 def keep_private(var: Path) -> None:
-    """Sessions, prompts and people's data are in it. Folders of earlier versions were open to everybody on the machine."""
+    """The folder holds sessions, prompts and users' data. Earlier versions left it open to everyone on the machine."""
     if var.stat().st_mode & 0o077:
         try:
             var.chmod(0o700)
         except OSError as e:
-            raise Trouble(
-                f"Other accounts of this machine may enter {var}, and that can't be changed ({e.strerror}). Let its "
-                f"owner run chmod 700 on it, or choose another folder: VAR_DIR=/path/to/folder bin/up"
+            raise StartupError(
+                f"Other accounts on this machine can enter {var}, and its permissions cannot be changed ({e.strerror}). "
+                f"Have its owner run chmod 700 on it, or choose another folder: VAR_DIR=/path/to/folder bin/up"
             ) from e
 
 
@@ -345,11 +350,11 @@ def refuse_unsafe_production() -> None:
     try:
         checks.refuse_unsafe_start()
     except ImproperlyConfigured as error:
-        raise Trouble(str(error)) from None
+        raise StartupError(str(error)) from None
 
 
 def set_environment(var: Path) -> None:
-    """Defaults of the embedded parts. What the person has set is left as it is."""
+    """Sets defaults for the embedded stores. Variables that are already set stay as they are."""
     env = os.environ
     env.setdefault("DJANGO_SETTINGS_MODULE", "llmtuner.settings")
     env["VAR_DIR"] = str(var)
@@ -358,12 +363,12 @@ def set_environment(var: Path) -> None:
         env.setdefault(name, port)
     if "REDIS_URL" not in env:
         env["LLMTUNER_OWN_REDIS"] = "1"
-        env["REDIS_URL"] = f"redis://:{kept_secret(var / 'redis-password')}@127.0.0.1:{env['REDIS_PORT']}/0"
+        env["REDIS_URL"] = f"redis://:{stored_secret(var / 'redis-password')}@127.0.0.1:{env['REDIS_PORT']}/0"
     if "DYNAMODB_ENDPOINT" not in env:
         env["LLMTUNER_OWN_DYNAMODB"] = "1"
         env["DYNAMODB_ENDPOINT"] = f"http://127.0.0.1:{env['DYNAMODB_PORT']}"
-        env["DYNAMODB_SECRET"] = kept_secret(var / "dynamodb-secret")
-    # `localhost`, since passkeys refuse 127.0.0.1.
+        env["DYNAMODB_SECRET"] = stored_secret(var / "dynamodb-secret")
+    # `localhost`, because passkeys do not work on 127.0.0.1.
     env.setdefault("PUBLIC_URL", f"http://localhost:{env['WEB_PORT']}")
 
 
@@ -371,15 +376,15 @@ def set_environment(var: Path) -> None:
 
 
 def make_owner(var: Path) -> str | None:
-    """The local owner's account on the first start; returns the password to print, None when the account was there."""
+    """Creates the local owner's account on the first start. Returns the password to print, or None if there are users."""
     from allauth.account.models import EmailAddress
     from django.contrib.auth import get_user_model
 
-    people = get_user_model().objects
-    if people.exists():
+    users = get_user_model().objects
+    if users.exists():
         return None
     password = secrets.token_urlsafe(9)
-    owner = people.create_superuser(email=OWNER_EMAIL, password=password)
+    owner = users.create_superuser(email=OWNER_EMAIL, password=password)
     EmailAddress.objects.create(user=owner, email=OWNER_EMAIL, verified=True, primary=True)
     return password
 
@@ -388,27 +393,29 @@ OWNER_EMAIL = "owner@localhost.localdomain"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bin/up", description="Run the whole studio on this machine.")
+    parser = argparse.ArgumentParser(prog="bin/up", description="Run LLM Tuner on this machine.")
     parser.add_argument(
-        "--check", action="store_true", help="start, fine-tune the sample, stop; exit 0 if all worked"
+        "--check",
+        action="store_true",
+        help="start, fine-tune the sample, and stop; exit 0 if everything worked",
     )
-    parser.add_argument("--no-sample", action="store_true", help="don't fine-tune the bundled sample")
+    parser.add_argument("--no-sample", action="store_true", help="do not fine-tune the bundled sample")
     options = parser.parse_args()
 
     started = time.monotonic()
-    os.umask(0o077)  # inherited by every process: what the studio writes is for its own account only
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `bin/up &` would have us ignore it
+    os.umask(0o077)  # inherited by every process: only this account can read what they write
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # with `bin/up &` a shell makes us ignore it
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, lambda *_: sys.exit(0))
     var = Path(os.environ.get("VAR_DIR") or ROOT / "var").resolve()
     supervisor = None
     try:
-        held = lock(var)
+        lock_file = lock(var)
         keep_private(var)
         set_environment(var)
-        held.truncate(0)
-        held.write(f"{os.getpid()} {os.environ['PUBLIC_URL']}\n")
-        held.flush()
+        lock_file.truncate(0)
+        lock_file.write(f"{os.getpid()} {os.environ['PUBLIC_URL']}\n")
+        lock_file.flush()
         refuse_unsafe_production()
         refuse_taken_ports()
         supervisor = Supervisor(write_configuration(var), var)
@@ -444,14 +451,14 @@ def main() -> int:
             worked = run_sample(url)
         if options.check:
             print(
-                f"\n  bin/up --check: {'all worked' if worked else 'FAILED'} in {time.monotonic() - started:.0f} s"
+                f"\n  bin/up --check: {'everything worked' if worked else 'FAILED'} in {time.monotonic() - started:.0f} s"
             )
             return 0 if worked else 1
         print("\n  Serving. Ctrl-C stops everything.", flush=True)
         supervisor.process.wait()
-        raise Trouble(f"supervisor stopped; its log is {var}/logs/supervisord.log")
-    except Trouble as trouble:
-        print(f"bin/up: {trouble}", file=sys.stderr)
+        raise StartupError(f"supervisor stopped unexpectedly. Its log: {var}/logs/supervisord.log")
+    except StartupError as error:
+        print(f"bin/up: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 0
