@@ -1,9 +1,11 @@
-"""Oversight in Django's admin: its list and detail are views of ours, fed from DynamoDB partitions."""
+"""Jobs in Django's admin: the list and detail pages are our own views, which read from DynamoDB."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from django.contrib import admin
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
 from django.urls import URLPattern, path
 
 from jobs.models import OverseenJob
@@ -12,15 +14,16 @@ from jobs.views import oversight
 
 @admin.register(OverseenJob)
 class OverseenJobAdmin(admin.ModelAdmin):
-    """Names as Django's own, so that the admin's index links here."""
+    """Uses Django's URL names, so that the admin index links here."""
 
     def get_urls(self) -> list[URLPattern]:
-        def guarded(view):  # type: ignore[no-untyped-def]  # a view in, a view out
-            def inner(request: HttpRequest, **kwargs: str):  # type: ignore[no-untyped-def]
+        def guarded(view: Callable[..., HttpResponse]) -> Callable[..., HttpResponse]:
+            def inner(request: HttpRequest, **kwargs: str) -> HttpResponse:
                 request.current_app = self.admin_site.name
                 return view(request, site=self.admin_site, **kwargs)
 
-            return self.admin_site.admin_view(inner)
+            guarded_view: Callable[..., HttpResponse] = self.admin_site.admin_view(inner)
+            return guarded_view
 
         return [
             path("", guarded(oversight.index), name="jobs_overseenjob_changelist"),

@@ -1,4 +1,4 @@
-"""Numbers and times the way a person reads them. Every filter answers an em dash for what isn't known."""
+"""Formats numbers and times for display. Unknown values become an em dash."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BYTE_UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 def finite(value: Any) -> float | None:
-    """The number, or None for what is no finite number."""
+    """The value as a float, or None if it is not a finite number."""
     if value is None or value == "" or isinstance(value, bool):
         return None
     try:
@@ -66,7 +66,7 @@ def memory(value: Any) -> str:
 
 
 def gib(value: Any) -> str:
-    """Of a whole machine nobody wants decimals: 24 GiB"""
+    """A machine's memory, without decimals: 24 GiB"""
     number = finite(value)
     return UNKNOWN if number is None else f"{number / 2**30:.0f} GiB"
 
@@ -77,7 +77,7 @@ def loss(value: Any) -> str:
 
 
 def rate(value: Any) -> str:
-    """Small numbers as people write learning rates: 0.00021 → 2.1e-4"""
+    """Learning rates and other small numbers: 0.00021 → 2.1e-4"""
     number = finite(value)
     if number is None:
         return UNKNOWN
@@ -88,9 +88,9 @@ def rate(value: Any) -> str:
 
 
 def percent(value: Any) -> str:
-    """0.62 → 62 %"""
+    """0.62 → 62%"""
     number = finite(value)
-    return UNKNOWN if number is None else f"{100 * number:.0f}\u202f%"
+    return UNKNOWN if number is None else f"{100 * number:.0f}%"
 
 
 def duration(value: Any) -> str:
@@ -131,7 +131,7 @@ def money(value: Any) -> str:
 
 
 def moment(value: Any) -> dt.datetime | None:
-    """Unix seconds, a datetime or an ISO text → an aware datetime in the person's zone."""
+    """Unix seconds, a datetime, or an ISO string → an aware datetime in the current time zone."""
     if isinstance(value, dt.datetime):
         return timezone.localtime(value if value.tzinfo else value.replace(tzinfo=dt.UTC))
     if isinstance(value, str):
@@ -146,7 +146,7 @@ def moment(value: Any) -> dt.datetime | None:
 
 
 def when(value: Any) -> str | SafeString:
-    """A <time> that says 10:21 for today, 3 March 10:21 for this year; the whole date in its title."""
+    """A <time> element: 10:21 today, 3 Mar 10:21 this year; the full date is in its title."""
     at = moment(value)
     if at is None:
         return UNKNOWN
@@ -168,7 +168,7 @@ def clock(value: Any) -> str:
 
 
 def from_now(seconds: Any) -> str:
-    """The time of day that many seconds ahead."""
+    """The time of day that many seconds from now."""
     number = finite(seconds)
     return UNKNOWN if number is None else f"{moment(time.time() + number):%H:%M}"
 
@@ -185,7 +185,7 @@ def short_hash(value: Any) -> str:
 
 
 def tail(model_id: str) -> str:
-    """The last part of a model's id, which tells models of one name apart."""
+    """The last part of a model id, which distinguishes models with the same name."""
     return str(model_id).rpartition(":")[2]
 
 
@@ -199,15 +199,15 @@ def lines(numbers: Sequence[int], shown: int = 3) -> str:
 
 
 def sparkline(values: Iterable[float], box: str = "160x40") -> str:
-    """The path of a small line chart; static/js/job.js draws the same one when numbers arrive."""
+    """The SVG path of a small line chart; static/js/job.js draws the same one for live updates."""
     width, height = (int(side) for side in box.split("x"))
     numbers = [n for n in (finite(v) for v in values) if n is not None]
     if len(numbers) < 2:
         return ""
     low, high = min(numbers), max(numbers)
-    reach = (high - low) or 1.0
+    extent = (high - low) or 1.0
     step = width / (len(numbers) - 1)
     points = (
-        f"{i * step:.1f},{4 + (height - 8) * (1 - (n - low) / reach):.1f}" for i, n in enumerate(numbers)
+        f"{i * step:.1f},{4 + (height - 8) * (1 - (n - low) / extent):.1f}" for i, n in enumerate(numbers)
     )
     return "M" + " L".join(points)

@@ -1,4 +1,4 @@
-"""What people type, checked. Forms validate; they do not write."""
+"""Validates user input. Forms do not write."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from training.plan.config import FIELDS, ConfigError, Field, Settings, current_n
 NAME_LENGTH = 120
 
 
-def whole_number(text: str, most: int) -> int | None:
-    """The number that is written here in plain digits, or None; also where it is above `most`. Python's own reader takes
-    signs, spaces and other scripts' digits, and raises at 4,300 of them."""
+def whole_number(text: str, maximum: int) -> int | None:
+    """The number in plain ASCII digits, or None if there is none or it exceeds `maximum`. Python's int() also accepts
+    signs, spaces, and other scripts' digits, and raises an error above 4,300 digits."""
     if len(text) > 20 or not (text.isascii() and text.isdigit()):
         return None
     number = int(text)
-    return number if number <= most else None
+    return number if number <= maximum else None
 
 
 class NewJobForm(forms.Form):
-    """Everything of a new job but its settings, which `SettingsForm` reads from the same POST."""
+    """All fields of a new job except its settings, which `settings_from` reads from the same POST."""
 
     name = forms.CharField(max_length=NAME_LENGTH, required=False, strip=True)
-    dataset = forms.CharField(max_length=80, error_messages={"required": "Choose the dataset to learn from."})
+    dataset = forms.CharField(max_length=80, error_messages={"required": "Choose a training dataset."})
     validation_dataset = forms.CharField(max_length=80, required=False)
-    base = forms.CharField(max_length=300, error_messages={"required": "Choose the model to start from."})
-    hub = forms.CharField(max_length=200, required=False, strip=True)  # another one of the Hub, by its id
+    base = forms.CharField(max_length=300, error_messages={"required": "Choose a base model."})
+    hub = forms.CharField(max_length=200, required=False, strip=True)  # the id of another model from the Hub
     prompts = forms.CharField(max_length=6000, required=False)
     suffix = forms.RegexField(
         r"^[a-z0-9][a-z0-9-]{0,39}$",
         required=False,
-        error_messages={"invalid": "Use up to 40 lower-case letters, digits and hyphens."},
+        error_messages={"invalid": "Use up to 40 lowercase letters, digits, and hyphens."},
     )
 
 
@@ -44,17 +44,16 @@ class RenameForm(forms.Form):
 
 
 class UploadForm(forms.Form):
-    """The file itself is checked by a worker, never here."""
+    """A worker checks the file itself."""
 
     file = forms.FileField(allow_empty_file=True, error_messages={"required": "Choose a file to upload."})
 
 
 class ColumnsForm(forms.Form):
-    """Which columns of a file are what. `columns` are the names that may be chosen."""
+    """Assigns a role to each column of a file. `columns` are the names that can be chosen."""
 
-    SHAPES: ClassVar[
-        dict[str, tuple[str, dict[str, str]]]
-    ] = {  # what a person reads; what each needs of which field
+    # row format: (label, {role: the form field that chooses its column})
+    SHAPES: ClassVar[dict[str, tuple[str, dict[str, str]]]] = {
         "completion": ("Prompt and answer", {"prompt": "question", "completion": "answer"}),
         "instruction": (
             "Instruction and answer",
@@ -66,15 +65,15 @@ class ColumnsForm(forms.Form):
     }
     LABELS: ClassVar[dict[str, str]] = {
         "question": "Prompt",
-        "more": "Further input",
+        "more": "Additional input",
         "answer": "Answer",
         "whole": "Text or messages",
     }
     shape = forms.ChoiceField(
-        choices=[(name, words) for name, (words, _) in SHAPES.items()],
+        choices=[(name, label) for name, (label, _) in SHAPES.items()],
         error_messages={
-            "required": "Kind of rows: choose one.",
-            "invalid_choice": "Kind of rows: choose one of the list.",
+            "required": "Choose a row format.",
+            "invalid_choice": "Choose a row format from the list.",
         },
     )
     question = forms.CharField(required=False, strip=False)
@@ -95,22 +94,22 @@ class ColumnsForm(forms.Form):
             if not name and need == "input":
                 continue
             if not name:
-                self.add_error(field, f"{label}: choose the column.")
+                self.add_error(field, f"{label}: choose a column.")
             elif name not in self.names:
                 self.add_error(
-                    field, f"{label}: the file has no column {name[:60]!r}. Choose one of the list."
+                    field, f"{label}: the file has no column {name[:60]!r}. Choose one from the list."
                 )
             elif name in chosen.values():
-                self.add_error(field, f"{label}: {name!r} is chosen twice. Choose another column.")
+                self.add_error(field, f"{label}: {name!r} is already used. Choose another column.")
             else:
                 chosen[need] = name
         data["columns"] = chosen
         return data
 
     @classmethod
-    def typed_from(cls, format: Mapping[str, Any], columns: Sequence[str]) -> dict[str, str]:
-        """What stands in the form at first: the columns in use, else the first ones as a guess."""
-        shape, used = str(format.get("shape") or ""), dict(format.get("columns") or {})
+    def typed_from(cls, file_format: Mapping[str, Any], columns: Sequence[str]) -> dict[str, str]:
+        """The form's initial values: the columns in use, or the first ones as a guess."""
+        shape, used = str(file_format.get("shape") or ""), dict(file_format.get("columns") or {})
         if shape in cls.SHAPES and used:
             return {"shape": shape} | {
                 field: used.get(need, "") for need, field in cls.SHAPES[shape][1].items()
@@ -121,12 +120,10 @@ class ColumnsForm(forms.Form):
 
 
 class GenerateForm(forms.Form):
-    """What the playground asks of a model."""
+    """A request from the playground."""
 
     model = forms.CharField(max_length=300)
-    prompt = forms.CharField(
-        max_length=100_000, strip=False, error_messages={"required": "Write something first."}
-    )
+    prompt = forms.CharField(max_length=100_000, strip=False, error_messages={"required": "Enter a prompt."})
     mode = forms.ChoiceField(choices=[("prompt", "Text"), ("chat", "Chat")], required=False)
     temperature = forms.FloatField(min_value=0, max_value=2, required=False)
     top_p = forms.FloatField(min_value=0.01, max_value=1, required=False)
@@ -134,12 +131,12 @@ class GenerateForm(forms.Form):
     compare = forms.BooleanField(required=False)
 
 
-CHOICE_WORDS = {
+CHOICE_LABELS = {
     "none": "None: full fine-tuning",
     "lora": "LoRA: small adapters",
-    "completion": "The answers only",
+    "completion": "Answers only",
     "all": "Prompts and answers",
-    "wsd": "Level, then down",
+    "wsd": "Constant, then decay (WSD)",
     "auto": "Automatic",
     "fp32": "32 bits (fp32)",
     "bf16": "16 bits (bf16)",
@@ -150,21 +147,21 @@ CHOICE_WORDS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting as the page shows it."""
+    """A setting as shown on the page."""
 
     name: str
     spec: Field
     value: str  # as typed; empty = automatic or the default
-    automatic: str  # what it is when left empty
+    automatic: str  # the value used when left empty
     hint: str
     error: str = ""
-    can_lock: bool = False  # automatic, and known by now
+    can_lock: bool = False  # automatic, and already computed
 
     @property
     def meaning(self) -> str:
-        """The setting in a line, unless the hint is that line already; and what it may be."""
-        words = "" if self.hint == self.spec.help else self.spec.help
-        return f"{words} {self.range}.".strip() if self.range else words
+        """The help text, unless the hint already is it, and the allowed range."""
+        help_text = "" if self.hint == self.spec.help else self.spec.help
+        return f"{help_text} {self.range}.".strip() if self.range else help_text
 
     @property
     def is_auto(self) -> bool:
@@ -172,12 +169,12 @@ class Setting:
 
     @property
     def fallback(self) -> str:
-        """The value it has when nothing is chosen."""
+        """The default value, as text."""
         return shown(self.spec.default)
 
     @property
-    def own(self) -> bool:
-        """A select always sends something; its default is nobody's choice."""
+    def is_changed(self) -> bool:
+        """Whether the user set it. A select always sends a value, so its default doesn't count."""
         return self.value not in ("", self.fallback)
 
     @property
@@ -186,11 +183,11 @@ class Setting:
 
     @property
     def options(self) -> list[tuple[str, str, bool]]:
-        """(what is sent, what is read, chosen) of a field that is chosen from a list."""
+        """(value, label, selected) of each option of a select."""
         choices = ("yes", "no") if self.spec.kind == "bool" else self.spec.choices
         chosen = self.value or self.automatic
         return [
-            (choice, CHOICE_WORDS.get(choice, choice.capitalize()), choice == chosen) for choice in choices
+            (choice, CHOICE_LABELS.get(choice, choice.capitalize()), choice == chosen) for choice in choices
         ]
 
     @property
@@ -205,9 +202,9 @@ class Setting:
 
 
 def settings_from(data: Mapping[str, Any]) -> tuple[Settings | None, dict[str, str], dict[str, str]]:
-    """(the settings, what was typed, errors by field) of a form's data. Empty fields are automatic.
+    """(settings, values as typed, errors by field) from a form's data. Empty fields are automatic.
 
-    A box that isn't ticked sends nothing, so booleans travel as yes and no."""
+    An unchecked checkbox sends nothing, so booleans are sent as yes and no."""
     typed = {name: str(data.get(name, "")).strip() for name in FIELDS}
     try:
         if data.get("method"):  # a page of the first release, still open after an upgrade
@@ -224,7 +221,7 @@ def rows(
     reasons: Mapping[str, str],
     suggested: Mapping[str, str],
 ) -> tuple[list[Setting], list[Setting]]:
-    """Every setting for the page, the basic ones apart. `reasons` are of what is automatic, `suggested` of what would be."""
+    """(basic, advanced) settings. `reasons` explain the automatic values in use, `suggested` all automatic values."""
     basic: list[Setting] = []
     advanced: list[Setting] = []
     for name, spec in FIELDS.items():
@@ -250,14 +247,14 @@ def _hint(
     if reason and not typed.get(name):
         return f"{reason[0].upper()}{reason[1:]}."
     if typed.get(name) and name in suggested:
-        return f"Yours. Automatic would be {suggested[name]}."
+        return f"Set by you. Automatic: {suggested[name]}."
     if typed.get(name, "") not in ("", shown(spec.default)) and not spec.automatic:
-        return f"Yours. The default is {CHOICE_WORDS.get(shown(spec.default), shown(spec.default))}."
+        return f"Set by you. Default: {CHOICE_LABELS.get(shown(spec.default), shown(spec.default))}."
     return spec.help
 
 
 def shown(value: Any) -> str:
-    """A value as a person would type it."""
+    """A value as a user would type it."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -273,14 +270,14 @@ def shown(value: Any) -> str:
 
 
 def with_preset(typed: Mapping[str, str], preset: str) -> dict[str, str]:
-    """The typed values with a preset's over them, and what other presets would have set back on automatic."""
+    """The typed values overridden by the preset; settings that only other presets set become automatic."""
     of_presets = {name for values in PRESETS.values() for name in values}
     kept = {name: "" if name in of_presets else value for name, value in typed.items()}
     return kept | {name: shown(value) for name, value in PRESETS[preset].items()}
 
 
 def preset_of(typed: Mapping[str, str]) -> str:
-    """The preset whose values these are; empty when they are a person's own."""
+    """The preset with exactly these values; empty if there is none."""
     for preset in PRESETS:
         if with_preset(typed, preset) == dict(typed):
             return preset

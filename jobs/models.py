@@ -1,5 +1,5 @@
-"""Work is kept in DynamoDB (`jobs.store.tables`). This one unmanaged model has no table: it only gives Django's admin an entry
-and permissions for overseeing jobs; `jobs.admin` brings the views."""
+"""Jobs are stored in DynamoDB (`jobs.store.tables`). This unmanaged model has no table: it only gives Django's admin an
+entry and permissions for overseeing jobs; `jobs.admin` has the views."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Template filters: jobs/formatting.py's functions, and a few that only templates need."""
+"""Template filters: the functions of jobs/formatting.py, and a few that only templates need."""
 
 from __future__ import annotations
 
@@ -48,8 +48,3 @@ def plus(value: float, more: float) -> float:
 @register.filter(name="from")
 def taken_from(value: float, whole: float) -> float:
     return whole - value
-
-
-@register.filter
-def words(text: str) -> list[str]:
-    return text.split()

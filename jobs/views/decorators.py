@@ -1,4 +1,4 @@
-"""What every page asks before it answers: who is there, and is it theirs."""
+"""What views share: access control, and the check for partial requests."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ View = Callable[..., HttpResponseBase]
 AsyncView = Callable[..., Awaitable[HttpResponseBase]]
 
 
-def for_people(view: View) -> View:
-    """Signed-in people only; what isn't theirs does not exist."""
+def signed_in(view: View) -> View:
+    """Requires a signed-in user; anything that isn't theirs is a 404."""
 
     @login_required
     @wraps(view)
@@ -31,8 +31,8 @@ def for_people(view: View) -> View:
     return guarded
 
 
-def for_people_async(view: AsyncView) -> AsyncView:
-    """The same for async views. The session is read in a thread, which is given back before the view starts."""
+def signed_in_async(view: AsyncView) -> AsyncView:
+    """The same for async views. The session is read in a thread, which is released before the view starts."""
 
     @wraps(view)
     async def guarded(request: HttpRequest, *args: object, **kwargs: object) -> HttpResponseBase:
@@ -52,7 +52,7 @@ def owner_of(request: HttpRequest) -> str:
     return str(request.user.owner_id)
 
 
-def asks_for_part(request: HttpRequest) -> bool:
-    """htmx asks for a piece of the page. A history restore or a plain reload wants the whole."""
+def wants_partial(request: HttpRequest) -> bool:
+    """Whether htmx requests only a part of the page. A history restore or plain reload needs the whole page."""
     htmx: Any = getattr(request, "htmx", None)
     return bool(htmx) and not htmx.history_restore_request

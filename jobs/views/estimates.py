@@ -1,4 +1,4 @@
-"""How the last estimates did: what was said before each job, and what it took."""
+"""Estimate accuracy: the estimate of each finished job next to the actual figures."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from django.shortcuts import render
 from django.views.decorators.http import require_GET
 
 from jobs.lifecycle import estimates
-from jobs.views.decorators import for_people, owner_of
+from jobs.views.decorators import owner_of, signed_in
 
-# The picture: a job every STEP units, the time it took over the P50 it was told, on a scale where double and half lie
-# equally far from the line.
+# The chart: one job every STEP units; its actual time divided by its P50 estimate, on a log scale, so that 2× and ½×
+# are equally far from the center line.
 HEIGHT, STEP, LEFT, RIGHT = 200, 16, 44, 12
-MOST = math.log(2.5)
+MAX_LOG_RATIO = math.log(2.5)
 
 
-@for_people
+@signed_in
 @require_GET
 def index(request: HttpRequest) -> HttpResponse:
-    """One's own jobs; with `?of=all`, for staff, all of the machine that runs them."""
+    """The user's own jobs; for staff, `?of=all` shows all jobs of the current machine."""
     everybody = request.GET.get("of") == "all"
     if everybody and not request.user.is_staff:
         raise Http404
-    found = estimates.records(estimates.machine() if everybody else owner_of(request))
-    rows = [_row(record) for record in found if record.get("p90") and record.get("actual")]
+    records = estimates.records(estimates.machine() if everybody else owner_of(request))
+    rows = [_row(record) for record in records if record.get("p90") and record.get("actual")]
     context = {
         "rows": rows,
         "everybody": everybody,
         "machine": estimates.machine() if everybody else None,
-        "picture": _picture(rows) if rows else None,
+        "chart": _chart(rows) if rows else None,
         "held": sum(row["held"] for row in rows),
         "error": median(abs(row["ratio"] - 1) for row in rows) if rows else None,
         "memory_error": median(seen)
@@ -51,17 +51,17 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _picture(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A dot each, the newest on the left, with a line from P50 up to its P90."""
+def _chart(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One dot per job, newest on the left, with a bar from its P50 to its P90 estimate."""
 
     def height(ratio: float) -> float:
-        return round(HEIGHT / 2 * (1 - max(-1.0, min(1.0, math.log(ratio) / MOST))), 1)
+        return round(HEIGHT / 2 * (1 - max(-1.0, min(1.0, math.log(ratio) / MAX_LOG_RATIO))), 1)
 
     return {
         "width": LEFT + RIGHT + STEP * max(len(rows), 20),
         "height": HEIGHT,
         "left": LEFT,
-        "marks": [(label, height(ratio)) for label, ratio in (("2 ×", 2.0), ("as said", 1.0), ("½ ×", 0.5))],
+        "marks": [(label, height(ratio)) for label, ratio in (("2 ×", 2.0), ("1 ×", 1.0), ("½ ×", 0.5))],
         "jobs": [
             {
                 "x": LEFT + STEP // 2 + STEP * at,

@@ -1,4 +1,4 @@
-"""Jobs: the list, the form of a new one, a job's page and what can be done to it."""
+"""Jobs: the list, the form for a new job, a job's page, and its actions."""
 
 from __future__ import annotations
 
@@ -19,124 +19,125 @@ from jobs.lifecycle import transitions
 from jobs.notifications import webhooks
 from jobs.store import access
 from jobs.store.tables import Job
-from jobs.views import new_job, presenters
-from jobs.views.decorators import asks_for_part, for_people, owner_of
+from jobs.views import presenters
+from jobs.views.decorators import owner_of, signed_in, wants_partial
+from jobs.views.job_form import JobForm
 
-PAGE = 20
-WHOLE, TAIL, WINDOWS, WINDOW = 10_000, 2_000, 15, 300  # events of a job's page
+PAGE_SIZE = 20
+MAX_EVENTS, TAIL, WINDOWS, WINDOW = 10_000, 2_000, 15, 300  # events read for a job's page
 
 
-@for_people
+@signed_in
 @require_GET
 def index(request: HttpRequest) -> HttpResponse:
-    page = access.list_jobs(owner_of(request), PAGE, request.GET.get("after") or None)
-    rows = [{"job": job, "state": presenters.state(job)} for job in page]
+    page = access.list_jobs(owner_of(request), PAGE_SIZE, request.GET.get("after") or None)
+    rows = [{"job": job, "state": presenters.job_view(job)} for job in page]
     context = {
         "rows": rows,
         "more": page.rows[-1].job_id if page.has_more else "",
-        "alive": any(not job.ended for job in page),
+        "active": any(not job.ended for job in page),
     }
     if not rows and not request.GET.get("after"):
         context["has_data"] = len(access.list_datasets(owner_of(request), 1)) > 0
-    template = "jobs/job_list.html#rows" if asks_for_part(request) else "jobs/job_list.html"
+    template = "jobs/job_list.html#rows" if wants_partial(request) else "jobs/job_list.html"
     return render(request, template, context)
 
 
-# ---- a new one -----------------------------------------------------------------------------------------------------
+# ---- new job -----------------------------------------------------------------------------------------------------
 
 
-@for_people
+@signed_in
 @require_http_methods(["GET", "POST"])
 def new(request: HttpRequest) -> HttpResponse:
-    """GET shows the form, filled from a dataset or from a job to clone. POST starts the job."""
+    """GET shows the form, prefilled from a dataset or from a job to clone. POST starts the job."""
     owner = owner_of(request)
     if request.method == "GET":
-        draft = new_job.Draft.open(owner, request.GET)
-        return render(request, "jobs/new_job.html", draft.context())
-    draft = new_job.Draft.of(owner, request.POST)
-    draft.add_from_hub()
-    if draft.is_valid():
+        form = JobForm.open(owner, request.GET)
+        return render(request, "jobs/new_job.html", form.context())
+    form = JobForm.of(owner, request.POST)
+    form.add_from_hub()
+    if form.is_valid():
         try:
             webhooks.set_email(owner, request.user.notification_email)
-            job = transitions.submit(owner, draft.request(), slug=request.user.slug)
+            job = transitions.submit(owner, form.request(), slug=request.user.slug)
         except transitions.Refused as refused:
-            draft.refuse(refused.field, refused.message)
+            form.refuse(refused.field, refused.message)
         except transitions.OverQuota as over:
-            draft.refuse("", str(over))
+            form.refuse("", str(over))
         else:
             return redirect("jobs:job", job.job_id)
-    return render(request, "jobs/new_job.html", draft.context(), status=422)
+    return render(request, "jobs/new_job.html", form.context(), status=422)
 
 
-@for_people
+@signed_in
 @require_POST
 def add_base(request: HttpRequest) -> HttpResponse:
-    """Checks the Hub id in the form and chooses it; the page comes back as it was typed."""
-    draft = new_job.Draft.of(owner_of(request), request.POST)
-    if not draft.values["hub"].strip():
-        draft.refuse("hub", "Write the id of a model of the Hub first: owner/name.")
-    draft.add_from_hub()
-    return render(request, "jobs/new_job.html", draft.context(), status=422 if "hub" in draft.errors else 200)
+    """Checks the Hub id in the form and selects it; the page keeps everything that was typed."""
+    form = JobForm.of(owner_of(request), request.POST)
+    if not form.values["hub"].strip():
+        form.refuse("hub", "Enter the ID of a Hub model first: owner/name.")
+    form.add_from_hub()
+    return render(request, "jobs/new_job.html", form.context(), status=422 if "hub" in form.errors else 200)
 
 
-@for_people
+@signed_in
 @require_POST
 def count_tokens(request: HttpRequest) -> HttpResponse:
-    """Has the chosen data read with the chosen base's tokenizer, and shows the form as it was typed."""
-    draft = _typed(request)
-    draft.count()
-    template = "jobs/_new_job_parts.html" if asks_for_part(request) else "jobs/new_job.html"
-    return render(request, template, draft.context())
+    """Starts counting the dataset's tokens with the chosen base's tokenizer, and shows the form as it was typed."""
+    form = _form_of(request)
+    form.count_tokens()
+    template = "jobs/_new_job_parts.html" if wants_partial(request) else "jobs/new_job.html"
+    return render(request, template, form.context())
 
 
-@for_people
+@signed_in
 @require_POST
 def estimate(request: HttpRequest) -> HttpResponse:
-    """The form as typed so far: its estimate, reasons and warnings. htmx swaps those parts; without it, the whole page."""
-    draft = _typed(request)
-    draft.apply_buttons(request.POST)
-    template = "jobs/_new_job_parts.html" if asks_for_part(request) else "jobs/new_job.html"
-    return render(request, template, draft.context())
+    """The estimate, reasons, and warnings of the form as typed. htmx swaps in those partials; otherwise the whole page."""
+    form = _form_of(request)
+    form.apply_buttons(request.POST)
+    template = "jobs/_new_job_parts.html" if wants_partial(request) else "jobs/new_job.html"
+    return render(request, template, form.context())
 
 
-def _typed(request: HttpRequest) -> new_job.Draft:
-    """The form as it stands, of a new job or of one that is edited."""
+def _form_of(request: HttpRequest) -> JobForm:
+    """The submitted form, of a new job or of the job being edited."""
     owner, edited = owner_of(request), request.POST.get("edited")
     if edited:
-        return new_job.Draft.editing(access.get_job_for(owner, edited), request.POST)
-    return new_job.Draft.of(owner, request.POST)
+        return JobForm.editing(access.get_job_for(owner, edited), request.POST)
+    return JobForm.of(owner, request.POST)
 
 
 # ---- one job -------------------------------------------------------------------------------------------------------
 
 
-@for_people
+@signed_in
 @require_GET
 def detail(request: HttpRequest, job_id: str) -> HttpResponse:
-    """`?part=aside` is the column beside the curve alone, fetched again when samples and proofs arrive."""
+    """`?part=aside` returns only the sidebar, refreshed when samples and resume checks arrive."""
     job = access.get_job_for(owner_of(request), job_id)
-    story = fold(_skimmed(job))
-    context = presenters.aside(job, story)
-    if request.GET.get("part") == "aside" and asks_for_part(request):
+    history = fold(_sampled_events(job))
+    context = presenters.sidebar(job, history)
+    if request.GET.get("part") == "aside" and wants_partial(request):
         return render(request, "jobs/_job_aside.html", context)
-    curve = chart(story)
-    steps = thin(sorted(story.metrics), 100)
+    curve = chart(history)
+    steps = thin(sorted(history.metrics), 100)
     context |= {
-        "story": story,
+        "history": history,
         "chart": curve,
-        "rows": [story.metrics[step] for step in steps],
-        "summary": summary(story),
-        "sparks": presenters.sparks(story, curve),
-        "page_data": {"seq": story.seq, "chart": curve, "status": job.status, "ended": job.ended},
+        "rows": [history.metrics[step] for step in steps],
+        "summary": summary(history),
+        "sparks": presenters.sparklines(history, curve),
+        "page_data": {"seq": history.seq, "chart": curve, "status": job.status, "ended": job.ended},
     }
     return render(request, "jobs/job_detail.html", context)
 
 
-def _skimmed(job: Job) -> list[event_log.Event]:
-    """All events of a usual job. Of a very long one its beginning, its end, and windows evenly between: the curve on the
-    page is thinned anyway, the CSV and the log have everything."""
+def _sampled_events(job: Job) -> list[event_log.Event]:
+    """All events of an ordinary job. For a very long one: the beginning, the end, and evenly spaced windows between. The
+    page thins the curve anyway; the CSV and the log have everything."""
     last = int(job.last_seq)
-    if last <= WHOLE:
+    if last <= MAX_EVENTS:
         return event_log.read(job.owner, job.job_id)
     stride = (last - TAIL) // WINDOWS
     events: list[event_log.Event] = []
@@ -146,58 +147,58 @@ def _skimmed(job: Job) -> list[event_log.Event]:
     return events + event_log.read(job.owner, job.job_id, max(last - TAIL, events[-1].seq))
 
 
-@for_people
+@signed_in
 @require_http_methods(["GET", "POST"])
 def edit(request: HttpRequest, job_id: str) -> HttpResponse:
-    """The form of a job whose first attempt has not begun."""
+    """The form of a job whose first attempt has not started."""
     job = access.get_job_for(owner_of(request), job_id)
-    if not presenters.state(job).can_edit:
-        messages.warning(request, "The job has started. Clone it, and change the copy.")
+    if not presenters.job_view(job).can_edit:
+        messages.warning(request, "The job has already started. Clone it and edit the copy.")
         return redirect("jobs:job", job_id)
     if request.method == "GET":
-        return render(request, "jobs/new_job.html", new_job.Draft.editing(job).context())
-    draft = new_job.Draft.editing(job, request.POST)
-    if draft.is_valid():
+        return render(request, "jobs/new_job.html", JobForm.editing(job).context())
+    form = JobForm.editing(job, request.POST)
+    if form.is_valid():
         try:
-            transitions.edit(job.owner, job_id, draft.request())
+            transitions.edit(job.owner, job_id, form.request())
         except transitions.Refused as refused:
-            draft.refuse(refused.field, refused.message)
+            form.refuse(refused.field, refused.message)
         except transitions.LostRace as lost:
-            draft.refuse("", str(lost))
+            form.refuse("", str(lost))
         else:
-            messages.success(request, "The job is changed. It keeps its place in the queue.")
+            messages.success(request, "Changes saved. The job keeps its place in the queue.")
             return redirect("jobs:job", job_id)
-    return render(request, "jobs/new_job.html", draft.context(), status=422)
+    return render(request, "jobs/new_job.html", form.context(), status=422)
 
 
-@for_people
+@signed_in
 @require_GET
 def actions(request: HttpRequest, job_id: str) -> HttpResponse:
     job = access.get_job_for(owner_of(request), job_id)
-    if not asks_for_part(request):
+    if not wants_partial(request):
         return redirect("jobs:job", job_id)
-    return render(request, "jobs/_job_actions.html", {"job": job, "state": presenters.state(job)})
+    return render(request, "jobs/_job_actions.html", {"job": job, "state": presenters.job_view(job)})
 
 
-@for_people
+@signed_in
 @require_POST
 def pause(request: HttpRequest, job_id: str) -> HttpResponse:
-    return _ask(request, job_id, "pause")
+    return _set_desired(request, job_id, "pause")
 
 
-@for_people
+@signed_in
 @require_POST
 def resume(request: HttpRequest, job_id: str) -> HttpResponse:
-    return _ask(request, job_id, "run")
+    return _set_desired(request, job_id, "run")
 
 
-@for_people
+@signed_in
 @require_POST
 def cancel(request: HttpRequest, job_id: str) -> HttpResponse:
-    return _ask(request, job_id, "cancel")
+    return _set_desired(request, job_id, "cancel")
 
 
-def _ask(request: HttpRequest, job_id: str, desired: Any) -> HttpResponse:
+def _set_desired(request: HttpRequest, job_id: str, desired: Any) -> HttpResponse:
     try:
         transitions.ask(owner_of(request), job_id, desired)
     except transitions.Refused as refused:
@@ -205,10 +206,10 @@ def _ask(request: HttpRequest, job_id: str, desired: Any) -> HttpResponse:
     return redirect("jobs:job", job_id)
 
 
-@for_people
+@signed_in
 @require_POST
 def retry(request: HttpRequest, job_id: str) -> HttpResponse:
-    """A new job with the same data and settings, from the last checkpoint where there is one."""
+    """A new job with the same data and settings, from the last checkpoint if there is one."""
     try:
         webhooks.set_email(owner_of(request), request.user.notification_email)
         job = transitions.retry(owner_of(request), job_id, slug=request.user.slug)
@@ -218,7 +219,7 @@ def retry(request: HttpRequest, job_id: str) -> HttpResponse:
     return redirect("jobs:job", job.job_id)
 
 
-@for_people
+@signed_in
 @require_POST
 def rename(request: HttpRequest, job_id: str) -> HttpResponse:
     access.get_job_for(owner_of(request), job_id)
@@ -230,7 +231,7 @@ def rename(request: HttpRequest, job_id: str) -> HttpResponse:
     return redirect("jobs:job", job_id)
 
 
-@for_people
+@signed_in
 @require_POST
 def delete(request: HttpRequest, job_id: str) -> HttpResponse:
     job = access.get_job_for(owner_of(request), job_id)
@@ -239,35 +240,35 @@ def delete(request: HttpRequest, job_id: str) -> HttpResponse:
     except transitions.Refused as refused:
         messages.warning(request, refused.message)
         return redirect("jobs:job", job_id)
-    messages.success(request, f"{job.name} is deleted.")
+    messages.success(request, f"{job.name} was deleted.")
     return redirect("jobs:jobs")
 
 
-# ---- to take away --------------------------------------------------------------------------------------------------
+# ---- downloads --------------------------------------------------------------------------------------------------
 
 CSV_COLUMNS = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory", "time")
 
 
-@for_people
+@signed_in
 @require_GET
 def metrics_csv(request: HttpRequest, job_id: str) -> HttpResponse:
-    """Every step, all numbers: nothing in it is text, so nothing in it can be a formula."""
+    """All metrics of every step. Only numbers, so no cell can be a spreadsheet formula."""
     job = access.get_job_for(owner_of(request), job_id)
-    story = fold(event_log.read(job.owner, job_id))
+    history = fold(event_log.read(job.owner, job_id))
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(CSV_COLUMNS)
-    for step in sorted(story.metrics.keys() | story.evals.keys()):
+    for step in sorted(history.metrics.keys() | history.evals.keys()):
         row = {
-            **story.metrics.get(step, {}),
+            **history.metrics.get(step, {}),
             "step": step,
-            "eval_loss": story.evals.get(step, {}).get("loss", ""),
+            "eval_loss": history.evals.get(step, {}).get("loss", ""),
         }
         writer.writerow([row.get(name, "") for name in CSV_COLUMNS])
     return _attachment(text.getvalue(), "text/csv", f"{job_id}.csv")
 
 
-@for_people
+@signed_in
 @require_GET
 def log_text(request: HttpRequest, job_id: str) -> HttpResponse:
     job = access.get_job_for(owner_of(request), job_id)

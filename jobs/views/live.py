@@ -1,8 +1,8 @@
-"""The live job page: `/jobs/<id>/stream`, server-sent events, and its fall-back, polling `/jobs/<id>/live`.
+"""The live job page: server-sent events at `/jobs/<id>/stream`, and the polling fallback `/jobs/<id>/live`.
 
-`stream` is a plain ASGI application, since one sync middleware on a stream's path would cost a thread and an SQL
-connection a watcher. Who watches is asked at the start and every 30 s again. A job is read once per
-process and rendered once per version, however many watch.
+`stream` is a plain ASGI application, because a single sync middleware on its path would cost a thread and an SQL
+connection per client. The session is checked at the start and every 30 s. Each job is read once per process and rendered
+once per version, no matter how many clients watch it.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from jobs.store.tables import Job
 from jobs.views import presenters
 
 PING_S = 15.0
-AUTHORISE_S = 30.0
-LOOK_S = 5.0  # how long a quiet stream sleeps between looks at its clocks
-SEND_S = 30.0  # a reader that takes nothing for so long is dropped
+AUTHORIZE_S = 30.0
+CHECK_S = 5.0  # how often an idle stream checks its timers
+SEND_S = 30.0  # a client that reads nothing for this long is disconnected
 PATH = re.compile(r"^/jobs/([A-Za-z0-9-]{1,64})/stream$")
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
-_open: Counter[str] = Counter()  # streams by owner
+_open_streams: Counter[str] = Counter()  # by owner
 
 
 # ---- the stream ----------------------------------------------------------------------------------------------------
@@ -56,36 +56,38 @@ _open: Counter[str] = Counter()  # streams by owner
 async def stream(scope: Scope, receive: Receive, send: Send) -> None:
     """The ASGI application for every path that `PATH` matches."""
     match = PATH.match(scope["path"])
-    assert match, "asgi.py sends only matching paths here"
+    assert match, "asgi.py routes only matching paths here"
     if scope["method"] != "GET":
-        return await _answer(send, 405, [(b"allow", b"GET")])
+        return await _respond(send, 405, [(b"allow", b"GET")])
     try:
         request = ASGIRequest(scope, io.BytesIO())
         request.get_host()
         after = _cursor(request)
     except (DisallowedHost, ValueError):
-        return await _answer(send, 400)
+        return await _respond(send, 400)
     try:
         owner = await _owner(request)
     except DatabaseError:
-        return await _answer(send, 503, [(b"retry-after", b"5")])
+        return await _respond(send, 503, [(b"retry-after", b"5")])
     if owner is None:
-        return await _answer(send, 401)
-    if _open[owner] >= settings.JOBS["max_streams_per_owner"]:
-        return await _answer(send, 429, [(b"retry-after", b"5")])
-    _open[owner] += 1
+        return await _respond(send, 401)
+    if _open_streams[owner] >= settings.JOBS["max_streams_per_owner"]:
+        return await _respond(send, 429, [(b"retry-after", b"5")])
+    _open_streams[owner] += 1
     try:
         async with contextlib.aclosing(event_log.watch(owner, match[1], after)) as ticks:
             first = await anext(ticks, None)
             if first is None or (first.job.ended and not first.events):
-                return await _answer(send, 204)  # all is told; tells EventSource not to come back
-            return await _Watch(owner, request, send).run(first, ticks, receive)
+                return await _respond(
+                    send, 204
+                )  # everything was sent; 204 tells EventSource not to reconnect
+            return await _Stream(owner, request, send).run(first, ticks, receive)
     except access.NotFound:
-        return await _answer(send, 404)
+        return await _respond(send, 404)
     finally:
-        _open[owner] -= 1
-        if not _open[owner]:
-            del _open[owner]
+        _open_streams[owner] -= 1
+        if not _open_streams[owner]:
+            del _open_streams[owner]
 
 
 def _cursor(request: HttpRequest) -> int:
@@ -97,13 +99,13 @@ def _cursor(request: HttpRequest) -> int:
 
 
 @dataclass
-class _Watch:
+class _Stream:
     """One open stream."""
 
     owner: str
     request: HttpRequest
     send: Send
-    version: float = -1  # of the job as last shown
+    version: float = -1  # of the job when last sent
     status: str = ""
     written: float = 0.0
 
@@ -117,47 +119,51 @@ class _Watch:
             (b"x-content-type-options", b"nosniff"),
         ]
         await self.send({"type": "http.response.start", "status": 200, "headers": headers})
-        left = asyncio.ensure_future(_gone(receive))
+        disconnected = asyncio.ensure_future(_wait_for_disconnect(receive))
         try:
-            await self._show(first)
-            await self._follow(ticks, left)
-            if not left.done():
+            await self._send(first)
+            await self._follow(ticks, disconnected)
+            if not disconnected.done():
                 await self._write("", last=True)
         except (access.NotFound, event_log.TooSlow):
-            await self._write("", last=True)  # the page comes back with its number, or finds a 404
+            await self._write("", last=True)  # the page reconnects with its last number, or gets a 404
         except TimeoutError:
-            pass  # it takes nothing any more: the server closes the connection
+            pass  # the client stopped reading; the server closes the connection
         finally:
-            left.cancel()
+            disconnected.cancel()
 
-    async def _follow(self, ticks: AsyncGenerator[event_log.Tick, None], left: asyncio.Future[None]) -> None:
-        authorised = time.monotonic()
-        coming: asyncio.Future[Any] = asyncio.ensure_future(anext(ticks, None))
+    async def _follow(
+        self, ticks: AsyncGenerator[event_log.Tick, None], disconnected: asyncio.Future[None]
+    ) -> None:
+        authorized = time.monotonic()
+        next_tick: asyncio.Future[Any] = asyncio.ensure_future(anext(ticks, None))
         try:
             while True:
-                await asyncio.wait({coming, left}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(
+                    {next_tick, disconnected}, timeout=CHECK_S, return_when=asyncio.FIRST_COMPLETED
+                )
                 now = time.monotonic()
-                if left.done():
+                if disconnected.done():
                     return None
-                if now - authorised >= AUTHORISE_S:
+                if now - authorized >= AUTHORIZE_S:
                     if await _owner(self.request) != self.owner:
                         return None
-                    authorised = now
-                if coming.done():
-                    tick = coming.result()
+                    authorized = now
+                if next_tick.done():
+                    tick = next_tick.result()
                     if tick is None:
                         return await self._write(_field("end", ""))
-                    await self._show(tick)
-                    coming = asyncio.ensure_future(anext(ticks, None))
+                    await self._send(tick)
+                    next_tick = asyncio.ensure_future(anext(ticks, None))
                 elif now - self.written >= PING_S:
                     await self._write(": ping\n\n")
         finally:
-            coming.cancel()
+            next_tick.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
-                await coming
+                await next_tick
 
-    async def _show(self, tick: event_log.Tick) -> None:
-        """Sends the events and, where the job has changed since, how it looks now."""
+    async def _send(self, tick: event_log.Tick) -> None:
+        """Sends the events and, if the job has changed, its rendered status."""
         text = "".join(frame(tick.job.job_id, event) for event in tick.events)
         if tick.job.version != self.version:
             self.version = tick.job.version
@@ -171,23 +177,23 @@ class _Watch:
     async def _write(self, text: str, *, last: bool = False) -> None:
         self.written = time.monotonic()
         message = {"type": "http.response.body", "body": text.encode(), "more_body": not last}
-        async with asyncio.timeout(SEND_S):  # no task for each write, as wait_for makes one
+        async with asyncio.timeout(SEND_S):  # unlike wait_for, creates no task per write
             await self.send(message)
 
 
-async def _gone(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _answer(send: Send, status: int, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+async def _respond(send: Send, status: int, headers: list[tuple[bytes, bytes]] | None = None) -> None:
     always = [(b"cache-control", b"no-store"), (b"content-length", b"0")]
     await send({"type": "http.response.start", "status": status, "headers": always + (headers or [])})
     await send({"type": "http.response.body", "body": b""})
 
 
 async def _owner(request: HttpRequest) -> str | None:
-    """Whose session this is now; None once it is over."""
+    """The owner of the session; None once it has ended."""
     return await sync_to_async(owner_of_session)(request)
 
 
@@ -201,34 +207,34 @@ def owner_of_session(request: HttpRequest) -> str | None:
     return user.owner_id if user.is_authenticated else None
 
 
-# ---- what every watcher of a job shares ------------------------------------------------------------------------------
+# ---- rendered once, shared by all clients ------------------------------------------------------------------------------
 
 
 @dataclass
-class _Made:
-    """Texts made once for all watchers, the newest kept."""
+class _Cache:
+    """Rendered texts; the oldest are evicted."""
 
-    most: int
+    max_size: int
     texts: OrderedDict[tuple[str, int], str] = field(default_factory=OrderedDict)
 
     def get(self, key: tuple[str, int], make: Callable[[], str]) -> str:
         text = self.texts.get(key)
         if text is None:
             text = self.texts[key] = make()
-            if len(self.texts) > self.most:
+            if len(self.texts) > self.max_size:
                 self.texts.popitem(last=False)
         return text
 
 
-_frames = _Made(5000)  # by job and number of the event
-_statuses = _Made(500)  # by job and its version
+_frames = _Cache(5000)  # by job and event number
+_statuses = _Cache(500)  # by job and its version
 
 
 def frame(job_id: str, event: event_log.Event) -> str:
-    """An event as text of the stream."""
+    """An event in the stream's text format."""
 
     def make() -> str:
-        return f"id: {event.seq}\n" + _field("event", json.dumps(told(event), allow_nan=False))
+        return f"id: {event.seq}\n" + _field("event", json.dumps(payload(event), allow_nan=False))
 
     return _frames.get((job_id, event.seq), make)
 
@@ -237,16 +243,16 @@ def _status_field(job: Job) -> str:
     return _statuses.get((job.job_id, int(job.version)), lambda: _field("status", status_html(job)))
 
 
-def told(event: event_log.Event) -> dict[str, Any]:
-    """The event, its number, and the line of the log that it is to a person."""
+def payload(event: event_log.Event) -> dict[str, Any]:
+    """The event, its number, and its log line."""
     line = log_line(event.seq, event.data)
-    words = {"line": {"at": line.at, "level": line.level, "text": line.text}} if line else {}
-    return {**event.data, "seq": event.seq, **words}
+    log = {"line": {"at": line.at, "level": line.level, "text": line.text}} if line else {}
+    return {**event.data, "seq": event.seq, **log}
 
 
 def status_html(job: Job) -> str:
-    """The parts of the page that change with every heartbeat. They hold no form, so one rendering serves everybody."""
-    context = {"job": job, "state": presenters.state(job)}
+    """The partials that change with every heartbeat. They contain no form, so one rendering serves every client."""
+    context = {"job": job, "state": presenters.job_view(job)}
     return "".join(render_to_string(f"jobs/job_detail.html#{part}", context) for part in ("state", "status"))
 
 
@@ -255,13 +261,13 @@ def _field(event: str, data: str) -> str:
     return f"event: {event}\n{lines}\n"
 
 
-# ---- where streams are cut off -----------------------------------------------------------------------------------------
+# ---- polling, where streams are blocked -----------------------------------------------------------------------------------------
 
 
 @login_required
 @require_safe
 def poll(request: HttpRequest, job_id: str) -> HttpResponse:
-    """The news after `after`, as JSON."""
+    """The events after `after`, as JSON."""
     try:
         after = _cursor(request)
     except ValueError:
@@ -272,11 +278,11 @@ def poll(request: HttpRequest, job_id: str) -> HttpResponse:
         events = event_log.read(owner, job_id, after, limit=500)
     except access.NotFound as error:
         raise Http404 from error
-    state = presenters.state(job)
+    state = presenters.job_view(job)
     last = events[-1].seq if events else after
     return JsonResponse(
         {
-            "events": [told(event) for event in events],
+            "events": [payload(event) for event in events],
             "html": status_html(job),
             "status": job.status,
             "ended": state.ended and last >= job.last_seq,

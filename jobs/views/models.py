@@ -1,4 +1,4 @@
-"""Tuned models: the list, a model's page, its files as one zip."""
+"""Fine-tuned models: the list, a model's page, and the download of its files."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from jobs.registry import base_models, tuned_models
 from jobs.store import access
 from jobs.store.tables import TunedModel
 from jobs.views import playground
-from jobs.views.decorators import for_people, for_people_async, owner_of
+from jobs.views.decorators import owner_of, signed_in, signed_in_async
 
-PAGE = 20
+PAGE_SIZE = 20
 METRICS = (
     ("loss", "Held-out loss", "loss"),
     ("exact_match", "Exact match", "percent"),
@@ -27,38 +27,37 @@ METRICS = (
 )
 
 
-@for_people
+@signed_in
 @require_GET
 def index(request: HttpRequest) -> HttpResponse:
-    page = access.list_models(owner_of(request), PAGE, request.GET.get("after") or None)
+    page = access.list_models(owner_of(request), PAGE_SIZE, request.GET.get("after") or None)
     rows = sorted(page, key=lambda model: -model.created_at)
     more = page.rows[-1].model_id if page.has_more else ""
     return render(request, "jobs/model_list.html", {"rows": rows, "more": more})
 
 
-@for_people
+@signed_in
 @require_GET
 def detail(request: HttpRequest, model_id: str) -> HttpResponse:
     model = access.get_model_for(owner_of(request), model_id)
     numbers = model.metrics if isinstance(model.metrics, dict) else {}
-    metrics = [
-        (label, numbers[name], shape) for name, label, shape in METRICS if numbers.get(name) is not None
-    ]
+    metrics = [(label, numbers[name], unit) for name, label, unit in METRICS if numbers.get(name) is not None]
     context = {
         "model": model,
         "parent": _parent(model),
-        "can_go_on": base_models.can_be_base(model),
+        "aliases_text": "\n".join(model.aliases or []),
+        "can_be_base": base_models.can_be_base(model),
         "metrics": metrics,
         "verdict": (model.verdict or {}).get("sentence", ""),
-        "facts": _facts(model),
-        "fidelity": _fidelity(model.fidelity if isinstance(model.fidelity, dict) else {}),
+        "details": _details(model),
+        "export_check": _export_check(model.fidelity if isinstance(model.fidelity, dict) else {}),
         "typed": {"mode": "prompt", **playground.DEFAULTS},
     }
     return render(request, "jobs/model_detail.html", context)
 
 
 def _parent(model: TunedModel) -> TunedModel | None:
-    """The tuned model it began with, if it did and that is still there."""
+    """The fine-tuned model it started from, if any and if it still exists."""
     if not model.base.startswith("ft:"):
         return None
     try:
@@ -67,33 +66,29 @@ def _parent(model: TunedModel) -> TunedModel | None:
         return None
 
 
-def _facts(model: TunedModel) -> list[tuple[str, str]]:
-    facts = [
-        ("Id", model.model_id),
+def _details(model: TunedModel) -> list[tuple[str, str]]:
+    rows = [
+        ("ID", model.model_id),
         ("Base", model.base),
-        ("Method", "LoRA" if model.method == "lora" else "Full: every weight"),
+        ("Method", "LoRA" if model.method == "lora" else "Full fine-tuning"),
         ("Step", count(model.step) if model.step else ""),
         ("Size", size(model.bytes)),
     ]
-    return [fact for fact in facts if fact[1]]
+    return [row for row in rows if row[1]]
 
 
-def _fidelity(found: dict[str, Any]) -> str:
-    """The export was loaded again and compared with the trained weights before anybody could have it."""
-    if not found:
+def _export_check(result: dict[str, Any]) -> str:
+    """Before it is published, an export is loaded and compared with the trained weights."""
+    if not result:
         return ""
-    told = found.get("sentence") or found.get("message")
-    return (
-        str(told)
-        if told
-        else "The exported files were loaded again and gave the same answers as the trained model."
-    )
+    sentence = result.get("sentence") or result.get("message")
+    return str(sentence or "The exported files were loaded and gave the same answers as the trained model.")
 
 
-@for_people_async
+@signed_in_async
 @require_GET
 async def download(request: HttpRequest, model_id: str) -> HttpResponseBase:
-    """A zip of the Hugging Face files, made while it is sent: nothing of it is held in memory or on disk."""
+    """A zip of the Hugging Face files, created while it is sent: nothing is kept in memory or on disk."""
     model = await sync_to_async(access.get_model_for)(owner_of(request), model_id)
     response = StreamingHttpResponse(tuned_models.archive(model), content_type="application/zip")
     response["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(model_id.replace(':', '-'))}.zip"
@@ -101,7 +96,7 @@ async def download(request: HttpRequest, model_id: str) -> HttpResponseBase:
     return response
 
 
-@for_people
+@signed_in
 @require_POST
 def aliases(request: HttpRequest, model_id: str) -> HttpResponse:
     try:
@@ -111,16 +106,16 @@ def aliases(request: HttpRequest, model_id: str) -> HttpResponse:
     else:
         messages.success(
             request,
-            f"Programs may now also call it {' or '.join(model.aliases)}."
+            f"The model can now also be used as {' or '.join(model.aliases)}."
             if model.aliases
-            else "It has its own name only.",
+            else "All aliases were removed.",
         )
     return redirect("jobs:model", model_id)
 
 
-@for_people
+@signed_in
 @require_POST
 def delete(request: HttpRequest, model_id: str) -> HttpResponse:
     tuned_models.delete(owner_of(request), model_id)
-    messages.success(request, "The model and its files are deleted.")
+    messages.success(request, "The model and its files were deleted.")
     return redirect("jobs:models")

@@ -1,4 +1,4 @@
-"""How a person is told of their jobs' ends: e-mail, and webhooks with what became of the last notices."""
+"""Notifications about finished jobs: email, webhooks, and recent deliveries."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from jobs.notifications import webhooks
 from jobs.store import quotas
 from jobs.store.tables import WebhookDelivery, WebhookEndpoint
 
-SHOWN = 20  # notices
+MAX_DELIVERIES = 20  # shown
 
 
 @login_required
 @never_cache
 @require_http_methods(["GET", "HEAD", "POST"])
 def page(request: HttpRequest) -> HttpResponse:
-    """GET lists; POST adds a webhook and answers with the only sight of its secret (no redirect, so it is stored nowhere
-    else)."""
-    owner = _person(request).owner_id
+    """GET lists; POST adds a webhook and shows its secret this one time. No redirect, so that the secret is not stored
+    anywhere else."""
+    owner = _user(request).owner_id
     form: dict[str, Any] = {"url": "", "name": "", "events": list(webhooks.EVENT_TYPES)}
     errors: dict[str, str] = {}
-    made: WebhookEndpoint | None = None
+    created: WebhookEndpoint | None = None
     if request.method == "POST":
         form = {
             "url": request.POST.get("url", "").strip(),
@@ -41,14 +41,14 @@ def page(request: HttpRequest) -> HttpResponse:
         errors = _errors(form)
         if not errors:
             try:
-                made = webhooks.add_endpoint(owner, form["url"], form["name"], tuple(form["events"]))
+                created = webhooks.add_endpoint(owner, form["url"], form["name"], tuple(form["events"]))
             except webhooks.BadAddress as refusal:
                 errors["url"] = str(refusal)
     endpoints = webhooks.list_endpoints(owner)
     context = {
         "endpoints": [(row, row.events or list(webhooks.EVENT_TYPES)) for row in endpoints],
-        "notices": [_notice(row, endpoints) for row in webhooks.recent(owner, SHOWN)],
-        "made": made,
+        "deliveries": [_delivery(row, endpoints) for row in webhooks.recent(owner, MAX_DELIVERIES)],
+        "created": created,
         "form": form,
         "errors": errors,
         "types": webhooks.EVENT_TYPES,
@@ -59,28 +59,28 @@ def page(request: HttpRequest) -> HttpResponse:
 
 
 @dataclass(frozen=True)
-class Notice:
-    """A line of the list."""
+class DeliveryRow:
+    """A row of the list of recent deliveries."""
 
     at: datetime
     event: str
     job_id: str
-    place: str
+    destination: str
     status: str
-    words: str
+    result: str
 
 
-def _notice(row: WebhookDelivery, endpoints: list[WebhookEndpoint]) -> Notice:
-    place = row.delivery_id.rpartition("#")[2]
+def _delivery(row: WebhookDelivery, endpoints: list[WebhookEndpoint]) -> DeliveryRow:
+    channel = row.delivery_id.rpartition("#")[2]
     urls = {endpoint.endpoint_id: endpoint.name or endpoint.url for endpoint in endpoints}
-    words = row.last_result or "on its way"
+    result = row.last_result or "sending"
     if row.status == "pending" and row.tries:
-        words = f"{words}, tried {int(row.tries)} times; again later"
+        result = f"{result}, {int(row.tries)} attempts so far; will retry"
     elif row.status == "given up":
-        words = f"not sent: {words}"
-    where = "e-mail" if place == "email" else urls.get(place, "a webhook that was deleted")
+        result = f"not delivered: {result}"
+    destination = "email" if channel == "email" else urls.get(channel, "a deleted webhook")
     at = datetime.fromtimestamp(float(row.created_at), UTC)
-    return Notice(at, row.event, row.job_id, where, row.status, words)
+    return DeliveryRow(at, row.event, row.job_id, destination, row.status, result)
 
 
 def _errors(form: dict[str, Any]) -> dict[str, str]:
@@ -88,7 +88,7 @@ def _errors(form: dict[str, Any]) -> dict[str, str]:
     if len(form["name"]) > 80:
         errors["name"] = "Use at most 80 characters."
     if not form["events"]:
-        errors["events"] = "Choose at least one thing to be told of."
+        errors["events"] = "Choose at least one event."
     return errors
 
 
@@ -96,12 +96,12 @@ def _errors(form: dict[str, Any]) -> dict[str, str]:
 @require_POST
 def email(request: HttpRequest) -> HttpResponse:
     wanted = request.POST.get("wanted") == "1"
-    person = _person(request)
-    person.notify_by_email = wanted
-    webhooks.set_email(person.owner_id, person.notification_email)  # first: what workers go by
-    person.save(update_fields=["notify_by_email"])
+    user = _user(request)
+    user.notify_by_email = wanted
+    webhooks.set_email(user.owner_id, user.notification_email)  # first: workers use this copy
+    user.save(update_fields=["notify_by_email"])
     messages.success(
-        request, "You get an e-mail when a job ends." if wanted else "You get no e-mail about jobs."
+        request, "You will get an email when a job ends." if wanted else "You will get no emails about jobs."
     )
     return redirect("jobs:notifications")
 
@@ -124,17 +124,17 @@ def test(request: HttpRequest, webhook_endpoint_id: str) -> HttpResponse:
 def delete(request: HttpRequest, webhook_endpoint_id: str) -> HttpResponse:
     row = _find(request, webhook_endpoint_id)
     webhooks.remove_endpoint(row.owner, row.endpoint_id)
-    messages.success(request, "The webhook is deleted.")
+    messages.success(request, "The webhook was deleted.")
     return redirect("jobs:notifications")
 
 
-def _person(request: HttpRequest) -> User:
-    assert isinstance(request.user, User)  # login_required came first
+def _user(request: HttpRequest) -> User:
+    assert isinstance(request.user, User)  # guaranteed by login_required
     return request.user
 
 
 def _find(request: HttpRequest, endpoint_id: str) -> WebhookEndpoint:
-    row = webhooks.find_endpoint(_person(request).owner_id, endpoint_id)
+    row = webhooks.find_endpoint(_user(request).owner_id, endpoint_id)
     if row is None:
         raise Http404
     return row

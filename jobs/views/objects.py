@@ -1,6 +1,6 @@
-"""Downloads from local storage by signed links that expire. On S3 the links are S3's own and never come here.
+"""Downloads from local storage through signed links that expire. With S3, links point at S3 itself.
 
-Sent block by block from an async iterator: a FileResponse under ASGI would hold the whole file in memory.
+Sent block by block from an async iterator: under ASGI, a FileResponse would hold the whole file in memory.
 """
 
 from __future__ import annotations
@@ -26,20 +26,18 @@ BLOCK = 256 * 1024
 
 
 async def download(request: HttpRequest, token: str, filename: str) -> HttpResponseBase:
-    """`/objects/<token>/<filename>`; answers one byte range, as browsers ask to go on after a break."""
-    told = blobs.read_link(token)
-    if told is None:
-        return HttpResponse(
-            "This link has expired. Ask for a new one on the page it came from.\n", status=403
-        )
-    key, name = told
+    """`/objects/<token>/<filename>`; supports one byte range, so that browsers can resume a download."""
+    link = blobs.read_link(token)
+    if link is None:
+        return HttpResponse("This link has expired. Get a new one from the page it was on.\n", status=403)
+    key, name = link
     size = await sync_to_async(blobs.size_of)(key)
     if size is None:
-        return HttpResponseNotFound("There is no such object.\n")
-    wanted = byte_range(request.headers.get("Range", ""), size)
-    if wanted is None:
+        return HttpResponseNotFound("Not found.\n")
+    span = byte_range(request.headers.get("Range", ""), size)
+    if span is None:
         return HttpResponse(status=416, headers={"Content-Range": f"bytes */{size}"})
-    start, end = wanted
+    start, end = span
     file = await sync_to_async(blobs.open_file)(key, start)
     response = StreamingHttpResponse(
         _blocks(file, end - start), status=200 if (start, end) == (0, size) else 206
@@ -48,7 +46,7 @@ async def download(request: HttpRequest, token: str, filename: str) -> HttpRespo
     response["Accept-Ranges"] = "bytes"
     if response.status_code == 206:
         response["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-    # What people uploaded is only ever saved, never shown.
+    # User uploads are only ever downloaded, never rendered by the browser.
     kind = mimetypes.guess_type(name)[0] if name.endswith((".json", ".zip", ".csv")) else None
     response["Content-Type"] = kind or "application/octet-stream"
     response["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(name, safe='')}"
@@ -58,12 +56,12 @@ async def download(request: HttpRequest, token: str, filename: str) -> HttpRespo
 
 
 def byte_range(header: str, size: int) -> tuple[int, int] | None:
-    """(start, end) of the bytes to send; everything where the header asks for nothing we know; None if there is no such
-    part."""
-    found = re.fullmatch(r"bytes=(\d{0,19})-(\d{0,19})", header.strip())
-    if not found or found[0] == "bytes=-":
+    """(start, end) of the bytes to send: everything if the header is missing or unsupported; None if the range is not
+    satisfiable."""
+    match = re.fullmatch(r"bytes=(\d{0,19})-(\d{0,19})", header.strip())
+    if not match or match[0] == "bytes=-":
         return 0, size
-    first, last = found.groups()
+    first, last = match.groups()
     if not first:
         return (max(size - int(last), 0), size) if int(last) and size else None
     start, end = int(first), min(int(last) + 1, size) if last else size
@@ -71,7 +69,7 @@ def byte_range(header: str, size: int) -> tuple[int, int] | None:
 
 
 async def _blocks(file: IO[bytes], left: int) -> AsyncIterator[bytes]:
-    """A thread is borrowed for each read only."""
+    """Uses a thread only during each read."""
     read = sync_to_async(file.read, thread_sensitive=False)
     try:
         while left > 0 and (block := await read(min(BLOCK, left))):

@@ -1,4 +1,4 @@
-"""Staff see everybody's jobs, inside Django's admin. Lists come from partitions by month and state, never from a scan."""
+"""Staff see all users' jobs in Django's admin. Lists are read from partitions by month and status, never by a scan."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 import time
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from django.contrib import messages
 from django.contrib.admin.sites import AdminSite
@@ -23,22 +22,22 @@ from jobs.store import access, queue, tables
 from jobs.store.tables import Audit, Job, JobIndex, month_of, new_id, time_of
 from jobs.views import presenters
 
-PAGE = 50
-PRIORITIES = {10: "before everybody's", 0: "ordinary", -10: "behind everybody's"}
+PAGE_SIZE = 50
+PRIORITIES = {10: "ahead of all jobs", 0: "normal", -10: "behind all jobs"}
 STATES = ("all", "active", "succeeded", "failed", "cancelled")
 
 
 @dataclass(frozen=True)
-class Found:
+class OverseenRow:
     job: Job
-    person: str
-    state: presenters.State
+    email: str
+    state: presenters.JobView
 
 
 @require_GET
 def index(request: HttpRequest, *, site: AdminSite) -> HttpResponse:
-    """By state and month, or by an id, an owner or an e-mail address."""
-    _allowed(request, "view")
+    """By status and month, or by a job id, an owner id, or an email address."""
+    _require(request, "view")
     state = request.GET.get("state", "all")
     month = request.GET.get("month") or month_of(time.time())
     if state not in STATES or not re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])", month):
@@ -51,12 +50,12 @@ def index(request: HttpRequest, *, site: AdminSite) -> HttpResponse:
     context = {
         **site.each_context(request),
         "title": "Jobs",
-        "rows": _with_people(jobs),
+        "rows": _with_emails(jobs),
         "states": STATES,
         "state": state,
         "month": month,
-        "earlier": _month_beside(month, -1),
-        "later": _month_beside(month, 1) if month < month_of(time.time()) else "",
+        "earlier": _shifted_month(month, -1),
+        "later": _shifted_month(month, 1) if month < month_of(time.time()) else "",
         "more": more,
         "q": search,
     }
@@ -65,16 +64,16 @@ def index(request: HttpRequest, *, site: AdminSite) -> HttpResponse:
 
 @require_GET
 def detail(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) -> HttpResponse:
-    _allowed(request, "view")
+    _require(request, "view")
     job = _job(owner, job_id)
-    story = fold(event_log.read(owner, job_id))
-    first, more = presenters.settings_rows(job, story)
+    history = fold(event_log.read(owner, job_id))
+    first, more = presenters.settings_rows(job, history)
     context = {
         **site.each_context(request),
         "title": job.name or job_id,
         "job": job,
-        "found": _with_people([job])[0],
-        "log": story.shown_log[-100:],
+        "overseen": _with_emails([job])[0],
+        "log": history.shown_log[-100:],
         "settings_rows": first + more,
         "may_cancel": not job.ended
         and job.desired != "cancel"
@@ -86,8 +85,8 @@ def detail(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) ->
 
 @require_POST
 def cancel(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) -> HttpResponse:
-    """Staff may stop anybody's job; who did it is written down."""
-    _allowed(request, "change")
+    """Staff can cancel any job; the audit log records who did."""
+    _require(request, "change")
     _job(owner, job_id)
     actor = request.user.owner_id
     Audit(month_of(time.time()), new_id("audit"), actor=actor, action="cancel", target=job_id).save()
@@ -96,18 +95,18 @@ def cancel(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) ->
     except transitions.Refused as refused:
         messages.warning(request, refused.message)
     else:
-        messages.success(request, "The job is cancelled, or will be with its next heartbeat.")
+        messages.success(request, "The job was cancelled, or will be at its next heartbeat.")
     return redirect("admin:jobs_overseenjob_detail", owner, job_id)
 
 
 @require_POST
 def prioritise(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) -> HttpResponse:
-    """Staff may put a job before or behind everybody's; who did it is written down."""
-    _allowed(request, "change")
+    """Staff can move a job ahead of or behind all others; the audit log records who did."""
+    _require(request, "change")
     _job(owner, job_id)
     priority = request.POST.get("priority", "")
     if priority not in {str(number) for number in PRIORITIES}:
-        messages.warning(request, "Choose one of the priorities.")
+        messages.warning(request, "Choose a priority from the list.")
         return redirect("admin:jobs_overseenjob_detail", owner, job_id)
     action = f"priority {priority}"
     actor = request.user.owner_id
@@ -117,12 +116,12 @@ def prioritise(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite
     except transitions.Refused as refused:
         messages.warning(request, refused.message)
     else:
-        messages.success(request, f"Its priority is {PRIORITIES[int(priority)]} now.")
+        messages.success(request, f"Priority: {PRIORITIES[int(priority)]}.")
     return redirect("admin:jobs_overseenjob_detail", owner, job_id)
 
 
-def _allowed(request: HttpRequest, what: str) -> None:
-    if not request.user.has_perm(f"jobs.{what}_overseenjob"):
+def _require(request: HttpRequest, permission: str) -> None:
+    if not request.user.has_perm(f"jobs.{permission}_overseenjob"):
         raise PermissionDenied
 
 
@@ -133,45 +132,45 @@ def _job(owner: str, job_id: str) -> Job:
         raise Http404 from error
 
 
-# ---- finding -------------------------------------------------------------------------------------------------------
+# ---- lists and search -------------------------------------------------------------------------------------------------------
 
 
 def _listed(state: str, month: str, after: str | None) -> tuple[list[Job], str]:
     if state == "active":
-        rows = sorted(queue.index_rows(), key=lambda row: row.job_id, reverse=True)[:PAGE]
-        return _behind(rows), ""
-    rows = list(islice(tables.newest(JobIndex, f"{state}#{month}", PAGE + 1, after), PAGE + 1))
-    more = rows[PAGE - 1].job_id if len(rows) > PAGE else ""
-    return _behind(rows[:PAGE]), more
+        rows = sorted(queue.index_rows(), key=lambda row: row.job_id, reverse=True)[:PAGE_SIZE]
+        return _jobs_of(rows), ""
+    rows = list(islice(tables.newest(JobIndex, f"{state}#{month}", PAGE_SIZE + 1, after), PAGE_SIZE + 1))
+    more = rows[PAGE_SIZE - 1].job_id if len(rows) > PAGE_SIZE else ""
+    return _jobs_of(rows[:PAGE_SIZE]), more
 
 
-def _behind(rows: list[JobIndex]) -> list[Job]:
-    """The jobs of list rows, newest first."""
-    found = queue.active_jobs(rows)
-    return sorted((job for job in found if access.is_shown(job)), key=lambda job: job.job_id, reverse=True)
+def _jobs_of(rows: list[JobIndex]) -> list[Job]:
+    """The jobs of index rows, newest first."""
+    jobs = queue.active_jobs(rows)
+    return sorted((job for job in jobs if access.is_shown(job)), key=lambda job: job.job_id, reverse=True)
 
 
 def _search(text: str) -> list[Job]:
     if re.fullmatch(r"ftjob-[0-9A-HJKMNP-TV-Z]{26}", text):
         row = tables.get(JobIndex, f"all#{month_of(time_of(text))}", text)
-        return _behind([row]) if row else []
+        return _jobs_of([row]) if row else []
     owner = text
     if "@" in text:
-        person = get_user_model().objects.filter(email__iexact=text).first()
-        owner = person.owner_id if person else ""
-    return list(access.list_jobs(owner, PAGE)) if owner.startswith("user-") else []
+        user = get_user_model().objects.filter(email__iexact=text).first()
+        owner = user.owner_id if user else ""
+    return list(access.list_jobs(owner, PAGE_SIZE)) if owner.startswith("user-") else []
 
 
-def _with_people(jobs: list[Job]) -> list[Found]:
-    people: dict[str, Any] = dict(
+def _with_emails(jobs: list[Job]) -> list[OverseenRow]:
+    emails: dict[str, str] = dict(
         get_user_model()
         .objects.filter(owner_id__in={job.owner for job in jobs})
         .values_list("owner_id", "email")
     )
-    return [Found(job, people.get(job.owner, job.owner), presenters.state(job)) for job in jobs]
+    return [OverseenRow(job, emails.get(job.owner, job.owner), presenters.job_view(job)) for job in jobs]
 
 
-def _month_beside(month: str, step: int) -> str:
+def _shifted_month(month: str, step: int) -> str:
     year, number = (int(part) for part in month.split("-"))
-    whole = year * 12 + number - 1 + step
-    return f"{whole // 12:04d}-{whole % 12 + 1:02d}"
+    months = year * 12 + number - 1 + step
+    return f"{months // 12:04d}-{months % 12 + 1:02d}"

@@ -1,4 +1,4 @@
-"""The playground: a prompt or a chat turn, the tuned model beside its base, token by token."""
+"""The playground: a prompt or a chat message, answered by the fine-tuned model and its base, token by token."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from jobs.forms import GenerateForm
 from jobs.inference import generation
 from jobs.inference.generation import GenerateRequest
 from jobs.store import access
-from jobs.views.decorators import for_people_async, owner_of
+from jobs.views.decorators import owner_of, signed_in_async
 from training.plan import catalog
 
 DEFAULTS: dict[str, Any] = {"temperature": 0, "top_p": 1, "max_tokens": 128}
 
 
-@for_people_async
+@signed_in_async
 @require_http_methods(["GET", "POST"])
 async def page(request: HttpRequest) -> HttpResponseBase:
-    """GET shows the form. POST is for people without JavaScript: it waits for the whole answer and shows it."""
+    """GET shows the form. POST works without JavaScript: it waits for the whole answer and shows it."""
     owner = owner_of(request)
     models = list(await sync_to_async(access.list_models)(owner, 50))
     chosen = (
@@ -46,39 +46,40 @@ async def page(request: HttpRequest) -> HttpResponseBase:
         context |= {"form": form, "typed": {**DEFAULTS, **request.POST.dict()}}
         if form.is_valid():
             context["answers"] = [
-                await _whole(owner, form.cleaned_data, model) for model in _beside(form, context["base"])
+                await _complete(owner, form.cleaned_data, model)
+                for model in _models_to_run(form, context["base"])
             ]
     return await sync_to_async(render)(request, "jobs/playground.html", context)
 
 
-def _beside(form: GenerateForm, base: str) -> list[str]:
+def _models_to_run(form: GenerateForm, base: str) -> list[str]:
     model = form.cleaned_data["model"]
     return [model, base] if form.cleaned_data.get("compare") and base and base != model else [model]
 
 
-async def _whole(owner: str, data: dict[str, Any], model: str) -> dict[str, str]:
+async def _complete(owner: str, data: dict[str, Any], model: str) -> dict[str, str]:
     try:
         answer = await generation.complete(owner, _request(data, model))
     except access.NotFound:
-        return {"model": model, "error": "There is no such model, or it was deleted. Choose another one."}
+        return {"model": model, "error": "This model does not exist or was deleted. Choose another one."}
     except (generation.Busy, generation.Failed) as error:
         return {"model": model, "error": str(error)}
     return {"model": model, "text": answer.texts[0] if answer.texts else ""}
 
 
 def _request(data: dict[str, Any], model: str) -> GenerateRequest:
-    given: dict[str, Any] = {
+    parameters: dict[str, Any] = {
         name: default if data.get(name) is None else data[name] for name, default in DEFAULTS.items()
     }
     if data.get("mode") == "chat":
-        return GenerateRequest(model, messages=[{"role": "user", "content": data["prompt"]}], **given)
-    return GenerateRequest(model, prompt=data["prompt"], **given)
+        return GenerateRequest(model, messages=[{"role": "user", "content": data["prompt"]}], **parameters)
+    return GenerateRequest(model, prompt=data["prompt"], **parameters)
 
 
-@for_people_async
+@signed_in_async
 @require_POST
 async def stream(request: HttpRequest) -> HttpResponseBase:
-    """One model's answer as lines of JSON while it is written. Closing the connection stops the model."""
+    """One model's answer, streamed as JSON lines. Closing the connection stops the generation."""
     form = GenerateForm(request.POST)
     if not form.is_valid():
         errors = [
@@ -90,10 +91,10 @@ async def stream(request: HttpRequest) -> HttpResponseBase:
     data = form.cleaned_data
     tokens = generation.stream(owner_of(request), _request(data, data["model"]))
     try:
-        first = await anext(tokens)  # a refusal is an answer with a status, not a broken stream
+        first = await anext(tokens)  # so that a refusal becomes a response with a status, not a broken stream
     except access.NotFound:
         return JsonResponse(
-            {"error": "There is no such model, or it was deleted. Choose another one."}, status=404
+            {"error": "This model does not exist or was deleted. Choose another one."}, status=404
         )
     except generation.Busy as busy:
         return JsonResponse({"error": str(busy)}, status=429, headers={"Retry-After": str(busy.retry_after)})

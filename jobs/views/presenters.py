@@ -1,4 +1,4 @@
-"""How a job looks to a person: words, colours and figures of its page, from the Job item alone."""
+"""How a job is shown: labels, colors, and figures of its page, computed from the Job item alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs.events.history import Story
+from jobs.events.history import Proof, Story
 from jobs.formatting import (
     UNKNOWN,
     compact,
@@ -22,37 +22,14 @@ from jobs.formatting import (
     rate,
     span,
 )
-from jobs.forms import CHOICE_WORDS
+from jobs.forms import CHOICE_LABELS
 from jobs.lifecycle import transitions
 from jobs.registry import base_models
 from jobs.store.reasons import REASONS
+from jobs.store.states import Status
 from jobs.store.tables import Job
+from jobs.views.job_status import PHASE_LABELS, StatusDisplay, display_of
 from training.plan.config import FIELDS, current_names
-
-ALIVE, GOOD, BAD, QUIET, WAITING = "bg-primary", "bg-success", "bg-error", "bg-base-content/40", "bg-warning"
-STATUS_WORDS = {
-    "validating": ("Checking the data", WAITING),
-    "queued": ("In the queue", WAITING),
-    "running": ("Running", ALIVE),
-    "retrying": ("Trying again soon", WAITING),
-    "paused": ("Paused", QUIET),
-    "succeeded": ("Done", GOOD),
-    "failed": ("Failed", BAD),
-    "cancelled": ("Cancelled", QUIET),
-    "void": ("Never started", QUIET),
-}
-PHASE_WORDS = {
-    "preparing": "Preparing",
-    "rehearsing": "Rehearsing",
-    "training": "Training",
-    "evaluating": "Evaluating",
-    "exporting": "Exporting",
-}
-WAITING_LINES = {
-    "validating": "The data is being checked. The job joins the queue as soon as it is ready.",
-    "queued": "Nothing yet. The first line comes when a worker takes the job.",
-    "running": "The worker is starting.",
-}
 
 
 @dataclass(frozen=True)
@@ -64,31 +41,31 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """Why it failed, or what it does about it: cause, what was done, what to press."""
+class Problem:
+    """Why a job failed, stopped, or is being retried."""
 
     title: str
     sentence: str
-    done: str = ""
+    kept: str = ""  # attempts so far, and the checkpoint that remains
     advice: str = ""
     border: str = ""
 
 
 @dataclass(frozen=True)
-class State:
+class JobView:
     label: str
-    dot: str
+    tone: str
     note: str
     ended: bool
     percent: int
     figures: list[Figure] = field(default_factory=list)
-    trouble: Trouble | None = None
-    silence: str = ""
+    problem: Problem | None = None
+    stall_warning: str = ""
     base: str = ""
     dataset: str = ""
     started_at: float | None = None
     submitted_at: float | None = None
-    waiting: str = ""
+    empty_log: str = ""
     can_edit: bool = False
     can_pause: bool = False
     can_resume: bool = False
@@ -99,34 +76,35 @@ class State:
     model_id: str = ""
 
 
-def state(job: Job) -> State:
-    word, dot = STATUS_WORDS.get(job.status, (job.status.capitalize(), QUIET))
-    if job.status == "running":
-        word = PHASE_WORDS.get(job.phase, "Starting")
-    ended, wanted = job.ended, job.desired
-    done = _fraction(job)
-    return State(
-        label=word,
-        dot=dot,
+def job_view(job: Job) -> JobView:
+    display = display_of(job.status)
+    label = display.label
+    if job.status == Status.RUNNING:
+        label = PHASE_LABELS.get(job.phase, "Starting")
+    ended, paused, desired = job.ended, job.status == Status.PAUSED, job.desired
+    fraction = _fraction(job)
+    return JobView(
+        label=label,
+        tone=display.tone,
         note=_note(job),
         ended=ended,
-        percent=100 if job.status == "succeeded" else int(100 * done),
-        figures=_figures(job, done),
-        trouble=_trouble(job),
-        silence=_silence(job),
+        percent=100 if job.status == Status.SUCCEEDED else int(100 * fraction),
+        figures=_figures(job, fraction),
+        problem=_problem(job, display),
+        stall_warning=_stall_warning(job),
         base=_base(job),
-        dataset=job.dataset_name or "the data",  # of before names were kept
+        dataset=job.dataset_name or "dataset",  # jobs from before names were stored
         started_at=job.started_at,
         submitted_at=job.created_at,
-        waiting=WAITING_LINES.get(job.status, "No line was written."),
+        empty_log=display.empty_log,
         can_edit=transitions.can_edit(job),
-        can_pause=not ended and job.status != "paused" and wanted == "run",
-        can_resume=not ended and (job.status == "paused" or wanted == "pause"),
-        can_cancel=not ended and wanted != "cancel",
-        can_retry=job.status in ("failed", "cancelled"),
+        can_pause=not ended and not paused and desired == "run",
+        can_resume=not ended and (paused or desired == "pause"),
+        can_cancel=not ended and desired != "cancel",
+        can_retry=job.status in (Status.FAILED, Status.CANCELLED),
         can_delete=ended,
-        retry_label=f"Go on from step {job.checkpoint_step:.0f}" if job.checkpoint_step else "Try again",
-        model_id=job.model_id if job.status == "succeeded" else "",
+        retry_label=f"Resume from step {job.checkpoint_step:.0f}" if job.checkpoint_step else "Try again",
+        model_id=job.model_id if job.status == Status.SUCCEEDED else "",
     )
 
 
@@ -138,7 +116,7 @@ def _fraction(job: Job) -> float:
 def _note(job: Job) -> str:
     if not job.ended and job.desired == "cancel":
         return "· cancelling"
-    if job.status == "running" and job.desired == "pause":
+    if job.status == Status.RUNNING and job.desired == "pause":
         return "· pausing after a checkpoint"
     if job.attempts > 0 and not job.ended:
         return f"· attempt {job.attempts + 1:.0f}"
@@ -149,87 +127,88 @@ def _base(job: Job) -> str:
     known = base_models.of_job(job)
     if known is None:
         return job.base
-    own = job.base.startswith("ft:") and known.name
-    return f"{f'“{known.name}”' if own else job.base} · {compact(known.parameters)}"
+    name = f"“{known.name}”" if job.base.startswith("ft:") and known.name else job.base
+    return f"{name} · {compact(known.parameters)}"
 
 
 def seconds_run(job: Job) -> float | None:
-    """All attempts together, without the waits between them where the worker has told."""
+    """All attempts together, without the waits between them if the worker has reported its time."""
     if not job.started_at:
         return None
-    if (told := finite(job.progress.get("seconds"))) is not None:
-        return told
+    if (reported := finite(job.progress.get("seconds"))) is not None:
+        return reported
     return float(max(0.0, (job.ended_at or time.time()) - job.started_at))
 
 
 def cost(seconds: float | None) -> float | None:
-    """What so many seconds of a worker cost; None where the operator set no price."""
+    """The price of that many worker seconds; None if the operator set no price."""
     price = settings.JOBS["price_per_hour"]
     return seconds * price / 3600 if price and seconds is not None else None
 
 
-def _figures(job: Job, done: float) -> list[Figure]:
+def _figures(job: Job, fraction: float) -> list[Figure]:
     step, total = job.progress.get("step"), job.progress.get("total_steps")
     progress = Figure(
         "Progress",
-        f"{100 * done:.0f}\u202f%" if job.status != "succeeded" else "100\u202f%",
+        f"{100 * fraction:.0f}%" if job.status != "succeeded" else "100%",
         f"· step {count(step)} of {count(total)}" if total else "",
     )
-    return [progress, _left(job), _spent(job), _held_out(job)]
+    return [progress, _time(job), _cost(job), _loss(job)]
 
 
-def _left(job: Job) -> Figure:
-    if job.ended or job.status == "paused":
-        took = seconds_run(job)
-        return Figure("Took" if job.ended else "Ran so far", duration(took))
-    if job.status == "running" and job.progress.get("silent_s"):
-        return Figure("Left", UNKNOWN, "· no progress")
+def _time(job: Job) -> Figure:
+    if job.ended or job.status == Status.PAUSED:
+        return Figure("Run time" if job.ended else "Run time so far", duration(seconds_run(job)))
+    if job.status == Status.RUNNING and job.progress.get("silent_s"):
+        return Figure("Time left", UNKNOWN, "· no progress")
     eta = finite(job.progress.get("eta_s"))
-    if eta is not None and job.status == "running":
-        # The trainer's own estimate: a tenth more covers what its recent pace doesn't know of.
-        return Figure("Left", span(eta, eta * 1.1), f"· {from_now(eta * 1.05)}")
+    if eta is not None and job.status == Status.RUNNING:
+        # The trainer's own estimate, plus a tenth for what its recent pace does not show.
+        return Figure("Time left", span(eta, eta * 1.1), f"· {from_now(eta * 1.05)}")
     estimate = job.estimate if isinstance(job.estimate, dict) else {}
     low, high = estimate.get("seconds_p50"), estimate.get("seconds_p90")
-    return Figure("Left", span(low, high), "· estimated" if low else "")
+    return Figure("Time left", span(low, high), "· estimated" if low else "")
 
 
-def _silence(job: Job) -> str:
-    """What a worker tells of a trainer that has told nothing for long."""
+def _stall_warning(job: Job) -> str:
+    """The worker reports how long the trainer has been silent."""
     silent, limit = finite(job.progress.get("silent_s")), finite(job.progress.get("silent_limit_s"))
-    if job.status != "running" or silent is None or limit is None:
+    if job.status != Status.RUNNING or silent is None or limit is None:
         return ""
-    start = (
-        f"resumes from the checkpoint of step {job.checkpoint_step:,.0f}"
+    restart = (
+        f"resumes from the checkpoint at step {job.checkpoint_step:,.0f}"
         if job.checkpoint_step
-        else "starts again from the beginning"
+        else "restarts from the beginning"
     )
     return (
-        f"The trainer has reported nothing for {duration(silent)}. "
-        f"After {duration(limit)} it is stopped, and training {start}."
+        f"The trainer has reported no progress for {duration(silent)}. "
+        f"After {duration(limit)} it is stopped, and training {restart}."
     )
 
 
-def _spent(job: Job) -> Figure:
+def _cost(job: Job) -> Figure:
     spent = cost(seconds_run(job))
     if spent is not None:
         estimate = job.estimate if isinstance(job.estimate, dict) else {}
         ahead = finite(job.progress.get("eta_s"))
-        # What the trainer sees before it is worth more than what was thought before the start.
+        # The trainer's time left is more accurate than the estimate from before the start.
         seconds = (
             (seconds_run(job) or 0) + ahead if ahead is not None else finite(estimate.get("seconds_p50"))
         )
-        whole = cost(seconds)
+        total = cost(seconds)
         return Figure(
             "Cost so far" if not job.ended else "Cost",
             money(spent),
-            f"of {money(whole)}" if whole and not job.ended else "",
+            f"of {money(total)}" if total and not job.ended else "",
         )
     tokens = job.metrics.get("tokens", job.progress.get("tokens"))
     speed = job.metrics.get("tokens_per_s")
-    return Figure("Tokens", compact(tokens), f"· {count(speed)} a second" if speed and not job.ended else "")
+    return Figure(
+        "Tokens", compact(tokens), f"· {count(speed)} per second" if speed and not job.ended else ""
+    )
 
 
-def _held_out(job: Job) -> Figure:
+def _loss(job: Job) -> Figure:
     now = job.metrics.get("eval_loss", job.metrics.get("held_out_loss"))
     first = job.metrics.get("base_eval_loss", job.metrics.get("held_out_loss_base"))
     if now is None and job.metrics.get("loss") is not None:
@@ -242,33 +221,30 @@ def _held_out(job: Job) -> Figure:
     )
 
 
-def _trouble(job: Job) -> Trouble | None:
-    if job.status not in ("failed", "retrying", "cancelled", "paused") or not (job.reason or job.message):
+def _problem(job: Job, display: StatusDisplay) -> Problem | None:
+    reason = REASONS.get(job.reason)
+    sentence = job.message or (reason.sentence if reason else job.reason)
+    if not sentence or not display.problem_title:
         return None
-    known = REASONS.get(job.reason)
-    sentence = job.message or (known.sentence if known else "")
-    advice = job.advice or (known.advice if known else "")
-    if job.status == "failed":
-        return Trouble("Why it failed", sentence, _kept(job), advice, "border-error/40")
-    if job.status == "retrying":
-        return Trouble(
-            "A try was lost; the next one follows by itself", sentence, _kept(job), "", "border-warning/40"
-        )
-    return (
-        Trouble("Why it stopped", sentence, _kept(job), advice if job.status == "paused" else "")
-        if sentence
-        else None
+    advice = job.advice or (reason.advice if reason else "")
+    shows_advice = job.status in (Status.FAILED, Status.PAUSED)
+    return Problem(
+        display.problem_title,
+        sentence,
+        _kept(job),
+        advice if shows_advice else "",
+        display.problem_border,
     )
 
 
 def _kept(job: Job) -> str:
-    tried = f"It was tried {job.attempts:.0f} times. " if job.attempts > 1 else ""
+    attempts = f"{job.attempts:.0f} attempts were made. " if job.attempts > 1 else ""
     if job.checkpoint_step:
-        return f"{tried}Everything up to step {job.checkpoint_step:,.0f} is kept in a verified checkpoint."
-    return tried.strip()
+        return f"{attempts}Progress up to step {job.checkpoint_step:,.0f} is saved in a verified checkpoint."
+    return attempts.strip()
 
 
-# ---- the column beside the curve -----------------------------------------------------------------------------------
+# ---- the sidebar, beside the loss curve -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -279,71 +255,75 @@ class Row:
     reason: str = ""
 
 
-def aside(job: Job, story: Story) -> dict[str, Any]:
-    first, more = settings_rows(job, story)
+def sidebar(job: Job, history: Story) -> dict[str, Any]:
+    first, more = settings_rows(job, history)
     return {
         "job": job,
-        "state": state(job),
-        "proofs": [_proof(proof) for proof in story.proofs[-3:]],
-        "samples": _samples(story),
-        "place": transitions.queue_position(job),
-        "verdict": _verdict(story),
+        "state": job_view(job),
+        "resume_checks": [_resume_check(check) for check in history.proofs[-3:]],
+        "samples": _samples(history),
+        "queue_position": transitions.queue_position(job),
+        "verdict": _verdict(history),
         "settings_rows": first,
         "more_rows": more,
     }
 
 
-def _proof(proof: Any) -> dict[str, Any]:
-    again = proof.steps
-    if not proof.exact:
-        text = f"Went on at step {proof.resumed_from:,} at {proof.at}, not exactly as before: {proof.why or 'the machine differs'}."
-        return {
-            "title": "Resumed, not to the bit",
-            "text": text,
-            "good": False,
-            "border": "border-warning/40",
-        }
-    if again and proof.equal == again:
-        text = (
-            f"Training was interrupted and went on at {proof.at}. Steps {proof.first:,} to {proof.last:,} were run again: "
-            f"{'all ' if again > 1 else ''}{again:,} loss{'es' if again > 1 else ''} equal to the bit."
+def _resume_check(check: Proof) -> dict[str, Any]:
+    """Whether the steps run again after a resume gave the same losses, bit for bit."""
+    if not check.exact:
+        why = check.why or "the machine is different"
+        return _inexact(f"Resumed at step {check.resumed_from:,} at {check.at}, but not exactly: {why}.")
+    if not check.steps:
+        return _exact(
+            "Resumed",
+            f"Training was interrupted and resumed from the checkpoint at step {check.resumed_from:,} at "
+            f"{check.at}. No logged steps had to be run again.",
         )
-        return {"title": "Resume verified", "text": text, "good": True, "border": "border-success/40"}
-    if again:
-        text = f"{proof.equal:,} of {again:,} steps that were run again gave the same loss to the bit; the machine or its libraries differ."
-        return {
-            "title": "Resumed, not to the bit",
-            "text": text,
-            "good": False,
-            "border": "border-warning/40",
-        }
-    text = f"Training was interrupted and went on from the checkpoint of step {proof.resumed_from:,} at {proof.at}. No logged step had to be run again."
-    return {"title": "Resumed", "text": text, "good": True, "border": "border-success/40"}
+    if check.equal < check.steps:
+        return _inexact(
+            f"{check.equal:,} of {check.steps:,} repeated steps gave bit-identical losses. "
+            "The machine or its libraries are different."
+        )
+    losses = f"all {check.steps:,} losses are" if check.steps > 1 else "the loss is"
+    return _exact(
+        "Resume verified",
+        f"Training was interrupted and resumed at {check.at}. Steps {check.first:,} to {check.last:,} "
+        f"were repeated: {losses} bit-identical.",
+    )
 
 
-def _samples(story: Story) -> list[dict[str, Any]]:
-    """For each pinned prompt the base's answer, the first after it, one from the middle and the newest."""
+def _exact(title: str, text: str) -> dict[str, Any]:
+    return {"title": title, "text": text, "good": True, "border": "border-success/40"}
+
+
+def _inexact(text: str) -> dict[str, Any]:
+    return {"title": "Resumed, not bit-identical", "text": text, "good": False, "border": "border-warning/40"}
+
+
+def _samples(history: Story) -> list[dict[str, Any]]:
+    """For each sample prompt: the base model's answer, the first one after it, one from the middle, and the newest."""
     prompts = []
-    for prompt, by_step in list(story.samples.items())[:3]:
+    for prompt, by_step in list(history.samples.items())[:3]:
         steps = sorted(by_step)
         shown = steps if len(steps) <= 4 else [*steps[:2], steps[len(steps) // 2], steps[-1]]
         rows = [
             {"step": s, "name": "Base" if s == 0 else f"Step {s:,}", "text": by_step[s].strip()}
             for s in shown
         ]
-        prompts.append({"prompt": prompt.strip(), "asked": prompt, "rows": rows})
+        prompts.append({"prompt": prompt.strip(), "full_prompt": prompt, "rows": rows})
     return prompts
 
 
-def _verdict(story: Story) -> dict[str, Any]:
-    verdict = story.verdict
+def _verdict(history: Story) -> dict[str, Any]:
+    verdict = history.verdict
     text = verdict.get("sentence") or verdict.get("text") or verdict.get("message")
     return {"text": text} if text else {}
 
 
-def settings_rows(job: Job, story: Story) -> tuple[list[Row], list[Row]]:
-    """What it trains with: the words of a few settings together, then every other one."""
-    plan = story.plan or (job.plan if isinstance(job.plan, dict) else {}) or {}
+def settings_rows(job: Job, history: Story) -> tuple[list[Row], list[Row]]:
+    """The main settings, some of them combined into one row, and then all others."""
+    plan = history.plan or (job.plan if isinstance(job.plan, dict) else {}) or {}
     chosen = current_names(job.settings if isinstance(job.settings, dict) else {})
     values = {name: field.default for name, field in FIELDS.items()}
     values |= chosen | current_names(plan.get("settings") or {})
@@ -381,12 +361,12 @@ def settings_rows(job: Job, story: Story) -> tuple[list[Row], list[Row]]:
         row("Sequence", _auto(values["sequence_length"], " tokens, packed"), "sequence_length"),
         row(
             "Held out",
-            _share(values["validation_fraction"]) if not job.validation_dataset_id else "a file of its own",
+            _share(values["validation_fraction"]) if not job.validation_dataset_id else "separate dataset",
             "validation_fraction",
         ),
         row("Seed", str(values["seed"]), "seed"),
     ]
-    told = {
+    combined = {
         "objective",
         "adapter",
         "lora_rank",
@@ -397,8 +377,8 @@ def settings_rows(job: Job, story: Story) -> tuple[list[Row], list[Row]]:
         "batch_tokens",
         "learning_rate",
     }
-    told |= {"schedule", "sequence_length", "validation_fraction", "seed"}
-    more = [row(FIELDS[n].label, _plain(values[n]), n) for n in FIELDS if n not in told]
+    combined |= {"schedule", "sequence_length", "validation_fraction", "seed"}
+    more = [row(FIELDS[n].label, _plain(values[n]), n) for n in FIELDS if n not in combined]
     return first, more
 
 
@@ -411,13 +391,9 @@ def _rate(value: Any) -> str:
 
 
 def _share(value: Any) -> str:
-    return (
-        "automatic"
-        if value is None
-        else f"{100 * float(value):.3g}\u202f% of the examples"
-        if value
-        else "nothing"
-    )
+    if value is None:
+        return "automatic"
+    return f"{100 * float(value):.3g}% of the examples" if value else "none"
 
 
 def _plain(value: Any) -> str:
@@ -427,27 +403,27 @@ def _plain(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else CHOICE_WORDS.get(str(value), str(value))
+    return f"{value:g}" if isinstance(value, float) else CHOICE_LABELS.get(str(value), str(value))
 
 
-def sparks(story: Story, chart: dict[str, Any]) -> list[dict[str, Any]]:
-    latest = story.latest
+def sparklines(history: Story, chart: dict[str, Any]) -> list[dict[str, Any]]:
+    latest = history.latest
     return [
         {
             "name": name,
             "label": label,
-            "value": shape(latest.get(name)) if latest else UNKNOWN,
+            "value": formatted(latest.get(name)) if latest else UNKNOWN,
             "values": chart[name][-200:],
         }
-        for name, label, shape in (
+        for name, label, formatted in (
             ("lr", "Learning rate", rate),
-            ("grad_norm", "Gradient norm", _three),
+            ("grad_norm", "Gradient norm", _three_digits),
             ("tokens_per_s", "Tokens / s", count),
             ("memory", "Memory", memory),
         )
     ]
 
 
-def _three(value: Any) -> str:
+def _three_digits(value: Any) -> str:
     number = finite(value)
     return UNKNOWN if number is None else f"{number:.3g}"

@@ -1,4 +1,4 @@
-"""Uploads in parts, as the page's script sends them; without it a plain form does (`views.datasets.upload`)."""
+"""Multipart uploads, used by the page's script; without it, a plain form is used (`views.datasets.upload`)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from jobs.datasets.datasets import Rejected
 from jobs.formatting import when
 from jobs.forms import whole_number
 from jobs.store.quotas import OverQuota
-from jobs.views.decorators import for_people, owner_of
+from jobs.views.decorators import owner_of, signed_in
 
 
 def _refused(message: str) -> JsonResponse:
     return JsonResponse({"error": message}, status=422)
 
 
-@for_people
+@signed_in
 @require_POST
 def begin(request: HttpRequest) -> HttpResponse:
-    """`name`, `bytes` and `fingerprint` of a file. Says where it is already (unless `again`), or which parts are there."""
+    """Starts or resumes the upload of a file with `name`, `bytes`, and `mark` (its fingerprint): returns its parts so far.
+
+    If the owner already has the file, returns that dataset instead, unless `again` is set."""
     name, fingerprint = request.POST.get("name", ""), request.POST.get("mark", "")[:100]
     size = whole_number(request.POST.get("bytes", ""), 10**15)
     if size is None:
@@ -52,10 +54,10 @@ def begin(request: HttpRequest) -> HttpResponse:
     )
 
 
-@for_people
+@signed_in
 @require_http_methods(["PUT"])
 def part(request: HttpRequest, upload_id: str, number: int) -> HttpResponse:
-    """The bytes of a part are the body."""
+    """The body is the bytes of the part."""
     row = multipart.get_for(owner_of(request), upload_id)
     try:
         multipart.put(row, number, request, request.headers.get("X-Part-Sha256", ""))
@@ -64,13 +66,13 @@ def part(request: HttpRequest, upload_id: str, number: int) -> HttpResponse:
     return JsonResponse({"part": number})
 
 
-@for_people
+@signed_in
 @require_POST
 def links(request: HttpRequest, upload_id: str) -> HttpResponse:
     """Signed links for the parts in `numbers`."""
     row = multipart.get_for(owner_of(request), upload_id)
-    sent = request.POST.get("numbers", "")
-    numbers = [whole_number(number, 10**6) for number in sent.split(",")] if sent else []
+    text = request.POST.get("numbers", "")
+    numbers = [whole_number(number, 10**6) for number in text.split(",")] if text else []
     if None in numbers:
         return JsonResponse({"error": "The file has no such part."}, status=400)
     try:
@@ -81,7 +83,7 @@ def links(request: HttpRequest, upload_id: str) -> HttpResponse:
         return _refused(str(error))
 
 
-@for_people
+@signed_in
 @require_POST
 def complete(request: HttpRequest, upload_id: str) -> HttpResponse:
     row = multipart.get_for(owner_of(request), upload_id)
@@ -92,13 +94,13 @@ def complete(request: HttpRequest, upload_id: str) -> HttpResponse:
     return JsonResponse({"url": reverse("jobs:dataset", args=[dataset.dataset_id])})
 
 
-@for_people
+@signed_in
 @require_POST
 def cancel(request: HttpRequest, upload_id: str) -> HttpResponse:
-    """The script's Stop, and the page's plain button."""
+    """Used by the script's Stop button and by the page's plain form."""
     row = multipart.get_for(owner_of(request), upload_id)
     multipart.cancel(row)
     if request.headers.get("Accept", "").startswith("application/json"):
         return JsonResponse({"cancelled": True})
-    messages.success(request, f"The upload of {row.filename} is forgotten.")
+    messages.success(request, f"The upload of {row.filename} was discarded.")
     return redirect("jobs:datasets")

@@ -1,11 +1,11 @@
-// The form of a new job. Without this script every button sends the form and the page comes back filled in.
+// The new-job form. Without this script, every button submits the form and the page is rendered again with its values.
 "use strict";
 
 (() => {
   const form = document.getElementById("new-job");
   if (!form) return;
 
-  // A placeholder is the automatic value; the hint that htmx swaps in carries the newest.
+  // The placeholder shows the automatic value; the hint that htmx swaps in carries the latest one.
   document.addEventListener("htmx:oobAfterSwap", (event) => {
     const hint = event.detail.target;
     if (!hint?.id?.startsWith("hint-")) return;
@@ -23,7 +23,7 @@
     input.dispatchEvent(new Event("change", { bubbles: true }));
   });
 
-  // "back to auto" empties the field in place.
+  // "reset to auto" clears the field in place.
   form.addEventListener("click", (event) => {
     const button = event.target.closest("[data-clear]");
     if (!button) return;

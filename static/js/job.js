@@ -1,16 +1,16 @@
-// The live job page: one stream, a chart, four sparklines, a log. The page is whole without it.
+// The live job page: one event stream, a chart, four sparklines, a log. The page is complete without it.
 "use strict";
 
 (() => {
   const page = document.getElementById("job");
   if (!page) return;
   const data = JSON.parse(document.getElementById("job-data").textContent);
-  let seen = data.seq; // numbers up to here are on the page; a repeated one is dropped
+  let lastSeq = data.seq; // events up to here are on the page; repeated ones are dropped
   let ended = data.ended;
 
   // ---- chart ----------------------------------------------------------------------------------------------------
   const series = data.chart;
-  const holder = document.getElementById("loss-chart");
+  const container = document.getElementById("loss-chart");
   const color = (name) => getComputedStyle(page).getPropertyValue(name).trim();
   let axis = "step";
   let plot = null;
@@ -18,7 +18,7 @@
   const started = () => series.time.find((t) => t) || 0;
 
   function smooth(values) {
-    // The mean of a window as wide as a fifteenth of the points, narrower towards both ends so that it never lags.
+    // Centered moving average over a fifteenth of the points; the window shrinks toward both ends, so it never lags.
     const half = Math.floor(values.length / 30);
     const sums = [0];
     for (const v of values) sums.push(sums.at(-1) + (v ?? 0));
@@ -64,14 +64,14 @@
   }
 
   function build() {
-    if (!holder || typeof uPlot === "undefined" || !series.step.length) return;
+    if (!container || typeof uPlot === "undefined" || !series.step.length) return;
     const ink = tint("--color-base-content", 65);
     const line = color("--color-base-300");
     const font = "11px Inter, system-ui, sans-serif";
-    const gaps = () => []; // joined columns leave holes where the other series has points; lines cross them
+    const gaps = () => []; // joined columns have gaps where only the other series has points; draw lines across them
     const options = {
-      width: holder.clientWidth,
-      height: holder.clientHeight,
+      width: container.clientWidth,
+      height: container.clientHeight,
       legend: { show: false },
       cursor: { y: false, points: { size: 7 } },
       scales: {
@@ -91,8 +91,8 @@
       hooks: {
         setCursor: [readout],
         draw: [(u) => {
-          // What is alive glows: a dot at the end of the curve while the job runs.
-          const last = u.data[2].reduce((found, v, i) => (v === null || v === undefined ? found : i), -1);
+          // While the job runs, a glowing dot marks the end of the curve.
+          const last = u.data[2].reduce((index, v, i) => (v === null || v === undefined ? index : i), -1);
           if (ended || last < 0) return;
           const x = u.valToPos(u.data[0][last], "x", true), y = u.valToPos(u.data[2][last], "y", true);
           const unit = window.devicePixelRatio || 1;
@@ -106,42 +106,42 @@
       },
     };
     if (plot) plot.destroy();
-    holder.replaceChildren();
-    plot = new uPlot(options, columns(), holder);
+    container.replaceChildren();
+    plot = new uPlot(options, columns(), container);
   }
 
-  const hint = document.getElementById("chart-readout");
-  let hintAtRest = hint ? hint.textContent : "";
-  function summarise() {
-    // As jobs/events/history.py:summary, for the numbers that came since.
+  const readoutText = document.getElementById("chart-readout");
+  let defaultReadout = readoutText ? readoutText.textContent : "";
+  function summarize() {
+    // Same as jobs/events/history.py:summary, including the events received since.
     const order = [...position.keys()].sort((a, b) => a - b);
     const first = order[0], last = order.at(-1);
     const at = (step) => series.loss[position.get(step)]?.toFixed(3);
     const held = [...series.evals].sort((a, b) => a.step - b.step);
-    hintAtRest = `Training loss ${at(first)} at step ${first}, ${at(last)} at step ${last}.`;
-    if (held.length) hintAtRest += ` Held-out loss ${held.at(-1).loss?.toFixed(3)}${held[0].step === 0 ? `, ${held[0].loss?.toFixed(3)} before training` : ""}.`;
-    if (hint && (plot?.cursor.idx ?? null) === null) hint.textContent = hintAtRest;
-    holder?.setAttribute("aria-label", hintAtRest);
+    defaultReadout = `Training loss ${at(first)} at step ${first}, ${at(last)} at step ${last}.`;
+    if (held.length) defaultReadout += ` Held-out loss ${held.at(-1).loss?.toFixed(3)}${held[0].step === 0 ? `, ${held[0].loss?.toFixed(3)} before training` : ""}.`;
+    if (readoutText && (plot?.cursor.idx ?? null) === null) readoutText.textContent = defaultReadout;
+    container?.setAttribute("aria-label", defaultReadout);
   }
   function readout(u) {
-    if (!hint) return;
+    if (!readoutText) return;
     const i = u.cursor.idx;
-    if (i === null || i === undefined) { hint.textContent = hintAtRest; return; }
+    if (i === null || i === undefined) { readoutText.textContent = defaultReadout; return; }
     const parts = [{ step: "Step ", tokens: "Tokens ", time: "" }[axis] + axisText(u.data[0][i])];
     if (u.data[1][i] != null) parts.push(`training ${u.data[1][i].toFixed(3)}`);
     if (u.data[3][i] != null) parts.push(`held-out ${u.data[3][i].toFixed(3)}`);
-    hint.textContent = parts.join(" · ");
+    readoutText.textContent = parts.join(" · ");
   }
 
   let drawing = 0;
   function redraw() {
-    if (drawing) return; // one drawing a frame, however many events came
+    if (drawing) return; // at most one redraw per frame, no matter how many events arrived
     drawing = requestAnimationFrame(() => {
       drawing = 0;
       if (plot) plot.setData(columns());
       else build();
-      sparks();
-      if (series.step.length) summarise();
+      updateSparklines();
+      if (series.step.length) summarize();
     });
   }
 
@@ -154,25 +154,25 @@
       redraw();
     });
   }
-  if (holder) new ResizeObserver(() => plot && plot.setSize({ width: holder.clientWidth, height: holder.clientHeight })).observe(holder);
+  if (container) new ResizeObserver(() => plot && plot.setSize({ width: container.clientWidth, height: container.clientHeight })).observe(container);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", build);
 
-  // ---- sparklines: the same path as jobs/templatetags/figures.py:sparkline ----------------------------------------
+  // ---- sparklines: the same path as jobs/formatting.py:sparkline ----------------------------------------
   const units = {
     lr: (v) => (v === 0 || v >= 0.001 ? String(Number(v.toPrecision(4))) : v.toExponential(2).replace(/\.?0+e/, "e")),
     grad_norm: (v) => String(Number(v.toPrecision(3))),
     tokens_per_s: (v) => number.format(v),
     memory: (v) => (v >= 2 ** 30 ? `${(v / 2 ** 30).toFixed(2)} GiB` : `${Math.round(v / 2 ** 20)} MiB`),
   };
-  function sparks() {
+  function updateSparklines() {
     for (const name of Object.keys(units)) {
       const box = document.getElementById(`spark-${name}`);
       const values = series[name].filter((v) => v !== null && v !== undefined).slice(-200);
       if (!box || !values.length) continue;
       box.querySelector("[data-value]").textContent = units[name](values.at(-1));
       if (values.length < 2) continue;
-      const low = Math.min(...values), reach = Math.max(...values) - low || 1, step = 160 / (values.length - 1);
-      const points = values.map((v, i) => `${(i * step).toFixed(1)},${(4 + 32 * (1 - (v - low) / reach)).toFixed(1)}`);
+      const low = Math.min(...values), extent = Math.max(...values) - low || 1, step = 160 / (values.length - 1);
+      const points = values.map((v, i) => `${(i * step).toFixed(1)},${(4 + 32 * (1 - (v - low) / extent)).toFixed(1)}`);
       box.querySelector("path").setAttribute("d", "M" + points.join(" L"));
     }
   }
@@ -180,12 +180,12 @@
   // ---- log --------------------------------------------------------------------------------------------------------
   const log = document.getElementById("log");
   const follow = document.getElementById("follow");
-  const rowShape = document.getElementById("log-row");
+  const rowTemplate = document.getElementById("log-row");
   function addLine(line, step) {
-    if (!log || !rowShape) return;
+    if (!log || !rowTemplate) return;
     document.getElementById("log-empty")?.remove();
-    if (step && log.lastElementChild?.dataset.step !== undefined) log.lastElementChild.remove(); // steps are told by the newest
-    const row = rowShape.content.firstElementChild.cloneNode(true);
+    if (step && log.lastElementChild?.dataset.step !== undefined) log.lastElementChild.remove(); // only the latest of consecutive step lines is kept
+    const row = rowTemplate.content.firstElementChild.cloneNode(true);
     if (step) row.dataset.step = "";
     const [at, level, text] = row.children;
     at.textContent = line.at;
@@ -203,16 +203,16 @@
   // ---- events -----------------------------------------------------------------------------------------------------
   let asideTimer = 0;
   function refreshAside() {
-    if (asideTimer) return; // samples come in threes; ask once
+    if (asideTimer) return; // samples arrive in groups; refresh once
     asideTimer = setTimeout(() => {
       asideTimer = 0;
       htmx.ajax("GET", `${location.pathname}?part=aside`, { target: "#aside", swap: "outerHTML" });
     }, 800);
   }
 
-  function take(event) {
-    if (event.seq <= seen) return;
-    seen = event.seq;
+  function handle(event) {
+    if (event.seq <= lastSeq) return;
+    lastSeq = event.seq;
     if (event.line) addLine(event.line, event.t === "metric");
     if (event.t === "metric") {
       const at = position.get(event.step);
@@ -220,7 +220,7 @@
       position.set(event.step, i);
       series.step[i] = event.step;
       for (const name of ["loss", "tokens", "time", "lr", "grad_norm", "tokens_per_s", "memory"]) series[name][i] = event[name] ?? null;
-      if (at !== undefined) refreshAside(); // a step that ran again after a resume: part of the proof
+      if (at !== undefined) refreshAside(); // a step repeated after a resume: part of the resume check
       redraw();
     } else if (event.t === "eval") {
       series.evals = series.evals.filter((e) => e.step !== event.step);
@@ -234,17 +234,17 @@
     }
   }
 
-  function show(html) {
-    // Each top element of the part replaces the one that has its id.
-    const shape = document.createElement("template");
-    shape.innerHTML = html;
-    for (const part of [...shape.content.children]) document.getElementById(part.id)?.replaceWith(part);
+  function replaceParts(html) {
+    // Each top-level element replaces the element on the page with the same id.
+    const template = document.createElement("template");
+    template.innerHTML = html;
+    for (const part of [...template.content.children]) document.getElementById(part.id)?.replaceWith(part);
   }
 
-  let word = data.status;
-  function moved(status) {
-    if (status === word) return;
-    word = status;
+  let status = data.status;
+  function updateStatus(newStatus) {
+    if (newStatus === status) return;
+    status = newStatus;
     htmx.ajax("GET", `${location.pathname}actions/`, { target: "#actions", swap: "outerHTML" });
     refreshAside();
   }
@@ -256,7 +256,7 @@
     refreshAside();
   }
 
-  // ---- the stream, and polling where streams are cut off ------------------------------------------------------------
+  // ---- the stream, and polling where streams are blocked ------------------------------------------------------------
   let source = null;
   let poller = 0;
   let failures = 0;
@@ -271,14 +271,14 @@
   function open() {
     if (ended || source || poller || document.hidden) return;
     if (failures > 2) { poll(); return; }
-    source = new EventSource(`${location.pathname}stream?after=${seen}`);
-    const heard = () => { failures = 0; };
-    source.addEventListener("event", (message) => { heard(); take(JSON.parse(message.data)); });
-    source.addEventListener("status", (message) => { heard(); show(message.data); });
-    source.addEventListener("moved", (message) => { heard(); moved(message.data); });
+    source = new EventSource(`${location.pathname}stream?after=${lastSeq}`);
+    const received = () => { failures = 0; };
+    source.addEventListener("event", (message) => { received(); handle(JSON.parse(message.data)); });
+    source.addEventListener("status", (message) => { received(); replaceParts(message.data); });
+    source.addEventListener("moved", (message) => { received(); updateStatus(message.data); });
     source.addEventListener("end", end);
     source.onerror = () => {
-      // Our own reconnect, so that the cursor is what this page has really shown.
+      // Reconnect ourselves, so that the cursor is the last event this page has shown.
       failures += 1;
       source?.close();
       source = null;
@@ -289,16 +289,16 @@
   async function poll() {
     poller = setTimeout(() => {}, 0);
     try {
-      const answer = await fetch(`${location.pathname}live?after=${seen}`, { headers: { Accept: "application/json" } });
-      if (answer.status === 404 || answer.status === 403) return;
-      if (answer.ok) {
-        const news = await answer.json();
-        news.events.forEach(take);
-        show(news.html);
-        moved(news.status);
-        if (news.ended) { end(); return; }
+      const response = await fetch(`${location.pathname}live?after=${lastSeq}`, { headers: { Accept: "application/json" } });
+      if (response.status === 404 || response.status === 403) return;
+      if (response.ok) {
+        const result = await response.json();
+        result.events.forEach(handle);
+        replaceParts(result.html);
+        updateStatus(result.status);
+        if (result.ended) { end(); return; }
       }
-    } catch { /* the network is away; the next round asks again */ }
+    } catch { /* offline; the next poll tries again */ }
     if (!ended && !document.hidden) poller = setTimeout(poll, 2000);
     else poller = 0;
   }

@@ -1,11 +1,11 @@
-// Streams answers token by token. Without this script the form is sent, and the page comes back with the whole answer.
+// Streams answers token by token. Without this script, the form is submitted and the page shows the whole answer.
 "use strict";
 
 (() => {
   const form = document.getElementById("playground");
   if (!form || !window.ReadableStream) return;
   const answers = document.getElementById("answers");
-  const shape = document.getElementById("answer-shape");
+  const template = document.getElementById("answer-shape");
   const run = form.querySelector("[data-run]");
   const stop = form.querySelector("[data-stop]");
   let running = null;
@@ -16,14 +16,14 @@
     return { id: field.value, base: chosen?.dataset.base || "" };
   }
 
-  function box(name) {
-    const part = shape.content.firstElementChild.cloneNode(true);
-    part.querySelector("h3").textContent = name;
-    answers.append(part);
-    return { text: part.querySelector("[data-text]"), note: part.querySelector("[data-note]") };
+  function addAnswer(name) {
+    const section = template.content.firstElementChild.cloneNode(true);
+    section.querySelector("h3").textContent = name;
+    answers.append(section);
+    return { text: section.querySelector("[data-text]"), note: section.querySelector("[data-note]") };
   }
 
-  function complain(place, message) {
+  function showError(place, message) {
     place.note.textContent = message;
     place.note.classList.add("text-error");
   }
@@ -31,26 +31,26 @@
   async function answer(name, place, signal) {
     const data = new FormData(form);
     data.set("model", name);
-    place.note.textContent = "Waiting for the model …";
+    place.note.textContent = "Waiting for the model…";
     const response = await fetch(form.dataset.stream, { method: "POST", body: data, signal });
     if (!response.ok) {
-      const news = await response.json().catch(() => ({}));
-      complain(place, news.error || "That did not work. Reload the page and try again.");
+      const result = await response.json().catch(() => ({}));
+      showError(place, result.error || "Something went wrong. Reload the page and try again.");
       return;
     }
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     const started = performance.now();
-    let rest = "";
+    let buffer = "";
     for (;;) {
       const { value, done } = await reader.read();
       if (done) return;
-      const lines = (rest + value).split("\n");
-      rest = lines.pop();
-      for (const line of lines) take(JSON.parse(line), place, started);
+      const lines = (buffer + value).split("\n");
+      buffer = lines.pop();
+      for (const line of lines) handle(JSON.parse(line), place, started);
     }
   }
 
-  function take(event, place, started) {
+  function handle(event, place, started) {
     if (event.t === "token") {
       place.text.append(event.text);
     } else if (event.t === "start") {
@@ -58,11 +58,11 @@
     } else if (event.t === "done") {
       const seconds = (performance.now() - started) / 1000;
       const tokens = event.usage?.completion_tokens ?? 0;
-      const reason = event.choices?.[0]?.finish_reason === "length" ? " · cut at the limit" : "";
+      const reason = event.choices?.[0]?.finish_reason === "length" ? " · reached the token limit" : "";
       place.note.textContent = `${tokens} tokens in ${seconds.toFixed(1)} s${reason}`;
-      if (!place.text.textContent) place.text.textContent = "(nothing)";
+      if (!place.text.textContent) place.text.textContent = "(empty)";
     } else if (event.t === "error") {
-      complain(place, event.message);
+      showError(place, event.message);
     }
   }
 
@@ -75,13 +75,13 @@
     answers.replaceChildren();
     const { id, base } = model();
     const names = form.elements.compare.checked && base && base !== id ? [id, base] : [id];
-    const places = names.map((name, i) => [name, box(i ? `${name} · the base` : name)]);
+    const places = names.map((name, i) => [name, addAnswer(i ? `${name} · base model` : name)]);
     try {
-      for (const [name, place] of places) await answer(name, place, running.signal); // one after the other: it is one machine
+      for (const [name, place] of places) await answer(name, place, running.signal); // sequentially: both run on the same machine
     } catch (error) {
       const place = places.find(([, p]) => !p.note.textContent.includes(" tokens in "))?.[1];
       if (place && error.name === "AbortError") place.note.textContent = "Stopped.";
-      else if (place) complain(place, "The connection broke. Press Generate to try again.");
+      else if (place) showError(place, "Connection lost. Press Generate to try again.");
     } finally {
       running = null;
       run.disabled = false;

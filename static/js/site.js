@@ -1,4 +1,4 @@
-// Small comforts on every page; each page works without them.
+// Small enhancements for every page; all pages work without them.
 
 // An open menu closes on Escape and on a click elsewhere.
 const openMenus = () => document.querySelectorAll("details[data-menu][open]");
@@ -13,7 +13,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-// What only works with scripts is shown only with them.
+// Elements that need scripts are shown only if scripts run.
 for (const element of document.querySelectorAll("[data-needs-js]")) element.hidden = false;
 
 // Show and hide a password while it is typed.
@@ -29,7 +29,7 @@ for (const button of document.querySelectorAll("[data-reveal]")) {
   });
 }
 
-// Copy what stands in an element.
+// Copy an element's text.
 for (const button of document.querySelectorAll("[data-copy]")) {
   if (!navigator.clipboard) continue;
   button.hidden = false;

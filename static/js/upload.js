@@ -1,5 +1,5 @@
-// Upload in parts: with a progress bar, a stop, and a way to go on after a broken connection. Without this script the form
-// sends the file plainly.
+// Multipart upload with a progress bar, a stop button, and resuming after a lost connection. Without this script, the form
+// uploads the whole file in one request.
 "use strict";
 
 (() => {
@@ -11,172 +11,172 @@
   const bar = box.querySelector("progress");
   const stop = box.querySelector("[data-cancel]");
   const row = box.querySelector("[data-bar]");
-  const twin = box.querySelector("[data-twin]");
+  const duplicate = box.querySelector("[data-duplicate]");
   const csrf = form.querySelector("[name=csrfmiddlewaretoken]").value;
-  const TRIES = 6; // of a part; waits 1, 2, 4 … s between them
-  const AT_ONCE = 3;
-  const SAMPLE = 1 << 20;
-  const WHOLE = 32 << 20; // up to here the mark is the file's own sha256
+  const MAX_ATTEMPTS = 6; // per request; waits 1, 2, 4, … s between them
+  const CONCURRENCY = 3;
+  const SAMPLE_BYTES = 1 << 20;
+  const FULL_HASH_BYTES = 32 << 20; // up to this size, the fingerprint is the file's SHA-256
   const size = (n) => (n < 1e6 ? `${Math.max(1, Math.round(n / 1e3))} KB` : n < 1e9 ? `${(n / 1e6).toFixed(1)} MB` : `${(n / 1e9).toFixed(2)} GB`);
   const wait = (ms) => new Promise((done) => setTimeout(done, ms));
-  let current = null; // the upload under way
+  let current = null; // the running upload
 
-  class Refused extends Error {} // the studio said no; the message is for a person
+  class Refused extends Error {} // the server rejected it; the message is shown to the user
   class Stopped extends Error {}
 
-  function say(message, { bad = false } = {}) {
+  function showMessage(message, { isError = false } = {}) {
     text.textContent = message;
-    text.classList.toggle("text-error", bad);
-    text.classList.toggle("text-base-content/65", !bad);
+    text.classList.toggle("text-error", isError);
+    text.classList.toggle("text-base-content/65", !isError);
     row.hidden = !current;
   }
 
   const hex = (buffer) => [...new Uint8Array(buffer)].map((byte) => byte.toString(16).padStart(2, "0")).join("");
   const digest = async (blob) => hex(await crypto.subtle.digest("SHA-256", await blob.arrayBuffer()));
 
-  // Tells the same file again. Large ones by their size and three samples; where there is no crypto (plain http), by name and date.
-  async function markOf(file) {
+  // Recognizes the same file later: large files by size and three samples; without crypto (plain HTTP), by name and date.
+  async function fingerprintOf(file) {
     if (!globalThis.crypto?.subtle) return `date:${file.lastModified}`;
-    if (file.size <= WHOLE) return `sha256:${await digest(file)}`;
+    if (file.size <= FULL_HASH_BYTES) return `sha256:${await digest(file)}`;
     const middle = Math.floor(file.size / 2);
-    const samples = [file.slice(0, SAMPLE), file.slice(middle, middle + SAMPLE), file.slice(-SAMPLE), String(file.size)];
+    const samples = [file.slice(0, SAMPLE_BYTES), file.slice(middle, middle + SAMPLE_BYTES), file.slice(-SAMPLE_BYTES), String(file.size)];
     return `some:${await digest(new Blob(samples))}`;
   }
 
-  // XMLHttpRequest: fetch does not tell how much has gone up.
+  // XMLHttpRequest, because fetch does not report upload progress.
   function send(method, url, body, { headers = {}, progress } = {}) {
-    return new Promise((done, failed) => {
+    return new Promise((resolve, reject) => {
       const request = new XMLHttpRequest();
       current?.requests.add(request);
       request.open(method, url);
       for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
       if (progress) request.upload.onprogress = (event) => progress(event.loaded);
       request.onloadend = () => current?.requests.delete(request);
-      request.onload = () => done(request);
-      request.onerror = () => failed(new Error("network"));
-      request.onabort = () => failed(new Stopped());
+      request.onload = () => resolve(request);
+      request.onerror = () => reject(new Error("network"));
+      request.onabort = () => reject(new Stopped());
       request.send(body);
     });
   }
 
-  const busy = (answer) => answer.status === 429 || answer.status >= 500; // worth another try
+  const isRetryable = (response) => response.status === 429 || response.status >= 500;
 
-  async function ask(url, fields) {
+  async function postForm(url, fields) {
     const body = new FormData();
     for (const [name, value] of Object.entries(fields)) body.set(name, value);
-    const answer = await send("POST", url, body, { headers: { "X-CSRFToken": csrf, Accept: "application/json" } });
-    let told = null;
-    try { told = JSON.parse(answer.responseText); } catch { /* an error page */ }
-    if (answer.status === 422) throw new Refused(told?.error);
-    if (busy(answer)) throw new Error("network");
-    if (answer.status >= 400 || !told) throw new Refused("That did not work. Reload the page and try again.");
-    return told;
+    const response = await send("POST", url, body, { headers: { "X-CSRFToken": csrf, Accept: "application/json" } });
+    let result = null;
+    try { result = JSON.parse(response.responseText); } catch { /* an error page */ }
+    if (response.status === 422) throw new Refused(result?.error);
+    if (isRetryable(response)) throw new Error("network");
+    if (response.status >= 400 || !result) throw new Refused("Something went wrong. Reload the page and try again.");
+    return result;
   }
 
-  async function patiently(what) {
+  async function withRetries(action) {
     for (let n = 1; ; n++) {
-      try { return await what(); } catch (error) {
+      try { return await action(); } catch (error) {
         if (error instanceof Refused || error instanceof Stopped || current.stopped) throw current.stopped ? new Stopped() : error;
-        if (n === TRIES) throw error;
+        if (n === MAX_ATTEMPTS) throw error;
         const seconds = 2 ** (n - 1);
-        say(`The connection broke. Trying again in ${seconds} s …`);
+        showMessage(`Connection lost. Retrying in ${seconds} s…`);
         await wait(1000 * seconds);
         if (current.stopped) throw new Stopped();
       }
     }
   }
 
-  function show() {
-    const { file, came, began, before } = current;
-    const sent = Math.min(file.size, [...came.values()].reduce((a, b) => a + b, 0));
+  function updateProgress() {
+    const { file, uploaded, began, before } = current;
+    const sent = Math.min(file.size, [...uploaded.values()].reduce((a, b) => a + b, 0));
     bar.value = (100 * sent) / file.size;
     const left = ((performance.now() - began) / 1000 / Math.max(1, sent - before)) * (file.size - sent);
-    say(`${size(sent)} of ${size(file.size)}${left > 2 && sent > before ? `, ${Math.ceil(left)} s left` : ""}`);
+    showMessage(`${size(sent)} of ${size(file.size)}${left > 2 && sent > before ? `, ${Math.ceil(left)} s left` : ""}`);
   }
 
   async function sendPart(number) {
-    const { file, told, came } = current;
-    const part = file.slice((number - 1) * told.part_bytes, number * told.part_bytes);
-    const progress = (loaded) => { came.set(number, Math.min(loaded, part.size)); show(); };
-    if (told.links && !current.through) {
-      const link = (await ask(told.links, { numbers: String(number) })).links[number];
+    const { file, session, uploaded } = current;
+    const part = file.slice((number - 1) * session.part_bytes, number * session.part_bytes);
+    const progress = (loaded) => { uploaded.set(number, Math.min(loaded, part.size)); updateProgress(); };
+    if (session.links && !current.viaServer) {
+      const link = (await postForm(session.links, { numbers: String(number) })).links[number];
       try {
-        const answer = await send("PUT", link, part, { progress });
-        if (answer.status >= 400) throw new Error(`bucket ${answer.status}`);
-        came.set(number, part.size);
+        const response = await send("PUT", link, part, { progress });
+        if (response.status >= 400) throw new Error(`bucket ${response.status}`);
+        uploaded.set(number, part.size);
         return;
       } catch (error) {
         if (error instanceof Stopped) throw error;
-        current.through = true; // the bucket can't be reached from here: the parts go through the studio
+        current.viaServer = true; // the browser can't reach the bucket: send the parts through the server
       }
     }
     const headers = { "X-CSRFToken": csrf, "Content-Type": "application/octet-stream", Accept: "application/json" };
     if (globalThis.crypto?.subtle) headers["X-Part-Sha256"] = await digest(part);
-    const answer = await send("PUT", `${told.url}${number}/`, part, { headers, progress });
-    if (answer.status === 422) throw new Refused(JSON.parse(answer.responseText).error);
-    if (busy(answer)) throw new Error("network");
-    if (answer.status >= 400) throw new Refused("That did not work. Reload the page and try again.");
-    came.set(number, part.size);
+    const response = await send("PUT", `${session.url}${number}/`, part, { headers, progress });
+    if (response.status === 422) throw new Refused(JSON.parse(response.responseText).error);
+    if (isRetryable(response)) throw new Error("network");
+    if (response.status >= 400) throw new Refused("Something went wrong. Reload the page and try again.");
+    uploaded.set(number, part.size);
   }
 
   async function sendParts() {
-    const { file, told, came } = current;
-    const all = Array.from({ length: Math.ceil(file.size / told.part_bytes) }, (_, i) => i + 1);
-    for (const number of told.have) came.set(number, Math.min(told.part_bytes, file.size - (number - 1) * told.part_bytes));
-    current.before = [...came.values()].reduce((a, b) => a + b, 0);
+    const { file, session, uploaded } = current;
+    const all = Array.from({ length: Math.ceil(file.size / session.part_bytes) }, (_, i) => i + 1);
+    for (const number of session.have) uploaded.set(number, Math.min(session.part_bytes, file.size - (number - 1) * session.part_bytes));
+    current.before = [...uploaded.values()].reduce((a, b) => a + b, 0);
     current.began = performance.now();
-    const waiting = all.filter((number) => !told.have.includes(number));
-    const lane = async () => {
-      while (waiting.length && !current.stopped) {
-        const number = waiting.shift();
-        await patiently(() => sendPart(number));
-        show();
+    const pending = all.filter((number) => !session.have.includes(number));
+    const worker = async () => {
+      while (pending.length && !current.stopped) {
+        const number = pending.shift();
+        await withRetries(() => sendPart(number));
+        updateProgress();
       }
     };
-    await Promise.all(Array.from({ length: AT_ONCE }, lane));
+    await Promise.all(Array.from({ length: CONCURRENCY }, worker));
     if (current.stopped) throw new Stopped();
   }
 
   async function upload(file, again = false) {
     if (current || !file) return;
-    current = { file, requests: new Set(), came: new Map(), began: 0, before: 0, told: null, stopped: false, through: false };
-    twin.hidden = true;
+    current = { file, requests: new Set(), uploaded: new Map(), began: 0, before: 0, session: null, stopped: false, viaServer: false };
+    duplicate.hidden = true;
     bar.value = 0;
-    say(`Looking at ${file.name} …`);
+    showMessage(`Checking ${file.name}…`);
     try {
-      const mark = await markOf(file);
-      const told = await patiently(() => ask(form.dataset.begin, { name: file.name, bytes: file.size, mark, ...(again && { again: "1" }) }));
-      if (told.same) { known(file, told.same); return; }
-      current.told = told;
-      if (told.have.length) say("Going on where it stopped …");
+      const fingerprint = await fingerprintOf(file);
+      const session = await withRetries(() => postForm(form.dataset.begin, { name: file.name, bytes: file.size, mark: fingerprint, ...(again && { again: "1" }) }));
+      if (session.same) { showDuplicate(file, session.same); return; }
+      current.session = session;
+      if (session.have.length) showMessage("Resuming…");
       await sendParts();
-      say("Putting it together …");
-      const done = await patiently(() => ask(told.complete, {}));
+      showMessage("Finishing…");
+      const done = await withRetries(() => postForm(session.complete, {}));
       current = null;
       location.assign(done.url);
     } catch (error) {
-      const { told, requests } = current;
+      const { session, requests } = current;
       const stopped = error instanceof Stopped;
       for (const request of requests) request.abort();
       current = null;
-      if (stopped && told) await send("POST", told.cancel, null, { headers: { "X-CSRFToken": csrf, Accept: "application/json" } }).catch(() => {});
-      if (stopped) say("Stopped. Nothing was kept.");
-      else if (error instanceof Refused) say(error.message, { bad: true });
-      else say("The connection is broken. Choose the same file again: it goes on where it stopped.", { bad: true });
+      if (stopped && session) await send("POST", session.cancel, null, { headers: { "X-CSRFToken": csrf, Accept: "application/json" } }).catch(() => {});
+      if (stopped) showMessage("Stopped. The upload was discarded.");
+      else if (error instanceof Refused) showMessage(error.message, { isError: true });
+      else showMessage("Connection lost. Choose the same file again to resume.", { isError: true });
       input.value = "";
     }
   }
 
-  // The same bytes are here already: said, not decided.
-  function known(file, same) {
+  // The same file was uploaded before: tell the user and let them decide.
+  function showDuplicate(file, same) {
     current = null;
-    say("");
-    twin.hidden = false;
-    const link = twin.querySelector("a");
+    showMessage("");
+    duplicate.hidden = false;
+    const link = duplicate.querySelector("a");
     link.href = same.url;
     link.textContent = same.name;
-    twin.querySelector("[data-when]").textContent = same.when;
-    twin.querySelector("button").onclick = () => upload(file, true);
+    duplicate.querySelector("[data-when]").textContent = same.when;
+    duplicate.querySelector("button").onclick = () => upload(file, true);
   }
 
   stop.addEventListener("click", () => {

@@ -90,6 +90,6 @@ def test_it_all_works_without_javascript(
     page.click("#estimate button.btn-primary")
     page.wait_for_url("**/jobs/ftjob-*/")
     page.click("summary:has-text('Cancel')")
-    page.click("text=Cancel the job")
+    page.click("text=Cancel job")
     assert page.locator("#state").get_by_text("Cancelled").is_visible()
     context.close()

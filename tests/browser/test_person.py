@@ -52,18 +52,18 @@ def test_from_signing_up_to_the_model_elsewhere(
     page.fill("input[name=password]", PASSWORD)
     page.click("main form button:not([type=button])")
     page.wait_for_url("**/jobs/")
-    assert page.get_by_text("Nothing has been trained yet").is_visible()
+    assert page.get_by_text("No jobs yet").is_visible()
 
     page.click("text=Upload a dataset")
     page.set_input_files("input[type=file]", rows)
     page.wait_for_url("**/datasets/file-*/")
-    page.get_by_text("What the model will see").wait_for(timeout=60_000)
+    page.get_by_text("What the model sees").wait_for(timeout=60_000)
     assert page.get_by_text("48 ", exact=False).first.is_visible()
 
-    page.click("text=Start a job with it")
-    page.get_by_text("half the time under").wait_for()
+    page.click("text=Start a job")
+    page.get_by_text("50% chance of finishing within").wait_for()
     page.fill("input[name=epochs]", "2")
-    page.locator("#mark-epochs").get_by_text("back to auto").wait_for()
+    page.locator("#mark-epochs").get_by_text("reset to auto").wait_for()
     page.fill("input[name=name]", "Orders to fields")
     page.click("#estimate button.btn-primary")
     page.wait_for_url("**/jobs/ftjob-*/")
@@ -76,12 +76,12 @@ def test_from_signing_up_to_the_model_elsewhere(
     page.wait_for_function(
         "(old) => document.getElementById('loss-chart').ariaLabel !== old", arg=before, timeout=60_000
     )
-    page.locator("#actions >> text=Open the model").wait_for(timeout=240_000)
+    page.locator("#actions >> text=Open model").wait_for(timeout=240_000)
     page.locator("#state >> text=Done").wait_for()
     assert page.evaluate("window.sameDocument")
-    assert page.locator("#status").get_by_text("100\u202f%").is_visible()
+    assert page.locator("#status").get_by_text("100%").is_visible()
 
-    page.click("#actions >> text=Open the model")
+    page.click("#actions >> text=Open model")
     row = json.loads(rows.read_text().splitlines()[0])
     prompt = row.get("prompt") or row["messages"][0]["content"]
     page.fill("textarea[name=prompt]", prompt)
@@ -105,5 +105,5 @@ def test_from_signing_up_to_the_model_elsewhere(
         timeout=300,
     ).stdout
     assert answer is not None
-    assert elsewhere == answer or (answer == "(nothing)" and not elsewhere)
+    assert elsewhere == answer or (answer == "(empty)" and not elsewhere)
     assert not complaints

@@ -54,11 +54,11 @@ def test_it_goes_on_after_a_broken_connection_and_a_closed_page(
     page.route("**/parts/*/", gate)
     page.goto("/datasets/")
     page.set_input_files("input[type=file]", large)
-    page.get_by_text("The connection broke. Trying again").wait_for()
+    page.get_by_text("Connection lost. Retrying").wait_for()
     until(page, lambda: sorted(multipart.have(multipart.open_of(owner)[0])) == [1, 2])
     page.once("dialog", lambda dialog: dialog.accept())
     page.goto("/datasets/")
-    page.get_by_text("Not all here yet").wait_for()
+    page.get_by_text("Unfinished uploads").wait_for()
     page.get_by_text("Choose the same file again").wait_for()
     broken["on"] = False
     before = len(sent)
@@ -77,7 +77,7 @@ def test_stop_keeps_nothing(page: Any, owner: str, large: Path, complaints: list
     page.set_input_files("input[type=file]", large)
     until(page, lambda: held)
     page.get_by_role("button", name="Stop").click()
-    page.get_by_text("Stopped. Nothing was kept.").wait_for()
+    page.get_by_text("Stopped. The upload was discarded.").wait_for()
     until(page, lambda: not multipart.open_of(owner))
     assert not len(access.list_datasets(owner))
     complaints.clear()
@@ -92,8 +92,8 @@ def test_the_same_file_is_recognised_before_it_is_sent(page: Any, owner: str, tm
     page.goto("/datasets/")
     page.set_input_files("input[type=file]", small)
     page.get_by_text("You have this file already").wait_for()
-    assert page.locator("[data-twin] a").inner_text() == "small.jsonl"
-    page.get_by_role("button", name="Send it anyway").click()
+    assert page.locator("[data-duplicate] a").inner_text() == "small.jsonl"
+    page.get_by_role("button", name="Upload anyway").click()
     page.wait_for_url("**/datasets/file-*/")
     assert len(access.list_datasets(owner)) == 2
 

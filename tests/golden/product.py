@@ -17,10 +17,10 @@ from jobs.store.blobs import _SALT as LINK_SALT
 from jobs.store.blobs import read_link
 from jobs.store.child_process import ENVIRONMENT as TRAINER_ENVIRONMENT
 from jobs.store.reasons import REASONS as JOB_REASONS
+from jobs.store.states import Status
 from jobs.store.tables import ENDED as ENDED_STATUSES
 from jobs.store.tables import TABLES
 from jobs.views.live import PATH as STREAM_PATH
-from jobs.views.presenters import STATUS_WORDS as JOB_STATUSES
 from llmtuner.api import api
 from llmtuner.celery import app as celery_app
 from training.__main__ import COMMANDS as TRAINER_COMMANDS
@@ -32,6 +32,7 @@ from training.plan.events import EXIT as EXIT_CODES
 from training.plan.events import MAX_LINE_BYTES, PHASES
 from training.plan.events import REASONS as TRAINER_REASONS
 
+JOB_STATUSES = [status.value for status in Status]
 WORK_KINDS = outbox.KINDS
 WORK_PARTITION = outbox.PARTITION
 WEBHOOK_EVENT_TYPES = (*webhooks.EVENT_TYPES, webhooks.TEST_TYPE)

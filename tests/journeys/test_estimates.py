@@ -17,9 +17,9 @@ def test_it_says_how_many_held_and_shows_each(alices: Client, alice: User) -> No
     for number, actual in enumerate((90, 110, 150)):
         make_record(alice.owner_id, actual, number, name=f"Orders {number}")
     answer = alices.get(PAGE)
-    assert "2 of 3 ended within the time said" in answer.content.decode()
+    assert "2 of 3 jobs finished within the P90 estimate" in answer.content.decode()
     assert [row["name"] for row in answer.context["rows"]] == ["Orders 2", "Orders 1", "Orders 0"]
-    dots = answer.context["picture"]["jobs"]
+    dots = answer.context["chart"]["jobs"]
     assert [dot["held"] for dot in dots] == [False, True, True], "the newest on the left"
     assert 0 < dots[0]["y"] < dots[1]["y"] < dots[2]["p50"] < dots[2]["y"], "longer is higher"
 
@@ -31,7 +31,7 @@ def test_it_shows_no_more_than_fifty(alices: Client, alice: User) -> None:
 
 
 def test_who_has_none_is_told_what_will_stand_there(alices: Client) -> None:
-    assert "No job has ended yet" in alices.get(PAGE).content.decode()
+    assert "No finished jobs yet" in alices.get(PAGE).content.decode()
 
 
 def test_bob_does_not_see_alices(bobs: Client, alice: User) -> None:

@@ -32,7 +32,7 @@ def test_a_running_job_tells_progress_and_loss(alices: Client, alice: User) -> N
     metrics = {"loss": 3.0, "eval_loss": 2.5, "base_eval_loss": 5.0}
     job = make_job(alice.owner_id, lines=lines, phase="training", progress=progress, metrics=metrics)
     text = page(alices, job)
-    for part in ("Training", "20\u202f%", "step 2 of 10", "10–11 min", "2.500", "from 5.000"):
+    for part in ("Training", "20%", "step 2 of 10", "10–11 min", "2.500", "from 5.000"):
         assert part in text
     assert "Training loss fell from 4.000 at step 1 to 3.000 at step 2" in text
     assert '<noscript><meta http-equiv="refresh"' in text
@@ -42,20 +42,20 @@ def test_a_silent_trainer_is_told_of_instead_of_an_old_time_left(alices: Client,
     progress = {"step": 2, "total_steps": 10, "eta_s": 2100.0, "silent_s": 540.0, "silent_limit_s": 1980.0}
     job = make_job(alice.owner_id, phase="training", progress=progress)
     text = page(alices, job)
-    assert "The trainer has reported nothing for 9 min." in text
-    assert "After 33 min it is stopped, and training starts again from the beginning." in text
+    assert "The trainer has reported no progress for 9 min." in text
+    assert "After 33 min it is stopped, and training restarts from the beginning." in text
     assert "35–" not in text
 
 
 def test_a_silent_trainer_with_a_checkpoint_would_go_on_from_it(alices: Client, alice: User) -> None:
     progress = {"step": 7, "total_steps": 10, "silent_s": 40.0, "silent_limit_s": 120.0}
     job = make_job(alice.owner_id, phase="training", progress=progress, checkpoint_step=5)
-    assert "it is stopped, and training resumes from the checkpoint of step 5." in page(alices, job)
+    assert "it is stopped, and training resumes from the checkpoint at step 5." in page(alices, job)
 
 
 def test_a_job_that_no_longer_runs_tells_of_no_silence(alices: Client, alice: User) -> None:
     progress = {"step": 2, "total_steps": 10, "silent_s": 540.0, "silent_limit_s": 600.0}
-    assert "reported nothing" not in page(alices, make_job(alice.owner_id, "failed", progress=progress))
+    assert "reported no progress" not in page(alices, make_job(alice.owner_id, "failed", progress=progress))
 
 
 def test_an_ended_job_does_not_refresh(alices: Client, alice: User) -> None:
@@ -87,12 +87,12 @@ def test_steps_that_ran_again_prove_the_resume(alices: Client, alice: User) -> N
     ]
     text = page(alices, make_job(alice.owner_id, lines=lines))
     assert "Resume verified" in text
-    assert "Steps 2 to 2 were run again: 1 loss equal to the bit" in text
+    assert "Steps 2 to 2 were repeated: the loss is bit-identical" in text
 
 
 def test_another_loss_after_a_resume_is_told_as_it_is(alices: Client, alice: User) -> None:
     lines = [metric(1), metric(2, 3.0), {"t": "resumed", "step": 1, "exact": True}, metric(2, 3.0000001)]
-    assert "0 of 1 steps that were run again" in page(alices, make_job(alice.owner_id, lines=lines))
+    assert "0 of 1 repeated steps" in page(alices, make_job(alice.owner_id, lines=lines))
 
 
 def test_answers_to_the_same_prompt_stand_together(alices: Client, alice: User) -> None:
@@ -149,7 +149,7 @@ def act(client: Client, job: Any, what: str, **data: str):
 def test_pause_resume_and_cancel(alices: Client, alice: User) -> None:
     job = make_job(alice.owner_id, "queued", dataset_id=make_dataset(alice.owner_id).dataset_id)
     assert "Paused" in act(alices, job, "pause").content.decode()
-    assert "In the queue" in act(alices, job, "resume").content.decode()
+    assert "Queued" in act(alices, job, "resume").content.decode()
     assert "Cancelled" in act(alices, job, "cancel").content.decode()
     assert access.get_job_for(alice.owner_id, job.job_id).status == "cancelled"
 
@@ -168,7 +168,7 @@ def test_rename(alices: Client, alice: User) -> None:
 def test_delete(alices: Client, alice: User) -> None:
     job = make_job(alice.owner_id, "failed")
     answer = act(alices, job, "delete")
-    assert "Orders is deleted." in answer.content.decode()
+    assert "Orders was deleted." in answer.content.decode()
     assert alices.get(reverse("jobs:job", args=[job.job_id])).status_code == 404
 
 
@@ -176,7 +176,7 @@ def test_a_clone_is_filled_in(alices: Client, alice: User) -> None:
     dataset = make_dataset(alice.owner_id)
     job = make_job(alice.owner_id, "failed", dataset_id=dataset.dataset_id, settings={"epochs": 7.0})
     text = alices.get(reverse("jobs:new_job"), {"clone": job.job_id}).content.decode()
-    assert 'value="Orders, again"' in text
+    assert 'value="Orders (copy)"' in text
     assert re.search(r'name="epochs" value="7"', text)
 
 

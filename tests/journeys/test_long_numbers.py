@@ -49,7 +49,7 @@ def test_a_line_of_a_file_is_refused(browser: Client, alice: User, line: str) ->
     dataset = make_dataset(alice.owner_id)
     answer = browser.post(reverse("jobs:dataset_row", args=[dataset.dataset_id]), {"line": line}, follow=True)
     assert answer.status_code == 200
-    assert "Line: write the number of a line" in answer.content.decode()
+    assert "Line: enter a line number" in answer.content.decode()
 
 
 def test_the_page_shows_no_row_of_a_line_that_is_no_number(browser: Client, alice: User) -> None:

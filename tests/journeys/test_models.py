@@ -31,7 +31,7 @@ def test_every_page_of_a_model_tuned_from_the_hub_opens(alices: Client, alice: U
 
 
 def test_an_empty_list_says_how_models_come(alices: Client) -> None:
-    assert "Your tuned models will be here" in alices.get(reverse("jobs:models")).content.decode()
+    assert "Your fine-tuned models will appear here" in alices.get(reverse("jobs:models")).content.decode()
 
 
 def test_a_models_page_has_numbers_files_and_a_playground(alices: Client, alice: User) -> None:
@@ -40,7 +40,7 @@ def test_a_models_page_has_numbers_files_and_a_playground(alices: Client, alice:
     for part in (
         model.model_id,
         "1.250",
-        "93\u202f%",
+        "93%",
         "model.safetensors",
         model.files[1]["sha256"],
         "Generate",
@@ -70,7 +70,7 @@ def test_a_model_takes_the_name_of_one_tuned_at_openai(alices: Client, alice: Us
     model, other = make_model(alice.owner_id), make_model(alice.owner_id)
     names = reverse("jobs:model_names", args=[model.model_id])
     answer = alices.post(names, {"aliases": f"{OLD_NAME}\n{OLD_NAME}"}, follow=True)
-    assert f"Programs may now also call it {OLD_NAME}." in answer.content.decode()
+    assert f"The model can now also be used as {OLD_NAME}." in answer.content.decode()
     assert tuned_models.get_for(alice.owner_id, OLD_NAME).model_id == model.model_id
     with pytest.raises(access.NotFound):
         tuned_models.get_for(bob.owner_id, OLD_NAME)
@@ -104,7 +104,7 @@ def test_a_name_that_is_none_of_openais_is_refused(alices: Client, alice: User, 
 def test_delete(alices: Client, alice: User) -> None:
     model = make_model(alice.owner_id)
     answer = alices.post(reverse("jobs:delete_model", args=[model.model_id]), follow=True)
-    assert "The model and its files are deleted." in answer.content.decode()
+    assert "The model and its files were deleted." in answer.content.decode()
     assert alices.get(reverse("jobs:model", args=[model.model_id])).status_code == 404
 
 

@@ -28,8 +28,8 @@ def only(owner):
 
 def test_an_empty_page_says_what_to_do(alices):
     text = alices.get(PAGE).content.decode()
-    assert "None yet. Add the address" in text
-    assert "Nothing was sent yet" in text
+    assert "No webhooks yet. Add a URL" in text
+    assert "No deliveries yet" in text
 
 
 def test_a_webhook_is_added_and_its_secret_shown_once(alices, alice):
@@ -69,7 +69,7 @@ def test_a_test_event_is_put_and_listed(alices, alice):
     WebhookDelivery(alice.owner_id, delivery.delivery_id).update(
         actions=[WebhookDelivery.status.set("given up"), WebhookDelivery.last_result.set("answered 500")]
     )
-    assert "not sent: answered 500" in alices.get(PAGE).content.decode()
+    assert "not delivered: answered 500" in alices.get(PAGE).content.decode()
 
 
 def test_the_page_says_when_there_were_too_many_tests(alices, alice, settings):

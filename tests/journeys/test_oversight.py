@@ -67,4 +67,4 @@ def test_staff_without_the_permission_are_kept_out(db: None, alice: User) -> Non
 def test_odd_queries_are_404_or_empty(sams: Client) -> None:
     assert sams.get(reverse(LIST), {"state": "void#x"}).status_code == 404
     assert sams.get(reverse(LIST), {"month": "2026-13"}).status_code == 404
-    assert "Nothing was found" in sams.get(reverse(LIST), {"q": "ftjob-<script>"}).content.decode()
+    assert "No results" in sams.get(reverse(LIST), {"q": "ftjob-<script>"}).content.decode()

@@ -101,7 +101,7 @@ def test_bobs_lists_hold_nothing_of_alices(bobs: Client, alice: User) -> None:
 def test_bob_cannot_start_a_job_with_alices_data(bobs: Client, things: dict[str, str]) -> None:
     answer = bobs.post(reverse("jobs:new_job"), {"dataset": things["dataset_id"], "base": "starter"})
     assert answer.status_code == 422
-    assert b"This dataset is gone" in answer.content or b"First, something to learn from" in answer.content
+    assert b"This dataset was deleted" in answer.content or b"Upload a dataset first" in answer.content
 
 
 def test_bob_cannot_clone_alices_job(bobs: Client, things: dict[str, str]) -> None:

@@ -76,7 +76,7 @@ def test_the_same_file_chosen_again_goes_on_where_it_was(alices: Client, alice: 
     assert again["url"] == told["url"]
     assert again["have"] == [1, 3]
     assert begin(alices, data + LINE).json()["url"] != told["url"]
-    assert "Not all here yet" in alices.get(reverse("jobs:datasets")).content.decode()
+    assert "Unfinished uploads" in alices.get(reverse("jobs:datasets")).content.decode()
     put(alices, again, data, 2, 4)
     assert alices.post(told["complete"]).status_code == 200
 
@@ -112,7 +112,7 @@ def test_stop_keeps_nothing(alices: Client, alice: User) -> None:
     assert quotas._set_aside(alice.owner_id)[1] == {}
     assert put(alices, told, data, 2) == [422]
     assert alices.post(told["complete"]).status_code == 422
-    assert "Not all here yet" not in alices.get(reverse("jobs:datasets")).content.decode()
+    assert "Unfinished uploads" not in alices.get(reverse("jobs:datasets")).content.decode()
 
 
 def test_an_upload_nobody_comes_back_to_leaves_nothing(alices: Client, alice: User) -> None:

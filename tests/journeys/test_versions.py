@@ -69,7 +69,7 @@ def test_every_finding_that_names_rows_to_drop_has_its_words() -> None:
 def test_doubled_rows_go_and_the_page_says_which(alices: Client, alice: User) -> None:
     old = upload(alice.owner_id, [*ROWS, ROWS[3], EMPTY, ROWS[7]])
     before = lines_of(old)
-    assert "Keep one of each, leave these 2 rows out" in page_of(alices, old)
+    assert "Keep one copy, remove these 2 rows" in page_of(alices, old)
     new = pressed(alices, old, "duplicate")
     assert (new.name, new.status) == ("support (without duplicates).jsonl", "checking")
     assert "Writing the new version" in page_of(alices, new)
@@ -79,14 +79,14 @@ def test_doubled_rows_go_and_the_page_says_which(alices: Client, alice: User) ->
     assert new.summary["examples"] == 61
     text = page_of(alices, new)
     for part in (
-        "63 rows before, 61 in this one",
-        "Left out: lines 61, 63 of the old file",
+        "63 rows before, 61 after",
+        "Removed: lines 61, 63 of the original file",
         "61</span><del",  # the difference, row by row
         "Number 3? It is 9.</del>",
         f"/{old.dataset_id}/",
     ):
         assert part in text
-    assert "Leave this row out" in text  # the empty answer is still there
+    assert "Remove this row" in text  # the empty answer is still there
     again = come_through(pressed(alices, new, "empty_answer"))
     assert again.name == "support (without duplicates, without empty answers).jsonl"
     assert lines_of(again) == ROWS
@@ -107,7 +107,7 @@ def test_what_is_too_long_for_another_base_goes_by_that_bases_report(alices: Cli
     reading.save()
     address = reverse("jobs:dataset", args=[old.dataset_id])
     text = alices.get(address, {"as": "short"}).content.decode()
-    assert "Leave this row out" in text
+    assert "Remove this row" in text
     assert '<input type="hidden" name="as" value="short">' in text
     answer = alices.post(
         reverse("jobs:fix_dataset", args=[old.dataset_id]), {"what": "truncated", "as": "short"}
@@ -120,7 +120,7 @@ def test_what_is_too_long_for_another_base_goes_by_that_bases_report(alices: Cli
 
 def test_a_tenth_is_set_aside_as_a_dataset_of_its_own(alices: Client, alice: User) -> None:
     old = upload(alice.owner_id, ROWS)
-    assert "Split off 10&nbsp;% for validation" in page_of(alices, old)
+    assert "Split off 10% for validation" in page_of(alices, old)
     train = come_through(pressed(alices, old, "split"))
     held = come_through(access.get_dataset_for(alice.owner_id, train.origin["other"]))
     assert (train.name, held.name) == ("support (90 % to train).jsonl", "support (10 % to validate).jsonl")
@@ -129,7 +129,7 @@ def test_a_tenth_is_set_aside_as_a_dataset_of_its_own(alices: Client, alice: Use
     assert not prompts[0] & prompts[1]
     assert prompts[0] | prompts[1] == {row["prompt"] for row in ROWS}
     text = page_of(alices, held)
-    assert f"60 rows before, {len(prompts[1])} in this one" in text
+    assert f"60 rows before, {len(prompts[1])} after" in text
     form = f"?dataset={train.dataset_id}&amp;validation_dataset={held.dataset_id}"
     assert form in text
     assert form in page_of(alices, train)
@@ -194,7 +194,7 @@ def test_what_the_report_does_not_name_is_refused_with_a_message(
 def test_a_file_still_being_checked_is_not_mended(alices: Client, alice: User) -> None:
     old = make_dataset(alice.owner_id, status="checking", report={"findings": [TWINS]})
     assert press(alices, old, "duplicate").status_code == 400
-    assert "Keep one of each, leave" not in page_of(alices, old)
+    assert "Keep one copy" not in page_of(alices, old)
 
 
 def test_a_full_quota_is_told_and_nothing_is_begun(alices: Client, alice: User, settings: Any) -> None:

@@ -63,7 +63,10 @@ def test_validation_rows_that_are_also_trained_on_are_reported(tmp_path: Path) -
         return inputs.read(Run.parse(run)).notes
 
     assert notes("heldout.jsonl") == []
-    assert "480 of 480 validation examples are also in the training data and are left out" in notes("train.jsonl")[0]
+    assert (
+        "480 of 480 validation examples are also in the training data and are left out"
+        in notes("train.jsonl")[0]
+    )
 
 
 @pytest.mark.slow

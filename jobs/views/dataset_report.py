@@ -1,0 +1,269 @@
+"""How a dataset and its report are shown: status, findings, samples, columns, versions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from django.urls import reverse
+from django.utils.http import urlencode
+from django.utils.text import Truncator
+
+from jobs.datasets import reports, versions
+from jobs.formatting import count, size
+from jobs.forms import ColumnsForm
+from jobs.registry import base_models
+from jobs.store import blobs, tables
+from jobs.store.tables import Dataset, DatasetReport
+from training.data.formats import BadRow, Row, preview
+from training.plan import catalog
+
+STATUS_LABELS = {  # status: (label, CSS class of the dot)
+    "receiving": ("Receiving", "bg-warning"),
+    "checking": ("Checking", "bg-warning"),
+    "ready": ("Ready", "bg-success"),
+    "rejected": ("Rejected", "bg-error"),
+}
+KIND_LABELS = {
+    "chat": ("conversation", "conversations"),
+    "completion": ("prompt and answer pair", "prompt and answer pairs"),
+    "text": ("text", "texts"),
+}
+
+
+def status_context(dataset: Dataset) -> dict[str, Any]:
+    label, tone = STATUS_LABELS.get(dataset.status, (dataset.status, "bg-base-300"))
+    summary = dataset.summary if isinstance(dataset.summary, dict) else {}
+    if dataset.status == "rejected" and summary.get("choose"):
+        label, tone = "Needs columns", "bg-warning"
+    one, many = KIND_LABELS.get(str(summary.get("kind")), ("example", "examples"))
+    return {
+        "label": label,
+        "tone": tone,
+        "summary": summary,
+        "kind": one if summary.get("examples") == 1 else many,
+        "checking": dataset.status in ("receiving", "checking"),
+    }
+
+
+def report_context(dataset: Dataset, base: str = "", line: str = "") -> dict[str, Any]:
+    """The report as the page shows it; unknown values are left out. `base` names the model whose tokenizer is used, `line`
+    the row whose tokens were requested."""
+    other = tables.get(DatasetReport, dataset.dataset_id, base) if base else None
+    if other is None:
+        stored = dataset.summary if isinstance(dataset.summary, dict) else {}
+        report = stored | _full_report(dataset)
+    else:
+        report = load_report(other.report_key) if other.report_key else {}
+    choice = columns_context(dataset) if other is None else None
+    row = _row(dataset, base if other else catalog.STARTER, line)
+    query = {name: value for name, value in (("as", base if other else ""), ("line", line)) if value}
+    histogram = report.get("histogram") or []
+    findings = [] if choice and choice["needed"] else report.get("findings", [])
+    is_counting = other is not None and other.status == "checking"
+    return {
+        "dataset": dataset,
+        **status_context(dataset),
+        "summary": report,
+        "verdict": report.get("verdict", ""),
+        "findings": [_finding(finding, dataset) for finding in findings],
+        "samples": [display_sample(sample) for sample in report.get("samples", [])],
+        "histogram": _histogram(histogram),
+        "histogram_label": ", ".join(f"{n:,} up to {16 << i:,} tokens" for i, n in enumerate(histogram)),
+        "histogram_width": 28 * max(7, len(histogram)),
+        "row": row,
+        "other": other,
+        "polls": is_counting or bool(row and row["checking"]),
+        "query": f"?{urlencode(query)}" if query else "",
+        "columns_in_use": _columns_in_use(dataset),
+        "choice": choice,
+        "tokenizers": lambda: _tokenizers(dataset, base),
+        "can_split": dataset.status == "ready" and versions.can_split(dataset),
+        "origin": _origin(dataset),
+        "file_rows": _file_rows(dataset, report),
+        "new_job": f"{reverse('jobs:new_job')}?{urlencode(_job_query(dataset))}",
+    }
+
+
+def load_report(key: str) -> dict[str, Any]:
+    """A dataset's whole report, from object storage."""
+    try:
+        with blobs.open_file(key) as file:
+            report = json.load(file)
+    except blobs.Missing:
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+def display_sample(sample: dict[str, Any]) -> dict[str, Any]:
+    """Makes line ends visible: they are tokens too."""
+    tokens = [
+        {**token, "text": str(token.get("text", "")).replace("\n", "⏎\n")}
+        for token in sample.get("tokens", [])
+    ]
+    return {**sample, "tokens": tokens}
+
+
+def _full_report(dataset: Dataset) -> dict[str, Any]:
+    return load_report(dataset.report_key) if dataset.report_key else {}
+
+
+def _columns_in_use(dataset: Dataset) -> str:
+    """The columns in use and their roles."""
+    columns = (dataset.format or {}).get("columns")
+    if not isinstance(columns, dict):
+        return ""
+    return ", ".join(k if k == v else f"{v} as {k}" for k, v in columns.items())
+
+
+def _file_rows(dataset: Dataset, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    file_format = dataset.format if isinstance(dataset.format, dict) else {}
+    name = file_format.get("name") or file_format.get("format") or file_format.get("container")
+    rows = [
+        ("Format", str(name or "")),
+        ("Encoding", str(file_format.get("encoding") or "")),
+        ("Columns", _columns_in_use(dataset)),
+        ("Truncated rows", count(summary["truncated"]) if summary.get("truncated") else ""),
+        ("Size", size(dataset.bytes)),
+        ("SHA-256", dataset.sha256),
+    ]
+    return [row for row in rows if row[1]]
+
+
+TONES = {"error": "bg-error/10", "warning": "bg-warning/10"}
+
+
+def _finding(finding: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
+    tone = TONES.get(str(finding.get("severity") or finding.get("level")), "bg-base-200")
+    fix_label = _fix_label(finding) if dataset.status == "ready" else ""
+    return {**finding, "tone": tone, "fix_label": fix_label}
+
+
+def _row(dataset: Dataset, base: str, line: str) -> dict[str, Any] | None:
+    """The tokens of the row that was last requested, if it is this one."""
+    row = tables.get(DatasetReport, dataset.dataset_id, reports.row_place(base)) if line else None
+    if row is None or str(row.facts.get("line")) != line:
+        return None
+    result = load_report(row.report_key) if row.report_key else {}
+    return {
+        "line": row.facts["line"],
+        "checking": row.status == "checking",
+        "error": result.get("error") or row.error,
+        "sample": display_sample(result) if result.get("tokens") else None,
+        "cut": result.get("cut") or 0,
+    }
+
+
+def _tokenizers(dataset: Dataset, chosen: str) -> dict[str, Any]:
+    """The base models whose tokenizers have counted this dataset, and those that can."""
+    return {
+        "made": [
+            {
+                "base": row.base,
+                "name": row.base.partition("@")[0],
+                "status": row.status,
+                "tokens": (row.summary or {}).get("tokens"),
+                "chosen": row.base == chosen,
+            }
+            for row in reports.all_of(dataset.dataset_id)
+        ],
+        "bases": [*catalog.base_models()[1:], *base_models.from_hub(dataset.owner)],
+    }
+
+
+def _fix_label(finding: dict[str, Any]) -> str:
+    """The label of the button that creates a version without these rows; empty if there is none."""
+    if finding.get("code") not in versions.WITHOUT:
+        return ""
+    count = int(finding.get("count") or 0)
+    rows = "this row" if count == 1 else f"these {count:,} rows"
+    is_duplicate = str(finding["code"]).endswith("duplicate")
+    return f"Keep one copy, remove {rows}" if is_duplicate else f"Remove {rows}"
+
+
+def _origin(dataset: Dataset) -> dict[str, Any] | None:
+    """How a version was made, and from which dataset."""
+    origin = dataset.origin
+    if not origin:
+        return None
+    left_out = origin["rows"] - origin["kept"] if "rows" in origin else 0
+    lines = list(origin.get("lines") or [])
+    unnamed = left_out - len(lines) if lines else 0
+    return {
+        **origin,
+        "words": versions.words_of(origin),
+        "left_out": left_out,
+        "lines": lines,
+        "unnamed": unnamed,
+    }
+
+
+def _job_query(dataset: Dataset) -> dict[str, str]:
+    """Prefills the form of a new job; a dataset that was split comes with its other part."""
+    origin = dataset.origin or {}
+    ids = [dataset.dataset_id, str(origin.get("other") or "")]
+    if origin.get("part") == "validation":
+        ids.reverse()
+    return {name: id for name, id in zip(("dataset", "validation_dataset"), ids, strict=True) if id}
+
+
+def _histogram(counts: list[int]) -> list[dict[str, Any]]:
+    """Bars of examples by length; bucket i holds up to 16 · 2^i tokens."""
+    highest = max(counts, default=0)
+    if not highest:
+        return []
+    return [
+        {"upto": 16 << i, "count": n, "height": max(1, round(56 * n / highest)) if n else 0, "x": 28 * i}
+        for i, n in enumerate(counts)
+    ]
+
+
+# ---- columns ----
+
+
+def columns_context(dataset: Dataset, typed: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """The form that assigns columns, as typed, with a preview of the first rows. None if the file has no columns."""
+    report = _full_report(dataset)
+    head = report.get("head")
+    if not head or dataset.status not in ("ready", "rejected"):
+        return None
+    if dataset.status == "rejected" and not report.get("choose"):
+        return None
+    if typed is None:
+        file_format = dataset.format if isinstance(dataset.format, dict) else {}
+        typed = ColumnsForm.typed_from(file_format, head["columns"])
+    form = ColumnsForm(typed, columns=head["columns"])
+    valid = form.is_valid()
+    data = form.cleaned_data
+    rows = preview(data["shape"], data["columns"], head["rows"]) if valid else []
+    return {
+        "needed": dataset.status == "rejected",
+        "names": head["columns"],
+        "shapes": [(name, label) for name, (label, _) in ColumnsForm.SHAPES.items()],
+        "typed": {name: str(typed.get(name) or "") for name in ColumnsForm.base_fields},
+        "errors": [text for texts in form.errors.values() for text in texts],
+        "format": {**head["format"], "shape": data.get("shape"), "columns": data.get("columns")},
+        "rows": [_preview_row(row) for row in rows],
+        "cells": head["rows"],
+    }
+
+
+def _preview_row(row: Row | BadRow) -> dict[str, Any]:
+    """A row as its segments, each with its role, text, and whether it is trained on."""
+    if isinstance(row, BadRow):
+        return {"line": row.line, "error": f"{row.reason}. {row.fix}"}
+    if row.kind == "completion":
+        parts = [("", row.prompt, False), ("", row.completion, True)]
+    elif row.kind == "text":
+        parts = [("", row.text, True)]
+    else:
+        parts = [
+            (m["role"], m["content"], m["role"] == "assistant" and bool(m.get("weight", 1)))
+            for m in row.messages
+        ]
+    segments = [
+        {"role": role, "text": Truncator(text).chars(400), "trained": trained}
+        for role, text, trained in parts
+    ]
+    return {"line": row.line, "segments": segments, "together": row.kind == "completion"}
