@@ -1,7 +1,7 @@
 """What happens to jobs when things break: `bin/bench faults`, or `--short` for the form inside bin/test.
 
 Faults are done to real processes: workers, trainers, stores, connections. After each the judge of tests/faults/history.py
-looks at the stores: no event missing or doubled, one holder an epoch, weights and losses equal to the bit to those of
+looks at the stores: no event missing or doubled, one holder for each fencing token, weights and losses equal to the bit to those of
 the run without faults. Seconds are compared with the promise; a count of wrongs must be nought.
 """
 

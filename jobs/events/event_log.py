@@ -58,17 +58,17 @@ class TooSlow(Exception):
 
 
 def append(claim: Lease, batch: Batch) -> None:
-    """Puts the chunk if none is there, or one of a lower epoch. The heartbeat that follows moves `last_seq`, and only
+    """Puts the chunk if none is there, or one with a lower fencing token. The heartbeat that follows moves `last_seq`, and only
     then do readers see it. Raises LostRace when a later holder has written here."""
     chunk = HeartbeatChunk(
         claim.job_id,
         batch.first_seq,
         last_seq=batch.last_seq,
-        epoch=claim.epoch,
+        fencing_token=claim.fencing_token,
         lease_owner=claim.lease_owner,
         lines=list(batch.lines),
     )
-    free = HeartbeatChunk.job_id.does_not_exist() | (HeartbeatChunk.epoch < claim.epoch)
+    free = HeartbeatChunk.job_id.does_not_exist() | (HeartbeatChunk.fencing_token < claim.fencing_token)
     if (
         put_if(
             chunk,

@@ -38,11 +38,15 @@ def make_void(owner: str, job_id: str) -> None:
 
 
 def sweep(job: Job) -> int:
-    """Deletes what attempts left behind: bytes of epochs below the job's (of all, once it has ended) that neither job
+    """Deletes what attempts left behind: bytes under fencing tokens below the job's (under all, once it has ended) that neither job
     nor model names. Returns how many objects."""
     named = _named(job)
-    keys = blobs.list_keys(f"jobs/{job.job_id}/e") if job.epoch else []
-    old = [key for key in keys if (_epoch(key) < job.epoch or job.ended) and not key.startswith(named)]
+    keys = blobs.list_keys(f"jobs/{job.job_id}/e") if job.fencing_token else []
+    old = [
+        key
+        for key in keys
+        if (_fencing_token_of(key) < job.fencing_token or job.ended) and not key.startswith(named)
+    ]
     for key in old:
         blobs.delete_file(key)
     return len(old)
@@ -57,7 +61,7 @@ def after_pointer(job: Job) -> None:
 
 
 def superseded(job: Job) -> list[str]:
-    """Checkpoints before the pointer's that the job no longer names. Those of a later epoch are not for an older holder
+    """Checkpoints before the pointer's that the job no longer names. Those of a later token are not for an older holder
     to judge, and later steps may be on their way."""
     named = {str(entry["key"]) for entry in job.checkpoints} | {str(job.checkpoint_key)}
     stored = {key.rpartition("/")[0] for key in blobs.list_keys(f"jobs/{job.job_id}/e")}
@@ -65,13 +69,13 @@ def superseded(job: Job) -> list[str]:
         folder
         for folder in sorted(stored - named)
         if "/checkpoints/" in folder
-        and _epoch(folder) <= job.epoch
+        and _fencing_token_of(folder) <= job.fencing_token
         and _step(folder) < int(job.checkpoint_step or 0)
     ]
 
 
 def _step(folder: str) -> int:
-    """Of …/checkpoints/e<epoch>-s<step>; a folder of another name is nobody's to delete here."""
+    """Of …/checkpoints/e<fencing token>-s<step>; a folder of another name is nobody's to delete here."""
     text = folder.rpartition("s")[2]
     return int(text) if text.isdigit() else sys.maxsize
 
@@ -85,8 +89,8 @@ def _named(job: Job) -> tuple[str, ...]:
     return tuple(folder.rstrip("/") + "/" for folder in folders if folder)
 
 
-def _epoch(key: str) -> int:
-    """Of jobs/<id>/e<epoch>/…"""
+def _fencing_token_of(key: str) -> int:
+    """Of jobs/<id>/e<fencing token>/…"""
     text = key.split("/")[2][1:]
     return int(text) if text.isdigit() else 0
 

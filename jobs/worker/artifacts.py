@@ -45,8 +45,8 @@ def put_checkpoint(checkpoint: dict[str, Any], prefix: str) -> dict[str, Any]:
     manifest = {"name": "manifest.json", "sha256": checkpoint["sha256"]}
     put_verified(folder, f"{key}/", [*checkpoint["files"], manifest])
     shutil.rmtree(folder, ignore_errors=True)
-    epoch = int(prefix.rstrip("/").rpartition("/e")[2])
-    return entry(checkpoint | {"key": key, "epoch": epoch}) | {"after": checkpoint["after"]}
+    fencing_token = int(prefix.rstrip("/").rpartition("/e")[2])
+    return entry(checkpoint | {"key": key, "epoch": fencing_token}) | {"after": checkpoint["after"]}
 
 
 def entry(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -60,8 +60,10 @@ def pointer_before_upload() -> None:
         threading.Timer(1.5, real, (checkpoint, prefix)).start()
         name = os.path.basename(checkpoint["path"])
         key = f"{prefix}checkpoints/{name}"
-        epoch = int(prefix.rstrip("/").rpartition("/e")[2])
-        return artifacts.entry(checkpoint | {"key": key, "epoch": epoch}) | {"after": checkpoint["after"]}
+        fencing_token = int(prefix.rstrip("/").rpartition("/e")[2])
+        return artifacts.entry(checkpoint | {"key": key, "epoch": fencing_token}) | {
+            "after": checkpoint["after"]
+        }
 
     artifacts.put_checkpoint = put
 
@@ -186,7 +188,7 @@ IN_PROCESSES: dict[str, Callable[[], None]] = {
 }
 # Rules of the protocol switched off (tests/jobs/planted.py), and who must notice.
 IN_PROTOCOL = {
-    "heartbeats without a condition": ("epoch is not shown", "zombie"),
+    "heartbeats without a condition": ("fencing token is not checked", "zombie"),
     "events without a condition": ("chunks overwrite", "zombie"),
     "retries not idempotent": ("replies are believed", "claim"),
 }

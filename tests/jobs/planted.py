@@ -23,13 +23,18 @@ REAL = {
 
 
 def holder_may_write_after_leaving(sim: Any) -> list[Patch]:
-    """ "mine" without the status: epoch and holder stay after the end."""
-    same = lambda self, found: (found.epoch, found.lease_owner) == (self.epoch, self.lease_owner)  # noqa: E731
-    mine = lambda self: (Job.epoch == self.epoch) & (Job.lease_owner == self.lease_owner)  # noqa: E731
+    """ "mine" without the status: fencing token and holder stay after the end."""
+
+    def same(self: Claim, found: Job) -> bool:
+        return (found.fencing_token, found.lease_owner) == (self.fencing_token, self.lease_owner)
+
+    def mine(self: Claim) -> Any:
+        return (Job.fencing_token == self.fencing_token) & (Job.lease_owner == self.lease_owner)
+
     return [(Claim, "is_mine", same), (Claim, "_mine", mine)]
 
 
-def epoch_is_not_shown(sim: Any) -> list[Patch]:
+def fencing_token_is_not_checked(sim: Any) -> list[Patch]:
     """Who holds a lease may write, whoever that is now."""
     return [
         (Claim, "is_mine", lambda self, found: found.status == "running"),
@@ -58,7 +63,7 @@ def chunks_overwrite(sim: Any) -> list[Patch]:
 
     def append(claim: Claim, batch: Any) -> None:
         EventChunk(
-            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, lease_owner=claim.lease_owner,
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, fencing_token=claim.fencing_token, lease_owner=claim.lease_owner,
             lines=list(batch.lines),
         ).save()  # fmt: skip
 
@@ -70,7 +75,7 @@ def chunks_are_put_once(sim: Any) -> list[Patch]:
 
     def append(claim: Claim, batch: Any) -> None:
         chunk = EventChunk(
-            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, lease_owner=claim.lease_owner,
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, fencing_token=claim.fencing_token, lease_owner=claim.lease_owner,
             lines=list(batch.lines),
         )  # fmt: skip
         tables.put_new(chunk)
@@ -84,10 +89,10 @@ def batches_change_between_sends(sim: Any) -> list[Patch]:
 
     def append(claim: Claim, batch: Any) -> None:
         chunk = EventChunk(
-            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, lease_owner=claim.lease_owner,
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, fencing_token=claim.fencing_token, lease_owner=claim.lease_owner,
             lines=list(batch.lines),
         )  # fmt: skip
-        free = EventChunk.job_id.does_not_exist() | (EventChunk.epoch < claim.epoch)
+        free = EventChunk.job_id.does_not_exist() | (EventChunk.fencing_token < claim.fencing_token)
         if tables.put_if(chunk, free, lambda found: found.lease_owner == claim.lease_owner) is None:
             raise transitions.LostRace
 
@@ -156,15 +161,15 @@ def deleted_means_removed(sim: Any) -> list[Patch]:
 
 
 def janitor_sweeps_everything(sim: Any) -> list[Patch]:
-    """Not only epochs below the job's: also what its holder is uploading."""
-    return [(finalize, "_epoch", lambda key: -1)]
+    """Not only tokens below the job's: also what its holder is uploading."""
+    return [(finalize, "_fencing_token_of", lambda key: -1)]
 
 
 def janitor_forgets_the_fallbacks(sim: Any) -> list[Patch]:
     def pointer_only(job: Job) -> tuple[str, ...]:
         return tuple(f"{key}/" for key in [job.checkpoint_key, *tuned_models.folders_of(job)] if key)
 
-    return [(finalize, "_named", pointer_only), (finalize, "_epoch", lambda key: -1)]
+    return [(finalize, "_named", pointer_only), (finalize, "_fencing_token_of", lambda key: -1)]
 
 
 def superseded_bytes_go_before_their_references(sim: Any) -> list[Patch]:
@@ -259,7 +264,7 @@ def jobs_are_listed_after_they_are_made(sim: Any) -> list[Patch]:
 REAL_PUT_NEW = tables.put_new
 REAL_MOVE_POINTER = Claim.move_pointer
 EVERY: list[Callable[[Any], list[Patch]]] = [
-    holder_may_write_after_leaving, epoch_is_not_shown, claim_ignores_what_was_seen, replies_are_believed,
+    holder_may_write_after_leaving, fencing_token_is_not_checked, claim_ignores_what_was_seen, replies_are_believed,
     chunks_overwrite, chunks_are_put_once, batches_change_between_sends, readers_read_chunks_first,
     model_is_made_before_the_end, broken_submissions_are_dropped, wishes_only_wait_for_a_holder, paused_is_an_end,
     quota_is_a_counter, deleted_means_removed, janitor_sweeps_everything, janitor_forgets_the_fallbacks,
