@@ -131,7 +131,7 @@ def _cancel_all(owner: str) -> None:
     for job in _all(access.list_jobs, owner):
         if not job.ended:
             with contextlib.suppress(transitions.Refused, transitions.LostRace, access.NotFound):
-                transitions.ask(owner, job.job_id, "cancel")
+                transitions.set_desired(owner, job.job_id, "cancel")
 
 
 def _delete_each(list_page: Callable[..., Any], owner: str, delete: Callable[[str, str], None]) -> None:

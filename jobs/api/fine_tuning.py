@@ -276,7 +276,7 @@ def _find(owner: str, job_id: str) -> Row:
 
 def _ask(request: CallerRequest, job_id: str, desired: transitions.Desired) -> Json:
     _find(request.auth.owner, job_id)
-    return show(transitions.ask(request.auth.owner, job_id, desired))
+    return show(transitions.set_desired(request.auth.owner, job_id, desired))
 
 
 def show(job: Row) -> Json:

@@ -132,7 +132,7 @@ def _id_for(owner: str, request: JobRequest, key: str) -> str:
 # ---- moves of people -----------------------------------------------------------------------------------------------
 
 
-def ask(owner: str, job_id: str, desired: Desired) -> Job:
+def set_desired(owner: str, job_id: str, desired: Desired) -> Job:
     """Cancels, pauses or resumes. A running job hears of it with its next heartbeat; any other moves at once.
     Asking again is harmless. Raises NotFound, and Refused for a job that has ended or is being cancelled."""
     for _ in range(TRIES):

@@ -199,7 +199,7 @@ def cancel(request: HttpRequest, job_id: str) -> HttpResponse:
 
 def _ask(request: HttpRequest, job_id: str, desired: Any) -> HttpResponse:
     try:
-        transitions.ask(owner_of(request), job_id, desired)
+        transitions.set_desired(owner_of(request), job_id, desired)
     except transitions.Refused as refused:
         messages.warning(request, refused.message)
     return redirect("jobs:job", job_id)

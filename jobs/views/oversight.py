@@ -92,7 +92,7 @@ def cancel(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) ->
     actor = request.user.owner_id
     Audit(month_of(time.time()), new_id("audit"), actor=actor, action="cancel", target=job_id).save()
     try:
-        transitions.ask(owner, job_id, "cancel")
+        transitions.set_desired(owner, job_id, "cancel")
     except transitions.Refused as refused:
         messages.warning(request, refused.message)
     else:

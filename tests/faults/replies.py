@@ -208,7 +208,7 @@ def finish(rng: random.Random) -> list[str]:
     tables.put_new(WebhookEndpoint(mine.owner, tables.new_id("hook"), url="https://example.com", secret="x"))
     how = rng.choice(["succeeded", "failed", "cancelled", "paused"])
     if how in ("cancelled", "paused"):
-        transitions.ask(mine.owner, mine.job_id, "cancel" if how == "cancelled" else "pause")
+        transitions.set_desired(mine.owner, mine.job_id, "cancel" if how == "cancelled" else "pause")
         mine.heartbeat({})
     version = now(mine.job).version
     files = [{"name": "config.json", "bytes": 2, "sha256": "0" * 64}]
@@ -249,9 +249,9 @@ def ask(rng: random.Random) -> list[str]:
     job = held().job if held_now else queued()
     wish = rng.choice(["cancel", "pause", "run"])
     if wish == "run":
-        transitions.ask(job.owner, job.job_id, "pause")
+        transitions.set_desired(job.owner, job.job_id, "pause")
     version = now(job).version
-    lose(some(rng), lambda: transitions.ask(job.owner, job.job_id, wish), wrong)  # type: ignore[arg-type]
+    lose(some(rng), lambda: transitions.set_desired(job.owner, job.job_id, wish), wrong)  # type: ignore[arg-type]
     status = "running" if held_now else {"cancel": "cancelled", "pause": "paused", "run": "queued"}[wish]
     wrong = expect(wrong, now(job), status=status, desired=wish, attempts=0)
     if held_now or wish == "run":

@@ -105,7 +105,7 @@ class Stage:
             self.house.kill(name)
         for job in queue.active_jobs():
             if not job.ended:
-                transitions.ask(job.owner, job.job_id, "cancel")
+                transitions.set_desired(job.owner, job.job_id, "cancel")
         self.recorder.forget()
 
     def hear(self, measured: Measured) -> None:

@@ -83,7 +83,7 @@ def _cancel(stage: Stage, job_id: str, measured: Measured) -> None:
     from jobs.events import event_log
     from jobs.lifecycle import transitions
 
-    transitions.ask(h.OWNER, job_id, "cancel")
+    transitions.set_desired(h.OWNER, job_id, "cancel")
     job = h.wait_ended(job_id, 60)
     if (job.status, job.fencing_token, job.attempts) != ("cancelled", 1, 0):
         measured.wrong.append(f"it is {job.status}, took {job.fencing_token} leases, {job.attempts} attempts")

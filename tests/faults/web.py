@@ -96,8 +96,8 @@ def web_killed(stage: Stage, rounds: int = 1) -> Measured:
             measured.wrong.append(f"number {number}: {len(made)} jobs, answers {answers}")
         measured.figures["answered first"] = measured.figures.get("answered first", 0.0) + (len(answers) == 2)
         for job_id in made:
-            transitions.ask(h.OWNER, job_id, "cancel")
-    transitions.ask(h.OWNER, running, "cancel")
+            transitions.set_desired(h.OWNER, job_id, "cancel")
+    transitions.set_desired(h.OWNER, running, "cancel")
     job = h.wait_ended(running, 60)
     until_told = time.monotonic() + 30
     while not watcher.ended and time.monotonic() < until_told:

@@ -49,7 +49,7 @@ def cancelled(stage: Stage, rounds: int, state: str) -> Measured:
                 if is_there(h.job_of(job_id)):
                     time.sleep(stage.some.uniform(0, 0.3))
                     asked[job_id] = time.time()
-                    transitions.ask(h.OWNER, job_id, "cancel")
+                    transitions.set_desired(h.OWNER, job_id, "cancel")
         ended = all_of(jobs, lambda job: job.ended, 60)
         shift = time.time() - time.monotonic()
         for job_id, since in asked.items():
@@ -77,11 +77,11 @@ def paused_and_resumed(stage: Stage, rounds: int = 1) -> Measured:
     job_id = stage.submit()
     stage.somewhere(job_id)
     began = time.monotonic()
-    transitions.ask(h.OWNER, job_id, "pause")
+    transitions.set_desired(h.OWNER, job_id, "pause")
     job = h.wait_until(job_id, lambda job: job.status == "paused" or job.ended)
     measured.figures["paused s"] = time.monotonic() - began
     if job.status == "paused":
-        transitions.ask(h.OWNER, job_id, "run")
+        transitions.set_desired(h.OWNER, job_id, "run")
     stage.judge(job_id, measured, charged=0)
     return measured
 
@@ -120,7 +120,7 @@ def fair_share(stage: Stage, rounds: int = 1, jobs: int = 100) -> Measured:
     measured.figures["others before it"] = float(len(first))
     for job_id in many:
         if not h.job_of(job_id).ended:
-            transitions.ask(h.OWNER, job_id, "cancel")
+            transitions.set_desired(h.OWNER, job_id, "cancel")
     all_of(many, lambda job: job.ended)
     if h.wait_ended(one, owner=other).status != "succeeded":
         measured.wrong.append("the other's job did not succeed")

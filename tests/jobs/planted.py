@@ -217,7 +217,7 @@ def keys_are_never_renewed(sim: Any) -> list[Patch]:
 
 
 def cancels_can_be_taken_back(sim: Any) -> list[Patch]:
-    def ask(owner: str, job_id: str, desired: str) -> Job:
+    def set_desired(owner: str, job_id: str, desired: str) -> Job:
         job = access.get_job_for(owner, job_id)
         if job.status == "running":
             transitions._move(job, [Job.desired.set(desired)], Job.status == "running")
@@ -228,7 +228,7 @@ def cancels_can_be_taken_back(sim: Any) -> list[Patch]:
             )
         return job
 
-    return [(transitions, "ask", ask)]
+    return [(transitions, "set_desired", set_desired)]
 
 
 def the_list_is_cleared_first(sim: Any) -> list[Patch]:

@@ -423,7 +423,7 @@ class Sim:
                     outbox.delete_bytes(self.owner, id)
                 continue
             with suppress(Refused, access.NotFound):
-                transitions.ask(self.owner, job_id, wish)  # type: ignore[arg-type]
+                transitions.set_desired(self.owner, job_id, wish)  # type: ignore[arg-type]
                 if wish == "cancel":
                     self.cancel_told.add(job_id)
 

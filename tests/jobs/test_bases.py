@@ -121,7 +121,7 @@ def test_the_files_of_a_base_stay_until_the_jobs_from_it_have_ended(monkeypatch)
     assert not outbox.delete_bytes(owner, parent.model_id)
     outbox.delete_bytes(owner, parent.job_id)
     assert blobs.size_of(key) == 2
-    transitions.ask(owner, job.job_id, "cancel")
+    transitions.set_desired(owner, job.job_id, "cancel")
     assert outbox.delete_bytes(owner, parent.model_id)
     assert blobs.size_of(key) is None
 

@@ -140,7 +140,7 @@ def test_a_heartbeat_renews_the_lease_and_brings_the_orders():
     job = read(claim.job)
     assert job.lease != before
     assert (job.progress, job.metrics, job.last_seq) == ({"step": 3}, {"loss": 2.5}, 4)
-    transitions.ask(job.owner, job.job_id, "pause")
+    transitions.set_desired(job.owner, job.job_id, "pause")
     assert claim.heartbeat() == "pause"
 
 
@@ -388,25 +388,25 @@ def test_a_lease_that_was_renewed_is_not_lost():
 
 def test_waiting_jobs_move_at_once():
     job = make_job()
-    assert transitions.ask(job.owner, job.job_id, "pause").status == "paused"
-    assert transitions.ask(job.owner, job.job_id, "run").status == "queued"
-    assert transitions.ask(job.owner, job.job_id, "cancel").status == "cancelled"
-    assert transitions.ask(job.owner, job.job_id, "cancel").status == "cancelled"
+    assert transitions.set_desired(job.owner, job.job_id, "pause").status == "paused"
+    assert transitions.set_desired(job.owner, job.job_id, "run").status == "queued"
+    assert transitions.set_desired(job.owner, job.job_id, "cancel").status == "cancelled"
+    assert transitions.set_desired(job.owner, job.job_id, "cancel").status == "cancelled"
     with pytest.raises(Refused):
-        transitions.ask(job.owner, job.job_id, "run")
+        transitions.set_desired(job.owner, job.job_id, "run")
 
 
 def test_what_was_never_checked_goes_back_to_be_checked():
     job = make_job(dataset_status="checking")
-    assert transitions.ask(job.owner, job.job_id, "pause").status == "paused"
-    assert transitions.ask(job.owner, job.job_id, "run").status == "validating"
+    assert transitions.set_desired(job.owner, job.job_id, "pause").status == "paused"
+    assert transitions.set_desired(job.owner, job.job_id, "run").status == "validating"
 
 
 def test_a_cancel_is_never_taken_back():
     claim = make_claim()
-    transitions.ask(claim.owner, claim.job_id, "cancel")
+    transitions.set_desired(claim.owner, claim.job_id, "cancel")
     with pytest.raises(Refused):
-        transitions.ask(claim.owner, claim.job_id, "run")
+        transitions.set_desired(claim.owner, claim.job_id, "run")
     assert claim.heartbeat() == "cancel"
 
 
@@ -428,7 +428,7 @@ def test_a_cancel_is_never_taken_back():
 def test_every_way_out_of_running_lands_where_people_want(desired, leave, landed):
     claim = make_claim()
     if desired != "run":
-        transitions.ask(claim.owner, claim.job_id, desired)  # unseen by the holder
+        transitions.set_desired(claim.owner, claim.job_id, desired)  # unseen by the holder
     assert leave(claim) == landed
     job = read(claim.job)
     assert job.status == landed
@@ -487,7 +487,7 @@ def test_bob_finds_nothing_of_alices():
     bob = make_owner()
     for act in (
         lambda: access.get_job_for(bob, claim.job_id),
-        lambda: transitions.ask(bob, claim.job_id, "cancel"),
+        lambda: transitions.set_desired(bob, claim.job_id, "cancel"),
         lambda: transitions.rename(bob, claim.job_id, "x"),
         lambda: transitions.delete(bob, claim.job_id),
         lambda: transitions.retry(bob, claim.job_id),

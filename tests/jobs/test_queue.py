@@ -67,5 +67,5 @@ def test_a_person_sees_the_place_in_the_queue():
     second = make_job(first.owner)
     positions = [transitions.queue_position(read(j)) for j in (first, second)]
     assert positions[0] < positions[1]
-    transitions.ask(first.owner, first.job_id, "cancel")
+    transitions.set_desired(first.owner, first.job_id, "cancel")
     assert transitions.queue_position(read(first)) is None

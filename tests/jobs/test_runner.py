@@ -169,7 +169,7 @@ def test_a_trainer_that_hangs_is_killed_and_the_job_goes_where_it_should(wish, m
         if wish == "stop":
             stop.set()
         elif wish == "cancel":
-            transitions.ask(claim.owner, claim.job_id, "cancel")
+            transitions.set_desired(claim.owner, claim.job_id, "cancel")
 
     when_step(claim, 5, hang)
     attempt.run()
@@ -227,7 +227,7 @@ def test_a_trainer_that_falls_silent_is_told_of_and_one_that_goes_on_is_not(monk
         progress_when(lambda progress: "silent_s" in progress)
         os.kill(attempt.child.pid, signal.SIGCONT)
         progress_when(lambda progress: "silent_s" not in progress)
-        transitions.ask(claim.owner, claim.job_id, "cancel")
+        transitions.set_desired(claim.owner, claim.job_id, "cancel")
 
     when_step(claim, 5, hang_and_go_on)
     attempt.run()
@@ -262,14 +262,14 @@ def test_a_lost_attempts_steps_are_run_again_and_proven_equal(undisturbed):
 
 def test_cancel_stops_the_trainer_and_ends_the_job():
     claim = claim_one(max_steps=5000)
-    when_step(claim, 5, lambda: transitions.ask(claim.owner, claim.job_id, "cancel"))
+    when_step(claim, 5, lambda: transitions.set_desired(claim.owner, claim.job_id, "cancel"))
     runner.run(claim)
     assert read(claim.job).status == "cancelled"
 
 
 def test_pause_keeps_a_checkpoint_and_waits():
     claim = claim_one(max_steps=5000)
-    when_step(claim, 5, lambda: transitions.ask(claim.owner, claim.job_id, "pause"))
+    when_step(claim, 5, lambda: transitions.set_desired(claim.owner, claim.job_id, "pause"))
     runner.run(claim)
     job = read(claim.job)
     assert job.status == "paused"

@@ -106,7 +106,7 @@ def test_mail_is_sent_as_wanted_when_the_job_ends_not_when_it_began(db):
         page.post("/jobs/new/", {"dataset": dataset.dataset_id, "base": "starter"})
         page.post(f"{PAGE}email/", {"wanted": wanted})
         job = access.list_jobs(user.owner_id).rows[0]
-        transitions.ask(user.owner_id, job.job_id, "cancel")
+        transitions.set_desired(user.owner_id, job.job_id, "cancel")
         transitions.after_end(user.owner_id, job.job_id)
         assert webhooks.deliver(user.owner_id, f"{job.job_id}#cancelled#email")
         assert len(mail.outbox) - sent == int(wanted)
