@@ -144,7 +144,11 @@ def list_checkpoints(
     """The latest first. Each is a model one can generate with, by the name it carries."""
     job = _find(request.auth.owner, job_id)
     names = _checkpoint_names(job)
-    told = history.fold(event_log.read(request.auth.owner, job_id)) if names else history.Story()
+    told = (
+        history.JobHistory.from_events(event_log.read(request.auth.owner, job_id))
+        if names
+        else history.JobHistory()
+    )
     times = {int(entry["step"]): entry.get("time") for entry in job.checkpoints}
     rows = [
         _checkpoint(job, step, names[step], times.get(step), told) for step in sorted(names, reverse=True)
@@ -383,7 +387,7 @@ def _checkpoint_names(job: Row) -> dict[int, str]:
     return names
 
 
-def _checkpoint(job: Row, step: int, name: str, at: float | None, told: history.Story) -> Json:
+def _checkpoint(job: Row, step: int, name: str, at: float | None, told: history.JobHistory) -> Json:
     metric, held_out = told.metrics.get(step, {}), told.evals.get(step, {})
     return {
         "id": checkpoint_id(job, step),

@@ -12,7 +12,7 @@ from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from jobs.events import event_log
-from jobs.events.history import chart, fold, sentence, summary, thin
+from jobs.events.history import JobHistory, chart, sentence, summary, thin
 from jobs.formatting import moment
 from jobs.forms import RenameForm
 from jobs.lifecycle import transitions
@@ -115,19 +115,19 @@ def _typed(request: HttpRequest) -> new_job.Draft:
 def detail(request: HttpRequest, job_id: str) -> HttpResponse:
     """`?part=aside` is the column beside the curve alone, fetched again when samples and proofs arrive."""
     job = access.get_job_for(owner_of(request), job_id)
-    story = fold(_skimmed(job))
-    context = presenters.aside(job, story)
+    history = JobHistory.from_events(_skimmed(job))
+    context = presenters.aside(job, history)
     if request.GET.get("part") == "aside" and asks_for_part(request):
         return render(request, "jobs/_job_aside.html", context)
-    curve = chart(story)
-    steps = thin(sorted(story.metrics), 100)
+    curve = chart(history)
+    steps = thin(sorted(history.metrics), 100)
     context |= {
-        "story": story,
+        "history": history,
         "chart": curve,
-        "rows": [story.metrics[step] for step in steps],
-        "summary": summary(story),
-        "sparks": presenters.sparks(story, curve),
-        "page_data": {"seq": story.seq, "chart": curve, "status": job.status, "ended": job.ended},
+        "rows": [history.metrics[step] for step in steps],
+        "summary": summary(history),
+        "sparks": presenters.sparks(history, curve),
+        "page_data": {"seq": history.seq, "chart": curve, "status": job.status, "ended": job.ended},
     }
     return render(request, "jobs/job_detail.html", context)
 
@@ -253,15 +253,15 @@ CSV_COLUMNS = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "tokens
 def metrics_csv(request: HttpRequest, job_id: str) -> HttpResponse:
     """Every step, all numbers: nothing in it is text, so nothing in it can be a formula."""
     job = access.get_job_for(owner_of(request), job_id)
-    story = fold(event_log.read(job.owner, job_id))
+    history = JobHistory.from_events(event_log.read(job.owner, job_id))
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(CSV_COLUMNS)
-    for step in sorted(story.metrics.keys() | story.evals.keys()):
+    for step in sorted(history.metrics.keys() | history.evals.keys()):
         row = {
-            **story.metrics.get(step, {}),
+            **history.metrics.get(step, {}),
             "step": step,
-            "eval_loss": story.evals.get(step, {}).get("loss", ""),
+            "eval_loss": history.evals.get(step, {}).get("loss", ""),
         }
         writer.writerow([row.get(name, "") for name in CSV_COLUMNS])
     return _attachment(text.getvalue(), "text/csv", f"{job_id}.csv")

@@ -17,7 +17,7 @@ from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_POST
 
 from jobs.events import event_log
-from jobs.events.history import fold
+from jobs.events.history import JobHistory
 from jobs.lifecycle import transitions
 from jobs.store import access, queue, tables
 from jobs.store.tables import Audit, Job, JobIndex, month_of, new_id, time_of
@@ -67,14 +67,14 @@ def index(request: HttpRequest, *, site: AdminSite) -> HttpResponse:
 def detail(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) -> HttpResponse:
     _allowed(request, "view")
     job = _job(owner, job_id)
-    story = fold(event_log.read(owner, job_id))
-    first, more = presenters.settings_rows(job, story)
+    history = JobHistory.from_events(event_log.read(owner, job_id))
+    first, more = presenters.settings_rows(job, history)
     context = {
         **site.each_context(request),
         "title": job.name or job_id,
         "job": job,
         "found": _with_people([job])[0],
-        "log": story.shown_log[-100:],
+        "log": history.shown_log[-100:],
         "settings_rows": first + more,
         "may_cancel": not job.ended
         and job.desired != "cancel"

@@ -8,7 +8,7 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs.events.history import Story
+from jobs.events.history import JobHistory, ResumeResult
 from jobs.formatting import (
     UNKNOWN,
     compact,
@@ -279,52 +279,52 @@ class Row:
     reason: str = ""
 
 
-def aside(job: Job, story: Story) -> dict[str, Any]:
-    first, more = settings_rows(job, story)
+def aside(job: Job, history: JobHistory) -> dict[str, Any]:
+    first, more = settings_rows(job, history)
     return {
         "job": job,
         "state": state(job),
-        "proofs": [_proof(proof) for proof in story.proofs[-3:]],
-        "samples": _samples(story),
+        "proofs": [_resume(resume) for resume in history.resumes[-3:]],
+        "samples": _samples(history),
         "place": transitions.queue_position(job),
-        "verdict": _verdict(story),
+        "verdict": _verdict(history),
         "settings_rows": first,
         "more_rows": more,
     }
 
 
-def _proof(proof: Any) -> dict[str, Any]:
-    again = proof.steps
-    if not proof.exact:
-        text = f"Went on at step {proof.resumed_from:,} at {proof.at}, not exactly as before: {proof.why or 'the machine differs'}."
+def _resume(resume: ResumeResult) -> dict[str, Any]:
+    again = resume.steps
+    if not resume.exact:
+        text = f"Went on at step {resume.resumed_from:,} at {resume.at}, not exactly as before: {resume.why or 'the machine differs'}."
         return {
             "title": "Resumed, not to the bit",
             "text": text,
             "good": False,
             "border": "border-warning/40",
         }
-    if again and proof.equal == again:
+    if again and resume.equal == again:
         text = (
-            f"Training was interrupted and went on at {proof.at}. Steps {proof.first:,} to {proof.last:,} were run again: "
+            f"Training was interrupted and went on at {resume.at}. Steps {resume.first:,} to {resume.last:,} were run again: "
             f"{'all ' if again > 1 else ''}{again:,} loss{'es' if again > 1 else ''} equal to the bit."
         )
         return {"title": "Resume verified", "text": text, "good": True, "border": "border-success/40"}
     if again:
-        text = f"{proof.equal:,} of {again:,} steps that were run again gave the same loss to the bit; the machine or its libraries differ."
+        text = f"{resume.equal:,} of {again:,} steps that were run again gave the same loss to the bit; the machine or its libraries differ."
         return {
             "title": "Resumed, not to the bit",
             "text": text,
             "good": False,
             "border": "border-warning/40",
         }
-    text = f"Training was interrupted and went on from the checkpoint of step {proof.resumed_from:,} at {proof.at}. No logged step had to be run again."
+    text = f"Training was interrupted and went on from the checkpoint of step {resume.resumed_from:,} at {resume.at}. No logged step had to be run again."
     return {"title": "Resumed", "text": text, "good": True, "border": "border-success/40"}
 
 
-def _samples(story: Story) -> list[dict[str, Any]]:
+def _samples(history: JobHistory) -> list[dict[str, Any]]:
     """For each pinned prompt the base's answer, the first after it, one from the middle and the newest."""
     prompts = []
-    for prompt, by_step in list(story.samples.items())[:3]:
+    for prompt, by_step in list(history.samples.items())[:3]:
         steps = sorted(by_step)
         shown = steps if len(steps) <= 4 else [*steps[:2], steps[len(steps) // 2], steps[-1]]
         rows = [
@@ -335,15 +335,15 @@ def _samples(story: Story) -> list[dict[str, Any]]:
     return prompts
 
 
-def _verdict(story: Story) -> dict[str, Any]:
-    verdict = story.verdict
+def _verdict(history: JobHistory) -> dict[str, Any]:
+    verdict = history.verdict
     text = verdict.get("sentence") or verdict.get("text") or verdict.get("message")
     return {"text": text} if text else {}
 
 
-def settings_rows(job: Job, story: Story) -> tuple[list[Row], list[Row]]:
+def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
     """What it trains with: the words of a few settings together, then every other one."""
-    plan = story.plan or (job.plan if isinstance(job.plan, dict) else {}) or {}
+    plan = history.plan or (job.plan if isinstance(job.plan, dict) else {}) or {}
     chosen = current_names(job.settings if isinstance(job.settings, dict) else {})
     values = {name: field.default for name, field in FIELDS.items()}
     values |= chosen | current_names(plan.get("settings") or {})
@@ -430,8 +430,8 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else CHOICE_WORDS.get(str(value), str(value))
 
 
-def sparks(story: Story, chart: dict[str, Any]) -> list[dict[str, Any]]:
-    latest = story.latest
+def sparks(history: JobHistory, chart: dict[str, Any]) -> list[dict[str, Any]]:
+    latest = history.latest
     return [
         {
             "name": name,

@@ -50,7 +50,7 @@ def test_a_very_long_job_costs_no_more_than_a_few_dozen_reads(alices: Client, al
     with tables.counted() as counter:
         answer = alices.get(reverse("jobs:job", args=[job.job_id]))
     assert tables.reads(counter) <= 60, dict(counter)
-    assert answer.context["story"].seq == 12_000
+    assert answer.context["history"].seq == 12_000
     shown = answer.context["chart"]["step"]
     assert (shown[0], shown[-1]) == (1, 12_000)
 
