@@ -23,7 +23,7 @@ from jobs.store.tables import EventChunk, HeartbeatChunk, Job, put_if
 
 log = logging.getLogger(__name__)
 
-MOST_IN_CHUNK = 100  # events; JOBS["chunk_events"] may be lower, never higher: readers step back by this
+MAX_CHUNK_EVENTS = 100  # events; JOBS["chunk_events"] may be lower, never higher: readers step back by this
 POLL_S = 2.0  # without a bell
 TICK_S = 0.4  # two reads at most in this time for each job, however often it rings
 KEPT = 5000  # events that a tailer keeps for watchers who come later
@@ -120,7 +120,7 @@ def _stored(job_id: str, after: int, upto: int, limit: int | None = None) -> lis
     if after >= upto:
         return events
     # The chunk that holds after + 1 may begin up to a whole chunk earlier.
-    span = EventChunk.first_seq.between(max(1, after + 2 - MOST_IN_CHUNK), upto)
+    span = EventChunk.first_seq.between(max(1, after + 2 - MAX_CHUNK_EVENTS), upto)
     for chunk in EventChunk.query(job_id, span, consistent_read=True):
         for seq, line in enumerate(chunk.lines, int(chunk.first_seq)):
             if max(after, events[-1].seq if events else 0) < seq <= upto:

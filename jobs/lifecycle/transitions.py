@@ -352,7 +352,7 @@ class Claim:
         phase: str | None = None,
         plan: Mapping[str, Any] | None = None,
         estimate: Mapping[str, Any] | None = None,
-        proof: Mapping[str, Any] | None = None,
+        resume_check: Mapping[str, Any] | None = None,
     ) -> str:
         """Renews the lease, tells how it goes, and shows the events first_seq … last_seq to readers (their chunk is
         stored by then). One try of 3 s. Returns what people want: run, pause or cancel."""
@@ -362,7 +362,7 @@ class Claim:
             "phase": phase,
             "plan": plan,
             "estimate": estimate,
-            "proof": proof,
+            "resume_check": resume_check,
         }
         actions: list[Action] = [Job.lease.set(_new_lease()), Job.version.add(1)]
         actions += [_set(Job, name, value) for name, value in told.items() if value is not None]

@@ -234,7 +234,7 @@ class _JobAttributes(Table):
     )  # [{key, step, epoch, bytes, sha256, …}], newest last
     plan: JSONAttribute = JSONAttribute(null=True)  # resolved settings with their reasons
     estimate: JSONAttribute = JSONAttribute(null=True)
-    proof: JSONAttribute = JSONAttribute(null=True)  # of exact resume
+    resume_check: JSONAttribute = JSONAttribute(attr_name="proof", null=True)  # jobs/worker/resume_check.py
     reason = UnicodeAttribute(default="")  # why it failed or paused: a key of lifecycle.REASONS
     message = UnicodeAttribute(default="")  # what exactly, for a person
     advice = UnicodeAttribute(default="")
