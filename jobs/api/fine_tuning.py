@@ -18,6 +18,7 @@ from jobs.api.errors import bad, not_found
 from jobs.api.schemas import Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page
 from jobs.events import event_log, history
 from jobs.lifecycle import transitions
+from jobs.lifecycle.submission import settings_of
 from jobs.notifications import webhooks
 from jobs.registry import base_models
 from jobs.store import access, tables
@@ -339,8 +340,7 @@ def _shown_hyperparameters(job: Row) -> Json:
 
 
 def _seed(job: Row) -> int:
-    seed = job.seed if job.seed is not None else (job.settings or {}).get("seed")
-    return int(seed or 0)
+    return int(settings_of(job).get("seed") or 0)
 
 
 def _estimated_finish(job: Row) -> int | None:
@@ -358,7 +358,7 @@ def _extras(job: Row) -> Json:
         "status": job.status,
         "phase": job.phase,
         "desired": job.desired,
-        "settings": job.settings,
+        "settings": settings_of(job),
         "progress": job.progress,
         "metrics": job.metrics,
         "plan": job.plan,

@@ -15,6 +15,8 @@ from jobs.store import access
 from jobs.store.tables import Dataset, Job, time_of
 from training.plan.config import ConfigError, parse, stored_names
 
+NOT_SET = (None, "", "auto")
+
 
 class Refused(Exception):
     """This cannot be done; `field` names what to change, the message says how."""
@@ -37,7 +39,7 @@ class JobRequest:
     )  # training.plan.config.FIELDS; left out = automatic
     prompts: tuple[str, ...] = ()  # pinned prompts for samples
     suffix: str = ""
-    seed: int | None = None
+    seed: int | None = None  # used unless `settings` has one; new_job moves it there
     metadata: Mapping[str, str] = field(default_factory=dict)
     api: Mapping[str, Any] | None = None  # what `/v1` was sent, to answer in the same words
     needs: Mapping[str, Any] = field(default_factory=dict)  # {"memory": bytes, "gpu": true}
@@ -101,6 +103,8 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
         job_id[-8:].lower(),
     ]
     stored = stored_names(request.settings)
+    if request.seed is not None and stored.get("seed") in NOT_SET:
+        stored["seed"] = request.seed  # a job has one seed, and this is where it is kept
     job = Job(
         owner,
         job_id,
@@ -114,7 +118,6 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
         settings=stored,
         prompts=list(request.prompts),
         suffix=request.suffix,
-        seed=request.seed,
         metadata=dict(request.metadata),
         api=dict(request.api) if request.api is not None else None,
         needs=dict(request.needs),
@@ -131,6 +134,22 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
     return job
 
 
+def settings_of(job: Job) -> dict[str, Any]:
+    """The settings as requested, with the seed that the job trains with.
+
+    Rows of earlier versions may have a second seed beside the settings. It was the one that counted, so a job that has
+    started keeps the seed it started with; before that, a seed set by editing counts.
+    """
+    settings = dict(job.settings or {})
+    if job.seed is not None:
+        started_with = ((job.plan or {}).get("settings") or {}).get("seed")
+        if started_with is not None:
+            settings["seed"] = int(started_with)
+        elif job.checkpoint_step is not None or settings.get("seed") in NOT_SET:
+            settings["seed"] = int(job.seed)
+    return settings
+
+
 def clone_request(job: Job) -> JobRequest:
     """The same wish again, from the start."""
     return JobRequest(
@@ -138,10 +157,9 @@ def clone_request(job: Job) -> JobRequest:
         dataset_id=job.dataset_id,
         name=job.name,
         validation_dataset_id=job.validation_dataset_id,
-        settings=job.settings,
+        settings=settings_of(job),
         prompts=tuple(job.prompts),
         suffix=job.suffix,
-        seed=None if job.seed is None else int(job.seed),
         metadata=job.metadata,
         api=job.api,
         needs=job.needs,

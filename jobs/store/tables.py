@@ -199,7 +199,7 @@ class _JobAttributes(Table):
     )  # hyperparameters as asked (training.plan.config.FIELDS)
     prompts: JSONAttribute = JSONAttribute(default=list)  # pinned prompts for samples
     suffix = UnicodeAttribute(default="")
-    seed = NumberAttribute(null=True)
+    seed = NumberAttribute(null=True)  # of rows of earlier versions: jobs/lifecycle/submission.py:settings_of
     metadata: JSONAttribute = JSONAttribute(default=dict)
     api: JSONAttribute = JSONAttribute(null=True)  # what `/v1` was sent, to answer in the same words
     needs: JSONAttribute = JSONAttribute(default=dict)  # of a worker: {"memory": bytes, "gpu": true}

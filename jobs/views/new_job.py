@@ -12,6 +12,7 @@ from jobs.datasets import reports
 from jobs.formatting import count, size
 from jobs.forms import NewJobForm, preset_of, rows, settings_from, shown, with_preset
 from jobs.lifecycle import estimates
+from jobs.lifecycle.submission import settings_of
 from jobs.lifecycle.transitions import JobRequest
 from jobs.registry import base_models, hub_models
 from jobs.store import access, blobs
@@ -140,7 +141,6 @@ class Draft:
             settings={name: settings[name] for name in given},
             suffix=self.values["suffix"],
             prompts=tuple(self._prompts()),
-            seed=None if self.job is None or self.job.seed is None else int(self.job.seed),
             needs=self.job.needs if self.job else {},
             metadata=self.job.metadata if self.job else {},
         )
@@ -310,7 +310,7 @@ def _as_typed(job: Job) -> dict[str, str]:
     """What its person asked for, as the form's fields."""
     asked = {
         name: value
-        for name, value in current_names(job.settings or {}).items()
+        for name, value in current_names(settings_of(job)).items()
         if name in FIELDS and value != FIELDS[name].default
     }
     return {

@@ -24,6 +24,7 @@ from jobs.formatting import (
 )
 from jobs.forms import CHOICE_WORDS
 from jobs.lifecycle import transitions
+from jobs.lifecycle.submission import settings_of
 from jobs.registry import base_models
 from jobs.store.reasons import REASONS
 from jobs.store.tables import Job
@@ -344,7 +345,7 @@ def _verdict(history: JobHistory) -> dict[str, Any]:
 def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
     """What it trains with: the words of a few settings together, then every other one."""
     plan = history.plan or (job.plan if isinstance(job.plan, dict) else {}) or {}
-    chosen = current_names(job.settings if isinstance(job.settings, dict) else {})
+    chosen = current_names(settings_of(job))
     values = {name: field.default for name, field in FIELDS.items()}
     values |= chosen | current_names(plan.get("settings") or {})
     reasons = plan.get("reasons") or {}
