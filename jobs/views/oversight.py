@@ -113,7 +113,7 @@ def prioritise(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite
     actor = request.user.owner_id
     Audit(month_of(time.time()), new_id("audit"), actor=actor, action=action, target=job_id).save()
     try:
-        transitions.prioritise(owner, job_id, int(priority))
+        transitions.set_priority(owner, job_id, int(priority))
     except transitions.Refused as refused:
         messages.warning(request, refused.message)
     else:

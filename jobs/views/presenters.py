@@ -26,6 +26,7 @@ from jobs.forms import CHOICE_WORDS
 from jobs.lifecycle import transitions
 from jobs.lifecycle.submission import settings_of
 from jobs.registry import base_models
+from jobs.store import queue
 from jobs.store.reasons import REASONS
 from jobs.store.tables import Job
 from training.plan.config import FIELDS, current_names
@@ -287,7 +288,7 @@ def aside(job: Job, history: JobHistory) -> dict[str, Any]:
         "state": state(job),
         "proofs": [_resume(resume) for resume in history.resumes[-3:]],
         "samples": _samples(history),
-        "place": transitions.queue_position(job),
+        "place": queue.position(job),
         "verdict": _verdict(history),
         "settings_rows": first,
         "more_rows": more,

@@ -81,7 +81,7 @@ def late_moves(seen: Job, mine: Claim | None) -> list[Callable[[], object]]:
         lambda: transitions.set_desired(owner, job_id, "pause"),
         lambda: transitions.set_desired(owner, job_id, "cancel"),
         lambda: transitions.edit(owner, job_id, request_of(owner)),
-        lambda: transitions.prioritise(owner, job_id, 5),
+        lambda: transitions.set_priority(owner, job_id, 5),
         lambda: transitions.claim(seen, WORKER),
         lambda: transitions.settle(seen),
         lambda: transitions.requeue(seen),

@@ -33,7 +33,7 @@ def leases_end_by_the_wall_clock() -> None:
     """A lease says until when it holds, and each worker compares that with its own clock."""
     from django.conf import settings
 
-    from jobs.lifecycle import transitions
+    from jobs.lifecycle import moves, transitions
     from jobs.worker.reconciler import Reconciler
 
     real = Reconciler._job
@@ -44,7 +44,7 @@ def leases_end_by_the_wall_clock() -> None:
         else:
             real(self, job)
 
-    transitions._new_lease = lambda: str(time.time() + settings.JOBS["lease_s"])
+    moves.new_lease = lambda: str(time.time() + settings.JOBS["lease_s"])
     Reconciler._job = job  # type: ignore[method-assign]
 
 
@@ -92,11 +92,11 @@ def heartbeats_stop_on_sigterm() -> None:
 
 def no_lease_before_the_first_heartbeat() -> None:
     """A claim sets no lease, and what has none is left alone."""
-    from jobs.lifecycle import transitions
+    from jobs.lifecycle import claims
     from jobs.store.tables import Job
     from jobs.worker.reconciler import Reconciler
 
-    claim, look = transitions.claim, Reconciler._job
+    claim, look = claims.claim, Reconciler._job
 
     def claim_only(job: Any, worker: Any) -> Any:
         claimed = claim(job, worker)
@@ -104,7 +104,7 @@ def no_lease_before_the_first_heartbeat() -> None:
             claimed.job.update(actions=[Job.lease.remove()])
         return claimed
 
-    transitions.claim = claim_only
+    claims.claim = claim_only
     Reconciler._job = lambda self, job: None if job.status == "running" and not job.lease else look(self, job)  # type: ignore[method-assign]
 
 
@@ -129,19 +129,19 @@ def rows_written_in_batches() -> None:
 
 def bells_are_believed() -> None:
     """A bell that comes again (as Celery's late acknowledgement lets it) starts a job that already runs."""
-    from jobs.lifecycle import transitions
+    from jobs.lifecycle import claims, moves
     from jobs.store import queue
     from jobs.store.tables import Job
 
-    claim = transitions.claim
+    claim = claims.claim
 
     def claim_any(job: Any, worker: Any) -> Any:
         job.status = "queued"
         return claim(job, worker)
 
     queue.in_order = lambda jobs, served=None: [job for job in jobs if job.status in ("queued", "running")]
-    transitions._as_seen = lambda job: Job.version == job.version
-    transitions.claim = claim_any
+    moves.as_seen = lambda job: Job.version == job.version
+    claims.claim = claim_any
 
 
 # ---- in the web process ----------------------------------------------------------------------------------------------

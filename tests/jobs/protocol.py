@@ -379,7 +379,7 @@ class Sim:
         while True:
             self.gate("local", "wait for an end")
             if self.ends:
-                transitions.after_end(*self.ends.pop(0))
+                finalize.after_end(*self.ends.pop(0))
 
     def reader(self, actor: Actor) -> None:
         while True:

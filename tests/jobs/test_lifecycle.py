@@ -8,7 +8,7 @@ import io
 import pytest
 
 from jobs.datasets import datasets
-from jobs.lifecycle import finalize, transitions
+from jobs.lifecycle import finalize, requests, transitions
 from jobs.lifecycle.transitions import LostRace, OverQuota, Refused
 from jobs.store import access, blobs, outbox, queue, quotas, reasons, tables
 from jobs.store.tables import JobIndex, TunedModel, month_of, new_id
@@ -80,7 +80,7 @@ def test_the_same_key_makes_one_job():
 def test_a_key_whose_submission_broke_off_can_be_used_again():
     owner = make_owner()
     request = make_request(owner)
-    job_id = transitions._id_for(owner, request, "k")
+    job_id = requests._id_for(owner, request, "k")
     finalize.make_void(owner, job_id)
     job = transitions.submit(owner, request, idempotency_key="k")
     assert job.job_id != job_id
@@ -255,7 +255,7 @@ def test_a_success_makes_a_model_and_clears_the_lists():
     assert (job.status, job.lease, job.lease_owner) == ("succeeded", None, claim.lease_owner)
     assert is_listed(job)
     for _ in range(2):
-        transitions.after_end(job.owner, job.job_id)
+        finalize.after_end(job.owner, job.job_id)
     model = access.get_model_for(job.owner, job.model_id)
     assert (model.prefix, model.step, model.bytes) == (f"{claim.prefix}final", 3, 2)
     assert not is_listed(job)
@@ -475,7 +475,7 @@ def test_a_deleted_job_stays_away():
         transitions.delete(claim.owner, claim.job_id)
     claim.finish("succeeded", result=result(claim))
     transitions.delete(claim.owner, claim.job_id, with_model=True)
-    transitions.after_end(claim.owner, claim.job_id)
+    finalize.after_end(claim.owner, claim.job_id)
     for get in (access.get_job_for, access.get_model_for):
         with pytest.raises(access.NotFound):
             get(claim.owner, claim.job_id if get is access.get_job_for else claim.job.model_id)

@@ -199,7 +199,7 @@ def test_the_audit_removes_what_has_ended_from_the_quota(alone, settings):
     claim.finish("failed", "bad_data")
     quotas.take(claim.owner, "jobs", claim.job_id)
     make_job(claim.owner)
-    transitions.after_end(claim.owner, claim.job_id)
+    finalize.after_end(claim.owner, claim.job_id)
     quotas.take(claim.owner, "jobs", claim.job_id)  # a late write
     reconciler, clock = start()
     clock.now += 3601

@@ -16,7 +16,7 @@ from django.core.files.storage import storages
 
 from jobs.datasets import datasets
 from jobs.events import event_log
-from jobs.lifecycle import transitions
+from jobs.lifecycle import finalize, transitions
 from jobs.registry import tuned_models
 from jobs.store import blobs, quotas, tables
 from jobs.worker import prewarmed, runner
@@ -107,7 +107,7 @@ def test_a_job_runs_from_its_claim_to_its_model(undisturbed):
     assert told[-1] == "end"
     assert {"plan", "estimate", "checkpoint", "done"} <= set(told)
     assert job.progress["step"] == STEPS
-    transitions.after_end(job.owner, job.job_id)
+    finalize.after_end(job.owner, job.job_id)
     model = tables.get(tables.TunedModel, job.owner, job.model_id)
     assert (tuned_models.fetch(model) / "config.json").is_file()
 
