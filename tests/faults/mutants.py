@@ -1,8 +1,8 @@
 """Check the checker: twelve bugs, each put into the product's processes, each of which the harness must catch.
 
-A plant is code that runs at the start of a process (`tests/faults/planted_settings.py`, by the variable PLANT), never in
+A mutant is code that runs at the start of a process (`tests/faults/planted_settings.py`, by the variable MUTANT), never in
 the product; three are rules of the protocol switched off in this process (tests/jobs/planted.py). Beside each stands the
-scenario that must find something. The same scenarios find nothing without them: that is the campaign.
+fault that must find something. The same faults find nothing without them: that is the campaign.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from unittest.mock import patch
 from django.apps import AppConfig
 
 
-class Planted(AppConfig):
-    name, label = "tests.faults", "planted"
+class MutantConfig(AppConfig):
+    name, label = "tests.faults", "mutants"
 
     def ready(self) -> None:
-        IN_PROCESSES[os.environ["PLANT"]]()
+        IN_PROCESSES[os.environ["MUTANT"]]()
 
 
 # ---- in workers ------------------------------------------------------------------------------------------------------
@@ -197,44 +197,47 @@ IN_PROTOCOL = {
 # ---- catching them ---------------------------------------------------------------------------------------------------
 
 
-def catch(stage: Any, only: list[str]) -> Iterator[tuple[str, list[str]]]:
+def catch(scenario: Any, only: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Each bug (whose name holds one of `only`) with what the harness found. Nothing = not caught."""
-    from tests.faults import processes, web, wishes
+    from tests.faults import processes, user_actions, web
 
-    scenarios: dict[str, Callable[[Any], Any]] = {
+    faults: dict[str, Callable[[Any], Any]] = {
         "leases end by the wall clock": processes.clocks_differ,
         "pointer before upload": processes.worker_killed,
         "random states left out": processes.worker_killed,
         "heartbeats stop on SIGTERM": processes.terminated_slowly,
-        "no lease before the first heartbeat": lambda stage: processes.failpoint(stage, "claimed"),
-        "rows written in batches": lambda stage: wishes.cancelled(stage, 1, "training"),
-        "bells are believed": wishes.bells_doubled,
+        "no lease before the first heartbeat": lambda scenario: processes.failpoint(scenario, "claimed"),
+        "rows written in batches": lambda scenario: user_actions.cancelled(scenario, 1, "training"),
+        "bells are believed": user_actions.bells_doubled,
         "streams share what they hear": web.strangers,
         "whoever is signed in may look": web.strangers,
     }
-    stage.only(0)  # whoever works here would take the jobs of these
-    for name in [*IN_PROTOCOL, *scenarios]:
+    scenario.only(0)  # whoever works here would take the jobs of these
+    for name in [*IN_PROTOCOL, *faults]:
         if any(part in name for part in only):
             yield (
                 name,
                 _in_protocol(*IN_PROTOCOL[name])
                 if name in IN_PROTOCOL
-                else _in_processes(stage, name, scenarios[name]),
+                else _in_processes(scenario, name, faults[name]),
             )
 
 
-def _in_processes(stage: Any, name: str, scenario: Callable[[Any], Any]) -> list[str]:
-    stage.only(0)
-    stage.house.environment |= {"DJANGO_SETTINGS_MODULE": "tests.faults.planted_settings", "PLANT": name}
+def _in_processes(scenario: Any, name: str, fault: Callable[[Any], Any]) -> list[str]:
+    scenario.only(0)
+    scenario.environment.variables |= {
+        "DJANGO_SETTINGS_MODULE": "tests.faults.planted_settings",
+        "MUTANT": name,
+    }
     try:
-        measured = scenario(stage)
+        measured = fault(scenario)
         return list(measured.wrong)
     except TimeoutError as error:  # it never ends
         return [str(error)]
     finally:
-        for variable in ("DJANGO_SETTINGS_MODULE", "PLANT"):
-            del stage.house.environment[variable]
-        stage.abandon()
+        for variable in ("DJANGO_SETTINGS_MODULE", "MUTANT"):
+            del scenario.environment.variables[variable]
+        scenario.abandon()
 
 
 def _in_protocol(bug: str, judge: str) -> list[str]:

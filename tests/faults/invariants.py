@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.faults import house
+from tests.faults import environment as env
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Recorder:
                 continue
             self._pointers.add(entry["key"])
             damaged = damage(entry)
-            if damaged and entry["key"] in json.dumps(house.job_of(job.job_id, job.owner).checkpoints):
+            if damaged and entry["key"] in json.dumps(env.job_of(job.job_id, job.owner).checkpoints):
                 self.found.append(f"{job.job_id} names {damaged}")
 
     def see(self, job: Any) -> None:
@@ -92,7 +92,7 @@ class Recorder:
 
 def damage(checkpoint: dict[str, Any]) -> str:
     """What is wrong with a stored checkpoint; "" when it is whole."""
-    folder = house.objects() / str(checkpoint["key"])
+    folder = env.objects() / str(checkpoint["key"])
     try:
         text = (folder / "manifest.json").read_bytes()
         wanted = {"manifest.json": checkpoint["sha256"]} | {
@@ -197,7 +197,7 @@ def _model(job: Any) -> list[str]:
     return []
 
 
-def orphans(house_: house.House) -> list[int]:
-    """Trainers of this house whose worker is gone."""
-    mine = {pid for process in house_.workers.values() for pid in house.trainers_of(process.pid)}
-    return [pid for pid in house.all_trainers() if pid not in mine]
+def orphans(environment: env.Environment) -> list[int]:
+    """Trainers of this environment whose worker is gone."""
+    mine = {pid for process in environment.workers.values() for pid in env.trainers_of(process.pid)}
+    return [pid for pid in env.all_trainers() if pid not in mine]
