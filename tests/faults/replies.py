@@ -271,11 +271,13 @@ def trainer_died(rng: random.Random) -> list[str]:
 
 
 def lease_lost(rng: random.Random) -> list[str]:
-    """The reconciler's move, which charges once whatever it hears."""
+    """The reconciler's move. It charges a platform fault once, whatever reply it gets."""
     wrong, mine = list[str](), held()
     seen = now(mine.job)
     lose(some(rng), lambda: transitions.lose_lease(seen), wrong)
-    return expect(wrong, now(mine.job), status="retrying", attempts=1, fencing_token=1, lease=None)
+    return expect(
+        wrong, now(mine.job), status="retrying", attempts=0, platform_faults=1, fencing_token=1, lease=None
+    )
 
 
 def zombie(rng: random.Random) -> list[str]:
