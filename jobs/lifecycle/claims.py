@@ -20,11 +20,11 @@ from jobs.store.lease import LostRace
 from jobs.store.queue import WorkerInfo
 from jobs.store.tables import HeartbeatJob, Job
 
-PROCESS = secrets.token_hex(8)  # names this start of this process
+PROCESS = secrets.token_hex(8)  # identifies this run of this process
 
 
 def claim_next(worker: WorkerInfo) -> Claim | None:
-    """Claims the job that is next for this worker; None when none waits that fits it."""
+    """Claims the next job for this worker, or None if no waiting job fits it."""
     for job in queue.in_order(queue.active_jobs(), queue.served()):
         if queue.fits(job, worker):
             claimed = claim(job, worker)
@@ -35,7 +35,7 @@ def claim_next(worker: WorkerInfo) -> Claim | None:
 
 
 def claim(job: Job, worker: WorkerInfo) -> Claim | None:
-    """The right to run `job`, as it was seen queued; None when another was first."""
+    """Claims `job`, which was seen queued; None if another worker was first."""
     if job.status != "queued" or job.desired != "run":
         return None
     lease_owner = f"{worker.process}/{secrets.token_hex(8)}"
@@ -50,8 +50,8 @@ def claim(job: Job, worker: WorkerInfo) -> Claim | None:
     if job.started_at is None:
         actions.append(Job.started_at.set(time.time()))
     condition = moves.as_seen(job) & (Job.desired == "run")
-    # Without an answer we may hold the lease and not know it, so the question is put until it is answered.
-    moved = _retry_until_answered(
+    # Without a reply we may hold the lease without knowing it, so the write is repeated until there is one.
+    moved = _retry_until_reply(
         lambda: moves.move(job, actions, condition, lambda found: found.lease_owner == lease_owner)
     )
     if moved is None or moved.status != "running":
@@ -60,11 +60,11 @@ def claim(job: Job, worker: WorkerInfo) -> Claim | None:
     return Claim(moved, int(moved.fencing_token), lease_owner)
 
 
-Answer = TypeVar("Answer")
+Reply = TypeVar("Reply")
 
 
-def _retry_until_answered(send: Callable[[], Answer]) -> Answer:
-    """Sends the same write until the store answers, for as long as a lease would live."""
+def _retry_until_reply(send: Callable[[], Reply]) -> Reply:
+    """Repeats the same write until the store replies, at most for as long as a lease would last."""
     deadline = time.monotonic() + settings.JOBS["self_fence_s"]
     while True:
         try:
@@ -79,8 +79,8 @@ def _retry_until_answered(send: Callable[[], Answer]) -> Answer:
 class Claim:
     """The lease on a job: the right of one attempt to write to it. `job` is the row as last seen.
 
-    Each method raises LostRace when the lease is gone: stop then, and write nothing more. When the store cannot be
-    reached it raises PynamoDBException: the same call with the same arguments may be repeated.
+    Each method raises LostRace when the lease is lost: stop, and write nothing more. When the store cannot be reached it
+    raises PynamoDBException: the call may be repeated with the same arguments.
     """
 
     job: Job
@@ -101,7 +101,7 @@ class Claim:
 
     @property
     def prefix(self) -> str:
-        """Where this attempt puts its objects; a zombie with another token writes where nobody looks."""
+        """The prefix of this attempt's objects. A late writer with an older token uses another prefix, which nothing reads."""
         return f"jobs/{self.job_id}/e{self.fencing_token}/"
 
     def is_mine(self, found: Job) -> bool:
@@ -129,9 +129,9 @@ class Claim:
         estimate: Mapping[str, Any] | None = None,
         resume_check: Mapping[str, Any] | None = None,
     ) -> str:
-        """Renews the lease, tells how it goes, and shows the events first_seq … last_seq to readers (their chunk is
-        stored by then). One try of 3 s. Returns what people want: run, pause or cancel."""
-        told: dict[str, Any] = {
+        """Renews the lease, reports progress, and makes the events first_seq … last_seq visible to readers (their chunk is
+        already stored). One try of 3 s. Returns what the user wants: run, pause or cancel."""
+        payload: dict[str, Any] = {
             "progress": progress,
             "metrics": metrics,
             "phase": phase,
@@ -141,7 +141,7 @@ class Claim:
         }
         actions: list[Action] = [Job.lease.set(moves.new_lease()), Job.version.add(1)]
         actions += [
-            moves.set_attribute(Job, name, value) for name, value in told.items() if value is not None
+            moves.set_attribute(Job, name, value) for name, value in payload.items() if value is not None
         ]
         condition = self._mine()
         if first_seq is not None and last_seq is not None:
@@ -156,8 +156,8 @@ class Claim:
         return self._seen(_as_job(moved) if moved else None).desired
 
     def move_pointer(self, checkpoint: Mapping[str, Any]) -> str:
-        """Says where a next attempt goes on: {"key", "step", "sha256", "bytes", …}, whose bytes are stored and verified.
-        Progress was made, so earlier deaths count no more. Returns what people want."""
+        """Sets where the next attempt resumes: {"key", "step", "sha256", "bytes", …}, whose bytes are stored and verified.
+        There was progress, so earlier failures no longer count. Returns what the user wants."""
         kept = kept_checkpoints([*self.job.checkpoints, dict(checkpoint)])
         step, key = int(checkpoint["step"]), str(checkpoint["key"])
         moved = moves.move(
@@ -175,7 +175,8 @@ class Claim:
         return self._seen(moved).desired
 
     def pointer_back(self, checkpoint: Mapping[str, Any] | None) -> None:
-        """Before training: the pointer's bytes don't verify. Moves it to the newest that does, or away."""
+        """Before training, if the checkpoint that the pointer names is damaged: moves the pointer to the newest intact one,
+        or removes it."""
         before, key = self.job.checkpoint_key, str(checkpoint["key"]) if checkpoint else None
         actions: list[Action]
         if checkpoint:
@@ -202,18 +203,18 @@ class Claim:
         message: str = "",
         advice: str = "",
     ) -> str:
-        """The attempt is over: done, failed for good, or stopped as people asked. `result` of a success holds
-        {"prefix", "files": [{"name", "bytes", "sha256"}], "step", "metrics", …}. Returns where the job landed."""
+        """Ends the attempt: it succeeded, failed permanently, or was stopped on request. `result` of a success holds
+        {"prefix", "files": [{"name", "bytes", "sha256"}], "step", "metrics", …}. Returns the job's new status."""
         event = "stopped" if status in {"cancelled", "paused"} else status
         return self._leave(event, reason, message, advice, result)
 
     def give_back(self) -> str:
-        """The worker is asked to stop: back into the queue, nothing charged. Returns where the job landed."""
+        """Returns the job to the queue because the worker is stopping. Nothing is charged. Returns the job's new status."""
         return self._leave("stopped")
 
     def trainer_died(self, reason: str, message: str = "", advice: str = "") -> str:
-        """Tried again, or failed when it was tried too often; a platform fault spends no attempt. Returns where the job
-        landed."""
+        """The job is retried, or fails after too many attempts. A platform fault uses up no attempt. Returns the job's new
+        status."""
         event = "broke off" if reasons.is_platform_fault(reason) else "died"
         return self._leave(event, reason, message, advice)
 
@@ -244,29 +245,29 @@ class Claim:
                 self.job = moved
                 moves.announce(moved)
                 return status
-            # Not mine any more, or people changed their mind meanwhile: then it lands elsewhere.
+            # The lease is lost, or the user's request has changed and so has the resulting status.
             self._seen(tables.get(Job, self.owner, self.job_id))
 
     def _seen(self, found: Job | None) -> Job:
         if found is None or not self.is_mine(found):
-            raise LostRace(f"The lease on {self.job_id} (fencing token {self.fencing_token}) is lost.")
+            raise LostRace(f"The lease on {self.job_id} (fencing token {self.fencing_token}) was lost.")
         self.job = found
         return found
 
 
 def _as_job(row: HeartbeatJob) -> Job:
-    """Both classes read the same rows."""
+    """Both classes map the same rows."""
     job = Job()
     job.attribute_values = row.attribute_values
     return job
 
 
 def kept_checkpoints(checkpoints: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last two and the best: what a next attempt may fall back on, and what the janitor must keep."""
+    """The last two and the best: what the next attempt may fall back on, and what the cleanup must keep."""
     last = checkpoints[-2:]
     return [c for c in checkpoints[:-2] if c.get("best")][-1:] + last
 
 
 def this_worker(**has: Any) -> WorkerInfo:
-    """This process as a worker."""
+    """Describes this process as a worker."""
     return WorkerInfo(name=f"{os.uname().nodename}/{os.getpid()}", process=PROCESS, **has)

@@ -1,4 +1,4 @@
-"""How a job moves: where each move lands, and the conditional write that makes it. See jobs/lifecycle/transitions.py."""
+"""How a job changes status: where each move leads, and the conditional write that makes it. See jobs/lifecycle/transitions.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLATFORM_FAULTS = frozenset({"lost", "broke off"})  # ways out of running that u
 
 
 def landing(event: str, job: Job) -> str:
-    """Where a move out of running lands, by what people want."""
+    """The status that a move out of running leads to, given what the user wants."""
     if job.desired == "cancel":
         return "cancelled"
     if event in {"succeeded", "failed"}:
@@ -63,13 +63,15 @@ def leaving(event: str, job: Job, status: str, reason: str, message: str, advice
 
 
 def desired_status(job: Job, desired: str) -> str:
-    """The status that `desired` asks for on a job nobody holds."""
+    """The status that `desired` asks for on a job that no worker holds."""
     if desired == "cancel":
         return "cancelled"
     if desired == "pause":
         return "paused"
     if job.status == "paused":
-        return "queued" if job.fencing_token else "validating"  # what never ran may never have been checked
+        return (
+            "queued" if job.fencing_token else "validating"
+        )  # a job that never ran may not have been checked yet
     return job.status
 
 
@@ -111,7 +113,7 @@ def announced(moved: Job | None) -> Job | None:
 
 
 def announce(job: Job) -> None:
-    """Rings, after the write. Losing these loses nothing: readers poll, and the reconciler rings again."""
+    """Sends notifications after the write. Losing them loses nothing: readers poll, and the reconciler sends them again."""
     event_log.announce(job.job_id, int(job.last_seq))
     if job.ended:
         redis_client.enqueue("after_end", job.owner, job.job_id)

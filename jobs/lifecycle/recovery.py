@@ -1,4 +1,4 @@
-"""The moves of a job that no worker holds, made by the reconciler, and by whoever settles what the job waits for."""
+"""The moves of a job that no worker holds, made by the reconciler or when the dataset it waits for is ready."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def lose_lease(job: Job) -> Job | None:
 
 
 def settle(job: Job) -> Job | None:
-    """Brings a job nobody holds to where `desired` asks, should the write that set it have been of an older sight."""
+    """Brings a job that no worker holds to the status that `desired` asks for, if the write that set `desired` was based on
+    an older state."""
     status = moves.desired_status(job, job.desired)
     if job.ended or job.status == "running" or status == job.status:
         return None
@@ -30,14 +31,14 @@ def settle(job: Job) -> Job | None:
 
 
 def requeue(job: Job) -> Job | None:
-    """retrying → queued. The caller has waited as long as `backoff_s` says."""
+    """retrying → queued. The caller has waited for `backoff_s`."""
     return moves.announced(
         moves.move(job, moves.entering(job, "queued"), moves.as_seen(job) & (Job.desired == "run"))
     )
 
 
 def backoff_s(job: Job) -> float:
-    """Nothing the first time, then 10 s · 2ⁿ up to 10 min; progress starts the count again."""
+    """None the first time, then 10 s · 2ⁿ up to 10 min. Progress resets the count."""
     tries = job.attempts_without_progress + job.platform_faults
     if tries <= 1:
         return 0.0
@@ -45,8 +46,8 @@ def backoff_s(job: Job) -> float:
 
 
 def validate(job: Job) -> Job | None:
-    """validating → queued once its datasets are ready, and read with its base's own tokenizer; → failed when one was
-    refused or deleted."""
+    """validating → queued once its datasets are ready and were read with the tokenizer of its base; → failed if one was
+    rejected or deleted."""
     for dataset_id in filter(None, (job.dataset_id, job.validation_dataset_id)):
         dataset = tables.get(Dataset, job.owner, dataset_id)
         if dataset is None or dataset.deleted:
@@ -65,7 +66,7 @@ def validate(job: Job) -> Job | None:
 
 @receiver(dataset_settled)
 def validate_waiting(owner: str, dataset_id: str, **kwargs: Any) -> None:
-    """The jobs that wait for this dataset."""
+    """Validates the jobs that wait for this dataset."""
     for job in queue.active_of(owner):
         if job.status == "validating" and dataset_id in (job.dataset_id, job.validation_dataset_id):
             validate(job)

@@ -15,17 +15,30 @@ from jobs.store.quotas import OverQuota
 from jobs.store.tables import ENDED, Job, JobIndex, Usage, month_of, new_id
 
 TOO_SLOW = "The submission took too long. Send it again."
-TRIES = 50  # of a request against a job that keeps changing
+MAX_TRIES = 50  # of a request for a job that keeps changing
+EDITABLE = (
+    "name",
+    "method",
+    "dataset_id",
+    "dataset_name",
+    "validation_dataset_id",
+    "settings",
+    "prompts",
+    "seed",
+    "metadata",
+    "needs",
+    "body_hash",
+)
 
 
-# ---- submit --
+# ---- submit --------------------------------------------------------------------------------------------------------
 
 
 def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = None, slug: str = "") -> Job:
-    """Takes a job on. With a key, any number of calls make one job and all return it.
+    """Creates a job. With a key, any number of calls create one job, and all return it.
 
-    The list row comes first and the job last, so a crash leaves a row without a job: the reconciler voids that after ten
-    minutes, and a later call with the same key takes a fresh id. Raises Refused, OverQuota, LostRace.
+    The list row is written first and the job last, so a crash leaves a row without a job. The reconciler voids it after
+    ten minutes, and a later call with the same key gets a new id. Raises Refused, OverQuota, LostRace.
     """
     datasets = submission.check(owner, request)
     request = replace(request, base_snapshot=submission.pin_base(owner, request))
@@ -59,14 +72,14 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
 
 
 def _id_for(owner: str, request: JobRequest, key: str) -> str:
-    """The job that belongs to the key: one id for all who call with it, a fresh one once its job is void."""
-    what = "idem#" + hashlib.sha256(key.encode()).hexdigest()
+    """The id of the key's job: the same for every call with the key, and a new one once that job is void."""
+    usage_key = "idem#" + hashlib.sha256(key.encode()).hexdigest()
     mine, body_hash = new_id("ftjob"), request.hash()
-    row = Usage(owner, what, job_id=mine, body_hash=body_hash)
+    row = Usage(owner, usage_key, job_id=mine, body_hash=body_hash)
     while True:
         if tables.put_new(row, lambda found: found.job_id == mine):
             return mine
-        found = tables.get(Usage, owner, what)
+        found = tables.get(Usage, owner, usage_key)
         if found is None or not found.job_id:
             continue
         job = tables.get(Job, owner, found.job_id)
@@ -81,13 +94,13 @@ def _id_for(owner: str, request: JobRequest, key: str) -> str:
             return mine
 
 
-# ---- changes --
+# ---- changes -------------------------------------------------------------------------------------------------------
 
 
 def set_desired(owner: str, job_id: str, desired: Desired) -> Job:
-    """Cancels, pauses or resumes. A running job hears of it with its next heartbeat; any other moves at once.
-    Asking again is harmless. Raises NotFound, and Refused for a job that has ended or is being cancelled."""
-    for _ in range(TRIES):
+    """Cancels, pauses or resumes. A running job learns of it with its next heartbeat; any other moves at once.
+    Idempotent. Raises NotFound, and Refused for a job that has ended or is being cancelled."""
+    for _ in range(MAX_TRIES):
         job = access.get_job_for(owner, job_id)
         if job.status == "cancelled" and desired == "cancel":
             return job
@@ -112,14 +125,14 @@ def set_desired(owner: str, job_id: str, desired: Desired) -> Job:
         if moved:
             moves.announce(moved)
             return (recovery.validate(moved) if moved.status == "validating" else None) or moved
-    raise LostRace("The job keeps moving. Try again.")
+    raise LostRace("The job changed at the same time. Try again.")
 
 
 def rename(owner: str, job_id: str, name: str) -> Job:
     job = access.get_job_for(owner, job_id)
     if not 0 < len(name) <= 200:
-        raise Refused("name", "Give a name of 1 to 200 characters.")
-    moved = moves.move(job, [Job.name.set(name)], Job.deleted == False)  # noqa: E712  an expression, no comparison
+        raise Refused("name", "Enter a name of 1 to 200 characters.")
+    moved = moves.move(job, [Job.name.set(name)], Job.deleted == False)  # noqa: E712  a condition, not a comparison
     if moved is None:
         raise access.NotFound(f"There is no job {job_id}.")
     partition = f"all#{month_of(job.created_at)}"
@@ -128,33 +141,29 @@ def rename(owner: str, job_id: str, name: str) -> Job:
 
 
 def can_edit(job: Job) -> bool:
-    """No attempt has begun, and it was not cancelled."""
+    """True while no attempt has started and the job has not ended."""
     return not job.fencing_token and job.status in {"validating", "queued", "paused"}
 
 
 def edit(owner: str, job_id: str, request: JobRequest) -> Job:
-    """Changes what was asked for while no attempt has begun. Base, suffix and so the model's id stay."""
+    """Changes the request while no attempt has started. The base and the suffix stay, and so does the model's id."""
     job = access.get_job_for(owner, job_id)
     if not can_edit(job):
-        raise Refused("status", "The job has started. Clone it, and change the copy.")
+        raise Refused("status", "The job has started. Clone it and change the copy.")
     request = replace(request, base=job.base, suffix=job.suffix, base_snapshot=job.base_snapshot)
     fresh = submission.new_job(owner, job_id, request, submission.check(owner, request), "")
-    names = (
-        "name", "method", "dataset_id", "dataset_name", "validation_dataset_id", "settings", "prompts", "seed", "metadata",
-        "needs", "body_hash",
-    )  # fmt: skip
-    actions = [moves.set_attribute(Job, name, getattr(fresh, name)) for name in names]
+    actions = [moves.set_attribute(Job, name, getattr(fresh, name)) for name in EDITABLE]
     if job.status != "paused":
         actions.append(Job.status.set(fresh.status))
     moved = moves.move(job, actions, moves.as_seen(job), lambda found: found.body_hash == fresh.body_hash)
     if moved is None:
-        raise LostRace("The job moved on at the same moment. Look at it again.")
+        raise LostRace("The job changed at the same time. Reload it and try again.")
     moves.announce(moved)
     return moved
 
 
 def set_priority(owner: str, job_id: str, priority: int) -> Job:
-    """Staff put a job before (or behind) everybody's."""
+    """For staff: puts a job ahead of (or behind) all others."""
     job = access.get_job_for(owner, job_id)
     moved = moves.move(job, [Job.priority.set(priority)], ~Job.status.is_in(*sorted(ENDED)))
     if moved is None:
@@ -163,10 +172,10 @@ def set_priority(owner: str, job_id: str, priority: int) -> Job:
 
 
 def retry(owner: str, job_id: str, *, slug: str = "") -> Job:
-    """A new job that goes on from the last checkpoint of one that failed or was cancelled (an end never changes)."""
+    """A new job that continues from the last checkpoint of one that failed or was cancelled (an end state never changes)."""
     job = access.get_job_for(owner, job_id)
     if job.status not in {"failed", "cancelled"}:
-        raise Refused("status", "Only a job that failed or was cancelled can be tried again.")
+        raise Refused("status", "Only a job that failed or was cancelled can be retried.")
     start = next((c for c in job.checkpoints if c["key"] == job.checkpoint_key), None)
     slug = slug or job.model_id.split(":")[2]
     again = replace(clone_request(job), start_from=start, base_snapshot=job.base_snapshot)
@@ -174,7 +183,7 @@ def retry(owner: str, job_id: str, *, slug: str = "") -> Job:
 
 
 def delete(owner: str, job_id: str, *, with_model: bool = False) -> None:
-    """Removes an ended job, its events, log and checkpoints; its model stays unless `with_model`."""
+    """Deletes an ended job with its events, log and checkpoints. Its model is kept unless `with_model`."""
     job = access.get_job_for(owner, job_id)
     if not job.ended:
         raise Refused("status", "Cancel the job first.")
@@ -182,6 +191,6 @@ def delete(owner: str, job_id: str, *, with_model: bool = False) -> None:
     for other in queue.active_jobs([row for row in queue.index_rows() if row.owner == owner]):
         if any(c["key"].startswith(prefix) for c in other.checkpoints) and not other.ended:
             raise Refused(
-                "status", f"“{other.name}” goes on from this job's checkpoint. Wait until it has ended."
+                "status", f"“{other.name}” continues from this job's checkpoint. Wait until it has ended."
             )
     finalize.delete_job(job, with_model=with_model)

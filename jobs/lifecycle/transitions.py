@@ -1,27 +1,32 @@
-"""A job's life: every state, and every move between them. This text, `tests/jobs/protocol.py` and the code below say the
-same; change them together.
+"""A job's life: every state, and every move between them. This text, `tests/jobs/protocol.py` and the code say the same;
+change them together.
 
     validating ──► queued ◄─────────────┐        validating  its dataset is still being checked
         │            │  ▲               │        queued      waits for a worker
         │      claim │  │ give back     │        running     one worker holds the lease
-        │            ▼  │               │        retrying    its trainer or worker died; waits a little
-        │          running ──► retrying─┘        paused      as asked; no end
+        │            ▼  │               │        retrying    its trainer or worker died; waits before the next attempt
+        │          running ──► retrying─┘        paused      on request; not an end state
         │            │   │         │
         ▼            ▼   └─► paused ─► queued (or validating, if it was never checked)
-      failed    succeeded, failed, cancelled     void        a submission that broke off
+      failed    succeeded, failed, cancelled     void        an incomplete submission
 
-`status` is moved by whoever holds the lease; where nobody holds one, by people and the reconciler. `desired` (run,
-pause, cancel) is written by people only, and cancel is never taken back. On a job nobody holds, the same write sets the
-status it asks for. Every move out of running lands where `desired`, as seen, asks. Ends never change.
+`status` is changed by the worker that holds the lease; while no worker holds one, by users and the reconciler. `desired`
+(run, pause, cancel) is written by users only, and a cancel is never taken back. If no worker holds the job, the same
+write also sets the status that `desired` asks for. Every move out of running leads to the status that `desired`, as last
+seen, asks for. End states never change.
 
-A holder's writes show that the job is *mine*: running, with my fencing token, and held by me. The token rises with each claim, so
-what an older holder still sends is refused. Leaving running removes the lease but keeps fencing_token and lease_owner, so that "was
-it me?" can be answered after a lost reply. Everybody else's moves show status and version as seen; every write adds 1 to
-`version`. What follows from an end (model, notices, quota, lists) is `jobs.lifecycle.finalize`, made by anybody and safe to repeat.
+Each write of a lease owner requires that the job is *mine*: running, with my fencing token, and owned by me. The token
+rises with each claim, so late writes of a former owner are refused. Leaving running removes the lease but keeps
+fencing_token and lease_owner, so that a writer whose reply was lost can see that its write was applied. All other moves
+require the status and version as last seen; every write adds 1 to `version`. What follows an end (model, notifications,
+quota, lists) is in `jobs.lifecycle.finalize`; any process may run it, and it is idempotent.
 
-A trainer that died is charged to the job: 3 attempts in a row without a new checkpoint end it, 10 in all. A platform
-fault (a lost worker, a full disk, a store that is away) is not: those are counted apart, and 30 of them in a row without
-a new checkpoint end the job, so that one that brings down its workers cannot go on for ever. Both wait longer each time.
+A trainer that dies is charged to the job: 3 attempts in a row without a new checkpoint end it, or 10 in all. A platform
+fault (a lost worker, a full disk, an unreachable store) is not: these are counted separately, and 30 of them in a row
+without a new checkpoint end the job, so that a job that brings down its workers does not run forever. The wait before the
+next attempt grows each time in both cases.
+
+The moves are in `requests` (users), `claims` (the lease owner) and `recovery` (the reconciler).
 """
 
 from __future__ import annotations
