@@ -251,8 +251,8 @@ def test_a_watch_forgets_what_it_no_longer_meets():
     clock = Clock()
     watch = Watch(clock)
     for _ in range(3):
-        watch.look()
+        watch.begin_round()
         watch.unchanged("a", 1, 10)
-    watch.look()
-    watch.look()
+    watch.begin_round()
+    watch.begin_round()
     assert watch.seen == {}

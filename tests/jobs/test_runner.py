@@ -42,7 +42,7 @@ ASKED = {
 @pytest.fixture(scope="module", autouse=True)
 def no_warm_trainer_is_left():
     yield
-    prewarmed.let_go()
+    prewarmed.shut_down()
 
 
 @pytest.fixture(autouse=True)
