@@ -44,7 +44,7 @@ def start(queues: set[str]) -> None:
         prewarmed.warm_up()
         notify_self()
     if "inference" in queues:
-        inference_worker.RELAY.start()
+        inference_worker.SERVER.start()
     threading.Thread(target=_reconcile, args=(queues,), name="reconciler", daemon=True).start()
     threading.Thread(target=_exit_in_time, name="exit-deadline", daemon=True).start()
 
@@ -60,7 +60,7 @@ def _exit_in_time() -> None:
 
 def finish() -> None:
     """Called last when a worker stops."""
-    inference_worker.RELAY.stop()
+    inference_worker.SERVER.stop()
     prewarmed.shut_down()
 
 

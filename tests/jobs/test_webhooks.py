@@ -148,7 +148,7 @@ def test_giving_up_is_decided_before_anything_is_posted(receiver):
 def test_a_test_is_sent_once_and_not_again(receiver):
     receiver.answers[:] = [500]
     endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
-    webhooks.tell_test(endpoint)
+    webhooks.send_test(endpoint)
     (row,) = tables.rows(WebhookDelivery, endpoint.owner)
     assert webhooks.deliver(endpoint.owner, row.delivery_id)
     row = delivery_of(endpoint.owner, row.delivery_id)
@@ -159,15 +159,15 @@ def test_tests_are_limited(settings, receiver, monkeypatch):
     settings.JOBS = settings.JOBS | {"max_webhook_tests_per_owner": 3}
     endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
     for _ in range(3):
-        webhooks.tell_test(endpoint)
+        webhooks.send_test(endpoint)
     with pytest.raises(quotas.OverQuota, match="Wait a minute"):
-        webhooks.tell_test(endpoint)
+        webhooks.send_test(endpoint)
     assert len(list(tables.rows(WebhookDelivery, endpoint.owner))) == 3
-    webhooks.tell_test(
+    webhooks.send_test(
         webhooks.add_endpoint(make_owner(), receiver.url)
     )  # another person's limit is their own
     monkeypatch.setattr(webhooks, "TESTS_S", -1)  # a minute later
-    webhooks.tell_test(endpoint)
+    webhooks.send_test(endpoint)
     assert len(quotas.held(endpoint.owner, "tests")) == 1
 
 
@@ -462,7 +462,7 @@ def test_any_exception_ends_the_try_of_a_mail(settings):
     id = f"{claim.job_id}#failed#email"
     assert not webhooks.deliver(owner, id)
     row = delivery_of(owner, id)
-    assert (row.status, row.tries, row.last_result) == ("pending", 1, "the mail server did not take it")
+    assert (row.status, row.tries, row.last_result) == ("pending", 1, "the mail server did not accept it")
 
 
 def test_the_mail_address_is_no_webhook():
