@@ -138,7 +138,7 @@ async def test_a_full_queue_says_when_to_come_back(stores, monkeypatch):
 
 
 async def test_without_a_worker_nobody_waits_long(paused, monkeypatch):
-    monkeypatch.setattr(generation, "NOBODY_S", 0)
+    monkeypatch.setattr(generation, "NO_WORKER_S", 0)
     monkeypatch.setattr(generation, "RENEW_S", 0)
     redis_client.client().delete("generation:taken", "generation:running")
     with pytest.raises(generation.Unavailable, match="No inference worker"):
