@@ -31,9 +31,9 @@ def main() -> int:
     )
     options = parser.parse_args()
 
-    from tests.faults import house as h
+    from tests.faults import environment as env
 
-    h.prepare_environment()
+    env.prepare_environment()
     from tests import services
 
     redis = services.redis(Path(os.environ["LLMTUNER_TEST_DIR"]), int(os.environ["REDIS_PORT"])).start()

@@ -40,25 +40,25 @@ def main() -> int:
     parser.add_argument("--history", type=Path, help="where a campaign in pieces keeps what it has")
     options = parser.parse_args()
 
-    from tests.faults import house
+    from tests.faults import environment as env
 
-    house.prepare_environment()
-    stage = house.open_house()
+    env.prepare_environment()
+    environment = env.start_environment()
     try:
-        return campaign(stage, options)
+        return campaign(environment, options)
     finally:
-        stage.stop()
+        environment.stop()
 
 
-def campaign(stage: Any, options: argparse.Namespace) -> int:
+def campaign(environment: Any, options: argparse.Namespace) -> int:
     from benchmarks.common import Scores
     from jobs.lifecycle import estimates
     from jobs.store.tables import EstimateRecord
 
     scores, begun = Scores(), time.monotonic()
     folder = lay_out_large()
-    stage.start_worker("worker")
-    stage.start_worker("checks", "checks")  # reads the data with the second base's tokenizer
+    environment.start_worker("worker")
+    environment.start_worker("checks", "checks")  # reads the data with the second base's tokenizer
     while not (workers := estimates.workers()):
         time.sleep(0.2)
         estimates.forget()
@@ -146,7 +146,7 @@ def lay_out_large() -> Path:
 def run(made: dict[str, Any], large: Path, scores: Any, *, teaches: bool) -> dict[str, float]:
     from jobs.datasets import datasets
     from jobs.lifecycle import estimates, transitions
-    from tests.faults import house
+    from tests.faults import environment as env
     from training.data.summary import Summary
     from training.plan import catalog
     from training.plan.auto_settings import resolve
@@ -179,7 +179,7 @@ def run(made: dict[str, Any], large: Path, scores: Any, *, teaches: bool) -> dic
     job = transitions.submit(
         OWNER, transitions.JobRequest(base=base.id, dataset_id=dataset.dataset_id, settings=asked)
     )
-    job = house.wait_ended(job.job_id, 400, OWNER)
+    job = env.wait_ended(job.job_id, 400, OWNER)
     assert job.status == "succeeded", job.message
     actual, peak = job.ended_at - job.started_at, float(job.metrics["memory"])
     while not any(r["job_id"] == job.job_id for r in estimates.records(on)):

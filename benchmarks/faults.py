@@ -1,7 +1,7 @@
 """What happens to jobs when things break: `bin/bench faults`, or `--short` for the form inside bin/test.
 
-Faults are done to real processes: workers, trainers, stores, connections. After each the judge of tests/faults/history.py
-looks at the stores: no event missing or doubled, one holder an epoch, weights and losses equal to the bit to those of
+Faults are done to real processes: workers, trainers, stores, connections. After each the judge of tests/faults/invariants.py
+looks at the stores: no event missing or doubled, one holder for each fencing token, weights and losses equal to the bit to those of
 the run without faults. Seconds are compared with the promise; a count of wrongs must be nought.
 """
 
@@ -63,7 +63,9 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", help="faults whose name contains this, or one of these (a,b)")
-    parser.add_argument("--s3", action="store_true", help="faults of S3, in a house whose objects are there")
+    parser.add_argument(
+        "--s3", action="store_true", help="faults of S3, in an environment whose objects are there"
+    )
     parser.add_argument("--planted", action="store_true", help="bugs that must be caught, instead of faults")
     parser.add_argument("--logs", action="store_true", help="print what the processes logged")
     options = parser.parse_args()
@@ -75,50 +77,50 @@ def main() -> int:
     os.environ["JOBS_MAX_JOBS_PER_OWNER"] = "1000"
     options.steps = options.steps or (300 if quick else 600)
 
-    from tests.faults import house
+    from tests.faults import environment as env
 
-    house.prepare_environment(objects_in_s3=options.s3)
-    stage_house = house.open_house()
+    env.prepare_environment(objects_in_s3=options.s3)
+    environment = env.start_environment()
     try:
-        return campaign(stage_house, options, rounds)
+        return campaign(environment, options, rounds)
     finally:
-        for store in (stage_house.dynamodb, stage_house.redis):
+        for store in (environment.dynamodb, environment.redis):
             if store.process and store.process.poll() is not None:
                 print(f"# {store.name} is gone ({store.process.returncode}): {store.log.read_text()[-500:]}")
         if options.logs:
-            for log in sorted(stage_house.folder.glob("*.log")):
+            for log in sorted(environment.folder.glob("*.log")):
                 print(f"==== {log.name}", log.read_text(errors="replace")[-6000:], sep="\n")
-        stage_house.stop()
+        environment.stop()
 
 
-def campaign(stage_house: object, options: argparse.Namespace, rounds: int) -> int:
+def campaign(environment: object, options: argparse.Namespace, rounds: int) -> int:
     import random
 
     from django.conf import settings
 
     from benchmarks.common import Scores
-    from tests.faults import house
-    from tests.faults.history import Recorder
-    from tests.faults.stage import Stage
+    from tests.faults import environment as env
+    from tests.faults.invariants import Recorder
+    from tests.faults.scenario import Scenario
 
-    assert isinstance(stage_house, house.House)
+    assert isinstance(environment, env.Environment)
     lease = settings.JOBS["lease_s"]
     scores = Scores()
-    stage = Stage(
-        stage_house,
-        house.ready_dataset(),
+    scenario = Scenario(
+        environment,
+        env.ready_dataset(),
         options.steps,
         Recorder().start(),
         random.Random(options.seed),  # noqa: S311  chooses moments, no secrets
         lease_s=lease,
         at_once=options.at_once,
     )
-    stage.begin()
+    scenario.begin()
     scores.note(
-        f"lease {lease:.0f} s, {stage.steps} steps a job, {rounds} rounds of each fault, seed {options.seed}"
+        f"lease {lease:.0f} s, {scenario.steps} steps a job, {rounds} rounds of each fault, seed {options.seed}"
     )
     if options.planted:
-        return planted(stage, scores, options.only or "")
+        return planted(scenario, scores, options.only or "")
     for name, fault in faults_of(options, 2.0 if lease < 10 else 10.0).items():
         asked = [part for part in options.only.split(",") if part in name] if options.only else [name]
         if not asked or (options.short and name not in SHORT):
@@ -126,7 +128,7 @@ def campaign(stage_house: object, options: argparse.Namespace, rounds: int) -> i
         done, wrong, worst, began = 0, 0, dict[str, float](), time.monotonic()
         while done < rounds:
             try:
-                measured = fault(stage, min(rounds - done, CHUNK))
+                measured = fault(scenario, min(rounds - done, CHUNK))
             except KeyboardInterrupt:
                 scores.note(f"{name}: stopped by hand")
                 rounds = done
@@ -151,11 +153,11 @@ def campaign(stage_house: object, options: argparse.Namespace, rounds: int) -> i
     return scores.end()
 
 
-def planted(stage: Any, scores: Any, only: str) -> int:
-    from tests.faults import plants
+def planted(scenario: Any, scores: Any, only: str) -> int:
+    from tests.faults import mutants
 
-    stage.patience_s, caught, began = 40.0, [], time.monotonic()
-    for name, wrong in plants.catch(stage, only.split(",")):
+    scenario.patience_s, caught, began = 40.0, [], time.monotonic()
+    for name, wrong in mutants.catch(scenario, only.split(",")):
         caught.append(bool(wrong))
         scores.note(f"{name}: {wrong[0][:200] if wrong else 'NOT CAUGHT'} ({time.monotonic() - began:.0f} s)")
     scores.add("planted bugs caught", sum(caught), len(caught), 1.0)
@@ -167,11 +169,11 @@ ONCE = {"dynamodb away for two minutes", "clocks two hours off", "fair share"}
 
 
 def faults_of(options: argparse.Namespace, down_s: float) -> dict[str, Callable[[Any, int], Any]]:
-    from tests.faults import processes, stores, web, wishes
+    from tests.faults import processes, stores, user_actions, web
 
     if options.s3:
         return {
-            f"s3 {fault}": lambda stage, _, fault=fault: stores.s3_faulty(stage, fault)  # type: ignore[misc]
+            f"s3 {fault}": lambda scenario, _, fault=fault: stores.s3_faulty(scenario, fault)  # type: ignore[misc]
             for fault in stores.S3_FAULTS
         }
     faults: dict[str, Callable[[Any, int], Any]] = {
@@ -183,21 +185,21 @@ def faults_of(options: argparse.Namespace, down_s: float) -> dict[str, Callable[
         "web killed": web.web_killed,
         "strangers": web.strangers,
         "redis killed": stores.redis_killed,
-        "dynamodb killed": lambda stage, rounds: stores.dynamodb_killed(stage, rounds, down_s),
+        "dynamodb killed": lambda scenario, rounds: stores.dynamodb_killed(scenario, rounds, down_s),
         "dynamodb away for two minutes": stores.dynamodb_away,
         "replies lost": stores.replies_lost,
-        "paused, resumed": wishes.paused_and_resumed,
-        "bells doubled": wishes.bells_doubled,
-        "fair share": wishes.fair_share,
+        "paused, resumed": user_actions.paused_and_resumed,
+        "bells doubled": user_actions.bells_doubled,
+        "fair share": user_actions.fair_share,
         "clocks two hours off": processes.clocks_differ,
         "checkpoint damaged": stores.checkpoint_damaged,
     }
-    for state in wishes.RUNNING:
-        faults[f"cancelled, {state}"] = lambda stage, rounds, state=state: wishes.cancelled(
-            stage, rounds, state
+    for state in user_actions.RUNNING:
+        faults[f"cancelled, {state}"] = lambda scenario, rounds, state=state: user_actions.cancelled(
+            scenario, rounds, state
         )  # type: ignore[misc]
     for place in processes.FAILPOINTS:
-        faults[f"dies where {place}"] = lambda stage, _, place=place: processes.failpoint(stage, place)  # type: ignore[misc]
+        faults[f"dies where {place}"] = lambda scenario, _, place=place: processes.failpoint(scenario, place)  # type: ignore[misc]
     return faults
 
 

@@ -123,10 +123,10 @@ def claims(scores: Scores, count: int, processes: int) -> None:
     for racer in racers:
         racer.join()
     winners = [sum(round) for round in zip(*won, strict=True)]
-    epochs = [job.epoch for job in tables.rows(Job, owner)]
+    tokens = [job.fencing_token for job in tables.rows(Job, owner)]
     scores.note(f"{processes} processes, {count} jobs, {time.monotonic() - started:.0f} s")
     scores.add("jobs with exactly one winner", winners.count(1), count, 1)
-    scores.add("jobs whose epoch is 1", epochs.count(1), count, 1)
+    scores.add("jobs whose fencing token is 1", tokens.count(1), count, 1)
 
 
 def race(owner: str, together: Barrier, results: Any) -> None:

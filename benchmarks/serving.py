@@ -34,19 +34,19 @@ def main() -> int:
     os.environ["JOBS_MAX_GENERATIONS_PER_OWNER"] = (
         "1"  # so that a second request starts when the first has left
     )
-    from tests.faults import house
+    from tests.faults import environment as env
 
-    house.prepare_environment()
+    env.prepare_environment()
     folder = lay_out_model()
-    open_house = house.open_house()
+    environment = env.start_environment()
     logging.disable(logging.WARNING)
     try:
-        return measure(options, folder, open_house)
+        return measure(options, folder, environment)
     finally:
         if options.logs:
-            for log in sorted(open_house.folder.glob("*.log")):
+            for log in sorted(environment.folder.glob("*.log")):
                 print(f"==== {log.name}", log.read_text(errors="replace")[-4000:], sep="\n")
-        open_house.stop()
+        environment.stop()
 
 
 def lay_out_model() -> Path:
@@ -63,23 +63,23 @@ def lay_out_model() -> Path:
     return folder
 
 
-def measure(options: argparse.Namespace, folder: Path, open_house: Any) -> int:
+def measure(options: argparse.Namespace, folder: Path, environment: Any) -> int:
     from tests.conftest import Studio
 
     scores = Scores()
-    studio = Studio(os.environ["PUBLIC_URL"], open_house.folder)
+    studio = Studio(os.environ["PUBLIC_URL"], environment.folder)
     key = make_key(folder)
     studio.start_web()
-    open_house.start_worker("inference", queue="inference")
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    environment.start_worker("inference", queue="inference")
+    variables = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     argv = [sys.executable, str(ROOT / "benchmarks/contenders/ours.py"), "first-token", str(folder)]
-    bare = Contender("bare engine", argv, environment)
+    bare = Contender("bare engine", argv, variables)
     try:
         bare.wait_ready()
         person = Person(f"{studio.url}/v1", key, (folder / "prompt.txt").read_text())
         person.wait_warm()
         first_tokens(scores, person, bare, options.rounds)
-        leaving(scores, person, open_house.workers["inference"].pid)
+        leaving(scores, person, environment.workers["inference"].pid)
     finally:
         bare.process.kill()
         studio.stop()

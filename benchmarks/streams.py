@@ -39,30 +39,30 @@ def main() -> int:
     os.environ["JOBS_MAX_STREAMS_PER_OWNER"] = "5000"
     os.environ["WEB_MAX_CONNECTIONS_PER_ADDRESS"] = "0"  # all watchers are on this machine
 
-    from tests.faults import house as h
+    from tests.faults import environment as env
 
-    h.prepare_environment()
-    house = h.open_house()
+    env.prepare_environment()
+    environment = env.start_environment()
     try:
         scores = Scores()
-        people = [house.person(), house.person("user-other")]
-        house.start_web()
+        people = [environment.person(), environment.person("user-other")]
+        environment.start_web()
         if options.only in (None, "watch"):
-            asyncio.run(watch(scores, house, people[0], options.watchers, options.seconds))
+            asyncio.run(watch(scores, environment, people[0], options.watchers, options.seconds))
         if options.only in (None, "drops"):
-            asyncio.run(drop(scores, house, people, options.drops))
+            asyncio.run(drop(scores, environment, people, options.drops))
         return scores.end()
     finally:
-        house.stop()
+        environment.stop()
 
 
 # ---- who writes --------------------------------------------------------------------------------------------
 
 
 def running_job(owner: str) -> str:
-    from tests.faults import house as h
+    from tests.faults import environment as env
 
-    return h.submit(h.ready_dataset(owner), owner)
+    return env.submit(env.ready_dataset(owner), owner)
 
 
 def write(owner: str, job_id: str, word: str, every: float, stop: Any) -> None:
@@ -142,18 +142,18 @@ class Watcher:
         return rest if mark else data
 
 
-async def watch(scores: Scores, house: Any, person: Any, count: int, seconds: int) -> None:
+async def watch(scores: Scores, environment: Any, person: Any, count: int, seconds: int) -> None:
     from jobs.store import tables
-    from tests.faults import house as h
+    from tests.faults import environment as env
 
-    pid, writers = house.workers["web"].pid, Writers()
-    job_id = running_job(h.OWNER)
-    writers.start(h.OWNER, job_id, "watched", 1.0)
-    h.wait_until(job_id, lambda job: job.last_seq >= 2)
+    pid, writers = environment.workers["web"].pid, Writers()
+    job_id = running_job(env.OWNER)
+    writers.start(env.OWNER, job_id, "watched", 1.0)
+    env.wait_until(job_id, lambda job: job.last_seq >= 2)
     gate, watchers = asyncio.Semaphore(CONNECTING), [Watcher() for _ in range(count)]
     began = time.time()
     following = [
-        asyncio.create_task(watcher.follow(h.web_port(), job_id, person.session, gate))
+        asyncio.create_task(watcher.follow(env.web_port(), job_id, person.session, gate))
         for watcher in watchers
     ]
     while not all(watcher.seen for watcher in watchers):
@@ -166,12 +166,12 @@ async def watch(scores: Scores, house: Any, person: Any, count: int, seconds: in
     began = time.time()
     until = time.monotonic() + seconds
     paths = ["/jobs/", f"/jobs/{job_id}/", "/datasets/", "/models/"]
-    pages = await visit(h.web_port(), person.session, paths, lambda: time.monotonic() > until)
+    pages = await visit(env.web_port(), person.session, paths, lambda: time.monotonic() > until)
     ended = time.time()
     await asyncio.to_thread(writers.end)
     await asyncio.wait(following, timeout=30)
     delays = sorted(delay for w in watchers for at, delay in w.delays if began <= at <= ended)
-    row = tables.get(tables.Job, h.OWNER, job_id)
+    row = tables.get(tables.Job, env.OWNER, job_id)
     assert row
     right = [w for w in watchers if w.seen == list(range(1, int(row.last_seq) + 2))]
     for watcher in [w for w in watchers if w not in right][:3]:
@@ -224,17 +224,17 @@ class Drops:
             self.refused.append(got[:60])
 
 
-async def drop(scores: Scores, house: Any, people: list[Any], count: int) -> None:
-    from tests.faults import house as h
+async def drop(scores: Scores, environment: Any, people: list[Any], count: int) -> None:
+    from tests.faults import environment as env
 
-    pid, writers = house.workers["web"].pid, Writers()
-    owners = [h.OWNER, "user-other"]
+    pid, writers = environment.workers["web"].pid, Writers()
+    owners = [env.OWNER, "user-other"]
     words = [secrets.token_hex(16) for _ in owners]
     jobs = [running_job(owner) for owner in owners]
     for owner, job_id, word in zip(owners, jobs, words, strict=True):
         writers.start(owner, job_id, word, 0.5)
-        h.wait_until(job_id, lambda job: job.last_seq >= 2, owner=owner)
-    drops = Drops(h.web_port(), [w.encode() for w in words], [p.session for p in people], jobs)
+        env.wait_until(job_id, lambda job: job.last_seq >= 2, owner=owner)
+    drops = Drops(env.web_port(), [w.encode() for w in words], [p.session for p in people], jobs)
     # What as many at once as will come start in the process stays: connections to the stores in their pools.
     await asyncio.gather(*(drops.one(n % 2, 2) for n in range(2 * CONNECTING)))
     await asyncio.sleep(8)

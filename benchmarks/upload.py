@@ -37,21 +37,23 @@ def main() -> int:
     parser.add_argument("--gigabytes", type=float, default=1.0)
     options = parser.parse_args()
 
-    from tests.faults import house as h
+    from tests.faults import environment as env
 
-    h.prepare_environment()
-    house, scores = h.open_house(), Scores()
+    env.prepare_environment()
+    environment, scores = env.start_environment(), Scores()
     try:
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             path = Path(folder) / "chats.jsonl"
             write_chats(path, int(options.gigabytes * 1e9))
-            uploader, reader = house.person(), house.person("user-other")
-            house.start_web()
-            house.start_worker("checks", "checks")
-            asyncio.run(measure(scores, house, Browser(h.web_port(), uploader.session), reader.session, path))
+            uploader, reader = environment.person(), environment.person("user-other")
+            environment.start_web()
+            environment.start_worker("checks", "checks")
+            asyncio.run(
+                measure(scores, environment, Browser(env.web_port(), uploader.session), reader.session, path)
+            )
         return scores.end()
     finally:
-        house.stop()
+        environment.stop()
 
 
 @dataclass
@@ -96,12 +98,12 @@ class Browser:
         return address.strip("/").rpartition("/")[2]
 
 
-async def measure(scores: Scores, house: Any, browser: Browser, other: str, path: Path) -> None:
+async def measure(scores: Scores, environment: Any, browser: Browser, other: str, path: Path) -> None:
     from jobs.store import tables
     from jobs.store.tables import Dataset
-    from tests.faults.house import OWNER
+    from tests.faults.environment import OWNER
 
-    pid = house.workers["web"].pid
+    pid = environment.workers["web"].pid
     await visit(browser.port, other, PAGES, enough=after(3))  # what the first views load is there before
     before = resident(pid)
     forget_peak(pid)

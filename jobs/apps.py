@@ -8,8 +8,8 @@ class JobsConfig(AppConfig):
     verbose_name = "Work"
 
     def ready(self) -> None:
-        # These modules register themselves: handlers of work in the outbox, steps after a job's end, receivers of
-        # signals about people and datasets. The rest of them is imported by these.
+        # Importing these modules registers outbox handlers, steps after a job's end, and receivers of signals about users
+        # and datasets. They import the other modules that do so.
         import jobs.datasets.checks
         import jobs.datasets.reports
         import jobs.lifecycle.estimates

@@ -1,4 +1,4 @@
-"""What the studio holds of a person besides their account: given out when they ask, removed when they leave."""
+"""The data held about a user besides the account: exported on request, deleted when the user leaves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAGE = 100
 
 @receiver(exporting)
 def export(owner: str, **kwargs: Any) -> dict[str, Any]:
-    """All rows a person owns, without our own book-keeping."""
+    """All rows that a user owns, without internal fields."""
     return {
         "datasets": [_plain(row, DATASET) for row in _all(access.list_datasets, owner)],
         "jobs": [_plain(row, JOB) for row in _all(access.list_jobs, owner)],
@@ -91,7 +91,7 @@ def stop_mail_to_inactive_users(instance: User, **kwargs: Any) -> None:
 
 
 def _set_email(user: User) -> None:
-    """Best effort: when the store is away, the next submission sets it."""
+    """Best effort: if the store cannot be reached, the next submission sets it."""
     try:
         webhooks.set_email(user.owner_id, user.notification_email)
     except PynamoDBException as error:
@@ -100,7 +100,7 @@ def _set_email(user: User) -> None:
 
 @receiver(leaving)
 def begin_to_leave(owner: str, **kwargs: Any) -> None:
-    """Stops what runs at once; the rest is an errand, which outlives any crash."""
+    """Cancels running jobs at once; the rest goes through the outbox, which survives any crash."""
     outbox.put("leave", owner, owner)
     _cancel_all(owner)
     outbox.ring("leave", owner, owner)
@@ -108,7 +108,7 @@ def begin_to_leave(owner: str, **kwargs: Any) -> None:
 
 @outbox.handler("leave")
 def leave(owner: str, _id: str) -> bool:
-    """Removes all that can be removed now. True when nothing is left; a running job is left until its worker stops."""
+    """Deletes everything that can be deleted now. True when nothing is left; a running job stays until its worker stops."""
     _cancel_all(owner)
     for job in list(_all(access.list_jobs, owner)):
         with contextlib.suppress(transitions.Refused, access.NotFound):
@@ -131,7 +131,7 @@ def _cancel_all(owner: str) -> None:
     for job in _all(access.list_jobs, owner):
         if not job.ended:
             with contextlib.suppress(transitions.Refused, transitions.LostRace, access.NotFound):
-                transitions.ask(owner, job.job_id, "cancel")
+                transitions.set_desired(owner, job.job_id, "cancel")
 
 
 def _delete_each(list_page: Callable[..., Any], owner: str, delete: Callable[[str, str], None]) -> None:

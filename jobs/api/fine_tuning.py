@@ -20,6 +20,7 @@ from jobs.api.schemas import Checkpoint, Error, Hyperparameters, Job, JobCreate,
 from jobs.events import event_log, history
 from jobs.lifecycle import transitions
 from jobs.lifecycle import warnings as job_warnings
+from jobs.lifecycle.submission import settings_of
 from jobs.notifications import webhooks
 from jobs.registry import base_models
 from jobs.store import access, tables
@@ -151,7 +152,11 @@ def list_checkpoints(
     """Newest first. Each is a model for generation, under its own name."""
     job = _find(request.auth.owner, job_id)
     names = _checkpoint_names(job)
-    told = history.fold(event_log.read(request.auth.owner, job_id)) if names else history.Story()
+    told = (
+        history.JobHistory.from_events(event_log.read(request.auth.owner, job_id))
+        if names
+        else history.JobHistory()
+    )
     times = {int(entry["step"]): entry.get("time") for entry in job.checkpoints}
     rows = [
         _checkpoint(job, step, names[step], times.get(step), told) for step in sorted(names, reverse=True)
@@ -286,7 +291,7 @@ def _find(owner: str, job_id: str) -> Row:
 
 def _set_desired(request: CallerRequest, job_id: str, desired: transitions.Desired) -> Json:
     _find(request.auth.owner, job_id)
-    return show(transitions.ask(request.auth.owner, job_id, desired))
+    return show(transitions.set_desired(request.auth.owner, job_id, desired))
 
 
 def show(job: Row) -> Json:
@@ -346,8 +351,7 @@ def _shown_hyperparameters(job: Row) -> Json:
 
 
 def _seed(job: Row) -> int:
-    seed = job.seed if job.seed is not None else (job.settings or {}).get("seed")
-    return int(seed or 0)
+    return int(settings_of(job).get("seed") or 0)
 
 
 def _estimated_finish(job: Row) -> int | None:
@@ -365,13 +369,13 @@ def _extras(job: Row) -> Json:
         "status": job.status,
         "phase": job.phase,
         "desired": job.desired,
-        "settings": job.settings,
+        "settings": settings_of(job),
         "progress": job.progress,
         "metrics": job.metrics,
         "plan": job.plan,
         "estimate": job.estimate,
         "attempts": int(job.attempts),
-        "proof": job.proof,
+        "proof": job.resume_check,
         "verdict": result.get("verdict"),
         "fidelity": result.get("fidelity"),
         "advice": job.advice,
@@ -394,7 +398,7 @@ def _checkpoint_names(job: Row) -> dict[int, str]:
     return names
 
 
-def _checkpoint(job: Row, step: int, name: str, at: float | None, told: history.Story) -> Json:
+def _checkpoint(job: Row, step: int, name: str, at: float | None, told: history.JobHistory) -> Json:
     metric, held_out = told.metrics.get(step, {}), told.evals.get(step, {})
     return {
         "id": checkpoint_id(job, step),

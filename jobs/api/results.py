@@ -28,7 +28,7 @@ def is_result(file_id: str) -> bool:
 
 def content(owner: str, file_id: str) -> str:
     job = _job(owner, file_id)
-    told = history.fold(event_log.read(owner, job.job_id))
+    told = history.JobHistory.from_events(event_log.read(owner, job.job_id))
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     table.writerow(COLUMNS)

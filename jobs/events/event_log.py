@@ -1,7 +1,8 @@
 """The numbered events of a job: stored in chunks, announced on Redis, followed by any number of watchers.
 
-Store first, announce second. A watcher replays from the last number it has and then follows; Redis only says that
-there is news, so losing it costs at most one poll. The store is read once per job and process, however many watch.
+Store first, announce second. A watcher replays from the last number it has and then follows. Redis only signals that
+there are new events, so losing a message costs at most one poll. Each process reads a job from the store once, however
+many watchers it has.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from jobs.store.tables import EventChunk, HeartbeatChunk, Job, put_if
 
 log = logging.getLogger(__name__)
 
-MOST_IN_CHUNK = 100  # events; JOBS["chunk_events"] may be lower, never higher: readers step back by this
-POLL_S = 2.0  # without a bell
-TICK_S = 0.4  # two reads at most in this time for each job, however often it rings
-KEPT = 5000  # events that a tailer keeps for watchers who come later
-QUEUED = 64  # ticks that a watcher may lag behind
+MAX_CHUNK_EVENTS = 100  # JOBS["chunk_events"] may be lower, never higher: readers go back by this number
+POLL_S = 2.0  # without a notification
+TICK_S = 0.4  # at most two reads in this time for each job, however many notifications arrive
+KEPT = 5000  # events that a tailer keeps for later watchers
+MAX_QUEUED = 64  # ticks that a watcher may lag behind
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Batch:
-    """Lines that are stored together. Frozen: once sent, a batch is only ever sent again as it was."""
+    """Lines that are stored together. Frozen: a batch is only ever sent again unchanged."""
 
     first_seq: int
     lines: tuple[str, ...]
@@ -51,24 +52,24 @@ class Batch:
 
 
 class TooSlow(Exception):
-    """The watcher took its events too slowly; it may come back with the last number it has."""
+    """The watcher read its events too slowly. It may reconnect with the last number it has."""
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def append(claim: Lease, batch: Batch) -> None:
-    """Puts the chunk if none is there, or one of a lower epoch. The heartbeat that follows moves `last_seq`, and only
-    then do readers see it. Raises LostRace when a later holder has written here."""
+    """Writes the chunk unless one with the same or a higher fencing token exists. Readers see it only after the heartbeat
+    that follows has moved `last_seq`. Raises LostRace if a later lease owner has written here."""
     chunk = HeartbeatChunk(
         claim.job_id,
         batch.first_seq,
         last_seq=batch.last_seq,
-        epoch=claim.epoch,
+        fencing_token=claim.fencing_token,
         lease_owner=claim.lease_owner,
         lines=list(batch.lines),
     )
-    free = HeartbeatChunk.job_id.does_not_exist() | (HeartbeatChunk.epoch < claim.epoch)
+    free = HeartbeatChunk.job_id.does_not_exist() | (HeartbeatChunk.fencing_token < claim.fencing_token)
     if (
         put_if(
             chunk,
@@ -83,7 +84,7 @@ def append(claim: Lease, batch: Batch) -> None:
 
 
 def announce(job_id: str, last_seq: int) -> None:
-    """Rings for the watchers of a job. Best effort: never raises, never waits long."""
+    """Notifies the watchers of a job. Best effort: never raises, never waits long."""
     with contextlib.suppress(redis.exceptions.RedisError, OSError):
         redis_client.client().publish(f"news:{job_id}", last_seq)
 
@@ -93,16 +94,16 @@ def announce(job_id: str, last_seq: int) -> None:
 
 def read(owner: str, job_id: str, after: int = 0, limit: int | None = None) -> list[Event]:
     """Events after number `after`, at most about `limit` (whole chunks are read), gap-free. When the job has ended the
-    last one is `{"t": "end", "status", "reason", "message", "advice", "model"}`, formed from the Job item itself.
+    last one is `{"t": "end", "status", "reason", "message", "advice", "model"}`, built from the job's row.
     Raises jobs.store.access.NotFound."""
-    job = access.get_job_for(owner, job_id)  # before the chunks: they are complete up to its last_seq
+    job = access.get_job_for(owner, job_id)  # read before the chunks, which are complete up to its last_seq
     events = _stored(job_id, after, int(job.last_seq), limit)
     whole = (events[-1].seq if events else after) >= job.last_seq
     return [*events, end_of(job)] if job.ended and whole and after <= job.last_seq else events
 
 
 def end_of(job: Job) -> Event:
-    """The event that closes an ended job's feed. It isn't stored: the Job item holds it."""
+    """The last event of an ended job. It is not stored: it is built from the job's row."""
     data = {
         "t": "end",
         "time": float(job.ended_at or 0),
@@ -120,7 +121,7 @@ def _stored(job_id: str, after: int, upto: int, limit: int | None = None) -> lis
     if after >= upto:
         return events
     # The chunk that holds after + 1 may begin up to a whole chunk earlier.
-    span = EventChunk.first_seq.between(max(1, after + 2 - MOST_IN_CHUNK), upto)
+    span = EventChunk.first_seq.between(max(1, after + 2 - MAX_CHUNK_EVENTS), upto)
     for chunk in EventChunk.query(job_id, span, consistent_read=True):
         for seq, line in enumerate(chunk.lines, int(chunk.first_seq)):
             if max(after, events[-1].seq if events else 0) < seq <= upto:
@@ -131,7 +132,7 @@ def _stored(job_id: str, after: int, upto: int, limit: int | None = None) -> lis
 
 
 def backwards(job_id: str, upto: int) -> Iterator[Event]:
-    """Stored events from number `upto` down to 1; reads only as far as it is followed."""
+    """Stored events from number `upto` down to 1; reads only as far as the caller iterates."""
     if upto < 1:
         return
     chunks = EventChunk.query(
@@ -148,8 +149,8 @@ def backwards(job_id: str, upto: int) -> Iterator[Event]:
 
 @dataclass(frozen=True)
 class Tick:
-    """What one look at the store brought: the job as it now stands and the events that are new to this watcher (none,
-    when only the job's own fields moved). `shared` is one dict for all watchers of the tick: render once, keep it there."""
+    """The result of one read: the job's current state and the events that are new to this watcher (none if only the job's
+    own fields changed). `shared` is one dict for all watchers of the tick, for what is rendered once for all."""
 
     job: Job
     events: list[Event]
@@ -159,8 +160,8 @@ class Tick:
 async def follow(owner: str, job_id: str, after: int = 0) -> AsyncGenerator[list[Event], None]:
     """Replays after `after`, then follows. Yields lists, never empty ones; ends after the event "end".
 
-    Raises jobs.store.access.NotFound (also later, when the job is deleted) and `TooSlow` for a watcher that doesn't keep up.
-    Closing the generator frees everything. Callers re-authorise every 30 s themselves."""
+    Raises jobs.store.access.NotFound (also later, when the job is deleted) and `TooSlow` for a watcher that does not keep up.
+    Closing the generator releases everything. Callers check authorization again every 30 s themselves."""
     async with contextlib.aclosing(watch(owner, job_id, after)) as ticks:
         async for tick in ticks:
             if tick.events:
@@ -168,7 +169,7 @@ async def follow(owner: str, job_id: str, after: int = 0) -> AsyncGenerator[list
 
 
 async def watch(owner: str, job_id: str, after: int = 0) -> AsyncGenerator[Tick, None]:
-    """As `follow`, with the job itself: a tick at the start, and whenever its item or its events have moved."""
+    """Like `follow`, but with the job itself: a tick at the start, and whenever the job or its events change."""
     tailers = _tailers()
     tailer = tailers.get((owner, job_id))
     if tailer is None:
@@ -180,14 +181,16 @@ async def watch(owner: str, job_id: str, after: int = 0) -> AsyncGenerator[Tick,
         await tailer.started.wait()
         seen = after
         if tailer.tick and seen > tailer.tick.job.last_seq + 1:
-            seen = 0  # a number that was never given: all of it, rather than nothing
-        while tailer.first - 1 > seen:  # older than what the tailer keeps: this watcher reads it for itself
+            seen = 0  # a number that was never assigned: send everything rather than nothing
+        while (
+            tailer.first - 1 > seen
+        ):  # older than what the tailer keeps: this watcher reads it from the store itself
             older = await asyncio.to_thread(_stored, job_id, seen, tailer.first - 1, 1000)
             seen = older[-1].seq if older else tailer.first - 1
             yield Tick(await asyncio.to_thread(access.get_job_for, owner, job_id), older, {})
         if tailer.tick is not None:
             known = [e for e in tailer.kept if e.seq > seen]
-            # Before the yield: what the tailer takes while we wait there comes by the queue.
+            # Before the yield: what the tailer reads while we wait there comes through the queue.
             seen = max(seen, tailer.head)
             yield Tick(tailer.tick.job, known, {})
         while not (
@@ -209,27 +212,27 @@ async def watch(owner: str, job_id: str, after: int = 0) -> AsyncGenerator[Tick,
 
 @dataclass(eq=False)
 class _Watcher:
-    queue: asyncio.Queue[Tick | Exception] = field(default_factory=lambda: asyncio.Queue(QUEUED))
+    queue: asyncio.Queue[Tick | Exception] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED))
     slow: bool = False
 
-    def give(self, what: Tick | Exception) -> None:
+    def put(self, item: Tick | Exception) -> None:
         if self.queue.full():
-            self.slow = True  # it will be told when it comes for more
+            self.slow = True  # raised by its next call of `next`
         else:
-            self.queue.put_nowait(what)
+            self.queue.put_nowait(item)
 
     async def next(self) -> Tick:
         if self.slow:
             raise TooSlow
-        got = await self.queue.get()
-        if isinstance(got, Exception):
-            raise got
-        return got
+        item = await self.queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
 
 
 @dataclass(eq=False)
 class _Tailer:
-    """Reads one job for all its watchers in this process, while there are any."""
+    """Reads one job for all of its watchers in this process, as long as there are any."""
 
     owner: str
     job_id: str
@@ -237,7 +240,7 @@ class _Tailer:
     watchers: set[_Watcher] = field(default_factory=set)
     kept: deque[Event] = field(default_factory=lambda: deque(maxlen=KEPT))
     tick: Tick | None = None
-    bell: asyncio.Event = field(default_factory=asyncio.Event)
+    notified: asyncio.Event = field(default_factory=asyncio.Event)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
@@ -249,22 +252,22 @@ class _Tailer:
     async def run(self, tailers: dict[tuple[str, str], _Tailer]) -> None:
         try:
             await _listen()
-            while not await self._look():
-                # What rings meanwhile is read together; the first bell after it at once.
+            while not await self._poll():
+                # Notifications during the pause lead to one read; the first one after it is read at once.
                 await asyncio.sleep(TICK_S)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self.bell.wait(), POLL_S)
-                self.bell.clear()
-        except Exception as error:  # deleted, or a fault of ours: either way nobody must wait for ever
+                    await asyncio.wait_for(self.notified.wait(), POLL_S)
+                self.notified.clear()
+        except Exception as error:  # deleted, or an error of ours: in either case no watcher may wait forever
             for watcher in self.watchers:
-                watcher.give(error)
+                watcher.put(error)
         finally:
             self.started.set()
             if tailers.get((self.owner, self.job_id)) is self:
                 del tailers[self.owner, self.job_id]
 
-    async def _look(self) -> bool:
-        """One look at the store; True when the job has ended and all is handed out."""
+    async def _poll(self) -> bool:
+        """Reads the store once; True when the job has ended and all events are delivered."""
         try:
             job = await asyncio.to_thread(access.get_job_for, self.owner, self.job_id)
             if self.tick is None:
@@ -272,8 +275,8 @@ class _Tailer:
             events = await asyncio.to_thread(_stored, self.job_id, self.head, int(job.last_seq), 2000)
         except access.NotFound:
             raise
-        except Exception:  # the store is away: watchers wait, and get everything when it is back
-            log.warning("feed of %s: the store cannot be read", self.job_id, exc_info=True)
+        except Exception:  # the store is unreachable: watchers wait and get everything when it is back
+            log.warning("events of %s: the store cannot be read", self.job_id, exc_info=True)
             return False
         head = events[-1].seq if events else self.head
         whole = head >= job.last_seq
@@ -286,10 +289,10 @@ class _Tailer:
             self.tick = Tick(job, events, {})
             if self.started.is_set():
                 for watcher in self.watchers:
-                    watcher.give(self.tick)
+                    watcher.put(self.tick)
         self.started.set()
         if not whole:
-            self.bell.set()
+            self.notified.set()
         return bool(job.ended and whole)
 
 
@@ -319,17 +322,17 @@ def _tailers() -> dict[tuple[str, str], _Tailer]:
 
 
 async def _listen() -> None:
-    """Makes sure that somebody hears the bells. Returns at once or after the subscription stands (1 s at most)."""
+    """Ensures that this process is subscribed. Returns at once, or after the subscription is active (at most 1 s)."""
     hub = _this_hub()
     if hub.listener is None or hub.listener.done():
         subscribed = asyncio.Event()
-        hub.listener = asyncio.create_task(_hear(hub, subscribed))
+        hub.listener = asyncio.create_task(_receive(hub, subscribed))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(subscribed.wait(), 1)
 
 
-async def _hear(hub: _Hub, subscribed: asyncio.Event) -> None:
-    """While anybody watches: news of job X wakes the tailer of job X."""
+async def _receive(hub: _Hub, subscribed: asyncio.Event) -> None:
+    """While there are watchers: a notification for a job wakes the tailer of that job."""
     while hub.tailers:
         client = redis_client.own_client(socket_timeout=20)
         try:
@@ -342,7 +345,7 @@ async def _hear(hub: _Hub, subscribed: asyncio.Event) -> None:
                         job_id = message["channel"].removeprefix("news:")
                         for (_, watched), tailer in hub.tailers.items():
                             if watched == job_id:
-                                tailer.bell.set()
+                                tailer.notified.set()
         except (redis.exceptions.RedisError, OSError):
             await asyncio.sleep(1)  # watchers poll meanwhile
         finally:

@@ -1,7 +1,7 @@
 """Checkpoints as models one can generate with: `<model id>:ckpt-step-<n>`.
 
-A checkpoint holds what was trained and the optimizer's state, not a model folder. The first one to ask has it made, by
-the same export as any model, in a process of its own; it is kept in this machine's cache under the manifest's hash.
+A checkpoint holds the trained weights and the optimizer's state, not a model folder. The first request exports it in a
+separate process, in the same way as any model. The result is kept in this machine's cache under the manifest's hash.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from jobs.registry import base_models, checkpoint_files
 from jobs.store import access, child_process
 from jobs.store.tables import Job
 
-MARK = ":ckpt-step-"
+SEPARATOR = ":ckpt-step-"
 EXPORT_S = 600
 JOBS_SEARCHED = 1000
 
 
 def find(owner: str, model_id: str) -> tuple[Job, dict[str, Any]]:
-    """The job and its checkpoint of this name. Raises access.NotFound."""
-    base, _, step = model_id.rpartition(MARK)
+    """The job and the checkpoint that this id names. Raises access.NotFound."""
+    base, _, step = model_id.rpartition(SEPARATOR)
     for job in access.list_jobs(owner, JOBS_SEARCHED):
         if job.model_id == base:
             for checkpoint in job.checkpoints or []:
@@ -35,13 +35,13 @@ def find(owner: str, model_id: str) -> tuple[Job, dict[str, Any]]:
 
 
 def folder(owner: str, model_id: str) -> Path:
-    """The model folder of a checkpoint on this machine, made if need be. Raises access.NotFound, OSError."""
+    """The model folder of a checkpoint on this machine, exported if necessary. Raises access.NotFound, OSError."""
     job, checkpoint = find(owner, model_id)
     place = Path(settings.MODEL_CACHE_DIR) / f"ckpt-{checkpoint['sha256'][:32]}"
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one makes it, the others wait
-        if not place.is_dir():  # export renames it into place when it is whole
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process exports it, the others wait
+        if not place.is_dir():  # the export renames it into place when it is complete
             _export(job, checkpoint, place)
     return place
 
@@ -50,7 +50,7 @@ def _export(job: Job, checkpoint: dict[str, Any], place: Path) -> None:
     fetched = Path(tempfile.mkdtemp(prefix=".ckpt-", dir=place.parent))
     try:
         checkpoint_files.fetch(checkpoint, fetched / "checkpoint")
-        where = (
+        arguments = (
             "--checkpoint",
             str(fetched / "checkpoint"),
             "--to",
@@ -58,11 +58,11 @@ def _export(job: Job, checkpoint: dict[str, Any], place: Path) -> None:
             "--base",
             str(base_models.folder(job.base, job.base_snapshot)),
         )
-        child = child_process.start("export", *where)
-        said, errors = child.process.communicate(timeout=EXPORT_S)
+        child = child_process.start("export", *arguments)
+        output, errors = child.process.communicate(timeout=EXPORT_S)
         if child.process.returncode:
             raise OSError(
-                f"the checkpoint could not be exported: {(errors or said).decode(errors='replace')[-500:]}"
+                f"the checkpoint could not be exported: {(errors or output).decode(errors='replace')[-500:]}"
             )
     finally:
         shutil.rmtree(fetched, ignore_errors=True)

@@ -1,9 +1,9 @@
 """Text from a model, token by token: the playground and /v1 both call `stream`.
 
-The request waits in Redis (`jobs.inference.generation_queue`) until an inference worker takes it, who relays it (`jobs.inference.inference_worker`) to
-its one `python -m training serve` child. What that says comes back on the Redis stream `tokens:<request>`, its entries
-numbered without a gap. The reader renews its sign of life; when it leaves or dies the request is dropped, and a worker
-that has it cancels. Nothing is kept: all expires.
+The request waits in Redis (`jobs.inference.generation_queue`) until an inference worker takes it and passes it
+(`jobs.inference.inference_worker`) to its child process, `python -m training serve`. The output comes back on the Redis
+stream `tokens:<request>`, whose entries are numbered without gaps. The reader renews its request; when it leaves or dies
+the request is dropped, and the worker that has it cancels it. Nothing is kept: everything expires.
 """
 
 from __future__ import annotations
@@ -25,24 +25,23 @@ from jobs.registry import base_models, tuned_models
 from jobs.store import redis_client
 from training.plan import catalog
 
-RENEW_S = 5.0  # between two signs of the reader
-NOBODY_S = 20.0  # so long a request waits while nobody at all is served: no worker is there
-WAIT_S = 600.0  # the longest wait in the queue; the official clients give up then, too
-REDIS_BACK_S = 30.0  # so long a request that waits bears with a Redis that is away
-TRIES = 3  # as often a request is asked for that Redis or its worker lost
-AWAY = "The models cannot be reached just now. Try again in a few seconds."
-SEQUENCES_AT_ONCE = 8  # of one person, in the server: half of what it writes at once
+RENEW_S = 5.0  # between two renewals by the reader
+NO_WORKER_S = 20.0  # the longest wait while no request at all is being served: there is no worker
+WAIT_S = 600.0  # the longest wait in the queue; the official clients give up after the same time
+REDIS_RETRY_S = 30.0  # how long a waiting request tolerates an unreachable Redis
+MAX_TRIES = 3  # of a request that Redis or its worker lost
+UNAVAILABLE = "The models are temporarily unavailable. Try again in a few seconds."
+SEQUENCES_AT_ONCE = 8  # of one user in the server: half of what it generates at once
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What to write and how. Exactly one of `prompt`, `prompts` and `messages`."""
+    """What to generate and how. Exactly one of `prompt`, `prompts` and `messages`."""
 
     model: str  # a tuned model's id or alias, a checkpoint's model id, or a base model's id
     prompt: str | None = None
-    prompts: list[str] | list[list[int]] | None = (
-        None  # texts or token ids; choice i of prompt k is k * n + i
-    )
+    # Texts or token ids; choice i of prompt k has index k * n + i.
+    prompts: list[str] | list[list[int]] | None = None
     messages: list[dict[str, Any]] | None = None
     max_tokens: int = 128
     temperature: float = 0.0
@@ -58,7 +57,7 @@ class GenerateRequest:
 
 
 class Busy(Exception):
-    """Too many requests are waiting; ask again in `retry_after` seconds."""
+    """Too many requests are waiting; try again in `retry_after` seconds."""
 
     def __init__(self, retry_after: int, message: str = "") -> None:
         self.retry_after = retry_after
@@ -66,11 +65,11 @@ class Busy(Exception):
 
 
 class Unavailable(Busy):
-    """Nobody can answer just now, however few are waiting."""
+    """No worker can respond at the moment, however few requests are waiting."""
 
 
 class Failed(Exception):
-    """The request was taken but could not be answered; the message says why. `code` is the server's word for it."""
+    """The request was accepted but failed; the message says why. `code` is the server's error code."""
 
     def __init__(self, code: str, message: str) -> None:
         self.code = code
@@ -79,7 +78,7 @@ class Failed(Exception):
 
 
 def timeout_s(choices: int) -> float:
-    """How long an answer of so many choices may take once a worker has taken the request."""
+    """How long a response with this many choices may take once a worker has taken the request."""
     return float(settings.JOBS["generation_timeout_s"] * -(-choices // SEQUENCES_AT_ONCE))
 
 
@@ -88,17 +87,17 @@ class _Lost(Exception):
 
 
 async def stream(owner: str, request: GenerateRequest) -> AsyncGenerator[dict[str, Any], None]:
-    """Yields the serve protocol's lines: {"t": "start", "prompt_tokens"}, {"t": "token", "index", "text", …} … and last
-    {"t": "done", "choices", "usage"}. Closing the generator takes the request out of the queue, or cancels it within 2 s.
+    """Yields the lines of the serve protocol: {"t": "start", "prompt_tokens"}, {"t": "token", "index", "text", …} … and
+    last {"t": "done", "choices", "usage"}. Closing the generator takes the request out of the queue, or cancels it within 2 s.
 
-    Raises, before the first line, access.NotFound for a model that isn't the owner's, Busy when the queue is full (of
-    this person's requests, or of everybody's) and Unavailable; Failed at any time. A request that is lost before its
-    first token, with Redis or with its worker, is asked for again in its old place."""
+    Raises, before the first line, access.NotFound for a model that the owner may not use, Busy when the queue is full
+    (for this user or overall) and Unavailable; Failed at any time. A request lost with Redis or with its worker before
+    its first token is queued again in its old place."""
     await asyncio.to_thread(check_model, owner, request.model)
-    turn = _Turn(owner, request)
+    queued = _QueuedRequest(owner, request)
     started = begun = False
-    for _ in range(TRIES):
-        lines = turn.lines()
+    for _ in range(MAX_TRIES):
+        lines = queued.lines()
         try:
             async for line in lines:
                 begun = begun or line["t"] != "start"
@@ -108,39 +107,39 @@ async def stream(owner: str, request: GenerateRequest) -> AsyncGenerator[dict[st
             return
         except (redis.exceptions.RedisError, _Lost) as error:
             if begun:
-                raise Failed("server_died", "The model's server was lost. Try again.") from error
-            if not turn.arrival:
-                raise Unavailable(5, AWAY) from error
+                raise Failed("server_died", "The model server was lost. Try again.") from error
+            if not queued.arrival:
+                raise Unavailable(5, UNAVAILABLE) from error
         finally:
             await lines.aclose()
-    raise Failed("server_died", "The model's server was lost several times. Try again.")
+    raise Failed("server_died", "The model server was lost several times. Try again.")
 
 
-class _Turn:
-    """One request in the queue, as its reader sees it."""
+class _QueuedRequest:
+    """One request in the queue, from the reader's side."""
 
     def __init__(self, owner: str, request: GenerateRequest) -> None:
         self.owner, self.payload = owner, json.dumps(asdict(request))
-        self.arrival = ""  # in the queue's words; kept when the request has to enter again
+        self.arrival = ""  # as the queue returned it; kept if the request has to be queued again
         self.since = time.monotonic()
         self.most_s = timeout_s(len(request.prompts or [1]) * request.n)
 
     async def lines(self) -> AsyncGenerator[dict[str, Any], None]:
-        """What comes on the request's stream, up to its end. Raises RedisError and _Lost."""
+        """The lines of the request's stream, up to its end. Raises RedisError and _Lost."""
         rid = secrets.token_hex(16)
         client = redis_client.own_client(socket_timeout=8)
         try:
             await self._enter(client, rid)
-            await asyncio.to_thread(_ring)
+            await asyncio.to_thread(_notify_workers)
             async for line in self._read(client, rid):
                 yield line
         finally:
-            # Shielded: this must be done also when the reader was cancelled, and a cancelled command spoils its connection.
+            # Shielded: this must run even if the reader was cancelled, and a cancelled command breaks its connection.
             await asyncio.shield(_leave(client, self.owner, rid))
 
     async def _enter(self, client: Any, rid: str) -> None:
         share = settings.JOBS["max_generations_per_owner"]
-        until = time.monotonic() + REDIS_BACK_S
+        until = time.monotonic() + REDIS_RETRY_S
         while True:
             try:
                 self.arrival = await generation_queue.enter(
@@ -148,30 +147,30 @@ class _Turn:
                 )
                 return
             except generation_queue.Full as full:
-                whose = "You have" if full.whose == "yours" else "All people together have"
-                message = f"{whose} as many requests waiting as may wait. Try again in {full.retry_after} s."
+                whose = "You have" if full.whose == "yours" else "All users together have"
+                message = f"{whose} too many waiting requests. Try again in {full.retry_after} s."
                 raise Busy(full.retry_after, message) from full
             except redis.exceptions.RedisError:
                 if not self.arrival or time.monotonic() > until:
                     raise
-                await asyncio.sleep(0.5)  # it was in the queue already: Redis is being started again
+                await asyncio.sleep(0.5)  # it was already queued: Redis is restarting
 
     async def _read(self, client: Any, rid: str) -> AsyncGenerator[dict[str, Any], None]:
         last, renewed = 0, time.monotonic()
         taken: float | None = None
         while True:
-            found = await client.xread({f"tokens:{rid}": f"{last}-0"}, block=2000, count=256)
+            entries = await client.xread({f"tokens:{rid}": f"{last}-0"}, block=2000, count=256)
             now = time.monotonic()
-            for number, entry in found[0][1] if found else ():
+            for number, entry in entries[0][1] if entries else ():
                 if number != f"{last + 1}-0":
-                    raise Failed("server_died", "A part of the answer was lost. Try again.")
+                    raise Failed("server_died", "Part of the response was lost. Try again.")
                 last += 1
                 line = json.loads(entry["line"])
                 if line["t"] == "taken":
                     taken = now
                 elif line["t"] == "error":
                     raise Failed(
-                        line.get("code", "failed"), line.get("message", "The model could not answer.")
+                        line.get("code", "failed"), line.get("message", "The model could not respond.")
                     )
                 else:
                     yield line
@@ -181,39 +180,40 @@ class _Turn:
                 renewed = now
                 await self._renew(client, rid, last)
             if taken is not None and now - taken > self.most_s:
-                raise Failed("timeout", "The answer took too long and was stopped.")
+                raise Failed("timeout", "The response took too long and was stopped.")
 
     async def _renew(self, client: Any, rid: str, last: int) -> None:
         state = await generation_queue.renew(client, self.owner, rid)
         waited = time.monotonic() - self.since
         if state.word == "waiting":
-            if not state.served and waited > NOBODY_S:
-                raise Unavailable(10, "No inference worker took the request. Try again in a moment.")
+            if not state.served and waited > NO_WORKER_S:
+                raise Unavailable(10, "No inference worker is available. Try again in a moment.")
             if waited > WAIT_S:
-                raise Unavailable(30, "The request waited too long for its turn. Try again later.")
-            if not state.bells:
-                await asyncio.to_thread(_ring)
+                raise Unavailable(30, "The request waited too long. Try again later.")
+            if not state.notifications:
+                await asyncio.to_thread(_notify_workers)
         elif state.word == "lost" and not await client.xread({f"tokens:{rid}": f"{last}-0"}):
-            raise _Lost  # and not just ended, with its last lines unread
+            raise _Lost  # rather than finished with unread lines
         if last:
             await client.xtrim(f"tokens:{rid}", minid=f"{last}-0", approximate=False)
 
 
 def check_model(owner: str, model_id: str) -> None:
-    """Raises access.NotFound unless `owner` may generate with it: a model of the catalogue, one of the Hub that they
-    added, or their own."""
+    """Raises access.NotFound unless `owner` may generate with it: a model from the catalog, one they added from the Hub, or
+    their own."""
     if not catalog.find(model_id) and not base_models.added(owner, model_id):
         tuned_models.get_for(owner, model_id)
 
 
-def _ring() -> None:
-    """Tells the workers that somebody waits. Best effort: a reader rings again, and each worker looks when it ends one."""
+def _notify_workers() -> None:
+    """Tells the workers that a request waits. Best effort: readers repeat it, and a worker checks the queue after each
+    request."""
     redis_client.enqueue("generate", expires=20)
 
 
 async def _leave(client: Any, owner: str, rid: str) -> None:
     with contextlib.suppress(redis.exceptions.RedisError, OSError):
-        await client.aclose()  # a fresh connection: the old one may hold the reply of a cancelled command
+        await client.aclose()  # use a new connection: the old one may hold the reply of a cancelled command
     client = redis_client.own_client()
     with contextlib.suppress(redis.exceptions.RedisError, OSError):
         await generation_queue.leave(client, owner, rid)
@@ -223,25 +223,22 @@ async def _leave(client: Any, owner: str, rid: str) -> None:
 
 @dataclass(frozen=True)
 class Completion:
-    """The whole answer: `texts[i]` of choice i, its finish reasons, tokens (as the serve protocol has them) and usage."""
+    """The complete response: `texts[i]` is the text of choice i; tokens as in the serve protocol; and usage."""
 
     texts: list[str]
-    finish_reasons: list[str]
     tokens: list[list[dict[str, Any]]]
     usage: dict[str, int]
 
 
 async def complete(owner: str, request: GenerateRequest) -> Completion:
-    """All of `stream`, gathered."""
+    """Collects all of `stream`."""
     choices = request.n * len(request.prompts or [1])
     tokens: list[list[dict[str, Any]]] = [[] for _ in range(choices)]
-    reasons, usage = ["stop"] * choices, {}
+    usage: dict[str, int] = {}
     async with contextlib.aclosing(stream(owner, request)) as lines:
         async for line in lines:
             if line["t"] == "token":
                 tokens[line["index"]].append(line)
             elif line["t"] == "done":
                 usage = line["usage"]
-                for choice in line["choices"]:
-                    reasons[choice["index"]] = choice["finish_reason"]
-    return Completion(["".join(t["text"] for t in row) for row in tokens], reasons, tokens, usage)
+    return Completion(["".join(t["text"] for t in row) for row in tokens], tokens, usage)

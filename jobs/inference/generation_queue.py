@@ -1,7 +1,7 @@
-"""The queue of requests for text, in Redis: first come, first served for each person, and people take turns.
+"""The queue of generation requests, in Redis: first come, first served for each user, and users take turns.
 
-The reader of an answer (a web process) enters its request here and renews it; an inference worker takes the next one.
-Each step is one script, so any number of web processes and workers share the queue. What nobody renews disappears.
+The reader of a response (a web process) adds its request here and renews it; an inference worker takes the next one.
+Each step is one script, so any number of web processes and workers share the queue. Requests that are not renewed expire.
 
     generation:people           the people who wait, by whose turn is next
     generation:waiting:<owner>  their requests, by the time of arrival
@@ -22,12 +22,12 @@ from jobs.store import redis_client
 
 MAX_WAITING_OF_ONE = 64
 MAX_WAITING = 512
-MAX_BYTES_OF_ONE = 32 * 2**20  # of requests that wait: a long prompt is a few megabytes
+MAX_BYTES_OF_ONE = 32 * 2**20  # of waiting requests: a long prompt is a few megabytes
 MAX_BYTES = 128 * 2**20
-READING_S = 15  # without a sign of the reader for so long, its request is dropped
-RUNNING_S = 30  # without a sign of the worker for so long, its request is no longer held
+READING_S = 15  # without a renewal by the reader for this long, its request is dropped
+RUNNING_S = 30  # without a renewal by the worker for this long, its request is no longer held
 STREAM_S = 120
-TAKEN_S = 20  # for so long Redis remembers that a worker took something
+TAKEN_S = 20  # how long Redis remembers that a worker took a request
 LONGEST_RETRY_S = 60  # the official clients do not wait longer than this
 
 # Common to the scripts: `alive` tells whether a request that waits still has a reader, and forgets it otherwise.
@@ -149,7 +149,7 @@ redis.call('SET', 'generation:seconds', tostring(before * 0.9 + ARGV[3] * 0.1), 
 
 
 class Full(Exception):
-    """No more may wait: `whose` is "yours" (this person has enough in the queue) or "full" (so have all together)."""
+    """The queue is full: `whose` is "yours" (this user's limit is reached) or "full" (the overall limit is)."""
 
     def __init__(self, whose: str, retry_after: float) -> None:
         self.whose = whose
@@ -159,11 +159,11 @@ class Full(Exception):
 
 @dataclass(frozen=True)
 class State:
-    """What became of a request: "waiting", "running", or "lost" (Redis or its worker lost it)."""
+    """The state of a request: "waiting", "running", or "lost" (by Redis or its worker)."""
 
     word: str
-    bells: int  # how many lie in the workers' list
-    served: bool  # is anybody served at the moment?
+    notifications: int  # messages that wait in the workers' queue
+    served: bool  # whether any request is being served
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,12 @@ async def enter(client: Any, owner: str, rid: str, request: str, arrival: str, s
 
 
 async def renew(client: Any, owner: str, rid: str) -> State:
-    word, lying, served = await client.eval(_RENEW, 0, owner, rid, READING_S)
-    return State(word, int(lying), bool(served))
+    word, notifications, served = await client.eval(_RENEW, 0, owner, rid, READING_S)
+    return State(word, int(notifications), bool(served))
 
 
 async def leave(client: Any, owner: str, rid: str) -> None:
-    """The reader has its answer, or wants none any more. A worker that holds the request finds out by itself."""
+    """The reader has its response or no longer wants it. A worker that holds the request notices that itself."""
     pipe = client.pipeline(transaction=False)
     pipe.delete(f"reading:{rid}", f"tokens:{rid}", f"generation:request:{rid}")
     pipe.zrem(line_of(owner), rid)
@@ -207,13 +207,13 @@ async def leave(client: Any, owner: str, rid: str) -> None:
 
 
 def take(share: int) -> Taken | None:
-    """The next request, of the person whose turn it is; None when nobody waits who has fewer than `share` running."""
-    found = redis_client.client().eval(_TAKE, 0, share, RUNNING_S, STREAM_S, TAKEN_S)
-    return Taken(*found) if found else None
+    """The next request of the user whose turn it is; None if no waiting user has fewer than `share` running."""
+    row = redis_client.client().eval(_TAKE, 0, share, RUNNING_S, STREAM_S, TAKEN_S)
+    return Taken(*row) if row else None
 
 
 def hold(owner: str, rid: str) -> bool:
-    """The worker is still at it. False when nobody reads the answer any more."""
+    """Renews the worker's hold. False when the response no longer has a reader."""
     return bool(redis_client.client().eval(_HOLD, 0, owner, rid, RUNNING_S))
 
 

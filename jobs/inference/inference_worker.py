@@ -1,8 +1,8 @@
-"""The inference worker's side: requests go to one `python -m training serve` child, its lines go to Redis.
+"""The inference worker: requests go to one child process, `python -m training serve`, and its lines go to Redis.
 
-A single thread starts the child (and lives as long as the process, so the kernel doesn't kill the child before that),
-reads all that it says, and starts it again when it dies or says nothing any more. Whose prompt it was reading is told so;
-who has been told nothing yet is asked for again, once. Task threads only hand a request over and wait.
+A single thread starts the child (and lives as long as the process, so that the kernel does not kill the child earlier),
+reads its output, and restarts it when it dies or falls silent. A request whose prompt was being processed then fails; one
+that had no output yet is sent once more. Task threads only hand over a request and wait.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from training.plan.events import EXIT, Failure
 log = logging.getLogger(__name__)
 MAX_LINE_BYTES = 1 << 20  # with many log probabilities a line grows
 EXPORT_S = 300
-HOLD_S = 5.0  # between two signs of this worker for each request that it has
+HOLD_S = 5.0  # between two renewals of each request that this worker holds
 MAX_TRIES = 2
 _exporting = threading.Lock()
 
@@ -44,11 +44,11 @@ class Waiting:
     done: threading.Event = field(default_factory=threading.Event)
     state: str = "sent"  # then reading (its prompt), then started
     tries: int = 1
-    said: int = 1  # entries of its stream: the queue wrote the first, that it was taken
+    published: int = 1  # entries of its stream; the queue wrote the first one
 
 
-class Relay:
-    """The child and who waits for it."""
+class ModelServer:
+    """The child process and the requests that wait for it."""
 
     def __init__(self) -> None:
         self.child: child_process.Child | None = None
@@ -59,8 +59,8 @@ class Relay:
         self.stopping = False
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name="relay", daemon=True).start()
-        threading.Thread(target=self._hold, name="relay-hold", daemon=True).start()
+        threading.Thread(target=self._run, name="model-server", daemon=True).start()
+        threading.Thread(target=self._hold, name="model-server-hold", daemon=True).start()
 
     def stop(self) -> None:
         self.stopping = True
@@ -70,7 +70,7 @@ class Relay:
     # ---- task threads
 
     def submit(self, rid: str, message: dict[str, Any]) -> Waiting:
-        """Raises TimeoutError when the child isn't up within 30 s."""
+        """Raises TimeoutError if the child is not ready within 30 s."""
         if not self.ready.wait(30):
             raise TimeoutError("the server did not start")
         waiting = Waiting(rid, {**message, "id": rid})
@@ -86,10 +86,10 @@ class Relay:
             if self.child and rid in self.waiting:
                 self.child.send({"id": rid, "op": "cancel"})
 
-    # ---- the relay's own threads
+    # ---- the server's own threads
 
     def _hold(self) -> None:
-        """Also while a model is fetched, which takes longer than a worker may be silent."""
+        """Runs while a model is being fetched, too, which takes longer than a hold lasts."""
         while not self.stopping:
             for rid, owner in list(self.held.items()):
                 with contextlib.suppress(redis.exceptions.RedisError):
@@ -100,12 +100,12 @@ class Relay:
         while not self.stopping:
             try:
                 self._serve_once()
-            except Exception:  # this thread is the child's life: it must go on
-                log.exception("relay")
+            except Exception:  # the child depends on this thread: it must continue
+                log.exception("model server")
             self.ready.clear()
             for waiting in list(self.waiting.values()):
                 if waiting.state == "sent" and waiting.tries < MAX_TRIES:
-                    waiting.tries += 1  # the next child gets it when it is ready
+                    waiting.tries += 1  # the next child gets it once it is ready
                 else:
                     self._fail(waiting.rid)
             time.sleep(0.5)
@@ -119,60 +119,60 @@ class Relay:
         try:
             self._listen(child)
         finally:
-            child.kill()  # before the lock: whoever holds it may be writing to a child that no longer reads
+            child.kill()  # before the lock: its holder may be writing to a child that no longer reads
             with self.lock:
                 self.child = None
         if not self.stopping:
-            log.warning("the server ended with code %s and is started again", child.process.returncode)
+            log.warning("the server exited with code %s and is restarted", child.process.returncode)
 
     def _listen(self, child: child_process.Child) -> None:
-        """Until the child ends, or says nothing while somebody waits."""
+        """Reads until the child exits, or falls silent while requests wait."""
         with selectors.DefaultSelector() as selector:
             selector.register(child.out.fd, selectors.EVENT_READ, child.out)
             selector.register(child.err.fd, selectors.EVENT_READ, child.err)
-            heard = time.monotonic()
+            last_line_at = time.monotonic()
             while not child.out.ended:
                 if not (self.waiting and self.ready.is_set()):
-                    heard = time.monotonic()
-                elif time.monotonic() - heard > settings.JOBS["server_silence_s"]:
-                    log.error("the server says nothing any more")
+                    last_line_at = time.monotonic()
+                elif time.monotonic() - last_line_at > settings.JOBS["server_silence_s"]:
+                    log.error("the server stopped responding")
                     break
                 for key, _ in selector.select(1):
                     lines = key.data.lines()
                     if key.data is child.out:
-                        heard = time.monotonic()
-                        self._pass_on(lines)
+                        last_line_at = time.monotonic()
+                        self._publish_lines(lines)
                     else:
                         for line in lines:
                             log.warning("server: %s", line[:2000])
                         if child.err.ended:
                             selector.unregister(child.err.fd)
 
-    def _pass_on(self, lines: list[str]) -> None:
+    def _publish_lines(self, lines: list[str]) -> None:
         by_request: dict[str, list[str]] = {}
         ended: list[str] = []
         for line in lines:
             try:
-                said = json.loads(line)
+                payload = json.loads(line)
             except ValueError:
                 log.warning("server: %s", line[:2000])
                 continue
-            if said.get("t") == "ready":
+            if payload.get("t") == "ready":
                 self._send_again()
                 self.ready.set()
-            rid = said.pop("id", None)
+            rid = payload.pop("id", None)
             waiting = self.waiting.get(rid)
             if waiting is None:
-                continue  # who asked has given up
-            waiting.state = "reading" if said["t"] == "reading" else "started"
+                continue  # the reader has left
+            waiting.state = "reading" if payload["t"] == "reading" else "started"
             if waiting.state == "started":
-                by_request.setdefault(rid, []).append(json.dumps(said))
-            if said.get("code") == "model_damaged":
+                by_request.setdefault(rid, []).append(json.dumps(payload))
+            if payload.get("code") == "model_damaged":
                 verify_again(Path(waiting.message["model"]))
-            if said["t"] in ("done", "error"):
+            if payload["t"] in ("done", "error"):
                 ended.append(rid)
-        for rid, said_lines in by_request.items():
-            self._publish(self.waiting[rid], said_lines)
+        for rid, request_lines in by_request.items():
+            self._publish(self.waiting[rid], request_lines)
         for rid in ended:
             self._end(rid)
 
@@ -184,11 +184,11 @@ class Relay:
 
     def _fail(self, rid: str) -> None:
         waiting = self.waiting.get(rid)
-        error = {"code": "server_died", "message": "The model's server stopped. Try again."}
+        error = {"code": "server_died", "message": "The model server stopped. Try again."}
         if waiting and waiting.state == "reading":
             error = {
                 "code": "prompt_failed",
-                "message": "The model's server stopped while it read this prompt.",
+                "message": "The model server stopped while processing this prompt.",
             }
         if waiting:
             self._publish(waiting, [json.dumps(ERROR | error)])
@@ -196,8 +196,8 @@ class Relay:
 
     @staticmethod
     def _publish(waiting: Waiting, lines: list[str]) -> None:
-        publish(waiting.rid, lines, waiting.said)
-        waiting.said += len(lines)  # also when they were lost: the reader must see the gap
+        publish(waiting.rid, lines, waiting.published)
+        waiting.published += len(lines)  # even if they were lost: the reader must see the gap
 
     def _end(self, rid: str) -> None:
         with self.lock:
@@ -210,16 +210,16 @@ ERROR = {"t": "error"}
 DAMAGED = (
     "The model's weights are damaged and cannot be loaded. Restore them, or train or add the model again."
 )
-RELAY = Relay()
+SERVER = ModelServer()
 
 
 class DamagedModel(Exception):
-    """What was stored of a model cannot be read."""
+    """The stored model cannot be read."""
 
 
 def publish(rid: str, lines: list[str], after: int = 1) -> None:
-    """Appends to the request's stream, whose entries are numbered without a gap; `after` is how many are there. Best
-    effort: without Redis the reader can't be reached anyway, and its sign of life runs out."""
+    """Appends to the request's stream, whose entries are numbered without gaps; `after` is the number of existing entries.
+    Best effort: without Redis the reader cannot be reached anyway, and the request expires."""
     try:
         pipe = redis_client.client().pipeline(transaction=False)
         for number, line in enumerate(lines, after + 1):
@@ -227,12 +227,12 @@ def publish(rid: str, lines: list[str], after: int = 1) -> None:
         pipe.expire(f"tokens:{rid}", generation_queue.STREAM_S)
         pipe.execute()
     except redis.exceptions.RedisError as error:
-        log.warning("tokens of a request are lost: %s", error)
+        log.warning("tokens of a request were lost: %s", error)
 
 
 def serve_next() -> bool:
-    """Takes the next request from the queue and relays it, in a thread of the worker's pool. False when there is none
-    that may run now."""
+    """Takes the next request from the queue and serves it, in a thread of the worker's pool. False if no request may run
+    now."""
     try:
         taken = generation_queue.take(settings.JOBS["max_generations_per_owner"])
     except redis.exceptions.RedisError as error:
@@ -241,40 +241,40 @@ def serve_next() -> bool:
     if taken is None:
         return False
     began = time.monotonic()
-    RELAY.held[taken.rid] = taken.owner
+    SERVER.held[taken.rid] = taken.owner
     try:
         serve(taken.owner, taken.rid, json.loads(taken.request))
     finally:
-        del RELAY.held[taken.rid]
-        with contextlib.suppress(redis.exceptions.RedisError):  # its hold runs out by itself
+        del SERVER.held[taken.rid]
+        with contextlib.suppress(redis.exceptions.RedisError):  # its hold expires
             generation_queue.end(taken.owner, taken.rid, time.monotonic() - began)
     return True
 
 
 def serve(owner: str, rid: str, request: dict[str, Any]) -> None:
-    """One request to its last line."""
+    """Serves one request to its last line."""
     try:
         folder = model_folder(owner, request["model"])
         message = {key: value for key, value in request.items() if value is not None}
-        waiting = RELAY.submit(rid, message | {"op": "generate", "model": str(folder), "who": owner})
+        waiting = SERVER.submit(rid, message | {"op": "generate", "model": str(folder), "who": owner})
     except Exception as error:
         publish(rid, [json.dumps(ERROR | _refusal(error, rid))])
         return
     until = time.monotonic() + generation.timeout_s(len(request.get("prompts") or [1]) * request["n"])
     while not waiting.done.wait(0.5):
         if time.monotonic() > until or not is_read(rid):
-            RELAY.cancel(rid)
+            SERVER.cancel(rid)
             waiting.done.wait(10)
-            RELAY._end(rid)
+            SERVER._end(rid)
             return
 
 
 def _refusal(error: Exception, rid: str) -> dict[str, str]:
-    """Why a model cannot be used, with a code. Only what was written for people: other errors name paths, buckets and
-    addresses."""
+    """Why a model cannot be used, with a code. It contains only messages meant for users: other errors name paths, buckets
+    and addresses."""
     match error:
         case access.NotFound():
-            return {"code": "model_not_found", "message": "There is no such model."}
+            return {"code": "model_not_found", "message": "This model does not exist."}
         case blobs.Damaged() | DamagedModel():
             log.error("request %s: %s", rid, error)
             return {"code": "model_damaged", "message": DAMAGED}
@@ -289,16 +289,16 @@ def is_read(rid: str) -> bool:
     try:
         return bool(redis_client.client().exists(f"reading:{rid}"))
     except redis.exceptions.RedisError:
-        return True  # not known: go on
+        return True  # unknown: continue
 
 
 def model_folder(owner: str, model_id: str) -> Path:
-    """Where the model lies on this machine, fetched if need be. Raises access.NotFound."""
+    """The model's folder on this machine, fetched if necessary. Raises access.NotFound."""
     if catalog.find(model_id):
         return base_models.folder(model_id, None)
     if added := base_models.added(owner, model_id):
         return base_models.folder(model_id, added.facts)
-    if checkpoint_models.MARK in model_id:
+    if checkpoint_models.SEPARATOR in model_id:
         return checkpoint_models.folder(owner, model_id)
     model = tuned_models.get_for(owner, model_id)
     folder = tuned_models.fetch(model)
@@ -306,23 +306,23 @@ def model_folder(owner: str, model_id: str) -> Path:
 
 
 def verify_again(folder: Path) -> None:
-    """A copy of a tuned model was damaged on this disk: the next request compares every file with what is stored."""
+    """A tuned model's local copy is damaged: the next request verifies every file against the stored one."""
     if folder.is_relative_to(settings.MODEL_CACHE_DIR):
         (folder / tuned_models.WHOLE).unlink(missing_ok=True)
 
 
 def exported(checkpoint: Path) -> Path:
-    """A checkpoint is a training state; generation needs a model. Made once on each machine, beside it."""
+    """Generation needs a model, and a checkpoint is a training state. It is exported once on each machine, beside it."""
     target = checkpoint.with_name(checkpoint.name + "-model")
     with _exporting:
         if not (target / "config.json").exists():
             child = child_process.start("export", "--checkpoint", str(checkpoint), "--to", str(target))
-            said = [line for _, line in child_process.words(child, EXPORT_S)]
+            output = [line for _, line in child_process.words(child, EXPORT_S)]
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(10)
             child.kill()
             if child.process.returncode == EXIT["checkpoint_unreadable"]:
-                raise DamagedModel(" ".join(said)[-300:])
+                raise DamagedModel(" ".join(output)[-300:])
             if child.process.returncode != 0:
-                raise RuntimeError(f"the checkpoint cannot be turned into a model: {' '.join(said)[-300:]}")
+                raise RuntimeError(f"the checkpoint could not be exported: {' '.join(output)[-300:]}")
     return target

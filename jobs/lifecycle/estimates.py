@@ -1,8 +1,9 @@
-"""Estimates that learn: what finished jobs took on a kind of machine corrects the next prediction for it."""
+"""Estimates that learn: the times of finished jobs on a kind of machine correct its next predictions."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -21,45 +22,52 @@ from training.plan.estimate import Estimate, FinishedJob
 from training.plan.estimate import estimate as predict
 
 KEPT = 50  # finished jobs that count
-REMEMBERED_S = 30.0  # the form asks at every key; the store is asked this seldom
-MOST_WAITING = 100  # jobs looked at for the time in the queue
-ALIVE_S = 60.0  # a worker not heard of for so long is gone
+CACHE_S = 30.0  # the form asks at every keystroke; the store is asked at most this often
+MAX_QUEUE_JOBS = 100  # jobs considered for the time in the queue
+ALIVE_S = 60.0  # a worker without a sign of life for this long is considered gone
 
 _cache: dict[str, tuple[float, Any]] = {}
 
 
 def machine() -> Machine:
-    """What jobs run on: the last heard training worker's own account, else this machine."""
+    """What jobs run on, as the training worker heard from last reported it; else this machine."""
     return _machine()
 
 
 def workers() -> list[Worker]:
-    """Of jobs, whoever was ever heard of."""
-    return list(_remembered("workers", lambda: list(tables.rows(Worker, "training"))))
+    """All training workers ever heard from."""
+    return list(_cached("workers", lambda: list(tables.rows(Worker, "training"))))
 
 
 def _machine(name: str = "") -> Machine:
-    """Of the worker of that name, else of the one heard last."""
-    for found in sorted(workers(), key=lambda w: (w.worker_id == name, w.heard_at), reverse=True):
-        told = found.info.get("machine") if isinstance(found.info, dict) else None
-        if isinstance(told, dict):
-            return Machine(**{name: told[name] for name in Machine.__dataclass_fields__ if name in told})
+    """The machine of the worker of that name, else of the one heard from last."""
+    for worker in sorted(workers(), key=lambda w: (w.worker_id == name, w.heard_at), reverse=True):
+        info = worker.info.get("machine") if isinstance(worker.info, dict) else None
+        if isinstance(info, dict):
+            return Machine(**{name: info[name] for name in Machine.__dataclass_fields__ if name in info})
     return this_machine()
 
 
 def estimate(
     base: BaseModel, resolved: Settings, summary: Summary, on: Machine, validation: Summary | None = None
 ) -> Estimate:
-    """For the form: within a moment, from exact counts and from what jobs took before."""
+    """For the form: fast, from exact counts and from what earlier jobs took."""
     return predict(
-        base, resolved, summary, on, validation=validation, past=history(on), queue=_remembered("queue", queue_seconds),
+        base,
+        resolved,
+        summary,
+        on,
+        validation=validation,
+        past=history(on),
+        queue=_cached("queue", queue_seconds),
         price_per_hour=float(settings.JOBS.get("price_per_hour", 0.0)),
-    )  # fmt: skip
+    )
 
 
 def queue_seconds() -> float:
-    """Seconds until a worker is free: what runs has told how long it will, what waits takes as long as jobs mostly do."""
-    active = queue.active_jobs(queue.index_rows()[:MOST_WAITING])
+    """Seconds until a worker is free: running jobs report their time left, and waiting ones are assumed to take the median
+    time."""
+    active = queue.active_jobs(queue.index_rows()[:MAX_QUEUE_JOBS])
     now = time.time()
     alive = sum(now - worker.heard_at < ALIVE_S for worker in workers())
     past = history(machine())
@@ -69,42 +77,41 @@ def queue_seconds() -> float:
     if len(ahead) < alive:
         return 0.0
     free = sorted(ahead[: max(1, alive)])
-    for seconds in ahead[max(1, alive) :]:  # each goes to whoever is free first
+    for seconds in ahead[max(1, alive) :]:  # each goes to the worker that is free first
         free[0] += seconds
         free.sort()
     return free[0] if free else 0.0
 
 
 def history(on: Machine) -> list[FinishedJob]:
-    """What the last jobs on such a machine consisted of and took, the newest first."""
-    return _remembered(kind_of(on), lambda: _past(records(on)))
+    """What the last jobs on such a machine consisted of and how long they took, newest first."""
+    return list(_cached(kind_of(on), lambda: _past(records(on))))
 
 
-def _past(found: list[dict[str, Any]]) -> list[FinishedJob]:
+def _past(records: list[dict[str, Any]]) -> list[FinishedJob]:
     names = ("work", "took", "memory", "peak", "base")
     return [
         FinishedJob(
             **{name: r[name] for name in names}, adapter=current_names({"method": r["method"]})["adapter"]
         )
-        for r in found
+        for r in records
         if all(name in r for name in (*names, "method"))
     ]
 
 
 def records(on: Machine | str) -> list[dict[str, Any]]:
-    """The same with everything that was kept of them, for the page that shows how estimates did; `on` is a kind of
-    machine, or an owner."""
+    """The full records of these jobs, for the page on estimate accuracy. `on` is a kind of machine, or an owner."""
     kind = on if isinstance(on, str) else kind_of(on)
-    found = EstimateRecord.query(kind, scan_index_forward=False, limit=KEPT)
-    return [{"job_id": record.job_id, **record.data} for record in found]
+    rows = EstimateRecord.query(kind, scan_index_forward=False, limit=KEPT)
+    return [{"job_id": row.job_id, **row.data} for row in rows]
 
 
 @step(20)
 def record(job: Job) -> None:
-    """Keep what a finished job took beside what the jobs before it made of it. Repeating it changes nothing.
+    """Records the time a finished job took beside its prediction from the jobs before it. Idempotent.
 
-    Only whole runs teach: ended well, and not tried twice."""
-    if job.status != "succeeded" or job.deleted or job.attempts or job.epoch > 1:
+    Only complete runs count: those that succeeded in their first attempt."""
+    if job.status != "succeeded" or job.deleted or job.attempts or job.fencing_token > 1:
         return
     if not (job.started_at and job.ended_at):
         return
@@ -136,20 +143,22 @@ def record(job: Job) -> None:
         "tokens": predicted.tokens,
         "when": job.ended_at,
     }
-    EstimateRecord(kind=kind_of(on), job_id=job.job_id, data=data).save()  # what the machine learns from
-    EstimateRecord(kind=job.owner, job_id=job.job_id, data=data | {"name": job.name}).save()  # for its owner
+    EstimateRecord(kind=kind_of(on), job_id=job.job_id, data=data).save()  # used for predictions
+    EstimateRecord(
+        kind=job.owner, job_id=job.job_id, data=data | {"name": job.name}
+    ).save()  # shown to its owner
     _cache.pop(kind_of(on), None)
 
 
 def _counted(dataset: Dataset | None, job: Job) -> Summary | None:
-    """With the tokenizer of the job's base."""
-    facts = job.base_snapshot or {"id": job.base}
-    found = Summary.from_dict(reports.summary_for(dataset, facts)[0] if dataset else {})
-    return found if found.examples else None
+    """The counts with the tokenizer of the job's base."""
+    base_snapshot = job.base_snapshot or {"id": job.base}
+    summary = Summary.from_dict(reports.summary_for(dataset, base_snapshot)[0] if dataset else {})
+    return summary if summary.examples else None
 
 
 def _took(actual: float, spent: dict[str, float]) -> dict[str, float]:
-    """Seconds of each part, by the phases the trainer told of; nothing where it told of none."""
+    """Seconds of each part, from the phases that the trainer reported; empty if it reported none."""
     if not spent.get("training"):
         return {}
     training, evaluation = float(spent["training"]), float(spent.get("evaluating", 0.0))
@@ -159,18 +168,18 @@ def _took(actual: float, spent: dict[str, float]) -> dict[str, float]:
 
 
 def kind_of(on: Machine) -> str:
-    """Machines with the same name learn from each other."""
+    """Machines of the same kind share their records."""
     return f"{on.device}:{on.name}:{on.count}"
 
 
 def forget() -> None:
-    """Ask the store again."""
+    """Clears the cache."""
     _cache.clear()
 
 
-def _remembered(name: str, ask: Any) -> Any:
+def _cached(name: str, load: Callable[[], Any]) -> Any:
     at, value = _cache.get(name, (0.0, None))
-    if time.monotonic() - at > REMEMBERED_S or value is None:
-        value = ask()
+    if time.monotonic() - at > CACHE_S or value is None:
+        value = load()
         _cache[name] = (time.monotonic(), value)
     return value

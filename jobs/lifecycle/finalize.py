@@ -1,5 +1,5 @@
-"""What follows from the end of a job, and from a deletion. Anybody may do it, any number of times: each step is
-harmless to repeat, and what would be lost by stopping half-way stands in a list until it is done."""
+"""What follows the end of a job, and a deletion. Any process may run it, any number of times: each step is idempotent,
+and a list of outstanding work holds what a crash would otherwise lose."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobs.store.tables import ENDED, EventChunk, Job, JobIndex, month_of
 
 
 def after_end(owner: str, job_id: str) -> None:
-    """The model's row, the notices, the quota, and last the job's place in the list of active ones."""
+    """The model's row, the notifications, the quota, and last the job's place in the list of active jobs."""
     job = tables.get(Job, owner, job_id)
     if job is None or not job.ended:
         return
@@ -29,7 +29,7 @@ def after_end(owner: str, job_id: str) -> None:
 
 
 def make_void(owner: str, job_id: str) -> None:
-    """A submission that broke off: its late writer finds a job that never was. Then its rows go as those of any end."""
+    """Voids an incomplete submission, so that a late writer cannot complete it. Its rows are then removed as after any end."""
     tables.put_new(Job(owner, job_id, status="void", ended_at=time.time()))
     after_end(owner, job_id)
 
@@ -38,40 +38,44 @@ def make_void(owner: str, job_id: str) -> None:
 
 
 def sweep(job: Job) -> int:
-    """Deletes what attempts left behind: bytes of epochs below the job's (of all, once it has ended) that neither job
-    nor model names. Returns how many objects."""
+    """Deletes what attempts left behind: objects under fencing tokens below the job's (under all, once it has ended) that
+    neither the job nor its model names. Returns the number of objects."""
     named = _named(job)
-    keys = blobs.list_keys(f"jobs/{job.job_id}/e") if job.epoch else []
-    old = [key for key in keys if (_epoch(key) < job.epoch or job.ended) and not key.startswith(named)]
+    keys = blobs.list_keys(f"jobs/{job.job_id}/e") if job.fencing_token else []
+    old = [
+        key
+        for key in keys
+        if (_fencing_token_of(key) < job.fencing_token or job.ended) and not key.startswith(named)
+    ]
     for key in old:
         blobs.delete_file(key)
     return len(old)
 
 
 def after_pointer(job: Job) -> None:
-    """What follows when the holder of a job has moved its pointer; `job` is what that write returned. References first,
-    then bytes: what the job no longer names goes now, not at the end of a long job."""
+    """What follows when the lease owner has moved the pointer; `job` is what that write returned. References first, then
+    bytes: what the job no longer names is deleted now, not at the end of a long job."""
     quotas.note_checkpoints(job)
     for folder in superseded(job):
         blobs.delete_prefix(f"{folder}/")
 
 
 def superseded(job: Job) -> list[str]:
-    """Checkpoints before the pointer's that the job no longer names. Those of a later epoch are not for an older holder
-    to judge, and later steps may be on their way."""
+    """Checkpoints before the pointer's that the job no longer names. Those of a later token belong to a later lease
+    owner, and later steps may still be uploading."""
     named = {str(entry["key"]) for entry in job.checkpoints} | {str(job.checkpoint_key)}
     stored = {key.rpartition("/")[0] for key in blobs.list_keys(f"jobs/{job.job_id}/e")}
     return [
         folder
         for folder in sorted(stored - named)
         if "/checkpoints/" in folder
-        and _epoch(folder) <= job.epoch
+        and _fencing_token_of(folder) <= job.fencing_token
         and _step(folder) < int(job.checkpoint_step or 0)
     ]
 
 
 def _step(folder: str) -> int:
-    """Of …/checkpoints/e<epoch>-s<step>; a folder of another name is nobody's to delete here."""
+    """Of …/checkpoints/e<fencing token>-s<step>; a folder with any other name is not deleted here."""
     text = folder.rpartition("s")[2]
     return int(text) if text.isdigit() else sys.maxsize
 
@@ -85,13 +89,13 @@ def _named(job: Job) -> tuple[str, ...]:
     return tuple(folder.rstrip("/") + "/" for folder in folders if folder)
 
 
-def _epoch(key: str) -> int:
-    """Of jobs/<id>/e<epoch>/…"""
+def _fencing_token_of(key: str) -> int:
+    """Of jobs/<id>/e<fencing token>/…"""
     text = key.split("/")[2][1:]
     return int(text) if text.isdigit() else 0
 
 
-# ---- deletions: the errand, then the tombstone, then the bytes -----------------------------------------------------
+# ---- deletions: the outbox, then the tombstone, then the bytes -----------------------------------------------------
 
 
 def delete_job(job: Job, *, with_model: bool) -> None:
@@ -106,7 +110,9 @@ def delete_job(job: Job, *, with_model: bool) -> None:
         Job.checkpoints.set([]),
         Job.checkpoint_key.remove(),
     ]
-    tables.update(job, [*actions, Job.plan.remove(), Job.proof.remove()], Job.status.is_in(*sorted(ENDED)))
+    tables.update(
+        job, [*actions, Job.plan.remove(), Job.resume_check.remove()], Job.status.is_in(*sorted(ENDED))
+    )
     outbox.ring("delete", job.owner, job.job_id)
 
 
@@ -114,7 +120,7 @@ def delete_job(job: Job, *, with_model: bool) -> None:
 def _delete_job(owner: str, job_id: str) -> bool:
     job = tables.get(Job, owner, job_id)
     if job is None or not job.deleted:
-        return True  # the deletion broke off before it began
+        return True  # the deletion was interrupted before it began
     kept = tuple(folder.rstrip("/") + "/" for folder in tuned_models.folders_of(job))
     for key in blobs.list_keys(f"jobs/{job_id}/"):
         if not key.startswith(kept):

@@ -1,4 +1,4 @@
-"""What a person asks for: checked against what they may use, and made into the row of a job. Nothing is written here."""
+"""A job request: checked against what its owner may use, and turned into the row of a job. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from jobs.store import access
 from jobs.store.tables import Dataset, Job, time_of
 from training.plan.config import ConfigError, parse, stored_names
 
+NOT_SET = (None, "", "auto")
+
 
 class Refused(Exception):
-    """This cannot be done; `field` names what to change, the message says how."""
+    """The request cannot be accepted. `field` names what to change, and the message says how."""
 
     def __init__(self, field: str, message: str) -> None:
         self.field, self.message = field, message
@@ -26,23 +28,22 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What a person asks for."""
+    """What a user requests."""
 
     base: str
     dataset_id: str
     name: str = ""
     validation_dataset_id: str | None = None
-    settings: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # training.plan.config.FIELDS; left out = automatic
+    # Of training.plan.config.FIELDS; what is left out is automatic.
+    settings: Mapping[str, Any] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()  # pinned prompts for samples
     suffix: str = ""
-    seed: int | None = None
+    seed: int | None = None  # used unless `settings` has one; new_job moves it there
     metadata: Mapping[str, str] = field(default_factory=dict)
-    api: Mapping[str, Any] | None = None  # what `/v1` was sent, to answer in the same words
+    api: Mapping[str, Any] | None = None  # the body sent to `/v1`, to respond in the same terms
     needs: Mapping[str, Any] = field(default_factory=dict)  # {"memory": bytes, "gpu": true}
     start_from: Mapping[str, Any] | None = None  # set by `retry`
-    base_snapshot: Mapping[str, Any] | None = None  # set by `retry`: the very base of the job it repeats
+    base_snapshot: Mapping[str, Any] | None = None  # set by `retry`: the exact base of the job it repeats
 
     def hash(self) -> str:
         body = json.dumps(
@@ -59,24 +60,24 @@ def check(owner: str, request: JobRequest) -> list[Dataset]:
     except ConfigError as error:
         raise Refused(error.field, error.message) from error
     if not re.fullmatch(r"[A-Za-z0-9_.-]{0,64}", request.suffix):
-        raise Refused("suffix", "Use up to 64 letters, digits, dots, dashes and underscores.")
+        raise Refused("suffix", "Use up to 64 letters, digits, dots, hyphens and underscores.")
     if not request.base or len(request.base) > 300 or not request.base.isascii():
-        raise Refused("base", "Name a base model.")
+        raise Refused("base", "Choose a base model.")
     if len(request.name) > 200:
-        raise Refused("name", "Give a name of at most 200 characters.")
-    found = []
-    for where in ("dataset_id", "validation_dataset_id"):
-        dataset_id = getattr(request, where)
-        if where == "validation_dataset_id" and not dataset_id:
+        raise Refused("name", "Enter a name of at most 200 characters.")
+    datasets = []
+    for name in ("dataset_id", "validation_dataset_id"):
+        dataset_id = getattr(request, name)
+        if name == "validation_dataset_id" and not dataset_id:
             continue
         try:
             dataset = access.get_dataset_for(owner, dataset_id)
         except access.NotFound as error:
-            raise Refused(where, f"There is no dataset {dataset_id}. Upload it first.") from error
+            raise Refused(name, f"There is no dataset {dataset_id}. Upload it first.") from error
         if dataset.status == "rejected":
-            raise Refused(where, f"The dataset was refused: {dataset.error or 'its report says why'}")
-        found.append(dataset)
-    return found
+            raise Refused(name, f"The dataset was rejected: {dataset.error or 'see its report.'}")
+        datasets.append(dataset)
+    return datasets
 
 
 def pin_base(owner: str, request: JobRequest) -> Mapping[str, Any]:
@@ -85,7 +86,7 @@ def pin_base(owner: str, request: JobRequest) -> Mapping[str, Any]:
     except access.NotFound as error:
         raise Refused(
             "base",
-            f"There is no model {request.base} to start from. Choose one of the list, or add it from the Hub.",
+            f"There is no base model {request.base}. Choose one from the list, or add it from the Hub.",
         ) from error
     return request.base_snapshot or pinned
 
@@ -101,6 +102,8 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
         job_id[-8:].lower(),
     ]
     stored = stored_names(request.settings)
+    if request.seed is not None and stored.get("seed") in NOT_SET:
+        stored["seed"] = request.seed  # a job has one seed, and this is where it is kept
     job = Job(
         owner,
         job_id,
@@ -114,7 +117,6 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
         settings=stored,
         prompts=list(request.prompts),
         suffix=request.suffix,
-        seed=request.seed,
         metadata=dict(request.metadata),
         api=dict(request.api) if request.api is not None else None,
         needs=dict(request.needs),
@@ -124,24 +126,39 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
         created_at=time_of(job_id),
     )
     if request.start_from:
-        # The pointer stands from the beginning, so the first attempt goes on there as any later one would.
+        # The pointer is set from the start, so the first attempt resumes there as any later one would.
         job.start_from = dict(request.start_from)
         job.checkpoint_key, job.checkpoint_step = request.start_from["key"], request.start_from["step"]
         job.checkpoints = [dict(request.start_from)]
     return job
 
 
+def settings_of(job: Job) -> dict[str, Any]:
+    """The settings as requested, with the seed that the job trains with.
+
+    Rows of earlier versions may have a second seed beside the settings. That one was used for training, so a job
+    that has started keeps the seed it started with; until then, a seed set by editing counts.
+    """
+    settings = dict(job.settings or {})
+    if job.seed is not None:
+        started_with = ((job.plan or {}).get("settings") or {}).get("seed")
+        if started_with is not None:
+            settings["seed"] = int(started_with)
+        elif job.checkpoint_step is not None or settings.get("seed") in NOT_SET:
+            settings["seed"] = int(job.seed)
+    return settings
+
+
 def clone_request(job: Job) -> JobRequest:
-    """The same wish again, from the start."""
+    """The same request again, from the start."""
     return JobRequest(
         base=job.base,
         dataset_id=job.dataset_id,
         name=job.name,
         validation_dataset_id=job.validation_dataset_id,
-        settings=job.settings,
+        settings=settings_of(job),
         prompts=tuple(job.prompts),
         suffix=job.suffix,
-        seed=None if job.seed is None else int(job.seed),
         metadata=job.metadata,
         api=job.api,
         needs=job.needs,

@@ -1,7 +1,7 @@
 """Which IP addresses belong to the public internet.
 
-The ranges are IANA's IPv4 and IPv6 special-purpose address registries, all of them: also those that are reachable from
-everywhere (anycast services, AS112) serve protocols, and no program of a person listens there.
+The ranges are IANA's IPv4 and IPv6 special-purpose address registries, all of them: those that are globally reachable
+(anycast services, AS112) also serve protocols only, and no user's program listens there.
 https://www.iana.org/assignments/iana-ipv4-special-registry  https://www.iana.org/assignments/iana-ipv6-special-registry
 """
 
@@ -64,8 +64,8 @@ SPECIAL_IPV6 = {
     "fc00::/7": "unique local",
     "fe80::/10": "link-local unicast",
 }
-MULTICAST_IPV4 = "224.0.0.0/4"  # has a registry of its own
-GLOBAL_UNICAST_IPV6 = ipaddress.IPv6Network("2000::/3")  # all that IANA has ever given out to networks
+MULTICAST_IPV4 = "224.0.0.0/4"  # has its own registry
+GLOBAL_UNICAST_IPV6 = ipaddress.IPv6Network("2000::/3")  # all that IANA has ever allocated
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 _NOT_PUBLIC_IPV4 = [ipaddress.IPv4Network(block) for block in (*SPECIAL_IPV4, MULTICAST_IPV4)]
@@ -73,9 +73,9 @@ _NOT_PUBLIC_IPV6 = [ipaddress.IPv6Network(block) for block in SPECIAL_IPV6]
 
 
 def is_public(address: str) -> bool:
-    """Whether the address belongs to the internet at large. Of those that hide an IPv4 address inside, only NAT64 is
-    judged by it: a network without IPv4 reaches public IPv4 servers that way. The others (IPv4-mapped, 6to4, Teredo)
-    are special ranges, whatever they hide."""
+    """Whether the address belongs to the public internet. Of the addresses that embed an IPv4 address, only NAT64 ones are
+    judged by it: an IPv6-only network reaches public IPv4 servers that way. The others (IPv4-mapped, 6to4, Teredo) are
+    special ranges, whatever they embed."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv4Address):
         return not any(ip in block for block in _NOT_PUBLIC_IPV4)

@@ -1,8 +1,8 @@
-"""Telling people that a job ended or needs them: signed webhooks (standardwebhooks.com) and e-mail.
+"""Notifies users that a job ended: signed webhooks (standardwebhooks.com) and email.
 
-One delivery is a row, put before the errand is rung; a sender moves its `tries` n → n + 1 and then posts, so a crash may
-send twice under the same `webhook-id`, never not at all. No redirects are followed, and the address that was checked is
-the one that is connected to.
+Each delivery is a row, stored before its message is enqueued. A sender raises `tries` from n to n + 1 and then posts, so
+a crash may send it twice under the same `webhook-id`, but never skips it. Redirects are not followed, and the connection
+goes to the address that was checked.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ log = logging.getLogger(__name__)
 
 SCHEDULE_S = (0, 5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 20 * 3600, 24 * 3600)
 CONNECT_S = 5  # to connect, TLS included
-TIMEOUT_S = 15  # for each piece of an answer
-DEADLINE_S = 30  # for all of it, however slowly the pieces come
+TIMEOUT_S = 15  # for each read of a response
+DEADLINE_S = 30  # for the whole request, however slowly the response arrives
 MAX_ENDPOINTS = 10
-EMAIL = "email"  # id of the endpoint that is the owner's mail address
+EMAIL = "email"  # id of the endpoint that is the owner's email address
 AT_ONCE = 2  # deliveries of one owner in a worker, which has 16 threads
-TESTS_S = 60  # so long a test counts against its owner's limit
+TESTS_S = 60  # how long a test counts against its owner's limit
 EVENTS = ("succeeded", "failed", "cancelled")
 EVENT_TYPES = tuple(f"fine_tuning.job.{status}" for status in EVENTS)
 TEST_TYPE = "llmtuner.test"
 
 
 class BadAddress(Exception):
-    """The URL can't be posted to. The same words for every cause: it tells nobody what listens where."""
+    """The URL cannot be posted to. The message is the same for every cause, so it does not reveal what listens where."""
 
 
 # ---- endpoints -----------------------------------------------------------------------------------------------------
 
 
 def add_endpoint(owner: str, url: str, name: str = "", events: tuple[str, ...] = ()) -> WebhookEndpoint:
-    """Raises BadAddress. The secret is shown to its owner, who verifies with it."""
+    """Raises BadAddress. The secret is shown to the owner, who verifies signatures with it."""
     split(url)
     if len(list_endpoints(owner)) >= MAX_ENDPOINTS:
-        raise BadAddress(f"You have {MAX_ENDPOINTS} webhooks already. Delete one first.")
+        raise BadAddress(f"You already have {MAX_ENDPOINTS} webhooks. Delete one first.")
     secret = "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
     endpoint = WebhookEndpoint(owner, new_id("hook"), url=url, secret=secret, name=name, events=list(events))
     tables.put_new(endpoint)
@@ -79,32 +79,32 @@ def remove_endpoint(owner: str, endpoint_id: str) -> None:
 
 
 def set_email(owner: str, address: str) -> None:
-    """Where mail about the owner's jobs goes; empty: nowhere. The address stands beside the webhooks, since workers, which
-    send, have no SQL. Every submission sets it, and whatever changes it in SQL."""
+    """Sets the address for email about the owner's jobs; empty for none. It is stored beside the webhooks because the
+    workers that send email have no SQL database. It is set on every submission and whenever it changes in SQL."""
     url, active = f"mailto:{address}", bool(address)
     row = tables.get(WebhookEndpoint, owner, EMAIL)
     if row is None or (row.url, row.active) != (url, active):
         WebhookEndpoint(owner, EMAIL, url=url, secret="", active=active).save()
 
 
-# ---- tell ----------------------------------------------------------------------------------------------------------
+# ---- notify --------------------------------------------------------------------------------------------------------
 
 
 @step(30)
-def tell(job: Job) -> None:
-    """Puts a delivery for each place its owner wants to be told at. Again is harmless."""
+def notify(job: Job) -> None:
+    """Creates a delivery for each endpoint that wants the event. Idempotent."""
     if job.status not in EVENTS or job.deleted:
         return
     event = f"fine_tuning.job.{job.status}"
     body = {"id": f"evt-{job.job_id}-{job.status}", "object": "event", "type": event}
     payload = json.dumps(body | {"created_at": int(job.ended_at or 0), "data": {"id": job.job_id}})
     wanted = [endpoint.endpoint_id for endpoint in list_endpoints(job.owner) if _wants(endpoint, event)]
-    for place in [EMAIL, *wanted]:  # whether mail is wanted is asked when it is sent
-        _put(job.owner, f"{job.job_id}#{job.status}#{place}", event, job.job_id, payload)
+    for endpoint_id in [EMAIL, *wanted]:  # whether email is wanted is checked when it is sent
+        _put(job.owner, f"{job.job_id}#{job.status}#{endpoint_id}", event, job.job_id, payload)
 
 
-def tell_test(endpoint: WebhookEndpoint) -> None:
-    """A signed event of no job, so that its owner sees whether the other side understands it. Sent once. Raises OverQuota."""
+def send_test(endpoint: WebhookEndpoint) -> None:
+    """A signed test event that belongs to no job, so that the owner can check the receiver. Sent once. Raises OverQuota."""
     id = new_id("test")
     for old in quotas.held(endpoint.owner, "tests"):
         if time.time() - tables.time_of(old) > TESTS_S:
@@ -122,14 +122,14 @@ def tell_test(endpoint: WebhookEndpoint) -> None:
 
 
 def recent(owner: str, limit: int) -> list[WebhookDelivery]:
-    """The last notices and what became of them, newest first."""
-    found = []
+    """The last deliveries with their status, newest first."""
+    rows = []
     for kind in ("ftjob-", "test-"):
         keys = WebhookDelivery.delivery_id.startswith(kind)
-        found += list(
+        rows += list(
             WebhookDelivery.query(owner, keys, scan_index_forward=False, limit=limit, consistent_read=True)
         )
-    return sorted(found, key=lambda row: float(row.created_at), reverse=True)[:limit]
+    return sorted(rows, key=lambda row: float(row.created_at), reverse=True)[:limit]
 
 
 def _wants(endpoint: WebhookEndpoint, event: str) -> bool:
@@ -144,8 +144,8 @@ def _put(owner: str, delivery_id: str, event: str, job_id: str, payload: str) ->
 
 
 class PerOwner:
-    """Runs at most AT_ONCE deliveries of an owner at a time. The others wait in order and hold no thread; what waits in a
-    process that dies is rung for again by the reconciler."""
+    """Runs at most AT_ONCE deliveries of an owner at a time. The others wait in order without holding a thread. If the
+    process dies, the reconciler enqueues the waiting ones again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -153,8 +153,8 @@ class PerOwner:
         self._waiting: defaultdict[str, dict[str, Callable[[], None]]] = defaultdict(dict)
 
     def run(self, owner: str, name: str, work: Callable[[], None]) -> None:
-        """Runs `work` and then what waits of the same owner, or keeps it for whoever is at that: under its name, so that
-        another bell for it adds nothing."""
+        """Runs `work` and then the owner's waiting deliveries, or leaves it to the thread that is doing that. It waits under
+        its name, so a repeated message for it adds nothing."""
         with self._lock:
             if self._running[owner] >= AT_ONCE:
                 self._waiting[owner][name] = work
@@ -184,15 +184,15 @@ DELIVERIES = PerOwner()
 
 @outbox.handler("deliver")
 def deliver(owner: str, delivery_id: str) -> bool:
-    """The errand: one try if it is time. True when nothing is left to do."""
+    """One try if it is due. True when nothing is left to do."""
     delivery = tables.get(WebhookDelivery, owner, delivery_id)
     if delivery is None or delivery.status != "pending":
         return True
     if time.time() < delivery.next_at:
         return False
-    most = 1 if delivery.event == TEST_TYPE else len(SCHEDULE_S)  # whoever sent a test sees what came of it
-    if delivery.tries >= most:  # the last try broke off
-        return _record(delivery, "given up", delivery.last_result or "sending it broke off")
+    most = 1 if delivery.event == TEST_TYPE else len(SCHEDULE_S)  # the sender of a test sees its result
+    if delivery.tries >= most:  # the last try was interrupted
+        return _record(delivery, "given up", delivery.last_result or "the delivery was interrupted")
     tries = int(delivery.tries) + 1
     wait = SCHEDULE_S[tries] if tries < most else 0
     actions = [WebhookDelivery.tries.set(tries), WebhookDelivery.next_at.set(time.time() + wait)]
@@ -203,30 +203,30 @@ def deliver(owner: str, delivery_id: str) -> bool:
 
 
 def _record(delivery: WebhookDelivery, status: str, result: str) -> bool:
-    """Writes what came of a try. True when there will be no other."""
-    told = [WebhookDelivery.status.set(status), WebhookDelivery.last_result.set(result[:200])]
-    tables.update(delivery, told, WebhookDelivery.status == "pending")
+    """Records the result of a try. True when there will be no further one."""
+    actions = [WebhookDelivery.status.set(status), WebhookDelivery.last_result.set(result[:200])]
+    tables.update(delivery, actions, WebhookDelivery.status == "pending")
     return status != "pending"
 
 
 def _send(delivery: WebhookDelivery) -> tuple[bool, str, bool]:
-    """(sent, what came of it, no use in trying again)."""
-    place = delivery.delivery_id.rpartition("#")[2]
-    endpoint = tables.get(WebhookEndpoint, delivery.owner, place)
+    """(sent, the result, whether it is final)."""
+    endpoint_id = delivery.delivery_id.rpartition("#")[2]
+    endpoint = tables.get(WebhookEndpoint, delivery.owner, endpoint_id)
     if endpoint is None or not endpoint.active:
-        return False, "not wanted" if place == EMAIL else "the webhook was removed", True
-    if place == EMAIL:
+        return False, "not wanted" if endpoint_id == EMAIL else "the webhook was removed", True
+    if endpoint_id == EMAIL:
         return _mail(delivery, endpoint.url.removeprefix("mailto:"))
     try:
         status = post(endpoint.url, delivery.payload.encode(), signed(endpoint.secret, delivery))
-    except Exception as error:  # whatever an address brings about ends the try and nothing else
+    except Exception as error:  # whatever the receiver causes ends this try and nothing else
         log.info("webhook %s: %r", delivery.delivery_id, error)
-        return _noted(endpoint, False, "could not be reached", False)
-    return _noted(endpoint, 200 <= status < 300, f"answered {status}", status == 410)
+        return _record_result(endpoint, False, "could not be reached", False)
+    return _record_result(endpoint, 200 <= status < 300, f"answered {status}", status == 410)
 
 
-def _noted(endpoint: WebhookEndpoint, sent: bool, result: str, gone: bool) -> tuple[bool, str, bool]:
-    """Keeps the result beside the address; one that is gone for good is not asked again."""
+def _record_result(endpoint: WebhookEndpoint, sent: bool, result: str, gone: bool) -> tuple[bool, str, bool]:
+    """Stores the result with the endpoint. An endpoint that responded 410 is disabled."""
     actions = [WebhookEndpoint.last_result.set(result)]
     if gone:
         actions.append(WebhookEndpoint.active.set(False))
@@ -248,18 +248,18 @@ def signed(secret: str, delivery: WebhookDelivery, now: float | None = None) -> 
 
 
 def split(url: str) -> SplitResult:
-    """The URL taken apart, once, for the check and the connection alike. Raises BadAddress."""
+    """Parses the URL once, for both the check and the connection. Raises BadAddress."""
     try:
         parts = urlsplit(url)
         port = parts.port
         host = parts.hostname or ""
-        host.encode("idna")  # as whatever resolves it will do: refuses empty labels and long ones
+        host.encode("idna")  # as the resolver will do: refuses empty and overlong labels
     except ValueError:
-        raise BadAddress("This is no address that can be posted to.") from None
+        raise BadAddress("This address cannot be posted to.") from None
     schemes = {"https", "http"} if _allows_private() else {"https"}
     odd = any(not "!" <= letter <= "~" or letter in "\\@" for letter in url) or port == 0 or len(url) > 2000
     if parts.scheme not in schemes or not 0 < len(host) <= 253 or odd:
-        raise BadAddress("Give an https:// address without user name or password.")
+        raise BadAddress("Enter an https:// address without a username or password.")
     return parts
 
 
@@ -280,9 +280,9 @@ def post(url: str, body: bytes, headers: dict[str, str]) -> int:
         sock.settimeout(TIMEOUT_S)
         connection.sock = sock
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        told = {"Content-Type": "application/json", "User-Agent": "LLM-Tuner-Webhooks/1", **headers}
-        connection.request("POST", path, body, told)
-        return connection.getresponse().status  # the body is nobody's business
+        all_headers = {"Content-Type": "application/json", "User-Agent": "LLM-Tuner-Webhooks/1", **headers}
+        connection.request("POST", path, body, all_headers)
+        return connection.getresponse().status  # the body is not read
     finally:
         deadline.cancel()
         connection.close()
@@ -290,23 +290,23 @@ def post(url: str, body: bytes, headers: dict[str, str]) -> int:
 
 
 def _hang_up(sock: socket.socket) -> None:
-    """Ends whatever waits on it in another thread. TLS isn't asked: its state belongs to that thread."""
+    """Ends whatever waits on the socket in another thread. It bypasses TLS, whose state belongs to that thread."""
     with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def _checked_address(host: str, port: int) -> str:
-    found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    if not found or not all(_allows_private() or is_public(address) for address in found):
-        raise BadAddress("This address can't be posted to.")
-    return sorted(found)[0]
+    addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    if not addresses or not all(_allows_private() or is_public(address) for address in addresses):
+        raise BadAddress("This address cannot be posted to.")
+    return sorted(addresses)[0]
 
 
 def _allows_private() -> bool:
     return bool(settings.WEBHOOKS_ALLOW_PRIVATE)
 
 
-# ---- mail ----------------------------------------------------------------------------------------------------------
+# ---- email ---------------------------------------------------------------------------------------------------------
 
 
 def _mail(delivery: WebhookDelivery, address: str) -> tuple[bool, str, bool]:
@@ -315,9 +315,9 @@ def _mail(delivery: WebhookDelivery, address: str) -> tuple[bool, str, bool]:
         return False, "the job was deleted", True
     try:
         send_mail(_subject(job), _text(job), None, [address])
-    except Exception as error:  # ends the try and nothing else
+    except Exception as error:  # ends this try and nothing else
         log.warning("mail for %s: %r", delivery.delivery_id, error)
-        return False, "the mail server did not take it", False
+        return False, "the mail server did not accept it", False
     return True, "sent", True
 
 
@@ -331,5 +331,5 @@ def _text(job: Job) -> str:
     if job.status == "failed":
         lines += [job.message or reasons.sentence(job.reason), job.advice or reasons.advice(job.reason)]
     if job.status == "succeeded":
-        lines.append(f"The model: {job.model_id}")
+        lines.append(f"Model: {job.model_id}")
     return "\n\n".join([*filter(None, lines), f"{settings.PUBLIC_URL}/jobs/{job.job_id}/"]) + "\n"

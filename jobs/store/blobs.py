@@ -1,7 +1,7 @@
 """Object storage: bytes by key, on local disk or S3, whichever Django's default storage is.
 
 Everything is hashed while it streams and verified after it is stored; what is fetched is compared with the hash that
-was noted. Keys are ours (`datasets/<owner>/<id>`, `jobs/<id>/e<epoch>/…`): no name that a person chose becomes a path.
+was noted. Keys are ours (`datasets/<owner>/<id>`, `jobs/<id>/e<fencing token>/…`): no name that a person chose becomes a path.
 """
 
 from __future__ import annotations

@@ -199,7 +199,7 @@ class _JobAttributes(Table):
     )  # hyperparameters as asked (training.plan.config.FIELDS)
     prompts: JSONAttribute = JSONAttribute(default=list)  # pinned prompts for samples
     suffix = UnicodeAttribute(default="")
-    seed = NumberAttribute(null=True)
+    seed = NumberAttribute(null=True)  # of rows of earlier versions: jobs/lifecycle/submission.py:settings_of
     metadata: JSONAttribute = JSONAttribute(default=dict)
     api: JSONAttribute = JSONAttribute(null=True)  # what `/v1` was sent, to answer in the same words
     needs: JSONAttribute = JSONAttribute(default=dict)  # of a worker: {"memory": bytes, "gpu": true}
@@ -213,7 +213,7 @@ class _JobAttributes(Table):
     phase = UnicodeAttribute(default="")
     desired = UnicodeAttribute(default="run")  # run, pause, cancel
     version = NumberAttribute(default=0)
-    epoch = NumberAttribute(default=0)  # fencing number of the lease
+    fencing_token = NumberAttribute(attr_name="epoch", default=0)  # of the lease: rises with each claim
     lease_owner = UnicodeAttribute(
         attr_name="holder", default=""
     )  # process start + nonce of who holds or held the lease
@@ -234,7 +234,7 @@ class _JobAttributes(Table):
     )  # [{key, step, epoch, bytes, sha256, …}], newest last
     plan: JSONAttribute = JSONAttribute(null=True)  # resolved settings with their reasons
     estimate: JSONAttribute = JSONAttribute(null=True)
-    proof: JSONAttribute = JSONAttribute(null=True)  # of exact resume
+    resume_check: JSONAttribute = JSONAttribute(attr_name="proof", null=True)  # jobs/worker/resume_check.py
     reason = UnicodeAttribute(default="")  # why it failed or paused: a key of lifecycle.REASONS
     message = UnicodeAttribute(default="")  # what exactly, for a person
     advice = UnicodeAttribute(default="")
@@ -289,7 +289,7 @@ class _ChunkAttributes(Table):
     job_id = UnicodeAttribute(hash_key=True)
     first_seq = NumberAttribute(range_key=True)
     last_seq = NumberAttribute()
-    epoch = NumberAttribute()
+    fencing_token = NumberAttribute(attr_name="epoch")
     lease_owner = UnicodeAttribute(attr_name="holder")
     lines: JSONAttribute = JSONAttribute(default=list)
 
@@ -325,7 +325,7 @@ class TunedModel(Table):
     base_snapshot: JSONAttribute = JSONAttribute(attr_name="base_facts", null=True)  # the job's
     method = UnicodeAttribute(default="full")
     step = NumberAttribute(default=0)
-    epoch = NumberAttribute(default=0)
+    fencing_token = NumberAttribute(attr_name="epoch", default=0)
     prefix = UnicodeAttribute(default="")  # folder of the objects
     files: JSONAttribute = JSONAttribute(default=list)  # [{"name", "bytes", "sha256"}]
     bytes = NumberAttribute(default=0)

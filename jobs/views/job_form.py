@@ -12,6 +12,7 @@ from jobs.formatting import count, size
 from jobs.forms import NewJobForm, Setting, preset_of, rows, settings_from, shown, with_preset
 from jobs.lifecycle import estimates
 from jobs.lifecycle import warnings as job_warnings
+from jobs.lifecycle.submission import settings_of
 from jobs.lifecycle.transitions import JobRequest
 from jobs.registry import base_models, hub_models
 from jobs.store import access
@@ -143,7 +144,6 @@ class JobForm:
             settings={name: settings[name] for name, value in self.typed.items() if value},
             suffix=self.values["suffix"],
             prompts=tuple(self._prompts()),
-            seed=None if self.job is None or self.job.seed is None else int(self.job.seed),
             needs=self.job.needs if self.job else {},
             metadata=self.job.metadata if self.job else {},
         )
@@ -332,7 +332,7 @@ def _as_typed(job: Job) -> dict[str, str]:
     """The job as submitted, as form fields. Settings equal to their defaults are left empty."""
     settings = {
         name: value
-        for name, value in current_names(job.settings or {}).items()
+        for name, value in current_names(settings_of(job)).items()
         if name in FIELDS and value != FIELDS[name].default
     }
     return {

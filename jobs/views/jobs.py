@@ -12,7 +12,7 @@ from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from jobs.events import event_log
-from jobs.events.history import chart, fold, sentence, summary, thin
+from jobs.events.history import JobHistory, chart, sentence, summary, thin
 from jobs.formatting import moment
 from jobs.forms import RenameForm
 from jobs.lifecycle import transitions
@@ -116,7 +116,7 @@ def _form_of(request: HttpRequest) -> JobForm:
 def detail(request: HttpRequest, job_id: str) -> HttpResponse:
     """`?part=aside` returns only the sidebar, refreshed when samples and resume checks arrive."""
     job = access.get_job_for(owner_of(request), job_id)
-    history = fold(_sampled_events(job))
+    history = JobHistory.from_events(_sampled_events(job))
     context = presenters.sidebar(job, history)
     if request.GET.get("part") == "aside" and wants_partial(request):
         return render(request, "jobs/_job_aside.html", context)
@@ -200,7 +200,7 @@ def cancel(request: HttpRequest, job_id: str) -> HttpResponse:
 
 def _set_desired(request: HttpRequest, job_id: str, desired: Any) -> HttpResponse:
     try:
-        transitions.ask(owner_of(request), job_id, desired)
+        transitions.set_desired(owner_of(request), job_id, desired)
     except transitions.Refused as refused:
         messages.warning(request, refused.message)
     return redirect("jobs:job", job_id)
@@ -254,7 +254,7 @@ CSV_COLUMNS = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "tokens
 def metrics_csv(request: HttpRequest, job_id: str) -> HttpResponse:
     """All metrics of every step. Only numbers, so no cell can be a spreadsheet formula."""
     job = access.get_job_for(owner_of(request), job_id)
-    history = fold(event_log.read(job.owner, job_id))
+    history = JobHistory.from_events(event_log.read(job.owner, job_id))
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(CSV_COLUMNS)

@@ -111,7 +111,7 @@ def email(request: HttpRequest) -> HttpResponse:
 def test(request: HttpRequest, webhook_endpoint_id: str) -> HttpResponse:
     endpoint = _find(request, webhook_endpoint_id)
     try:
-        webhooks.tell_test(endpoint)
+        webhooks.send_test(endpoint)
     except quotas.OverQuota as over:
         messages.error(request, str(over))
     else:

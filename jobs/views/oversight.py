@@ -16,7 +16,7 @@ from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_POST
 
 from jobs.events import event_log
-from jobs.events.history import fold
+from jobs.events.history import JobHistory
 from jobs.lifecycle import transitions
 from jobs.store import access, queue, tables
 from jobs.store.tables import Audit, Job, JobIndex, month_of, new_id, time_of
@@ -66,7 +66,7 @@ def index(request: HttpRequest, *, site: AdminSite) -> HttpResponse:
 def detail(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) -> HttpResponse:
     _require(request, "view")
     job = _job(owner, job_id)
-    history = fold(event_log.read(owner, job_id))
+    history = JobHistory.from_events(event_log.read(owner, job_id))
     first, more = presenters.settings_rows(job, history)
     context = {
         **site.each_context(request),
@@ -91,7 +91,7 @@ def cancel(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) ->
     actor = request.user.owner_id
     Audit(month_of(time.time()), new_id("audit"), actor=actor, action="cancel", target=job_id).save()
     try:
-        transitions.ask(owner, job_id, "cancel")
+        transitions.set_desired(owner, job_id, "cancel")
     except transitions.Refused as refused:
         messages.warning(request, refused.message)
     else:
@@ -112,7 +112,7 @@ def prioritise(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite
     actor = request.user.owner_id
     Audit(month_of(time.time()), new_id("audit"), actor=actor, action=action, target=job_id).save()
     try:
-        transitions.prioritise(owner, job_id, int(priority))
+        transitions.set_priority(owner, job_id, int(priority))
     except transitions.Refused as refused:
         messages.warning(request, refused.message)
     else:

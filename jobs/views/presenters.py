@@ -8,7 +8,7 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs.events.history import Proof, Story
+from jobs.events.history import JobHistory, ResumeResult
 from jobs.formatting import (
     UNKNOWN,
     compact,
@@ -24,7 +24,9 @@ from jobs.formatting import (
 )
 from jobs.forms import CHOICE_LABELS
 from jobs.lifecycle import transitions
+from jobs.lifecycle.submission import settings_of
 from jobs.registry import base_models
+from jobs.store import queue
 from jobs.store.reasons import REASONS
 from jobs.store.states import Status
 from jobs.store.tables import Job
@@ -255,21 +257,21 @@ class Row:
     reason: str = ""
 
 
-def sidebar(job: Job, history: Story) -> dict[str, Any]:
+def sidebar(job: Job, history: JobHistory) -> dict[str, Any]:
     first, more = settings_rows(job, history)
     return {
         "job": job,
         "state": job_view(job),
-        "resume_checks": [_resume_check(check) for check in history.proofs[-3:]],
+        "resume_checks": [_resume_check(check) for check in history.resumes[-3:]],
         "samples": _samples(history),
-        "queue_position": transitions.queue_position(job),
+        "queue_position": queue.position(job),
         "verdict": _verdict(history),
         "settings_rows": first,
         "more_rows": more,
     }
 
 
-def _resume_check(check: Proof) -> dict[str, Any]:
+def _resume_check(check: ResumeResult) -> dict[str, Any]:
     """Whether the steps run again after a resume gave the same losses, bit for bit."""
     if not check.exact:
         why = check.why or "the machine is different"
@@ -301,7 +303,7 @@ def _inexact(text: str) -> dict[str, Any]:
     return {"title": "Resumed, not bit-identical", "text": text, "good": False, "border": "border-warning/40"}
 
 
-def _samples(history: Story) -> list[dict[str, Any]]:
+def _samples(history: JobHistory) -> list[dict[str, Any]]:
     """For each sample prompt: the base model's answer, the first one after it, one from the middle, and the newest."""
     prompts = []
     for prompt, by_step in list(history.samples.items())[:3]:
@@ -315,16 +317,16 @@ def _samples(history: Story) -> list[dict[str, Any]]:
     return prompts
 
 
-def _verdict(history: Story) -> dict[str, Any]:
+def _verdict(history: JobHistory) -> dict[str, Any]:
     verdict = history.verdict
     text = verdict.get("sentence") or verdict.get("text") or verdict.get("message")
     return {"text": text} if text else {}
 
 
-def settings_rows(job: Job, history: Story) -> tuple[list[Row], list[Row]]:
+def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
     """The main settings, some of them combined into one row, and then all others."""
     plan = history.plan or (job.plan if isinstance(job.plan, dict) else {}) or {}
-    chosen = current_names(job.settings if isinstance(job.settings, dict) else {})
+    chosen = current_names(settings_of(job))
     values = {name: field.default for name, field in FIELDS.items()}
     values |= chosen | current_names(plan.get("settings") or {})
     reasons = plan.get("reasons") or {}
@@ -406,7 +408,7 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else CHOICE_LABELS.get(str(value), str(value))
 
 
-def sparklines(history: Story, chart: dict[str, Any]) -> list[dict[str, Any]]:
+def sparklines(history: JobHistory, chart: dict[str, Any]) -> list[dict[str, Any]]:
     latest = history.latest
     return [
         {

@@ -1,8 +1,8 @@
 """What an attempt writes to the store, and when: events in frozen batches, progress, the lease, the checkpoint pointer.
 
-One call of `write` makes at most one round of writes and never waits longer than the heartbeat's own patience. After
-20 s without success only heartbeats are tried until one succeeds: the lease may be lost, and then nothing else may be
-written. Meanwhile the trainer goes on and its lines gather here, up to a limit; beyond it the trainer waits.
+One call of `write` makes at most one round of writes and never waits longer than the heartbeat's own timeout. After 20 s
+without success only heartbeats are tried until one succeeds: the lease may be lost, and then nothing else may be written.
+The trainer keeps running and its lines are buffered here, up to a limit; beyond it the trainer waits.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from jobs.events import event_log
 from jobs.events.event_log import Batch
 from jobs.lifecycle.transitions import Claim
 from jobs.store import failpoints
-from jobs.worker.resume_check import Proof
+from jobs.worker.resume_check import ResumeCheck
 
-MOST_BYTES = 64 << 20  # of lines that wait for the store
-AGAIN_S = 1.0
+MAX_BUFFERED_BYTES = 64 << 20  # of lines that wait for the store
+RETRY_S = 1.0
 
 
 class Writer:
@@ -38,21 +38,21 @@ class Writer:
         self.phase = "preparing"
         self.plan: dict[str, Any] | None = None
         self.estimate: dict[str, Any] | None = None
-        self.proof: dict[str, Any] | None = None
+        self.resume_result: dict[str, Any] | None = None
         # A stored checkpoint that the pointer doesn't name yet. It must wait until the events up to number "after" are
-        # stored too: what a checkpoint is ahead of is never printed again.
+        # stored too: a resume from it never prints the earlier ones again.
         self.pointer: dict[str, Any] | None = None
-        self.pointer_moved = False  # what follows from that is still to be done
-        self.heard = time.monotonic()  # the last success
+        self.pointer_moved = False  # superseded checkpoints are still to be deleted
+        self.confirmed_at = time.monotonic()  # the last successful write
         self.not_before = 0.0
-        self.hurry = False  # the end: batches don't wait to fill
+        self.flushing = False  # at the end, batches don't wait to fill
 
     @property
     def unwritten(self) -> bool:
         return bool(self.batch or self.lines or self.pointer)
 
     @property
-    def last_given(self) -> int:
+    def last_assigned_seq(self) -> int:
         """The number of the newest line, stored or not."""
         return self.next_seq - 1 + (len(self.batch.lines) if self.batch else 0) + len(self.lines)
 
@@ -62,10 +62,10 @@ class Writer:
 
     @property
     def full(self) -> bool:
-        return self.bytes > MOST_BYTES
+        return self.bytes > MAX_BUFFERED_BYTES
 
-    def say(self, event: dict[str, Any]) -> None:
-        """An event of our own."""
+    def emit(self, event: dict[str, Any]) -> None:
+        """Adds an event of the worker's own."""
         self.add(json.dumps({"time": round(time.time(), 3), "level": "info"} | event, ensure_ascii=False))
 
     def add(self, line: str) -> None:
@@ -75,27 +75,28 @@ class Writer:
         self.bytes += len(line.encode())
 
     def write(self) -> bool:
-        """Writes what is due. True when the store has heard us, and so the lease was still ours. Raises LostRace."""
+        """Writes what is due. True when the store confirmed it, so the lease was still ours. Raises LostRace."""
         now = time.monotonic()
         if now < self.not_before:
             return False
-        quiet = now - self.heard > settings.JOBS["self_fence_s"]
-        if self.batch is None and not quiet:
+        fenced = now - self.confirmed_at > settings.JOBS["self_fence_s"]
+        if self.batch is None and not fenced:
             self.batch = self._freeze(now)
-        if self.batch is None and not self.pointer_is_due and now - self.heard < settings.JOBS["heartbeat_s"]:
+        heartbeat_due = now - self.confirmed_at >= settings.JOBS["heartbeat_s"]
+        if self.batch is None and not self.pointer_is_due and not heartbeat_due:
             return False
         try:
-            self._send(None if quiet else self.batch)
-            if self.pointer and self.pointer_is_due and not quiet:
+            self._send(None if fenced else self.batch)
+            if self.pointer and self.pointer_is_due and not fenced:
                 failpoints.passing("checkpoint stored")
                 self.claim.move_pointer(
                     {name: self.pointer[name] for name in self.pointer if name != "after"}
                 )
                 self.pointer, self.pointer_moved = None, True
         except PynamoDBException:
-            self.not_before = time.monotonic() + AGAIN_S
+            self.not_before = time.monotonic() + RETRY_S
             return False
-        self.heard = time.monotonic()
+        self.confirmed_at = time.monotonic()
         return True
 
     def _send(self, batch: Batch | None) -> None:
@@ -111,9 +112,9 @@ class Writer:
             phase=self.phase,
             plan=self.plan,
             estimate=self.estimate,
-            proof=self.proof,
+            resume_check=self.resume_result,
         )
-        self.plan = self.estimate = self.proof = None  # told once
+        self.plan = self.estimate = self.resume_result = None  # each is sent once
         if batch:
             self.batch = None
             self.next_seq = batch.last_seq + 1
@@ -123,11 +124,11 @@ class Writer:
         """The next batch, if one is due: full by number or size, or its first line has waited long enough."""
         limits = settings.JOBS
         full = len(self.lines) >= limits["chunk_events"] or self.bytes >= limits["chunk_bytes"]
-        if not self.lines or not (full or self.hurry or now - self.first_at >= limits["chunk_s"]):
+        if not self.lines or not (full or self.flushing or now - self.first_at >= limits["chunk_s"]):
             return None
         lines: list[str] = []
         size = 0
-        while self.lines and len(lines) < min(limits["chunk_events"], event_log.MOST_IN_CHUNK):
+        while self.lines and len(lines) < min(limits["chunk_events"], event_log.MAX_CHUNK_EVENTS):
             length = len(self.lines[0].encode())
             if lines and size + length > limits["chunk_bytes"]:
                 break
@@ -137,12 +138,12 @@ class Writer:
         self.first_at = now
         return Batch(self.next_seq, tuple(lines))
 
-    def end_proof(self, proof: Proof | None) -> None:
-        """Tells how far the proof of exact resume came, if training ended before it was complete."""
-        if proof and proof.compared and not proof.told:
-            self.say_proof(proof)
+    def report_unfinished(self, check: ResumeCheck | None) -> None:
+        """Reports how far the resume check got, if training ended before it was complete."""
+        if check and check.compared and not check.reported:
+            self.report(check)
 
-    def say_proof(self, proof: Proof) -> None:
-        event = proof.event()
-        self.proof = {key: value for key, value in event.items() if key not in ("t", "level")}
-        self.say(event)
+    def report(self, check: ResumeCheck) -> None:
+        event = check.report()
+        self.resume_result = {key: value for key, value in event.items() if key not in ("t", "level")}
+        self.emit(event)

@@ -1,8 +1,8 @@
-"""The failure doctor: what an ending of the trainer means, what is done by itself, and what a person should do.
+"""What a trainer's exit means, what happens automatically, and what the user should do.
 
-A user's fault ends the job. Memory that ran out is cured in place: the micro-batch is halved, so a step is computed in
-more parts with the same result, and training goes on from the checkpoint. The rest is tried again by the lease's rules,
-which charge the job for it unless the platform is at fault.
+A user's fault ends the job. If memory runs out, the micro-batch is halved and training continues from the checkpoint:
+a step is then computed in more pieces, with the same result. Everything else is retried under the rules of the lease,
+which charge the job an attempt unless the platform is at fault.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SMALLEST_MICRO_BATCH = 64  # tokens
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """`fault`: the job fails. `died`: try again; its reason decides what that costs. `smaller`: halve the micro-batch and
-    go on."""
+class ExitDiagnosis:
+    """`fault`: the job fails. `died`: try again; the reason decides what that costs. `smaller`: halve the micro-batch and
+    continue."""
 
     verdict: Verdict
     reason: str = ""
@@ -33,50 +33,54 @@ class Diagnosis:
 
 
 def diagnose(
-    code: int, said: dict[str, Any] | None, *, killed_by_us: str = "", micro_batch: int = 0
-) -> Diagnosis:
-    """From the exit code (negative: a signal), the trainer's last words ("failed" line) and why we killed it, if so."""
+    code: int, failed: dict[str, Any] | None, *, killed_by_us: str = "", micro_batch: int = 0
+) -> ExitDiagnosis:
+    """From the exit code (negative for a signal), the trainer's "failed" event, and why we killed it, if we did."""
     if killed_by_us:
-        return _told(killed_by_us)
+        return _explained(killed_by_us)
     if code == EXIT["done"]:
-        return Diagnosis("done")
+        return ExitDiagnosis("done")
     if code == EXIT["stopped"]:
-        return Diagnosis("stopped")
+        return ExitDiagnosis("stopped")
     reason = REASON_OF_EXIT.get(code, "unexpected")
     if code < 0:
         reason = "time_limit" if -code == signal.SIGXCPU else "killed"
     if reason == "out_of_memory" and micro_batch > SMALLEST_MICRO_BATCH:
-        return Diagnosis("smaller", reason, (said or {}).get("message", ""))
-    if said and said.get("reason") == reason:
-        return _told(reason, said.get("message", ""), said.get("advice", ""))
-    return _told(reason, f"The trainer ended by signal {signal.Signals(-code).name}." if code < 0 else "")
+        return ExitDiagnosis("smaller", reason, (failed or {}).get("message", ""))
+    if failed and failed.get("reason") == reason:
+        return _explained(reason, failed.get("message", ""), failed.get("advice", ""))
+    return _explained(
+        reason, f"The trainer was ended by signal {signal.Signals(-code).name}." if code < 0 else ""
+    )
 
 
-def of_error(error: BaseException) -> Diagnosis:
-    """Of what was raised beside the trainer: while files were fetched or stored, or a trainer was started."""
+def diagnose_error(error: BaseException) -> ExitDiagnosis:
+    """For an error raised in the worker: while files were fetched or stored, or a trainer was started."""
     if isinstance(error, Failure):
-        return _told(error.reason, error.message, error.advice)
+        return _explained(error.reason, error.message, error.advice)
     if isinstance(error, (blobs.Missing, blobs.Damaged)):
-        return _told("file_damaged")
+        return _explained("file_damaged")
     system = error if isinstance(error, OSError) else error.__cause__
     reason = reason_of(system) if isinstance(system, OSError) else ""
     if isinstance(error, blobs.StorageError):
         if reason == "disk_full":
-            return _told("disk_full", "The disk of the object storage is full.")
-        said = (system.strerror if isinstance(system, OSError) else "") or error
-        return _told("store", f"The storage said: {said}"[:500])
+            return _explained("disk_full", "The disk of the object storage is full.")
+        cause = (system.strerror if isinstance(system, OSError) else "") or error
+        return _explained("store", f"The object storage returned an error: {cause}"[:500])
     if isinstance(error, PynamoDBException):
-        return _told(
-            "store", "The database did not answer.", "Check the database; the job goes on by itself."
+        return _explained(
+            "store",
+            "The database did not respond.",
+            "Check the database. The job continues automatically.",
         )
     if reason:
-        return _told(reason, "The worker's disk is full." if reason == "disk_full" else "")
-    return _told("unexpected", "The worker met something unexpected; its own log holds the details.")
+        return _explained(reason, "The worker's disk is full." if reason == "disk_full" else "")
+    return _explained("unexpected", "An unexpected error occurred in the worker. See the worker's log.")
 
 
-def _told(reason: str, message: str = "", advice: str = "") -> Diagnosis:
+def _explained(reason: str, message: str = "", advice: str = "") -> ExitDiagnosis:
     known = REASONS[reason]
-    return Diagnosis(
+    return ExitDiagnosis(
         "fault" if known.user_fault else "died", reason, message or known.sentence, advice or known.advice
     )
 
@@ -85,13 +89,13 @@ def halved(micro_batch: int) -> int:
     return max(SMALLEST_MICRO_BATCH, micro_batch // 2)
 
 
-def told_smaller(micro_batch: int) -> dict[str, Any]:
-    """The event for the page."""
+def smaller_batch_event(micro_batch: int) -> dict[str, Any]:
+    """The event shown on the job's page."""
     return {
         "t": "doctor",
         "level": "warning",
         "cause": "out_of_memory",
         "action": {"micro_batch_tokens": micro_batch},
-        "message": f"Memory ran out. Each step is now computed in parts of {micro_batch} tokens instead of larger ones: the "
-        "same result, less memory. Training goes on from the last checkpoint.",
+        "message": f"Memory ran out. Each step is now computed in micro-batches of {micro_batch} tokens: the same result "
+        "with less memory. Training continues from the last checkpoint.",
     }

@@ -1,4 +1,4 @@
-"""A trainer that is warm: it has imported torch and waits for a run file, so a job starts at once.
+"""A prewarmed trainer: it has imported torch and waits for a run file, so that a job starts at once.
 
 Only the main thread may start one: the trainer dies with the thread that started it.
 """
@@ -18,22 +18,22 @@ from jobs.store import child_process
 from jobs.store.child_process import Child, Limits
 from training.plan.catalog import Machine, measure, this_machine
 
-LOOKS = 5  # at the machine's rate
+MAX_MEASUREMENTS = 5  # of the machine's rate
 _child: Child | None = None
-_base = ""  # folder of what was fully fine-tuned last: the next job often takes the same, so its memory is held ready
+_base = ""  # folder of the last fully fine-tuned base: the next job often uses the same one, so its memory is reserved
 
 
 def warm_up() -> None:
-    """Starts one, unless one is there. Returns at once; it needs some seconds to be warm."""
+    """Starts a trainer unless one is running. Returns at once; the trainer needs some seconds to warm up."""
     global _child
     if _child is None or not _child.alive:
         assert threading.current_thread() is threading.main_thread()
-        let_go()
+        shut_down()
         _child = child_process.start("standby", *(["--base", _base] if _base else []), limits=limits())
 
 
 def take(config: dict[str, Any]) -> Child:
-    """The warm trainer (or one that still warms up): now the caller's, for this run file."""
+    """Hands the prewarmed trainer (or one still warming up) to the caller for this run file."""
     global _child, _base
     warm_up()
     child, _child = _child, None
@@ -42,7 +42,7 @@ def take(config: dict[str, Any]) -> Child:
     return child
 
 
-def let_go() -> None:
+def shut_down() -> None:
     global _child
     if _child:
         _child.kill()
@@ -50,30 +50,31 @@ def let_go() -> None:
 
 
 def limits() -> Limits:
-    """A trainer's own limits. Memory beyond the machine's would end in the kernel's choice of a victim instead."""
+    """A trainer's resource limits. Without a memory limit the kernel would choose which process to kill."""
     here = machine()
     memory = int(settings.JOBS["max_trainer_bytes"]) or (0 if here.device == "cuda" else here.memory)
     return Limits(memory_bytes=memory, cpu_s=int(settings.JOBS["max_runtime_s"] * here.cores))
 
 
 _machine: Machine | None = None
-_looks = 0
+_measurements = 0
 
 
 def machine(idle: bool = False) -> Machine:
-    """What trainers of this worker compute on. Its rate is measured when the worker starts, and a few times more in idle
-    moments: at a start everything starts, and the processors are busy with that."""
-    global _machine, _looks
-    if _machine is None or (idle and _looks < LOOKS):
-        _looks += 1
-        found = measure(this_machine())
-        _machine = max(_machine or found, found, key=lambda machine: machine.rate)
+    """What trainers of this worker compute on. Its rate is measured when the worker starts and a few more times when it is
+    idle, since during startup the processors are busy with other processes."""
+    global _machine, _measurements
+    if _machine is None or (idle and _measurements < MAX_MEASUREMENTS):
+        _measurements += 1
+        current = measure(this_machine())
+        _machine = max(_machine or current, current, key=lambda machine: machine.rate)
     return _machine
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[bool]:
-    """Whether the folder is ours for the length of the block. The kernel frees the lock of a process that dies."""
+    """Locks the folder for the length of the block; yields whether that succeeded. The kernel releases the lock of a process
+    that dies."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:

@@ -1,14 +1,16 @@
-"""Finishes what others left: runs in every worker, idempotent, so there is no leader and nothing to elect.
+"""Completes interrupted work. It runs in every worker and is idempotent, so there is no leader and no election.
 
-It trusts no clock but its own monotonic one. A lease is stale when *it* has seen it unchanged for 30 s; a gap in its own
-looking, or a store that didn't answer, starts every watch again, so an outage costs nobody a lease.
+It trusts only its own monotonic clock. A lease is stale when *this* process has seen it unchanged for 30 s. A gap between
+its own rounds, or a store that does not respond, restarts every timer, so an outage costs no lease.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from django.conf import settings
@@ -22,26 +24,25 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Watch:
-    """Since when each thing has been seen as it is now."""
+    """Since when each value has been seen unchanged."""
 
-    clock: Any = time.monotonic
+    clock: Callable[[], float] = time.monotonic
     seen: dict[str, tuple[Any, float]] = field(default_factory=dict)
-    looked_at: float | None = None
+    last_round_at: float | None = None
     next_due: float | None = None
     _touched: set[str] = field(default_factory=set)
 
-    def look(self) -> None:
-        """A round begins."""
+    def begin_round(self) -> None:
         now = self.clock()
-        if self.looked_at is not None and now - self.looked_at > settings.JOBS["watch_gap_s"]:
+        if self.last_round_at is not None and now - self.last_round_at > settings.JOBS["watch_gap_s"]:
             self.seen.clear()
-        self.looked_at, self.next_due = now, None
+        self.last_round_at, self.next_due = now, None
         for name in set(self.seen) - self._touched:
-            del self.seen[name]  # not met in the last round
+            del self.seen[name]  # not seen in the last round
         self._touched.clear()
 
     def unchanged(self, name: str, value: Any, seconds: float) -> bool:
-        """Has `name` been seen with this value for so long?"""
+        """Whether `name` has had this value for at least `seconds`."""
         self._touched.add(name)
         now = self.clock()
         before, since = self.seen.get(name, (None, now))
@@ -53,28 +54,28 @@ class Watch:
         self.next_due = min(due, self.next_due) if self.next_due is not None else due
         return False
 
-    def again(self, name: str) -> None:
-        """Acted: wait as long before the next time."""
+    def restart(self, name: str) -> None:
+        """After acting on it: wait as long before the next time."""
         self.seen.pop(name, None)
 
     def forget(self) -> None:
         self.seen.clear()
-        self.looked_at = None
+        self.last_round_at = None
 
 
 class Reconciler:
-    """`tick()` again and again; it keeps nothing that matters."""
+    """Call `tick()` repeatedly. It holds no state that must survive."""
 
-    def __init__(self, clock: Any = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.watch = Watch(clock)
         self._due: dict[str, float] = {}
 
     def tick(self) -> float | None:
-        """One round. Returns the seconds until a watch falls due (None: none runs). Raises when the store is away."""
+        """One round. Returns the seconds until the next timer is due, or None. Raises if the store cannot be reached."""
         try:
-            self.watch.look()
+            self.watch.begin_round()
             jobs = self._jobs()
-            self._errands()
+            self._outbox()
             self._hourly(jobs)
         except Exception:
             self.watch.forget()
@@ -91,7 +92,7 @@ class Reconciler:
                 self._orphan(row.owner, row.job_id)
             else:
                 self._job(job)
-        self._bells(list(jobs.values()))
+        self._notify_workers(list(jobs.values()))
         return list(jobs.values())
 
     def _orphan(self, owner: str, job_id: str) -> None:
@@ -100,14 +101,14 @@ class Reconciler:
 
     def _job(self, job: Job) -> None:
         if job.ended:
-            # Whoever ended it has rung for this; a round later it is ours to do.
+            # The process that ended it has sent a message for this; a round later we do it ourselves.
             if self.watch.unchanged(job.job_id, job.status, settings.JOBS["reconcile_s"]):
                 finalize.after_end(job.owner, job.job_id)
         elif job.status == "running":
             if self.watch.unchanged(job.job_id, job.lease, settings.JOBS["lease_s"]):
-                self._said(job, "lost lease", transitions.lose_lease(job))
+                self._log_move(job, "lost lease", transitions.lose_lease(job))
         elif settled := transitions.settle(job):
-            self._said(job, "settled", settled)
+            self._log_move(job, "settled", settled)
         elif job.status == "validating":
             transitions.validate(job)
         elif job.status == "retrying" and self.watch.unchanged(
@@ -115,40 +116,40 @@ class Reconciler:
         ):
             transitions.requeue(job)
 
-    def _bells(self, jobs: list[Job]) -> None:
+    def _notify_workers(self, jobs: list[Job]) -> None:
         if waiting := len(queue.in_order(jobs)):
             redis_client.enqueue_training(waiting)
 
-    def _errands(self) -> None:
+    def _outbox(self) -> None:
         for row in outbox.waiting():
             if outbox.is_due(row) and self.watch.unchanged(row.job_id, row.lease, settings.JOBS["lease_s"]):
                 outbox.ring(*outbox.name_of(row), row.lease or "")
-                self.watch.again(row.job_id)
+                self.watch.restart(row.job_id)
 
     def _hourly(self, jobs: list[Job]) -> None:
-        """Bytes: what lost attempts and killed processes left goes. Quotas: an id whose job has ended goes."""
-        if self._falls_due("janitor", settings.JOBS["janitor_s"]):
+        """Deletes objects that lost attempts and killed processes left behind, and removes ended jobs from quotas."""
+        if self._is_due("janitor", settings.JOBS["janitor_s"]):
             for job in jobs:
-                if job.epoch > 1:
+                if job.fencing_token > 1:
                     finalize.sweep(job)
             blobs.sweep_unfinished()
-        if self._falls_due("audit", settings.JOBS["audit_s"]):
+        if self._is_due("audit", settings.JOBS["audit_s"]):
             for owner in {job.owner for job in jobs}:
-                quotas.audit(owner, "jobs", lambda id, owner=owner: is_over(owner, id))  # type: ignore[misc]  # bound now
+                quotas.audit(owner, "jobs", partial(has_ended, owner))
 
-    def _falls_due(self, name: str, seconds: float) -> bool:
-        """On a clock of its own, which no gap starts again."""
+    def _is_due(self, name: str, seconds: float) -> bool:
+        """Uses its own timer, which gaps do not restart."""
         now = self.watch.clock()
         if now < self._due.setdefault(name, now + seconds):
             return False
         self._due[name] = now + seconds
         return True
 
-    def _said(self, job: Job, what: str, moved: Job | None) -> None:
+    def _log_move(self, job: Job, move: str, moved: Job | None) -> None:
         if moved:
-            log.warning("%s: %s, now %s", job.job_id, what, moved.status)
+            log.warning("%s: %s, now %s", job.job_id, move, moved.status)
 
 
-def is_over(owner: str, job_id: str) -> bool:
+def has_ended(owner: str, job_id: str) -> bool:
     job = tables.get(Job, owner, job_id)
     return job is not None and job.ended

@@ -1,8 +1,9 @@
-"""One attempt at a job: from a claim to its end, beside a trainer that is a child of this process.
+"""One attempt at a job, from its claim to its end. The trainer is a child of this process.
 
-The trainer has no credentials and no store. It reads files, writes files and prints lines; this module fetches what it
-needs, numbers and stores what it says, uploads what it makes and obeys what people want (`desired`). One thread does it
-all in small turns (`_turn`), so the lease is renewed whatever else goes on; only copying of files has threads of its own.
+The trainer has no credentials and no access to the stores. It reads files, writes files and prints lines. This module
+fetches what it needs, numbers and stores its events, uploads its checkpoints and follows the user's requests
+(`desired`). One thread does all of this in short turns (`_turn`), so the lease is renewed whatever else is happening;
+only copying files runs in separate threads.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ from jobs.store import failpoints
 from jobs.store.child_process import Child
 from jobs.worker import artifacts, exit_diagnosis, prepare, prewarmed
 from jobs.worker.attempt_writer import Writer
-from jobs.worker.exit_diagnosis import Diagnosis
-from jobs.worker.trainer_output import Listener
+from jobs.worker.exit_diagnosis import ExitDiagnosis
+from jobs.worker.trainer_output import TrainerOutput
 from training.plan.events import Failure
 
 log = logging.getLogger(__name__)
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 TURN_S = 0.1
-UPLOAD_TRIES_S = 600  # the object storage may be away for so long at the end of a job
-SAID_AFTER = 0.25  # of the limit while training: from then on the page says that nothing moves
+UPLOAD_RETRY_S = 600  # how long to retry storing the model at the end of a job
+SILENCE_SHOWN_AFTER = 0.25  # of the stall limit: from then on the page says that there is no progress
 
 
 def run(claim: Claim, stop: threading.Event | None = None) -> None:
-    """Runs the claimed job until it ends, is paused or cancelled, is lost to another lease_owner, or `stop` is set (then it
-    is given back within 30 s). Must be called from the main thread: the trainer dies with the thread that starts it.
-    Never raises for anything that happens to the job; what it can't write down, the reconciler finds."""
+    """Runs the claimed job until it ends, is paused or cancelled, loses its lease, or `stop` is set (then the job is
+    returned to the queue within 30 s). Must be called from the main thread: the trainer dies with the thread that starts
+    it. Never raises for anything that happens to the job; the reconciler handles what could not be recorded."""
     failpoints.passing("claimed")
-    folder = prepare.work_folder(claim.job_id, claim.epoch)
+    folder = prepare.work_folder(claim.job_id, claim.fencing_token)
     attempt = _Attempt(claim, stop or threading.Event(), folder)
     try:
         with prewarmed.folder_lock(folder):
@@ -54,15 +55,19 @@ def run(claim: Claim, stop: threading.Event | None = None) -> None:
                 attempt.close()
                 shutil.rmtree(folder, ignore_errors=True)
     except LostRace:
-        log.warning("%s: the lease of epoch %s is lost; its trainer ends", claim.job_id, claim.epoch)
+        log.warning(
+            "%s: the lease with fencing token %s was lost; its trainer is stopped",
+            claim.job_id,
+            claim.fencing_token,
+        )
     except Exception as error:
-        log.exception("%s: the attempt broke off", claim.job_id)
-        attempt.broke_off(error)
+        log.exception("%s: the attempt was aborted", claim.job_id)
+        attempt.aborted(error)
 
 
-def _in_thread(work: Callable[[], Answer]) -> Future[Answer]:
-    """A thread that doesn't keep the process from ending (an executor's would: a stuck copy must not)."""
-    future: Future[Answer] = Future()
+def _in_thread(work: Callable[[], Result]) -> Future[Result]:
+    """Runs in a daemon thread, which does not keep the process alive if a copy hangs (an executor's threads would)."""
+    future: Future[Result] = Future()
 
     def run() -> None:
         try:
@@ -74,8 +79,8 @@ def _in_thread(work: Callable[[], Answer]) -> Future[Answer]:
     return future
 
 
-class _Asked(Exception):
-    """The attempt is to stop while no trainer runs."""
+class _StopRequested(Exception):
+    """The attempt is to stop while no trainer is running."""
 
 
 class _Attempt:
@@ -83,80 +88,80 @@ class _Attempt:
         self.claim, self.stop, self.folder = claim, stop, folder
         self.child: Child | None = None
         self.writer = Writer(claim)
-        self.listener = Listener(self.writer)
+        self.output = TrainerOutput(self.writer)
         self.upload: Future[dict[str, Any]] | None = None  # one at a time
         self.deleting: Future[None] | None = None  # superseded checkpoints
-        self.waiting: list[
-            dict[str, Any]
-        ] = []  # checkpoints to be uploaded: the best one and the newest, no more
-        self.told_at: float | None = None  # when the trainer was asked to stop
+        self.waiting: list[dict[str, Any]] = []  # checkpoints to upload: at most the best one and the newest
+        self.stop_sent_at: float | None = None  # when the trainer was sent SIGTERM
         self.killed_by_us = ""
-        self.beat_at = 0.0
-        self.began = time.monotonic()
+        self.pinged_at = 0.0
+        self.started_at = time.monotonic()
         self.ran_before = float((claim.job.progress or {}).get("seconds") or 0)
 
-    # ---- the story, top to bottom ------------------------------------------------------------------------------
+    # ---- from start to end ------------------------------------------------------------------------------
 
     def run(self) -> None:
         job = self.claim.job
         number = int(job.attempts) + 1
-        before = f" Before: {job.message}" if number > 1 and job.message else ""
-        self._say(
-            "attempt", f"Attempt {number} (lease {self.claim.epoch}) on {job.worker}.{before}", attempt=number
+        before = f" Previous attempt: {job.message}" if number > 1 and job.message else ""
+        self._emit(
+            "attempt",
+            f"Attempt {number} (lease {self.claim.fencing_token}) on {job.worker}.{before}",
+            attempt=number,
         )
         try:
-            found = self._beside(lambda: prepare.prepare(job, self.folder, self._unless_asked))
-            self._tell_of(found)
-            self.listener.proof = found.proof
-            diagnosis = self._train(found.config)
+            prepared = self._in_background(lambda: prepare.prepare(job, self.folder, self._check_stop))
+            self._report_damaged(prepared)
+            self.output.resume_check = prepared.resume_check
+            diagnosis = self._train(prepared.config)
             if diagnosis.verdict == "done":
-                self._succeed(found.config)
+                self._succeed(prepared.config)
                 return
-        except _Asked:
-            diagnosis = Diagnosis("stopped")
+        except _StopRequested:
+            diagnosis = ExitDiagnosis("stopped")
         except (Failure, OSError, PynamoDBException, *artifacts.STORAGE_ERRORS) as error:
             log.warning("%s: %s: %s", self.claim.job_id, type(error).__name__, error)
-            diagnosis = exit_diagnosis.of_error(error)
-        self._settle(diagnosis)
+            diagnosis = exit_diagnosis.diagnose_error(error)
+        self._finish(diagnosis)
 
-    def _train(self, config: dict[str, Any]) -> Diagnosis:
-        """Trains, with smaller micro-batches if memory runs out."""
+    def _train(self, config: dict[str, Any]) -> ExitDiagnosis:
+        """Trains, and retries with smaller micro-batches if memory runs out."""
         while True:
             code = self._train_once(config)
-            if self.told_at is not None and code != 0:
-                return Diagnosis("stopped")  # with a checkpoint, or killed because it took too long
+            if self.stop_sent_at is not None and code != 0:
+                return ExitDiagnosis("stopped")  # with a checkpoint, or killed after the grace period
             diagnosis = exit_diagnosis.diagnose(
                 code,
-                self.listener.failed,
+                self.output.failed,
                 killed_by_us=self.killed_by_us,
-                micro_batch=self.listener.micro_batch,
+                micro_batch=self.output.micro_batch,
             )
             if diagnosis.verdict != "smaller":
                 return diagnosis
-            smaller = exit_diagnosis.halved(self.listener.micro_batch)
+            smaller = exit_diagnosis.halved(self.output.micro_batch)
             self.writer.progress["micro_batch_tokens"] = smaller
-            self.writer.say(exit_diagnosis.told_smaller(smaller))
-            self.listener.failed = None
+            self.writer.emit(exit_diagnosis.smaller_batch_event(smaller))
+            self.output.failed = None
             config["settings"]["micro_batch_tokens"] = smaller
             self._finish_uploads(settings.JOBS["sigterm_grace_s"])
-            if self.listener.newest:
-                config["resume_from"] = self.listener.newest["path"]
+            if self.output.newest:
+                config["resume_from"] = self.output.newest["path"]
 
     def _train_once(self, config: dict[str, Any]) -> int:
-        """One trainer from its start to its exit code."""
+        """Runs one trainer process and returns its exit code."""
         path = self.folder / "run.json"
         path.write_text(json.dumps(config))
         self.child = child = prewarmed.take(config)
-        self.listener.begin()
+        self.output.begin()
         child.send({"config": str(path)})
         failpoints.passing("trainer started")
         while child.alive or not child.out.ended:
             self._turn()
-            if not child.alive and self.listener.deaf_since(child) > 2:
-                break  # a grandchild holds the pipe open
-        self._hear()
-        if not self.listener.ready and not self.told_at and not self.killed_by_us:
-            log.warning("%s: the trainer ended before it was ready", self.claim.job_id)
+            if not child.alive and self.output.seconds_since_exit(child) > 2:
+                break  # a grandchild keeps the pipe open
+        self._read_output()
+        if not self.output.ready and not self.stop_sent_at and not self.killed_by_us:
+            log.warning("%s: the trainer exited before it was ready", self.claim.job_id)
         child.kill()
         self.child = None
         assert child.process.returncode is not None
@@ -164,63 +169,63 @@ class _Attempt:
 
     def _succeed(self, config: dict[str, Any]) -> None:
         failpoints.passing("trainer done")
-        done = self.listener.done
+        done = self.output.done
         assert done
         prefix = f"{self.claim.prefix}final/"
         folder = Path(done["path"])
-        until = time.monotonic() + UPLOAD_TRIES_S
+        until = time.monotonic() + UPLOAD_RETRY_S
         self._finish_uploads(5)
         while True:
             try:
-                files = self._beside(lambda: artifacts.put_verified(folder, prefix, done["files"]))
+                files = self._in_background(lambda: artifacts.put_verified(folder, prefix, done["files"]))
                 break
             except artifacts.STORAGE_ERRORS as error:
                 if time.monotonic() > until:
                     raise
-                log.warning("%s: the model can't be stored yet: %s", self.claim.job_id, error)
+                log.warning("%s: the model could not be stored yet: %s", self.claim.job_id, error)
                 self._wait(2)
         result: dict[str, Any] = {
             name: done[name] for name in ("step", "metrics", "fidelity") if name in done
         }
-        if self.listener.verdict:
-            result["verdict"] = self.listener.verdict
-        self.writer.end_proof(self.listener.proof)
+        if self.output.verdict:
+            result["verdict"] = self.output.verdict
+        self.writer.report_unfinished(self.output.resume_check)
         self._flush()
         failpoints.passing("model stored")
-        self._insist(
+        self._retry_write(
             lambda: self.claim.finish("succeeded", result=result | {"prefix": prefix, "files": files})
         )
 
-    def _settle(self, diagnosis: Diagnosis) -> None:
-        """Every ending but success."""
+    def _finish(self, diagnosis: ExitDiagnosis) -> None:
+        """Ends an attempt that did not succeed."""
         if diagnosis.verdict == "stopped" or self.claim.desired == "cancel":
             self._finish_uploads(5)
             self._flush(10)
             if self.claim.desired == "run":
-                self._insist(self.claim.give_back)
+                self._retry_write(self.claim.give_back)
             elif self.claim.desired == "pause":
-                self._insist(lambda: self.claim.finish("paused"))
+                self._retry_write(lambda: self.claim.finish("paused"))
             else:
-                self._insist(lambda: self.claim.finish("cancelled"))
+                self._retry_write(lambda: self.claim.finish("cancelled"))
             return
         self._finish_uploads(settings.JOBS["sigterm_grace_s"])
-        self.writer.end_proof(self.listener.proof)
-        if not self.listener.failed:
-            self._say("log", diagnosis.message, level="error")
+        self.writer.report_unfinished(self.output.resume_check)
+        if not self.output.failed:
+            self._emit("log", diagnosis.message, level="error")
         self._flush()
         reason, message, advice = diagnosis.reason, diagnosis.message, diagnosis.advice
         if diagnosis.verdict == "fault":
-            self._insist(lambda: self.claim.finish("failed", reason, message=message, advice=advice))
+            self._retry_write(lambda: self.claim.finish("failed", reason, message=message, advice=advice))
         else:
-            self._insist(lambda: self.claim.trainer_died(reason, message, advice))
+            self._retry_write(lambda: self.claim.trainer_died(reason, message, advice))
 
-    def broke_off(self, error: Exception) -> None:
-        """A fault of ours: say so, if anybody still listens."""
-        diagnosis = exit_diagnosis.of_error(error)
+    def aborted(self, error: Exception) -> None:
+        """An error in the worker itself: report it if the store can be reached."""
+        diagnosis = exit_diagnosis.diagnose_error(error)
         try:
             self.claim.trainer_died(diagnosis.reason, diagnosis.message, diagnosis.advice)
         except Exception:
-            log.warning("%s: left to the reconciler", self.claim.job_id)
+            log.warning("%s: not recorded; the reconciler will handle it", self.claim.job_id)
 
     def close(self) -> None:
         if self.child:
@@ -229,40 +234,40 @@ class _Attempt:
     # ---- turns -------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        """A tenth of a second of everything: hear the trainer, write to the store, copy files, obey, watch."""
-        self._hear(TURN_S)
-        self.writer.progress["seconds"] = round(self.ran_before + time.monotonic() - self.began, 1)
-        self._note_silence()
+        """A tenth of a second of everything: read output, write to the store, copy files, follow requests, check limits."""
+        self._read_output(TURN_S)
+        self.writer.progress["seconds"] = round(self.ran_before + time.monotonic() - self.started_at, 1)
+        self._report_silence()
         self.writer.write()
         self._uploads()
         if self.child:
-            if time.monotonic() - self.beat_at > settings.JOBS["heartbeat_s"]:
-                self.beat_at = time.monotonic()
+            if time.monotonic() - self.pinged_at > settings.JOBS["heartbeat_s"]:
+                self.pinged_at = time.monotonic()
                 self.child.beat()
-            self._obey(self.child)
-            self._watch(self.child)
+            self._follow_requests(self.child)
+            self._enforce_limits(self.child)
 
-    def _hear(self, wait: float = 0.0) -> None:
+    def _read_output(self, wait: float = 0.0) -> None:
         if self.child is None:
             time.sleep(wait)
             return
-        for checkpoint in self.listener.hear(self.child, wait):
+        for checkpoint in self.output.read(self.child, wait):
             self.waiting = artifacts.queue(
                 self.waiting, artifacts.set_aside(checkpoint, self.folder / "outbox")
             )
 
     def _uploads(self) -> None:
-        """The pointer moves once the bytes are stored and verified; then the next waiting checkpoint has its turn."""
+        """The pointer moves once the bytes are stored and verified; then the next checkpoint is uploaded."""
         if self.upload and self.upload.done():
             future, self.upload = self.upload, None
             try:
                 self.writer.pointer = future.result()
             except Exception as error:
-                log.warning("%s: a checkpoint was not stored: %s", self.claim.job_id, error)
-                why = exit_diagnosis.of_error(error).message
-                self._say(
+                log.warning("%s: a checkpoint could not be stored: %s", self.claim.job_id, error)
+                why = exit_diagnosis.diagnose_error(error).message
+                self._emit(
                     "log",
-                    f"A checkpoint could not be stored; the next one will be tried. {why}",
+                    f"A checkpoint could not be stored. The next one will be. {why}",
                     level="warning",
                 )
         if self.waiting and self.upload is None and self.writer.pointer is None:
@@ -271,33 +276,33 @@ class _Attempt:
         self._delete_superseded()
 
     def _delete_superseded(self) -> None:
-        """What can't be deleted now is deleted with the next ones, at the latest when the job has ended."""
+        """What cannot be deleted now is deleted with the next ones, at the latest after the job has ended."""
         if self.deleting and self.deleting.done():
             if error := self.deleting.exception():
-                log.warning("%s: superseded checkpoints are left: %s", self.claim.job_id, error)
+                log.warning("%s: superseded checkpoints could not be deleted: %s", self.claim.job_id, error)
             self.deleting = None
         if self.writer.pointer_moved and self.deleting is None:
             self.writer.pointer_moved = False
             job = self.claim.job
             self.deleting = _in_thread(lambda: finalize.after_pointer(job))
 
-    def _obey(self, child: Child) -> None:
-        """SIGTERM lets the trainer write a checkpoint; who doesn't end in time is killed."""
+    def _follow_requests(self, child: Child) -> None:
+        """SIGTERM lets the trainer write a checkpoint. If it does not exit in time it is killed."""
         cancel = self.claim.desired == "cancel"
-        if self.told_at is None and (self.stop.is_set() or self.claim.desired != "run"):
-            self.told_at = time.monotonic()
+        if self.stop_sent_at is None and (self.stop.is_set() or self.claim.desired != "run"):
+            self.stop_sent_at = time.monotonic()
             child.signal(signal.SIGTERM)
         grace = settings.JOBS["cancel_grace_s" if cancel else "sigterm_grace_s"]
-        if self.told_at is not None and time.monotonic() - self.told_at > grace and child.alive:
-            log.warning("%s: the trainer does not stop and is killed", self.claim.job_id)
+        if self.stop_sent_at is not None and time.monotonic() - self.stop_sent_at > grace and child.alive:
+            log.warning("%s: the trainer did not stop in time and is killed", self.claim.job_id)
             child.end()
 
-    def _watch(self, child: Child) -> None:
-        """Stalls, endless runs and endless talk."""
-        if self.told_at is not None or self.killed_by_us:
+    def _enforce_limits(self, child: Child) -> None:
+        """Ends trainers that stall, run too long or print too much."""
+        if self.stop_sent_at is not None or self.killed_by_us:
             return
         limits = settings.JOBS
-        if self.listener.silent_for() > self._patience():
+        if self.output.silent_for() > self._silence_limit():
             self.killed_by_us = "stalled"
         elif self.writer.progress["seconds"] > limits["max_runtime_s"]:
             self.killed_by_us = "time_limit"
@@ -307,30 +312,31 @@ class _Attempt:
             child.end()
 
     def _stall_limit(self) -> float:
-        """The longest silence of a trainer that trains. The page and the end of a stalled one both follow from it."""
+        """The longest silence allowed during training. The page's notice and the end of a stalled trainer depend on it."""
         limits = settings.JOBS
-        return float(max(limits["stall_s"], limits["stall_steps"] * self.listener.expected_silence()))
+        return float(max(limits["stall_s"], limits["stall_steps"] * self.output.expected_silence()))
 
-    def _patience(self) -> float:
-        """The longest silence now. What an earlier attempt measured may have been another machine's, so it only adds."""
-        if self.writer.phase == "training" and self.listener.knows_its_step:
+    def _silence_limit(self) -> float:
+        """The longest silence allowed now. What an earlier attempt measured may come from another machine, so it can only
+        raise the limit."""
+        if self.writer.phase == "training" and self.output.step_time_known:
             return self._stall_limit()
         return float(max(settings.JOBS["quiet_s"], self._stall_limit()))
 
-    def _note_silence(self) -> None:
-        """For the page: a time left that was told long ago is no news."""
+    def _report_silence(self) -> None:
+        """For the page: an old estimate of the time left is misleading."""
         progress = self.writer.progress
-        silent = self.listener.silent_for() if self.child else 0.0
-        if silent > SAID_AFTER * self._stall_limit():
-            progress |= {"silent_s": round(silent, 1), "silent_limit_s": round(self._patience(), 1)}
+        silent = self.output.silent_for() if self.child else 0.0
+        if silent > SILENCE_SHOWN_AFTER * self._stall_limit():
+            progress |= {"silent_s": round(silent, 1), "silent_limit_s": round(self._silence_limit(), 1)}
         else:
             for name in ("silent_s", "silent_limit_s"):
                 progress.pop(name, None)
 
-    # ---- small parts -------------------------------------------------------------------------------------------
+    # ---- helpers -------------------------------------------------------------------------------------------
 
-    def _beside(self, work: Callable[[], Answer]) -> Answer:
-        """Does `work` in a thread while the lease is renewed."""
+    def _in_background(self, work: Callable[[], Result]) -> Result:
+        """Runs `work` in a thread while the lease is renewed."""
         future = _in_thread(work)
         while not future.done():
             self._turn()
@@ -340,14 +346,14 @@ class _Attempt:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             self._turn()
-            self._unless_asked()
+            self._check_stop()
 
-    def _unless_asked(self) -> None:
+    def _check_stop(self) -> None:
         if self.stop.is_set() or self.claim.desired != "run":
-            raise _Asked
+            raise _StopRequested
 
     def _finish_uploads(self, seconds: float) -> None:
-        """Waits for what is being stored, moves the pointer, and deletes what it no longer names."""
+        """Waits for uploads, moves the pointer, and deletes superseded checkpoints."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and (
             self.upload or self.waiting or self.writer.pointer or self.writer.pointer_moved or self.deleting
@@ -355,16 +361,16 @@ class _Attempt:
             self._turn()
 
     def _flush(self, seconds: float = 3600) -> None:
-        """Until everything said is stored. The store may be away long; the lease decides whether we may go on."""
+        """Waits until all events are stored. The store may be down for long; the lease decides whether we may continue."""
         until = time.monotonic() + seconds
-        self.writer.hurry = True
+        self.writer.flushing = True
         while self.writer.unwritten and time.monotonic() < until:
             self._turn()
             if self.stop.is_set():
                 until = min(until, time.monotonic() + 10)
 
-    def _insist(self, move: Callable[[], Any]) -> None:
-        """The last move. Repeated while the store is away: it is the same write each time."""
+    def _retry_write(self, move: Callable[[], Any]) -> None:
+        """The last move. Repeated while the store cannot be reached: it is the same write each time."""
         until = time.monotonic() + (10 if self.stop.is_set() else 3600)
         while True:
             try:
@@ -375,13 +381,14 @@ class _Attempt:
                     raise
                 time.sleep(1)
 
-    def _tell_of(self, found: prepare.Prepared) -> None:
-        if found.bad:
-            where = f"step {found.used['step']}" if found.used else "the beginning"
-            self._say(
-                "log", f"The last checkpoint does not verify; training goes on from {where}.", level="warning"
+    def _report_damaged(self, prepared: prepare.Prepared) -> None:
+        checkpoint = prepared.checkpoint
+        if prepared.damaged:
+            start = f"step {checkpoint['step']}" if checkpoint else "the beginning"
+            self._emit(
+                "log", f"The last checkpoint is damaged. Training resumes from {start}.", level="warning"
             )
-            self._insist(lambda: self.claim.pointer_back(found.used and artifacts.entry(found.used)))
+            self._retry_write(lambda: self.claim.pointer_back(checkpoint and artifacts.entry(checkpoint)))
 
-    def _say(self, kind: str, message: str, **more: Any) -> None:
-        self.writer.say({"t": kind, "message": message, **more})
+    def _emit(self, kind: str, message: str, **more: Any) -> None:
+        self.writer.emit({"t": kind, "message": message, **more})

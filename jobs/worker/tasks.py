@@ -1,6 +1,6 @@
-"""Celery's tasks: doorbells. Each is a few lines that call the module doing the work.
+"""Celery tasks. Each is a few lines that call the module doing the work.
 
-Losing a message loses nothing: all unfinished work has a row in the store, and the reconciler rings for it again.
+Losing a message loses nothing: all unfinished work has a row in the store, and the reconciler enqueues it again.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from celery import shared_task
 
 @shared_task(name="run_next")
 def run_next() -> None:
-    """An empty bell: claims and runs the best waiting job, until none is left that fits this worker."""
+    """Claims and runs the next waiting job until none is left that fits this worker. The message carries no data."""
     from jobs.lifecycle import transitions
     from jobs.worker import prewarmed, runner, worker_process
 
     with worker_process.Busy():
         while not worker_process.STOP.is_set():
-            claim = transitions.claim_next(worker_process.as_asked())
+            claim = transitions.claim_next(worker_process.capabilities())
             if claim is None:
                 return
-            worker_process.holds(claim.job_id)
+            worker_process.set_current_job(claim.job_id)
             runner.run(claim, worker_process.STOP)
-            worker_process.holds("")
+            worker_process.set_current_job("")
             if not worker_process.STOP.is_set():
                 prewarmed.warm_up()
 
 
 @shared_task(name="check_dataset")
 def check_dataset(owner: str, dataset_id: str) -> None:
-    """Reads the whole file in a limited child process; stores the report and says ready or rejected."""
+    """Reads the whole file in a sandboxed child process, stores the report, and marks the dataset ready or rejected."""
     from jobs.datasets import checks
 
     checks.check(owner, dataset_id)
@@ -36,7 +36,7 @@ def check_dataset(owner: str, dataset_id: str) -> None:
 
 @shared_task(name="after_end")
 def after_end(owner: str, job_id: str) -> None:
-    """What follows from a job's end (model row, notifications, quota), safe to repeat."""
+    """What follows a job's end (model row, notifications, quota). Idempotent."""
     from jobs.lifecycle import finalize
 
     finalize.after_end(owner, job_id)
@@ -44,7 +44,7 @@ def after_end(owner: str, job_id: str) -> None:
 
 @shared_task(name="errand")
 def errand(kind: str, owner: str, id: str, lease: str = "") -> None:
-    """A check or a deletion that stands in the list of unfinished work. See `jobs.store.outbox`."""
+    """A check or a deletion from the list of outstanding work. See `jobs.store.outbox`."""
     from jobs.store import outbox
 
     outbox.run(kind, owner, id, lease)
@@ -52,7 +52,7 @@ def errand(kind: str, owner: str, id: str, lease: str = "") -> None:
 
 @shared_task(name="deliver")
 def deliver(owner: str, id: str, lease: str = "") -> None:
-    """Sends one webhook or mail. A queue of its own: the other side may let us wait. See `jobs.notifications.webhooks`."""
+    """Sends one webhook or email. It has its own queue because receivers may be slow. See `jobs.notifications.webhooks`."""
     from jobs.notifications import webhooks
     from jobs.store import outbox
     from jobs.worker import worker_process
@@ -66,7 +66,7 @@ def deliver(owner: str, id: str, lease: str = "") -> None:
 
 @shared_task(name="generate")
 def generate() -> None:
-    """An empty bell: relays the requests for text that wait, one after another, until none is left that may run."""
+    """Serves waiting generation requests one after another until none is left that may run. The message carries no data."""
     from jobs.inference import inference_worker
     from jobs.worker import worker_process
 

@@ -1,6 +1,6 @@
-"""What the trainer says: each line is read once, kept for the page, and what matters of it is remembered.
+"""Reads the trainer's output: each line becomes an event of the job, and what the worker needs from it is kept here.
 
-Nothing it says is trusted to be well-formed: a line that is no event becomes a line of the log, capped and redacted.
+The output is not trusted to be well formed: a line that is not an event becomes a log line, capped and redacted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from jobs.store.child_process import Child
 from jobs.store.redact import redact
 from jobs.worker.attempt_writer import Writer
-from jobs.worker.resume_check import Proof
+from jobs.worker.resume_check import ResumeCheck
 from training.plan.events import PHASES
 
 KINDS = frozenset(
@@ -33,23 +33,21 @@ KINDS = frozenset(
         "failed",
         "done",
         "ready",
-        "progress",
     ]
 )
-MOST_LOG_BYTES = 2 << 20  # of free text in one attempt
-THIN_AFTER = 50_000  # events; then only each tenth step is kept
+MAX_LOG_BYTES = 2 << 20  # of free text in one attempt
+THIN_AFTER = 50_000  # events; after that only every tenth step is kept
 PROGRESS = ("step", "tokens", "tokens_per_s", "epoch", "eta_s")
 METRICS = ("loss", "lr", "grad_norm", "accuracy", "memory", "gemm_share", "tokens_per_s")
 
 
-class Listener:
+class TrainerOutput:
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
-        self.proof: Proof | None = None
+        self.resume_check: ResumeCheck | None = None
         self.begin()
-        self.rehearsed: dict[str, Any] = dict(
-            writer.claim.job.estimate or {}
-        )  # of an earlier attempt, at first
+        # At first, what an earlier attempt measured.
+        self.rehearsed: dict[str, Any] = dict(writer.claim.job.estimate or {})
         self.newest: dict[str, Any] | None = None  # checkpoint
         self.verdict: dict[str, Any] | None = None
         self.micro_batch = 0
@@ -57,38 +55,38 @@ class Listener:
         self.phase_at = time.monotonic()
 
     def begin(self) -> None:
-        """A trainer starts."""
+        """Resets what belongs to one trainer process."""
         self.ready = False
         self.failed: dict[str, Any] | None = None
         self.done: dict[str, Any] | None = None
-        self.heard_at = self.stepped_at = time.monotonic()
-        self.knows_its_step = False  # this trainer, on this machine: rehearsed or measured
-        self.steps: deque[float] = deque(maxlen=50)  # seconds between metric lines
-        self._gone_at: float | None = None
+        self.last_line_at = self.last_step_at = time.monotonic()
+        self.step_time_known = False  # rehearsed or measured by this trainer, on this machine
+        self.step_times: deque[float] = deque(maxlen=50)  # seconds between metric lines
+        self._dead_since: float | None = None
 
     def silent_for(self) -> float:
-        return time.monotonic() - self.heard_at
+        return time.monotonic() - self.last_line_at
 
     def expected_silence(self) -> float:
-        """Seconds that pass between two lines in the phase it is in, as far as was rehearsed or measured: those of a step
-        and of a checkpoint it may wait for, or of an evaluation."""
+        """The expected seconds between two lines in the current phase, from the rehearsal or from measurements: a step
+        and a checkpoint that it may wait for, or an evaluation."""
         if self.writer.phase == "evaluating":
             return self._rehearsed("evaluation_s")
-        measured = statistics.median(self.steps) if self.steps else 0.0
+        measured = statistics.median(self.step_times) if self.step_times else 0.0
         return max(measured, self._rehearsed("step_s")) + self._rehearsed("checkpoint_s")
 
     def _rehearsed(self, name: str) -> float:
         value = self.rehearsed.get(name)
         return float(value) if isinstance(value, (int, float)) else 0.0
 
-    def deaf_since(self, child: Child) -> float:
-        """Seconds since a dead trainer's pipe should have ended."""
-        self._gone_at = self._gone_at or time.monotonic()
-        return time.monotonic() - self._gone_at
+    def seconds_since_exit(self, child: Child) -> float:
+        """Seconds since the trainer was first seen dead; its pipe should have closed then."""
+        self._dead_since = self._dead_since or time.monotonic()
+        return time.monotonic() - self._dead_since
 
-    def hear(self, child: Child, wait: float) -> list[dict[str, Any]]:
-        """Takes what has come, after at most `wait` seconds; returns new checkpoints."""
-        if self.writer.full:  # the store is away for long: the trainer waits for it, in its write
+    def read(self, child: Child, wait: float) -> list[dict[str, Any]]:
+        """Reads what has arrived, waiting at most `wait` seconds. Returns new checkpoints."""
+        if self.writer.full:  # the store has been unreachable for long: the trainer blocks on its next write
             time.sleep(wait)
             return []
         pipes = [pipe for pipe in (child.out, child.err) if not pipe.ended]
@@ -105,13 +103,13 @@ class Listener:
                 else:
                     event = self._parse(line)
                     if event:
-                        self._take(event, checkpoints)
+                        self._handle(event, checkpoints)
         return checkpoints
 
     def _parse(self, line: str) -> dict[str, Any] | None:
-        self.heard_at = time.monotonic()
+        self.last_line_at = time.monotonic()
         try:
-            event = json.loads(line, parse_constant=_refuse)
+            event = json.loads(line, parse_constant=_reject_constant)
         except ValueError:
             event = None
         if not isinstance(event, dict) or event.get("t") not in KINDS:
@@ -120,15 +118,21 @@ class Listener:
         return event
 
     def _free_text(self, line: str) -> None:
-        if self.log_bytes > MOST_LOG_BYTES:
+        if self.log_bytes > MAX_LOG_BYTES:
             return
         text = redact(line)
         self.log_bytes += len(text)
-        self.writer.say({"t": "log", "level": "warning", "message": text, "source": "output"})
-        if self.log_bytes > MOST_LOG_BYTES:
-            self.writer.say({"t": "log", "level": "warning", "message": "More was printed than is kept."})
+        self.writer.emit({"t": "log", "level": "warning", "message": text, "source": "output"})
+        if self.log_bytes > MAX_LOG_BYTES:
+            self.writer.emit(
+                {
+                    "t": "log",
+                    "level": "warning",
+                    "message": "The log limit was reached. Further output is not kept.",
+                }
+            )
 
-    def _take(self, event: dict[str, Any], checkpoints: list[dict[str, Any]]) -> None:
+    def _handle(self, event: dict[str, Any], checkpoints: list[dict[str, Any]]) -> None:
         kind, writer = event["t"], self.writer
         if kind == "ready":
             self.ready = True
@@ -139,37 +143,35 @@ class Listener:
             self._metric(event)
             return
         if kind == "phase" and event.get("phase") in PHASES:
-            self._spend(writer.phase)
+            self._record_phase_time(writer.phase)
             writer.phase = event["phase"]
         elif kind == "plan":
             writer.plan = event
             writer.progress["total_steps"] = event.get("total_steps")
             self.micro_batch = int((event.get("settings") or {}).get("micro_batch_tokens") or 0)
         elif kind == "eval":
-            told = {
-                f"eval_{name}": event[name] for name in ("loss", "accuracy", "exact_match") if name in event
-            }
-            writer.metrics |= told | {"eval_step": event.get("step")}
+            names = ("loss", "accuracy", "exact_match")
+            writer.metrics |= {f"eval_{name}": event[name] for name in names if name in event}
+            writer.metrics["eval_step"] = event.get("step")
             if event.get("step") == 0:
                 writer.metrics["base_eval_loss"] = event.get("loss")
         elif kind == "estimate":
             writer.estimate = self.rehearsed = event
-            self.knows_its_step = True
+            self.step_time_known = True
         elif kind == "verdict":
             self.verdict = event
         elif kind == "checkpoint" and not event.get("final"):
             self.newest = dict(event)
-            checkpoints.append(
-                event | {"after": self.writer.last_given + 1}
-            )  # + 1: its own line, added below
+            # + 1 for its own line, added below
+            checkpoints.append(event | {"after": self.writer.last_assigned_seq + 1})
         elif kind == "failed":
             self.failed = event
         elif kind == "done":
             self.done = dict(event)
         self._keep(event)
 
-    def _spend(self, phase: str) -> None:
-        """Adds the time since the last phase to this one: what estimates learn from."""
+    def _record_phase_time(self, phase: str) -> None:
+        """Adds the time since the last change of phase to `phase`. Estimates learn from it."""
         now = time.monotonic()
         spent = self.writer.progress.setdefault("spent", {})
         spent[phase] = round(spent.get(phase, 0.0) + now - self.phase_at, 3)
@@ -177,26 +179,26 @@ class Listener:
 
     def _metric(self, event: dict[str, Any]) -> None:
         now = time.monotonic()
-        self.steps.append(now - self.stepped_at)
-        self.stepped_at = now
-        self.knows_its_step = True
+        self.step_times.append(now - self.last_step_at)
+        self.last_step_at = now
+        self.step_time_known = True
         writer = self.writer
         writer.phase = "training"
         writer.progress |= {name: event[name] for name in PROGRESS if name in event}
         writer.metrics |= {name: event[name] for name in METRICS if name in event}
-        # Which steps are kept hangs on the step alone, so that a resumed attempt keeps the same ones.
+        # Which steps are kept depends on the step alone, so a resumed attempt keeps the same ones.
         if writer.next_seq < THIN_AFTER or event["step"] % 10 == 0:
             self._keep(event)
-        if self.proof and self.proof.see(event):
-            writer.say_proof(self.proof)
+        if self.resume_check and self.resume_check.compare(event):
+            writer.report(self.resume_check)
 
     def _keep(self, event: dict[str, Any]) -> None:
         for name in ("message", "advice"):
             if isinstance(event.get(name), str):
                 event[name] = redact(event[name])
-        event.pop("path", None)  # where it lies on this machine is nobody's business
+        event.pop("path", None)  # paths on this machine are not shown to users
         self.writer.add(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
 
 
-def _refuse(word: str) -> float:
-    raise ValueError(f"{word} is no JSON; numbers are finite or absent")
+def _reject_constant(word: str) -> float:
+    raise ValueError(f"{word} is not valid JSON: numbers must be finite or absent")

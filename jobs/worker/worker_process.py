@@ -1,7 +1,7 @@
-"""What a Celery worker process has beside its tasks: the reconciler's thread, a warm trainer, or the relay to the server.
+"""What a Celery worker process runs beside its tasks: the reconciler's thread, a prewarmed trainer, the inference worker.
 
 A training worker runs one task at a time in its main thread (`-P solo`), since the trainer must be a child of a thread
-that lives as long as the process. It knows that it is asked to stop by STOP.
+that lives as long as the process. STOP is set when the worker is asked to stop.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 
 _started_at = time.time()
 STOP = threading.Event()  # set by SIGTERM
-OUT_S = 40.0  # a supervisor waits 45 s before it kills; a job is given back within 30
-DEAF_S = 60.0  # idle for so long beside a bell that lies in the list: the subscription is broken
-HEARD_S = 15.0  # between two signs of life in the list of workers
-_busy = threading.Event()  # run_next is at work
-_job = ""  # what it works on
+EXIT_DEADLINE_S = 40.0  # a supervisor kills after 45 s; a job is returned to the queue within 30
+UNSIGN_OF_LIFE_S = 60.0  # if a message waits this long beside an idle worker, its subscription is broken
+SIGN_OF_LIFE_S = 15.0  # between two updates of the worker's row
+_busy = threading.Event()  # run_next is running
+_current_job = ""
 
 
 def start(queues: set[str]) -> None:
@@ -42,30 +42,30 @@ def start(queues: set[str]) -> None:
     clear_leftovers()
     if "training" in queues:
         prewarmed.warm_up()
-        ring_self()
+        notify_self()
     if "inference" in queues:
-        inference_worker.RELAY.start()
+        inference_worker.SERVER.start()
     threading.Thread(target=_reconcile, args=(queues,), name="reconciler", daemon=True).start()
-    threading.Thread(target=_leave_in_time, name="leave", daemon=True).start()
+    threading.Thread(target=_exit_in_time, name="exit-deadline", daemon=True).start()
 
 
-def _leave_in_time() -> None:
-    """Whatever hangs after SIGTERM hangs no longer than this. The lease then runs out, as that of any lost worker."""
+def _exit_in_time() -> None:
+    """Ends a process that hangs after SIGTERM. Its lease then expires like that of any lost worker."""
     STOP.wait()
-    time.sleep(OUT_S)
-    log.error("this worker did not stop in time; where it stands follows")
+    time.sleep(EXIT_DEADLINE_S)
+    log.error("this worker did not stop in time; its stack traces follow")
     faulthandler.dump_traceback()
     os._exit(1)
 
 
 def finish() -> None:
-    """The last act of a worker that was asked to stop."""
-    inference_worker.RELAY.stop()
-    prewarmed.let_go()
+    """Called last when a worker stops."""
+    inference_worker.SERVER.stop()
+    prewarmed.shut_down()
 
 
 class Busy:
-    """`with Busy():` around what a training worker does; the canary leaves it alone meanwhile."""
+    """`with Busy():` around the work of a training worker; the subscription check ignores it meanwhile."""
 
     def __enter__(self) -> None:
         _busy.set()
@@ -74,19 +74,19 @@ class Busy:
         _busy.clear()
 
 
-def as_asked() -> WorkerInfo:
-    """This worker, as one that asks for a job."""
+def capabilities() -> WorkerInfo:
+    """This worker with what it offers to jobs."""
     here = prewarmed.machine()
     return transitions.this_worker(memory=here.memory, gpu=here.device == "cuda", devices=here.count)
 
 
-def holds(job_id: str) -> None:
-    global _job
-    _job = job_id
+def set_current_job(job_id: str) -> None:
+    global _current_job
+    _current_job = job_id
 
 
 def _sign_of_life(queues: set[str]) -> None:
-    """For people and for estimates: what workers there are, and what they compute on."""
+    """For the pages and for estimates: which workers exist, and what they compute on."""
     for kind in queues:
         Worker(
             kind,
@@ -94,14 +94,14 @@ def _sign_of_life(queues: set[str]) -> None:
             info={"machine": asdict(prewarmed.machine(idle=not _busy.is_set()))}
             if kind == "training"
             else {},
-            job_id=_job,
+            job_id=_current_job,
             started_at=_started_at,
             heard_at=time.time(),
         ).save()
 
 
-def ring_self() -> None:
-    """A worker that starts looks for work without waiting for a bell."""
+def notify_self() -> None:
+    """A worker that starts looks for work without waiting for a message."""
     redis_client.enqueue_training(1)
 
 
@@ -109,34 +109,34 @@ def _reconcile(queues: set[str]) -> None:
     from jobs.worker.reconciler import Reconciler
 
     reconciler = Reconciler()
-    canary = _Canary(queues)
-    signed = -HEARD_S
+    subscription = _SubscriptionCheck(queues)
+    signed = -SIGN_OF_LIFE_S
     while not STOP.is_set():
         try:
-            if time.monotonic() - signed > HEARD_S:
+            if time.monotonic() - signed > SIGN_OF_LIFE_S:
                 _sign_of_life(queues)
                 signed = time.monotonic()
             pause = reconciler.tick()
         except PynamoDBException as error:
-            log.warning("reconciler: the store is away: %s", str(error)[:200])
+            log.warning("reconciler: the store cannot be reached: %s", str(error)[:200])
             pause = None
-        except Exception:  # a fault of ours: the next round comes
+        except Exception:  # an error of ours: try again in the next round
             log.exception("reconciler")
             pause = None
-        canary.look()
-        longest = settings.JOBS["reconcile_s"] * random.uniform(0.8, 1.2)  # noqa: S311  jitter needs no secrecy
+        subscription.check()
+        longest = settings.JOBS["reconcile_s"] * random.uniform(0.8, 1.2)  # noqa: S311  jitter need not be secret
         STOP.wait(min(longest, pause) if pause is not None else longest)
 
 
-class _Canary:
-    """Finds out that a worker no longer hears its queue (a connection can die without a word), and ends it: what
-    watches over the workers starts it again."""
+class _SubscriptionCheck:
+    """Detects that a worker no longer receives messages from its queue (a connection can die silently), and exits: the
+    supervisor restarts it."""
 
     def __init__(self, queues: set[str]) -> None:
         self.queue = "training" if "training" in queues else None
         self.since: float | None = None
 
-    def look(self) -> None:
+    def check(self) -> None:
         if self.queue is None:
             return
         try:
@@ -147,15 +147,15 @@ class _Canary:
             self.since = None
         elif self.since is None:
             self.since = time.monotonic()
-        elif time.monotonic() - self.since > DEAF_S:
-            log.error("a bell lies in the queue and this idle worker doesn't hear it: starting again")
+        elif time.monotonic() - self.since > UNSIGN_OF_LIFE_S:
+            log.error("a message waits in the queue and this idle worker does not receive it: restarting")
             os._exit(1)
 
 
 def clear_leftovers() -> None:
-    """Work folders of attempts whose worker is gone (a running one holds its lock), and files they had half stored."""
+    """Removes work folders of attempts whose worker is gone (a running one holds its lock), and partly stored files."""
     for folder in Path(settings.WORK_DIR).glob("ftjob-*/e*"):
-        with prewarmed.folder_lock(folder) as mine:
-            if mine:
+        with prewarmed.folder_lock(folder) as locked:
+            if locked:
                 shutil.rmtree(folder, ignore_errors=True)
     blobs.sweep_unfinished()

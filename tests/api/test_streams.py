@@ -58,7 +58,7 @@ async def test_nobody_opens_streams_without_end(stores: None, people: dict[str, 
     answers = []
     for person in (alice, bob):
         job = await asyncio.to_thread(make_job, person.owner)
-        await asyncio.to_thread(transitions.ask, person.owner, job.job_id, "cancel")
+        await asyncio.to_thread(transitions.set_desired, person.owner, job.job_id, "cancel")
         answer = await AsyncClient().get(
             f"/v1/fine_tuning/jobs/{job.job_id}/events?stream=true",
             headers={"Authorization": f"Bearer {person.key}"},

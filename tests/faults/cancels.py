@@ -27,13 +27,13 @@ def waiting() -> tuple[Job, Claim | None]:
 
 def paused() -> tuple[Job, Claim | None]:
     job = queued()
-    return transitions.ask(job.owner, job.job_id, "pause"), None
+    return transitions.set_desired(job.owner, job.job_id, "pause"), None
 
 
 def paused_on_the_way() -> tuple[Job, Claim | None]:
     mine = held()
     mine.move_pointer(pointer(mine, 10))
-    transitions.ask(mine.owner, mine.job_id, "pause")
+    transitions.set_desired(mine.owner, mine.job_id, "pause")
     mine.heartbeat({})
     mine.finish("paused")
     return mine.job, mine
@@ -59,7 +59,7 @@ def cancel(state: str, rng: random.Random) -> list[str]:
     before, mine = STATES[state]()
     seen = now(before)
     wrong = []
-    if transitions.ask(seen.owner, seen.job_id, "cancel").status != "cancelled":
+    if transitions.set_desired(seen.owner, seen.job_id, "cancel").status != "cancelled":
         wrong.append("it was not cancelled at once")
     end = now(seen).to_simple_dict()
     late = late_moves(seen, mine)
@@ -77,11 +77,11 @@ def late_moves(seen: Job, mine: Claim | None) -> list[Callable[[], object]]:
     """Of people, workers, the reconciler and a holder of before; all by the sight of it before it ended."""
     owner, job_id = seen.owner, seen.job_id
     moves: list[Callable[[], object]] = [
-        lambda: transitions.ask(owner, job_id, "run"),
-        lambda: transitions.ask(owner, job_id, "pause"),
-        lambda: transitions.ask(owner, job_id, "cancel"),
+        lambda: transitions.set_desired(owner, job_id, "run"),
+        lambda: transitions.set_desired(owner, job_id, "pause"),
+        lambda: transitions.set_desired(owner, job_id, "cancel"),
         lambda: transitions.edit(owner, job_id, request_of(owner)),
-        lambda: transitions.prioritise(owner, job_id, 5),
+        lambda: transitions.set_priority(owner, job_id, 5),
         lambda: transitions.claim(seen, WORKER),
         lambda: transitions.settle(seen),
         lambda: transitions.requeue(seen),
@@ -136,7 +136,7 @@ def _turns(owner: str, other: str, slots: int, count: int) -> int:
         claim.finish("failed")
     for job in tables.rows(Job, owner):
         if not job.ended:
-            transitions.ask(owner, job.job_id, "cancel")
+            transitions.set_desired(owner, job.job_id, "cancel")
     for job in [*tables.rows(Job, owner), *tables.rows(Job, other)]:
         finalize.after_end(job.owner, job.job_id)
     return before

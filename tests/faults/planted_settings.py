@@ -2,4 +2,4 @@
 
 from tests.settings import *  # noqa: F403
 
-INSTALLED_APPS = [*INSTALLED_APPS, "tests.faults.plants.Planted"]  # noqa: F405
+INSTALLED_APPS = [*INSTALLED_APPS, "tests.faults.mutants.MutantConfig"]  # noqa: F405

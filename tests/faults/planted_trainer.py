@@ -1,4 +1,4 @@
-"""The trainer with a bug: a resumed run does not restore its random states. Only `tests/faults/plants.py` starts it."""
+"""The trainer with a bug: a resumed run does not restore its random states. Only `tests/faults/mutants.py` starts it."""
 
 import sys
 

@@ -1,5 +1,5 @@
 """Real processes are killed, stopped and cut off while jobs run; the judge finds nothing. The short form of
-`bin/bench faults`, in a house of its own, so that no other test's stores are harmed."""
+`bin/bench faults`, in a environment of its own, so that no other test's stores are harmed."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def test_nothing_of_an_old_holder_is_accepted():
         assert replies.zombie(random.Random(number)) == []
 
 
-@pytest.mark.parametrize("bug", ["epoch is not shown", "chunks overwrite"])
+@pytest.mark.parametrize("bug", ["fencing token is not checked", "chunks overwrite"])
 def test_an_old_holder_shows_where_a_condition_is_missing(bug):
     with ExitStack() as stack:
         for target, name, new in PLANTED[bug](None):

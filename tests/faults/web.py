@@ -9,15 +9,15 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from tests.faults import house as h
-from tests.faults.stage import Measured, Stage
+from tests.faults import environment as env
+from tests.faults.scenario import Measured, Scenario
 
 
 @dataclass
 class Watcher:
     """Follows a job's stream as a browser does: comes back with the last number it has."""
 
-    person: h.Person
+    person: env.Person
     job_id: str
     seen: list[int] = field(default_factory=list)
     text: bytes = b""
@@ -41,7 +41,7 @@ class Watcher:
 
     def _follow(self) -> None:
         last = self.seen[-1] if self.seen else 0
-        connection = http.client.HTTPConnection("127.0.0.1", h.web_port(), timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", env.web_port(), timeout=30)
         headers = {
             "Host": "localhost",
             "Cookie": f"session={self.person.session}",
@@ -67,38 +67,38 @@ class Watcher:
                 number = 0
 
 
-def web_killed(stage: Stage, rounds: int = 1) -> Measured:
+def web_killed(scenario: Scenario, rounds: int = 1) -> Measured:
     """SIGKILL of the web process in the middle of a POST: sent again with the same key, it is one job. Whoever watches
     goes on by the last number; who trains feels nothing."""
     from jobs.lifecycle import transitions
 
     measured = Measured(rounds=rounds)
-    stage.only(1)
-    person = stage.house.person()
-    stage.house.start_web()
-    running = stage.submit(max_steps=100_000, checkpoint_every_steps=1000)
-    h.wait_step(running, 5)
+    scenario.only(1)
+    person = scenario.environment.person()
+    scenario.environment.start_web()
+    running = scenario.submit(max_steps=100_000, checkpoint_every_steps=1000)
+    env.wait_step(running, 5)
     watcher = Watcher(person, running).start()
     for number in range(rounds):
-        key = f"round-{stage.some.random()}"
+        key = f"round-{scenario.some.random()}"
         answers: list[str] = []
-        poster = threading.Thread(target=_post, args=(person, stage.dataset, key, answers))
+        poster = threading.Thread(target=_post, args=(person, scenario.dataset, key, answers))
         poster.start()
-        time.sleep(stage.some.uniform(0, 0.5))
-        stage.house.kill("web")
+        time.sleep(scenario.some.uniform(0, 0.5))
+        scenario.environment.kill("web")
         poster.join()
         began = time.monotonic()
-        stage.house.start_web()
+        scenario.environment.start_web()
         measured.worst("web back s", time.monotonic() - began)
-        _post(person, stage.dataset, key, answers)
-        made = [job.job_id for job in _jobs_of(h.OWNER) if (job.metadata or {}).get("key") == key]
+        _post(person, scenario.dataset, key, answers)
+        made = [job.job_id for job in _jobs_of(env.OWNER) if (job.metadata or {}).get("key") == key]
         if len(made) != 1 or set(answers) != set(made):
             measured.wrong.append(f"number {number}: {len(made)} jobs, answers {answers}")
         measured.figures["answered first"] = measured.figures.get("answered first", 0.0) + (len(answers) == 2)
         for job_id in made:
-            transitions.ask(h.OWNER, job_id, "cancel")
-    transitions.ask(h.OWNER, running, "cancel")
-    job = h.wait_ended(running, 60)
+            transitions.set_desired(env.OWNER, job_id, "cancel")
+    transitions.set_desired(env.OWNER, running, "cancel")
+    job = env.wait_ended(running, 60)
     until_told = time.monotonic() + 30
     while not watcher.ended and time.monotonic() < until_told:
         time.sleep(0.1)
@@ -107,27 +107,27 @@ def web_killed(stage: Stage, rounds: int = 1) -> Measured:
         measured.wrong.append(
             f"the watcher saw {len(watcher.seen)} events of {job.last_seq + 1}, or some twice"
         )
-    if (job.epoch, job.attempts) != (1, 0):
-        measured.wrong.append(f"training took {job.epoch} leases, {job.attempts} attempts")
+    if (job.fencing_token, job.attempts) != (1, 0):
+        measured.wrong.append(f"training took {job.fencing_token} leases, {job.attempts} attempts")
     measured.figures["streams of the watcher"] = float(watcher.streams)
-    stage.hear(measured)
-    stage.house.kill("web")
+    scenario.hear(measured)
+    scenario.environment.kill("web")
     return measured
 
 
-def strangers(stage: Stage, rounds: int = 1) -> Measured:
+def strangers(scenario: Scenario, rounds: int = 1) -> Measured:
     """Two people watch their own jobs at the same time and ask for each other's: nobody hears or sees another's."""
     from jobs.events import event_log
     from jobs.lifecycle import transitions
 
     measured = Measured()
-    stage.only(0)
-    owners = [h.OWNER, h.OWNER + "-other"]
-    people = [stage.house.person(owner) for owner in owners]
-    stage.house.start_web()
+    scenario.only(0)
+    owners = [env.OWNER, env.OWNER + "-other"]
+    people = [scenario.environment.person(owner) for owner in owners]
+    scenario.environment.start_web()
     claims = []
     for owner in owners:
-        job = h.job_of(h.submit(h.ready_dataset(owner), owner), owner)
+        job = env.job_of(env.submit(env.ready_dataset(owner), owner), owner)
         claims.append(transitions.claim(job, transitions.this_worker()))
     jobs = [claim.job_id for claim in claims if claim]
     watchers = [Watcher(person, job_id).start() for person, job_id in zip(people, jobs, strict=True)]
@@ -158,12 +158,12 @@ def strangers(stage: Stage, rounds: int = 1) -> Measured:
     for claim in claims:
         assert claim
         claim.finish("failed")
-    stage.house.kill("web")
+    scenario.environment.kill("web")
     return measured
 
 
-def _get(person: h.Person, path: str) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", h.web_port(), timeout=30)
+def _get(person: env.Person, path: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", env.web_port(), timeout=30)
     headers = {"Host": "localhost", "Cookie": f"session={person.session}"}
     if path.startswith("/v1/"):
         headers = {"Host": "localhost", "Authorization": f"Bearer {person.key}"}
@@ -173,7 +173,7 @@ def _get(person: h.Person, path: str) -> int:
     return status
 
 
-def _post(person: h.Person, dataset: str, key: str, answers: list[str]) -> None:
+def _post(person: env.Person, dataset: str, key: str, answers: list[str]) -> None:
     body = {
         "model": "starter",
         "training_file": dataset,
@@ -184,7 +184,7 @@ def _post(person: h.Person, dataset: str, key: str, answers: list[str]) -> None:
         "Host": "localhost", "Authorization": f"Bearer {person.key}", "Content-Type": "application/json",
         "Idempotency-Key": key,
     }  # fmt: skip
-    connection = http.client.HTTPConnection("127.0.0.1", h.web_port(), timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", env.web_port(), timeout=30)
     try:
         connection.request("POST", "/v1/fine_tuning/jobs", json.dumps(body), headers)
         answer = connection.getresponse()

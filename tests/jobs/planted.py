@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jobs.events import event_log
-from jobs.lifecycle import finalize, transitions
+from jobs.lifecycle import claims, finalize, moves, requests, transitions
 from jobs.lifecycle.transitions import Claim
 from jobs.registry import tuned_models
 from jobs.store import access, queue, quotas, tables
@@ -14,22 +14,27 @@ from jobs.store.tables import EventChunk, Job, JobIndex, TunedModel, Usage
 
 Patch = tuple[Any, str, Any]
 REAL = {
-    "landing": transitions.landing,
-    "move": transitions._move,
+    "landing": moves.landing,
+    "move": moves.move,
     "after_end": finalize.after_end,
     "update": tables.update,
-    "where_asked": transitions._where_asked,
+    "desired_status": moves.desired_status,
 }
 
 
 def holder_may_write_after_leaving(sim: Any) -> list[Patch]:
-    """ "mine" without the status: epoch and holder stay after the end."""
-    same = lambda self, found: (found.epoch, found.lease_owner) == (self.epoch, self.lease_owner)  # noqa: E731
-    mine = lambda self: (Job.epoch == self.epoch) & (Job.lease_owner == self.lease_owner)  # noqa: E731
+    """ "mine" without the status: fencing token and holder stay after the end."""
+
+    def same(self: Claim, found: Job) -> bool:
+        return (found.fencing_token, found.lease_owner) == (self.fencing_token, self.lease_owner)
+
+    def mine(self: Claim) -> Any:
+        return (Job.fencing_token == self.fencing_token) & (Job.lease_owner == self.lease_owner)
+
     return [(Claim, "is_mine", same), (Claim, "_mine", mine)]
 
 
-def epoch_is_not_shown(sim: Any) -> list[Patch]:
+def fencing_token_is_not_checked(sim: Any) -> list[Patch]:
     """Who holds a lease may write, whoever that is now."""
     return [
         (Claim, "is_mine", lambda self, found: found.status == "running"),
@@ -38,10 +43,8 @@ def epoch_is_not_shown(sim: Any) -> list[Patch]:
 
 
 def claim_ignores_what_was_seen(sim: Any) -> list[Patch]:
-    real = transitions._as_seen
-    return [
-        (transitions, "_as_seen", lambda job: Job.job_id.exists() if job.status == "queued" else real(job))
-    ]
+    real = moves.as_seen
+    return [(moves, "as_seen", lambda job: Job.job_id.exists() if job.status == "queued" else real(job))]
 
 
 def replies_are_believed(sim: Any) -> list[Patch]:
@@ -58,7 +61,7 @@ def chunks_overwrite(sim: Any) -> list[Patch]:
 
     def append(claim: Claim, batch: Any) -> None:
         EventChunk(
-            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, lease_owner=claim.lease_owner,
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, fencing_token=claim.fencing_token, lease_owner=claim.lease_owner,
             lines=list(batch.lines),
         ).save()  # fmt: skip
 
@@ -70,7 +73,7 @@ def chunks_are_put_once(sim: Any) -> list[Patch]:
 
     def append(claim: Claim, batch: Any) -> None:
         chunk = EventChunk(
-            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, lease_owner=claim.lease_owner,
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, fencing_token=claim.fencing_token, lease_owner=claim.lease_owner,
             lines=list(batch.lines),
         )  # fmt: skip
         tables.put_new(chunk)
@@ -84,10 +87,10 @@ def batches_change_between_sends(sim: Any) -> list[Patch]:
 
     def append(claim: Claim, batch: Any) -> None:
         chunk = EventChunk(
-            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, lease_owner=claim.lease_owner,
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, fencing_token=claim.fencing_token, lease_owner=claim.lease_owner,
             lines=list(batch.lines),
         )  # fmt: skip
-        free = EventChunk.job_id.does_not_exist() | (EventChunk.epoch < claim.epoch)
+        free = EventChunk.job_id.does_not_exist() | (EventChunk.fencing_token < claim.fencing_token)
         if tables.put_if(chunk, free, lambda found: found.lease_owner == claim.lease_owner) is None:
             raise transitions.LostRace
 
@@ -119,7 +122,7 @@ def broken_submissions_are_dropped(sim: Any) -> list[Patch]:
 def wishes_only_wait_for_a_holder(sim: Any) -> list[Patch]:
     """A pause or cancel of a job nobody holds is only noted."""
     return [
-        (transitions, "_where_asked", lambda job, desired: job.status),
+        (moves, "desired_status", lambda job, desired: job.status),
         (transitions, "settle", lambda job: None),
     ]
 
@@ -133,7 +136,7 @@ def paused_is_an_end(sim: Any) -> list[Patch]:
             tables.remove(JobIndex, queue.shard(job.job_id), job.job_id)
         return moved
 
-    return [(transitions, "_move", move)]
+    return [(moves, "move", move)]
 
 
 def quota_is_a_counter(sim: Any) -> list[Patch]:
@@ -156,15 +159,15 @@ def deleted_means_removed(sim: Any) -> list[Patch]:
 
 
 def janitor_sweeps_everything(sim: Any) -> list[Patch]:
-    """Not only epochs below the job's: also what its holder is uploading."""
-    return [(finalize, "_epoch", lambda key: -1)]
+    """Not only tokens below the job's: also what its holder is uploading."""
+    return [(finalize, "_fencing_token_of", lambda key: -1)]
 
 
 def janitor_forgets_the_fallbacks(sim: Any) -> list[Patch]:
     def pointer_only(job: Job) -> tuple[str, ...]:
         return tuple(f"{key}/" for key in [job.checkpoint_key, *tuned_models.folders_of(job)] if key)
 
-    return [(finalize, "_named", pointer_only), (finalize, "_epoch", lambda key: -1)]
+    return [(finalize, "_named", pointer_only), (finalize, "_fencing_token_of", lambda key: -1)]
 
 
 def superseded_bytes_go_before_their_references(sim: Any) -> list[Patch]:
@@ -173,7 +176,7 @@ def superseded_bytes_go_before_their_references(sim: Any) -> list[Patch]:
     def move_pointer(self: Claim, checkpoint: Any) -> str:
         ahead = Job()
         ahead.attribute_values = dict(self.job.attribute_values)
-        ahead.checkpoints = transitions._kept([*self.job.checkpoints, dict(checkpoint)])
+        ahead.checkpoints = claims.kept_checkpoints([*self.job.checkpoints, dict(checkpoint)])
         ahead.checkpoint_key, ahead.checkpoint_step = checkpoint["key"], checkpoint["step"]
         finalize.after_pointer(ahead)
         return REAL_MOVE_POINTER(self, checkpoint)
@@ -185,45 +188,43 @@ def success_ignores_a_cancel(sim: Any) -> list[Patch]:
     def landing(event: str, job: Job) -> str:
         return "succeeded" if event == "succeeded" else REAL["landing"](event, job)
 
-    return [(transitions, "landing", landing)]
+    return [(moves, "landing", landing)]
 
 
 def lost_leases_are_taken_blindly(sim: Any) -> list[Patch]:
     """The reconciler's move shows neither version nor lease."""
 
     def lose_lease(job: Job) -> Job | None:
-        status = transitions.landing("lost", job)
-        actions = transitions._leaving("lost", job, status, "lost_worker", "", "")
-        return transitions._move(job, actions, Job.job_id.exists())
+        status = moves.landing("lost", job)
+        actions = moves.leaving("lost", job, status, "lost_worker", "", "")
+        return moves.move(job, actions, Job.job_id.exists())
 
     return [(transitions, "lose_lease", lose_lease)]
 
 
 def requeueing_is_blind(sim: Any) -> list[Patch]:
     def requeue(job: Job) -> Job | None:
-        return transitions._move(job, [Job.status.set("queued")], Job.job_id.exists())
+        return moves.move(job, [Job.status.set("queued")], Job.job_id.exists())
 
     return [(transitions, "requeue", requeue)]
 
 
 def keys_are_never_renewed(sim: Any) -> list[Patch]:
     """A key leads to its first job for ever, also when that is void."""
-    return [(transitions, "_id_for", lambda owner, request, key: "ftjob-01M83J8FG6AH60ED2AA8T9Y4E8")]
+    return [(requests, "_id_for", lambda owner, request, key: "ftjob-01M83J8FG6AH60ED2AA8T9Y4E8")]
 
 
 def cancels_can_be_taken_back(sim: Any) -> list[Patch]:
-    def ask(owner: str, job_id: str, desired: str) -> Job:
+    def set_desired(owner: str, job_id: str, desired: str) -> Job:
         job = access.get_job_for(owner, job_id)
         if job.status == "running":
-            transitions._move(job, [Job.desired.set(desired)], Job.status == "running")
+            moves.move(job, [Job.desired.set(desired)], Job.status == "running")
         elif not job.ended:
-            status = REAL["where_asked"](job, desired)
-            transitions._move(
-                job, [Job.desired.set(desired), Job.status.set(status)], transitions._as_seen(job)
-            )
+            status = REAL["desired_status"](job, desired)
+            moves.move(job, [Job.desired.set(desired), Job.status.set(status)], moves.as_seen(job))
         return job
 
-    return [(transitions, "ask", ask)]
+    return [(transitions, "set_desired", set_desired)]
 
 
 def the_list_is_cleared_first(sim: Any) -> list[Patch]:
@@ -235,7 +236,7 @@ def the_list_is_cleared_first(sim: Any) -> list[Patch]:
             tables.remove(JobIndex, queue.shard(job_id), job_id)
             REAL["after_end"](owner, job_id)
 
-    return [(finalize, "after_end", after_end), (transitions, "after_end", after_end)]
+    return [(finalize, "after_end", after_end)]
 
 
 def jobs_are_listed_after_they_are_made(sim: Any) -> list[Patch]:
@@ -259,7 +260,7 @@ def jobs_are_listed_after_they_are_made(sim: Any) -> list[Patch]:
 REAL_PUT_NEW = tables.put_new
 REAL_MOVE_POINTER = Claim.move_pointer
 EVERY: list[Callable[[Any], list[Patch]]] = [
-    holder_may_write_after_leaving, epoch_is_not_shown, claim_ignores_what_was_seen, replies_are_believed,
+    holder_may_write_after_leaving, fencing_token_is_not_checked, claim_ignores_what_was_seen, replies_are_believed,
     chunks_overwrite, chunks_are_put_once, batches_change_between_sends, readers_read_chunks_first,
     model_is_made_before_the_end, broken_submissions_are_dropped, wishes_only_wait_for_a_holder, paused_is_an_end,
     quota_is_a_counter, deleted_means_removed, janitor_sweeps_everything, janitor_forgets_the_fallbacks,

@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jobs.inference import generation
-from jobs.lifecycle import transitions
+from jobs.lifecycle import finalize, transitions
 from jobs.registry import base_models, tuned_models
 from jobs.store import access, blobs, outbox
 from jobs.store.tables import DatasetReport, HubModel, Job, TunedModel
@@ -121,7 +121,7 @@ def test_the_files_of_a_base_stay_until_the_jobs_from_it_have_ended(monkeypatch)
     assert not outbox.delete_bytes(owner, parent.model_id)
     outbox.delete_bytes(owner, parent.job_id)
     assert blobs.size_of(key) == 2
-    transitions.ask(owner, job.job_id, "cancel")
+    transitions.set_desired(owner, job.job_id, "cancel")
     assert outbox.delete_bytes(owner, parent.model_id)
     assert blobs.size_of(key) is None
 
@@ -132,7 +132,7 @@ def test_training_really_starts_from_the_parents_weights(tmp_path):
     owner = make_owner()
     first = claim_one(owner=owner)
     runner.run(first)
-    transitions.after_end(owner, first.job.job_id)
+    finalize.after_end(owner, first.job.job_id)
     parent = access.get_model_for(owner, first.job.model_id)
 
     tiny = {"learning_rate": 1e-8, "max_steps": 1, "dropout": 0.0, "keep_best": False}
@@ -142,7 +142,7 @@ def test_training_really_starts_from_the_parents_weights(tmp_path):
     second = again(transitions.submit(owner, request))
     runner.run(second)
     assert read(second.job).status == "succeeded", read(second.job).message
-    transitions.after_end(owner, second.job.job_id)
+    finalize.after_end(owner, second.job.job_id)
     child = access.get_model_for(owner, second.job.model_id)
     assert child.base == parent.model_id
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from jobs.datasets import datasets
-from jobs.lifecycle import transitions
+from jobs.lifecycle import finalize
 from jobs.store import access, blobs, outbox, quotas, tables
 from jobs.store.tables import Dataset
 from tests.jobs.makers import ROWS, make_claim, make_job, make_owner
@@ -125,7 +125,7 @@ def test_bytes_stay_until_no_job_needs_them():
     assert datasets.of_job(dataset.owner, dataset.dataset_id).key == dataset.key
     claim = make_claim(job)
     claim.finish("failed", "bad_data")
-    transitions.after_end(job.owner, job.job_id)
+    finalize.after_end(job.owner, job.job_id)
     assert outbox.delete_bytes(dataset.owner, dataset.dataset_id)
     assert stored(dataset) == []
 

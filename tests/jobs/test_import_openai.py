@@ -82,7 +82,7 @@ def test_described_jobs_are_trained_here_with_what_they_had(exported: Path):
         "file-train1.jsonl",
         "file-valid1.jsonl",
     )
-    assert (job.base, job.seed, job.settings["epochs"]) == ("starter", 42, 4)
+    assert (job.base, job.settings["seed"], job.settings["epochs"]) == ("starter", 42, 4)
     assert job.metadata == {"imported_from": "ftjob-one"}
     imported(exported, alice, start=True)
     assert len(list(access.list_jobs(alice.owner_id, 10))) == 1

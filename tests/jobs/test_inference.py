@@ -138,7 +138,7 @@ async def test_a_full_queue_says_when_to_come_back(stores, monkeypatch):
 
 
 async def test_without_a_worker_nobody_waits_long(paused, monkeypatch):
-    monkeypatch.setattr(generation, "NOBODY_S", 0)
+    monkeypatch.setattr(generation, "NO_WORKER_S", 0)
     monkeypatch.setattr(generation, "RENEW_S", 0)
     redis_client.client().delete("generation:taken", "generation:running")
     with pytest.raises(generation.Unavailable, match="No inference worker"):
@@ -251,7 +251,7 @@ async def test_a_silent_server_is_started_again_and_who_waited_is_answered(worke
 def test_only_whose_prompt_was_being_read_is_told_so(stores, monkeypatch):
     said: dict[str, str] = {}
     monkeypatch.setattr(inference_worker, "publish", lambda rid, lines, after: said.update({rid: lines[-1]}))
-    asked = inference_worker.Relay()
+    asked = inference_worker.ModelServer()
     for rid, state in (("r1", "sent"), ("r2", "reading"), ("r3", "started")):
         asked.waiting[rid] = inference_worker.Waiting(rid, {}, state=state, tries=inference_worker.MAX_TRIES)
         asked._fail(rid)

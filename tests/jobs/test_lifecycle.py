@@ -8,7 +8,7 @@ import io
 import pytest
 
 from jobs.datasets import datasets
-from jobs.lifecycle import finalize, transitions
+from jobs.lifecycle import finalize, requests, transitions
 from jobs.lifecycle.transitions import LostRace, OverQuota, Refused
 from jobs.store import access, blobs, outbox, queue, quotas, reasons, tables
 from jobs.store.tables import JobIndex, TunedModel, month_of, new_id
@@ -37,7 +37,7 @@ def is_listed(job, partition=None):
 
 def test_a_submitted_job_waits_in_the_queue():
     job = make_job()
-    assert (read(job).status, read(job).desired, read(job).epoch) == ("queued", "run", 0)
+    assert (read(job).status, read(job).desired, read(job).fencing_token) == ("queued", "run", 0)
     assert is_listed(job)
     assert is_listed(job, f"all#{month_of(job.created_at)}")
     assert quotas.held(job.owner, "jobs") == {job.job_id}
@@ -80,7 +80,7 @@ def test_the_same_key_makes_one_job():
 def test_a_key_whose_submission_broke_off_can_be_used_again():
     owner = make_owner()
     request = make_request(owner)
-    job_id = transitions._id_for(owner, request, "k")
+    job_id = requests._id_for(owner, request, "k")
     finalize.make_void(owner, job_id)
     job = transitions.submit(owner, request, idempotency_key="k")
     assert job.job_id != job_id
@@ -130,7 +130,7 @@ def test_a_claim_is_had_once():
     seen = read(job)
     assert transitions.claim(seen, WORKER) is not None
     assert transitions.claim(seen, WORKER) is None
-    assert (read(job).status, read(job).epoch) == ("running", 1)
+    assert (read(job).status, read(job).fencing_token) == ("running", 1)
 
 
 def test_a_heartbeat_renews_the_lease_and_brings_the_orders():
@@ -140,7 +140,7 @@ def test_a_heartbeat_renews_the_lease_and_brings_the_orders():
     job = read(claim.job)
     assert job.lease != before
     assert (job.progress, job.metrics, job.last_seq) == ({"step": 3}, {"loss": 2.5}, 4)
-    transitions.ask(job.owner, job.job_id, "pause")
+    transitions.set_desired(job.owner, job.job_id, "pause")
     assert claim.heartbeat() == "pause"
 
 
@@ -255,7 +255,7 @@ def test_a_success_makes_a_model_and_clears_the_lists():
     assert (job.status, job.lease, job.lease_owner) == ("succeeded", None, claim.lease_owner)
     assert is_listed(job)
     for _ in range(2):
-        transitions.after_end(job.owner, job.job_id)
+        finalize.after_end(job.owner, job.job_id)
     model = access.get_model_for(job.owner, job.model_id)
     assert (model.prefix, model.step, model.bytes) == (f"{claim.prefix}final", 3, 2)
     assert not is_listed(job)
@@ -363,7 +363,7 @@ def test_a_lost_lease_fences_its_old_holder():
     assert transitions.lose_lease(old.job).status == "retrying"
     transitions.requeue(read(old.job))
     new = make_claim(old.job)
-    assert new.epoch == 2
+    assert new.fencing_token == 2
     for write in (
         old.heartbeat,
         old.give_back,
@@ -388,25 +388,25 @@ def test_a_lease_that_was_renewed_is_not_lost():
 
 def test_waiting_jobs_move_at_once():
     job = make_job()
-    assert transitions.ask(job.owner, job.job_id, "pause").status == "paused"
-    assert transitions.ask(job.owner, job.job_id, "run").status == "queued"
-    assert transitions.ask(job.owner, job.job_id, "cancel").status == "cancelled"
-    assert transitions.ask(job.owner, job.job_id, "cancel").status == "cancelled"
+    assert transitions.set_desired(job.owner, job.job_id, "pause").status == "paused"
+    assert transitions.set_desired(job.owner, job.job_id, "run").status == "queued"
+    assert transitions.set_desired(job.owner, job.job_id, "cancel").status == "cancelled"
+    assert transitions.set_desired(job.owner, job.job_id, "cancel").status == "cancelled"
     with pytest.raises(Refused):
-        transitions.ask(job.owner, job.job_id, "run")
+        transitions.set_desired(job.owner, job.job_id, "run")
 
 
 def test_what_was_never_checked_goes_back_to_be_checked():
     job = make_job(dataset_status="checking")
-    assert transitions.ask(job.owner, job.job_id, "pause").status == "paused"
-    assert transitions.ask(job.owner, job.job_id, "run").status == "validating"
+    assert transitions.set_desired(job.owner, job.job_id, "pause").status == "paused"
+    assert transitions.set_desired(job.owner, job.job_id, "run").status == "validating"
 
 
 def test_a_cancel_is_never_taken_back():
     claim = make_claim()
-    transitions.ask(claim.owner, claim.job_id, "cancel")
+    transitions.set_desired(claim.owner, claim.job_id, "cancel")
     with pytest.raises(Refused):
-        transitions.ask(claim.owner, claim.job_id, "run")
+        transitions.set_desired(claim.owner, claim.job_id, "run")
     assert claim.heartbeat() == "cancel"
 
 
@@ -428,7 +428,7 @@ def test_a_cancel_is_never_taken_back():
 def test_every_way_out_of_running_lands_where_people_want(desired, leave, landed):
     claim = make_claim()
     if desired != "run":
-        transitions.ask(claim.owner, claim.job_id, desired)  # unseen by the holder
+        transitions.set_desired(claim.owner, claim.job_id, desired)  # unseen by the holder
     assert leave(claim) == landed
     job = read(claim.job)
     assert job.status == landed
@@ -475,7 +475,7 @@ def test_a_deleted_job_stays_away():
         transitions.delete(claim.owner, claim.job_id)
     claim.finish("succeeded", result=result(claim))
     transitions.delete(claim.owner, claim.job_id, with_model=True)
-    transitions.after_end(claim.owner, claim.job_id)
+    finalize.after_end(claim.owner, claim.job_id)
     for get in (access.get_job_for, access.get_model_for):
         with pytest.raises(access.NotFound):
             get(claim.owner, claim.job_id if get is access.get_job_for else claim.job.model_id)
@@ -487,7 +487,7 @@ def test_bob_finds_nothing_of_alices():
     bob = make_owner()
     for act in (
         lambda: access.get_job_for(bob, claim.job_id),
-        lambda: transitions.ask(bob, claim.job_id, "cancel"),
+        lambda: transitions.set_desired(bob, claim.job_id, "cancel"),
         lambda: transitions.rename(bob, claim.job_id, "x"),
         lambda: transitions.delete(bob, claim.job_id),
         lambda: transitions.retry(bob, claim.job_id),

@@ -65,7 +65,7 @@ def test_a_worker_takes_what_it_has_room_for():
 def test_a_person_sees_the_place_in_the_queue():
     first = make_job()
     second = make_job(first.owner)
-    positions = [transitions.queue_position(read(j)) for j in (first, second)]
+    positions = [queue.position(read(j)) for j in (first, second)]
     assert positions[0] < positions[1]
-    transitions.ask(first.owner, first.job_id, "cancel")
-    assert transitions.queue_position(read(first)) is None
+    transitions.set_desired(first.owner, first.job_id, "cancel")
+    assert queue.position(read(first)) is None

@@ -199,7 +199,7 @@ def test_the_audit_removes_what_has_ended_from_the_quota(alone, settings):
     claim.finish("failed", "bad_data")
     quotas.take(claim.owner, "jobs", claim.job_id)
     make_job(claim.owner)
-    transitions.after_end(claim.owner, claim.job_id)
+    finalize.after_end(claim.owner, claim.job_id)
     quotas.take(claim.owner, "jobs", claim.job_id)  # a late write
     reconciler, clock = start()
     clock.now += 3601
@@ -251,8 +251,8 @@ def test_a_watch_forgets_what_it_no_longer_meets():
     clock = Clock()
     watch = Watch(clock)
     for _ in range(3):
-        watch.look()
+        watch.begin_round()
         watch.unchanged("a", 1, 10)
-    watch.look()
-    watch.look()
+    watch.begin_round()
+    watch.begin_round()
     assert watch.seen == {}

@@ -16,7 +16,7 @@ from django.core.files.storage import storages
 
 from jobs.datasets import datasets
 from jobs.events import event_log
-from jobs.lifecycle import transitions
+from jobs.lifecycle import finalize, transitions
 from jobs.registry import tuned_models
 from jobs.store import blobs, quotas, tables
 from jobs.store.tables import new_id
@@ -43,7 +43,7 @@ ASKED = {
 @pytest.fixture(scope="module", autouse=True)
 def no_warm_trainer_is_left():
     yield
-    prewarmed.let_go()
+    prewarmed.shut_down()
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +108,7 @@ def test_a_job_runs_from_its_claim_to_its_model(undisturbed):
     assert told[-1] == "end"
     assert {"plan", "estimate", "checkpoint", "done"} <= set(told)
     assert job.progress["step"] == STEPS
-    transitions.after_end(job.owner, job.job_id)
+    finalize.after_end(job.owner, job.job_id)
     model = tables.get(tables.TunedModel, job.owner, job.model_id)
     assert (tuned_models.fetch(model) / "config.json").is_file()
 
@@ -170,7 +170,7 @@ def test_a_trainer_that_hangs_is_killed_and_the_job_goes_where_it_should(wish, m
         if wish == "stop":
             stop.set()
         elif wish == "cancel":
-            transitions.ask(claim.owner, claim.job_id, "cancel")
+            transitions.set_desired(claim.owner, claim.job_id, "cancel")
 
     when_step(claim, 5, hang)
     attempt.run()
@@ -212,7 +212,7 @@ def test_a_first_step_may_take_longer_than_the_least_limit(monkeypatch):
 
 def test_a_trainer_that_falls_silent_is_told_of_and_one_that_goes_on_is_not(monkeypatch):
     monkeypatch.setitem(settings.JOBS, "heartbeat_s", 0.2)
-    monkeypatch.setattr(runner, "SAID_AFTER", 0.005)  # of at least 120 s
+    monkeypatch.setattr(runner, "SILENCE_SHOWN_AFTER", 0.005)  # of at least 120 s
     claim = claim_one(max_steps=5000)
     attempt = runner._Attempt(claim, threading.Event(), runner.prepare.work_folder(claim.job_id, 1))
     seen = []
@@ -228,7 +228,7 @@ def test_a_trainer_that_falls_silent_is_told_of_and_one_that_goes_on_is_not(monk
         progress_when(lambda progress: "silent_s" in progress)
         os.kill(attempt.child.pid, signal.SIGCONT)
         progress_when(lambda progress: "silent_s" not in progress)
-        transitions.ask(claim.owner, claim.job_id, "cancel")
+        transitions.set_desired(claim.owner, claim.job_id, "cancel")
 
     when_step(claim, 5, hang_and_go_on)
     attempt.run()
@@ -245,7 +245,7 @@ def test_a_lost_attempts_steps_are_run_again_and_proven_equal(undisturbed):
     claim, stop = claim_one(checkpoint_every_steps=25), threading.Event()
     when_step(claim, 30, stop.set)
     zombie = runner._Attempt(claim, stop, runner.prepare.work_folder(claim.job_id, 1))
-    zombie._settle = lambda *_: None  # it gives nothing back, as one that was killed
+    zombie._finish = lambda *_: None  # it gives nothing back, as one that was killed
     uploads = zombie._uploads
     zombie._uploads = lambda: uploads() if not stop.is_set() else None
     zombie.run()
@@ -254,23 +254,21 @@ def test_a_lost_attempts_steps_are_run_again_and_proven_equal(undisturbed):
     runner.run(again(job))
     job = read(job)
     assert job.status == "succeeded"
-    assert curve(job) == curve(undisturbed) or job.proof["exact"]
-    assert job.proof["equal"] == job.proof["steps"] > 0
-    assert any(
-        "equal to the bit" in str(e.data.get("message")) for e in event_log.read(job.owner, job.job_id)
-    )
+    assert curve(job) == curve(undisturbed) or job.resume_check["exact"]
+    assert job.resume_check["equal"] == job.resume_check["steps"] > 0
+    assert any("bit-identical" in str(e.data.get("message")) for e in event_log.read(job.owner, job.job_id))
 
 
 def test_cancel_stops_the_trainer_and_ends_the_job():
     claim = claim_one(max_steps=5000)
-    when_step(claim, 5, lambda: transitions.ask(claim.owner, claim.job_id, "cancel"))
+    when_step(claim, 5, lambda: transitions.set_desired(claim.owner, claim.job_id, "cancel"))
     runner.run(claim)
     assert read(claim.job).status == "cancelled"
 
 
 def test_pause_keeps_a_checkpoint_and_waits():
     claim = claim_one(max_steps=5000)
-    when_step(claim, 5, lambda: transitions.ask(claim.owner, claim.job_id, "pause"))
+    when_step(claim, 5, lambda: transitions.set_desired(claim.owner, claim.job_id, "pause"))
     runner.run(claim)
     job = read(claim.job)
     assert job.status == "paused"
@@ -324,7 +322,7 @@ def test_an_object_storage_that_is_away_spends_no_attempt(monkeypatch):
     runner.run(claim)
     job = read(claim.job)
     assert (job.status, job.attempts, job.reason) == ("retrying", 0, "store")
-    assert "The storage said" in job.message
+    assert "object storage returned an error" in job.message
 
 
 def test_a_dataset_whose_bytes_are_lost_is_not_tried_for_ever():
@@ -347,7 +345,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before():
     runner.run(again(job))
     job = read(job)
     assert job.status == "succeeded"
-    assert any("does not verify" in str(e.data.get("message")) for e in event_log.read(job.owner, job.job_id))
+    assert any("is damaged" in str(e.data.get("message")) for e in event_log.read(job.owner, job.job_id))
 
 
 def test_a_job_that_was_taken_over_leaves_its_zombie_without_a_word():
@@ -367,7 +365,7 @@ def test_a_trainer_out_of_memory_goes_on_with_smaller_parts(monkeypatch):
         sizes.append(config["settings"].get("micro_batch_tokens"))
         code = next(codes, None)
         if code is not None:
-            self.listener.micro_batch = 2048
+            self.output.micro_batch = 2048
             return code
         return train_once(self, config)
 

@@ -97,7 +97,7 @@ def test_a_deleted_model_loses_its_bytes_and_stays_away():
 
 
 def test_deleting_a_job_leaves_its_model():
-    from jobs.lifecycle import transitions
+    from jobs.lifecycle import finalize, transitions
 
     claim = make_claim()
     told = result(claim)
@@ -105,7 +105,7 @@ def test_deleting_a_job_leaves_its_model():
         blobs.put_file(claim.prefix + name, io.BytesIO(b"{}"))
     claim.move_pointer(checkpoint(claim, 1))
     claim.finish("succeeded", result=told)
-    transitions.after_end(claim.owner, claim.job_id)
+    finalize.after_end(claim.owner, claim.job_id)
     assert len(blobs.list_keys(claim.prefix)) == 2
     transitions.delete(claim.owner, claim.job_id)
     outbox.delete_bytes(claim.owner, claim.job_id)

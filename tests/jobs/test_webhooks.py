@@ -17,7 +17,7 @@ import pytest
 from django.core import mail
 from django.core.mail.backends.base import BaseEmailBackend
 
-from jobs.lifecycle import transitions
+from jobs.lifecycle import finalize
 from jobs.notifications import webhooks
 from jobs.store import outbox, quotas, tables
 from jobs.store.tables import WebhookDelivery, WebhookEndpoint
@@ -58,7 +58,7 @@ def ended_job(owner, url):
     endpoint = webhooks.add_endpoint(owner, url)
     claim = make_claim(make_job(owner))
     claim.finish("succeeded", result=result(claim))
-    transitions.after_end(owner, claim.job_id)
+    finalize.after_end(owner, claim.job_id)
     return claim, endpoint, f"{claim.job_id}#succeeded#{endpoint.endpoint_id}"
 
 
@@ -148,7 +148,7 @@ def test_giving_up_is_decided_before_anything_is_posted(receiver):
 def test_a_test_is_sent_once_and_not_again(receiver):
     receiver.answers[:] = [500]
     endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
-    webhooks.tell_test(endpoint)
+    webhooks.send_test(endpoint)
     (row,) = tables.rows(WebhookDelivery, endpoint.owner)
     assert webhooks.deliver(endpoint.owner, row.delivery_id)
     row = delivery_of(endpoint.owner, row.delivery_id)
@@ -159,15 +159,15 @@ def test_tests_are_limited(settings, receiver, monkeypatch):
     settings.JOBS = settings.JOBS | {"max_webhook_tests_per_owner": 3}
     endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
     for _ in range(3):
-        webhooks.tell_test(endpoint)
+        webhooks.send_test(endpoint)
     with pytest.raises(quotas.OverQuota, match="Wait a minute"):
-        webhooks.tell_test(endpoint)
+        webhooks.send_test(endpoint)
     assert len(list(tables.rows(WebhookDelivery, endpoint.owner))) == 3
-    webhooks.tell_test(
+    webhooks.send_test(
         webhooks.add_endpoint(make_owner(), receiver.url)
     )  # another person's limit is their own
     monkeypatch.setattr(webhooks, "TESTS_S", -1)  # a minute later
-    webhooks.tell_test(endpoint)
+    webhooks.send_test(endpoint)
     assert len(quotas.held(endpoint.owner, "tests")) == 1
 
 
@@ -193,7 +193,7 @@ def test_each_end_is_told_once_however_often_its_effects_are_made(receiver):
     claim, _, id = ended_job(make_owner(), receiver.url)
     outbox.run("deliver", claim.owner, id, "")
     for _ in range(3):
-        transitions.after_end(claim.owner, claim.job_id)
+        finalize.after_end(claim.owner, claim.job_id)
         assert webhooks.deliver(claim.owner, id)
     assert len(receiver.got) == 1
 
@@ -427,7 +427,7 @@ def test_a_person_is_told_by_mail(alice):
     webhooks.set_email(alice.owner_id, alice.notification_email)
     claim = make_claim(make_job(alice.owner_id, name="orders\nBcc: x"))
     claim.finish("failed", "not_finite")
-    transitions.after_end(alice.owner_id, claim.job_id)
+    finalize.after_end(alice.owner_id, claim.job_id)
     assert webhooks.deliver(alice.owner_id, f"{claim.job_id}#failed#email")
     (message,) = mail.outbox
     assert message.to == [alice.email]
@@ -441,7 +441,7 @@ def test_whoever_gave_no_address_gets_no_mail():
     owner = make_owner()
     claim = make_claim(make_job(owner))
     claim.finish("failed", "bad_data")
-    transitions.after_end(owner, claim.job_id)
+    finalize.after_end(owner, claim.job_id)
     assert webhooks.deliver(owner, f"{claim.job_id}#failed#email")
     assert delivery_of(owner, f"{claim.job_id}#failed#email").last_result == "not wanted"
     assert mail.outbox == []
@@ -458,11 +458,11 @@ def test_any_exception_ends_the_try_of_a_mail(settings):
     webhooks.set_email(owner, "alice@example.com")
     claim = make_claim(make_job(owner))
     claim.finish("failed", "bad_data")
-    transitions.after_end(owner, claim.job_id)
+    finalize.after_end(owner, claim.job_id)
     id = f"{claim.job_id}#failed#email"
     assert not webhooks.deliver(owner, id)
     row = delivery_of(owner, id)
-    assert (row.status, row.tries, row.last_result) == ("pending", 1, "the mail server did not take it")
+    assert (row.status, row.tries, row.last_result) == ("pending", 1, "the mail server did not accept it")
 
 
 def test_the_mail_address_is_no_webhook():

@@ -77,7 +77,7 @@ def test_a_worker_without_sql_checks_files_and_sends_mail(workers: Studio, mail_
         {"dataset": make_dataset(alice.owner_id).dataset_id, "base": "starter", "name": "Orders"},
     )
     (job,) = access.list_jobs(alice.owner_id).rows
-    transitions.ask(alice.owner_id, job.job_id, "cancel")
+    transitions.set_desired(alice.owner_id, job.job_id, "cancel")
     wait(workers, lambda: mail_server.received)
     message = message_from_string(mail_server.received[0])
     assert message["To"] == alice.email

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from django.core import mail
 
-from jobs.lifecycle import transitions
+from jobs.lifecycle import finalize, transitions
 from jobs.notifications import webhooks
 from jobs.store import access, tables
 from jobs.store.tables import WebhookDelivery, WebhookEndpoint
@@ -106,8 +106,8 @@ def test_mail_is_sent_as_wanted_when_the_job_ends_not_when_it_began(db):
         page.post("/jobs/new/", {"dataset": dataset.dataset_id, "base": "starter"})
         page.post(f"{PAGE}email/", {"wanted": wanted})
         job = access.list_jobs(user.owner_id).rows[0]
-        transitions.ask(user.owner_id, job.job_id, "cancel")
-        transitions.after_end(user.owner_id, job.job_id)
+        transitions.set_desired(user.owner_id, job.job_id, "cancel")
+        finalize.after_end(user.owner_id, job.job_id)
         assert webhooks.deliver(user.owner_id, f"{job.job_id}#cancelled#email")
         assert len(mail.outbox) - sent == int(wanted)
 

@@ -39,7 +39,7 @@ def wait(is_so):
 def end_a_job(owner):
     job = Job(owner, new_id("ftjob"), status="cancelled", ended_at=time.time())
     tables.put_new(job)
-    webhooks.tell(job)
+    webhooks.notify(job)
 
 def deliveries(owner):
     return [row for row in tables.rows(WebhookDelivery, owner) if not row.delivery_id.endswith("#email")]

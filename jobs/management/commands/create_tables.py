@@ -1,4 +1,4 @@
-"""`manage.py create_tables`: makes the DynamoDB tables that are missing. Safe to repeat."""
+"""`manage.py create_tables`: creates missing DynamoDB tables. Idempotent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jobs.store.tables import create_tables
 
 
 class Command(BaseCommand):
-    help = "Makes the DynamoDB tables that are missing."
+    help = "Creates missing DynamoDB tables."
 
     def handle(self, *args: Any, **options: Any) -> None:
         create_tables()

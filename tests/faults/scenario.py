@@ -1,6 +1,6 @@
-"""What every scenario works with: the house, the run without faults to compare with, and the judge's verdict.
+"""What every fault works with: the environment, the run without faults to compare with, and the judge's verdict.
 
-A scenario is a function `(stage, rounds) -> Measured`: it does its harm to running jobs, up to `rounds` times, and says how
+A fault is a function `(scenario, rounds) -> Measured`: it does its harm to running jobs, up to `rounds` times, and says how
 often it did. `Measured.wrong` is what the judge found; the figures are compared with promises by `benchmarks/faults.py`.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.faults import house as h
-from tests.faults.history import Recorder, orphans, violations
+from tests.faults import environment as env
+from tests.faults.invariants import Recorder, orphans, violations
 
 NAMES = ("one", "two", "three", "four", "five", "six")
 
@@ -29,10 +29,10 @@ class Measured:
 
 
 @dataclass
-class Stage:
-    """The house, a dataset, the run without faults, and the recorder that watches all along."""
+class Scenario:
+    """The environment, a dataset, the run without faults, and the recorder that watches all along."""
 
-    house: h.House
+    environment: env.Environment
     dataset: str
     steps: int
     recorder: Recorder
@@ -43,30 +43,30 @@ class Stage:
     patience_s: float = 300.0  # for a job to end
 
     def begin(self) -> None:
-        self.house.start_worker("one")
-        self.reference = h.wait_ended(self.submit())
+        self.environment.start_worker("one")
+        self.reference = env.wait_ended(self.submit())
         assert self.reference.status == "succeeded", self.reference.message
 
-    def only(self, count: int, **environment: str) -> list[str]:
+    def only(self, count: int, **variables: str) -> list[str]:
         """So many workers run, whatever there was before. Returns their names."""
-        for name in list(self.house.workers):
-            if name not in NAMES[:count] or self.house.workers[name].poll() is not None or environment:
-                self.house.kill(name)
+        for name in list(self.environment.workers):
+            if name not in NAMES[:count] or self.environment.workers[name].poll() is not None or variables:
+                self.environment.kill(name)
         for name in NAMES[:count]:
-            if name not in self.house.workers:
-                self.house.start_worker(name, **environment)
+            if name not in self.environment.workers:
+                self.environment.start_worker(name, **variables)
         return list(NAMES[:count])
 
     def submit(self, **settings: Any) -> str:
         asked = {"max_steps": self.steps, "checkpoint_every_steps": max(20, self.steps // 10)} | settings
-        job_id = h.submit(self.dataset, **asked)
-        self.recorder.jobs.add((h.OWNER, job_id))
+        job_id = env.submit(self.dataset, **asked)
+        self.recorder.jobs.add((env.OWNER, job_id))
         return job_id
 
-    def holder(self, job: Any) -> str:
+    def worker_of(self, job: Any) -> str:
         """The name of the worker that runs it."""
         pid = int(job.worker.rpartition("/")[2])
-        return next(name for name, process in self.house.workers.items() if process.pid == pid)
+        return next(name for name, process in self.environment.workers.items() if process.pid == pid)
 
     def moment(self) -> int:
         """A step at random, early enough that the job still runs a while."""
@@ -74,24 +74,24 @@ class Stage:
 
     def somewhere(self, job_id: str) -> Any:
         """The job at a random moment of its training."""
-        return h.wait_step(job_id, self.moment())
+        return env.wait_step(job_id, self.moment())
 
     def judge(
         self, job_id: str, measured: Measured, *, charged: int | None = None, leases: int | None = None
     ) -> Any:
         """Waits for the end and looks for everything that must not be. `charged`: attempts it may have cost;
         `leases`: how many it must have taken."""
-        job = h.wait_ended(job_id, self.patience_s)
+        job = env.wait_ended(job_id, self.patience_s)
         if job.status != "succeeded":
             measured.wrong.append(f"{job.status}: {job.message}")
         asked = job.settings["max_steps"]
         reference = self.reference if asked == self.steps else None
         measured.wrong += violations(job, reference, steps=asked)
-        measured.wrong += [f"orphan trainer {pid}" for pid in orphans(self.house)]
+        measured.wrong += [f"orphan trainer {pid}" for pid in orphans(self.environment)]
         if charged is not None and job.attempts > charged:
             measured.wrong.append(f"{job.attempts} attempts were charged: {told(job)}")
-        if leases is not None and job.epoch != leases:
-            measured.wrong.append(f"{job_id} took {job.epoch} leases")
+        if leases is not None and job.fencing_token != leases:
+            measured.wrong.append(f"{job_id} took {job.fencing_token} leases")
         self.hear(measured)
         measured.worst("attempts charged", float(job.attempts))
         return job
@@ -101,11 +101,11 @@ class Stage:
         from jobs.lifecycle import transitions
         from jobs.store import queue
 
-        for name in list(self.house.workers):
-            self.house.kill(name)
+        for name in list(self.environment.workers):
+            self.environment.kill(name)
         for job in queue.active_jobs():
             if not job.ended:
-                transitions.ask(job.owner, job.job_id, "cancel")
+                transitions.set_desired(job.owner, job.job_id, "cancel")
         self.recorder.forget()
 
     def hear(self, measured: Measured) -> None:
@@ -138,7 +138,7 @@ def all_of(job_ids: Iterable[str], is_so: Callable[[Any], Any], seconds: float =
     end = time.monotonic() + seconds
     while waiting:
         for job_id in list(waiting):
-            if is_so(h.job_of(job_id)):
+            if is_so(env.job_of(job_id)):
                 when[job_id] = time.monotonic()
                 waiting.remove(job_id)
         if time.monotonic() > end:

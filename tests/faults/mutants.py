@@ -1,8 +1,8 @@
 """Check the checker: twelve bugs, each put into the product's processes, each of which the harness must catch.
 
-A plant is code that runs at the start of a process (`tests/faults/planted_settings.py`, by the variable PLANT), never in
+A mutant is code that runs at the start of a process (`tests/faults/planted_settings.py`, by the variable MUTANT), never in
 the product; three are rules of the protocol switched off in this process (tests/jobs/planted.py). Beside each stands the
-scenario that must find something. The same scenarios find nothing without them: that is the campaign.
+fault that must find something. The same faults find nothing without them: that is the campaign.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from unittest.mock import patch
 from django.apps import AppConfig
 
 
-class Planted(AppConfig):
-    name, label = "tests.faults", "planted"
+class MutantConfig(AppConfig):
+    name, label = "tests.faults", "mutants"
 
     def ready(self) -> None:
-        IN_PROCESSES[os.environ["PLANT"]]()
+        IN_PROCESSES[os.environ["MUTANT"]]()
 
 
 # ---- in workers ------------------------------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ def leases_end_by_the_wall_clock() -> None:
     """A lease says until when it holds, and each worker compares that with its own clock."""
     from django.conf import settings
 
-    from jobs.lifecycle import transitions
+    from jobs.lifecycle import moves, transitions
     from jobs.worker.reconciler import Reconciler
 
     real = Reconciler._job
@@ -44,7 +44,7 @@ def leases_end_by_the_wall_clock() -> None:
         else:
             real(self, job)
 
-    transitions._new_lease = lambda: str(time.time() + settings.JOBS["lease_s"])
+    moves.new_lease = lambda: str(time.time() + settings.JOBS["lease_s"])
     Reconciler._job = job  # type: ignore[method-assign]
 
 
@@ -60,8 +60,10 @@ def pointer_before_upload() -> None:
         threading.Timer(1.5, real, (checkpoint, prefix)).start()
         name = os.path.basename(checkpoint["path"])
         key = f"{prefix}checkpoints/{name}"
-        epoch = int(prefix.rstrip("/").rpartition("/e")[2])
-        return artifacts.entry(checkpoint | {"key": key, "epoch": epoch}) | {"after": checkpoint["after"]}
+        fencing_token = int(prefix.rstrip("/").rpartition("/e")[2])
+        return artifacts.entry(checkpoint | {"key": key, "epoch": fencing_token}) | {
+            "after": checkpoint["after"]
+        }
 
     artifacts.put_checkpoint = put
 
@@ -90,11 +92,11 @@ def heartbeats_stop_on_sigterm() -> None:
 
 def no_lease_before_the_first_heartbeat() -> None:
     """A claim sets no lease, and what has none is left alone."""
-    from jobs.lifecycle import transitions
+    from jobs.lifecycle import claims
     from jobs.store.tables import Job
     from jobs.worker.reconciler import Reconciler
 
-    claim, look = transitions.claim, Reconciler._job
+    claim, look = claims.claim, Reconciler._job
 
     def claim_only(job: Any, worker: Any) -> Any:
         claimed = claim(job, worker)
@@ -102,7 +104,7 @@ def no_lease_before_the_first_heartbeat() -> None:
             claimed.job.update(actions=[Job.lease.remove()])
         return claimed
 
-    transitions.claim = claim_only
+    claims.claim = claim_only
     Reconciler._job = lambda self, job: None if job.status == "running" and not job.lease else look(self, job)  # type: ignore[method-assign]
 
 
@@ -127,19 +129,19 @@ def rows_written_in_batches() -> None:
 
 def bells_are_believed() -> None:
     """A bell that comes again (as Celery's late acknowledgement lets it) starts a job that already runs."""
-    from jobs.lifecycle import transitions
+    from jobs.lifecycle import claims, moves
     from jobs.store import queue
     from jobs.store.tables import Job
 
-    claim = transitions.claim
+    claim = claims.claim
 
     def claim_any(job: Any, worker: Any) -> Any:
         job.status = "queued"
         return claim(job, worker)
 
     queue.in_order = lambda jobs, served=None: [job for job in jobs if job.status in ("queued", "running")]
-    transitions._as_seen = lambda job: Job.version == job.version
-    transitions.claim = claim_any
+    moves.as_seen = lambda job: Job.version == job.version
+    claims.claim = claim_any
 
 
 # ---- in the web process ----------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ IN_PROCESSES: dict[str, Callable[[], None]] = {
 }
 # Rules of the protocol switched off (tests/jobs/planted.py), and who must notice.
 IN_PROTOCOL = {
-    "heartbeats without a condition": ("epoch is not shown", "zombie"),
+    "heartbeats without a condition": ("fencing token is not checked", "zombie"),
     "events without a condition": ("chunks overwrite", "zombie"),
     "retries not idempotent": ("replies are believed", "claim"),
 }
@@ -195,44 +197,47 @@ IN_PROTOCOL = {
 # ---- catching them ---------------------------------------------------------------------------------------------------
 
 
-def catch(stage: Any, only: list[str]) -> Iterator[tuple[str, list[str]]]:
+def catch(scenario: Any, only: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Each bug (whose name holds one of `only`) with what the harness found. Nothing = not caught."""
-    from tests.faults import processes, web, wishes
+    from tests.faults import processes, user_actions, web
 
-    scenarios: dict[str, Callable[[Any], Any]] = {
+    faults: dict[str, Callable[[Any], Any]] = {
         "leases end by the wall clock": processes.clocks_differ,
         "pointer before upload": processes.worker_killed,
         "random states left out": processes.worker_killed,
         "heartbeats stop on SIGTERM": processes.terminated_slowly,
-        "no lease before the first heartbeat": lambda stage: processes.failpoint(stage, "claimed"),
-        "rows written in batches": lambda stage: wishes.cancelled(stage, 1, "training"),
-        "bells are believed": wishes.bells_doubled,
+        "no lease before the first heartbeat": lambda scenario: processes.failpoint(scenario, "claimed"),
+        "rows written in batches": lambda scenario: user_actions.cancelled(scenario, 1, "training"),
+        "bells are believed": user_actions.bells_doubled,
         "streams share what they hear": web.strangers,
         "whoever is signed in may look": web.strangers,
     }
-    stage.only(0)  # whoever works here would take the jobs of these
-    for name in [*IN_PROTOCOL, *scenarios]:
+    scenario.only(0)  # whoever works here would take the jobs of these
+    for name in [*IN_PROTOCOL, *faults]:
         if any(part in name for part in only):
             yield (
                 name,
                 _in_protocol(*IN_PROTOCOL[name])
                 if name in IN_PROTOCOL
-                else _in_processes(stage, name, scenarios[name]),
+                else _in_processes(scenario, name, faults[name]),
             )
 
 
-def _in_processes(stage: Any, name: str, scenario: Callable[[Any], Any]) -> list[str]:
-    stage.only(0)
-    stage.house.environment |= {"DJANGO_SETTINGS_MODULE": "tests.faults.planted_settings", "PLANT": name}
+def _in_processes(scenario: Any, name: str, fault: Callable[[Any], Any]) -> list[str]:
+    scenario.only(0)
+    scenario.environment.variables |= {
+        "DJANGO_SETTINGS_MODULE": "tests.faults.planted_settings",
+        "MUTANT": name,
+    }
     try:
-        measured = scenario(stage)
+        measured = fault(scenario)
         return list(measured.wrong)
     except TimeoutError as error:  # it never ends
         return [str(error)]
     finally:
-        for variable in ("DJANGO_SETTINGS_MODULE", "PLANT"):
-            del stage.house.environment[variable]
-        stage.abandon()
+        for variable in ("DJANGO_SETTINGS_MODULE", "MUTANT"):
+            del scenario.environment.variables[variable]
+        scenario.abandon()
 
 
 def _in_protocol(bug: str, judge: str) -> list[str]:

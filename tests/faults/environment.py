@@ -1,4 +1,4 @@
-"""A studio of its own for fault tests: stores on disk, workers, a tiny base model and a small dataset.
+"""A separate environment for fault tests: stores on disk, workers, a tiny base model and a small dataset.
 
 Import it before Django's settings are read: it points them at a fresh folder and free ports (tests.settings).
 """
@@ -64,7 +64,7 @@ def web_port() -> int:
 
 
 def objects() -> Path:
-    """Where the bytes lie on this disk, whoever serves them."""
+    """The folder of the objects on this disk, whether S3 or the local storage serves them."""
     folder = Path(os.environ["LLMTUNER_TEST_DIR"])
     return folder / "s3" / BUCKET if os.environ.get("AWS_STORAGE_BUCKET_NAME") else folder / "objects"
 
@@ -123,26 +123,26 @@ class Person:
 
 
 @dataclass
-class House:
+class Environment:
     """Processes by name. Stores keep port and data when they are killed and started again."""
 
     folder: Path
     dynamodb: services.Service
     redis: services.Service
     workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)  # of workers started from now on
+    variables: dict[str, str] = field(default_factory=dict)  # of workers started from now on
     s3: services.Service | None = None
     s3_proxy: Chaos | None = None  # stands between the workers and S3
 
     def start_worker(
-        self, name: str, queue: str = "training", *, shift_s: int = 0, **environment: str
+        self, name: str, queue: str = "training", *, shift_s: int = 0, **variables: str
     ) -> subprocess.Popen[bytes]:
         """`shift_s`: by how much its wall clock is wrong."""
         shifted = ["tests.faults.shifted", str(shift_s)] if shift_s else []
-        return self._start(name, [*shifted, "llmtuner", "worker", queue], environment)
+        return self._start(name, [*shifted, "llmtuner", "worker", queue], variables)
 
     def start_web(self) -> None:
-        """Returns when it answers."""
+        """Returns when it responds."""
         process = self._start("web", ["llmtuner", "web"], {})
         while not services._answers_http(web_port()):
             assert process.poll() is None, self.log("web").read_text()[-3000:]
@@ -165,12 +165,12 @@ class House:
         _, key = api_keys.create(user, "faults", ["read", "write", "inference"])
         return Person(client.cookies["session"].value, key)
 
-    def _start(self, name: str, argv: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, argv: list[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
         with self.log(name).open("ab") as log:
             self.workers[name] = subprocess.Popen(
                 [sys.executable, "-m", *argv],
                 cwd=ROOT,
-                env={**os.environ, **self.environment, **environment},
+                env={**os.environ, **self.variables, **variables},
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -200,7 +200,7 @@ class House:
             self.s3.kill()
 
 
-def open_house() -> House:
+def start_environment() -> Environment:
     """Stores up, tables made, the tiny base and nothing else."""
     import django
 
@@ -212,17 +212,17 @@ def open_house() -> House:
 
     create_tables()
     make_tiny_base()
-    house = House(folder, dynamodb, redis)
+    environment = Environment(folder, dynamodb, redis)
     if os.environ.get("AWS_STORAGE_BUCKET_NAME"):
         (folder / "s3" / BUCKET).mkdir(parents=True)
         port = int(os.environ["AWS_S3_ENDPOINT_URL"].rpartition(":")[2])
-        house.s3 = services.s3(folder, S3_KEY, S3_SECRET, port).start()
-        house.s3_proxy = Chaos(port)
-        house.environment["AWS_S3_ENDPOINT_URL"] = f"http://127.0.0.1:{house.s3_proxy.port}"
-    return house
+        environment.s3 = services.s3(folder, S3_KEY, S3_SECRET, port).start()
+        environment.s3_proxy = Chaos(port)
+        environment.variables["AWS_S3_ENDPOINT_URL"] = f"http://127.0.0.1:{environment.s3_proxy.port}"
+    return environment
 
 
-# ---- looking ---------------------------------------------------------------------------------------------------------
+# ---- observing ---------------------------------------------------------------------------------------------------------
 
 
 def submit(dataset_id: str, owner: str = OWNER, **settings: Any) -> str:
@@ -281,7 +281,7 @@ def trainers_of(pid: int) -> list[int]:
 
 
 def all_trainers() -> list[int]:
-    """Every trainer of this house: their home is its work folder's."""
+    """Every trainer of this environment: their home is its work folder's."""
     home = f"HOME={os.environ['LLMTUNER_TEST_DIR']}/work/home".encode()
     found = []
     for entry in Path("/proc").iterdir():

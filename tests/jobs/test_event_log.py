@@ -211,9 +211,9 @@ async def test_a_watcher_who_does_not_read_is_let_go():
     ticks = event_log.watch(claim.owner, claim.job_id)
     await anext(ticks)
     tailer = event_log._tailers()[claim.owner, claim.job_id]
-    for _ in range(event_log.QUEUED + 1):
+    for _ in range(event_log.MAX_QUEUED + 1):
         for watcher in tailer.watchers:
-            watcher.give(tailer.tick)
+            watcher.put(tailer.tick)
     with pytest.raises(event_log.TooSlow):
         await anext(ticks)
 

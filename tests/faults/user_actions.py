@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tests.faults import house as h
-from tests.faults.stage import Measured, Stage, all_of
+from tests.faults import environment as env
+from tests.faults.scenario import Measured, Scenario, all_of
 
 LONG = 100_000  # steps that nobody waits for
 
@@ -28,7 +28,7 @@ RUNNING: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
 }
 
 
-def cancelled(stage: Stage, rounds: int, state: str) -> Measured:
+def cancelled(scenario: Scenario, rounds: int, state: str) -> Measured:
     """Cancelled while it runs: no new step 10 s later, the end within 30 s, and the end never changes."""
     from jobs.events import event_log
     from jobs.lifecycle import transitions
@@ -36,93 +36,93 @@ def cancelled(stage: Stage, rounds: int, state: str) -> Measured:
     measured = Measured(rounds=rounds)
     # The time between the last step and the end is stretched, or a cancel would seldom meet it.
     pause = {"FAILPOINTS": "trainer done:pause2:every"} if state == "exporting" else {}
-    stage.only(min(rounds, stage.at_once), **pause)
+    scenario.only(min(rounds, scenario.at_once), **pause)
     settings, is_there = RUNNING[state]
-    for _ in range(0, rounds, stage.at_once):
-        jobs = [stage.submit(**settings) for _ in stage.house.workers]
+    for _ in range(0, rounds, scenario.at_once):
+        jobs = [scenario.submit(**settings) for _ in scenario.environment.workers]
         asked: dict[str, float] = {}
-        end = time.monotonic() + stage.patience_s
+        end = time.monotonic() + scenario.patience_s
         while len(asked) < len(jobs):
             if time.monotonic() > end:
                 raise TimeoutError(f"no job got to {state}")
             for job_id in set(jobs) - asked.keys():
-                if is_there(h.job_of(job_id)):
-                    time.sleep(stage.some.uniform(0, 0.3))
+                if is_there(env.job_of(job_id)):
+                    time.sleep(scenario.some.uniform(0, 0.3))
                     asked[job_id] = time.time()
-                    transitions.ask(h.OWNER, job_id, "cancel")
+                    transitions.set_desired(env.OWNER, job_id, "cancel")
         ended = all_of(jobs, lambda job: job.ended, 60)
         shift = time.time() - time.monotonic()
         for job_id, since in asked.items():
             measured.worst("cancelled s", ended[job_id] + shift - since)
-            job = h.job_of(job_id)
+            job = env.job_of(job_id)
             if (job.status, job.attempts) != ("cancelled", 0):
                 measured.wrong.append(f"{state}: it is {job.status}, {job.attempts} attempts charged")
-            told = event_log.read(h.OWNER, job_id)
+            told = event_log.read(env.OWNER, job_id)
             if [e.seq for e in told] != list(range(1, len(told) + 1)):
                 measured.wrong.append(f"{state}: events are not numbered 1 … N")
             steps = [e.data["time"] - since for e in told if e.data["t"] == "metric"]
             measured.worst("last step after s", max(steps, default=0.0))
     time.sleep(1)  # the recorder goes on looking: ends never change
-    stage.hear(measured)
+    scenario.hear(measured)
     if pause:
-        stage.only(0)
+        scenario.only(0)
     return measured
 
 
-def paused_and_resumed(stage: Stage, rounds: int = 1) -> Measured:
+def paused_and_resumed(scenario: Scenario, rounds: int = 1) -> Measured:
     from jobs.lifecycle import transitions
 
     measured = Measured()
-    stage.only(1)
-    job_id = stage.submit()
-    stage.somewhere(job_id)
+    scenario.only(1)
+    job_id = scenario.submit()
+    scenario.somewhere(job_id)
     began = time.monotonic()
-    transitions.ask(h.OWNER, job_id, "pause")
-    job = h.wait_until(job_id, lambda job: job.status == "paused" or job.ended)
+    transitions.set_desired(env.OWNER, job_id, "pause")
+    job = env.wait_until(job_id, lambda job: job.status == "paused" or job.ended)
     measured.figures["paused s"] = time.monotonic() - began
     if job.status == "paused":
-        transitions.ask(h.OWNER, job_id, "run")
-    stage.judge(job_id, measured, charged=0)
+        transitions.set_desired(env.OWNER, job_id, "run")
+    scenario.judge(job_id, measured, charged=0)
     return measured
 
 
-def bells_doubled(stage: Stage, rounds: int = 1, times: int = 10) -> Measured:
+def bells_doubled(scenario: Scenario, rounds: int = 1, times: int = 10) -> Measured:
     """Each doorbell rings ten times for two workers: nobody runs anything twice."""
     from jobs.worker import tasks
 
     measured = Measured(rounds=rounds)
-    stage.only(2)
+    scenario.only(2)
     jobs = []
     for _ in range(rounds):
-        jobs.append(stage.submit(max_steps=60))
+        jobs.append(scenario.submit(max_steps=60))
         for _ in range(times):
             tasks.run_next.apply_async()
     for job_id in jobs:
-        stage.judge(job_id, measured, charged=0, leases=1)
+        scenario.judge(job_id, measured, charged=0, leases=1)
     return measured
 
 
-def fair_share(stage: Stage, rounds: int = 1, jobs: int = 100) -> Measured:
+def fair_share(scenario: Scenario, rounds: int = 1, jobs: int = 100) -> Measured:
     """One person queues a hundred jobs and another one: the other's is the next that starts."""
     from jobs.lifecycle import transitions
 
     measured = Measured()
-    stage.only(1)
-    other = h.OWNER + "-other"
-    dataset = h.ready_dataset(other)
-    many = [stage.submit(max_steps=60) for _ in range(jobs)]
-    h.wait_until(many[0], lambda job: job.status != "queued")
-    one = h.submit(dataset, other, max_steps=60, checkpoint_every_steps=20)
-    job = h.wait_until(one, lambda job: job.started_at or job.ended, owner=other)
+    scenario.only(1)
+    other = env.OWNER + "-other"
+    dataset = env.ready_dataset(other)
+    many = [scenario.submit(max_steps=60) for _ in range(jobs)]
+    env.wait_until(many[0], lambda job: job.status != "queued")
+    one = env.submit(dataset, other, max_steps=60, checkpoint_every_steps=20)
+    job = env.wait_until(one, lambda job: job.started_at or job.ended, owner=other)
     first = [
-        1 for j in map(h.job_of, many) if j.started_at and job.created_at < j.started_at < job.started_at
+        1 for j in map(env.job_of, many) if j.started_at and job.created_at < j.started_at < job.started_at
     ]
     measured.figures["others before it"] = float(len(first))
     for job_id in many:
-        if not h.job_of(job_id).ended:
-            transitions.ask(h.OWNER, job_id, "cancel")
+        if not env.job_of(job_id).ended:
+            transitions.set_desired(env.OWNER, job_id, "cancel")
     all_of(many, lambda job: job.ended)
-    if h.wait_ended(one, owner=other).status != "succeeded":
+    if env.wait_ended(one, owner=other).status != "succeeded":
         measured.wrong.append("the other's job did not succeed")
-    stage.hear(measured)
+    scenario.hear(measured)
     return measured

@@ -1,4 +1,4 @@
-"""What an ending of the trainer means."""
+"""What an exit of the trainer means."""
 
 from __future__ import annotations
 
@@ -9,32 +9,36 @@ import pytest
 from pynamodb.exceptions import GetError
 
 from jobs.store import blobs
-from jobs.worker.exit_diagnosis import SMALLEST_MICRO_BATCH, diagnose, halved, of_error
-from jobs.worker.resume_check import Proof
+from jobs.worker.exit_diagnosis import SMALLEST_MICRO_BATCH, diagnose, diagnose_error, halved
+from jobs.worker.resume_check import ResumeCheck
 from training.plan.events import EXIT, REASONS, Failure
 
 
-def test_nought_is_done_and_seventy_five_is_stopped():
+def test_exit_codes_0_and_75():
     assert diagnose(0, None).verdict == "done"
     assert diagnose(75, None).verdict == "stopped"
 
 
 @pytest.mark.parametrize("reason", [name for name, reason in REASONS.items() if reason.user_fault])
-def test_a_users_fault_is_never_tried_again(reason):
-    said = {"reason": reason, "message": "line 7 is empty", "advice": "Fill it."}
-    found = diagnose(EXIT[reason], said)
-    assert (found.verdict, found.message, found.advice) == ("fault", "line 7 is empty", "Fill it.")
+def test_a_users_fault_is_never_retried(reason):
+    failed = {"reason": reason, "message": "line 7 is empty", "advice": "Fill it."}
+    diagnosis = diagnose(EXIT[reason], failed)
+    assert (diagnosis.verdict, diagnosis.message, diagnosis.advice) == (
+        "fault",
+        "line 7 is empty",
+        "Fill it.",
+    )
 
 
 @pytest.mark.parametrize("reason", ["disk_full", "not_writable", "unexpected"])
-def test_a_machines_fault_is_tried_again_and_explained(reason):
-    found = diagnose(EXIT[reason], None)
-    assert found.verdict == "died"
-    assert found.message == REASONS[reason].sentence
-    assert found.advice
+def test_a_machines_fault_is_retried_and_explained(reason):
+    diagnosis = diagnose(EXIT[reason], None)
+    assert diagnosis.verdict == "died"
+    assert diagnosis.message == REASONS[reason].sentence
+    assert diagnosis.advice
 
 
-def test_memory_that_ran_out_is_cured_by_smaller_parts_until_they_cannot_shrink():
+def test_out_of_memory_halves_the_micro_batch_down_to_the_smallest():
     assert diagnose(EXIT["out_of_memory"], None, micro_batch=4096).verdict == "smaller"
     assert diagnose(EXIT["out_of_memory"], None, micro_batch=SMALLEST_MICRO_BATCH).verdict == "died"
     assert halved(4096) == 2048
@@ -43,9 +47,9 @@ def test_memory_that_ran_out_is_cured_by_smaller_parts_until_they_cannot_shrink(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS])
 def test_a_signal_is_named(number):
-    found = diagnose(-number, None)
-    assert (found.verdict, found.reason) == ("died", "killed")
-    assert signal.Signals(number).name in found.message
+    diagnosis = diagnose(-number, None)
+    assert (diagnosis.verdict, diagnosis.reason) == ("died", "killed")
+    assert signal.Signals(number).name in diagnosis.message
 
 
 def test_the_processor_time_limit_is_a_limit():
@@ -56,7 +60,7 @@ def test_an_unknown_exit_code_is_unexpected():
     assert diagnose(1, None).reason == "unexpected"
 
 
-def test_why_we_killed_it_wins():
+def test_the_reason_of_our_own_kill_wins():
     assert diagnose(-9, None, killed_by_us="stalled").reason == "stalled"
     assert diagnose(-9, None, killed_by_us="time_limit").verdict == "fault"
 
@@ -89,32 +93,36 @@ def caused_by(error: OSError) -> blobs.StorageError:
         ),
         (blobs.StorageError("no route to the bucket"), "store", "no route to the bucket"),
         (caused_by(OSError(errno.EIO, "Input/output error", "/srv/x")), "store", "Input/output error"),
-        (GetError("down"), "store", "The database did not answer."),
+        (GetError("down"), "store", "The database did not respond."),
         (blobs.Missing("datasets/x"), "file_damaged", "missing"),
         (blobs.Damaged("datasets/x"), "file_damaged", "damaged"),
-        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "unexpected", "own log"),
-        (KeyError("x"), "unexpected", "own log"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "unexpected", "worker's log"),
+        (KeyError("x"), "unexpected", "worker's log"),
         (Failure("disk_full"), "disk_full", "The disk is full."),
     ],
 )
 def test_an_error_beside_the_trainer_has_its_reason(error, reason, words):
-    found = of_error(error)
-    assert (found.verdict, found.reason) == ("died", reason)
-    assert words in found.message
-    assert "/srv" not in found.message  # a person need not know where it lies
-    assert found.advice
+    diagnosis = diagnose_error(error)
+    assert (diagnosis.verdict, diagnosis.reason) == ("died", reason)
+    assert words in diagnosis.message
+    assert "/srv" not in diagnosis.message  # a person need not know where it lies
+    assert diagnosis.advice
 
 
 def test_a_users_fault_that_the_worker_finds_ends_the_job():
-    found = of_error(Failure("base_model", "It was deleted.", "Choose another."))
-    assert (found.verdict, found.message, found.advice) == ("fault", "It was deleted.", "Choose another.")
+    diagnosis = diagnose_error(Failure("base_model", "It was deleted.", "Choose another."))
+    assert (diagnosis.verdict, diagnosis.message, diagnosis.advice) == (
+        "fault",
+        "It was deleted.",
+        "Choose another.",
+    )
 
 
-def test_the_proof_counts_equal_losses_and_names_the_first_that_differs():
-    proof = Proof(10, {11: "0x1p+1", 12: "0x1p+2", 13: "0x1p+3"})
-    assert not proof.see({"step": 11, "loss_hex": "0x1p+1"})
-    assert not proof.see({"step": 12, "loss_hex": "0x1.8p+2"})
-    assert proof.see({"step": 13, "loss_hex": "0x1p+3"})
-    event = proof.event()
+def test_the_resume_check_counts_equal_losses_and_names_the_first_that_differs():
+    check = ResumeCheck(10, {11: "0x1p+1", 12: "0x1p+2", 13: "0x1p+3"})
+    assert not check.compare({"step": 11, "loss_hex": "0x1p+1"})
+    assert not check.compare({"step": 12, "loss_hex": "0x1.8p+2"})
+    assert check.compare({"step": 13, "loss_hex": "0x1p+3"})
+    event = check.report()
     assert (event["equal"], event["steps"], event["exact"], event["different"]) == (2, 3, False, [12])
     assert "2 of 3" in event["message"]

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.faults import house
+from tests.faults import environment as env
 
 
 @dataclass
 class Recorder:
-    """Looks at jobs many times a second: one holder an epoch, epochs and versions only rise, a cancel is never taken
+    """Looks at jobs many times a second: one holder for each fencing token, tokens and versions only rise, a cancel is never taken
     back, ends never change, and each checkpoint that is named lies there whole."""
 
     jobs: set[tuple[str, str]] = field(default_factory=set)
@@ -62,33 +62,37 @@ class Recorder:
                 continue
             self._pointers.add(entry["key"])
             damaged = damage(entry)
-            if damaged and entry["key"] in json.dumps(house.job_of(job.job_id, job.owner).checkpoints):
+            if damaged and entry["key"] in json.dumps(env.job_of(job.job_id, job.owner).checkpoints):
                 self.found.append(f"{job.job_id} names {damaged}")
 
     def see(self, job: Any) -> None:
         before = self._seen.get(job.job_id)
         self._seen[job.job_id] = job
-        if job.epoch and job.lease_owner:
-            lease_owner = self._holders.setdefault((job.job_id, int(job.epoch)), job.lease_owner)
+        if job.fencing_token and job.lease_owner:
+            lease_owner = self._holders.setdefault((job.job_id, int(job.fencing_token)), job.lease_owner)
             if lease_owner != job.lease_owner:
-                self.found.append(f"{job.job_id}: two holders of epoch {job.epoch}")
+                self.found.append(f"{job.job_id}: two holders of fencing token {job.fencing_token}")
         if before is None:
             return
-        if job.version < before.version or job.epoch < before.epoch or job.last_seq < before.last_seq:
-            self.found.append(f"{job.job_id}: version, epoch or last_seq went back")
+        if (
+            job.version < before.version
+            or job.fencing_token < before.fencing_token
+            or job.last_seq < before.last_seq
+        ):
+            self.found.append(f"{job.job_id}: version, fencing token or last_seq went back")
         if before.desired == "cancel" != job.desired:
             self.found.append(f"{job.job_id}: a cancel was taken back")
-        if before.ended and (job.status, job.last_seq, job.epoch) != (
+        if before.ended and (job.status, job.last_seq, job.fencing_token) != (
             before.status,
             before.last_seq,
-            before.epoch,
+            before.fencing_token,
         ):
             self.found.append(f"{job.job_id}: an end changed from {before.status} to {job.status}")
 
 
 def damage(checkpoint: dict[str, Any]) -> str:
     """What is wrong with a stored checkpoint; "" when it is whole."""
-    folder = house.objects() / str(checkpoint["key"])
+    folder = env.objects() / str(checkpoint["key"])
     try:
         text = (folder / "manifest.json").read_bytes()
         wanted = {"manifest.json": checkpoint["sha256"]} | {
@@ -124,8 +128,8 @@ def violations(job: Any, reference: Any | None = None, *, steps: int | None = No
         found.append(f"it never ended: {job.status}")
     elif events[-1].data["t"] != "end" or len(events) != job.last_seq + 1:
         found.append("its feed doesn't end with its end")
-    epochs = [e.data["message"] for e in events if e.data["t"] == "attempt"]
-    if len(epochs) != len(set(epochs)):
+    attempts = [e.data["message"] for e in events if e.data["t"] == "attempt"]
+    if len(attempts) != len(set(attempts)):
         found.append("an attempt began twice")
     if job.status == "succeeded":
         found += _model(job)
@@ -144,18 +148,18 @@ def violations(job: Any, reference: Any | None = None, *, steps: int | None = No
 def _chunks(job: Any) -> list[str]:
     from jobs.store import tables
 
-    found, expected, epoch = [], 1, 0
+    found, expected, fencing_token = [], 1, 0
     holders: dict[int, str] = {}
     for chunk in tables.rows(tables.EventChunk, job.job_id):
         if chunk.first_seq > job.last_seq:
             continue  # sent, never confirmed, and so never read
         if chunk.first_seq != expected:
             found.append(f"chunk {chunk.first_seq} follows event {expected - 1}")
-        if chunk.epoch < epoch:
-            found.append(f"chunk {chunk.first_seq} is of an older epoch than the one before it")
-        if holders.setdefault(chunk.epoch, chunk.lease_owner) != chunk.lease_owner:
-            found.append(f"two holders wrote chunks of epoch {chunk.epoch}")
-        expected, epoch = chunk.last_seq + 1, chunk.epoch
+        if chunk.fencing_token < fencing_token:
+            found.append(f"chunk {chunk.first_seq} has a lower fencing token than the one before it")
+        if holders.setdefault(chunk.fencing_token, chunk.lease_owner) != chunk.lease_owner:
+            found.append(f"two holders wrote chunks of fencing token {chunk.fencing_token}")
+        expected, fencing_token = chunk.last_seq + 1, chunk.fencing_token
     if expected != job.last_seq + 1:
         found.append(f"chunks end at {expected - 1}, last_seq is {job.last_seq}")
     return found
@@ -193,7 +197,7 @@ def _model(job: Any) -> list[str]:
     return []
 
 
-def orphans(house_: house.House) -> list[int]:
-    """Trainers of this house whose worker is gone."""
-    mine = {pid for process in house_.workers.values() for pid in house.trainers_of(process.pid)}
-    return [pid for pid in house.all_trainers() if pid not in mine]
+def orphans(environment: env.Environment) -> list[int]:
+    """Trainers of this environment whose worker is gone."""
+    mine = {pid for process in environment.workers.values() for pid in env.trainers_of(process.pid)}
+    return [pid for pid in env.all_trainers() if pid not in mine]
