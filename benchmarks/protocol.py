@@ -123,7 +123,7 @@ def claims(scores: Scores, count: int, processes: int) -> None:
     for racer in racers:
         racer.join()
     winners = [sum(round) for round in zip(*won, strict=True)]
-    epochs = [job.epoch for job in tables.rows(Job, owner)]
+    epochs = [job.fencing_token for job in tables.rows(Job, owner)]
     scores.note(f"{processes} processes, {count} jobs, {time.monotonic() - started:.0f} s")
     scores.add("jobs with exactly one winner", winners.count(1), count, 1)
     scores.add("jobs whose epoch is 1", epochs.count(1), count, 1)

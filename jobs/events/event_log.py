@@ -64,11 +64,11 @@ def append(claim: Lease, batch: Batch) -> None:
         claim.job_id,
         batch.first_seq,
         last_seq=batch.last_seq,
-        epoch=claim.epoch,
+        fencing_token=claim.fencing_token,
         lease_owner=claim.lease_owner,
         lines=list(batch.lines),
     )
-    free = HeartbeatChunk.job_id.does_not_exist() | (HeartbeatChunk.epoch < claim.epoch)
+    free = HeartbeatChunk.job_id.does_not_exist() | (HeartbeatChunk.fencing_token < claim.fencing_token)
     if (
         put_if(
             chunk,

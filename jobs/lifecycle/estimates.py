@@ -102,7 +102,7 @@ def record(job: Job) -> None:
     """Keep what a finished job took beside what the jobs before it made of it. Repeating it changes nothing.
 
     Only whole runs teach: ended well, and not tried twice."""
-    if job.status != "succeeded" or job.deleted or job.attempts or job.epoch > 1:
+    if job.status != "succeeded" or job.deleted or job.attempts or job.fencing_token > 1:
         return
     if not (job.started_at and job.ended_at):
         return

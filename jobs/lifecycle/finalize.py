@@ -41,8 +41,10 @@ def sweep(job: Job) -> int:
     """Deletes what attempts left behind: bytes of epochs below the job's (of all, once it has ended) that neither job
     nor model names. Returns how many objects."""
     named = _named(job)
-    keys = blobs.list_keys(f"jobs/{job.job_id}/e") if job.epoch else []
-    old = [key for key in keys if (_epoch(key) < job.epoch or job.ended) and not key.startswith(named)]
+    keys = blobs.list_keys(f"jobs/{job.job_id}/e") if job.fencing_token else []
+    old = [
+        key for key in keys if (_epoch(key) < job.fencing_token or job.ended) and not key.startswith(named)
+    ]
     for key in old:
         blobs.delete_file(key)
     return len(old)
@@ -65,7 +67,7 @@ def superseded(job: Job) -> list[str]:
         folder
         for folder in sorted(stored - named)
         if "/checkpoints/" in folder
-        and _epoch(folder) <= job.epoch
+        and _epoch(folder) <= job.fencing_token
         and _step(folder) < int(job.checkpoint_step or 0)
     ]
 

@@ -14,7 +14,7 @@ same; change them together.
 pause, cancel) is written by people only, and cancel is never taken back. On a job nobody holds, the same write sets the
 status it asks for. Every move out of running lands where `desired`, as seen, asks. Ends never change.
 
-A holder's writes show that the job is *mine*: running, of my epoch, and held by me. The epoch rises with each claim, so
+A holder's writes show that the job is *mine*: running, with my fencing token, and held by me. The token rises with each claim, so
 what an older holder still sends is refused. Leaving running removes the lease but keeps epoch and lease_owner, so that "was
 it me?" can be answered after a lost reply. Everybody else's moves show status and version as seen; every write adds 1 to
 `version`. What follows from an end (model, notices, quota, lists) is `jobs.lifecycle.finalize`, made by anybody and safe to repeat.
@@ -168,7 +168,7 @@ def _where_asked(job: Job, desired: str) -> str:
     if desired == "pause":
         return "paused"
     if job.status == "paused":
-        return "queued" if job.epoch else "validating"  # what never ran may never have been checked
+        return "queued" if job.fencing_token else "validating"  # what never ran may never have been checked
     return job.status
 
 
@@ -186,7 +186,7 @@ def rename(owner: str, job_id: str, name: str) -> Job:
 
 def can_edit(job: Job) -> bool:
     """No attempt has begun, and it was not cancelled."""
-    return not job.epoch and job.status in {"validating", "queued", "paused"}
+    return not job.fencing_token and job.status in {"validating", "queued", "paused"}
 
 
 def edit(owner: str, job_id: str, request: JobRequest) -> Job:
@@ -266,7 +266,7 @@ def claim(job: Job, worker: WorkerInfo) -> Claim | None:
     actions: list[Action] = [
         Job.status.set("running"),
         Job.phase.set("preparing"),
-        Job.epoch.set(job.epoch + 1),
+        Job.fencing_token.set(job.fencing_token + 1),
         Job.lease_owner.set(lease_owner),
         Job.worker.set(worker.name),
         Job.lease.set(_new_lease()),
@@ -279,7 +279,7 @@ def claim(job: Job, worker: WorkerInfo) -> Claim | None:
     if moved is None or moved.status != "running":
         return None
     _news(moved)
-    return Claim(moved, int(moved.epoch), lease_owner)
+    return Claim(moved, int(moved.fencing_token), lease_owner)
 
 
 Answer = TypeVar("Answer")
@@ -309,7 +309,7 @@ class Claim:
     """
 
     job: Job
-    epoch: int
+    fencing_token: int
     lease_owner: str
 
     @property
@@ -327,16 +327,20 @@ class Claim:
     @property
     def prefix(self) -> str:
         """Where this attempt puts its objects; a zombie of another epoch writes where nobody looks."""
-        return f"jobs/{self.job_id}/e{self.epoch}/"
+        return f"jobs/{self.job_id}/e{self.fencing_token}/"
 
     def is_mine(self, found: Job) -> bool:
-        return found.status == "running" and (found.epoch, found.lease_owner) == (
-            self.epoch,
+        return found.status == "running" and (found.fencing_token, found.lease_owner) == (
+            self.fencing_token,
             self.lease_owner,
         )
 
     def _mine(self) -> Condition:
-        return (Job.status == "running") & (Job.epoch == self.epoch) & (Job.lease_owner == self.lease_owner)
+        return (
+            (Job.status == "running")
+            & (Job.fencing_token == self.fencing_token)
+            & (Job.lease_owner == self.lease_owner)
+        )
 
     def heartbeat(
         self,
@@ -449,14 +453,14 @@ class Claim:
             status = landing(event, job)
             actions = _leaving(event, job, status, reason, message, advice)
             if status == "succeeded":
-                actions.append(Job.result.set({**(result or {}), "epoch": self.epoch}))
+                actions.append(Job.result.set({**(result or {}), "epoch": self.fencing_token}))
             moved = _move(
                 job,
                 actions,
                 self._mine() & (Job.desired == job.desired),
                 lambda found, status=status: (
                     found.status == status  # type: ignore[misc]  # bound for this round
-                    and (found.epoch, found.lease_owner) == (self.epoch, self.lease_owner)
+                    and (found.fencing_token, found.lease_owner) == (self.fencing_token, self.lease_owner)
                 ),
             )
             if moved:
@@ -468,7 +472,7 @@ class Claim:
 
     def _seen(self, found: Job | None) -> Job:
         if found is None or not self.is_mine(found):
-            raise LostRace(f"The lease on {self.job_id} (epoch {self.epoch}) is lost.")
+            raise LostRace(f"The lease on {self.job_id} (fencing token {self.fencing_token}) is lost.")
         self.job = found
         return found
 

@@ -213,7 +213,7 @@ class _JobAttributes(Table):
     phase = UnicodeAttribute(default="")
     desired = UnicodeAttribute(default="run")  # run, pause, cancel
     version = NumberAttribute(default=0)
-    epoch = NumberAttribute(default=0)  # fencing number of the lease
+    fencing_token = NumberAttribute(attr_name="epoch", default=0)  # of the lease: rises with each claim
     lease_owner = UnicodeAttribute(
         attr_name="holder", default=""
     )  # process start + nonce of who holds or held the lease
@@ -289,7 +289,7 @@ class _ChunkAttributes(Table):
     job_id = UnicodeAttribute(hash_key=True)
     first_seq = NumberAttribute(range_key=True)
     last_seq = NumberAttribute()
-    epoch = NumberAttribute()
+    fencing_token = NumberAttribute(attr_name="epoch")
     lease_owner = UnicodeAttribute(attr_name="holder")
     lines: JSONAttribute = JSONAttribute(default=list)
 
@@ -325,7 +325,7 @@ class TunedModel(Table):
     base_snapshot: JSONAttribute = JSONAttribute(attr_name="base_facts", null=True)  # the job's
     method = UnicodeAttribute(default="full")
     step = NumberAttribute(default=0)
-    epoch = NumberAttribute(default=0)
+    fencing_token = NumberAttribute(attr_name="epoch", default=0)
     prefix = UnicodeAttribute(default="")  # folder of the objects
     files: JSONAttribute = JSONAttribute(default=list)  # [{"name", "bytes", "sha256"}]
     bytes = NumberAttribute(default=0)

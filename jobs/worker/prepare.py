@@ -45,7 +45,7 @@ def prepare(job: Job, folder: Path, gone_on: Callable[[], None]) -> Prepared:
         "prompts": list(job.prompts or []),
         # Checkpoints belong to a job; a retry goes on from those of the job before it, under that one's name.
         "job": job.start_from["key"].split("/")[1] if job.start_from else job.job_id,
-        "epoch": int(job.epoch),
+        "epoch": int(job.fencing_token),
     }
     if job.seed is not None:
         config["settings"]["seed"] = int(job.seed)

@@ -129,7 +129,7 @@ class Reconciler:
         """Bytes: what lost attempts and killed processes left goes. Quotas: an id whose job has ended goes."""
         if self._falls_due("janitor", settings.JOBS["janitor_s"]):
             for job in jobs:
-                if job.epoch > 1:
+                if job.fencing_token > 1:
                     finalize.sweep(job)
             blobs.sweep_unfinished()
         if self._falls_due("audit", settings.JOBS["audit_s"]):

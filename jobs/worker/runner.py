@@ -44,7 +44,7 @@ def run(claim: Claim, stop: threading.Event | None = None) -> None:
     is given back within 30 s). Must be called from the main thread: the trainer dies with the thread that starts it.
     Never raises for anything that happens to the job; what it can't write down, the reconciler finds."""
     failpoints.passing("claimed")
-    folder = prepare.work_folder(claim.job_id, claim.epoch)
+    folder = prepare.work_folder(claim.job_id, claim.fencing_token)
     attempt = _Attempt(claim, stop or threading.Event(), folder)
     try:
         with prewarmed.folder_lock(folder):
@@ -54,7 +54,11 @@ def run(claim: Claim, stop: threading.Event | None = None) -> None:
                 attempt.close()
                 shutil.rmtree(folder, ignore_errors=True)
     except LostRace:
-        log.warning("%s: the lease of epoch %s is lost; its trainer ends", claim.job_id, claim.epoch)
+        log.warning(
+            "%s: the lease with fencing token %s is lost; stopping its trainer",
+            claim.job_id,
+            claim.fencing_token,
+        )
     except Exception as error:
         log.exception("%s: the attempt broke off", claim.job_id)
         attempt.broke_off(error)
@@ -102,7 +106,9 @@ class _Attempt:
         number = int(job.attempts) + 1
         before = f" Before: {job.message}" if number > 1 and job.message else ""
         self._say(
-            "attempt", f"Attempt {number} (lease {self.claim.epoch}) on {job.worker}.{before}", attempt=number
+            "attempt",
+            f"Attempt {number} (lease {self.claim.fencing_token}) on {job.worker}.{before}",
+            attempt=number,
         )
         try:
             found = self._beside(lambda: prepare.prepare(job, self.folder, self._unless_asked))

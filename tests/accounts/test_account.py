@@ -199,7 +199,7 @@ def test_an_account_with_a_running_job_is_emptied_once_it_stops(alice: User, sto
         name="long",
         status="running",
         base="starter",
-        epoch=1,
+        fencing_token=1,
         created_at=time.time(),
     )
     job.save()

@@ -39,7 +39,9 @@ def put_job(person: Person, status: str, **fields: Any) -> tables.Job:
     for name, value in fields.items():
         setattr(job, name, value)
     lines = [json.dumps(line | {"time": 1_700_000_000 + number}) for number, line in enumerate(LINES)]
-    tables.EventChunk(job.job_id, 1, last_seq=len(LINES), epoch=1, lease_owner="h", lines=lines).save()
+    tables.EventChunk(
+        job.job_id, 1, last_seq=len(LINES), fencing_token=1, lease_owner="h", lines=lines
+    ).save()
     job.save()
     return job
 
@@ -194,7 +196,7 @@ def test_a_deleted_model_is_no_checkpoint_any_more(people: dict[str, Person]):
 
 def test_cancelling_a_running_job_answers_cancelled_at_once(people: dict[str, Person]):
     alice = people["alice"]
-    job = put_job(alice, "running", ended_at=None, lease="l", epoch=1)
+    job = put_job(alice, "running", ended_at=None, lease="l", fencing_token=1)
     told = Client().post(
         f"/v1/fine_tuning/jobs/{job.job_id}/cancel", headers={"Authorization": f"Bearer {alice.key}"}
     )

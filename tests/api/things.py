@@ -30,13 +30,13 @@ def put_things(alice: Person) -> dict[str, str]:
         owner, file_id, name=CANARY, status="ready", key=key, bytes=len(rows()), sha256="0" * 64
     ).save()
     model_id = f"ft:starter:alice:{CANARY}:{job_id[-8:].lower()}"
-    chunk = tables.EventChunk(job_id, 1, last_seq=1, epoch=1, lease_owner="h")
+    chunk = tables.EventChunk(job_id, 1, last_seq=1, fencing_token=1, lease_owner="h")
     chunk.lines = ['{"t": "log", "level": "info", "message": "' + CANARY + '", "time": 1}']
     chunk.save()
     job = tables.Job(
         owner, job_id, name=CANARY, base="starter", dataset_id=file_id, status="paused", desired="pause"
     )
-    job.model_id, job.epoch, job.last_seq, job.metadata = model_id, 1, 1, {"note": CANARY}
+    job.model_id, job.fencing_token, job.last_seq, job.metadata = model_id, 1, 1, {"note": CANARY}
     job.save()
     tables.TunedModel(owner, model_id, name=CANARY, base="starter", job_id=job_id, files=[]).save()
     upload_id = tables.new_id("upload")

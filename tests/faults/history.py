@@ -68,20 +68,24 @@ class Recorder:
     def see(self, job: Any) -> None:
         before = self._seen.get(job.job_id)
         self._seen[job.job_id] = job
-        if job.epoch and job.lease_owner:
-            lease_owner = self._holders.setdefault((job.job_id, int(job.epoch)), job.lease_owner)
+        if job.fencing_token and job.lease_owner:
+            lease_owner = self._holders.setdefault((job.job_id, int(job.fencing_token)), job.lease_owner)
             if lease_owner != job.lease_owner:
-                self.found.append(f"{job.job_id}: two holders of epoch {job.epoch}")
+                self.found.append(f"{job.job_id}: two holders of epoch {job.fencing_token}")
         if before is None:
             return
-        if job.version < before.version or job.epoch < before.epoch or job.last_seq < before.last_seq:
+        if (
+            job.version < before.version
+            or job.fencing_token < before.fencing_token
+            or job.last_seq < before.last_seq
+        ):
             self.found.append(f"{job.job_id}: version, epoch or last_seq went back")
         if before.desired == "cancel" != job.desired:
             self.found.append(f"{job.job_id}: a cancel was taken back")
-        if before.ended and (job.status, job.last_seq, job.epoch) != (
+        if before.ended and (job.status, job.last_seq, job.fencing_token) != (
             before.status,
             before.last_seq,
-            before.epoch,
+            before.fencing_token,
         ):
             self.found.append(f"{job.job_id}: an end changed from {before.status} to {job.status}")
 
@@ -151,11 +155,11 @@ def _chunks(job: Any) -> list[str]:
             continue  # sent, never confirmed, and so never read
         if chunk.first_seq != expected:
             found.append(f"chunk {chunk.first_seq} follows event {expected - 1}")
-        if chunk.epoch < epoch:
+        if chunk.fencing_token < epoch:
             found.append(f"chunk {chunk.first_seq} is of an older epoch than the one before it")
-        if holders.setdefault(chunk.epoch, chunk.lease_owner) != chunk.lease_owner:
-            found.append(f"two holders wrote chunks of epoch {chunk.epoch}")
-        expected, epoch = chunk.last_seq + 1, chunk.epoch
+        if holders.setdefault(chunk.fencing_token, chunk.lease_owner) != chunk.lease_owner:
+            found.append(f"two holders wrote chunks of epoch {chunk.fencing_token}")
+        expected, epoch = chunk.last_seq + 1, chunk.fencing_token
     if expected != job.last_seq + 1:
         found.append(f"chunks end at {expected - 1}, last_seq is {job.last_seq}")
     return found

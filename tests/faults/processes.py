@@ -44,10 +44,10 @@ def _killed(stage: Stage, rounds: int, *, whole_worker: bool) -> Measured:
                 stage.house.start_worker(name)
             else:
                 os.kill(trainers[0], signal.SIGKILL)
-                seen = all_of([job_id], lambda job: job.status != "running" or job.epoch >= 2)
+                seen = all_of([job_id], lambda job: job.status != "running" or job.fencing_token >= 2)
                 measured.worst("detected s", seen[job_id] - began[job_id])
         time.sleep(0.05)
-    again = all_of(began, lambda job: (job.epoch >= 2 and job.status == "running") or job.ended)
+    again = all_of(began, lambda job: (job.fencing_token >= 2 and job.status == "running") or job.ended)
     measured.worst("new attempt s", max(again[job_id] - began[job_id] for job_id in began))
     for job_id in began:
         stage.judge(job_id, measured, charged=1)
@@ -116,7 +116,11 @@ def worker_frozen(stage: Stage, rounds: int = 1) -> Measured:
     others = NAMES[len(names) : 2 * len(names)]
     for name in others:
         stage.house.start_worker(name)
-    all_of(jobs, lambda job: (job.epoch >= 2 and job.status == "running") or job.ended, stage.lease_s + 90)
+    all_of(
+        jobs,
+        lambda job: (job.fencing_token >= 2 and job.status == "running") or job.ended,
+        stage.lease_s + 90,
+    )
     time.sleep(max(0.0, 2 * stage.lease_s - (time.monotonic() - began)))
     old = {job_id: _of_epoch_1(job_id) for job_id in jobs}
     for name in names:
@@ -139,7 +143,7 @@ def _of_epoch_1(job_id: str) -> list[object]:
     return [
         (chunk.first_seq, chunk.last_seq, chunk.lease_owner)
         for chunk in rows(EventChunk, job_id)
-        if chunk.epoch == 1 and chunk.first_seq <= job.last_seq
+        if chunk.fencing_token == 1 and chunk.first_seq <= job.last_seq
     ]
 
 

@@ -138,7 +138,7 @@ def now(job: Job) -> Job:
 
 def pointer(claim: Claim, step: int) -> dict[str, Any]:
     key = f"{claim.prefix}checkpoints/s{step}"
-    return {"key": key, "step": step, "epoch": claim.epoch, "sha256": "0" * 64}
+    return {"key": key, "step": step, "epoch": claim.fencing_token, "sha256": "0" * 64}
 
 
 # ---- the kinds -------------------------------------------------------------------------------------------------------
@@ -164,7 +164,9 @@ def claim(rng: random.Random) -> list[str]:
     mine = lose(some(rng), lambda: transitions.claim(now(job), WORKER), wrong)
     row = now(job)
     lease_owner = mine.lease_owner if mine else "the one who claimed it"
-    return expect(wrong, row, status="running", epoch=1, lease_owner=lease_owner, version=1, attempts=0)
+    return expect(
+        wrong, row, status="running", fencing_token=1, lease_owner=lease_owner, version=1, attempts=0
+    )
 
 
 def heartbeat(rng: random.Random) -> list[str]:
@@ -186,7 +188,7 @@ def heartbeat(rng: random.Random) -> list[str]:
         wrong.append(f"events {[(event.seq, event.data.get('n')) for event in events]}")
     if len(list(tables.rows(EventChunk, mine.job_id))) != 2:
         wrong.append("chunks are missing or doubled")
-    return expect(wrong, now(mine.job), status="running", epoch=1, last_seq=4, attempts=0)
+    return expect(wrong, now(mine.job), status="running", fencing_token=1, last_seq=4, attempts=0)
 
 
 def move_pointer(rng: random.Random) -> list[str]:
@@ -213,7 +215,7 @@ def finish(rng: random.Random) -> list[str]:
     result = {"prefix": f"{mine.prefix}final", "files": files, "step": 3, "metrics": {}}
     lose(some(rng), lambda: mine.finish(how, "", result if how == "succeeded" else None), wrong)  # type: ignore[arg-type]
     row = now(mine.job)
-    wrong = expect(wrong, row, status=how, epoch=1, attempts=0, version=version + 1, lease=None)
+    wrong = expect(wrong, row, status=how, fencing_token=1, attempts=0, version=version + 1, lease=None)
     if how == "paused":
         return wrong
     lose(some(rng, 3), lambda: finalize.after_end(row.owner, row.job_id), wrong)
@@ -237,7 +239,7 @@ def give_back(rng: random.Random) -> list[str]:
     landed = lose(some(rng), mine.give_back, wrong)
     if landed != "queued":
         wrong.append(f"it landed {landed}")
-    return expect(wrong, now(mine.job), status="queued", epoch=1, attempts=0, version=2, lease=None)
+    return expect(wrong, now(mine.job), status="queued", fencing_token=1, attempts=0, version=2, lease=None)
 
 
 def ask(rng: random.Random) -> list[str]:
@@ -265,7 +267,7 @@ def trainer_died(rng: random.Random) -> list[str]:
     lose(some(rng), lambda: mine.trainer_died("killed"), wrong)
     wrong = expect(wrong, now(mine.job), status="retrying", attempts=1, attempts_without_progress=1)
     lose(some(rng), lambda: transitions.requeue(now(mine.job)), wrong)
-    return expect(wrong, now(mine.job), status="queued", attempts=1, epoch=1)
+    return expect(wrong, now(mine.job), status="queued", attempts=1, fencing_token=1)
 
 
 def lease_lost(rng: random.Random) -> list[str]:
@@ -273,7 +275,7 @@ def lease_lost(rng: random.Random) -> list[str]:
     wrong, mine = list[str](), held()
     seen = now(mine.job)
     lose(some(rng), lambda: transitions.lose_lease(seen), wrong)
-    return expect(wrong, now(mine.job), status="retrying", attempts=1, epoch=1, lease=None)
+    return expect(wrong, now(mine.job), status="retrying", attempts=1, fencing_token=1, lease=None)
 
 
 def zombie(rng: random.Random) -> list[str]:

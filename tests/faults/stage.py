@@ -90,8 +90,8 @@ class Stage:
         measured.wrong += [f"orphan trainer {pid}" for pid in orphans(self.house)]
         if charged is not None and job.attempts > charged:
             measured.wrong.append(f"{job.attempts} attempts were charged: {told(job)}")
-        if leases is not None and job.epoch != leases:
-            measured.wrong.append(f"{job_id} took {job.epoch} leases")
+        if leases is not None and job.fencing_token != leases:
+            measured.wrong.append(f"{job_id} took {job.fencing_token} leases")
         self.hear(measured)
         measured.worst("attempts charged", float(job.attempts))
         return job

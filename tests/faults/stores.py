@@ -85,8 +85,8 @@ def _cancel(stage: Stage, job_id: str, measured: Measured) -> None:
 
     transitions.ask(h.OWNER, job_id, "cancel")
     job = h.wait_ended(job_id, 60)
-    if (job.status, job.epoch, job.attempts) != ("cancelled", 1, 0):
-        measured.wrong.append(f"it is {job.status}, took {job.epoch} leases, {job.attempts} attempts")
+    if (job.status, job.fencing_token, job.attempts) != ("cancelled", 1, 0):
+        measured.wrong.append(f"it is {job.status}, took {job.fencing_token} leases, {job.attempts} attempts")
     numbers = [event.seq for event in event_log.read(h.OWNER, job_id)]
     if numbers != list(range(1, len(numbers) + 1)):
         measured.wrong.append("events are not numbered 1 … N")

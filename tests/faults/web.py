@@ -107,8 +107,8 @@ def web_killed(stage: Stage, rounds: int = 1) -> Measured:
         measured.wrong.append(
             f"the watcher saw {len(watcher.seen)} events of {job.last_seq + 1}, or some twice"
         )
-    if (job.epoch, job.attempts) != (1, 0):
-        measured.wrong.append(f"training took {job.epoch} leases, {job.attempts} attempts")
+    if (job.fencing_token, job.attempts) != (1, 0):
+        measured.wrong.append(f"training took {job.fencing_token} leases, {job.attempts} attempts")
     measured.figures["streams of the watcher"] = float(watcher.streams)
     stage.hear(measured)
     stage.house.kill("web")

@@ -46,7 +46,7 @@ def checkpoint(claim: Claim, step: int, **fields: Any) -> dict[str, Any]:
     return {
         "key": f"{claim.prefix}checkpoints/s{step}",
         "step": step,
-        "epoch": claim.epoch,
+        "epoch": claim.fencing_token,
         "sha256": "0" * 64,
     } | fields
 

@@ -24,8 +24,13 @@ REAL = {
 
 def holder_may_write_after_leaving(sim: Any) -> list[Patch]:
     """ "mine" without the status: epoch and holder stay after the end."""
-    same = lambda self, found: (found.epoch, found.lease_owner) == (self.epoch, self.lease_owner)  # noqa: E731
-    mine = lambda self: (Job.epoch == self.epoch) & (Job.lease_owner == self.lease_owner)  # noqa: E731
+
+    def same(self: Claim, found: Job) -> bool:
+        return (found.fencing_token, found.lease_owner) == (self.fencing_token, self.lease_owner)
+
+    def mine(self: Claim) -> Any:
+        return (Job.fencing_token == self.fencing_token) & (Job.lease_owner == self.lease_owner)
+
     return [(Claim, "is_mine", same), (Claim, "_mine", mine)]
 
 
@@ -58,7 +63,7 @@ def chunks_overwrite(sim: Any) -> list[Patch]:
 
     def append(claim: Claim, batch: Any) -> None:
         EventChunk(
-            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, lease_owner=claim.lease_owner,
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, fencing_token=claim.fencing_token, lease_owner=claim.lease_owner,
             lines=list(batch.lines),
         ).save()  # fmt: skip
 
@@ -70,7 +75,7 @@ def chunks_are_put_once(sim: Any) -> list[Patch]:
 
     def append(claim: Claim, batch: Any) -> None:
         chunk = EventChunk(
-            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, lease_owner=claim.lease_owner,
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, fencing_token=claim.fencing_token, lease_owner=claim.lease_owner,
             lines=list(batch.lines),
         )  # fmt: skip
         tables.put_new(chunk)
@@ -84,10 +89,10 @@ def batches_change_between_sends(sim: Any) -> list[Patch]:
 
     def append(claim: Claim, batch: Any) -> None:
         chunk = EventChunk(
-            claim.job_id, batch.first_seq, last_seq=batch.last_seq, epoch=claim.epoch, lease_owner=claim.lease_owner,
+            claim.job_id, batch.first_seq, last_seq=batch.last_seq, fencing_token=claim.fencing_token, lease_owner=claim.lease_owner,
             lines=list(batch.lines),
         )  # fmt: skip
-        free = EventChunk.job_id.does_not_exist() | (EventChunk.epoch < claim.epoch)
+        free = EventChunk.job_id.does_not_exist() | (EventChunk.fencing_token < claim.fencing_token)
         if tables.put_if(chunk, free, lambda found: found.lease_owner == claim.lease_owner) is None:
             raise transitions.LostRace
 

@@ -325,7 +325,11 @@ class Sim:
         while step < steps and claim.desired == "run":
             step += 1
             self.flush(
-                claim, [f'{{"t":"e{claim.epoch}.s{step}.{i}"}}' for i in range(1 + (claim.epoch + step) % 3)]
+                claim,
+                [
+                    f'{{"t":"e{claim.fencing_token}.s{step}.{i}"}}'
+                    for i in range(1 + (claim.fencing_token + step) % 3)
+                ],
             )
             told = self.gate("trainer", "a step")
             if told == "die":
@@ -336,7 +340,7 @@ class Sim:
                 return
             folder = f"{claim.prefix}checkpoints/s{step}"
             self.gate("w", f"upload step {step}", lambda folder=folder: self.objects.add(folder + "/weights"))
-            claim.move_pointer({"key": folder, "step": step, "epoch": claim.epoch})
+            claim.move_pointer({"key": folder, "step": step, "epoch": claim.fencing_token})
             if steps > STEPS:  # fewer supersede nothing
                 finalize.after_pointer(claim.job)
         if claim.desired == "cancel" or (claim.desired == "pause" and step < steps):
@@ -348,7 +352,7 @@ class Sim:
         self.gate("w", "upload the model", lambda: self.objects.add(final + "/weights"))
         result = {"prefix": final, "files": [{"name": "weights", "bytes": 1, "sha256": "0"}], "step": step}
         if self.bug == "model first":
-            claim.job.result, claim.job.ended_at = {**result, "epoch": claim.epoch}, 1.0
+            claim.job.result, claim.job.ended_at = {**result, "epoch": claim.fencing_token}, 1.0
             tuned_models.create_from(claim.job)
         claim.finish("succeeded", result=result)
 

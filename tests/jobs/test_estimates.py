@@ -74,7 +74,7 @@ def test_recording_a_job_twice_counts_it_once() -> None:
     [
         {"status": "failed"},
         {"attempts": 1},
-        {"epoch": 2},
+        {"fencing_token": 2},
         {"started_at": None},
         {"base": "somebody/else", "base_snapshot": None},
     ],

@@ -37,7 +37,7 @@ def is_listed(job, partition=None):
 
 def test_a_submitted_job_waits_in_the_queue():
     job = make_job()
-    assert (read(job).status, read(job).desired, read(job).epoch) == ("queued", "run", 0)
+    assert (read(job).status, read(job).desired, read(job).fencing_token) == ("queued", "run", 0)
     assert is_listed(job)
     assert is_listed(job, f"all#{month_of(job.created_at)}")
     assert quotas.held(job.owner, "jobs") == {job.job_id}
@@ -130,7 +130,7 @@ def test_a_claim_is_had_once():
     seen = read(job)
     assert transitions.claim(seen, WORKER) is not None
     assert transitions.claim(seen, WORKER) is None
-    assert (read(job).status, read(job).epoch) == ("running", 1)
+    assert (read(job).status, read(job).fencing_token) == ("running", 1)
 
 
 def test_a_heartbeat_renews_the_lease_and_brings_the_orders():
@@ -363,7 +363,7 @@ def test_a_lost_lease_fences_its_old_holder():
     assert transitions.lose_lease(old.job).status == "retrying"
     transitions.requeue(read(old.job))
     new = make_claim(old.job)
-    assert new.epoch == 2
+    assert new.fencing_token == 2
     for write in (
         old.heartbeat,
         old.give_back,

@@ -42,7 +42,7 @@ def test_each_job_is_claimed_once(racers):
 
     winners = [sum(round) for round in zip(*racers.map(race, range(RACERS)), strict=True)]
     assert winners == [1] * ROUNDS
-    assert {read(job).epoch for job in jobs} == {1}
+    assert {read(job).fencing_token for job in jobs} == {1}
 
 
 def test_the_quota_holds_when_all_come_at_once(racers, settings):

@@ -44,9 +44,11 @@ def test_an_update_answers_with_the_row_as_it_then_is():
 def test_a_refused_update_that_was_ours_is_taken_as_done():
     job = Job(new_id("user"), new_id("ftjob"), lease_owner="me")
     tables.put_new(job)
-    found = tables.update(job, [Job.epoch.set(1)], Job.epoch == 9, lambda found: found.lease_owner == "me")
+    found = tables.update(
+        job, [Job.fencing_token.set(1)], Job.fencing_token == 9, lambda found: found.lease_owner == "me"
+    )
     assert found is not None
-    assert found.epoch == 0
+    assert found.fencing_token == 0
 
 
 def test_calls_are_counted():

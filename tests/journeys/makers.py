@@ -56,7 +56,7 @@ def make_job(
     for first in range(0, len(lines), 100):
         chunk = [json.dumps(line) for line in lines[first : first + 100]]
         EventChunk(
-            job.job_id, first + 1, last_seq=first + len(chunk), epoch=1, lease_owner="x", lines=chunk
+            job.job_id, first + 1, last_seq=first + len(chunk), fencing_token=1, lease_owner="x", lines=chunk
         ).save()
     for partition in (f"all#{month_of(job.created_at)}", *(() if job.ended else ("active#0",))):
         JobIndex(partition, job.job_id, owner=owner, name=job.name, base=job.base).save()

@@ -198,7 +198,7 @@ def test_a_waiting_job_is_edited_and_keeps_its_place(alices: Client, alice: User
 
 def test_a_job_that_has_begun_is_not_edited(alices: Client, alice: User) -> None:
     dataset = make_dataset(alice.owner_id)
-    job = make_job(alice.owner_id, "running", dataset_id=dataset.dataset_id, epoch=1)
+    job = make_job(alice.owner_id, "running", dataset_id=dataset.dataset_id, fencing_token=1)
     address = reverse("jobs:edit_job", args=[job.job_id])
     assert address not in page(alices, job)
     answer = alices.post(

@@ -93,7 +93,7 @@ def grow(job: Job, lines: list[dict[str, Any]]) -> None:
         job.job_id,
         first,
         last_seq=first + len(lines) - 1,
-        epoch=1,
+        fencing_token=1,
         lease_owner="x",
         lines=[json.dumps(line) for line in lines],
     ).save()

@@ -97,7 +97,7 @@ def test_a_mistake_is_told_beside_its_field_and_nothing_starts(
 def test_extra_fields_change_nothing(alices: Client, alice: User, dataset: Dataset) -> None:
     post(alices, NEW, dataset, owner="user-X", status="succeeded", epoch="9", priority="99", id="ftjob-1")
     job = access.list_jobs(alice.owner_id).rows[0]
-    assert (job.owner, job.status, job.epoch, job.priority) == (alice.owner_id, "queued", 0, 0)
+    assert (job.owner, job.status, job.fencing_token, job.priority) == (alice.owner_id, "queued", 0, 0)
 
 
 def test_updating_the_estimate_without_javascript_brings_the_whole_page_back(

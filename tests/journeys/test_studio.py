@@ -41,7 +41,7 @@ owner, job_id, dataset_id = {ids!r}
 job = access.get_job_for(owner, job_id)
 events = event_log.read(owner, job_id, 0)
 print(json.dumps(dict(
-    status=job.status, step=job.checkpoint_step or 0, epoch=job.epoch, seqs=[e.seq for e in events],
+    status=job.status, step=job.checkpoint_step or 0, epoch=job.fencing_token, seqs=[e.seq for e in events],
     people=get_user_model().objects.count(), dataset=access.get_dataset_for(owner, dataset_id).status,
     model=job.model_id if job.status == "succeeded" and access.get_model_for(owner, job.model_id) else "",
 )))
