@@ -66,8 +66,8 @@ def root_of(facts: Mapping[str, Any]) -> str:
 def tokenizer_family(facts: Mapping[str, Any]) -> str:
     """One name for all bases that read text alike (tokenizer, chat template, context): a tuned model reads as what it came
     from, and the sizes of GPT-2 read as one."""
-    if facts.get("tokenizer_family"):
-        return str(facts["tokenizer_family"])
+    if facts.get("reads_as"):
+        return str(facts["reads_as"])
     id = str(facts["id"])
     if id in {model.id for model in catalog.GPT2_FAMILY}:
         return "gpt2"
@@ -126,7 +126,7 @@ def _of_tuned(model: TunedModel) -> Facts | None:
     )
     return own.as_dict() | {
         "root": root_of(before),
-        "tokenizer_family": tokenizer_family(before),
+        "reads_as": tokenizer_family(before),
         "prefix": model.prefix,
         "files": list(model.files),
     }

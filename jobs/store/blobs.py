@@ -397,7 +397,7 @@ def sweep_unfinished() -> int:
 
 # ---- links ---------------------------------------------------------------------------------------------------------
 
-_SALT = "jobs.store.blobs.link"
+_SALT = "jobs.storage.link"
 
 
 def signed_url(key: str, filename: str, expires_s: int | None = None) -> str:

@@ -47,7 +47,7 @@ def test_keys_derived_from_ids_stay_derived_in_the_same_way():
         {"id": "starter"},
         {"id": "gpt2-large"},
         {"id": "Qwen/Qwen2.5-0.5B", "revision": "0123456789abcdef0123456789abcdef01234567"},
-        {"id": "ft:starter:ada:x:01234567", "tokenizer_family": "starter", "root": "starter"},
+        {"id": "ft:starter:ada:x:01234567", "reads_as": "starter", "root": "starter"},
     ]
     compare(
         "derived",
@@ -295,7 +295,7 @@ def test_a_signed_link_made_before_can_be_read(settings: Any):
 
     settings.SECRET_KEY = "made-up-for-this-test-" * 3
     told = {"key": "datasets/user-A/file-A/data", "filename": "rows.jsonl", "s": 600}
-    token = TimestampSigner(salt="jobs.store.blobs.link").sign_object(told, compress=True)
+    token = TimestampSigner(salt="jobs.storage.link").sign_object(told, compress=True)
     assert product.read_link(token) == (told["key"], told["filename"])
     assert product.read_link(TimestampSigner(salt="another").sign_object(told, compress=True)) is None
 

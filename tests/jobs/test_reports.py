@@ -66,7 +66,7 @@ def test_bases_that_read_alike_share_a_report():
         == "gpt2"
     )
     assert reports.is_own({"id": "starter"})
-    assert reports.is_own({"id": "ft:starter:a::b", "tokenizer_family": "starter"})
+    assert reports.is_own({"id": "ft:starter:a::b", "reads_as": "starter"})
     assert not reports.is_own({"id": "gpt2"})
 
 
