@@ -54,7 +54,7 @@ def receive(
     dataset.format, dataset.fingerprint = dict(format) if format else None, fingerprint
     if expires_at is not None:
         dataset.expires_at = expires_at
-        outbox.put_off("expire", owner, dataset_id, expires_at)
+        outbox.put_delayed("expire", owner, dataset_id, expires_at)
     outbox.put("check", owner, dataset_id)
     quotas.take(owner, "datasets", dataset_id)
     tables.put_new(dataset)
@@ -92,7 +92,7 @@ def receive(
     except OverQuota:
         _forget(owner, dataset_id)
         raise
-    outbox.ring("check", owner, dataset_id)
+    outbox.enqueue("check", owner, dataset_id)
     return received
 
 
@@ -117,7 +117,7 @@ def arrived(
     found = tables.update(Dataset(owner, dataset_id), actions, wanted, lambda found: found.key == key)
     if found is None:
         raise Rejected("The upload took too long. Send it again.")
-    outbox.ring("check", owner, dataset_id)
+    outbox.enqueue("check", owner, dataset_id)
     return found
 
 
@@ -144,7 +144,7 @@ def promise(owner: str, promised: Sequence[Dataset]) -> None:
         raise
     for dataset in promised:
         tables.put_new(dataset)
-        outbox.ring("check", owner, dataset.dataset_id)
+        outbox.enqueue("check", owner, dataset.dataset_id)
 
 
 def fill(dataset: Dataset, file: IO[bytes], origin: Mapping[str, Any]) -> Dataset | None:
@@ -222,7 +222,7 @@ def read_again(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Datase
         raise Rejected("The dataset is being checked just now. Wait for its report.")
     for row in tables.rows(DatasetReport, dataset_id):
         tables.remove(DatasetReport, dataset_id, row.base)
-    outbox.ring("check", owner, dataset_id)
+    outbox.enqueue("check", owner, dataset_id)
     return again
 
 
@@ -260,10 +260,10 @@ def _forget(owner: str, dataset_id: str) -> None:
     tables.update(Dataset(owner, dataset_id), [Dataset.deleted.set(True)], Dataset.dataset_id.exists())
     quotas.release(owner, "datasets", dataset_id)
     quotas.unreserve(owner, dataset_id)
-    outbox.ring("delete", owner, dataset_id)
+    outbox.enqueue("delete", owner, dataset_id)
 
 
-@outbox.deletes("file-")
+@outbox.deletion_handler("file-")
 def _delete_bytes(owner: str, dataset_id: str) -> bool:
     dataset = tables.get(Dataset, owner, dataset_id)
     if dataset is None or not dataset.deleted:

@@ -235,7 +235,7 @@ def shown(row: Upload) -> dict[str, Any]:
     return {"upload": row, "came": came, "percent": int(100 * came / max(1, int(row.bytes)))}
 
 
-@outbox.deletes("upload-")
+@outbox.deletion_handler("upload-")
 def _delete_parts(owner: str, upload_id: str) -> bool:
     """Of an upload that is over: completed, cancelled, expired, or its owner gone."""
     row = tables.get(Upload, owner, upload_id)

@@ -52,7 +52,7 @@ def ask(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
     outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{base}")
     free = DatasetReport.dataset_id.does_not_exist() | (DatasetReport.status == "failed")
     put = tables.put_if(row, free, lambda found: found.asked == mine)
-    outbox.ring("report", dataset.owner, f"{dataset.dataset_id}@{base}")
+    outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{base}")
     return put or tables.get(DatasetReport, dataset.dataset_id, base) or row
 
 
@@ -71,7 +71,7 @@ def ask_row(dataset: Dataset, facts: Mapping[str, Any], line: int) -> DatasetRep
     )
     outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{place}")
     row.save()
-    outbox.ring("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+    outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{place}")
     return row
 
 
@@ -84,7 +84,7 @@ def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
         found = None
         outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{place}")
         DatasetReport(dataset.dataset_id, place, owner=dataset.owner, facts=facts).save()
-        outbox.ring("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+        outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{place}")
     return dict(found.summary) if found is not None and found.summary else None
 
 

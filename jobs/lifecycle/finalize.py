@@ -109,10 +109,10 @@ def delete_job(job: Job, *, with_model: bool) -> None:
         Job.checkpoint_key.remove(),
     ]
     tables.update(job, [*actions, Job.plan.remove(), Job.proof.remove()], Job.status.is_in(*sorted(ENDED)))
-    outbox.ring("delete", job.owner, job.job_id)
+    outbox.enqueue("delete", job.owner, job.job_id)
 
 
-@outbox.deletes("ftjob-")
+@outbox.deletion_handler("ftjob-")
 def _delete_job(owner: str, job_id: str) -> bool:
     job = tables.get(Job, owner, job_id)
     if job is None or not job.deleted:

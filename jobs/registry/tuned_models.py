@@ -63,7 +63,7 @@ def delete(owner: str, model_id: str) -> None:
     access.get_model_for(owner, model_id)
     outbox.put("delete", owner, model_id)
     bury(owner, model_id)
-    outbox.ring("delete", owner, model_id)
+    outbox.enqueue("delete", owner, model_id)
 
 
 def bury(owner: str, model_id: str) -> None:
@@ -71,7 +71,7 @@ def bury(owner: str, model_id: str) -> None:
     TunedModel(owner, model_id).update(actions=[TunedModel.deleted.set(True), TunedModel.files.set([])])
 
 
-@outbox.deletes("ft:")
+@outbox.deletion_handler("ft:")
 def delete_bytes(owner: str, model_id: str) -> bool:
     """False while a job that starts from the model may still have to fetch its files."""
     model = tables.get(TunedModel, owner, model_id)

@@ -40,7 +40,7 @@ def handler(kind: str) -> Callable[[Handler], Handler]:
     return register
 
 
-def deletes(prefix: str) -> Callable[[Handler], Handler]:
+def deletion_handler(prefix: str) -> Callable[[Handler], Handler]:
     """Registers a function as what deletes the bytes behind ids that begin so. It returns False while something still
     needs them."""
 
@@ -62,7 +62,7 @@ def put(kind: str, owner: str, id: str) -> None:
     tables.put_new(JobIndex(PARTITION, f"{kind}#{id}", owner=owner))
 
 
-def ring(kind: str, owner: str, id: str, lease: str = "") -> None:
+def enqueue(kind: str, owner: str, id: str, lease: str = "") -> None:
     """Best effort, after everything is written."""
     if kind == "deliver":
         redis_client.enqueue("deliver", owner, id, lease)
@@ -84,11 +84,11 @@ def run(kind: str, owner: str, id: str, lease: str) -> None:
         tables.remove(JobIndex, PARTITION, f"{kind}#{id}")
 
 
-def waiting() -> list[JobIndex]:
+def pending() -> list[JobIndex]:
     return list(tables.rows(JobIndex, PARTITION))
 
 
-def put_off(kind: str, owner: str, id: str, until: float) -> None:
+def put_delayed(kind: str, owner: str, id: str, until: float) -> None:
     """An errand for later: nobody rings for it before that time."""
     put(kind, owner, f"{int(until)}#{id}")
 
@@ -98,8 +98,8 @@ def is_due(row: JobIndex) -> bool:
     return not until.isdigit() or time.time() >= int(until)
 
 
-def name_of(row: JobIndex) -> tuple[str, str, str]:
-    """(kind, owner, id), as `ring` wants them."""
+def parse(row: JobIndex) -> tuple[str, str, str]:
+    """(kind, owner, id), as `enqueue` takes them."""
     kind, _, id = row.job_id.partition("#")
     return kind, row.owner, id
 

@@ -120,9 +120,9 @@ class Reconciler:
             redis_client.enqueue_training(waiting)
 
     def _errands(self) -> None:
-        for row in outbox.waiting():
+        for row in outbox.pending():
             if outbox.is_due(row) and self.watch.unchanged(row.job_id, row.lease, settings.JOBS["lease_s"]):
-                outbox.ring(*outbox.name_of(row), row.lease or "")
+                outbox.enqueue(*outbox.parse(row), row.lease or "")
                 self.watch.again(row.job_id)
 
     def _hourly(self, jobs: list[Job]) -> None:

@@ -164,8 +164,8 @@ def show_row(client: Client, dataset: Dataset, line: str) -> Any:
 
 
 def run_errands(dataset: Dataset) -> None:
-    for row in outbox.waiting():
-        kind, owner, id = outbox.name_of(row)
+    for row in outbox.pending():
+        kind, owner, id = outbox.parse(row)
         if kind == "report" and id.startswith(dataset.dataset_id):
             outbox.run(kind, owner, id, row.lease or "")
 

@@ -154,10 +154,10 @@ def test_a_crash_after_the_bytes_are_stored_costs_one_more_round(alices: Client,
     half = versions.make(new)  # and then the worker died: its errand is still in the list
     assert half is not None
     assert (half.status, bool(half.key)) == ("checking", True)
-    assert f"check#{new.dataset_id}" in {row.job_id for row in outbox.waiting()}
+    assert f"check#{new.dataset_id}" in {row.job_id for row in outbox.pending()}
     new = come_through(new)
     assert (new.status, lines_of(new), new.sha256) == ("ready", ROWS[:10], half.sha256)
-    assert f"check#{new.dataset_id}" not in {row.job_id for row in outbox.waiting()}
+    assert f"check#{new.dataset_id}" not in {row.job_id for row in outbox.pending()}
 
 
 def test_a_version_whose_source_was_deleted_says_so(alices: Client, alice: User) -> None:
