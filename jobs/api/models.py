@@ -65,7 +65,7 @@ def retrieve_model(request: CallerRequest, model: str) -> Json:
     if known is not None:
         return {**_base(known), "id": model}
     if added := base_models.added(request.auth.owner, local_name(model)):
-        return {**_base(base_models.described(added.facts)), "id": model}
+        return {**_base(base_models.described(added.snapshot)), "id": model}
     return {**_tuned(_find(request, local_name(model))), "id": model}
 
 

@@ -48,10 +48,12 @@ def ask(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
             outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{base}")
         return found
     mine = secrets.token_hex(8)
-    row = DatasetReport(dataset.dataset_id, base, owner=dataset.owner, facts=dict(facts), asked=mine)
+    row = DatasetReport(
+        dataset.dataset_id, base, owner=dataset.owner, base_snapshot=dict(facts), request_id=mine
+    )
     outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{base}")
     free = DatasetReport.dataset_id.does_not_exist() | (DatasetReport.status == "failed")
-    put = tables.put_if(row, free, lambda found: found.asked == mine)
+    put = tables.put_if(row, free, lambda found: found.request_id == mine)
     outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{base}")
     return put or tables.get(DatasetReport, dataset.dataset_id, base) or row
 
@@ -60,14 +62,14 @@ def ask_row(dataset: Dataset, facts: Mapping[str, Any], line: int) -> DatasetRep
     """The tokens of one row, as this base reads them. One row at a time: asking for another one lets the first go."""
     place = row_place(base_models.tokenizer_family(facts))
     found = tables.get(DatasetReport, dataset.dataset_id, place)
-    if found is not None and found.facts.get("line") == line and found.status != "failed":
+    if found is not None and found.base_snapshot.get("line") == line and found.status != "failed":
         return found
     row = DatasetReport(
         dataset.dataset_id,
         place,
         owner=dataset.owner,
-        facts={**facts, "line": line},
-        asked=secrets.token_hex(8),
+        base_snapshot={**facts, "line": line},
+        request_id=secrets.token_hex(8),
     )
     outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{place}")
     row.save()
@@ -80,10 +82,12 @@ def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
     place = f"{LEAKS}{validation.dataset_id}"
     found = tables.get(DatasetReport, dataset.dataset_id, place)
     facts = {"validation": validation.dataset_id, "report": validation.report_key}
-    if found is None or found.facts != facts:  # not asked for, or the other one is read in another way since
+    if (
+        found is None or found.base_snapshot != facts
+    ):  # not asked for, or the other one is read in another way since
         found = None
         outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{place}")
-        DatasetReport(dataset.dataset_id, place, owner=dataset.owner, facts=facts).save()
+        DatasetReport(dataset.dataset_id, place, owner=dataset.owner, base_snapshot=facts).save()
         outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{place}")
     return dict(found.summary) if found is not None and found.summary else None
 
@@ -125,18 +129,20 @@ def make(owner: str, id: str) -> bool:
         return True
     if base.startswith(LEAKS):
         return _find_leaks(dataset, row)
-    line = row.facts.get("line")
+    line = row.base_snapshot.get("line")
     status, error, report = _made(dataset, row, line)
     actions = [DatasetReport.status.set(status), DatasetReport.error.set(error[:2000])]
     if report is not None:
         text = json.dumps(report, ensure_ascii=False).encode("utf-8", "replace")
         name = hashlib.sha256(base.encode()).hexdigest()[:16]
-        key = f"datasets/{owner}/{dataset_id}/reports/{name}-{row.asked}.json"
+        key = f"datasets/{owner}/{dataset_id}/reports/{name}-{row.request_id}.json"
         actions += [
             DatasetReport.report_key.set(blobs.put_file(key, io.BytesIO(text)).key),
             DatasetReport.summary.set(datasets.small(checks.summary_of(report)) if line is None else {}),
         ]
-    tables.update(row, actions, DatasetReport.asked == row.asked, lambda found: found.status == status)
+    tables.update(
+        row, actions, DatasetReport.request_id == row.request_id, lambda found: found.status == status
+    )
     if line is None:
         dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
     found = tables.get(DatasetReport, dataset_id, base)
@@ -146,7 +152,7 @@ def make(owner: str, id: str) -> bool:
 
 
 def _find_leaks(dataset: Dataset, row: DatasetReport) -> bool:
-    validation = tables.get(Dataset, dataset.owner, str(row.facts["validation"]))
+    validation = tables.get(Dataset, dataset.owner, str(row.base_snapshot["validation"]))
     found = None
     if validation is not None and not validation.deleted and validation.status == "ready":
         found = checks.leaks(dataset, validation)
@@ -159,7 +165,7 @@ def _find_leaks(dataset: Dataset, row: DatasetReport) -> bool:
 
 def _made(dataset: Dataset, row: DatasetReport, line: int | None) -> tuple[str, str, dict[str, Any] | None]:
     try:
-        folder = base_models.folder(str(row.facts["id"]), row.facts, only="tokenizer")
+        folder = base_models.folder(str(row.base_snapshot["id"]), row.base_snapshot, only="tokenizer")
     except Failure as failure:
         return "failed", " ".join(part for part in (failure.message, failure.advice) if part), None
     report = checks.report_on(dataset, str(folder), line=line)

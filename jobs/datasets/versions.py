@@ -96,7 +96,7 @@ def _version(
     source: Dataset, what: str, read_as: DatasetReport | None, id: str, part: str, ids: list[str]
 ) -> Dataset:
     base = {
-        "facts": read_as.facts, "sequence_length": (read_as.summary or {}).get("sequence_length"),
+        "facts": read_as.base_snapshot, "sequence_length": (read_as.summary or {}).get("sequence_length"),
     } if read_as else {}  # fmt: skip
     name = name_of(source, words_of({"what": what, "part": part, **base}))
     dataset = Dataset(source.owner, id, name=name, purpose=source.purpose, status="checking")

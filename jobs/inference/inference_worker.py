@@ -297,7 +297,7 @@ def model_folder(owner: str, model_id: str) -> Path:
     if catalog.find(model_id):
         return base_models.folder(model_id, None)
     if added := base_models.added(owner, model_id):
-        return base_models.folder(model_id, added.facts)
+        return base_models.folder(model_id, added.snapshot)
     if checkpoint_models.MARK in model_id:
         return checkpoint_models.folder(owner, model_id)
     model = tuned_models.get_for(owner, model_id)

@@ -30,7 +30,7 @@ def pin(owner: str, name: str) -> Facts:
     if known := catalog.find(name):
         return {"id": known.id}
     if row := added(owner, name):
-        return dict(row.facts)
+        return dict(row.snapshot)
     facts = _of_tuned(access.get_model_for(owner, name))
     if facts is None:
         raise access.NotFound(f"There is no model {name}.")
@@ -87,7 +87,7 @@ def can_be_base(model: TunedModel) -> bool:
 def from_hub(owner: str) -> list[BaseModel]:
     """Models of the Hub that this person added."""
     rows = tables.rows(HubModel, owner)
-    return [model for row in rows if (model := described(row.facts))]
+    return [model for row in rows if (model := described(row.snapshot))]
 
 
 def added(owner: str, name: str) -> HubModel | None:
@@ -110,7 +110,7 @@ def add(owner: str, name: str) -> str:
     if len(others) >= MOST:
         raise hub_models.Refused(f"You have added {MOST} models of the Hub, the most at a time.")
     facts = found.model.as_dict() | {"revision": found.revision}
-    HubModel(owner, found.model.id, facts=facts, checked_at=time.time()).save()
+    HubModel(owner, found.model.id, snapshot=facts, checked_at=time.time()).save()
     return found.model.id
 
 

@@ -171,8 +171,9 @@ class DatasetReport(Table):
     dataset_id = UnicodeAttribute(hash_key=True)
     base = UnicodeAttribute(range_key=True)  # what bases that read text alike are called together
     owner = UnicodeAttribute()
-    facts: JSONAttribute = JSONAttribute(default=dict)  # of the base it was asked for
-    asked = UnicodeAttribute(default="")  # names the asking; what an older one found is not written any more
+    base_snapshot: JSONAttribute = JSONAttribute(attr_name="facts", default=dict)
+    # Results of an older request are not written any more.
+    request_id = UnicodeAttribute(attr_name="asked", default="")
     status = UnicodeAttribute(default="checking")
     summary: JSONAttribute = JSONAttribute(null=True)
     report_key = UnicodeAttribute(default="")
@@ -349,7 +350,8 @@ class HubModel(Table):
 
     owner = UnicodeAttribute(hash_key=True)
     name = UnicodeAttribute(range_key=True)  # owner/name on the Hub
-    facts: JSONAttribute = JSONAttribute(default=dict)  # training.plan.catalog.BaseModel, and the revision
+    # training.plan.catalog.BaseModel and the revision
+    snapshot: JSONAttribute = JSONAttribute(attr_name="facts", default=dict)
     checked_at = NumberAttribute(default=time.time)
 
 

@@ -139,7 +139,7 @@ def row(request: HttpRequest, dataset_id: str) -> HttpResponse:
     if dataset.status != "ready" or not line:
         messages.error(request, "Line: write the number of a line of the file.")
         return redirect(address)
-    reports.ask_row(dataset, other.facts if other else {"id": catalog.STARTER}, line)
+    reports.ask_row(dataset, other.base_snapshot if other else {"id": catalog.STARTER}, line)
     query = {"as": other.base, "line": str(line)} if other else {"line": str(line)}
     return redirect(f"{address}?{urlencode(query)}#row")
 
@@ -326,11 +326,11 @@ def _row(dataset: Dataset, base: str, line: str) -> dict[str, Any] | None:
     """The tokens of the row that was asked for last, if it is this one."""
     place = reports.row_place(base)
     found = tables.get(DatasetReport, dataset.dataset_id, place) if line else None
-    if found is None or str(found.facts.get("line")) != line:
+    if found is None or str(found.base_snapshot.get("line")) != line:
         return None
     told = report_at(found.report_key) if found.report_key else {}
     return {
-        "line": found.facts["line"],
+        "line": found.base_snapshot["line"],
         "checking": found.status == "checking",
         "error": told.get("error") or found.error,
         "sample": shown_sample(told) if told.get("tokens") else None,

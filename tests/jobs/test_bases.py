@@ -20,7 +20,7 @@ FACTS = {"id": "people/tiny", "name": "people/tiny", "parameters": 1000, "layers
 
 
 def add(owner: str, **facts: object) -> None:
-    HubModel(owner, "people/tiny", facts=FACTS | facts).save()
+    HubModel(owner, "people/tiny", snapshot=FACTS | facts).save()
 
 
 def make_job_from_hub(owner: str) -> Job:

@@ -50,7 +50,7 @@ def make_dataset(owner: str, rows: list[dict[str, str]] = ROWS) -> Dataset:
 
 
 def submit(owner: str, dataset: Dataset, facts: dict[str, Any], **asked: Any):
-    HubModel(owner, "people/tiny", facts=facts).save()
+    HubModel(owner, "people/tiny", snapshot=facts).save()
     request = transitions.JobRequest(base="people/tiny", dataset_id=dataset.dataset_id, settings=asked)
     return transitions.submit(owner, request)
 
@@ -76,9 +76,9 @@ def test_a_job_waits_for_the_report_of_its_base_and_asks_for_it_once(tiny):
     job = submit(owner, dataset, tiny)
     assert job.status == "validating"
     assert tables.get(JobIndex, "work", f"report#{errand(dataset, tiny)}")
-    asked = reports.of(dataset.dataset_id, tiny).asked
+    asked = reports.of(dataset.dataset_id, tiny).request_id
     assert transitions.validate(read(job)) is None
-    assert reports.of(dataset.dataset_id, tiny).asked == asked
+    assert reports.of(dataset.dataset_id, tiny).request_id == asked
     assert reports.make(owner, errand(dataset, tiny))
     assert read(job).status == "queued"
     assert submit(owner, dataset, tiny).status == "queued"  # it is there already

@@ -99,7 +99,7 @@ def test_what_is_too_long_for_another_base_goes_by_that_bases_report(alices: Cli
     old = upload(alice.owner_id, [*ROWS, long])
     assert "too long" not in page_of(alices, old)
     reading = DatasetReport(
-        old.dataset_id, "short", owner=alice.owner_id, facts={"id": "starter"}, status="ready"
+        old.dataset_id, "short", owner=alice.owner_id, base_snapshot={"id": "starter"}, status="ready"
     )
     found = report(blobs.local_path(old.key), Tokenizer.load(STARTER_FOLDER), Plain(24))
     stored = blobs.put_file(f"datasets/{alice.owner_id}/short.json", io.BytesIO(json.dumps(found).encode()))
