@@ -360,7 +360,7 @@ def _extras(job: Row) -> Json:
         "plan": job.plan,
         "estimate": job.estimate,
         "attempts": int(job.attempts),
-        "proof": job.proof,
+        "proof": job.resume_check,
         "verdict": result.get("verdict"),
         "fidelity": result.get("fidelity"),
         "advice": job.advice,

@@ -102,7 +102,7 @@ def _tuned(row: Any) -> Json:
         "bytes": int(row.bytes),
         "metrics": row.metrics,
         "verdict": row.verdict,
-        "fidelity": row.fidelity,
+        "fidelity": row.export_check,
         "aliases": row.aliases,
     }
     shown = {name: value for name, value in facts.items() if value not in (None, "", {}, [])}

@@ -40,7 +40,7 @@ def workers() -> list[Worker]:
 
 def _machine(name: str = "") -> Machine:
     """Of the worker of that name, else of the one heard last."""
-    for found in sorted(workers(), key=lambda w: (w.worker_id == name, w.heard_at), reverse=True):
+    for found in sorted(workers(), key=lambda w: (w.worker_id == name, w.last_seen), reverse=True):
         told = found.info.get("machine") if isinstance(found.info, dict) else None
         if isinstance(told, dict):
             return Machine(**{name: told[name] for name in Machine.__dataclass_fields__ if name in told})
@@ -61,7 +61,7 @@ def queue_seconds() -> float:
     """Seconds until a worker is free: what runs has told how long it will, what waits takes as long as jobs mostly do."""
     active = queue.active_jobs(queue.index_rows()[:MOST_WAITING])
     now = time.time()
-    alive = sum(now - worker.heard_at < ALIVE_S for worker in workers())
+    alive = sum(now - worker.last_seen < ALIVE_S for worker in workers())
     past = history(machine())
     usual = median(sum(p.took.values()) for p in past) if past else 60.0
     ahead = [float((job.progress or {}).get("eta_s") or usual) for job in active if job.status == "running"]

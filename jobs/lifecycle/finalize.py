@@ -108,7 +108,9 @@ def delete_job(job: Job, *, with_model: bool) -> None:
         Job.checkpoints.set([]),
         Job.checkpoint_key.remove(),
     ]
-    tables.update(job, [*actions, Job.plan.remove(), Job.proof.remove()], Job.status.is_in(*sorted(ENDED)))
+    tables.update(
+        job, [*actions, Job.plan.remove(), Job.resume_check.remove()], Job.status.is_in(*sorted(ENDED))
+    )
     outbox.enqueue("delete", job.owner, job.job_id)
 
 

@@ -362,7 +362,7 @@ class Claim:
             "phase": phase,
             "plan": plan,
             "estimate": estimate,
-            "proof": proof,
+            "resume_check": proof,
         }
         actions: list[Action] = [Job.lease.set(_new_lease()), Job.version.add(1)]
         actions += [_set(Job, name, value) for name, value in told.items() if value is not None]

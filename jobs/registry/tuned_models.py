@@ -51,7 +51,7 @@ def create_from(job: Job) -> None:
         bytes=sum(entry["bytes"] for entry in files),
         metrics=dict(result.get("metrics") or {}),
         verdict=result.get("verdict"),
-        fidelity=result.get("fidelity"),
+        export_check=result.get("fidelity"),
         aliases=(job.api or {}).get("aliases", []),
         created_at=job.ended_at,
     )

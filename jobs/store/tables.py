@@ -235,7 +235,7 @@ class _JobAttributes(Table):
     )  # [{key, step, epoch, bytes, sha256, …}], newest last
     plan: JSONAttribute = JSONAttribute(null=True)  # resolved settings with their reasons
     estimate: JSONAttribute = JSONAttribute(null=True)
-    proof: JSONAttribute = JSONAttribute(null=True)  # of exact resume
+    resume_check: JSONAttribute = JSONAttribute(attr_name="proof", null=True)  # whether it resumed exactly
     reason = UnicodeAttribute(default="")  # why it failed or paused: a key of lifecycle.REASONS
     message = UnicodeAttribute(default="")  # what exactly, for a person
     advice = UnicodeAttribute(default="")
@@ -332,7 +332,7 @@ class TunedModel(Table):
     bytes = NumberAttribute(default=0)
     metrics: JSONAttribute = JSONAttribute(default=dict)
     verdict: JSONAttribute = JSONAttribute(null=True)
-    fidelity: JSONAttribute = JSONAttribute(null=True)
+    export_check: JSONAttribute = JSONAttribute(attr_name="fidelity", null=True)
     aliases: JSONAttribute = JSONAttribute(default=list)
     created_at = NumberAttribute(default=time.time)
     deleted = BooleanAttribute(attr_name="gone", default=False)
@@ -383,7 +383,7 @@ class Worker(Table):
     info: JSONAttribute = JSONAttribute(default=dict)
     job_id = UnicodeAttribute(default="")
     started_at = NumberAttribute(default=time.time)
-    heard_at = NumberAttribute(default=time.time)
+    last_seen = NumberAttribute(attr_name="heard_at", default=time.time)
 
 
 class Upload(Table):

@@ -51,7 +51,7 @@ def detail(request: HttpRequest, model_id: str) -> HttpResponse:
         "metrics": metrics,
         "verdict": (model.verdict or {}).get("sentence", ""),
         "facts": _facts(model),
-        "fidelity": _fidelity(model.fidelity if isinstance(model.fidelity, dict) else {}),
+        "fidelity": _fidelity(model.export_check if isinstance(model.export_check, dict) else {}),
         "typed": {"mode": "prompt", **playground.DEFAULTS},
     }
     return render(request, "jobs/model_detail.html", context)

@@ -253,8 +253,8 @@ def test_a_lost_attempts_steps_are_run_again_and_proven_equal(undisturbed):
     runner.run(again(job))
     job = read(job)
     assert job.status == "succeeded"
-    assert curve(job) == curve(undisturbed) or job.proof["exact"]
-    assert job.proof["equal"] == job.proof["steps"] > 0
+    assert curve(job) == curve(undisturbed) or job.resume_check["exact"]
+    assert job.resume_check["equal"] == job.proof["steps"] > 0
     assert any(
         "equal to the bit" in str(e.data.get("message")) for e in event_log.read(job.owner, job.job_id)
     )
