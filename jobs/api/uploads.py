@@ -125,7 +125,7 @@ def complete_upload(request: CallerRequest, upload_id: str, body: UploadComplete
         claimed, [Row.status.set("completed"), Row.dataset_id.set(dataset.dataset_id)], Row.status == "completing",
         lambda found: found.dataset_id == dataset.dataset_id,
     )  # fmt: skip
-    multipart.drop(row)
+    multipart.discard(row)
     return show(done or claimed, dataset)
 
 
@@ -142,7 +142,7 @@ def cancel_upload(request: CallerRequest, upload_id: str) -> Json:
     )
     if cancelled is None:
         raise bad("This upload is no longer open.", "upload_id", "upload_not_pending")
-    multipart.drop(row)
+    multipart.discard(row)
     return show(cancelled)
 
 

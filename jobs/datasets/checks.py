@@ -37,7 +37,7 @@ def check(owner: str, dataset_id: str) -> None:
     if dataset is None or dataset.deleted:
         return
     if dataset.status == "receiving":
-        datasets.give_up_broken(owner, dataset_id)
+        datasets.abandon_stale(owner, dataset_id)
         return
     if dataset.status != "checking":
         return
@@ -71,7 +71,7 @@ def check(owner: str, dataset_id: str) -> None:
 
 def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
     """The rows of `validation` that stand in `dataset` too: {"count", "lines"}. None when the limits were not enough."""
-    with sandbox.folder("leaks-") as folder:
+    with sandbox.temporary_folder("leaks-") as folder:
         paths = []
         for name, one in (("train", dataset), ("validation", validation)):
             paths.append(folder / name / ("data" + Path(one.name).suffix.lower()[:10]))
@@ -80,7 +80,7 @@ def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
         for option, one in (("--format", dataset), ("--validation-format", validation)):
             if one.format:
                 arguments += [option, json.dumps(one.format)]
-        report = sandbox.ask(arguments, "report")
+        report = sandbox.run(arguments, "report")
     if report is None:
         return None
     found: dict[str, Any] = next((f for f in report.get("findings", []) if f["code"] == "leak"), {})
@@ -94,7 +94,7 @@ def summary_of(report: dict[str, Any]) -> dict[str, Any]:
 def report_on(dataset: Dataset, tokenizer: str, line: int | None = None) -> dict[str, Any] | None:
     """The report with the tokenizer of a base model's folder, or the tokens of the row in `line`; None when the limits
     were not enough."""
-    with sandbox.folder("check-") as folder:
+    with sandbox.temporary_folder("check-") as folder:
         # The name is ours; its ending tells the kind of file.
         path = folder / ("data" + Path(dataset.name).suffix.lower()[:10])
         stored = blobs.fetch(dataset.key, path, sha256=dataset.sha256 or None)
@@ -104,6 +104,6 @@ def report_on(dataset: Dataset, tokenizer: str, line: int | None = None) -> dict
         if dataset.format:
             arguments += ["--format", json.dumps(dataset.format)]
         if line is not None:
-            return sandbox.ask([*arguments, "--row", str(line)], "row")
-        report = sandbox.ask(arguments, "report")
+            return sandbox.run([*arguments, "--row", str(line)], "row")
+        report = sandbox.run(arguments, "report")
         return report if report is None or dataset.sha256 else report | {"sha256": stored.sha256}

@@ -21,7 +21,7 @@ from jobs.store import access, blobs, outbox, queue, quotas, tables
 from jobs.store.quotas import OverQuota
 from jobs.store.tables import Dataset, DatasetReport, new_id
 
-__all__ = ["OverQuota", "Rejected", "delete", "fill", "finish_check", "promise", "receive"]
+__all__ = ["OverQuota", "Rejected", "create_pending", "delete", "finish_check", "receive", "store_content"]
 
 BROKEN_OFF_S = 6 * 3600  # so long after its beginning an upload that never ended is given up
 MAX_SUMMARY = 64 * 1024  # bytes of the report that stand in the row; all of it is an object
@@ -50,7 +50,7 @@ def receive(
     size = 0 if reserved else int(getattr(file, "size", 0) or 0)
     if not reserved and not size:
         quotas.check_room(owner)
-    dataset = Dataset(owner, dataset_id, name=shown_name(filename), purpose=purpose, created_at=time.time())
+    dataset = Dataset(owner, dataset_id, name=display_name(filename), purpose=purpose, created_at=time.time())
     dataset.format, dataset.fingerprint = dict(format) if format else None, fingerprint
     if expires_at is not None:
         dataset.expires_at = expires_at
@@ -96,7 +96,7 @@ def receive(
     return received
 
 
-def arrived(
+def receive_multipart(
     owner: str, dataset_id: str, filename: str, size: int, end: Callable[[], None], *, fingerprint: str = ""
 ) -> Dataset:
     """The same for bytes that went straight to their place in the bucket; `end` makes them one object there. Their sha256
@@ -105,7 +105,9 @@ def arrived(
     outbox.put("check", owner, dataset_id)
     quotas.take(owner, "datasets", dataset_id)
     tables.put_new(
-        Dataset(owner, dataset_id, name=shown_name(filename), fingerprint=fingerprint, created_at=time.time())
+        Dataset(
+            owner, dataset_id, name=display_name(filename), fingerprint=fingerprint, created_at=time.time()
+        )
     )
     if blobs.size_of(key) is None:  # asked again after the answer was lost: it is whole already
         end()
@@ -121,7 +123,7 @@ def arrived(
     return found
 
 
-def twin(dataset: Dataset) -> Dataset | None:
+def find_duplicate(dataset: Dataset) -> Dataset | None:
     """Another dataset of the same bytes, if this person has one."""
     for other in access.list_datasets(dataset.owner, 100):
         if other.dataset_id != dataset.dataset_id and other.sha256 == dataset.sha256 != "":
@@ -129,7 +131,7 @@ def twin(dataset: Dataset) -> Dataset | None:
     return None
 
 
-def promise(owner: str, promised: Sequence[Dataset]) -> None:
+def create_pending(owner: str, promised: Sequence[Dataset]) -> None:
     """Takes on datasets whose bytes a check makes first (jobs/datasets/versions.py): all of them or none, again is harmless.
     Raises OverQuota."""
     quotas.check_room(owner)
@@ -147,7 +149,7 @@ def promise(owner: str, promised: Sequence[Dataset]) -> None:
         outbox.enqueue("check", owner, dataset.dataset_id)
 
 
-def fill(dataset: Dataset, file: IO[bytes], origin: Mapping[str, Any]) -> Dataset | None:
+def store_content(dataset: Dataset, file: IO[bytes], origin: Mapping[str, Any]) -> Dataset | None:
     """The bytes of a promised one; the same again is harmless. None when it was deleted meanwhile. Raises TooLarge."""
     key = key_of(dataset.owner, dataset.dataset_id)
     stored = blobs.put_file(key, file, max_bytes=int(settings.JOBS["max_upload_bytes"]))
@@ -184,7 +186,7 @@ def finish_check(
         report_key = _report_key(owner, dataset_id, hashlib.sha256(text).hexdigest())
         actions.append(Dataset.report_key.set(blobs.put_file(report_key, io.BytesIO(text)).key))
     if summary is not None:
-        actions.append(Dataset.summary.set(small(summary)))
+        actions.append(Dataset.summary.set(trim_summary(summary)))
     if format is not None:
         actions.append(Dataset.format.set(dict(format)))
     if sha256:
@@ -198,7 +200,7 @@ def finish_check(
     return found
 
 
-def read_again(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Dataset:
+def recheck(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Dataset:
     """Reads the file in another way (other columns) from now on: checked again. Raises NotFound, Rejected."""
     dataset = access.get_dataset_for(owner, dataset_id)
     active = (job for job in queue.active_of(owner) if not job.ended)
@@ -226,7 +228,7 @@ def read_again(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Datase
     return again
 
 
-def give_up_broken(owner: str, dataset_id: str) -> None:
+def abandon_stale(owner: str, dataset_id: str) -> None:
     """An upload that broke off long ago leaves nothing behind. Called where a check finds it still receiving."""
     if time.time() - tables.time_of(dataset_id) > BROKEN_OFF_S:
         _forget(owner, dataset_id)
@@ -247,7 +249,7 @@ def expire(owner: str, id: str) -> bool:
     return True
 
 
-def of_job(owner: str, dataset_id: str) -> Dataset:
+def get_for_job(owner: str, dataset_id: str) -> Dataset:
     """For the worker: also one that was deleted after the job was checked, whose bytes still stand."""
     dataset = tables.get(Dataset, owner, dataset_id)
     if dataset is None or not dataset.key:
@@ -282,7 +284,7 @@ def is_being_checked(owner: str, dataset_id: str) -> bool:
     return dataset is not None and not dataset.deleted and dataset.status in {"receiving", "checking"}
 
 
-def small(summary: Mapping[str, Any]) -> dict[str, Any]:
+def trim_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Rows are read often: the largest entries of an unusual report stand in its object only."""
     kept = dict(summary)
     while len(json.dumps(kept)) > MAX_SUMMARY:
@@ -290,7 +292,7 @@ def small(summary: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def shown_name(filename: str) -> str:
+def display_name(filename: str) -> str:
     """What people see; it is never a path."""
     name = unicodedata.normalize("NFC", filename).replace("\\", "/").rpartition("/")[2]
     name = "".join(letter for letter in name if unicodedata.category(letter)[0] != "C")

@@ -34,19 +34,19 @@ def begin(owner: str, name: str, size: int, fingerprint: str = "") -> Upload:
         raise Rejected("The file is empty. Choose one with a row for each example.")
     if size > limit:
         raise Rejected(f"The file has {size:,} bytes; at most {limit:,} are taken. Split it.")
-    mine = open_of(owner)
+    mine = list_open(owner)
     for row in mine:
         if fingerprint and (row.fingerprint, row.bytes, row.filename) == (
             fingerprint,
             size,
-            datasets.shown_name(name),
+            datasets.display_name(name),
         ):
             return row
     if len(mine) >= MAX_OPEN:
         raise quotas.OverQuota(f"You have {MAX_OPEN} open uploads. End or forget one first.")
     quotas.check(owner, "datasets")
     row = Upload(
-        owner, new_id("upload"), filename=datasets.shown_name(name), bytes=size, fingerprint=fingerprint
+        owner, new_id("upload"), filename=datasets.display_name(name), bytes=size, fingerprint=fingerprint
     )
     row.expires_at, row.target = time.time() + LIFETIME_S, new_id("file")
     outbox.put("delete", owner, row.upload_id)  # the parts, also of an upload that nobody comes back to
@@ -57,7 +57,7 @@ def begin(owner: str, name: str, size: int, fingerprint: str = "") -> Upload:
     return row
 
 
-def open_of(owner: str) -> list[Upload]:
+def list_open(owner: str) -> list[Upload]:
     """Uploads from pages that may still be gone on with, the newest first."""
     rows = [row for row in tables.rows(Upload, owner) if row.target and is_open(row)]
     return sorted(rows, key=lambda row: row.upload_id, reverse=True)
@@ -75,18 +75,18 @@ def get_for(owner: str, upload_id: str) -> Upload:
     return row
 
 
-def count(row: Upload) -> int:
+def part_count(row: Upload) -> int:
     return -(-int(row.bytes) // PART)
 
 
-def size_of(row: Upload, number: int) -> int:
+def part_size(row: Upload, number: int) -> int:
     """Bytes of a part; the first is 1. Raises Rejected for one that the file doesn't have."""
-    if not 0 < number <= count(row):
+    if not 0 < number <= part_count(row):
         raise Rejected("The file has no such part. Choose it again.")
     return min(PART, int(row.bytes) - (number - 1) * PART)
 
 
-def have(row: Upload) -> dict[int, int]:
+def received_parts(row: Upload) -> dict[int, int]:
     """The parts that came, with their bytes."""
     if row.multipart:
         return blobs.parts_of(_key(row), row.multipart)
@@ -97,21 +97,21 @@ def have(row: Upload) -> dict[int, int]:
     return found
 
 
-def links(row: Upload, numbers: list[int]) -> dict[int, str]:
+def part_links(row: Upload, numbers: list[int]) -> dict[int, str]:
     """Where the browser may put these parts itself; none where it has to send them to us."""
     _must_be_open(row)
     if not row.multipart:
         return {}
     return {
-        number: blobs.part_link(_key(row), row.multipart, number, size_of(row, number))
+        number: blobs.part_link(_key(row), row.multipart, number, part_size(row, number))
         for number in numbers[:LINKS]
     }
 
 
-def put(row: Upload, number: int, file: IO[bytes], sha256: str = "") -> None:
+def put_part(row: Upload, number: int, file: IO[bytes], sha256: str = "") -> None:
     """One part, through us. `sha256` is what the sender says of it. Raises Rejected."""
     _must_be_open(row)
-    size = size_of(row, number)
+    size = part_size(row, number)
     data = file.read(size + 1)  # a part is what may stand in memory
     if len(data) != size:
         raise Rejected(f"Part {number} has {len(data):,} bytes and should have {size:,}. Send it again.")
@@ -137,8 +137,8 @@ def complete(row: Upload) -> Dataset:
     if row.status == "completed":
         return access.get_dataset_for(row.owner, row.dataset_id)
     _must_be_open(row)
-    found = have(row)
-    missing = [n for n in range(1, count(row) + 1) if found.get(n) != size_of(row, n)]
+    found = received_parts(row)
+    missing = [n for n in range(1, part_count(row) + 1) if found.get(n) != part_size(row, n)]
     if missing:
         raise Rejected(f"Part {missing[0]} is missing. Choose the file again to send what is left.")
     claimed = tables.update(row, [Upload.status.set("completing")], Upload.status == "pending")
@@ -162,7 +162,7 @@ def complete(row: Upload) -> Dataset:
 
 def _received(row: Upload) -> Dataset:
     if row.multipart:
-        return datasets.arrived(
+        return datasets.receive_multipart(
             row.owner,
             row.target,
             row.filename,
@@ -182,10 +182,10 @@ def cancel(row: Upload) -> None:
         lambda found: found.status == "cancelled",
     )
     if cancelled is not None:
-        drop(row)
+        discard(row)
 
 
-def drop(row: Upload) -> None:
+def discard(row: Upload) -> None:
     """The parts of an upload that is over, and what was set aside for it."""
     if row.multipart:
         blobs.drop_parts(_key(row), row.multipart)
@@ -193,7 +193,7 @@ def drop(row: Upload) -> None:
     quotas.unreserve(row.owner, row.upload_id)
 
 
-def known(owner: str, size: int, fingerprint: str) -> Dataset | None:
+def find_duplicate(owner: str, size: int, fingerprint: str) -> Dataset | None:
     """The same file, if this person has it already: by its sha256 where the fingerprint is one, else by the fingerprint itself."""
     if not fingerprint:
         return None
@@ -229,9 +229,9 @@ def _key(row: Upload) -> str:
     return datasets.key_of(row.owner, row.target)
 
 
-def shown(row: Upload) -> dict[str, Any]:
+def progress(row: Upload) -> dict[str, Any]:
     """For the page that goes on with it."""
-    came = sum(have(row).values())
+    came = sum(received_parts(row).values())
     return {"upload": row, "came": came, "percent": int(100 * came / max(1, int(row.bytes)))}
 
 
@@ -242,7 +242,7 @@ def _delete_parts(owner: str, upload_id: str) -> bool:
     if row and row.status in {"pending", "completing"} and time.time() < row.expires_at + PUT_TOGETHER_S:
         return False
     if row is not None:
-        drop(row)
+        discard(row)
     quotas.unreserve(owner, upload_id)  # also of one that broke off before its row was put
     blobs.delete_prefix(f"uploads/{upload_id}/")
     return True

@@ -26,20 +26,20 @@ from training.plan.events import Failure
 LEAKS = "#leaks#"  # in the place of a base: what two datasets have in common
 
 
-def is_own(facts: Mapping[str, Any]) -> bool:
+def uses_default_tokenizer(facts: Mapping[str, Any]) -> bool:
     """Does the dataset's own report count for this base?"""
     return base_models.tokenizer_family(facts) == catalog.STARTER
 
 
-def of(dataset_id: str, facts: Mapping[str, Any]) -> DatasetReport | None:
+def get(dataset_id: str, facts: Mapping[str, Any]) -> DatasetReport | None:
     return tables.get(DatasetReport, dataset_id, base_models.tokenizer_family(facts))
 
 
-def all_of(dataset_id: str) -> list[DatasetReport]:
+def list_for(dataset_id: str) -> list[DatasetReport]:
     return [row for row in tables.rows(DatasetReport, dataset_id) if "#" not in row.base]
 
 
-def ask(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
+def request_report(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
     """The report, or the promise of one; asked again where it failed. Again is harmless."""
     base = base_models.tokenizer_family(facts)
     found = tables.get(DatasetReport, dataset.dataset_id, base)
@@ -58,9 +58,9 @@ def ask(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
     return put or tables.get(DatasetReport, dataset.dataset_id, base) or row
 
 
-def ask_row(dataset: Dataset, facts: Mapping[str, Any], line: int) -> DatasetReport:
+def request_row(dataset: Dataset, facts: Mapping[str, Any], line: int) -> DatasetReport:
     """The tokens of one row, as this base reads them. One row at a time: asking for another one lets the first go."""
-    place = row_place(base_models.tokenizer_family(facts))
+    place = row_key(base_models.tokenizer_family(facts))
     found = tables.get(DatasetReport, dataset.dataset_id, place)
     if found is not None and found.base_snapshot.get("line") == line and found.status != "failed":
         return found
@@ -77,7 +77,7 @@ def ask_row(dataset: Dataset, facts: Mapping[str, Any], line: int) -> DatasetRep
     return row
 
 
-def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
+def request_leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
     """Which rows held out are also learned from: {"count", "lines"}. Asked for where nobody did; None until it is known."""
     place = f"{LEAKS}{validation.dataset_id}"
     found = tables.get(DatasetReport, dataset.dataset_id, place)
@@ -92,15 +92,15 @@ def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
     return dict(found.summary) if found is not None and found.summary else None
 
 
-def row_place(base: str) -> str:
+def row_key(base: str) -> str:
     return f"{base}#row"
 
 
 def summary_for(dataset: Dataset, facts: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """(counts, whether they are of this base's own tokenizer)."""
-    if is_own(facts):
+    if uses_default_tokenizer(facts):
         return dict(dataset.summary or {}), True
-    found = of(dataset.dataset_id, facts)
+    found = get(dataset.dataset_id, facts)
     if found is not None and found.status == "ready":
         return dict(found.summary or {}), True
     return dict(dataset.summary or {}), False
@@ -110,14 +110,14 @@ def for_job(job: Job, dataset: Dataset) -> DatasetReport | None:
     """The report that the job waits for, asked for where nobody did; None where the dataset's own counts. One that failed
     is not asked for again: the training worker will say what is wrong with the base, or has it already."""
     facts = job.base_snapshot or {"id": job.base}
-    if is_own(facts):
+    if uses_default_tokenizer(facts):
         return None
-    found = of(dataset.dataset_id, facts)
-    return found if found is not None and found.status == "failed" else ask(dataset, facts)
+    found = get(dataset.dataset_id, facts)
+    return found if found is not None and found.status == "failed" else request_report(dataset, facts)
 
 
 @outbox.handler("report")
-def make(owner: str, id: str) -> bool:
+def build(owner: str, id: str) -> bool:
     """The errand. True when there is nothing left to do; raises what the stores raise, and is then rung for again."""
     dataset_id, _, base = id.partition("@")
     row = tables.get(DatasetReport, dataset_id, base)
@@ -138,7 +138,9 @@ def make(owner: str, id: str) -> bool:
         key = f"datasets/{owner}/{dataset_id}/reports/{name}-{row.request_id}.json"
         actions += [
             DatasetReport.report_key.set(blobs.put_file(key, io.BytesIO(text)).key),
-            DatasetReport.summary.set(datasets.small(checks.summary_of(report)) if line is None else {}),
+            DatasetReport.summary.set(
+                datasets.trim_summary(checks.summary_of(report)) if line is None else {}
+            ),
         ]
     tables.update(
         row, actions, DatasetReport.request_id == row.request_id, lambda found: found.status == status
@@ -147,7 +149,7 @@ def make(owner: str, id: str) -> bool:
         dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
     found = tables.get(DatasetReport, dataset_id, base)
     return (
-        make(owner, id) if found is not None and found.status == "checking" else True
+        build(owner, id) if found is not None and found.status == "checking" else True
     )  # asked again meanwhile
 
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 MAX_ANSWER_BYTES = 8 << 20
 
 
-def ask(arguments: list[str], answer: str, file_bytes: int = 1 << 20) -> dict[str, Any] | None:
+def run(arguments: list[str], answer: str, file_bytes: int = 1 << 20) -> dict[str, Any] | None:
     """`python -m training ARGUMENTS…`: its line of the kind `answer`; None when the limits were not enough."""
     seconds = settings.JOBS["check_timeout_s"]
     limits = Limits(
@@ -35,7 +35,7 @@ def ask(arguments: list[str], answer: str, file_bytes: int = 1 << 20) -> dict[st
     child.out.cap = MAX_ANSWER_BYTES
     found: dict[str, Any] | None = None
     try:
-        for is_error, line in child_process.words(child, seconds):
+        for is_error, line in child_process.read_lines(child, seconds):
             if is_error:
                 log.warning("%s: %s", arguments[0], redact(line))
                 continue
@@ -49,7 +49,7 @@ def ask(arguments: list[str], answer: str, file_bytes: int = 1 << 20) -> dict[st
 
 
 @contextlib.contextmanager
-def folder(prefix: str) -> Iterator[Path]:
+def temporary_folder(prefix: str) -> Iterator[Path]:
     """An empty one, for the length of the block."""
     Path(settings.WORK_DIR).mkdir(parents=True, exist_ok=True)
     path = Path(tempfile.mkdtemp(prefix=prefix, dir=settings.WORK_DIR))

@@ -70,7 +70,7 @@ def begin(source: Dataset, what: str, read_as: DatasetReport | None = None) -> D
     ids, known = _ids(source, f"{what}@{read_as.base}" if read_as else what, len(parts))
     if not known:
         new = [_version(source, what, read_as, *pair, ids) for pair in zip(ids, parts, strict=True)]
-        datasets.promise(source.owner, new)
+        datasets.create_pending(source.owner, new)
     return access.get_dataset_for(source.owner, ids[0])
 
 
@@ -98,7 +98,7 @@ def _version(
     base = {
         "facts": read_as.base_snapshot, "sequence_length": (read_as.summary or {}).get("sequence_length"),
     } if read_as else {}  # fmt: skip
-    name = name_of(source, words_of({"what": what, "part": part, **base}))
+    name = name_of(source, describe({"what": what, "part": part, **base}))
     dataset = Dataset(source.owner, id, name=name, purpose=source.purpose, status="checking")
     other = next((one for one in ids if one != id), "")
     dataset.origin = {
@@ -107,7 +107,7 @@ def _version(
     return dataset
 
 
-def words_of(origin: dict[str, Any]) -> str:
+def describe(origin: dict[str, Any]) -> str:
     """What sets a version apart: `without rows that are too long for gpt2`."""
     words = PARTS[origin["part"]] if origin["part"] else WITHOUT[origin["what"]]
     return f"{words} for {origin['facts']['id']}" if origin.get("facts") else words
@@ -117,8 +117,8 @@ def name_of(source: Dataset, words: str) -> str:
     """`support (without duplicates).jsonl`; a version of a version says both."""
     stem = PurePath(source.name).stem[:150] or "dataset"
     if source.origin and stem.endswith(")"):
-        return datasets.shown_name(f"{stem[:-1]}, {words}).jsonl")
-    return datasets.shown_name(f"{stem} ({words}).jsonl")
+        return datasets.display_name(f"{stem[:-1]}, {words}).jsonl")
+    return datasets.display_name(f"{stem} ({words}).jsonl")
 
 
 # ---- in the checks worker ------------------------------------------------------------------------------------------
@@ -144,17 +144,17 @@ def _made(dataset: Dataset, most: int) -> Dataset | None:
     source = tables.get(Dataset, dataset.owner, str(origin["dataset_id"]))
     if source is None or source.deleted:
         raise blobs.Missing
-    with sandbox.folder("fix-") as folder:
+    with sandbox.temporary_folder("fix-") as folder:
         path = folder / ("data" + PurePath(source.name).suffix.lower()[:10])
         blobs.fetch(source.key, path, sha256=source.sha256)
-        told = sandbox.ask(_arguments(source, origin, path, folder), "fixed", file_bytes=most)
+        told = sandbox.run(_arguments(source, origin, path, folder), "fixed", file_bytes=most)
         if told is None:
             raise Refused("It could not be made in the time and memory allowed. Split the file first.")
         origin |= _difference(origin, told)
         if not origin["kept"]:
             raise Refused(f"No row of {origin['name']} would be left in it.")
         with (folder / _file(origin)).open("rb") as file:
-            return datasets.fill(dataset, file, origin)
+            return datasets.store_content(dataset, file, origin)
 
 
 def _arguments(source: Dataset, origin: dict[str, Any], path: Path, folder: Path) -> list[str]:

@@ -296,7 +296,7 @@ def model_folder(owner: str, model_id: str) -> Path:
     """Where the model lies on this machine, fetched if need be. Raises access.NotFound."""
     if catalog.find(model_id):
         return base_models.folder(model_id, None)
-    if added := base_models.added(owner, model_id):
+    if added := base_models.get_hub_model(owner, model_id):
         return base_models.folder(model_id, added.snapshot)
     if checkpoint_models.MARK in model_id:
         return checkpoint_models.folder(owner, model_id)
@@ -317,7 +317,7 @@ def exported(checkpoint: Path) -> Path:
     with _exporting:
         if not (target / "config.json").exists():
             child = child_process.start("export", "--checkpoint", str(checkpoint), "--to", str(target))
-            said = [line for _, line in child_process.words(child, EXPORT_S)]
+            said = [line for _, line in child_process.read_lines(child, EXPORT_S)]
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(10)
             child.kill()

@@ -99,9 +99,9 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
         quotas.release(owner, "jobs", job_id)
         raise LostRace(TOO_SLOW)
     _news(accepted)
-    if accepted.status == "validating" and not reports.is_own(request.base_snapshot or {}):
+    if accepted.status == "validating" and not reports.uses_default_tokenizer(request.base_snapshot or {}):
         if datasets[0].status == "ready":
-            reports.ask(datasets[0], request.base_snapshot or {})
+            reports.request_report(datasets[0], request.base_snapshot or {})
         return validate(accepted) or accepted
     return accepted
 
@@ -253,7 +253,7 @@ def claim_next(worker: WorkerInfo) -> Claim | None:
         if queue.fits(job, worker):
             claimed = claim(job, worker)
             if claimed:
-                queue.remember(job.owner)
+                queue.record_served(job.owner)
                 return claimed
     return None
 

@@ -29,7 +29,7 @@ def pin(owner: str, name: str) -> Facts:
     """What a job keeps of its base. Raises access.NotFound: somebody else's model is as unknown as none at all."""
     if known := catalog.find(name):
         return {"id": known.id}
-    if row := added(owner, name):
+    if row := get_hub_model(owner, name):
         return dict(row.snapshot)
     facts = _of_tuned(access.get_model_for(owner, name))
     if facts is None:
@@ -40,16 +40,16 @@ def pin(owner: str, name: str) -> Facts:
 def find(owner: str, name: str) -> BaseModel | None:
     """What a person should know of a base before choosing it; None for what they can't start from."""
     try:
-        return described(pin(owner, name))
+        return from_snapshot(pin(owner, name))
     except access.NotFound:
         return None
 
 
 def of_job(job: Job) -> BaseModel | None:
-    return described(job.base_snapshot or {"id": job.base})
+    return from_snapshot(job.base_snapshot or {"id": job.base})
 
 
-def described(facts: Mapping[str, Any]) -> BaseModel | None:
+def from_snapshot(facts: Mapping[str, Any]) -> BaseModel | None:
     known = catalog.find(str(facts.get("id")))
     if known is not None:
         return known
@@ -58,7 +58,7 @@ def described(facts: Mapping[str, Any]) -> BaseModel | None:
     return BaseModel(**{name: facts[name] for name in BaseModel.__dataclass_fields__ if name in facts})
 
 
-def root_of(facts: Mapping[str, Any]) -> str:
+def root_id(facts: Mapping[str, Any]) -> str:
     """The model of the catalogue or the Hub that it all began with: what a model's id is named after."""
     return str(facts.get("root") or facts["id"])
 
@@ -74,34 +74,34 @@ def tokenizer_family(facts: Mapping[str, Any]) -> str:
     return f"{id}@{str(facts['revision'])[:12]}" if facts.get("revision") else id
 
 
-def tuned(owner: str) -> list[BaseModel]:
+def list_tuned(owner: str) -> list[BaseModel]:
     """A person's own models, the newest first."""
     found = (_of_tuned(model) for model in access.list_models(owner, SHOWN))
-    return [model for facts in found if facts and (model := described(facts))]
+    return [model for facts in found if facts and (model := from_snapshot(facts))]
 
 
 def can_be_base(model: TunedModel) -> bool:
     return _of_tuned(model) is not None
 
 
-def from_hub(owner: str) -> list[BaseModel]:
+def list_hub(owner: str) -> list[BaseModel]:
     """Models of the Hub that this person added."""
     rows = tables.rows(HubModel, owner)
-    return [model for row in rows if (model := described(row.snapshot))]
+    return [model for row in rows if (model := from_snapshot(row.snapshot))]
 
 
-def added(owner: str, name: str) -> HubModel | None:
+def get_hub_model(owner: str, name: str) -> HubModel | None:
     """The row of a model of the Hub, if this person added it and the operator still allows it."""
     row = tables.get(HubModel, owner, name) if hub_models.is_id(name) else None
     if row is not None:
         try:
-            hub_models.permit(name)
+            hub_models.check_allowed(name)
         except hub_models.Refused:
             return None
     return row
 
 
-def add(owner: str, name: str) -> str:
+def add_hub_model(owner: str, name: str) -> str:
     """Checks a model of the Hub and adds it to this person's list. Returns its id. Raises hub_check.Refused."""
     if known := catalog.find(name):
         return known.id
@@ -117,7 +117,7 @@ def add(owner: str, name: str) -> str:
 def _of_tuned(model: TunedModel) -> Facts | None:
     """A tuned model as a base. It has the shape of what it came from; None where that isn't known."""
     before = dict(model.base_snapshot or {"id": model.base})
-    shape = described(before)
+    shape = from_snapshot(before)
     if shape is None or not model.files:
         return None
     about = f"Your own, tuned from {model.base}."
@@ -125,7 +125,7 @@ def _of_tuned(model: TunedModel) -> Facts | None:
         shape, id=model.model_id, name=model.name, about=about, download=int(model.bytes), folder=""
     )
     return own.as_dict() | {
-        "root": root_of(before),
+        "root": root_id(before),
         "reads_as": tokenizer_family(before),
         "prefix": model.prefix,
         "files": list(model.files),
@@ -154,10 +154,10 @@ def folder(base: str, facts: Mapping[str, Any] | None, *, only: str = "all") -> 
     if not facts.get("revision"):
         raise Failure("base_model", f"{base} was never checked here.", "Choose it again in a new job.")
     try:
-        hub_models.permit(base)
+        hub_models.check_allowed(base)
     except hub_models.Refused as refused:
         raise Failure("base_model", str(refused)) from refused
-    return _from_hub(base, str(facts["revision"]), only, with_token=hub_models.is_named(base))
+    return _from_hub(base, str(facts["revision"]), only, with_token=hub_models.is_listed(base))
 
 
 def _from_hub(name: str, revision: str | None, only: str, *, with_token: bool) -> Path:

@@ -56,14 +56,14 @@ def is_id(name: str) -> bool:
     return ID.fullmatch(name) is not None and ".." not in name
 
 
-def is_named(name: str) -> bool:
+def is_listed(name: str) -> bool:
     """Does HUB_MODELS name it (by a pattern)? Then the operator vouches for it, and the token is lent."""
     return any(fnmatchcase(name.lower(), p.lower()) for p in settings.HUB_MODELS if p != PUBLIC)
 
 
-def permit(name: str) -> None:
+def check_allowed(name: str) -> None:
     """Raises Refused where the operator allows no such model, whatever it is."""
-    if PUBLIC not in settings.HUB_MODELS and not is_named(name):
+    if PUBLIC not in settings.HUB_MODELS and not is_listed(name):
         allowed = ", ".join(settings.HUB_MODELS) or "those of the list"
         raise Refused(f"This studio takes no such model of the Hub, only {allowed}. Choose another base.")
 
@@ -74,7 +74,7 @@ def look_up(name: str) -> Found:
         raise Refused(
             f"{name[:100]!r} is no id of the Hub. Write owner/name, for instance Qwen/Qwen2.5-0.5B."
         )
-    permit(name)
+    check_allowed(name)
     at, known = _refused.get(name, (0.0, None))
     if known is not None and time.monotonic() - at < REMEMBERED_S:
         raise known
@@ -94,13 +94,13 @@ def look_up(name: str) -> Found:
 
 def _look_up(name: str) -> Found:
     until = time.monotonic() + DEADLINE_S
-    token = str(settings.HF_TOKEN) if is_named(name) else ""
+    token = str(settings.HF_TOKEN) if is_listed(name) else ""
     told = _ask(name, f"api/models/{name}?blobs=true", token, until)
     real = str(told.get("id") or name)
     if real != name:  # it was renamed, or another spelling
         if not is_id(real):
             raise Refused(f"The Hub calls {name} by a name that can't be used here.")
-        permit(real)
+        check_allowed(real)
     _check_access(real, told)
     size = _check_files(real, told)
     revision = str(told.get("sha") or "")
@@ -119,7 +119,7 @@ def _check_access(name: str, told: Mapping[str, Any]) -> None:
     if told.get("disabled"):
         raise Refused(f"The Hub has disabled {name}. Choose another model.")
     kept = "private" if told.get("private") else "gated: only for those who accepted its licence" if told.get("gated") else ""  # fmt: skip
-    if kept and not is_named(name):
+    if kept and not is_listed(name):
         raise Refused(
             f"{name} is {kept}. The operator can allow it by naming it in HUB_MODELS and setting HF_TOKEN."
         )

@@ -62,11 +62,11 @@ def delete(owner: str, model_id: str) -> None:
     """Raises access.NotFound."""
     access.get_model_for(owner, model_id)
     outbox.put("delete", owner, model_id)
-    bury(owner, model_id)
+    put_tombstone(owner, model_id)
     outbox.enqueue("delete", owner, model_id)
 
 
-def bury(owner: str, model_id: str) -> None:
+def put_tombstone(owner: str, model_id: str) -> None:
     """A tombstone, also where no model is: a late writer puts none any more."""
     TunedModel(owner, model_id).update(actions=[TunedModel.deleted.set(True), TunedModel.files.set([])])
 
@@ -82,7 +82,7 @@ def delete_bytes(owner: str, model_id: str) -> bool:
     return True
 
 
-def folders_of(job: Job) -> list[str]:
+def folders_in_use(job: Job) -> list[str]:
     """Folders of the job's objects that its model still needs."""
     model = tables.get(TunedModel, job.owner, job.model_id) if job.model_id else None
     return [model.prefix] if model and (not model.deleted or _is_a_base(model)) else []
@@ -108,7 +108,7 @@ def set_aliases(owner: str, model_id: str, aliases: list[str]) -> TunedModel:
             raise BadAlias(
                 f"{name[:80]}: such a name begins with ft: and has letters, digits and . _ - : only, as at OpenAI."
             )
-        taken = named(owner, name)
+        taken = find(owner, name)
         if taken is not None and taken.model_id != model_id:
             raise BadAlias(f"{name} already means {taken.model_id}. Take it away there first.")
     kept = tables.update(model, [TunedModel.aliases.set(wanted)], TunedModel.deleted == False)  # noqa: E712  an expression
@@ -117,7 +117,7 @@ def set_aliases(owner: str, model_id: str, aliases: list[str]) -> TunedModel:
     return kept
 
 
-def named(owner: str, name: str) -> TunedModel | None:
+def find(owner: str, name: str) -> TunedModel | None:
     """The owner's model of this id, else the newest that carries it as another name."""
     with contextlib.suppress(access.NotFound):
         return access.get_model_for(owner, name)
@@ -139,7 +139,7 @@ def get_for(owner: str, model_id: str) -> TunedModel:
     access.NotFound."""
     base, mark, step = model_id.rpartition(":ckpt-step-")
     if not mark:
-        if (model := named(owner, model_id)) is None:
+        if (model := find(owner, model_id)) is None:
             raise access.NotFound(f"There is no model {model_id}.")
         return model
     for job in access.list_jobs(owner, 200):

@@ -48,7 +48,7 @@ def get_dataset_for(owner: str, dataset_id: str) -> Dataset:
 
 
 def get_job_for(owner: str, job_id: str) -> Job:
-    return _get(Job, owner, job_id, is_shown, "job")
+    return _get(Job, owner, job_id, is_visible, "job")
 
 
 def get_model_for(owner: str, model_id: str) -> TunedModel:
@@ -90,14 +90,14 @@ def list_jobs(
         for name, value in wanted.items()
     ]
     if not conditions:
-        return _list(Job, owner, limit, after, is_shown)
+        return _list(Job, owner, limit, after, is_visible)
     return _search(
         Job,
         owner,
         limit,
         after,
         reduce(and_, conditions),
-        lambda job: is_shown(job) and wanted.items() <= (job.metadata or {}).items(),
+        lambda job: is_visible(job) and wanted.items() <= (job.metadata or {}).items(),
     )
 
 
@@ -109,7 +109,7 @@ def list_models(owner: str, limit: int = 20, after: str | None = None) -> Page[T
     return Page(models[start : start + limit], len(models) > start + limit)
 
 
-def is_shown(job: Job) -> bool:
+def is_visible(job: Job) -> bool:
     """Deleted jobs are tombstones, and a void one never came to be."""
     return not job.deleted and job.status != "void"
 

@@ -157,7 +157,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
-def without_network() -> tuple[str, ...]:
+def no_network_prefix() -> tuple[str, ...]:
     """Words before a command that leave it in a network of its own, with nobody else in it: what needs no network gets
     none. Nothing, where the system doesn't allow that (some containers)."""
     for words in (("unshare", "--net"), ("unshare", "--user", "--map-current-user", "--net")):
@@ -174,7 +174,7 @@ def start(*arguments: str, limits: Limits | None = None) -> Child:
     home.mkdir(parents=True, exist_ok=True)
     # setpriv belongs to util-linux; where there is none (macOS), the end of standard input must do.
     wrapper = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
-    wrapper = [*without_network(), *wrapper]
+    wrapper = [*no_network_prefix(), *wrapper]
     process = subprocess.Popen(
         [*wrapper, sys.executable, "-m", "training", *arguments],
         stdin=subprocess.PIPE,
@@ -190,7 +190,7 @@ def start(*arguments: str, limits: Limits | None = None) -> Child:
     return Child(process, LineReader(process.stdout), LineReader(process.stderr))
 
 
-def words(child: Child, seconds: float) -> Iterator[tuple[bool, str]]:
+def read_lines(child: Child, seconds: float) -> Iterator[tuple[bool, str]]:
     """(is it standard error, line) until both pipes end or the time is over. The caller kills it then."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and not (child.out.ended and child.err.ended):

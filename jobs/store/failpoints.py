@@ -16,11 +16,11 @@ from django.conf import settings
 _passed: Counter[str] = Counter()
 
 
-class Planned(Exception):
+class InjectedFailure(Exception):
     """A failure that a test asked for."""
 
 
-def passing(name: str) -> None:
+def hit(name: str) -> None:
     """Does what the environment asks for at this place; mostly nothing."""
     if not settings.FAILPOINTS or settings.PRODUCTION:
         return
@@ -34,6 +34,6 @@ def passing(name: str) -> None:
     if action == "kill9":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "raise":
-        raise Planned(name)
+        raise InjectedFailure(name)
     elif action.startswith("pause"):
         time.sleep(float(action.removeprefix("pause")))

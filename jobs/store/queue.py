@@ -70,7 +70,7 @@ def served() -> Mapping[str, int]:
     return _served
 
 
-def remember(owner: str) -> None:
+def record_served(owner: str) -> None:
     """A job of this owner was claimed."""
     number = max(_served.values(), default=0) + 1
     _served.pop(owner, None)

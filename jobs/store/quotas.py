@@ -80,7 +80,7 @@ def checkpoint_bytes(owner: str) -> int:
     return sum(int((note.data or {})["bytes"]) for note in notes)
 
 
-def note_checkpoints(job: Job) -> None:
+def record_checkpoint_bytes(job: Job) -> None:
     """Notes what a job's checkpoints hold, in a row of its own: reading whole jobs to add up would cost a megabyte for
     every hundred. Again is harmless, and so is an old sight of the job: a newer one stays."""
     own = [entry for entry in job.checkpoints if str(entry["key"]).startswith(f"jobs/{job.job_id}/")]

@@ -114,7 +114,7 @@ def _count(model: Any, **_: Any) -> None:
 
 
 @contextmanager
-def counted() -> Iterator[Counter[str]]:
+def count_calls() -> Iterator[Counter[str]]:
     """Counts the calls to DynamoDB of this process inside the block, by operation: `reads(counter)` sums the reads."""
     counter: Counter[str] = Counter()
     _counters.append(counter)

@@ -53,7 +53,7 @@ def index(request: HttpRequest) -> HttpResponse:
         "more": page.rows[-1].dataset_id if page.has_more else "",
         "waiting": waiting,
         "most": settings.JOBS["max_upload_bytes"],
-        "open_uploads": lambda: [multipart.shown(row) for row in multipart.open_of(owner_of(request))],
+        "open_uploads": lambda: [multipart.progress(row) for row in multipart.list_open(owner_of(request))],
     }
     return render(request, template, context)
 
@@ -71,7 +71,7 @@ def upload(request: HttpRequest) -> HttpResponse:
         dataset = datasets.receive(owner_of(request), file.name, file)
     except (datasets.Rejected, OverQuota) as error:
         return _refused(request, str(error))
-    if same := datasets.twin(dataset):
+    if same := datasets.find_duplicate(dataset):
         messages.info(request, f"The same file as {same.name}, uploaded {strip_tags(when(same.created_at))}.")
     return redirect("jobs:dataset", dataset.dataset_id)
 
@@ -114,9 +114,9 @@ def read_as(request: HttpRequest, dataset_id: str) -> HttpResponse:
         messages.error(request, f"There is no model {name[:100]} to read it as. Choose one of the list.")
         return redirect("jobs:dataset", dataset_id)
     address = reverse("jobs:dataset", args=[dataset_id])
-    if dataset.status != "ready" or reports.is_own(facts):
+    if dataset.status != "ready" or reports.uses_default_tokenizer(facts):
         return redirect(address)
-    return redirect(f"{address}?{urlencode({'as': reports.ask(dataset, facts).base})}")
+    return redirect(f"{address}?{urlencode({'as': reports.request_report(dataset, facts).base})}")
 
 
 @for_people
@@ -139,7 +139,7 @@ def row(request: HttpRequest, dataset_id: str) -> HttpResponse:
     if dataset.status != "ready" or not line:
         messages.error(request, "Line: write the number of a line of the file.")
         return redirect(address)
-    reports.ask_row(dataset, other.base_snapshot if other else {"id": catalog.STARTER}, line)
+    reports.request_row(dataset, other.base_snapshot if other else {"id": catalog.STARTER}, line)
     query = {"as": other.base, "line": str(line)} if other else {"line": str(line)}
     return redirect(f"{address}?{urlencode(query)}#row")
 
@@ -158,7 +158,7 @@ def columns(request: HttpRequest, dataset_id: str) -> HttpResponse:
         return render(request, "jobs/_columns_preview.html", {"choice": choice})
     if request.POST.get("do") != "preview" and not choice["errors"]:
         try:
-            datasets.read_again(owner, dataset_id, choice["format"])
+            datasets.recheck(owner, dataset_id, choice["format"])
         except datasets.Rejected as error:
             messages.error(request, str(error))
         return redirect("jobs:dataset", dataset_id)
@@ -324,7 +324,7 @@ def _finding(finding: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
 
 def _row(dataset: Dataset, base: str, line: str) -> dict[str, Any] | None:
     """The tokens of the row that was asked for last, if it is this one."""
-    place = reports.row_place(base)
+    place = reports.row_key(base)
     found = tables.get(DatasetReport, dataset.dataset_id, place) if line else None
     if found is None or str(found.base_snapshot.get("line")) != line:
         return None
@@ -340,8 +340,8 @@ def _row(dataset: Dataset, base: str, line: str) -> dict[str, Any] | None:
 
 def _read_as(dataset: Dataset, chosen: str) -> dict[str, Any]:
     """The bases it was read for, and those it can be read for."""
-    made = reports.all_of(dataset.dataset_id)
-    known = [*catalog.base_models()[1:], *base_models.from_hub(dataset.owner)]
+    made = reports.list_for(dataset.dataset_id)
+    known = [*catalog.base_models()[1:], *base_models.list_hub(dataset.owner)]
     return {
         "made": [
             {"base": row.base, "name": row.base.partition("@")[0], "status": row.status,
@@ -372,7 +372,7 @@ def _origin(dataset: Dataset) -> dict[str, Any] | None:
     unnamed = left_out - len(lines) if lines else 0
     return {
         **origin,
-        "words": versions.words_of(origin),
+        "words": versions.describe(origin),
         "left_out": left_out,
         "lines": lines,
         "unnamed": unnamed,

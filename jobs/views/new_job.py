@@ -99,7 +99,7 @@ class Draft:
 
     def _resolved(self) -> tuple[Settings | None, dict[str, str], dict[str, str]]:
         facts = self._base_facts()
-        base = base_models.described(facts) if facts else None
+        base = base_models.from_snapshot(facts) if facts else None
         return self._resolve(self._summary(self._report(facts)), base, estimates.machine())
 
     def _resolve(
@@ -118,7 +118,7 @@ class Draft:
         if not name:
             return
         try:
-            self.values["base"], self.values["hub"] = base_models.add(self.owner, name), ""
+            self.values["base"], self.values["hub"] = base_models.add_hub_model(self.owner, name), ""
             self.errors.pop("base", None)
         except hub_models.Refused as refused:
             self.refuse("hub", str(refused))
@@ -160,7 +160,7 @@ class Draft:
 
     def context(self) -> dict[str, Any]:
         facts = self._base_facts()
-        base = base_models.described(facts) if facts else None
+        base = base_models.from_snapshot(facts) if facts else None
         found = self._report(facts)
         summary = self._summary(found)
         machine = estimates.machine()
@@ -203,8 +203,8 @@ class Draft:
         """The bases, in groups: the catalogue, one's own, and what was added from the Hub."""
         groups = [
             ("", catalog.base_models()),
-            ("Your tuned models", base_models.tuned(self.owner)),
-            ("Added from the Hub", base_models.from_hub(self.owner)),
+            ("Your tuned models", base_models.list_tuned(self.owner)),
+            ("Added from the Hub", base_models.list_hub(self.owner)),
         ]
         chosen = self.values["base"]
         return [
@@ -228,7 +228,7 @@ class Draft:
             return None
         if {self.dataset.status, other.status} != {"ready"}:
             return None
-        return reports.leaks(self.dataset, other)
+        return reports.request_leaks(self.dataset, other)
 
     def _base_facts(self) -> dict[str, Any] | None:
         try:
@@ -238,9 +238,9 @@ class Draft:
 
     def _report(self, facts: dict[str, Any] | None) -> DatasetReport | None:
         """What the dataset is to the chosen base, where its own report doesn't count for that."""
-        if self.dataset is None or facts is None or reports.is_own(facts):
+        if self.dataset is None or facts is None or reports.uses_default_tokenizer(facts):
             return None
-        return reports.of(self.dataset.dataset_id, facts)
+        return reports.get(self.dataset.dataset_id, facts)
 
     def _summary(self, found: DatasetReport | None) -> Summary | None:
         told = self.dataset.summary if self.dataset else None
@@ -261,9 +261,13 @@ class Draft:
 
     def _counting(self, facts: dict[str, Any] | None, found: DatasetReport | None) -> dict[str, str] | None:
         """What to say where the counts shown are not of the chosen base's tokenizer."""
-        if facts is None or reports.is_own(facts) or (found is not None and found.status == "ready"):
+        if (
+            facts is None
+            or reports.uses_default_tokenizer(facts)
+            or (found is not None and found.status == "ready")
+        ):
             return None
-        base = base_models.described(facts)
+        base = base_models.from_snapshot(facts)
         return {
             "base": base.name if base else "",
             "status": found.status if found else "",
@@ -275,8 +279,12 @@ class Draft:
         facts = self._base_facts()
         if facts is None:
             self.refuse("base", "Choose the model to start from.")
-        elif self.dataset is not None and self.dataset.status == "ready" and not reports.is_own(facts):
-            reports.ask(self.dataset, facts)
+        elif (
+            self.dataset is not None
+            and self.dataset.status == "ready"
+            and not reports.uses_default_tokenizer(facts)
+        ):
+            reports.request_report(self.dataset, facts)
 
 
 def _facts(base: BaseModel, machine: catalog.Machine) -> dict[str, Any]:

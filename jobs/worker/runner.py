@@ -43,7 +43,7 @@ def run(claim: Claim, stop: threading.Event | None = None) -> None:
     """Runs the claimed job until it ends, is paused or cancelled, is lost to another lease_owner, or `stop` is set (then it
     is given back within 30 s). Must be called from the main thread: the trainer dies with the thread that starts it.
     Never raises for anything that happens to the job; what it can't write down, the reconciler finds."""
-    failpoints.passing("claimed")
+    failpoints.hit("claimed")
     folder = prepare.work_folder(claim.job_id, claim.fencing_token)
     attempt = _Attempt(claim, stop or threading.Event(), folder)
     try:
@@ -155,7 +155,7 @@ class _Attempt:
         self.child = child = prewarmed.take(config)
         self.listener.begin()
         child.send({"config": str(path)})
-        failpoints.passing("trainer started")
+        failpoints.hit("trainer started")
         while child.alive or not child.out.ended:
             self._turn()
             if not child.alive and self.listener.deaf_since(child) > 2:
@@ -169,7 +169,7 @@ class _Attempt:
         return child.process.returncode
 
     def _succeed(self, config: dict[str, Any]) -> None:
-        failpoints.passing("trainer done")
+        failpoints.hit("trainer done")
         done = self.listener.done
         assert done
         prefix = f"{self.claim.prefix}final/"
@@ -192,7 +192,7 @@ class _Attempt:
             result["verdict"] = self.listener.verdict
         self.writer.end_proof(self.listener.proof)
         self._flush()
-        failpoints.passing("model stored")
+        failpoints.hit("model stored")
         self._insist(
             lambda: self.claim.finish("succeeded", result=result | {"prefix": prefix, "files": files})
         )

@@ -78,7 +78,7 @@ def test_stop_keeps_nothing(page: Any, owner: str, large: Path, complaints: list
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("Stopped. Nothing was kept.").wait_for()
     page.wait_for_timeout(300)
-    assert not multipart.open_of(owner)
+    assert not multipart.list_open(owner)
     assert not len(access.list_datasets(owner))
     complaints.clear()
 

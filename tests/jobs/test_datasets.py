@@ -111,7 +111,7 @@ def test_what_is_stored_is_limited(settings):
     ],
 )
 def test_names_are_shown_and_never_paths(name, shown):
-    assert datasets.shown_name(name) == shown
+    assert datasets.display_name(name) == shown
 
 
 def test_bytes_stay_until_no_job_needs_them():
@@ -122,7 +122,7 @@ def test_bytes_stay_until_no_job_needs_them():
     with pytest.raises(access.NotFound):
         access.get_dataset_for(dataset.owner, dataset.dataset_id)
     assert not outbox.delete_bytes(dataset.owner, dataset.dataset_id)
-    assert datasets.of_job(dataset.owner, dataset.dataset_id).key == dataset.key
+    assert datasets.get_for_job(dataset.owner, dataset.dataset_id).key == dataset.key
     claim = make_claim(job)
     claim.finish("failed", "bad_data")
     transitions.after_end(job.owner, job.job_id)

@@ -243,7 +243,7 @@ def test_a_deleted_jobs_checkpoints_count_no_more():
     seen = read(claim.job)
     transitions.delete(claim.owner, claim.job_id)
     outbox.delete_bytes(claim.owner, claim.job_id)
-    quotas.note_checkpoints(seen)  # a late writer
+    quotas.record_checkpoint_bytes(seen)  # a late writer
     assert quotas.stored_bytes(claim.owner) == 35
     assert bytes_of(claim.job) == []
 

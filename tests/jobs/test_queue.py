@@ -39,7 +39,7 @@ def test_a_worker_remembers_whom_it_served_last(monkeypatch):
     monkeypatch.setattr(queue, "_served", {})
     monkeypatch.setattr(queue, "KNOWN", 2)
     for owner in ("a", "b", "a", "c"):
-        queue.remember(owner)
+        queue.record_served(owner)
     assert queue.served() == {"a": 3, "c": 4}
 
 
