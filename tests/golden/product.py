@@ -13,8 +13,7 @@ from jobs.notifications import webhooks
 from jobs.registry import hub_models
 from jobs.registry.base_models import tokenizer_family as tokenizer_family
 from jobs.store import outbox, queue, tables
-from jobs.store.blobs import _SALT as LINK_SALT
-from jobs.store.blobs import read_link
+from jobs.store.blobs import LINK_SALT, read_link
 from jobs.store.child_process import ENVIRONMENT as TRAINER_ENVIRONMENT
 from jobs.store.reasons import REASONS as JOB_REASONS
 from jobs.store.tables import ENDED as ENDED_STATUSES
