@@ -244,7 +244,7 @@ class _Attempt:
         if self.child:
             if time.monotonic() - self.beat_at > settings.JOBS["heartbeat_s"]:
                 self.beat_at = time.monotonic()
-                self.child.beat()
+                self.child.heartbeat()
             self._obey(self.child)
             self._watch(self.child)
 
@@ -296,7 +296,7 @@ class _Attempt:
         grace = settings.JOBS["cancel_grace_s" if cancel else "sigterm_grace_s"]
         if self.told_at is not None and time.monotonic() - self.told_at > grace and child.alive:
             log.warning("%s: the trainer does not stop and is killed", self.claim.job_id)
-            child.end()
+            child.kill_group()
 
     def _watch(self, child: Child) -> None:
         """Stalls, endless runs and endless talk."""
@@ -310,7 +310,7 @@ class _Attempt:
         elif self.writer.next_seq > limits["max_events"]:
             self.killed_by_us = "too_many_events"
         if self.killed_by_us:
-            child.end()
+            child.kill_group()
 
     def _stall_limit(self) -> float:
         """The longest silence of a trainer that trains. The page and the end of a stalled one both follow from it."""

@@ -75,7 +75,7 @@ def test_telling_it_that_we_live_never_waits_for_it(child):
     for _ in range(
         10_000
     ):  # far more than its pipe holds, and nobody reads: one that waited would do so for ever
-        child.beat()
+        child.heartbeat()
 
 
 def test_it_is_killed_with_its_parent():

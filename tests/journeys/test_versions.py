@@ -202,7 +202,7 @@ def test_a_full_quota_is_told_and_nothing_is_begun(alices: Client, alice: User, 
     quotas.take(alice.owner_id, "datasets", old.dataset_id)
     settings.JOBS = settings.JOBS | {"max_datasets_per_owner": 2}
     answer = press(alices, old, "split", follow=True)  # there is room for one of the two
-    assert "You have 2 datasets, the most at a time" in answer.content.decode()
+    assert "You have reached the limit of 2 datasets" in answer.content.decode()
     assert quotas.held(alice.owner_id, "datasets") == {old.dataset_id}
     assert len(access.list_datasets(alice.owner_id)) == 1
     assert pressed(alices, old, "duplicate").status == "checking"
