@@ -81,7 +81,7 @@ def test_telling_it_that_we_live_never_waits_for_it(child):
 def test_it_is_killed_with_its_parent():
     program = (
         "import django, sys, time; django.setup(); from jobs.store import child_process;"
-        "child = trainer_process.start('serve'); print(child.pid, flush=True); time.sleep(60)"
+        "child = child_process.start('serve'); print(child.pid, flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.settings"}
     parent = subprocess.Popen(

@@ -190,7 +190,7 @@ def test_a_refused_model_is_told_beside_its_field(
     answer = post(alices, where, dataset, hub="people/other")
     assert answer.status_code == 422
     assert re.search(
-        r'id="hint-hub" class="field-error">The Hub has no model people/other', answer.content.decode()
+        r'id="hint-hub" class="field-error">The Hub has no public model people/other', answer.content.decode()
     )
     assert not len(access.list_jobs(alice.owner_id))
 
