@@ -1,9 +1,9 @@
 """A dataset's report for another base: each has its own tokenizer, chat template and context.
 
-The check of an upload uses the starter's. For other bases the report is made when a job asks for it (the job is
-`validating` meanwhile) or a person does, by an errand in the checks worker. Bases that read text alike share a report.
+The check of an upload uses the starter model's. For other bases the checks worker makes the report when a job needs it
+(the job is `validating` meanwhile) or a user requests it. Bases with the same tokenizer family share a report.
 
-checking ──► ready | refused (nothing could be trained) | failed (the tokenizer could not be had: counts stay unknown)
+checking ──► ready | refused (nothing to train on) | failed (no tokenizer, so the counts stay unknown)
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from jobs.store.tables import Dataset, DatasetReport, Job
 from training.plan import catalog
 from training.plan.events import Failure
 
-LEAKS = "#leaks#"  # in the place of a base: what two datasets have in common
+LEAKS = "#leaks#"  # instead of a base in the key: rows that two datasets share
 
 
 def uses_default_tokenizer(facts: Mapping[str, Any]) -> bool:
-    """Does the dataset's own report count for this base?"""
+    """Whether the dataset's own report is valid for this base."""
     return base_models.tokenizer_family(facts) == catalog.STARTER
 
 
@@ -40,7 +40,7 @@ def list_for(dataset_id: str) -> list[DatasetReport]:
 
 
 def request_report(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
-    """The report, or the promise of one; asked again where it failed. Again is harmless."""
+    """The report, or a pending one. Requests it again if it failed. Idempotent."""
     base = base_models.tokenizer_family(facts)
     found = tables.get(DatasetReport, dataset.dataset_id, base)
     if found is not None and found.status != "failed":
@@ -59,36 +59,37 @@ def request_report(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
 
 
 def request_row(dataset: Dataset, facts: Mapping[str, Any], line: int) -> DatasetReport:
-    """The tokens of one row, as this base reads them. One row at a time: asking for another one lets the first go."""
-    place = row_key(base_models.tokenizer_family(facts))
-    found = tables.get(DatasetReport, dataset.dataset_id, place)
+    """The tokens of one row for this base. A request for another row replaces the first."""
+    key = row_key(base_models.tokenizer_family(facts))
+    found = tables.get(DatasetReport, dataset.dataset_id, key)
     if found is not None and found.base_snapshot.get("line") == line and found.status != "failed":
         return found
     row = DatasetReport(
         dataset.dataset_id,
-        place,
+        key,
         owner=dataset.owner,
         base_snapshot={**facts, "line": line},
         request_id=secrets.token_hex(8),
     )
-    outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+    outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{key}")
     row.save()
-    outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+    outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{key}")
     return row
 
 
 def request_leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
-    """Which rows held out are also learned from: {"count", "lines"}. Asked for where nobody did; None until it is known."""
-    place = f"{LEAKS}{validation.dataset_id}"
-    found = tables.get(DatasetReport, dataset.dataset_id, place)
+    """Validation rows that are also in the training dataset: {"count", "lines"}. Requests the comparison if needed; None
+    until it is known."""
+    key = f"{LEAKS}{validation.dataset_id}"
+    found = tables.get(DatasetReport, dataset.dataset_id, key)
     facts = {"validation": validation.dataset_id, "report": validation.report_key}
     if (
         found is None or found.base_snapshot != facts
     ):  # not asked for, or the other one is read in another way since
         found = None
-        outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{place}")
-        DatasetReport(dataset.dataset_id, place, owner=dataset.owner, base_snapshot=facts).save()
-        outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+        outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{key}")
+        DatasetReport(dataset.dataset_id, key, owner=dataset.owner, base_snapshot=facts).save()
+        outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{key}")
     return dict(found.summary) if found is not None and found.summary else None
 
 
@@ -107,8 +108,8 @@ def summary_for(dataset: Dataset, facts: Mapping[str, Any]) -> tuple[dict[str, A
 
 
 def for_job(job: Job, dataset: Dataset) -> DatasetReport | None:
-    """The report that the job waits for, asked for where nobody did; None where the dataset's own counts. One that failed
-    is not asked for again: the training worker will say what is wrong with the base, or has it already."""
+    """The report that the job waits for, requested if needed; None if the dataset's own is valid. A failed one is not
+    requested again: the training worker will report what is wrong with the base, or has already fetched it."""
     facts = job.base_snapshot or {"id": job.base}
     if uses_default_tokenizer(facts):
         return None
@@ -118,14 +119,14 @@ def for_job(job: Job, dataset: Dataset) -> DatasetReport | None:
 
 @outbox.handler("report")
 def build(owner: str, id: str) -> bool:
-    """The errand. True when there is nothing left to do; raises what the stores raise, and is then rung for again."""
+    """The outbox handler. Returns whether the work is done. Raises the stores' errors, and is then retried."""
     dataset_id, _, base = id.partition("@")
     row = tables.get(DatasetReport, dataset_id, base)
     dataset = tables.get(Dataset, owner, dataset_id)
     if row is None or row.status != "checking":
         return True
     if dataset is None or dataset.deleted or dataset.status != "ready":
-        tables.remove(DatasetReport, dataset_id, base)  # whoever waits for it asks again
+        tables.remove(DatasetReport, dataset_id, base)  # a job that waits for it requests it again
         return True
     if base.startswith(LEAKS):
         return _find_leaks(dataset, row)

@@ -134,7 +134,7 @@ def test_data_that_a_job_waits_for_keeps_its_columns(alices: Client, alice: User
     transitions.submit(alice.owner_id, transitions.JobRequest(base="starter", dataset_id=dataset.dataset_id))
     choose(alices, dataset, shape="text", whole="prompt", do="read")
     assert access.get_dataset_for(alice.owner_id, dataset.dataset_id).status == "ready"
-    assert "reads this dataset as it is" in page_of(alices, dataset)
+    assert "uses this dataset" in page_of(alices, dataset)
 
 
 def test_a_file_without_columns_is_refused_for_good(alices: Client, alice: User) -> None:

@@ -98,7 +98,7 @@ def test_a_file_that_changed_on_its_way_is_not_put_together(alices: Client, alic
     told = begin(alices, data).json()
     put(alices, told, data, 1, 2, 3, 4)
     put(alices, told, b"x" * len(data), 2)
-    assert "changed while it was sent" in alices.post(told["complete"]).json()["error"]
+    assert "changed during the upload" in alices.post(told["complete"]).json()["error"]
     assert not len(access.list_datasets(alice.owner_id))
 
 
@@ -121,7 +121,7 @@ def test_an_upload_nobody_comes_back_to_leaves_nothing(alices: Client, alice: Us
     put(alices, told, data, 1)
     id = told["url"].split("/")[3]
     assert not outbox.delete_bytes(alice.owner_id, id)
-    long_ago = time.time() - 2 * multipart.PUT_TOGETHER_S
+    long_ago = time.time() - 2 * multipart.COMBINE_S
     Upload(alice.owner_id, id).update(actions=[Upload.expires_at.set(long_ago)])
     assert outbox.delete_bytes(alice.owner_id, id)
     assert not blobs.list_keys(f"uploads/{id}")
