@@ -98,7 +98,7 @@ def make_key(folder: Path) -> str:
 
     user = make_user("bench")
     HubModel(
-        user.owner_id, NAME, facts=catalog.describe(folder, id=NAME).as_dict() | {"revision": REVISION}
+        user.owner_id, NAME, snapshot=catalog.describe(folder, id=NAME).as_dict() | {"revision": REVISION}
     ).save()
     return api_keys.create(user, "bench", ["inference"])[1]
 

@@ -11,6 +11,7 @@ class JobsConfig(AppConfig):
         # Importing these modules registers outbox handlers, steps after a job's end, and receivers of signals about users
         # and datasets. They import the other modules that do so.
         import jobs.datasets.checks
+        import jobs.datasets.multipart
         import jobs.datasets.reports
         import jobs.lifecycle.estimates
         import jobs.personal_data  # noqa: F401

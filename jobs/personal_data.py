@@ -103,7 +103,7 @@ def begin_to_leave(owner: str, **kwargs: Any) -> None:
     """Cancels running jobs at once; the rest goes through the outbox, which survives any crash."""
     outbox.put("leave", owner, owner)
     _cancel_all(owner)
-    outbox.ring("leave", owner, owner)
+    outbox.enqueue("leave", owner, owner)
 
 
 @outbox.handler("leave")

@@ -31,13 +31,13 @@ def base_for_training(owner: str, name: str) -> str:
     on first use. The caller's tuned models are base models too."""
     wanted = local_name(name)
     known = base_models.find(owner, wanted)
-    if known is None and (model := tuned_models.named(owner, wanted)):
+    if known is None and (model := tuned_models.find(owner, wanted)):
         known = base_models.find(owner, model.model_id)
     if known is not None:
         return known.id
     if hub_models.is_id(wanted):
         try:
-            return base_models.add(owner, wanted)
+            return base_models.add_hub_model(owner, wanted)
         except hub_models.Refused as refused:
             raise bad(str(refused), "model", "model_not_available") from refused
     listed = ", ".join(base.id for base in catalog.base_models())
@@ -54,7 +54,7 @@ def base_for_training(owner: str, name: str) -> str:
 def list_models(request: CallerRequest, after: paging.After = None) -> Json:
     """All base models and all tuned models, in one page as at OpenAI."""
     owner = request.auth.owner
-    known = [_base(base) for base in (*catalog.base_models(), *base_models.from_hub(owner))]
+    known = [_base(base) for base in (*catalog.base_models(), *base_models.list_hub(owner))]
     tuned = [_tuned(row) for row in access.list_models(owner, ALL)]
     return paging.page(paging.rest([*known, *tuned], after), False)
 
@@ -64,8 +64,8 @@ def retrieve_model(request: CallerRequest, model: str) -> Json:
     known = catalog.find(local_name(model))
     if known is not None:
         return {**_base(known), "id": model}
-    if added := base_models.added(request.auth.owner, local_name(model)):
-        return {**_base(base_models.described(added.facts)), "id": model}
+    if added := base_models.get_hub_model(request.auth.owner, local_name(model)):
+        return {**_base(base_models.from_snapshot(added.snapshot)), "id": model}
     return {**_tuned(_find(request, local_name(model))), "id": model}
 
 
@@ -107,7 +107,7 @@ def _tuned(row: Any) -> Json:
         "bytes": int(row.bytes),
         "metrics": row.metrics,
         "verdict": row.verdict,
-        "fidelity": row.fidelity,
+        "fidelity": row.export_check,
         "aliases": row.aliases,
     }
     shown = {name: value for name, value in details.items() if value not in (None, "", {}, [])}

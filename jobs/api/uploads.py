@@ -128,7 +128,7 @@ def complete_upload(request: CallerRequest, upload_id: str, body: UploadComplete
         Row.status == "completing",
         lambda stored: stored.dataset_id == dataset.dataset_id,
     )
-    multipart.drop(row)
+    multipart.discard(row)
     return show(completed or claimed, dataset)
 
 
@@ -148,7 +148,7 @@ def cancel_upload(request: CallerRequest, upload_id: str) -> Json:
     )
     if cancelled is None:
         raise bad("This upload is no longer open.", "upload_id", "upload_not_pending")
-    multipart.drop(row)
+    multipart.discard(row)
     return show(cancelled)
 
 

@@ -1,4 +1,4 @@
-"""Checking an uploaded file: a child process with limits reads it, since files come from strangers."""
+"""Validates uploaded files in a child process with limits, because files are untrusted."""
 
 from __future__ import annotations
 
@@ -13,14 +13,9 @@ from jobs.store import blobs, outbox, tables
 from jobs.store.tables import Dataset
 from training.plan import catalog
 
-FULL = frozenset(
-    {"samples", "findings", "head"}
-)  # of the report, what the row doesn't need; all of it is in the object
+REPORT_ONLY = frozenset({"samples", "findings", "head"})  # kept in the report's object, not in the row
 
-
-OVER_LIMITS = (
-    "The file could not be checked in the time and memory allowed. Split it, or look for endless rows."
-)
+OVER_LIMITS = "The check exceeded its time or memory limit. Split the file, or look for extremely long rows."
 
 
 @outbox.handler("check")
@@ -32,12 +27,12 @@ def run(owner: str, dataset_id: str) -> bool:
 
 
 def check(owner: str, dataset_id: str) -> None:
-    """Says ready or rejected. Safe to repeat; raises what the stores raise, and is then rung for again."""
+    """Sets the dataset to ready or rejected. Idempotent. Raises the stores' errors, and is then retried."""
     dataset = tables.get(Dataset, owner, dataset_id)
     if dataset is None or dataset.deleted:
         return
     if dataset.status == "receiving":
-        datasets.give_up_broken(owner, dataset_id)
+        datasets.abandon_stale(owner, dataset_id)
         return
     if dataset.status != "checking":
         return
@@ -46,7 +41,7 @@ def check(owner: str, dataset_id: str) -> None:
         if made is None:
             return
         dataset = made
-    if dataset.purpose != "fine-tune":  # nobody will train on it, so nothing is asked of it
+    if dataset.purpose != "fine-tune":  # not for training, so nothing to check
         datasets.finish_check(owner, dataset_id, "ready")
         return
     report = report_on(dataset, sandbox.tokenizer_of(catalog.STARTER))
@@ -65,13 +60,13 @@ def check(owner: str, dataset_id: str) -> None:
         sha256=str(report.pop("sha256", "")),
         error=""
         if ready
-        else str(report.get("error") or report.get("verdict") or "The file holds no example."),
+        else str(report.get("error") or report.get("verdict") or "The file contains no examples."),
     )
 
 
 def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
-    """The rows of `validation` that stand in `dataset` too: {"count", "lines"}. None when the limits were not enough."""
-    with sandbox.folder("leaks-") as folder:
+    """Rows of `validation` that are also in `dataset`: {"count", "lines"}. None if the check exceeded its limits."""
+    with sandbox.temporary_folder("leaks-") as folder:
         paths = []
         for name, one in (("train", dataset), ("validation", validation)):
             paths.append(folder / name / ("data" + Path(one.name).suffix.lower()[:10]))
@@ -80,7 +75,7 @@ def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
         for option, one in (("--format", dataset), ("--validation-format", validation)):
             if one.format:
                 arguments += [option, json.dumps(one.format)]
-        report = sandbox.ask(arguments, "report")
+        report = sandbox.run(arguments, "report")
     if report is None:
         return None
     found: dict[str, Any] = next((f for f in report.get("findings", []) if f["code"] == "leak"), {})
@@ -88,14 +83,14 @@ def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
 
 
 def summary_of(report: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in report.items() if name not in FULL}
+    return {name: value for name, value in report.items() if name not in REPORT_ONLY}
 
 
 def report_on(dataset: Dataset, tokenizer: str, line: int | None = None) -> dict[str, Any] | None:
-    """The report with the tokenizer of a base model's folder, or the tokens of the row in `line`; None when the limits
-    were not enough."""
-    with sandbox.folder("check-") as folder:
-        # The name is ours; its ending tells the kind of file.
+    """The report made with the tokenizer in this folder, or the tokens of the row at `line`; None if the check exceeded its
+    limits."""
+    with sandbox.temporary_folder("check-") as folder:
+        # Only the suffix is the user's: it tells the file format.
         path = folder / ("data" + Path(dataset.name).suffix.lower()[:10])
         stored = blobs.fetch(dataset.key, path, sha256=dataset.sha256 or None)
         arguments = ["check", str(path), "--limit-bytes", str(int(settings.JOBS["max_upload_bytes"]))]
@@ -104,6 +99,6 @@ def report_on(dataset: Dataset, tokenizer: str, line: int | None = None) -> dict
         if dataset.format:
             arguments += ["--format", json.dumps(dataset.format)]
         if line is not None:
-            return sandbox.ask([*arguments, "--row", str(line)], "row")
-        report = sandbox.ask(arguments, "report")
+            return sandbox.run([*arguments, "--row", str(line)], "row")
+        report = sandbox.run(arguments, "report")
         return report if report is None or dataset.sha256 else report | {"sha256": stored.sha256}

@@ -1,8 +1,8 @@
-"""A file that comes in parts from a page: begun, sent part by part, gone on with after a broken connection, put together.
+"""Resumable uploads from a page: a file is sent in parts, which are then combined.
 
-With S3 the parts are those of a multipart upload, sent straight to the bucket by signed links, or through us where the
-browser can't reach it. Otherwise each part is an object of its own. Sending a part again is harmless, and the same file
-chosen again goes on where it was. `/v1/uploads` is OpenAI's face on the same table.
+With S3 the parts are those of a multipart upload, sent directly to the bucket through presigned links, or through us if
+the browser cannot reach it. Otherwise each part is a separate object. Sending a part again is idempotent, and choosing
+the same file again resumes its upload. `/v1/uploads` uses the same table.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from jobs.datasets.datasets import Rejected
 from jobs.store import access, blobs, outbox, quotas, tables
 from jobs.store.tables import Dataset, Upload, new_id
 
-PART = 5 << 20  # bytes, the least that S3 takes: three stand in memory at once; the last one has what is left
-LIFETIME_S = 24 * 3600  # from the last part on
-MAX_OPEN = 20  # of one person at a time
-LINKS = 64  # signed at once
-PUT_TOGETHER_S = 3600  # the longest that putting an upload's parts together takes
+PART = 5 << 20  # bytes, the minimum of S3; up to three are in memory at once; the last part may be smaller
+LIFETIME_S = 24 * 3600  # after the last part
+MAX_OPEN = 20  # per user
+LINKS = 64  # signed per request
+COMBINE_S = 3600  # maximum time to combine the parts of an upload
 
 
 def begin(owner: str, name: str, size: int, fingerprint: str = "") -> Upload:
     """A new upload, or the open one of the same file (by its fingerprint, name and size). Raises Rejected, OverQuota."""
     limit = int(settings.JOBS["max_upload_bytes"])
     if size <= 0:
-        raise Rejected("The file is empty. Choose one with a row for each example.")
+        raise Rejected("The file is empty. Choose a file with one example per row.")
     if size > limit:
-        raise Rejected(f"The file has {size:,} bytes; at most {limit:,} are taken. Split it.")
-    mine = open_of(owner)
-    for row in mine:
+        raise Rejected(f"The file has {size:,} bytes; the limit is {limit:,}. Split it.")
+    uploads = list_open(owner)
+    for row in uploads:
         if fingerprint and (row.fingerprint, row.bytes, row.filename) == (
             fingerprint,
             size,
-            datasets.shown_name(name),
+            datasets.display_name(name),
         ):
             return row
-    if len(mine) >= MAX_OPEN:
-        raise quotas.OverQuota(f"You have {MAX_OPEN} open uploads. End or forget one first.")
+    if len(uploads) >= MAX_OPEN:
+        raise quotas.OverQuota(f"You have {MAX_OPEN} open uploads. Complete or cancel one first.")
     quotas.check(owner, "datasets")
     row = Upload(
-        owner, new_id("upload"), filename=datasets.shown_name(name), bytes=size, fingerprint=fingerprint
+        owner, new_id("upload"), filename=datasets.display_name(name), bytes=size, fingerprint=fingerprint
     )
     row.expires_at, row.target = time.time() + LIFETIME_S, new_id("file")
-    outbox.put("delete", owner, row.upload_id)  # the parts, also of an upload that nobody comes back to
+    outbox.put("delete", owner, row.upload_id)  # the parts, also of an abandoned upload
     quotas.reserve(owner, row.upload_id, size)
     if not blobs.is_local():
         row.multipart = blobs.begin_parts(datasets.key_of(owner, row.target))
@@ -57,8 +57,8 @@ def begin(owner: str, name: str, size: int, fingerprint: str = "") -> Upload:
     return row
 
 
-def open_of(owner: str) -> list[Upload]:
-    """Uploads from pages that may still be gone on with, the newest first."""
+def list_open(owner: str) -> list[Upload]:
+    """Uploads from pages that can be resumed, newest first."""
     rows = [row for row in tables.rows(Upload, owner) if row.target and is_open(row)]
     return sorted(rows, key=lambda row: row.upload_id, reverse=True)
 
@@ -75,49 +75,49 @@ def get_for(owner: str, upload_id: str) -> Upload:
     return row
 
 
-def count(row: Upload) -> int:
+def part_count(row: Upload) -> int:
     return -(-int(row.bytes) // PART)
 
 
-def size_of(row: Upload, number: int) -> int:
-    """Bytes of a part; the first is 1. Raises Rejected for one that the file doesn't have."""
-    if not 0 < number <= count(row):
+def part_size(row: Upload, number: int) -> int:
+    """Size of a part in bytes; numbers start at 1. Raises Rejected if the file has no such part."""
+    if not 0 < number <= part_count(row):
         raise Rejected("The file has no such part. Choose it again.")
     return min(PART, int(row.bytes) - (number - 1) * PART)
 
 
-def have(row: Upload) -> dict[int, int]:
-    """The parts that came, with their bytes."""
+def received_parts(row: Upload) -> dict[int, int]:
+    """Size in bytes of each part received so far."""
     if row.multipart:
         return blobs.parts_of(_key(row), row.multipart)
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     for entry in row.part_ids or ():
         name, _, size = entry.rpartition(":")
-        found[int(name[1:6])] = int(size)
-    return found
+        sizes[int(name[1:6])] = int(size)
+    return sizes
 
 
-def links(row: Upload, numbers: list[int]) -> dict[int, str]:
-    """Where the browser may put these parts itself; none where it has to send them to us."""
+def part_links(row: Upload, numbers: list[int]) -> dict[int, str]:
+    """Presigned links for these parts; empty if the browser must send them to us."""
     _must_be_open(row)
     if not row.multipart:
         return {}
     return {
-        number: blobs.part_link(_key(row), row.multipart, number, size_of(row, number))
+        number: blobs.part_link(_key(row), row.multipart, number, part_size(row, number))
         for number in numbers[:LINKS]
     }
 
 
-def put(row: Upload, number: int, file: IO[bytes], sha256: str = "") -> None:
-    """One part, through us. `sha256` is what the sender says of it. Raises Rejected."""
+def put_part(row: Upload, number: int, file: IO[bytes], sha256: str = "") -> None:
+    """Stores one part sent through us. `sha256` is the hash that the sender computed. Raises Rejected."""
     _must_be_open(row)
-    size = size_of(row, number)
-    data = file.read(size + 1)  # a part is what may stand in memory
+    size = part_size(row, number)
+    data = file.read(size + 1)  # a part fits in memory
     if len(data) != size:
-        raise Rejected(f"Part {number} has {len(data):,} bytes and should have {size:,}. Send it again.")
+        raise Rejected(f"Part {number} has {len(data):,} bytes instead of {size:,}. Send it again.")
     digest = hashlib.sha256(data).hexdigest()
     if sha256 and sha256.lower() != digest:
-        raise Rejected(f"Part {number} was damaged on its way. Send it again.")
+        raise Rejected(f"Part {number} was damaged in transit. Send it again.")
     if row.multipart:
         blobs.put_part(_key(row), row.multipart, number, data)
         entry: set[str] = set()
@@ -129,21 +129,21 @@ def put(row: Upload, number: int, file: IO[bytes], sha256: str = "") -> None:
     if entry:
         actions.append(Upload.part_ids.add(entry))
     if tables.update(row, actions, Upload.status == "pending") is None:
-        raise Rejected("This upload was ended meanwhile. Choose the file again.")
+        raise Rejected("This upload was completed or cancelled in the meantime. Choose the file again.")
 
 
 def complete(row: Upload) -> Dataset:
-    """The dataset, once every part is there; asked again it is the same one. Raises Rejected, OverQuota."""
+    """Combines the parts and returns the dataset. Idempotent. Raises Rejected, OverQuota."""
     if row.status == "completed":
         return access.get_dataset_for(row.owner, row.dataset_id)
     _must_be_open(row)
-    found = have(row)
-    missing = [n for n in range(1, count(row) + 1) if found.get(n) != size_of(row, n)]
+    received = received_parts(row)
+    missing = [n for n in range(1, part_count(row) + 1) if received.get(n) != part_size(row, n)]
     if missing:
-        raise Rejected(f"Part {missing[0]} is missing. Choose the file again to send what is left.")
+        raise Rejected(f"Part {missing[0]} is missing. Choose the file again to resume the upload.")
     claimed = tables.update(row, [Upload.status.set("completing")], Upload.status == "pending")
     if claimed is None:
-        raise Rejected("It is being put together already. Look at your datasets in a moment.")
+        raise Rejected("The upload is already being completed. See your datasets in a moment.")
     try:
         dataset = _received(row)
     except BaseException:
@@ -153,7 +153,7 @@ def complete(row: Upload) -> Dataset:
         claimed,
         [Upload.status.set("completed"), Upload.dataset_id.set(dataset.dataset_id)],
         Upload.status == "completing",
-        lambda found: found.dataset_id == dataset.dataset_id,
+        lambda current: current.dataset_id == dataset.dataset_id,
     )
     quotas.unreserve(row.owner, row.upload_id)
     blobs.delete_prefix(_folder(row))
@@ -162,7 +162,7 @@ def complete(row: Upload) -> Dataset:
 
 def _received(row: Upload) -> Dataset:
     if row.multipart:
-        return datasets.arrived(
+        return datasets.receive_multipart(
             row.owner,
             row.target,
             row.filename,
@@ -170,31 +170,33 @@ def _received(row: Upload) -> Dataset:
             lambda: blobs.finish_parts(_key(row), row.multipart),
             fingerprint=row.fingerprint,
         )
-    return datasets.receive(row.owner, row.filename, _bytes(row), fingerprint=row.fingerprint, reserved=True)
+    return datasets.receive(
+        row.owner, row.filename, _content(row), fingerprint=row.fingerprint, reserved=True
+    )
 
 
 def cancel(row: Upload) -> None:
-    """Nothing is kept; again is harmless."""
+    """Deletes the parts. Idempotent."""
     cancelled = tables.update(
         row,
         [Upload.status.set("cancelled")],
         Upload.status == "pending",
-        lambda found: found.status == "cancelled",
+        lambda current: current.status == "cancelled",
     )
     if cancelled is not None:
-        drop(row)
+        discard(row)
 
 
-def drop(row: Upload) -> None:
-    """The parts of an upload that is over, and what was set aside for it."""
+def discard(row: Upload) -> None:
+    """Deletes the parts of an ended upload and releases its reserved bytes."""
     if row.multipart:
         blobs.drop_parts(_key(row), row.multipart)
     blobs.delete_prefix(_folder(row))
     quotas.unreserve(row.owner, row.upload_id)
 
 
-def known(owner: str, size: int, fingerprint: str) -> Dataset | None:
-    """The same file, if this person has it already: by its sha256 where the fingerprint is one, else by the fingerprint itself."""
+def find_duplicate(owner: str, size: int, fingerprint: str) -> Dataset | None:
+    """The same file, if this user already has it: found by its SHA-256 if the fingerprint is one, else by the fingerprint."""
     if not fingerprint:
         return None
     kind, _, digest = fingerprint.partition(":")
@@ -207,16 +209,16 @@ def known(owner: str, size: int, fingerprint: str) -> Dataset | None:
 
 def _must_be_open(row: Upload) -> None:
     if not is_open(row):
-        raise Rejected("This upload is over. Choose the file again.")
+        raise Rejected("This upload has ended. Choose the file again.")
 
 
-def _bytes(row: Upload) -> Iterator[bytes]:
-    """The parts in their order. Of one that came twice with other bytes the newest can't be told: that is refused."""
+def _content(row: Upload) -> Iterator[bytes]:
+    """The parts in order. Raises Rejected if a part was sent twice with different bytes, since their order is unknown."""
     names: dict[int, str] = {}
     for entry in sorted(row.part_ids or ()):
         name = entry.rpartition(":")[0]
         if names.setdefault(int(name[1:6]), name) != name:
-            raise Rejected("The file changed while it was sent. Forget this upload and send it again.")
+            raise Rejected("The file changed during the upload. Cancel this upload and send the file again.")
     for number in sorted(names):
         yield from blobs.blocks(f"{_folder(row)}{names[number]}")
 
@@ -229,20 +231,20 @@ def _key(row: Upload) -> str:
     return datasets.key_of(row.owner, row.target)
 
 
-def shown(row: Upload) -> dict[str, Any]:
-    """For the page that goes on with it."""
-    came = sum(have(row).values())
-    return {"upload": row, "came": came, "percent": int(100 * came / max(1, int(row.bytes)))}
+def progress(row: Upload) -> dict[str, Any]:
+    """For the page that resumes it."""
+    received = sum(received_parts(row).values())
+    return {"upload": row, "came": received, "percent": int(100 * received / max(1, int(row.bytes)))}
 
 
-@outbox.deletes("upload-")
+@outbox.deletion_handler("upload-")
 def _delete_parts(owner: str, upload_id: str) -> bool:
-    """Of an upload that is over: completed, cancelled, expired, or its owner gone."""
+    """Once an upload is completed, cancelled or expired, or its owner is deleted."""
     row = tables.get(Upload, owner, upload_id)
-    if row and row.status in {"pending", "completing"} and time.time() < row.expires_at + PUT_TOGETHER_S:
+    if row and row.status in {"pending", "completing"} and time.time() < row.expires_at + COMBINE_S:
         return False
     if row is not None:
-        drop(row)
-    quotas.unreserve(owner, upload_id)  # also of one that broke off before its row was put
+        discard(row)
+    quotas.unreserve(owner, upload_id)  # also if the upload failed before its row was put
     blobs.delete_prefix(f"uploads/{upload_id}/")
     return True

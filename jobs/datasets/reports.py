@@ -1,9 +1,9 @@
 """A dataset's report for another base: each has its own tokenizer, chat template and context.
 
-The check of an upload uses the starter's. For other bases the report is made when a job asks for it (the job is
-`validating` meanwhile) or a person does, by an errand in the checks worker. Bases that read text alike share a report.
+The check of an upload uses the starter model's. For other bases the checks worker makes the report when a job needs it
+(the job is `validating` meanwhile) or a user requests it. Bases with the same tokenizer family share a report.
 
-checking ──► ready | refused (nothing could be trained) | failed (the tokenizer could not be had: counts stay unknown)
+checking ──► ready | refused (nothing to train on) | failed (no tokenizer, so the counts stay unknown)
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from jobs.store.tables import Dataset, DatasetReport, Job
 from training.plan import catalog
 from training.plan.events import Failure
 
-LEAKS = "#leaks#"  # in the place of a base: what two datasets have in common
+LEAKS = "#leaks#"  # instead of a base in the key: rows that two datasets share
 
 
-def is_own(facts: Mapping[str, Any]) -> bool:
-    """Does the dataset's own report count for this base?"""
+def uses_default_tokenizer(facts: Mapping[str, Any]) -> bool:
+    """Whether the dataset's own report is valid for this base."""
     return base_models.tokenizer_family(facts) == catalog.STARTER
 
 
-def of(dataset_id: str, facts: Mapping[str, Any]) -> DatasetReport | None:
+def get(dataset_id: str, facts: Mapping[str, Any]) -> DatasetReport | None:
     return tables.get(DatasetReport, dataset_id, base_models.tokenizer_family(facts))
 
 
-def all_of(dataset_id: str) -> list[DatasetReport]:
+def list_for(dataset_id: str) -> list[DatasetReport]:
     return [row for row in tables.rows(DatasetReport, dataset_id) if "#" not in row.base]
 
 
-def ask(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
-    """The report, or the promise of one; asked again where it failed. Again is harmless."""
+def request_report(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
+    """The report, or a pending one. Requests it again if it failed. Idempotent."""
     base = base_models.tokenizer_family(facts)
     found = tables.get(DatasetReport, dataset.dataset_id, base)
     if found is not None and found.status != "failed":
@@ -48,105 +48,114 @@ def ask(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
             outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{base}")
         return found
     mine = secrets.token_hex(8)
-    row = DatasetReport(dataset.dataset_id, base, owner=dataset.owner, facts=dict(facts), asked=mine)
+    row = DatasetReport(
+        dataset.dataset_id, base, owner=dataset.owner, base_snapshot=dict(facts), request_id=mine
+    )
     outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{base}")
     free = DatasetReport.dataset_id.does_not_exist() | (DatasetReport.status == "failed")
-    put = tables.put_if(row, free, lambda found: found.asked == mine)
-    outbox.ring("report", dataset.owner, f"{dataset.dataset_id}@{base}")
+    put = tables.put_if(row, free, lambda found: found.request_id == mine)
+    outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{base}")
     return put or tables.get(DatasetReport, dataset.dataset_id, base) or row
 
 
-def ask_row(dataset: Dataset, facts: Mapping[str, Any], line: int) -> DatasetReport:
-    """The tokens of one row, as this base reads them. One row at a time: asking for another one lets the first go."""
-    place = row_place(base_models.tokenizer_family(facts))
-    found = tables.get(DatasetReport, dataset.dataset_id, place)
-    if found is not None and found.facts.get("line") == line and found.status != "failed":
+def request_row(dataset: Dataset, facts: Mapping[str, Any], line: int) -> DatasetReport:
+    """The tokens of one row for this base. A request for another row replaces the first."""
+    key = row_key(base_models.tokenizer_family(facts))
+    found = tables.get(DatasetReport, dataset.dataset_id, key)
+    if found is not None and found.base_snapshot.get("line") == line and found.status != "failed":
         return found
     row = DatasetReport(
         dataset.dataset_id,
-        place,
+        key,
         owner=dataset.owner,
-        facts={**facts, "line": line},
-        asked=secrets.token_hex(8),
+        base_snapshot={**facts, "line": line},
+        request_id=secrets.token_hex(8),
     )
-    outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+    outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{key}")
     row.save()
-    outbox.ring("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+    outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{key}")
     return row
 
 
-def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
-    """Which rows held out are also learned from: {"count", "lines"}. Asked for where nobody did; None until it is known."""
-    place = f"{LEAKS}{validation.dataset_id}"
-    found = tables.get(DatasetReport, dataset.dataset_id, place)
+def request_leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
+    """Validation rows that are also in the training dataset: {"count", "lines"}. Requests the comparison if needed; None
+    until it is known."""
+    key = f"{LEAKS}{validation.dataset_id}"
+    found = tables.get(DatasetReport, dataset.dataset_id, key)
     facts = {"validation": validation.dataset_id, "report": validation.report_key}
-    if found is None or found.facts != facts:  # not asked for, or the other one is read in another way since
+    if (
+        found is None or found.base_snapshot != facts
+    ):  # not asked for, or the other one is read in another way since
         found = None
-        outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{place}")
-        DatasetReport(dataset.dataset_id, place, owner=dataset.owner, facts=facts).save()
-        outbox.ring("report", dataset.owner, f"{dataset.dataset_id}@{place}")
+        outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{key}")
+        DatasetReport(dataset.dataset_id, key, owner=dataset.owner, base_snapshot=facts).save()
+        outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{key}")
     return dict(found.summary) if found is not None and found.summary else None
 
 
-def row_place(base: str) -> str:
+def row_key(base: str) -> str:
     return f"{base}#row"
 
 
 def summary_for(dataset: Dataset, facts: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """(counts, whether they are of this base's own tokenizer)."""
-    if is_own(facts):
+    if uses_default_tokenizer(facts):
         return dict(dataset.summary or {}), True
-    found = of(dataset.dataset_id, facts)
+    found = get(dataset.dataset_id, facts)
     if found is not None and found.status == "ready":
         return dict(found.summary or {}), True
     return dict(dataset.summary or {}), False
 
 
 def for_job(job: Job, dataset: Dataset) -> DatasetReport | None:
-    """The report that the job waits for, asked for where nobody did; None where the dataset's own counts. One that failed
-    is not asked for again: the training worker will say what is wrong with the base, or has it already."""
+    """The report that the job waits for, requested if needed; None if the dataset's own is valid. A failed one is not
+    requested again: the training worker will report what is wrong with the base, or has already fetched it."""
     facts = job.base_snapshot or {"id": job.base}
-    if is_own(facts):
+    if uses_default_tokenizer(facts):
         return None
-    found = of(dataset.dataset_id, facts)
-    return found if found is not None and found.status == "failed" else ask(dataset, facts)
+    found = get(dataset.dataset_id, facts)
+    return found if found is not None and found.status == "failed" else request_report(dataset, facts)
 
 
 @outbox.handler("report")
-def make(owner: str, id: str) -> bool:
-    """The errand. True when there is nothing left to do; raises what the stores raise, and is then rung for again."""
+def build(owner: str, id: str) -> bool:
+    """The outbox handler. Returns whether the work is done. Raises the stores' errors, and is then retried."""
     dataset_id, _, base = id.partition("@")
     row = tables.get(DatasetReport, dataset_id, base)
     dataset = tables.get(Dataset, owner, dataset_id)
     if row is None or row.status != "checking":
         return True
     if dataset is None or dataset.deleted or dataset.status != "ready":
-        tables.remove(DatasetReport, dataset_id, base)  # whoever waits for it asks again
+        tables.remove(DatasetReport, dataset_id, base)  # a job that waits for it requests it again
         return True
     if base.startswith(LEAKS):
         return _find_leaks(dataset, row)
-    line = row.facts.get("line")
+    line = row.base_snapshot.get("line")
     status, error, report = _made(dataset, row, line)
     actions = [DatasetReport.status.set(status), DatasetReport.error.set(error[:2000])]
     if report is not None:
         text = json.dumps(report, ensure_ascii=False).encode("utf-8", "replace")
         name = hashlib.sha256(base.encode()).hexdigest()[:16]
-        key = f"datasets/{owner}/{dataset_id}/reports/{name}-{row.asked}.json"
+        key = f"datasets/{owner}/{dataset_id}/reports/{name}-{row.request_id}.json"
         actions += [
             DatasetReport.report_key.set(blobs.put_file(key, io.BytesIO(text)).key),
-            DatasetReport.summary.set(datasets.small(checks.summary_of(report)) if line is None else {}),
+            DatasetReport.summary.set(
+                datasets.trim_summary(checks.summary_of(report)) if line is None else {}
+            ),
         ]
-    tables.update(row, actions, DatasetReport.asked == row.asked, lambda found: found.status == status)
+    tables.update(
+        row, actions, DatasetReport.request_id == row.request_id, lambda found: found.status == status
+    )
     if line is None:
         dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
     found = tables.get(DatasetReport, dataset_id, base)
     return (
-        make(owner, id) if found is not None and found.status == "checking" else True
+        build(owner, id) if found is not None and found.status == "checking" else True
     )  # asked again meanwhile
 
 
 def _find_leaks(dataset: Dataset, row: DatasetReport) -> bool:
-    validation = tables.get(Dataset, dataset.owner, str(row.facts["validation"]))
+    validation = tables.get(Dataset, dataset.owner, str(row.base_snapshot["validation"]))
     found = None
     if validation is not None and not validation.deleted and validation.status == "ready":
         found = checks.leaks(dataset, validation)
@@ -159,7 +168,7 @@ def _find_leaks(dataset: Dataset, row: DatasetReport) -> bool:
 
 def _made(dataset: Dataset, row: DatasetReport, line: int | None) -> tuple[str, str, dict[str, Any] | None]:
     try:
-        folder = base_models.folder(str(row.facts["id"]), row.facts, only="tokenizer")
+        folder = base_models.folder(str(row.base_snapshot["id"]), row.base_snapshot, only="tokenizer")
     except Failure as failure:
         return "failed", " ".join(part for part in (failure.message, failure.advice) if part), None
     report = checks.report_on(dataset, str(folder), line=line)

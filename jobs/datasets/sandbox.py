@@ -1,4 +1,4 @@
-"""A file that came from a stranger is read by a child process with limits; here is what it answers."""
+"""Reads users' files, which are untrusted, in a child process with limits."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jobs.store.redact import redact
 from training.plan import catalog
 
 log = logging.getLogger(__name__)
-MAX_ANSWER_BYTES = 8 << 20
+MAX_OUTPUT_BYTES = 8 << 20
 
 
-def ask(arguments: list[str], answer: str, file_bytes: int = 1 << 20) -> dict[str, Any] | None:
-    """`python -m training ARGUMENTS…`: its line of the kind `answer`; None when the limits were not enough."""
+def run(arguments: list[str], kind: str, file_bytes: int = 1 << 20) -> dict[str, Any] | None:
+    """Runs `python -m training ARGUMENTS…` and returns its event of type `kind`; None if it exceeded the limits."""
     seconds = settings.JOBS["check_timeout_s"]
     limits = Limits(
         memory_bytes=int(settings.JOBS["check_memory_bytes"]),
@@ -32,25 +32,25 @@ def ask(arguments: list[str], answer: str, file_bytes: int = 1 << 20) -> dict[st
         open_files=256,
     )
     child = child_process.start(*arguments, limits=limits)
-    child.out.cap = MAX_ANSWER_BYTES
-    found: dict[str, Any] | None = None
+    child.out.cap = MAX_OUTPUT_BYTES
+    result: dict[str, Any] | None = None
     try:
-        for is_error, line in child_process.words(child, seconds):
+        for is_error, line in child_process.read_lines(child, seconds):
             if is_error:
                 log.warning("%s: %s", arguments[0], redact(line))
                 continue
             with contextlib.suppress(ValueError):
-                said = json.loads(line)
-                if said.get("t") == answer:
-                    found = said
+                event = json.loads(line)
+                if event.get("t") == kind:
+                    result = event
     finally:
         child.kill()
-    return found
+    return result
 
 
 @contextlib.contextmanager
-def folder(prefix: str) -> Iterator[Path]:
-    """An empty one, for the length of the block."""
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """An empty folder that is deleted after the block."""
     Path(settings.WORK_DIR).mkdir(parents=True, exist_ok=True)
     path = Path(tempfile.mkdtemp(prefix=prefix, dir=settings.WORK_DIR))
     try:
@@ -60,6 +60,6 @@ def folder(prefix: str) -> Iterator[Path]:
 
 
 def tokenizer_of(base: str) -> str:
-    """Where the tokenizer of a base model lies, if that is on this machine."""
-    found = catalog.find(base)
-    return found.folder if found else ""
+    """Folder of a base model's tokenizer if it is on this machine, else an empty string."""
+    model = catalog.find(base)
+    return model.folder if model else ""

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from django.dispatch import Signal
 
-# A dataset was checked, read for another base, or deleted: jobs that wait for it may move. Sent with owner, dataset_id.
+# A dataset was checked, checked for another base, or deleted, so jobs that wait for it may proceed. Sent with owner and
+# dataset_id.
 dataset_settled = Signal()

@@ -1,7 +1,7 @@
-"""New versions of a dataset: without the rows that a finding names, or in two parts. The old one stays as it is.
+"""New versions of a dataset: without the rows that a finding lists, or split in two. The original is not changed.
 
-A version is a dataset whose row comes first, with its `origin`; the errand of its check makes the bytes, in a limited
-child process, and then reads them as those of any upload. So a crash anywhere is one more round of the same errand.
+A version's row comes first, with its `origin`. Its check makes the bytes in a limited child process, and then validates
+them like any upload. So after a crash the same check runs again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from training.plan.events import Failure
 
 SPLIT = "split"
 FRACTION = 0.1  # of the rows, set aside for validation
-FEWEST_TO_SPLIT = 50  # under this the part set aside could be empty
-LINES_KEPT = 1000  # of those left out, in the row
-# What each version lacks, as its name says it. Rows that can't be read are none of these: such a file isn't kept.
+MIN_ROWS_TO_SPLIT = 50  # with fewer, the validation part could be empty
+LINES_KEPT = 1000  # of removed rows, kept in the row
+# Part of each version's name. Unreadable rows are not listed: such a file is not kept.
 WITHOUT = {
     "nothing_to_train": "without rows that teach nothing",
     "truncated": "without rows that are too long",
@@ -40,42 +40,40 @@ PARTS = {"train": "90 % to train", "validation": "10 % to validate"}
 
 
 class Refused(Exception):
-    """There is no such version to make; the message says why."""
+    """This version cannot be made. The message says why."""
 
 
 def check(source: Dataset, what: str, findings: Sequence[dict[str, Any]]) -> None:
-    """May `what` (a finding's code, or SPLIT) be done to it? Raises Refused."""
+    """Raises Refused unless `what` (a finding's code, or SPLIT) can be applied to the dataset."""
     if source.status != "ready":
         raise Refused(
-            "Only a dataset whose check has ended well can be mended. Wait for it, or upload another file."
+            "Only a dataset that passed its check can be changed. Wait for the check, or upload another file."
         )
     if what == SPLIT:
         if not can_split(source):
-            raise Refused(
-                f"Under {FEWEST_TO_SPLIT} rows are too few to set some of them aside. Upload more rows."
-            )
+            raise Refused(f"A dataset needs at least {MIN_ROWS_TO_SPLIT} rows to be split. Upload more rows.")
     elif what not in WITHOUT or what not in {finding.get("code") for finding in findings}:
-        raise Refused("The report names no rows of that kind. Choose one of the buttons beside its findings.")
+        raise Refused("The report lists no such rows. Use a button next to one of its findings.")
 
 
 def can_split(source: Dataset) -> bool:
     summary = source.summary or {}
-    return int(summary.get("rows") or summary.get("examples") or 0) >= FEWEST_TO_SPLIT
+    return int(summary.get("rows") or summary.get("examples") or 0) >= MIN_ROWS_TO_SPLIT
 
 
-def begin(source: Dataset, what: str, read_as: DatasetReport | None = None) -> Dataset:
-    """The new dataset (of two the one to train on), on its way. `read_as`: the report of another base, whose tokenizer
-    tells which rows go. Asked again it is the same one, unless that was rejected or deleted. Raises OverQuota."""
+def begin(source: Dataset, what: str, report: DatasetReport | None = None) -> Dataset:
+    """Creates the new dataset (after a split: the one to train on), whose check is pending. `report`: that of another base,
+    whose tokenizer decides which rows to remove. Idempotent, unless the result was rejected or deleted. Raises OverQuota."""
     parts = list(PARTS) if what == SPLIT else [""]
-    ids, known = _ids(source, f"{what}@{read_as.base}" if read_as else what, len(parts))
+    ids, known = _ids(source, f"{what}@{report.base}" if report else what, len(parts))
     if not known:
-        new = [_version(source, what, read_as, *pair, ids) for pair in zip(ids, parts, strict=True)]
-        datasets.promise(source.owner, new)
+        new = [_version(source, what, report, *pair, ids) for pair in zip(ids, parts, strict=True)]
+        datasets.create_pending(source.owner, new)
     return access.get_dataset_for(source.owner, ids[0])
 
 
 def _ids(source: Dataset, name: str, many: int) -> tuple[list[str], bool]:
-    """The ids of these versions, one set for all who ask, and whether all their rows are there."""
+    """The IDs of these versions, the same for every request, and whether all their rows exist."""
     mine = [new_id("file") for _ in range(many)]
     row = Usage(source.owner, f"version#{source.dataset_id}#{name}", data=mine)
     while True:
@@ -93,22 +91,28 @@ def _ids(source: Dataset, name: str, many: int) -> tuple[list[str], bool]:
 
 
 def _version(
-    source: Dataset, what: str, read_as: DatasetReport | None, id: str, part: str, ids: list[str]
+    source: Dataset, what: str, report: DatasetReport | None, id: str, part: str, ids: list[str]
 ) -> Dataset:
-    base = {
-        "facts": read_as.facts, "sequence_length": (read_as.summary or {}).get("sequence_length"),
-    } if read_as else {}  # fmt: skip
-    name = name_of(source, words_of({"what": what, "part": part, **base}))
+    base: dict[str, Any] = {}
+    if report:
+        length = (report.summary or {}).get("sequence_length")
+        base = {"facts": report.base_snapshot, "sequence_length": length}
+    name = name_of(source, describe({"what": what, "part": part, **base}))
     dataset = Dataset(source.owner, id, name=name, purpose=source.purpose, status="checking")
     other = next((one for one in ids if one != id), "")
     dataset.origin = {
-        "dataset_id": source.dataset_id, "name": source.name, "what": what, "part": part, "other": other, **base,
-    }  # fmt: skip
+        "dataset_id": source.dataset_id,
+        "name": source.name,
+        "what": what,
+        "part": part,
+        "other": other,
+        **base,
+    }
     return dataset
 
 
-def words_of(origin: dict[str, Any]) -> str:
-    """What sets a version apart: `without rows that are too long for gpt2`."""
+def describe(origin: dict[str, Any]) -> str:
+    """How a version differs: `without rows that are too long for gpt2`."""
     words = PARTS[origin["part"]] if origin["part"] else WITHOUT[origin["what"]]
     return f"{words} for {origin['facts']['id']}" if origin.get("facts") else words
 
@@ -117,48 +121,48 @@ def name_of(source: Dataset, words: str) -> str:
     """`support (without duplicates).jsonl`; a version of a version says both."""
     stem = PurePath(source.name).stem[:150] or "dataset"
     if source.origin and stem.endswith(")"):
-        return datasets.shown_name(f"{stem[:-1]}, {words}).jsonl")
-    return datasets.shown_name(f"{stem} ({words}).jsonl")
+        return datasets.display_name(f"{stem[:-1]}, {words}).jsonl")
+    return datasets.display_name(f"{stem} ({words}).jsonl")
 
 
 # ---- in the checks worker ------------------------------------------------------------------------------------------
 
 
 def make(dataset: Dataset) -> Dataset | None:
-    """Stores the bytes of a version. None when there will be none: it is rejected then and says why, or was deleted."""
-    most = int(settings.JOBS["max_upload_bytes"])
+    """Stores the bytes of a version. None if it was rejected, which records why, or deleted."""
+    max_bytes = int(settings.JOBS["max_upload_bytes"])
     try:
-        return _made(dataset, most)
+        return _made(dataset, max_bytes)
     except Refused as error:
         message = str(error)
     except blobs.Missing:
         message = f"{dataset.origin['name']} was deleted before this version of it was made."
     except blobs.TooLarge:
-        message = f"It would be larger than {most:,} bytes. Split the file first."
+        message = f"It would be larger than {max_bytes:,} bytes. Split the file first."
     datasets.finish_check(dataset.owner, dataset.dataset_id, "rejected", error=message)
     return None
 
 
-def _made(dataset: Dataset, most: int) -> Dataset | None:
+def _made(dataset: Dataset, max_bytes: int) -> Dataset | None:
     origin = dict(dataset.origin)
     source = tables.get(Dataset, dataset.owner, str(origin["dataset_id"]))
     if source is None or source.deleted:
         raise blobs.Missing
-    with sandbox.folder("fix-") as folder:
+    with sandbox.temporary_folder("fix-") as folder:
         path = folder / ("data" + PurePath(source.name).suffix.lower()[:10])
         blobs.fetch(source.key, path, sha256=source.sha256)
-        told = sandbox.ask(_arguments(source, origin, path, folder), "fixed", file_bytes=most)
-        if told is None:
-            raise Refused("It could not be made in the time and memory allowed. Split the file first.")
-        origin |= _difference(origin, told)
+        result = sandbox.run(_arguments(source, origin, path, folder), "fixed", file_bytes=max_bytes)
+        if result is None:
+            raise Refused("Making this version exceeded the time or memory limit. Split the file first.")
+        origin |= _difference(origin, result)
         if not origin["kept"]:
-            raise Refused(f"No row of {origin['name']} would be left in it.")
+            raise Refused(f"No rows of {origin['name']} would remain.")
         with (folder / _file(origin)).open("rb") as file:
-            return datasets.fill(dataset, file, origin)
+            return datasets.store_content(dataset, file, origin)
 
 
 def _arguments(source: Dataset, origin: dict[str, Any], path: Path, folder: Path) -> list[str]:
-    """As the source was checked, so that the rows are those of its report."""
+    """The same settings as the check of the source, so that the rows match its report."""
     splits = origin["what"] == SPLIT
     found = [
         "fix",
@@ -185,7 +189,12 @@ def _file(origin: dict[str, Any]) -> str:
     return "aside.jsonl" if origin["part"] == "validation" else "new.jsonl"
 
 
-def _difference(origin: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
-    lines = list(told["dropped"].get(origin["what"], []))[:LINES_KEPT]
-    kept = told["validation"] if origin["part"] == "validation" else told["kept"]
-    return {"rows": told["rows"], "kept": kept, "lines": lines, "removed": list(told.get("removed") or [])}
+def _difference(origin: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    lines = list(result["dropped"].get(origin["what"], []))[:LINES_KEPT]
+    kept = result["validation"] if origin["part"] == "validation" else result["kept"]
+    return {
+        "rows": result["rows"],
+        "kept": kept,
+        "lines": lines,
+        "removed": list(result.get("removed") or []),
+    }

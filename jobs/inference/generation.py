@@ -201,7 +201,7 @@ class _QueuedRequest:
 def check_model(owner: str, model_id: str) -> None:
     """Raises access.NotFound unless `owner` may generate with it: a model from the catalog, one they added from the Hub, or
     their own."""
-    if not catalog.find(model_id) and not base_models.added(owner, model_id):
+    if not catalog.find(model_id) and not base_models.get_hub_model(owner, model_id):
         tuned_models.get_for(owner, model_id)
 
 

@@ -296,8 +296,8 @@ def model_folder(owner: str, model_id: str) -> Path:
     """The model's folder on this machine, fetched if necessary. Raises access.NotFound."""
     if catalog.find(model_id):
         return base_models.folder(model_id, None)
-    if added := base_models.added(owner, model_id):
-        return base_models.folder(model_id, added.facts)
+    if added := base_models.get_hub_model(owner, model_id):
+        return base_models.folder(model_id, added.snapshot)
     if checkpoint_models.SEPARATOR in model_id:
         return checkpoint_models.folder(owner, model_id)
     model = tuned_models.get_for(owner, model_id)
@@ -317,7 +317,7 @@ def exported(checkpoint: Path) -> Path:
     with _exporting:
         if not (target / "config.json").exists():
             child = child_process.start("export", "--checkpoint", str(checkpoint), "--to", str(target))
-            output = [line for _, line in child_process.words(child, EXPORT_S)]
+            output = [line for _, line in child_process.read_lines(child, EXPORT_S)]
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.process.wait(10)
             child.kill()

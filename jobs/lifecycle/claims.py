@@ -29,7 +29,7 @@ def claim_next(worker: WorkerInfo) -> Claim | None:
         if queue.fits(job, worker):
             claimed = claim(job, worker)
             if claimed:
-                queue.remember(job.owner)
+                queue.record_served(job.owner)
                 return claimed
     return None
 

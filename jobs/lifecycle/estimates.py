@@ -41,7 +41,7 @@ def workers() -> list[Worker]:
 
 def _machine(name: str = "") -> Machine:
     """The machine of the worker of that name, else of the one heard from last."""
-    for worker in sorted(workers(), key=lambda w: (w.worker_id == name, w.heard_at), reverse=True):
+    for worker in sorted(workers(), key=lambda w: (w.worker_id == name, w.last_seen), reverse=True):
         info = worker.info.get("machine") if isinstance(worker.info, dict) else None
         if isinstance(info, dict):
             return Machine(**{name: info[name] for name in Machine.__dataclass_fields__ if name in info})
@@ -69,7 +69,7 @@ def queue_seconds() -> float:
     time."""
     active = queue.active_jobs(queue.index_rows()[:MAX_QUEUE_JOBS])
     now = time.time()
-    alive = sum(now - worker.heard_at < ALIVE_S for worker in workers())
+    alive = sum(now - worker.last_seen < ALIVE_S for worker in workers())
     past = history(machine())
     usual = median(sum(p.took.values()) for p in past) if past else 60.0
     ahead = [float((job.progress or {}).get("eta_s") or usual) for job in active if job.status == "running"]

@@ -23,7 +23,7 @@ def after_end(owner: str, job_id: str) -> None:
         JobIndex(partition, job_id, owner=owner, name=job.name, base=job.base).save()
     end_steps.run(job)
     quotas.release(owner, "jobs", job_id)
-    quotas.note_checkpoints(job)
+    quotas.record_checkpoint_bytes(job)
     sweep(job)
     tables.remove(JobIndex, queue.shard(job_id), job_id)
 
@@ -55,7 +55,7 @@ def sweep(job: Job) -> int:
 def after_pointer(job: Job) -> None:
     """What follows when the lease owner has moved the pointer; `job` is what that write returned. References first, then
     bytes: what the job no longer names is deleted now, not at the end of a long job."""
-    quotas.note_checkpoints(job)
+    quotas.record_checkpoint_bytes(job)
     for folder in superseded(job):
         blobs.delete_prefix(f"{folder}/")
 
@@ -83,7 +83,7 @@ def _step(folder: str) -> int:
 def _named(job: Job) -> tuple[str, ...]:
     folders = [str(c["key"]) for c in job.checkpoints]
     folders += [job.checkpoint_key] if job.checkpoint_key else []
-    folders += tuned_models.folders_of(job)
+    folders += tuned_models.folders_in_use(job)
     if job.result and not job.deleted:
         folders.append(str(job.result.get("prefix") or ""))
     return tuple(folder.rstrip("/") + "/" for folder in folders if folder)
@@ -103,7 +103,7 @@ def delete_job(job: Job, *, with_model: bool) -> None:
     outbox.put("delete", job.owner, job.job_id)
     if with_model and job.model_id:
         outbox.put("delete", job.owner, job.model_id)
-        tuned_models.bury(job.owner, job.model_id)
+        tuned_models.put_tombstone(job.owner, job.model_id)
     actions = [
         Job.deleted.set(True),
         Job.version.add(1),
@@ -113,19 +113,19 @@ def delete_job(job: Job, *, with_model: bool) -> None:
     tables.update(
         job, [*actions, Job.plan.remove(), Job.resume_check.remove()], Job.status.is_in(*sorted(ENDED))
     )
-    outbox.ring("delete", job.owner, job.job_id)
+    outbox.enqueue("delete", job.owner, job.job_id)
 
 
-@outbox.deletes("ftjob-")
+@outbox.deletion_handler("ftjob-")
 def _delete_job(owner: str, job_id: str) -> bool:
     job = tables.get(Job, owner, job_id)
     if job is None or not job.deleted:
         return True  # the deletion was interrupted before it began
-    kept = tuple(folder.rstrip("/") + "/" for folder in tuned_models.folders_of(job))
+    kept = tuple(folder.rstrip("/") + "/" for folder in tuned_models.folders_in_use(job))
     for key in blobs.list_keys(f"jobs/{job_id}/"):
         if not key.startswith(kept):
             blobs.delete_file(key)
-    quotas.note_checkpoints(job)
+    quotas.record_checkpoint_bytes(job)
     for chunk in tables.rows(EventChunk, job_id):
         tables.remove(EventChunk, job_id, chunk.first_seq)
     for partition in (

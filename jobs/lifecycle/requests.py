@@ -64,9 +64,9 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
         quotas.release(owner, "jobs", job_id)
         raise LostRace(TOO_SLOW)
     moves.announce(accepted)
-    if accepted.status == "validating" and not reports.is_own(request.base_snapshot or {}):
+    if accepted.status == "validating" and not reports.uses_default_tokenizer(request.base_snapshot or {}):
         if datasets[0].status == "ready":
-            reports.ask(datasets[0], request.base_snapshot or {})
+            reports.request_report(datasets[0], request.base_snapshot or {})
         return recovery.validate(accepted) or accepted
     return accepted
 

@@ -92,11 +92,11 @@ def pin_base(owner: str, request: JobRequest) -> Mapping[str, Any]:
 
 
 def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset], slug: str) -> Job:
-    own = reports.is_own(request.base_snapshot or {"id": request.base})
+    own = reports.uses_default_tokenizer(request.base_snapshot or {"id": request.base})
     ready = own and all(dataset.status == "ready" for dataset in datasets)
     parts = [
         "ft",
-        base_models.root_of(request.base_snapshot or {"id": request.base}),
+        base_models.root_id(request.base_snapshot or {"id": request.base}),
         slug or owner[-8:].lower(),
         request.suffix,
         job_id[-8:].lower(),

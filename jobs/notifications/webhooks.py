@@ -140,7 +140,7 @@ def _put(owner: str, delivery_id: str, event: str, job_id: str, payload: str) ->
     delivery = WebhookDelivery(owner, delivery_id, event=event, job_id=job_id, payload=payload)
     outbox.put("deliver", owner, delivery_id)
     if tables.put_new(delivery):
-        outbox.ring("deliver", owner, delivery_id)
+        outbox.enqueue("deliver", owner, delivery_id)
 
 
 class PerOwner:

@@ -10,7 +10,7 @@ from jobs.store import blobs
 
 
 def fetch(entry: dict[str, Any], target: Path) -> None:
-    """Fetches by the manifest, whose own sha256 the pointer names; the manifest names all others'."""
+    """Fetches and verifies the files of the manifest. The pointer has the manifest's SHA-256, the manifest that of all others."""
     target.mkdir(parents=True, exist_ok=True)
     prefix = entry["key"].rstrip("/")
     blobs.fetch(f"{prefix}/manifest.json", target / "manifest.json", sha256=entry["sha256"])

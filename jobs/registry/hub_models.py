@@ -1,8 +1,8 @@
-"""May a model of the Hugging Face Hub be a base here? Told from the Hub's own description, before a worker fetches a byte.
+"""Whether a model of the Hugging Face Hub can be a base, decided from the Hub's description before anything is fetched.
 
-Anybody who is signed in may name a model, so nothing of the operator's is lent for it: HF_TOKEN goes along only for models
-that HUB_MODELS names. What is refused: private and gated models (unless named), pickles, code of their own, what is no
-causal language model, what is quantised, and more than HUB_MAX_GB. Short calls with a deadline; imports no torch.
+Any signed-in user may name a model, so HF_TOKEN is only sent for models that HUB_MODELS lists. Refused are private and
+gated models (unless listed), pickles, custom code, anything but causal language models, quantized models, and models
+larger than HUB_MAX_GB. All requests have a deadline; torch is not imported.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from django.conf import settings
 from training.plan import catalog, hub
 from training.plan.catalog import BaseModel
 
-# owner/name, as the Hub has them. Nothing that could be read as a path of this machine or lead out of an address.
+# owner/name, as on the Hub. It cannot be mistaken for a local path or lead out of a URL.
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
-PUBLIC = "public"  # the word in HUB_MODELS for everything that anybody may read
-DEADLINE_S = 8.0  # for all that is asked about one model
-MAX_ANSWER = 4 << 20
-AT_ONCE = 4  # checks of this process; each holds a thread
-REMEMBERED_S = 60.0  # a refusal: asking again and again costs the Hub nothing
+PUBLIC = "public"  # in HUB_MODELS: every public model
+DEADLINE_S = 8.0  # for all requests about one model
+MAX_RESPONSE = 4 << 20
+MAX_CONCURRENT = 4  # checks in this process; each takes a thread
+REFUSAL_CACHE_S = 60.0  # so that repeated requests do not reach the Hub
 
-_places = threading.BoundedSemaphore(AT_ONCE)
+_slots = threading.BoundedSemaphore(MAX_CONCURRENT)
 _refused: dict[str, tuple[float, Refused]] = {}
 
 
 class Refused(Exception):
-    """The model can't be a base here; the message says why and what to do. `passing` ones may be asked again."""
+    """The model cannot be a base. The message says why and what to do. `temporary` refusals may be retried."""
 
-    def __init__(self, message: str, *, passing: bool = False) -> None:
-        self.passing = passing
+    def __init__(self, message: str, *, temporary: bool = False) -> None:
+        self.temporary = temporary
         super().__init__(message)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the Hub says of a model, and the revision it says it of."""
+class HubDescription:
+    """The Hub's description of a model, and its revision."""
 
     model: BaseModel
     revision: str
@@ -56,172 +56,195 @@ def is_id(name: str) -> bool:
     return ID.fullmatch(name) is not None and ".." not in name
 
 
-def is_named(name: str) -> bool:
-    """Does HUB_MODELS name it (by a pattern)? Then the operator vouches for it, and the token is lent."""
+def is_listed(name: str) -> bool:
+    """Whether a pattern in HUB_MODELS matches. The operator then trusts the model, and the token is sent."""
     return any(fnmatchcase(name.lower(), p.lower()) for p in settings.HUB_MODELS if p != PUBLIC)
 
 
-def permit(name: str) -> None:
-    """Raises Refused where the operator allows no such model, whatever it is."""
-    if PUBLIC not in settings.HUB_MODELS and not is_named(name):
-        allowed = ", ".join(settings.HUB_MODELS) or "those of the list"
-        raise Refused(f"This studio takes no such model of the Hub, only {allowed}. Choose another base.")
+def check_allowed(name: str) -> None:
+    """Raises Refused unless the operator allows this model."""
+    if PUBLIC not in settings.HUB_MODELS and not is_listed(name):
+        allowed = ", ".join(settings.HUB_MODELS) or "those in the list"
+        raise Refused(f"The operator does not allow this model, only {allowed}. Choose another base.")
 
 
-def look_up(name: str) -> Found:
-    """Asks the Hub about `name`. Raises Refused."""
+def look_up(name: str) -> HubDescription:
+    """Gets the description of `name` from the Hub. Raises Refused."""
     if not is_id(name):
-        raise Refused(
-            f"{name[:100]!r} is no id of the Hub. Write owner/name, for instance Qwen/Qwen2.5-0.5B."
-        )
-    permit(name)
+        raise Refused(f"{name[:100]!r} is not a model ID. Enter owner/name, for example Qwen/Qwen2.5-0.5B.")
+    check_allowed(name)
     at, known = _refused.get(name, (0.0, None))
-    if known is not None and time.monotonic() - at < REMEMBERED_S:
+    if known is not None and time.monotonic() - at < REFUSAL_CACHE_S:
         raise known
-    if not _places.acquire(blocking=False):
-        raise Refused("Too many models are being checked just now. Try again in a few seconds.", passing=True)
+    if not _slots.acquire(blocking=False):
+        raise Refused("Too many models are being checked. Try again in a few seconds.", temporary=True)
     try:
         return _look_up(name)
     except Refused as refused:
-        if not refused.passing:
+        if not refused.temporary:
             while len(_refused) >= 1000:
                 _refused.pop(next(iter(_refused)))
             _refused[name] = (time.monotonic(), refused)
         raise
     finally:
-        _places.release()
+        _slots.release()
 
 
-def _look_up(name: str) -> Found:
-    until = time.monotonic() + DEADLINE_S
-    token = str(settings.HF_TOKEN) if is_named(name) else ""
-    told = _ask(name, f"api/models/{name}?blobs=true", token, until)
-    real = str(told.get("id") or name)
-    if real != name:  # it was renamed, or another spelling
+def _look_up(name: str) -> HubDescription:
+    deadline = time.monotonic() + DEADLINE_S
+    token = str(settings.HF_TOKEN) if is_listed(name) else ""
+    description = _get_json(name, f"api/models/{name}?blobs=true", token, deadline)
+    real = str(description.get("id") or name)
+    if real != name:  # renamed, or spelled differently
         if not is_id(real):
-            raise Refused(f"The Hub calls {name} by a name that can't be used here.")
-        permit(real)
-    _check_access(real, told)
-    size = _check_files(real, told)
-    revision = str(told.get("sha") or "")
+            raise Refused(
+                f"The Hub has renamed {name} to a name that cannot be used here. Choose another model."
+            )
+        check_allowed(real)
+    _check_access(real, description)
+    size = _check_files(real, description)
+    revision = str(description.get("sha") or "")
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise Refused(
-            f"The Hub names no revision of {real}, so it could change unseen. Choose another model."
+            f"The Hub reports no revision of {real}, so it could change unnoticed. Choose another model."
         )
-    config = _ask(name, f"{name}/resolve/{revision}/config.json", token, until)
-    return Found(replace(_describe(real, told, config), id=real, name=real, download=size), revision)
+    config = _get_json(name, f"{name}/resolve/{revision}/config.json", token, deadline)
+    return HubDescription(
+        replace(_describe(real, description, config), id=real, name=real, download=size), revision
+    )
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- reasons to refuse -------------------------------------------------------------------------------------------------
 
 
-def _check_access(name: str, told: Mapping[str, Any]) -> None:
-    if told.get("disabled"):
+def _check_access(name: str, description: Mapping[str, Any]) -> None:
+    if description.get("disabled"):
         raise Refused(f"The Hub has disabled {name}. Choose another model.")
-    kept = "private" if told.get("private") else "gated: only for those who accepted its licence" if told.get("gated") else ""  # fmt: skip
-    if kept and not is_named(name):
+    restriction = ""
+    if description.get("private"):
+        restriction = "private"
+    elif description.get("gated"):
+        restriction = "gated: available only to users who accepted its license"
+    if restriction and not is_listed(name):
         raise Refused(
-            f"{name} is {kept}. The operator can allow it by naming it in HUB_MODELS and setting HF_TOKEN."
+            f"{name} is {restriction}. The operator can allow it by adding it to HUB_MODELS and setting HF_TOKEN."
         )
 
 
-def _check_files(name: str, told: Mapping[str, Any]) -> int:
-    """Bytes that would be fetched."""
-    siblings = told.get("siblings")
+def _check_files(name: str, description: Mapping[str, Any]) -> int:
+    """Returns the number of bytes to fetch."""
+    siblings = description.get("siblings")
     files = {
-        str(one.get("rfilename")): one.get("size")
-        for one in (siblings if isinstance(siblings, list) else [])
-        if isinstance(one, dict)
+        str(file.get("rfilename")): file.get("size")
+        for file in (siblings if isinstance(siblings, list) else [])
+        if isinstance(file, dict)
     }
     wanted = {file: size for file, size in files.items() if hub.is_wanted(file)}
     if not any(file.endswith(".safetensors") for file in wanted):
         raise Refused(
-            f"{name} has no safetensors weights. Other formats can run programs when they are read, so they never are; "
-            "choose a model in safetensors."
+            f"{name} has no safetensors weights. Other formats can execute code when they are loaded. "
+            "Choose a model in safetensors format."
         )
     if "config.json" not in wanted:
-        raise Refused(f"{name} has no config.json, so nothing tells what it is. Choose another model.")
+        raise Refused(f"{name} has no config.json, so its architecture is unknown. Choose another model.")
     if "tokenizer.json" not in wanted and not {"vocab.json", "merges.txt"} <= set(wanted):
-        raise Refused(f"{name} has no tokenizer.json, which is needed to read text. Choose another model.")
+        raise Refused(f"{name} has no tokenizer.json. Choose another model.")
     if not all(isinstance(size, int) and size >= 0 for size in wanted.values()):
-        raise Refused(f"The Hub does not say how large {name} is. Choose another model.")
+        raise Refused(f"The Hub does not report the size of {name}. Choose another model.")
     size = sum(int(size or 0) for size in wanted.values())
     if size > settings.HUB_MAX_GB * 1e9:
         raise Refused(
-            f"{name} has {size / 1e9:,.1f} GB; this studio takes models up to {settings.HUB_MAX_GB:g} GB (HUB_MAX_GB). "
+            f"{name} has {size / 1e9:,.1f} GB; the limit is {settings.HUB_MAX_GB:g} GB (HUB_MAX_GB). "
             "Choose a smaller one."
         )
     return size
 
 
-def _describe(name: str, told: Mapping[str, Any], config: Mapping[str, Any]) -> BaseModel:
+def _describe(name: str, description: Mapping[str, Any], config: Mapping[str, Any]) -> BaseModel:
     if config.get("auto_map"):
-        raise Refused(f"{name} needs code of its own, which is never run here. Choose another model.")
-    if quantised := config.get("quantization_config"):
-        how = quantised.get("quant_method") if isinstance(quantised, dict) else ""
+        raise Refused(f"{name} needs custom code, which is never run here. Choose another model.")
+    if quantization := config.get("quantization_config"):
+        how = quantization.get("quant_method") if isinstance(quantization, dict) else ""
         raise Refused(
-            f"The weights of {name} are quantised{f' ({how})' if how else ''} and can't be trained. "
-            "Choose the model it was made from."
+            f"The weights of {name} are quantized{f' ({how})' if how else ''} and cannot be trained. "
+            "Choose the original model."
         )
-    said = config.get("architectures")
-    kinds = [str(kind) for kind in said] if isinstance(said, list) else []
-    if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
-        what = f"it is {', '.join(kinds)[:100]}" if kinds else "its config.json names no architecture"
-        raise Refused(f"{name} is no causal language model: {what}. Choose one that continues text.")
+    listed = config.get("architectures")
+    architectures = [str(name) for name in listed] if isinstance(listed, list) else []
+    if not any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in architectures):
+        what = (
+            f"it is {', '.join(architectures)[:100]}"
+            if architectures
+            else "its config.json names no architecture"
+        )
+        raise Refused(f"{name} is not a causal language model: {what}. Choose one that generates text.")
     try:
-        found = catalog.from_config(config)
+        model = catalog.from_config(config)
     except (ValueError, TypeError, OverflowError) as error:
-        raise Refused(f"{name} can't be used: {error}. Choose another model.") from error
-    weights = told.get("safetensors")
+        raise Refused(f"{name} cannot be used: {error}. Choose another model.") from error
+    weights = description.get("safetensors")
     total = weights.get("total") if isinstance(weights, dict) else None
     return replace(
-        found,
-        parameters=total if isinstance(total, int) and total > 0 else found.parameters,
-        licence=_licence(told),
-        languages=_languages(told),
+        model,
+        parameters=total if isinstance(total, int) and total > 0 else model.parameters,
+        licence=_license(description),
+        languages=_languages(description),
     )
 
 
-def _card(told: Mapping[str, Any]) -> Mapping[str, Any]:
-    card = told.get("cardData")
+def _card(description: Mapping[str, Any]) -> Mapping[str, Any]:
+    card = description.get("cardData")
     return card if isinstance(card, dict) else {}
 
 
-def _licence(told: Mapping[str, Any]) -> str:
-    card = _card(told)
-    licence = card.get("license_name") if card.get("license") == "other" else card.get("license")
-    return str(licence or "unknown")[:60]
+def _license(description: Mapping[str, Any]) -> str:
+    card = _card(description)
+    license = card.get("license_name") if card.get("license") == "other" else card.get("license")
+    return str(license or "unknown")[:60]
 
 
-def _languages(told: Mapping[str, Any]) -> str:
-    said = _card(told).get("language")
-    codes = [said] if isinstance(said, str) else said if isinstance(said, list) else []
-    names = [NAMES.get(str(code), str(code)[:20]) for code in codes]
+def _languages(description: Mapping[str, Any]) -> str:
+    language = _card(description).get("language")
+    codes = [language] if isinstance(language, str) else language if isinstance(language, list) else []
+    names = [LANGUAGE_NAMES.get(str(code), str(code)[:20]) for code in codes]
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more or "unknown"
 
 
-NAMES = {
-    "ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "hi": "Hindi", "it": "Italian",
-    "ja": "Japanese", "ko": "Korean", "nl": "Dutch", "pl": "Polish", "pt": "Portuguese", "ru": "Russian",
-    "tr": "Turkish", "uk": "Ukrainian", "zh": "Chinese",
-}  # fmt: skip
+LANGUAGE_NAMES = {
+    "ar": "Arabic",
+    "de": "German",
+    "en": "English",
+    "es": "Spanish",
+    "fr": "French",
+    "hi": "Hindi",
+    "it": "Italian",
+    "ja": "Japanese",
+    "ko": "Korean",
+    "nl": "Dutch",
+    "pl": "Polish",
+    "pt": "Portuguese",
+    "ru": "Russian",
+    "tr": "Turkish",
+    "uk": "Ukrainian",
+    "zh": "Chinese",
+}
 
 
-# ---- the calls -------------------------------------------------------------------------------------------------------
+# ---- requests --------------------------------------------------------------------------------------------------------
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows, but the token goes to the Hub alone, and nothing but http is spoken."""
+    """Follows redirects, but sends the token only to the Hub, and never leaves HTTP(S)."""
 
     max_redirections = 3
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        there, here = urllib.parse.urlsplit(newurl), urllib.parse.urlsplit(req.full_url)
-        if there.scheme not in ("http", "https") or (here.scheme == "https" and there.scheme != "https"):
+        target, source = urllib.parse.urlsplit(newurl), urllib.parse.urlsplit(req.full_url)
+        if target.scheme not in ("http", "https") or (source.scheme == "https" and target.scheme != "https"):
             return None
         new = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if new is not None and (there.scheme, there.netloc) != (here.scheme, here.netloc):
+        if new is not None and (target.scheme, target.netloc) != (source.scheme, source.netloc):
             new.remove_header("Authorization")
         return new
 
@@ -229,45 +252,45 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 _opener = urllib.request.build_opener(_Redirects)
 
 
-def _ask(name: str, path: str, token: str, until: float) -> dict[str, Any]:
-    # The endpoint is the operator's; ids are made of plain letters (see ID).
+def _get_json(name: str, path: str, token: str, deadline: float) -> dict[str, Any]:
+    # The operator sets the endpoint; IDs consist of safe characters (see ID).
     request = urllib.request.Request(f"{settings.HF_ENDPOINT.rstrip('/')}/{path}")  # noqa: S310
     request.add_header("User-Agent", "llmtuner")
     if token:
         request.add_header("Authorization", f"Bearer {token}")
     try:
-        with _opener.open(request, timeout=max(0.1, min(5.0, until - time.monotonic()))) as answer:
-            told = json.loads(_read(answer, until))
+        with _opener.open(request, timeout=max(0.1, min(5.0, deadline - time.monotonic()))) as response:
+            content = json.loads(_read(response, deadline))
     except urllib.error.HTTPError as error:
         error.close()
         raise _for_status(name, error.code) from None
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(
-            f"The Hub could not be asked about {name}. Try again in a moment, or choose a model of the list.",
-            passing=True,
+            f"The Hub could not be reached for {name}. Try again in a moment, or choose a model from the list.",
+            temporary=True,
         ) from error
-    if not isinstance(told, dict):
-        raise Refused(f"What the Hub says of {name} can't be read. Choose another model.")
-    return told
+    if not isinstance(content, dict):
+        raise Refused(f"The Hub's description of {name} is not valid. Choose another model.")
+    return content
 
 
-def _read(answer: Any, until: float) -> bytes:
-    """Whole, within the deadline and the size; a server that drips is left."""
-    parts, size = [], 0
-    while part := answer.read1(1 << 16):
-        size += len(part)
-        if size > MAX_ANSWER or time.monotonic() > until:
-            raise ValueError("too long an answer")
-        parts.append(part)
-    return b"".join(parts)
+def _read(response: Any, deadline: float) -> bytes:
+    """The whole response. Raises ValueError beyond the deadline or the size limit, so a slow server is cut off."""
+    blocks, size = [], 0
+    while block := response.read1(1 << 16):
+        size += len(block)
+        if size > MAX_RESPONSE or time.monotonic() > deadline:
+            raise ValueError("the response is too long or too slow")
+        blocks.append(block)
+    return b"".join(blocks)
 
 
 def _for_status(name: str, status: int) -> Refused:
     if status in (401, 403, 404):
         return Refused(
-            f"The Hub has no model {name} that anybody may read. Check the spelling; one that is private or gated must be "
-            "named in HUB_MODELS by the operator."
+            f"The Hub has no public model {name}. Check the spelling. The operator must add a private or gated model to "
+            "HUB_MODELS."
         )
     if status == 429:
-        return Refused("The Hub takes no more questions just now. Try again in a few minutes.", passing=True)
-    return Refused(f"The Hub answered {status} when asked about {name}. Try again in a moment.", passing=True)
+        return Refused("The Hub's rate limit is reached. Try again in a few minutes.", temporary=True)
+    return Refused(f"The Hub returned status {status} for {name}. Try again in a moment.", temporary=True)

@@ -1,4 +1,4 @@
-"""Models that people own: made from jobs that succeeded, fetched for use, streamed as a zip, deleted."""
+"""Tuned models: created from successful jobs, fetched for use, streamed as a zip file, deleted."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from jobs.store.tables import Job, TunedModel
 
 BLOCK = 1 << 20
 MAX_ALIASES = 8
-WHOLE = ".whole"  # a file in a folder whose files were all fetched and verified
-ALIAS = re.compile(r"ft:[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")  # what OpenAI calls a model that was tuned there
+WHOLE = ".whole"  # a marker file in a folder whose files were all fetched and verified
+ALIAS = re.compile(r"ft:[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")  # the name of a model tuned at OpenAI
 
 
 @step(10)
@@ -33,7 +33,7 @@ def create_if_succeeded(job: Job) -> None:
 
 
 def create_from(job: Job) -> None:
-    """The row of the model that a succeeded job made, if none is there (also no tombstone of it)."""
+    """Creates the row of a successful job's model, unless there is one or its tombstone."""
     result = dict(job.result or {})
     files = [{name: entry[name] for name in ("name", "bytes", "sha256")} for entry in result.get("files", [])]
     model = TunedModel(
@@ -51,7 +51,7 @@ def create_from(job: Job) -> None:
         bytes=sum(entry["bytes"] for entry in files),
         metrics=dict(result.get("metrics") or {}),
         verdict=result.get("verdict"),
-        fidelity=result.get("fidelity"),
+        export_check=result.get("fidelity"),
         aliases=(job.api or {}).get("aliases", []),
         created_at=job.ended_at,
     )
@@ -62,18 +62,18 @@ def delete(owner: str, model_id: str) -> None:
     """Raises access.NotFound."""
     access.get_model_for(owner, model_id)
     outbox.put("delete", owner, model_id)
-    bury(owner, model_id)
-    outbox.ring("delete", owner, model_id)
+    put_tombstone(owner, model_id)
+    outbox.enqueue("delete", owner, model_id)
 
 
-def bury(owner: str, model_id: str) -> None:
-    """A tombstone, also where no model is: a late writer puts none any more."""
+def put_tombstone(owner: str, model_id: str) -> None:
+    """Puts a tombstone, even if there is no model, so that a late writer cannot create it."""
     TunedModel(owner, model_id).update(actions=[TunedModel.deleted.set(True), TunedModel.files.set([])])
 
 
-@outbox.deletes("ft:")
+@outbox.deletion_handler("ft:")
 def delete_bytes(owner: str, model_id: str) -> bool:
-    """False while a job that starts from the model may still have to fetch its files."""
+    """False while a job that starts from the model may still need its files."""
     model = tables.get(TunedModel, owner, model_id)
     if model and model.deleted and model.prefix:
         if _is_a_base(model):
@@ -82,43 +82,43 @@ def delete_bytes(owner: str, model_id: str) -> bool:
     return True
 
 
-def folders_of(job: Job) -> list[str]:
-    """Folders of the job's objects that its model still needs."""
+def folders_in_use(job: Job) -> list[str]:
+    """Folders of the job's objects that its model still uses."""
     model = tables.get(TunedModel, job.owner, job.model_id) if job.model_id else None
     return [model.prefix] if model and (not model.deleted or _is_a_base(model)) else []
 
 
 def _is_a_base(model: TunedModel) -> bool:
-    """Of a job that hasn't ended: it may still have to fetch the files."""
+    """Whether it is the base of a job that has not ended, which may still need the files."""
     return any(job.base == model.model_id and not job.ended for job in queue.active_of(model.owner))
 
 
 class BadAlias(ValueError):
-    """These other names cannot be had; the message says which and why."""
+    """An alias is not allowed. The message says which one and why."""
 
 
 def set_aliases(owner: str, model_id: str, aliases: list[str]) -> TunedModel:
-    """The names of models tuned at OpenAI that this one answers to from now on. Raises BadAlias, access.NotFound."""
+    """Sets the names of models tuned at OpenAI that this model replaces. Raises BadAlias, access.NotFound."""
     model = access.get_model_for(owner, model_id)
     wanted = list(dict.fromkeys(aliases))
     if len(wanted) > MAX_ALIASES:
-        raise BadAlias(f"A model has at most {MAX_ALIASES} other names.")
+        raise BadAlias(f"A model can have at most {MAX_ALIASES} aliases.")
     for name in wanted:
         if not ALIAS.fullmatch(name):
             raise BadAlias(
-                f"{name[:80]}: such a name begins with ft: and has letters, digits and . _ - : only, as at OpenAI."
+                f"{name[:80]}: an alias begins with ft: and contains only letters, digits and . _ - : as at OpenAI."
             )
-        taken = named(owner, name)
+        taken = find(owner, name)
         if taken is not None and taken.model_id != model_id:
-            raise BadAlias(f"{name} already means {taken.model_id}. Take it away there first.")
-    kept = tables.update(model, [TunedModel.aliases.set(wanted)], TunedModel.deleted == False)  # noqa: E712  an expression
-    if kept is None:
+            raise BadAlias(f"{name} is already an alias of {taken.model_id}. Remove it there first.")
+    updated = tables.update(model, [TunedModel.aliases.set(wanted)], TunedModel.deleted == False)  # noqa: E712  a condition expression
+    if updated is None:
         raise access.NotFound(f"There is no model {model_id}.")
-    return kept
+    return updated
 
 
-def named(owner: str, name: str) -> TunedModel | None:
-    """The owner's model of this id, else the newest that carries it as another name."""
+def find(owner: str, name: str) -> TunedModel | None:
+    """The owner's model with this ID, else the newest with this alias."""
     with contextlib.suppress(access.NotFound):
         return access.get_model_for(owner, name)
     if not ALIAS.fullmatch(name):
@@ -130,16 +130,16 @@ def named(owner: str, name: str) -> TunedModel | None:
 
 
 def checkpoint_models(job: Job) -> list[TunedModel]:
-    """The checkpoints of a job as models that can be tried; they live as long as the job keeps them."""
+    """The checkpoints of a job as models to try, available while the job keeps them."""
     return [_of_checkpoint(job, checkpoint) for checkpoint in job.checkpoints if checkpoint.get("files")]
 
 
 def get_for(owner: str, model_id: str) -> TunedModel:
-    """A model by its id or another name, or a checkpoint of a job as one (`<model id>:ckpt-step-<n>`). Raises
+    """A model by its ID or alias, or a job's checkpoint as a model (`<model id>:ckpt-step-<n>`). Raises
     access.NotFound."""
-    base, mark, step = model_id.rpartition(":ckpt-step-")
-    if not mark:
-        if (model := named(owner, model_id)) is None:
+    base, separator, step = model_id.rpartition(":ckpt-step-")
+    if not separator:
+        if (model := find(owner, model_id)) is None:
             raise access.NotFound(f"There is no model {model_id}.")
         return model
     for job in access.list_jobs(owner, 200):
@@ -168,7 +168,7 @@ def _of_checkpoint(job: Job, checkpoint: dict[str, Any]) -> TunedModel:
 
 
 def fetch(model: TunedModel) -> Path:
-    """The model's folder on this machine, every file verified by its sha256 when it was fetched."""
+    """The model's folder on this machine. Every file was verified by its SHA-256 when it was fetched."""
     return fetch_files(model.prefix, list(model.files))
 
 
@@ -179,7 +179,7 @@ def fetch_files(prefix: str, files: list[dict[str, Any]]) -> Path:
     folder = Path(settings.MODEL_CACHE_DIR) / name
     whole = folder / WHOLE
     if not whole.exists():
-        with _only_one(folder):
+        with _exclusive(folder):
             if not whole.exists():
                 blobs.fetch_folder(prefix, files, folder)
                 whole.touch()
@@ -187,8 +187,8 @@ def fetch_files(prefix: str, files: list[dict[str, Any]]) -> Path:
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Among the processes of this machine."""
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Holds a file lock, so that one process of this machine fetches a folder at a time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -196,7 +196,7 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 
 def forget(model: TunedModel) -> None:
-    """Drops this machine's copy."""
+    """Deletes this machine's copy."""
     shutil.rmtree(fetch(model), ignore_errors=True)
 
 
@@ -204,12 +204,12 @@ def forget(model: TunedModel) -> None:
 
 
 def archive(model: TunedModel) -> AsyncIterator[bytes]:
-    """The model as a zip, made while it is sent: stored (weights don't shrink), zip64, a block in memory at a time."""
+    """The model as a zip file, created while it is sent: uncompressed (weights do not compress), zip64, one block in memory."""
     return _in_threads(zipped(model))
 
 
 def zipped(model: TunedModel) -> Iterator[bytes]:
-    out = _Drain()
+    out = _ZipBuffer()
     folder = model.model_id.replace(":", "-").replace("/", "-")
     with zipfile.ZipFile(cast(IO[bytes], out), "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for entry in model.files:
@@ -220,17 +220,17 @@ def zipped(model: TunedModel) -> Iterator[bytes]:
                 for block in blobs.blocks(blobs.join(model.prefix, entry["name"]), BLOCK):
                     digest.update(block)
                     file.write(block)
-                    yield out.taken()
+                    yield out.take()
             if digest.hexdigest() != entry["sha256"]:
                 raise blobs.StorageError(
-                    f"{entry['name']}: damaged: its sha256 is not the one that was noted"
+                    f"{entry['name']}: damaged: its SHA-256 does not match the recorded one"
                 )
-    yield out.taken()
+    yield out.take()
 
 
 def archive_length(model: TunedModel) -> int:
-    """Bytes of the zip, from the sizes alone. Each file has a local header with 20 bytes of zip64, a descriptor of 24
-    and an entry in the directory (28 bytes more of zip64 beyond 4 GB)."""
+    """Size of the zip file in bytes, computed from the file sizes. Each file has a local header with 20 bytes of zip64, a
+    data descriptor of 24, and a directory entry (with up to 28 more bytes of zip64 beyond 4 GB)."""
     total, directory = 0, 0
     folder = model.model_id.replace(":", "-").replace("/", "-")
     for entry in model.files:
@@ -243,27 +243,27 @@ def archive_length(model: TunedModel) -> int:
     return total + directory + end
 
 
-class _Drain:
-    """Something to write to that can't seek and gives away what was written."""
+class _ZipBuffer:
+    """A file that cannot seek. `take` returns what was written since the last call."""
 
     def __init__(self) -> None:
-        self.parts: list[bytes] = []
+        self.blocks: list[bytes] = []
 
     def write(self, data: Any) -> int:
-        self.parts.append(bytes(data))
+        self.blocks.append(bytes(data))
         return len(data)
 
     def flush(self) -> None:
         pass
 
-    def taken(self) -> bytes:
-        data, self.parts = b"".join(self.parts), []
+    def take(self) -> bytes:
+        data, self.blocks = b"".join(self.blocks), []
         return data
 
 
-async def _in_threads(parts: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """A plain iterator as an async one: a thread is borrowed for each part only."""
-    take = sync_to_async(lambda: next(parts, None), thread_sensitive=False)
-    while (part := await take()) is not None:
-        if part:
-            yield part
+async def _in_threads(blocks: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """Makes an iterator asynchronous. A thread is used only while a block is computed."""
+    take = sync_to_async(lambda: next(blocks, None), thread_sensitive=False)
+    while (block := await take()) is not None:
+        if block:
+            yield block

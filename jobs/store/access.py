@@ -1,6 +1,6 @@
-"""Fetching through the owner: what belongs to somebody else does not exist.
+"""Access by owner: other users' rows do not exist.
 
-Lists are newest first and cost one read, plus one for each page of deleted rows that lies between.
+Lists are newest first and cost one read, plus one for each page of deleted rows in between.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from pynamodb.expressions.condition import Condition
 from pynamodb.expressions.operand import Path
 
 from jobs.store import tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import Dataset, Job, Table, TunedModel
 
-SEARCHED = 5000  # rows after which an answer reads no further, once it has found something
+SEARCH_LIMIT = 5000  # rows to read for one page, once it has a match
 
 
 class NotFound(Exception):
-    """There is none of this id, or it is another's. The message is fit for a person."""
+    """No row has this ID, or it belongs to another user. The message is shown to the user."""
 
 
 Row = TypeVar("Row", bound=Table)
@@ -31,7 +32,7 @@ Row = TypeVar("Row", bound=Table)
 
 @dataclass(frozen=True)
 class Page(Generic[Row]):
-    """Rows newest first; `after` for the next page is the last one's id."""
+    """Rows, newest first. `after` for the next page is the last row's ID."""
 
     rows: list[Row]
     has_more: bool
@@ -48,7 +49,7 @@ def get_dataset_for(owner: str, dataset_id: str) -> Dataset:
 
 
 def get_job_for(owner: str, job_id: str) -> Job:
-    return _get(Job, owner, job_id, is_shown, "job")
+    return _get(Job, owner, job_id, is_visible, "job")
 
 
 def get_model_for(owner: str, model_id: str) -> TunedModel:
@@ -66,11 +67,11 @@ def list_datasets(
 def list_oldest_datasets(
     owner: str, limit: int = 20, after: str | None = None, *, purpose: str | None = None
 ) -> Page[Dataset]:
-    """The other way round: oldest first."""
+    """Oldest first."""
     rows = tables.rows(Dataset, owner, Dataset.dataset_id > after if after is not None else None)
-    shown = (row for row in rows if not row.deleted and purpose in (None, row.purpose))
-    found = list(islice(shown, limit + 1))
-    return Page(found[:limit], len(found) > limit)
+    visible = (row for row in rows if not row.deleted and purpose in (None, row.purpose))
+    matches = list(islice(visible, limit + 1))
+    return Page(matches[:limit], len(matches) > limit)
 
 
 def list_jobs(
@@ -81,56 +82,56 @@ def list_jobs(
     status: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Page[Job]:
-    """With `status` or `metadata`, a page may have fewer rows than `limit` although there are more."""
+    """With `status` or `metadata`, a page may have fewer rows than `limit` although more follow."""
     conditions: list[Condition] = [Job.status == status] if status is not None else []
     wanted = dict(metadata or {})
-    # Stored as JSON text. A text that holds the pair may still be another's, so the rows are compared once more.
+    # Stored as JSON text, where the pair may match inside another value: the rows are compared again below.
     conditions += [
         Path("metadata").contains(f"{json.dumps(name)}: {json.dumps(value)}")
         for name, value in wanted.items()
     ]
     if not conditions:
-        return _list(Job, owner, limit, after, is_shown)
+        return _list(Job, owner, limit, after, is_visible)
     return _search(
         Job,
         owner,
         limit,
         after,
         reduce(and_, conditions),
-        lambda job: is_shown(job) and wanted.items() <= (job.metadata or {}).items(),
+        lambda job: is_visible(job) and wanted.items() <= (job.metadata or {}).items(),
     )
 
 
 def list_models(owner: str, limit: int = 20, after: str | None = None) -> Page[TunedModel]:
-    """A model's id begins with its base, not with a time, so all of the owner's are read (the quota bounds them)."""
+    """A model's ID begins with its base, not with a time, so all of the owner's models are read (the quota limits them)."""
     models = [row for row in tables.rows(TunedModel, owner) if not row.deleted]
     models.sort(key=lambda row: (row.created_at, row.model_id), reverse=True)
     start = next((i + 1 for i, row in enumerate(models) if row.model_id == after), 0)
     return Page(models[start : start + limit], len(models) > start + limit)
 
 
-def is_shown(job: Job) -> bool:
-    """Deleted jobs are tombstones, and a void one never came to be."""
-    return not job.deleted and job.status != "void"
+def is_visible(job: Job) -> bool:
+    """Deleted jobs are tombstones, and void ones were never fully submitted."""
+    return not job.deleted and job.status != JobStatus.VOID
 
 
-def _get(table: type[Row], owner: str, id: str, shown: Callable[[Row], bool], word: str) -> Row:
+def _get(table: type[Row], owner: str, id: str, is_visible: Callable[[Row], bool], kind: str) -> Row:
     row = tables.get(table, owner, id) if id.isascii() and 0 < len(id) <= 1024 else None
-    if row is None or not shown(row):
-        raise NotFound(f"There is no {word} {id}.")
+    if row is None or not is_visible(row):
+        raise NotFound(f"There is no {kind} {id}.")
     return row
 
 
 def _list(
-    table: type[Row], owner: str, limit: int, after: str | None, shown: Callable[[Row], bool]
+    table: type[Row], owner: str, limit: int, after: str | None, is_visible: Callable[[Row], bool]
 ) -> Page[Row]:
-    found: list[Row] = []
+    matches: list[Row] = []
     for row in tables.newest(table, owner, limit + 1, after):
-        if shown(row):
-            found.append(row)
-            if len(found) > limit:
+        if is_visible(row):
+            matches.append(row)
+            if len(matches) > limit:
                 break
-    return Page(found[:limit], len(found) > limit)
+    return Page(matches[:limit], len(matches) > limit)
 
 
 def _search(
@@ -139,13 +140,13 @@ def _search(
     limit: int,
     after: str | None,
     where: Condition,
-    shown: Callable[[Row], bool],
+    is_visible: Callable[[Row], bool],
 ) -> Page[Row]:
-    """Rows that are few among many. An empty page would end the list for OpenAI's clients, so it reads on until there is
-    something to show, or nothing left; with something to show it stops after SEARCHED rows, and the next page goes on."""
-    found: list[Row] = []
+    """For rare rows. An empty page would end the list for OpenAI's clients, so it reads until there is a match or nothing
+    is left. With a match it stops after SEARCH_LIMIT rows, and the next page continues there."""
+    matches: list[Row] = []
     for rows, read in tables.search(table, owner, where, after):
-        found += [row for row in rows if shown(row)]
-        if len(found) > limit or (found and read >= SEARCHED):
-            return Page(found[:limit], True)
-    return Page(found, False)
+        matches += [row for row in rows if is_visible(row)]
+        if len(matches) > limit or (matches and read >= SEARCH_LIMIT):
+            return Page(matches[:limit], True)
+    return Page(matches, False)

@@ -1,9 +1,9 @@
-"""Child processes that may own torch or parse people's files: limited, without credentials, dead with their parent.
+"""Child processes that import torch or parse users' files: limited, without credentials, and ended with their parent.
 
-A child dies with us in three ways: the kernel kills it when the thread that started it ends (`setpriv --pdeathsig`, so
-start children from the main thread, or from one that lives as long as the process), its standard input ends, and
-stopping it is our last act. Limits are set from outside with prlimit, so no code of ours runs between fork and exec
-(which would be unsafe beside other threads).
+Three things end a child with its parent: the kernel kills it when the thread that started it ends (`setpriv
+--pdeathsig`, so start children from the main thread, or from one that lives as long as the process), its standard input
+is closed, and we stop it before we exit. Limits are set from outside with prlimit, so no code of ours runs between fork
+and exec (which would be unsafe in a process with threads).
 """
 
 from __future__ import annotations
@@ -28,29 +28,40 @@ from django.conf import settings
 
 from training.plan.events import MAX_LINE_BYTES
 
-# What a child may know of our environment: nothing that opens a store, a mailbox or the Hub.
+# The only variables that a child inherits: no credentials of a store, a mail server or the Hub.
 ENVIRONMENT = (
-    "PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY",
-    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES",
-)  # fmt: skip
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "TZ",
+    "TMPDIR",
+    "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "ATEN_CPU_CAPABILITY",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "NVIDIA_VISIBLE_DEVICES",
+    "NVIDIA_DRIVER_CAPABILITIES",
+)
 CUT = "… (cut)"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """0 = none."""
+    """0 = no limit."""
 
-    memory_bytes: int = (
-        0  # address space; leave at 0 beside a GPU, whose driver reserves far more than it uses
-    )
+    # Address space. Keep 0 with a GPU, whose driver reserves far more than it uses.
+    memory_bytes: int = 0
     file_bytes: int = 0
     cpu_s: int = 0
     open_files: int = 4096
 
 
 class LineReader:
-    """Whole lines from a pipe, without ever waiting. A line longer than the cap is cut and marked, never kept."""
+    """Complete lines from a pipe, without blocking. A line longer than the cap is cut and marked."""
 
     def __init__(self, pipe: IO[bytes], cap: int = MAX_LINE_BYTES) -> None:
         self.fd = pipe.fileno()
@@ -60,34 +71,34 @@ class LineReader:
         self._skipping = False  # the rest of a line that was cut
         os.set_blocking(self.fd, False)
 
-    def lines(self, most: int = 1 << 18) -> list[str]:
-        """What has come, at most about `most` bytes of it. Sets `ended` at the end of the pipe."""
-        found: list[str] = []
-        while most > 0 and not self.ended:
+    def lines(self, max_bytes: int = 1 << 18) -> list[str]:
+        """The lines received so far, about `max_bytes` at most. Sets `ended` at the end of the pipe."""
+        lines: list[str] = []
+        while max_bytes > 0 and not self.ended:
             try:
                 data = os.read(self.fd, 1 << 16)
             except BlockingIOError:
                 break
-            most -= len(data)
+            max_bytes -= len(data)
             self.ended = not data
             *whole, self._rest = (self._rest + data).split(b"\n")
             for line in whole:
-                self._take(line, found)
+                self._take(line, lines)
             if len(self._rest) > self.cap:
-                self._take(self._rest, found)
+                self._take(self._rest, lines)
                 self._rest, self._skipping = b"", True
         if self.ended and self._rest:
-            self._take(self._rest, found)
+            self._take(self._rest, lines)
             self._rest = b""
-        return found
+        return lines
 
-    def _take(self, line: bytes, found: list[str]) -> None:
+    def _take(self, line: bytes, lines: list[str]) -> None:
         if self._skipping:
             self._skipping = False
         elif len(line) > self.cap:
-            found.append(line[: self.cap].decode("utf-8", "replace") + CUT)
+            lines.append(line[: self.cap].decode("utf-8", "replace") + CUT)
         elif line.strip():
-            found.append(line.decode("utf-8", "replace"))
+            lines.append(line.decode("utf-8", "replace"))
 
 
 @dataclass
@@ -105,7 +116,7 @@ class Child:
         return self.process.poll() is None
 
     def send(self, message: dict[str, Any]) -> bool:
-        """One line on its standard input; False when it no longer listens."""
+        """Writes one line to its standard input. Returns False if the pipe is closed."""
         assert self.process.stdin
         try:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
@@ -114,8 +125,8 @@ class Child:
             return False
         return True
 
-    def beat(self) -> None:
-        """Tells it that we live. Never waits, also when it doesn't read."""
+    def heartbeat(self) -> None:
+        """Sends a heartbeat. Never blocks, even if the child does not read."""
         assert self.process.stdin
         with contextlib.suppress(OSError, ValueError):
             fd = self.process.stdin.fileno()
@@ -123,18 +134,18 @@ class Child:
             os.write(fd, b'{"lease": "ok"}\n')
 
     def signal(self, number: int) -> None:
-        """To the child alone: it passes on what its own children need."""
+        """To the child only: it forwards the signal to its own children where needed."""
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
 
-    def end(self) -> None:
-        """The child and all that it started, at once. Returns when it is gone; what it said can still be read."""
+    def kill_group(self) -> None:
+        """Kills the child and its process group, and waits for it. Its output can still be read."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def kill(self) -> None:
-        self.end()
+        self.kill_group()
         self.close()
 
     def close(self) -> None:
@@ -145,7 +156,7 @@ class Child:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """The allowed names only, offline, with a home of its own."""
+    """The allowed variables only, offline, with a separate home folder."""
     kept = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     kept |= {
         "HOME": str(home),
@@ -157,24 +168,24 @@ def environment(home: Path) -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
-def without_network() -> tuple[str, ...]:
-    """Words before a command that leave it in a network of its own, with nobody else in it: what needs no network gets
-    none. Nothing, where the system doesn't allow that (some containers)."""
-    for words in (("unshare", "--net"), ("unshare", "--user", "--map-current-user", "--net")):
+def no_network_prefix() -> tuple[str, ...]:
+    """Command prefix that isolates a process in an empty network namespace. Empty if the system does not allow that
+    (some containers)."""
+    for command in (("unshare", "--net"), ("unshare", "--user", "--map-current-user", "--net")):
         if shutil.which("unshare"):
-            tried = subprocess.run([*words, "true"], capture_output=True, timeout=10)
-            if tried.returncode == 0:
-                return (*words, "--")
+            result = subprocess.run([*command, "true"], capture_output=True, timeout=10)
+            if result.returncode == 0:
+                return (*command, "--")
     return ()
 
 
 def start(*arguments: str, limits: Limits | None = None) -> Child:
-    """`python -m training ARGUMENTS…` as a child with three pipes, in a session of its own (Ctrl-C doesn't reach it)."""
+    """Runs `python -m training ARGUMENTS…` as a child with three pipes, in a new session (Ctrl-C does not reach it)."""
     home = Path(settings.WORK_DIR) / "home"
     home.mkdir(parents=True, exist_ok=True)
-    # setpriv belongs to util-linux; where there is none (macOS), the end of standard input must do.
+    # setpriv is part of util-linux; without it (macOS) only the closed standard input ends the child.
     wrapper = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
-    wrapper = [*without_network(), *wrapper]
+    wrapper = [*no_network_prefix(), *wrapper]
     process = subprocess.Popen(
         [*wrapper, sys.executable, "-m", "training", *arguments],
         stdin=subprocess.PIPE,
@@ -190,10 +201,10 @@ def start(*arguments: str, limits: Limits | None = None) -> Child:
     return Child(process, LineReader(process.stdout), LineReader(process.stderr))
 
 
-def words(child: Child, seconds: float) -> Iterator[tuple[bool, str]]:
-    """(is it standard error, line) until both pipes end or the time is over. The caller kills it then."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and not (child.out.ended and child.err.ended):
+def read_lines(child: Child, seconds: float) -> Iterator[tuple[bool, str]]:
+    """Yields (whether it is standard error, line) until both pipes end or the time is up. The caller then kills the child."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not (child.out.ended and child.err.ended):
         pipes = [pipe for pipe in (child.out, child.err) if not pipe.ended]
         select.select([pipe.fd for pipe in pipes], [], [], 1)
         for pipe in pipes:
@@ -202,8 +213,8 @@ def words(child: Child, seconds: float) -> Iterator[tuple[bool, str]]:
 
 
 def limit(pid: int, limits: Limits) -> None:
-    """Sets a running child's limits. The kernel takes it first when memory runs out, not the studio."""
-    wanted = {
+    """Sets a running child's limits. When memory runs out, the kernel kills it first and not the server."""
+    limits_by_resource = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: limits.open_files,
         resource.RLIMIT_AS: limits.memory_bytes or None,
@@ -211,9 +222,9 @@ def limit(pid: int, limits: Limits) -> None:
         resource.RLIMIT_CPU: limits.cpu_s or None,
     }
     with contextlib.suppress(ProcessLookupError, OSError):
-        for what, value in wanted.items():
+        for kind, value in limits_by_resource.items():
             if value is not None and hasattr(resource, "prlimit"):
-                _, hard = resource.prlimit(pid, what)
+                _, hard = resource.prlimit(pid, kind)
                 value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-                resource.prlimit(pid, what, (value, value))
+                resource.prlimit(pid, kind, (value, value))
         Path(f"/proc/{pid}/oom_score_adj").write_text("500")

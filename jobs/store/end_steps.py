@@ -1,6 +1,6 @@
-"""What follows a job's end: steps, registered by the modules they belong to.
+"""Steps that run after a job has ended, registered by the modules they belong to.
 
-Each may run any number of times, and runs again if a later one fails. jobs/apps.py imports every module that has one.
+Steps must be idempotent: all run again if a later one fails. jobs/apps.py imports every module that has one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _steps: list[tuple[int, Step]] = []
 
 
 def step(order: int) -> Callable[[Step], Step]:
-    """Registers a step; those with a lower `order` run first. It is given the ended job, void and deleted ones too."""
+    """Registers a step; those with a lower `order` run first. Its argument is the ended job, which may be void or deleted."""
 
     def register(function: Step) -> Step:
         _steps.append((order, function))

@@ -1,4 +1,4 @@
-"""Whether a store is away for now, or set up wrongly so that waiting will not help: what we say differs."""
+"""Whether a store is temporarily unreachable, or misconfigured so that waiting will not help."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ _AWS_ERRORS = (
     aws.PartialCredentialsError,
     aws.CredentialRetrievalError,
     aws.NoRegionError,
-    aws.ParamValidationError,  # a name that no bucket can have
+    aws.ParamValidationError,  # an invalid bucket name
 )
-# PostgreSQL gives no code for what it refuses while connecting, and SQLite none at all.
-_SQL_WORDS = (
+# PostgreSQL has no code for errors while connecting, and SQLite has none at all.
+_SQL_MESSAGES = (
     "authentication failed",
     "no password supplied",
     "no pg_hba.conf entry",
@@ -59,7 +59,7 @@ _SQL_WORDS = (
 
 
 def outage(error: BaseException) -> str | None:
-    """UNREACHABLE or MISCONFIGURED for what a store is to blame for, None for any other error."""
+    """UNREACHABLE or MISCONFIGURED if a store caused the error, else None."""
     if any(_is_misconfigured(cause) for cause in _causes(error)):
         return MISCONFIGURED
     if isinstance(error, blobs.Missing | blobs.Damaged | ProgrammingError):
@@ -81,9 +81,13 @@ def _is_misconfigured(error: BaseException) -> bool:
     if isinstance(error, PynamoDBException):
         return isinstance(error, TableDoesNotExist) or error.cause_response_code in _AWS_CODES
     if isinstance(error, OperationalError | ProgrammingError):
-        return any(words in str(error) for words in _SQL_WORDS)
-    refusals = (*_AWS_ERRORS, redis.exceptions.AuthenticationError, redis.exceptions.NoPermissionError)
-    return isinstance(error, refusals)
+        return any(text in str(error) for text in _SQL_MESSAGES)
+    configuration_errors = (
+        *_AWS_ERRORS,
+        redis.exceptions.AuthenticationError,
+        redis.exceptions.NoPermissionError,
+    )
+    return isinstance(error, configuration_errors)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

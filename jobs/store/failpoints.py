@@ -1,7 +1,7 @@
-"""Places where a test may kill or stop a process: `FAILPOINTS=name:action[:n]`, at the n-th passing (the first), or at
-every one (`:every`).
+"""Failpoints, where a test can kill or pause a process: `FAILPOINTS=name:action[:n]`, at the n-th hit (by default the
+first), or at every hit (`:every`).
 
-Actions: `kill9` (this process, at once), `raise`, `pause<seconds>`. In production nothing here does anything.
+Actions: `kill9` (this process), `raise`, `pause<seconds>`. Disabled in production.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from collections import Counter
 
 from django.conf import settings
 
-_passed: Counter[str] = Counter()
+_hits: Counter[str] = Counter()
 
 
-class Planned(Exception):
-    """A failure that a test asked for."""
+class InjectedFailure(Exception):
+    """A failure that a test requested."""
 
 
-def passing(name: str) -> None:
-    """Does what the environment asks for at this place; mostly nothing."""
+def hit(name: str) -> None:
+    """Runs the action that the environment sets for this failpoint, if any."""
     if not settings.FAILPOINTS or settings.PRODUCTION:
         return
-    place, _, rest = settings.FAILPOINTS.partition(":")
+    failpoint, _, rest = settings.FAILPOINTS.partition(":")
     action, _, number = rest.partition(":")
-    if place != name:
+    if failpoint != name:
         return
-    _passed[name] += 1
-    if number != "every" and _passed[name] != int(number or 1):
+    _hits[name] += 1
+    if number != "every" and _hits[name] != int(number or 1):
         return
     if action == "kill9":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "raise":
-        raise Planned(name)
+        raise InjectedFailure(name)
     elif action.startswith("pause"):
         time.sleep(float(action.removeprefix("pause")))

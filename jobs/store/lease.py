@@ -1,4 +1,4 @@
-"""The lease on a job, as the lower modules know it: whoever writes for an attempt shows its fencing token."""
+"""The lease on a job, as lower modules know it: every write of an attempt carries its fencing token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class LostRace(Exception):
-    """Another process was first, or the lease is lost: write nothing more."""
+    """Another process was first, or the lease is lost: stop writing."""
 
 
 class Lease(Protocol):

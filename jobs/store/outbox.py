@@ -1,7 +1,7 @@
-"""Short work that must not be forgotten: checks of datasets, deletions, notices.
+"""The outbox: short work that must not be lost, such as dataset checks, deletions and notifications.
 
-An errand is a row in the list `work`, put before the work it stands for and removed after it. Whoever does it claims
-the row and renews its lease meanwhile; when a lease stands still for 30 s the reconciler rings for the errand again.
+A message is a row in the partition `work`, put before the work begins and removed when it is done. A worker claims the
+row and renews its lease meanwhile. If a lease does not change for 30 s, the reconciler enqueues the message again.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 PARTITION = "work"
 KINDS = ("check", "report", "delete", "deliver", "leave", "expire")
 
-Handler = Callable[[str, str], bool]  # (owner, id) -> nothing is left to do
+Handler = Callable[[str, str], bool]  # (owner, id) -> whether the work is done
 _handlers: dict[str, Handler] = {}
-_deletions: dict[str, Handler] = {}  # by how the ids of what is deleted begin
+_deletions: dict[str, Handler] = {}  # by ID prefix
 
 
 def handler(kind: str) -> Callable[[Handler], Handler]:
-    """Registers a function as what does this kind of work. jobs/apps.py imports every module that has one."""
+    """Registers the handler of a kind of work. jobs/apps.py imports every module that has one."""
 
     def register(function: Handler) -> Handler:
         _handlers[kind] = function
@@ -40,9 +40,9 @@ def handler(kind: str) -> Callable[[Handler], Handler]:
     return register
 
 
-def deletes(prefix: str) -> Callable[[Handler], Handler]:
-    """Registers a function as what deletes the bytes behind ids that begin so. It returns False while something still
-    needs them."""
+def deletion_handler(prefix: str) -> Callable[[Handler], Handler]:
+    """Registers the function that deletes the bytes of rows whose ID begins with `prefix`. It returns False while
+    something still needs them."""
 
     def register(function: Handler) -> Handler:
         _deletions[prefix] = function
@@ -53,17 +53,17 @@ def deletes(prefix: str) -> Callable[[Handler], Handler]:
 
 @handler("delete")
 def delete_bytes(owner: str, id: str) -> bool:
-    """The last part of a deletion: entry first, then the tombstone, then the bytes."""
+    """The last step of a deletion: first the outbox row, then the tombstone, then the bytes."""
     return next(delete for prefix, delete in _deletions.items() if id.startswith(prefix))(owner, id)
 
 
 def put(kind: str, owner: str, id: str) -> None:
-    """Before the work begins. Again is harmless."""
+    """Records the work before it begins. Idempotent."""
     tables.put_new(JobIndex(PARTITION, f"{kind}#{id}", owner=owner))
 
 
-def ring(kind: str, owner: str, id: str, lease: str = "") -> None:
-    """Best effort, after everything is written."""
+def enqueue(kind: str, owner: str, id: str, lease: str = "") -> None:
+    """Sends the task message, after everything is written. Best effort."""
     if kind == "deliver":
         redis_client.enqueue("deliver", owner, id, lease)
     else:
@@ -71,12 +71,12 @@ def ring(kind: str, owner: str, id: str, lease: str = "") -> None:
 
 
 def run(kind: str, owner: str, id: str, lease: str) -> None:
-    """Does the errand if nobody does: `lease` is what the row said when the bell was rung."""
+    """Handles the message unless a worker already does. `lease` is the row's lease when the message was sent."""
     row = JobIndex(PARTITION, f"{kind}#{id}", owner=owner)
     mine = secrets.token_hex(8)
     unchanged = JobIndex.lease == lease if lease else JobIndex.lease.does_not_exist()
     condition = JobIndex.owner.exists() & unchanged
-    if not tables.update(row, [JobIndex.lease.set(mine)], condition, lambda found: found.lease == mine):
+    if not tables.update(row, [JobIndex.lease.set(mine)], condition, lambda current: current.lease == mine):
         return
     with _renewed(row):
         done = _handlers[kind](owner, id)
@@ -84,12 +84,12 @@ def run(kind: str, owner: str, id: str, lease: str) -> None:
         tables.remove(JobIndex, PARTITION, f"{kind}#{id}")
 
 
-def waiting() -> list[JobIndex]:
+def pending() -> list[JobIndex]:
     return list(tables.rows(JobIndex, PARTITION))
 
 
-def put_off(kind: str, owner: str, id: str, until: float) -> None:
-    """An errand for later: nobody rings for it before that time."""
+def put_delayed(kind: str, owner: str, id: str, until: float) -> None:
+    """Records work for later: the reconciler does not enqueue it before `until`."""
     put(kind, owner, f"{int(until)}#{id}")
 
 
@@ -98,8 +98,8 @@ def is_due(row: JobIndex) -> bool:
     return not until.isdigit() or time.time() >= int(until)
 
 
-def name_of(row: JobIndex) -> tuple[str, str, str]:
-    """(kind, owner, id), as `ring` wants them."""
+def parse(row: JobIndex) -> tuple[str, str, str]:
+    """(kind, owner, id), the arguments of `enqueue`."""
     kind, _, id = row.job_id.partition("#")
     return kind, row.owner, id
 
@@ -107,7 +107,7 @@ def name_of(row: JobIndex) -> tuple[str, str, str]:
 @contextmanager
 def _renewed(row: JobIndex) -> Iterator[None]:
     stop = threading.Event()
-    thread = threading.Thread(target=partial(_renew, row, stop), name="errand", daemon=True)
+    thread = threading.Thread(target=partial(_renew, row, stop), name="outbox-lease", daemon=True)
     thread.start()
     try:
         yield
@@ -122,4 +122,4 @@ def _renew(row: JobIndex, stop: threading.Event) -> None:
             if not tables.update(row, [JobIndex.lease.set(secrets.token_hex(8))], JobIndex.owner.exists()):
                 return
         except PynamoDBException:
-            log.warning("errand %s: the store is away", row.job_id)
+            log.warning("could not renew the lease of %s: the store is unreachable", row.job_id)

@@ -1,8 +1,8 @@
-"""Who is next: by priority, then fair share between owners, then age, among the jobs that fit the worker.
+"""The order of the queue: by priority, then fair share between owners, then age, among the jobs that fit the worker.
 
-Fair share: an owner's jobs get places counted from how many of theirs already run, so whoever has none running comes
-before the second job of somebody else, however many that one has queued. Between owners in the same place, a worker
-takes the one it served longest ago: with a single worker nobody runs at the moment it looks for its next job.
+Fair share: an owner's queued jobs are ranked after their running ones, so the first job of an owner comes before the
+second job of another, however many that one has queued. Between owners of equal rank, a worker takes the one it served
+least recently: with a single worker, no job is running when it claims the next one.
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from jobs.store import tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import Job, JobIndex
 
-KNOWN = 1000  # owners that a worker remembers
-SHARDS = 4  # of the list of active jobs: spreads its writes on AWS; changing it needs an empty list
+MAX_SERVED = 1000  # owners that a worker remembers
+SHARDS = (
+    4  # of the list of active jobs, to spread its writes on AWS; it can only change while the list is empty
+)
 
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """A worker that asks for a job, and what it has to run it with."""
+    """A worker that claims jobs, and its hardware."""
 
-    name: str  # for people: host and process
-    process: str  # names this start of the process, never used again
-    memory: int = 0  # bytes; 0 = unknown, fits everything
+    name: str  # for display: host and process
+    process: str  # unique ID of this start of the process
+    memory: int = 0  # bytes; 0 = unknown, fits every job
     gpu: bool = False
     devices: int = 1
 
@@ -35,47 +38,47 @@ def shard(job_id: str) -> str:
 
 
 def index_rows() -> list[JobIndex]:
-    """Every job that has not ended, by its row in the list."""
+    """The list's rows of all jobs that have not ended."""
     return [row for n in range(SHARDS) for row in tables.rows(JobIndex, f"active#{n}")]
 
 
 def active_jobs(rows: Iterable[JobIndex] | None = None) -> list[Job]:
-    """The jobs behind the rows; a row whose job isn't there (yet) is left out."""
+    """The rows' jobs. A row without a job (yet) is skipped."""
     keys = [(row.owner, row.job_id) for row in (index_rows() if rows is None else rows)]
     return list(Job.batch_get(keys, consistent_read=True)) if keys else []
 
 
 def active_of(owner: str) -> list[Job]:
-    """The jobs of one person that have not ended."""
+    """The jobs of one user that have not ended."""
     return active_jobs([row for row in index_rows() if row.owner == owner])
 
 
 def in_order(jobs: Iterable[Job], served: Mapping[str, int] | None = None) -> list[Job]:
-    """The queued ones of `jobs`, who is next first. `served`: a worker's own memory of whom it had when."""
+    """The queued jobs among `jobs`, next first. `served`: when this worker last served each owner."""
     served = served or {}
     jobs = list(jobs)
-    place = Counter(job.owner for job in jobs if job.status == "running")
-    queued = [job for job in jobs if job.status == "queued" and job.desired == "run"]
+    rank = Counter(job.owner for job in jobs if job.status == JobStatus.RUNNING)
+    queued = [job for job in jobs if job.status == JobStatus.QUEUED and job.desired == "run"]
     ranked = []
     for job in sorted(queued, key=lambda job: (-job.priority, job.job_id)):
-        ranked.append((-job.priority, place[job.owner], served.get(job.owner, 0), job.job_id, job))
-        place[job.owner] += 1
+        ranked.append((-job.priority, rank[job.owner], served.get(job.owner, 0), job.job_id, job))
+        rank[job.owner] += 1
     return [job for *_, job in sorted(ranked, key=lambda entry: entry[:4])]
 
 
-_served: dict[str, int] = {}  # owner: the how manyth claim of this process was theirs last
+_served: dict[str, int] = {}  # owner: number of this process's claim that was last theirs
 
 
 def served() -> Mapping[str, int]:
     return _served
 
 
-def remember(owner: str) -> None:
-    """A job of this owner was claimed."""
+def record_served(owner: str) -> None:
+    """Records that a job of this owner was claimed."""
     number = max(_served.values(), default=0) + 1
     _served.pop(owner, None)
     _served[owner] = number
-    if len(_served) > KNOWN:
+    if len(_served) > MAX_SERVED:
         del _served[next(iter(_served))]
 
 
@@ -87,8 +90,8 @@ def fits(job: Job, worker: WorkerInfo) -> bool:
 
 
 def position(job: Job) -> int | None:
-    """1 = next; None when it isn't waiting in the queue."""
-    if job.status != "queued":
+    """1 = next; None if the job is not in the queue."""
+    if job.status != JobStatus.QUEUED:
         return None
     order = [waiting.job_id for waiting in in_order(active_jobs())]
     return order.index(job.job_id) + 1 if job.job_id in order else None

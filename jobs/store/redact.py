@@ -1,4 +1,4 @@
-"""What programs print, fit for a page: no secrets, no terminal codes, no endless lines."""
+"""Makes program output safe to display: no secrets, no terminal codes, no endless lines."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from functools import lru_cache
 from urllib.parse import unquote, urlsplit
 
-MOST_CHARS = 4096
+MAX_CHARS = 4096
 HIDDEN = "[hidden]"
 
-# Every pattern takes linear time: long runs are possessive or bounded, and none begins with an open-ended run.
+# Every pattern takes linear time: long runs are possessive or bounded, and none begins with an unbounded run.
 _TERMINAL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*+\x07|[\x00-\x08\x0b-\x1f\x7f]")
 _SECRETS = re.compile(
     r"""
@@ -30,28 +30,28 @@ _NAMED = re.compile(
     r"[\"']?[^\s\"',;]{4,}"
 )
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")
-_OURS = re.compile(r"SECRET|PASSWORD|TOKEN|API_KEY|ACCESS_KEY", re.IGNORECASE)
+_SECRET_NAMES = re.compile(r"SECRET|PASSWORD|TOKEN|API_KEY|ACCESS_KEY", re.IGNORECASE)
 
 
 def redact(text: str) -> str:
-    """The text with everything hidden that looks like a secret or is one of ours."""
-    text = _TERMINAL.sub("", text[: MOST_CHARS * 4])
+    """The text without anything that looks like a secret or is one of ours."""
+    text = _TERMINAL.sub("", text[: MAX_CHARS * 4])
     for secret in our_secrets():
         text = text.replace(secret, HIDDEN)
     text = _SECRETS.sub(HIDDEN, text)
     text = _NAMED.sub(rf"\1{HIDDEN}", text)
     text = _BEARER.sub(rf"\1 {HIDDEN}", text)
-    return text if len(text) <= MOST_CHARS else text[:MOST_CHARS] + "… (cut)"
+    return text if len(text) <= MAX_CHARS else text[:MAX_CHARS] + "… (cut)"
 
 
 @lru_cache(maxsize=1)
 def our_secrets() -> tuple[str, ...]:
-    """Values in this process's own environment and settings that nobody may read; the longest first."""
+    """Secret values in this process's environment and settings, longest first."""
     from django.conf import settings
 
-    found = {value for name, value in os.environ.items() if _OURS.search(name)}
-    found |= {settings.SECRET_KEY, *settings.SECRET_KEY_FALLBACKS}
+    values = {value for name, value in os.environ.items() if _SECRET_NAMES.search(name)}
+    values |= {settings.SECRET_KEY, *settings.SECRET_KEY_FALLBACKS}
     for url in (settings.REDIS_URL, settings.DATABASE_URL, settings.EMAIL_URL):
         password = urlsplit(url).password or ""
-        found |= {password, unquote(password)}
-    return tuple(sorted((value for value in found if len(value) >= 8), key=len, reverse=True))
+        values |= {password, unquote(password)}
+    return tuple(sorted((value for value in values if len(value) >= 8), key=len, reverse=True))

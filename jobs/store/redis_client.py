@@ -1,4 +1,4 @@
-"""Redis, which rings bells: news of jobs, streamed tokens, the wish to be served. Losing it loses nothing that matters."""
+"""Redis: notifications of new events, streamed tokens, task messages. No lasting data is lost with it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TIMEOUTS: dict[str, Any] = {"socket_connect_timeout": 2, "socket_timeout": 3, "h
 
 @lru_cache(maxsize=1)
 def client() -> redis.Redis:
-    """One pool for each process, for threads and plain code."""
+    """One pool per process, for threads and synchronous code."""
     return redis.Redis.from_url(settings.REDIS_URL, decode_responses=True, **TIMEOUTS)
 
 
 def own_client(socket_timeout: float = 3) -> redis.asyncio.Redis:
-    """A connection of its own for one reader, who closes it (`aclose`). Nobody else's reply can ever be read on it, also
-    when the reader is cancelled in the middle of a command."""
+    """A dedicated connection for one reader, who closes it (`aclose`). So a reader that is cancelled in the middle of a
+    command never leaves its reply for another."""
     return redis.asyncio.Redis.from_url(
         settings.REDIS_URL,
         decode_responses=True,
@@ -37,18 +37,18 @@ def own_client(socket_timeout: float = 3) -> redis.asyncio.Redis:
 
 
 def enqueue(task: str, *args: str, expires: float | None = None) -> None:
-    """Sends a task's message, by its name. Best effort: it never raises and never waits long; the reconciler sends it
-    again, for what has to be done stands in the store."""
+    """Sends a task message by name. Best effort: it never raises and never blocks for long. The reconciler sends lost
+    messages again, because the work itself is recorded in the store."""
     try:
         current_app.send_task(task, args=args, expires=expires)
     except Exception as error:
-        log.warning("the message %s could not be sent: %s", task, error)
+        log.warning("could not send the task message %s: %s", task, error)
 
 
 def enqueue_training(waiting: int) -> None:
-    """Wakes training workers, unless as many messages are in the queue as jobs are `waiting`. Best effort."""
+    """Wakes training workers, unless the queue already has a message for each of the `waiting` jobs. Best effort."""
     try:
         if int(client().llen("training")) < waiting:
             enqueue("run_next")
     except Exception as error:
-        log.warning("the training queue could not be read: %s", error)
+        log.warning("could not read the training queue: %s", error)

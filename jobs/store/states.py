@@ -1,17 +1,23 @@
-"""The statuses of a job, as they are stored. jobs/lifecycle/transitions.py has the moves between them."""
+"""The states of a job. jobs/lifecycle/transitions.py has the transitions between them."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 
 
-class Status(StrEnum):
-    VALIDATING = "validating"
+class JobStatus(StrEnum):
+    """The values are stored: never change them."""
+
+    VALIDATING = "validating"  # waiting for the check of its dataset
     QUEUED = "queued"
     RUNNING = "running"
-    RETRYING = "retrying"
+    RETRYING = "retrying"  # waiting after a failed attempt
     PAUSED = "paused"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
-    VOID = "void"
+    VOID = "void"  # its submission was never completed
+
+
+ENDED = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.VOID})
+ACTIVE = frozenset(JobStatus) - ENDED

@@ -1,22 +1,15 @@
-"""The tables of work, and the few ways to write them.
+"""The DynamoDB tables.
 
-One item is one unit of consistency. There are no transactions, no secondary indexes and no scans: each way to reach a
-row is a table with a key made for it. Deleted rows stay as tombstones (`gone`), so that nothing brings them back.
+One row is one unit of consistency. There are no transactions, no secondary indexes and no scans: each way to find a row
+is a table with a key made for it. Deleted rows stay as tombstones (`deleted`), so that a late writer cannot recreate
+them. An `attr_name` keeps the stored name of an attribute that was renamed in the code.
 
-A reply can be lost although the write was applied, and the client then sends it again and is refused by its own write.
-So every conditional write here takes `already_applied`, which looks at the row and says whether it already holds what we wanted.
+Reads and conditional writes are in jobs/store/operations.py; other modules call them here, as `tables.get` and so on.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
 
 from django.conf import settings
 from pynamodb.attributes import (
@@ -26,133 +19,84 @@ from pynamodb.attributes import (
     UnicodeAttribute,
     UnicodeSetAttribute,
 )
-from pynamodb.connection.table import TableConnection
-from pynamodb.exceptions import DeleteError, PutError, TableError, UpdateError
-from pynamodb.expressions.condition import Condition
-from pynamodb.expressions.update import Action
-from pynamodb.models import Model
+from pynamodb.exceptions import TableError
 
-ENDED = frozenset({"succeeded", "failed", "cancelled", "void"})
+from jobs.store.connection import ConnectionMeta, Table, count_calls, reads, table_name
+from jobs.store.ids import month_of, new_id, time_of
+from jobs.store.operations import (
+    get,
+    keys_of,
+    newest,
+    put_if,
+    put_new,
+    refused,
+    remove,
+    rows,
+    search,
+    update,
+)
+from jobs.store.states import ENDED, JobStatus
 
-# ---- ids -----------------------------------------------------------------------------------------------------------
-
-CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-
-
-def new_id(prefix: str) -> str:
-    """`<prefix>-<ULID>`: 48 bits of milliseconds, then 80 random bits, so ids sort by time."""
-    number = int(time.time() * 1000) << 80 | secrets.randbits(80)
-    return prefix + "-" + "".join(CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
-
-
-def time_of(id: str) -> float:
-    """Unix seconds at which the id was made."""
-    number = 0
-    for letter in id.rpartition("-")[2]:
-        number = number << 5 | CROCKFORD.index(letter)
-    return (number >> 80) / 1000
-
-
-def month_of(when: float) -> str:
-    """`2026-11`, the month of an oversight partition."""
-    return time.strftime("%Y-%m", time.gmtime(when))
-
-
-# ---- the connection ------------------------------------------------------------------------------------------------
-
-_lock = threading.Lock()
-_clients: dict[tuple[float, float, int], Any] = {}
-_counters: list[Counter[str]] = []
-
-
-class Table(Model):
-    """What all tables share. PynamoDB makes a botocore client for each class (100 ms and 10 MB apiece): ours share one
-    for each kind of patience."""
-
-    @classmethod
-    def _get_connection(cls) -> TableConnection:
-        known = cls._connection is not None
-        table = super()._get_connection()
-        if not known:
-            patience = (
-                cls.Meta.connect_timeout_seconds,
-                cls.Meta.read_timeout_seconds,
-                cls.Meta.max_retry_attempts,
-            )
-            with _lock:
-                if patience not in _clients:
-                    _clients[patience] = table.connection.client
-                    _clients[patience].meta.events.register("before-call.dynamodb", _count)
-                table.connection._client = _clients[patience]
-        return table
-
-
-class ConnectionMeta:
-    """The settings of the connection; each table's `Meta` adds its name."""
-
-    region = settings.AWS_REGION
-    host = settings.DYNAMODB_ENDPOINT or None
-    # The embedded server verifies the signature, DynamoDB Local takes any, and botocore always wants credentials. On AWS it
-    # finds its own. Those in AWS_ACCESS_KEY_ID may be the bucket's alone.
-    _ours = host and (settings.DYNAMODB_SECRET or "AWS_ACCESS_KEY_ID" not in os.environ)
-    aws_access_key_id = "local" if _ours else None
-    aws_secret_access_key = (settings.DYNAMODB_SECRET or "local") if _ours else None
-    connect_timeout_seconds = 2
-    read_timeout_seconds = 5
-    max_retry_attempts = 2
-    max_pool_connections = 50
-    billing_mode = "PAY_PER_REQUEST"
-
-
-def _name(name: str) -> str:
-    return settings.DYNAMODB_TABLE_PREFIX + name
-
-
-def _count(model: Any, **_: Any) -> None:
-    for counter in list(_counters):
-        counter[model.name] += 1
-
-
-@contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """Counts the calls to DynamoDB of this process inside the block, by operation: `reads(counter)` sums the reads."""
-    counter: Counter[str] = Counter()
-    _counters.append(counter)
-    try:
-        yield counter
-    finally:
-        _counters.remove(counter)
-
-
-def reads(counter: Counter[str]) -> int:
-    return sum(n for name, n in counter.items() if name in {"GetItem", "BatchGetItem", "Query", "Scan"})
-
-
-# ---- the tables ----------------------------------------------------------------------------------------------------
+__all__ = [
+    "ENDED",
+    "TABLES",
+    "Audit",
+    "Dataset",
+    "DatasetReport",
+    "EstimateRecord",
+    "EventChunk",
+    "HeartbeatChunk",
+    "HeartbeatJob",
+    "HubModel",
+    "Job",
+    "JobIndex",
+    "Table",
+    "TunedModel",
+    "Upload",
+    "Usage",
+    "WebhookDelivery",
+    "WebhookEndpoint",
+    "Worker",
+    "count_calls",
+    "create_tables",
+    "get",
+    "keys_of",
+    "month_of",
+    "new_id",
+    "newest",
+    "put_if",
+    "put_new",
+    "reads",
+    "refused",
+    "remove",
+    "rows",
+    "search",
+    "time_of",
+    "update",
+]
 
 
 class Dataset(Table):
     """An uploaded file and its report. Status: receiving → checking → ready | rejected."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("Dataset")
+        table_name = table_name("Dataset")
 
     owner = UnicodeAttribute(hash_key=True)
     dataset_id = UnicodeAttribute(range_key=True)  # file-<ULID>
     name = UnicodeAttribute(default="")
     purpose = UnicodeAttribute(default="fine-tune")
-    format: JSONAttribute = JSONAttribute(null=True)  # how to read it: as asked, then as the report found it
+    format: JSONAttribute = JSONAttribute(null=True)  # as requested, then as detected by the check
     status = UnicodeAttribute(default="receiving")
     bytes = NumberAttribute(default=0)
-    sha256 = UnicodeAttribute(default="")  # of what came straight into the bucket: from its check on
-    fingerprint = UnicodeAttribute(attr_name="mark", default="")  # as its upload had it
+    sha256 = UnicodeAttribute(default="")  # computed by the check if the file was sent directly to the bucket
+    fingerprint = UnicodeAttribute(attr_name="mark", default="")  # copied from its upload
     key = UnicodeAttribute(default="")  # of the object
     summary: JSONAttribute = JSONAttribute(null=True)  # of the report
-    report_key = UnicodeAttribute(default="")  # object that holds the full report as JSON
-    origin: JSONAttribute = JSONAttribute(
-        null=True
-    )  # of a version of another one: see jobs/datasets/versions.py
-    error = UnicodeAttribute(default="")  # why rejected, for a person
+    report_key = UnicodeAttribute(default="")  # object with the full report as JSON
+    # Set if it is a version of another dataset: see jobs/datasets/versions.py.
+    origin: JSONAttribute = JSONAttribute(null=True)
+    error = UnicodeAttribute(default="")  # why it was rejected, shown to the user
     created_at = NumberAttribute(default=time.time)
     expires_at = NumberAttribute(null=True)
     deleted = BooleanAttribute(attr_name="gone", default=False)
@@ -163,16 +107,17 @@ class Dataset(Table):
 
 
 class DatasetReport(Table):
-    """What a dataset is to a base with another tokenizer than the starter's: see jobs/datasets/reports.py."""
+    """A dataset checked with a tokenizer other than the starter model's: see jobs/datasets/reports.py."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("DatasetReport")
+        table_name = table_name("DatasetReport")
 
     dataset_id = UnicodeAttribute(hash_key=True)
-    base = UnicodeAttribute(range_key=True)  # what bases that read text alike are called together
+    base = UnicodeAttribute(range_key=True)  # tokenizer family
     owner = UnicodeAttribute()
-    facts: JSONAttribute = JSONAttribute(default=dict)  # of the base it was asked for
-    asked = UnicodeAttribute(default="")  # names the asking; what an older one found is not written any more
+    base_snapshot: JSONAttribute = JSONAttribute(attr_name="facts", default=dict)
+    # Results of an earlier request are discarded.
+    request_id = UnicodeAttribute(attr_name="asked", default="")
     status = UnicodeAttribute(default="checking")
     summary: JSONAttribute = JSONAttribute(null=True)
     report_key = UnicodeAttribute(default="")
@@ -184,59 +129,54 @@ class _JobAttributes(Table):
     owner = UnicodeAttribute(hash_key=True)
     job_id = UnicodeAttribute(range_key=True)  # ftjob-<ULID>
 
-    # What was asked for
+    # The request
     name = UnicodeAttribute(default="")
     base = UnicodeAttribute(default="")
-    base_snapshot: JSONAttribute = JSONAttribute(
-        attr_name="base_facts", null=True
-    )  # of what it starts from, as it was then: jobs/registry/base_models.py
+    # The base model as it was at submission: see jobs/registry/base_models.py.
+    base_snapshot: JSONAttribute = JSONAttribute(attr_name="base_facts", null=True)
     method = UnicodeAttribute(default="full")
     dataset_id = UnicodeAttribute(default="")
-    dataset_name = UnicodeAttribute(default="")  # as it was then: the dataset may be deleted
+    dataset_name = UnicodeAttribute(default="")  # at submission; the dataset may be deleted later
     validation_dataset_id = UnicodeAttribute(null=True)
-    settings: JSONAttribute = JSONAttribute(
-        default=dict
-    )  # hyperparameters as asked (training.plan.config.FIELDS)
-    prompts: JSONAttribute = JSONAttribute(default=list)  # pinned prompts for samples
+    settings: JSONAttribute = JSONAttribute(default=dict)  # requested hyperparameters
+    prompts: JSONAttribute = JSONAttribute(default=list)  # for the samples
     suffix = UnicodeAttribute(default="")
     seed = NumberAttribute(null=True)  # of rows of earlier versions: jobs/lifecycle/submission.py:settings_of
     metadata: JSONAttribute = JSONAttribute(default=dict)
-    api: JSONAttribute = JSONAttribute(null=True)  # what `/v1` was sent, to answer in the same words
-    needs: JSONAttribute = JSONAttribute(default=dict)  # of a worker: {"memory": bytes, "gpu": true}
+    api: JSONAttribute = JSONAttribute(null=True)  # the `/v1` request, for its response
+    needs: JSONAttribute = JSONAttribute(default=dict)  # requirements: {"memory": bytes, "gpu": true}
     priority = NumberAttribute(default=0)
-    model_id = UnicodeAttribute(default="")  # of the model that will come of it, fixed at submit
+    model_id = UnicodeAttribute(default="")  # of the resulting model, assigned at submission
     body_hash = UnicodeAttribute(default="")
     start_from: JSONAttribute = JSONAttribute(null=True)  # a checkpoint of another job, for a retry
 
-    # Where it stands (jobs/lifecycle/transitions.py has the moves)
-    status = UnicodeAttribute(default="validating")
+    # Its state (jobs/lifecycle/transitions.py has the transitions)
+    status = UnicodeAttribute(default=JobStatus.VALIDATING.value)
     phase = UnicodeAttribute(default="")
     desired = UnicodeAttribute(default="run")  # run, pause, cancel
     version = NumberAttribute(default=0)
-    fencing_token = NumberAttribute(attr_name="epoch", default=0)  # of the lease: rises with each claim
-    lease_owner = UnicodeAttribute(
-        attr_name="holder", default=""
-    )  # process start + nonce of who holds or held the lease
-    worker = UnicodeAttribute(default="")  # its name, for people
-    lease = UnicodeAttribute(null=True)  # changes with each heartbeat; absent unless running
+    fencing_token = NumberAttribute(attr_name="epoch", default=0)  # of the lease: increases with each claim
+    # Process start and nonce of the current or last owner of the lease.
+    lease_owner = UnicodeAttribute(attr_name="holder", default="")
+    worker = UnicodeAttribute(default="")  # its display name
+    lease = UnicodeAttribute(null=True)  # changes with each heartbeat; only set while running
     attempts = NumberAttribute(default=0)
     attempts_without_progress = NumberAttribute(default=0)
-    platform_faults = NumberAttribute(default=0)  # without progress; they spend no attempt
+    platform_faults = NumberAttribute(default=0)  # without progress; they do not count as attempts
 
-    # What came of it
-    last_seq = NumberAttribute(default=0)  # number of the last event
+    # Progress and results
+    last_seq = NumberAttribute(default=0)  # sequence number of the last event
     progress: JSONAttribute = JSONAttribute(default=dict)  # step, total_steps, epoch, tokens, eta_s, …
     metrics: JSONAttribute = JSONAttribute(default=dict)  # the latest of each
-    checkpoint_step = NumberAttribute(null=True)  # the pointer: where a next attempt goes on
+    checkpoint_step = NumberAttribute(null=True)  # the pointer: where the next attempt resumes
     checkpoint_key = UnicodeAttribute(null=True)
-    checkpoints: JSONAttribute = JSONAttribute(
-        default=list
-    )  # [{key, step, epoch, bytes, sha256, …}], newest last
+    # [{key, step, epoch, bytes, sha256, …}], newest last; `epoch` is the fencing token here.
+    checkpoints: JSONAttribute = JSONAttribute(default=list)
     plan: JSONAttribute = JSONAttribute(null=True)  # resolved settings with their reasons
     estimate: JSONAttribute = JSONAttribute(null=True)
-    resume_check: JSONAttribute = JSONAttribute(attr_name="proof", null=True)  # jobs/worker/resume_check.py
-    reason = UnicodeAttribute(default="")  # why it failed or paused: a key of lifecycle.REASONS
-    message = UnicodeAttribute(default="")  # what exactly, for a person
+    resume_check: JSONAttribute = JSONAttribute(attr_name="proof", null=True)  # of the exact resume
+    reason = UnicodeAttribute(default="")  # why it failed or paused: a key of jobs.store.reasons.REASONS
+    message = UnicodeAttribute(default="")  # the details, shown to the user
     advice = UnicodeAttribute(default="")
     result: JSONAttribute = JSONAttribute(null=True)  # {"epoch", "prefix", "files", "metrics", …}
     created_at = NumberAttribute(default=time.time)
@@ -254,35 +194,35 @@ class _JobAttributes(Table):
 
 
 class Job(_JobAttributes):
-    """One requested fine-tune. Times are for people only: no decision hangs on another machine's clock."""
+    """One fine-tuning job. Times are only displayed: no decision depends on another machine's clock."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("Job")
+        table_name = table_name("Job")
 
 
 class HeartbeatJob(_JobAttributes):
-    """The same rows, written impatiently: a heartbeat is one try of 3 s, and the next one comes soon."""
+    """The same rows with short timeouts: a heartbeat is one request of 3 s without retries, since the next follows soon."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("Job")
+        table_name = table_name("Job")
         connect_timeout_seconds = settings.JOBS["heartbeat_timeout_s"]
         read_timeout_seconds = settings.JOBS["heartbeat_timeout_s"]
         max_retry_attempts = 0
 
 
 class JobIndex(Table):
-    """Lists of jobs. `active#<shard>`: not ended. `all#2026-11` and `<end status>#2026-11`: for oversight.
-    `work`: other unfinished work (`check#…`, `deliver#…`, `delete#…`), put before it and removed after it."""
+    """Lists of jobs. `active#<shard>`: not ended. `all#2026-11` and `<status>#2026-11`: for administrators.
+    `work`: the outbox (`check#…`, `deliver#…`, `delete#…`), see jobs/store/outbox.py."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("JobIndex")
+        table_name = table_name("JobIndex")
 
     partition = UnicodeAttribute(hash_key=True)
     job_id = UnicodeAttribute(range_key=True)
     owner = UnicodeAttribute()
     name = UnicodeAttribute(default="")
     base = UnicodeAttribute(default="")
-    lease = UnicodeAttribute(null=True)  # of who does this errand
+    lease = UnicodeAttribute(null=True)  # of the worker that handles this message
 
 
 class _ChunkAttributes(Table):
@@ -295,43 +235,43 @@ class _ChunkAttributes(Table):
 
 
 class EventChunk(_ChunkAttributes):
-    """Up to 100 events or 64 KB of one attempt: `lines` are JSON texts numbered first_seq … last_seq."""
+    """Up to 100 events or 64 KB of one attempt: `lines` are JSON texts with the sequence numbers first_seq … last_seq."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("EventChunk")
+        table_name = table_name("EventChunk")
 
 
 class HeartbeatChunk(_ChunkAttributes):
-    """The same rows, written as impatiently as the heartbeat that follows: the lease must not wait for them."""
+    """The same rows with the short timeouts of the heartbeat that follows: they must not delay the lease."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("EventChunk")
+        table_name = table_name("EventChunk")
         connect_timeout_seconds = settings.JOBS["heartbeat_timeout_s"]
         read_timeout_seconds = settings.JOBS["heartbeat_timeout_s"]
         max_retry_attempts = 0
 
 
 class TunedModel(Table):
-    """Trained weights that a person owns."""
+    """Trained weights that a user owns."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("TunedModel")
+        table_name = table_name("TunedModel")
 
     owner = UnicodeAttribute(hash_key=True)
     model_id = UnicodeAttribute(range_key=True)  # ft:<base>:<owner slug>:<suffix>:<short id>
     job_id = UnicodeAttribute(default="")
     name = UnicodeAttribute(default="")
-    base = UnicodeAttribute(default="")  # what it was tuned from: maybe another tuned model
-    base_snapshot: JSONAttribute = JSONAttribute(attr_name="base_facts", null=True)  # the job's
+    base = UnicodeAttribute(default="")  # what it was tuned from: possibly another tuned model
+    base_snapshot: JSONAttribute = JSONAttribute(attr_name="base_facts", null=True)  # of its job
     method = UnicodeAttribute(default="full")
     step = NumberAttribute(default=0)
     fencing_token = NumberAttribute(attr_name="epoch", default=0)
-    prefix = UnicodeAttribute(default="")  # folder of the objects
+    prefix = UnicodeAttribute(default="")  # of its objects' keys
     files: JSONAttribute = JSONAttribute(default=list)  # [{"name", "bytes", "sha256"}]
     bytes = NumberAttribute(default=0)
     metrics: JSONAttribute = JSONAttribute(default=dict)
     verdict: JSONAttribute = JSONAttribute(null=True)
-    fidelity: JSONAttribute = JSONAttribute(null=True)
+    export_check: JSONAttribute = JSONAttribute(attr_name="fidelity", null=True)
     aliases: JSONAttribute = JSONAttribute(default=list)
     created_at = NumberAttribute(default=time.time)
     deleted = BooleanAttribute(attr_name="gone", default=False)
@@ -342,23 +282,24 @@ class TunedModel(Table):
 
 
 class HubModel(Table):
-    """A model of the Hugging Face Hub that a person added, as it was when it was checked."""
+    """A model of the Hugging Face Hub that a user added, as it was when it was checked."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("HubModel")
+        table_name = table_name("HubModel")
 
     owner = UnicodeAttribute(hash_key=True)
     name = UnicodeAttribute(range_key=True)  # owner/name on the Hub
-    facts: JSONAttribute = JSONAttribute(default=dict)  # training.plan.catalog.BaseModel, and the revision
+    # training.plan.catalog.BaseModel and the revision
+    snapshot: JSONAttribute = JSONAttribute(attr_name="facts", default=dict)
     checked_at = NumberAttribute(default=time.time)
 
 
 class Usage(Table):
-    """Conditional sets behind quotas (`jobs`, `datasets`), bytes by job (`checkpoints#<job>`), and `idem#<key>` rows that
-    make a submission one."""
+    """Conditional sets for quotas (`jobs`, `datasets`), bytes per job (`checkpoints#<job>`), and `idem#<key>` rows that
+    make submissions idempotent."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("Usage")
+        table_name = table_name("Usage")
 
     owner = UnicodeAttribute(hash_key=True)
     what = UnicodeAttribute(range_key=True)
@@ -371,72 +312,71 @@ class Usage(Table):
 
 
 class Worker(Table):
-    """What a worker has and does, for people; when last heard is by its own clock."""
+    """A worker's hardware and current job, only displayed. `last_seen` is by its own clock."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("Worker")
+        table_name = table_name("Worker")
 
     kind = UnicodeAttribute(hash_key=True)  # training, checks, notifications, inference
     worker_id = UnicodeAttribute(range_key=True)
     info: JSONAttribute = JSONAttribute(default=dict)
     job_id = UnicodeAttribute(default="")
     started_at = NumberAttribute(default=time.time)
-    heard_at = NumberAttribute(default=time.time)
+    last_seen = NumberAttribute(attr_name="heard_at", default=time.time)
 
 
 class Upload(Table):
-    """A file that comes in parts, through `/v1/uploads` or from a page (jobs/datasets/multipart.py: those have a target)."""
+    """A file uploaded in parts, through `/v1/uploads` or from a page (jobs/datasets/multipart.py: those have a target)."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("Upload")
+        table_name = table_name("Upload")
 
     owner = UnicodeAttribute(hash_key=True)
     upload_id = UnicodeAttribute(range_key=True)  # upload-<ULID>
     filename = UnicodeAttribute(default="")
-    bytes = NumberAttribute(default=0)  # as announced
+    bytes = NumberAttribute(default=0)  # as declared at the start
     mime_type = UnicodeAttribute(default="")
     purpose = UnicodeAttribute(default="fine-tune")
     status = UnicodeAttribute(default="pending")  # pending, completed, cancelled, expired
     part_ids = UnicodeSetAttribute(null=True)  # `<part id>:<bytes>`
-    dataset_id = UnicodeAttribute(default="")  # what became of it
-    keep_s = NumberAttribute(null=True)  # how long the file is to be kept
-    target = UnicodeAttribute(default="")  # the dataset it will be
-    fingerprint = UnicodeAttribute(
-        attr_name="mark", default=""
-    )  # tells the same file again: `sha256:…`, or made of samples of it
-    multipart = UnicodeAttribute(default="")  # S3's name for it, where the parts go there
+    dataset_id = UnicodeAttribute(default="")  # of the completed upload
+    keep_s = NumberAttribute(null=True)  # requested lifetime of the file
+    target = UnicodeAttribute(default="")  # ID of the future dataset
+    # Identifies the same file again: `sha256:…`, or a hash of samples of it.
+    fingerprint = UnicodeAttribute(attr_name="mark", default="")
+    multipart = UnicodeAttribute(default="")  # S3's upload ID, if the parts go to S3
     created_at = NumberAttribute(default=time.time)
     expires_at = NumberAttribute(default=lambda: time.time() + 3600)
 
 
 class WebhookEndpoint(Table):
-    """Where a person wants to be told: webhooks, and the mail address under the id `email`."""
+    """Where a user wants notifications: webhooks, and the email address under the ID `email`."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("WebhookEndpoint")
+        table_name = table_name("WebhookEndpoint")
 
     owner = UnicodeAttribute(hash_key=True)
     endpoint_id = UnicodeAttribute(range_key=True)  # hook-<ULID>
     name = UnicodeAttribute(default="")
     url = UnicodeAttribute()  # https://… or mailto:…
-    events: JSONAttribute = JSONAttribute(default=list)  # that are told; empty = all
-    secret = UnicodeAttribute()  # whsec_…: needed in clear to sign with; empty for mail
+    events: JSONAttribute = JSONAttribute(default=list)  # to send; empty = all
+    secret = UnicodeAttribute()  # whsec_…, in clear text because it signs; empty for email
     active = BooleanAttribute(default=True)
     created_at = NumberAttribute(default=time.time)
     last_result = UnicodeAttribute(default="")
 
 
 class WebhookDelivery(Table):
-    """One notice to one place. A sender moves `tries` n → n + 1, then posts."""
+    """One notification to one endpoint. A sender increments `tries`, then posts."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("WebhookDelivery")
+        table_name = table_name("WebhookDelivery")
 
     owner = UnicodeAttribute(hash_key=True)
     delivery_id = UnicodeAttribute(range_key=True)  # <job id>#<event>#<endpoint id or email>
     event = UnicodeAttribute(default="")  # fine_tuning.job.succeeded …
     job_id = UnicodeAttribute(default="")
-    payload = UnicodeAttribute(default="")  # the exact body
+    payload = UnicodeAttribute(default="")  # the exact request body
     status = UnicodeAttribute(default="pending")  # pending, sent, given up
     tries = NumberAttribute(default=0)
     next_at = NumberAttribute(default=0)
@@ -445,10 +385,10 @@ class WebhookDelivery(Table):
 
 
 class EstimateRecord(Table):
-    """What was predicted and what it took, to correct later estimates on the same kind of machine."""
+    """Predicted and actual duration, to correct later estimates for the same kind of machine."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("EstimateRecord")
+        table_name = table_name("EstimateRecord")
 
     kind = UnicodeAttribute(hash_key=True)
     job_id = UnicodeAttribute(range_key=True)
@@ -456,10 +396,10 @@ class EstimateRecord(Table):
 
 
 class Audit(Table):
-    """Who did what, by month."""
+    """Actions of administrators, by month."""
 
     class Meta(ConnectionMeta):
-        table_name = _name("Audit")
+        table_name = table_name("Audit")
 
     month = UnicodeAttribute(hash_key=True)
     audit_id = UnicodeAttribute(range_key=True)
@@ -471,13 +411,25 @@ class Audit(Table):
 
 
 TABLES: tuple[type[Table], ...] = (
-    Dataset, DatasetReport, Job, JobIndex, EventChunk, TunedModel, HubModel, Usage, Worker, Upload, WebhookEndpoint, WebhookDelivery,
-    EstimateRecord, Audit,
-)  # fmt: skip
+    Dataset,
+    DatasetReport,
+    Job,
+    JobIndex,
+    EventChunk,
+    TunedModel,
+    HubModel,
+    Usage,
+    Worker,
+    Upload,
+    WebhookEndpoint,
+    WebhookDelivery,
+    EstimateRecord,
+    Audit,
+)
 
 
 def create_tables() -> None:
-    """Makes the tables that are missing. Several processes may do so at once."""
+    """Creates missing tables. Safe to run in several processes at once."""
     for table in TABLES:
         if not table.exists():
             try:
@@ -488,119 +440,3 @@ def create_tables() -> None:
     for table in TABLES:
         while table.describe_table()["TableStatus"] != "ACTIVE":
             time.sleep(0.2)
-
-
-# ---- reading and writing -------------------------------------------------------------------------------------------
-
-Row = TypeVar("Row", bound=Table)
-
-
-def get(table: type[Row], hash_key: Any, range_key: Any) -> Row | None:
-    """The row as it is now (a consistent read), or None."""
-    if len(str(hash_key).encode()) > 2048 or len(str(range_key).encode()) > 1024:
-        return None  # no row has such a key, and DynamoDB takes the question for an error
-    try:
-        return table.get(hash_key, range_key, consistent_read=True)
-    except table.DoesNotExist:
-        return None
-
-
-def put_new(row: Row, already_applied: Callable[[Row], bool] = lambda found: True) -> Row | None:
-    """Puts the row if none is there. Returns it, or the row that was there if `already_applied` says that it's ours, or None."""
-    return _put(row, _hash_key(type(row)).does_not_exist(), already_applied)
-
-
-def put_if(row: Row, condition: Condition, already_applied: Callable[[Row], bool]) -> Row | None:
-    """Puts the row where the condition holds for the one there. Returns as `put_new` does."""
-    return _put(row, condition, already_applied)
-
-
-def _put(row: Row, condition: Condition, already_applied: Callable[[Row], bool]) -> Row | None:
-    try:
-        row.save(condition=condition)
-    except PutError as error:
-        if not refused(error):
-            raise
-        found = get(type(row), *keys_of(row))
-        return found if found is not None and already_applied(found) else None
-    return row
-
-
-def update(
-    row: Row,
-    actions: Iterable[Action],
-    condition: Condition,
-    already_applied: Callable[[Row], bool] = lambda found: False,
-) -> Row | None:
-    """Updates where the condition holds. Returns the row as it then is, also when `already_applied` finds that an earlier send
-    of the same write was applied; None if somebody else was first. `row` itself stays as it was read."""
-    fresh = type(row)(*keys_of(row))
-    try:
-        fresh.update(actions=list(actions), condition=condition)
-    except UpdateError as error:
-        if not refused(error):
-            raise
-        found = get(type(row), *keys_of(row))
-        return found if found is not None and already_applied(found) else None
-    return fresh
-
-
-def remove(table: type[Row], hash_key: Any, range_key: Any) -> None:
-    """Deletes; fine if it isn't there."""
-    try:
-        table(hash_key, range_key).delete()
-    except DeleteError as error:
-        if not refused(error):
-            raise
-
-
-def refused(error: PutError | UpdateError | DeleteError) -> bool:
-    """Did the condition fail (in contrast to: the store cannot be reached)?"""
-    # Not `error.cause_response_code`: it stumbles over a connection that was closed before an answer came.
-    answer = getattr(error.cause, "response", None) or {}
-    return bool(answer.get("Error", {}).get("Code") == "ConditionalCheckFailedException")
-
-
-def keys_of(row: Row) -> tuple[Any, Any]:
-    return getattr(row, row._hash_keyname or ""), getattr(row, row._range_keyname or "")
-
-
-def _hash_key(table: type[Table]) -> Any:
-    return getattr(table, table._hash_keyname or "")
-
-
-def _range_key(table: type[Table]) -> Any:
-    return getattr(table, table._range_keyname or "")
-
-
-def newest(
-    table: type[Row], hash_key: str, limit: int, after: str | None = None, **options: Any
-) -> Iterator[Row]:
-    """Rows of a partition, newest first, a page of `limit` at a time (one read each)."""
-    keep: Condition | None = None
-    if after is not None:
-        keep = _range_key(table) < after
-    return iter(
-        table.query(
-            hash_key, keep, scan_index_forward=False, page_size=limit, consistent_read=True, **options
-        )
-    )
-
-
-def search(
-    table: type[Row], hash_key: str, where: Condition, after: str | None = None
-) -> Iterator[tuple[list[Row], int]]:
-    """Rows of a partition for which `where` holds, newest first, and how many have been read for them so far. The store
-    leaves out the others, which costs neither transfer nor parsing. Reads grow from 100 rows to the 1 MB that DynamoDB
-    reads at once: short where matches are many, few where they are rare."""
-    keys = _range_key(table) < after if after is not None else None
-    found = table.query(hash_key, keys, where, scan_index_forward=False, consistent_read=True, page_size=100)
-    reads = found.page_iter
-    for page in reads:
-        yield [table.from_raw_data(item) for item in page["Items"]], reads.total_scanned_count
-        reads.page_size = 2 * (reads.page_size or 100)
-
-
-def rows(table: type[Row], hash_key: str, keep: Condition | None = None) -> Iterator[Row]:
-    """All rows of a partition in the order of their keys."""
-    return iter(table.query(hash_key, keep, consistent_read=True))

@@ -142,12 +142,12 @@ def _finding(finding: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
 
 def _row(dataset: Dataset, base: str, line: str) -> dict[str, Any] | None:
     """The tokens of the row that was last requested, if it is this one."""
-    row = tables.get(DatasetReport, dataset.dataset_id, reports.row_place(base)) if line else None
-    if row is None or str(row.facts.get("line")) != line:
+    row = tables.get(DatasetReport, dataset.dataset_id, reports.row_key(base)) if line else None
+    if row is None or str(row.base_snapshot.get("line")) != line:
         return None
     result = load_report(row.report_key) if row.report_key else {}
     return {
-        "line": row.facts["line"],
+        "line": row.base_snapshot["line"],
         "checking": row.status == "checking",
         "error": result.get("error") or row.error,
         "sample": display_sample(result) if result.get("tokens") else None,
@@ -166,9 +166,9 @@ def _tokenizers(dataset: Dataset, chosen: str) -> dict[str, Any]:
                 "tokens": (row.summary or {}).get("tokens"),
                 "chosen": row.base == chosen,
             }
-            for row in reports.all_of(dataset.dataset_id)
+            for row in reports.list_for(dataset.dataset_id)
         ],
-        "bases": [*catalog.base_models()[1:], *base_models.from_hub(dataset.owner)],
+        "bases": [*catalog.base_models()[1:], *base_models.list_hub(dataset.owner)],
     }
 
 
@@ -192,7 +192,7 @@ def _origin(dataset: Dataset) -> dict[str, Any] | None:
     unnamed = left_out - len(lines) if lines else 0
     return {
         **origin,
-        "words": versions.words_of(origin),
+        "words": versions.describe(origin),
         "left_out": left_out,
         "lines": lines,
         "unnamed": unnamed,

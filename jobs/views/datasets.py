@@ -37,7 +37,7 @@ def index(request: HttpRequest) -> HttpResponse:
         "more": page.rows[-1].dataset_id if page.has_more else "",
         "waiting": waiting,
         "max_bytes": settings.JOBS["max_upload_bytes"],
-        "open_uploads": lambda: [multipart.shown(row) for row in multipart.open_of(owner_of(request))],
+        "open_uploads": lambda: [multipart.progress(row) for row in multipart.list_open(owner_of(request))],
     }
     return render(request, template, context)
 
@@ -55,7 +55,7 @@ def upload(request: HttpRequest) -> HttpResponse:
         dataset = datasets.receive(owner_of(request), file.name, file)
     except (datasets.Rejected, OverQuota) as error:
         return _refused(request, str(error))
-    if same := datasets.twin(dataset):
+    if same := datasets.find_duplicate(dataset):
         messages.info(
             request, f"This is the same file as {same.name}, uploaded {strip_tags(when(same.created_at))}."
         )
@@ -100,9 +100,9 @@ def read_as(request: HttpRequest, dataset_id: str) -> HttpResponse:
         messages.error(request, f"Unknown model: {name[:100]}. Choose a model from the list.")
         return redirect("jobs:dataset", dataset_id)
     address = reverse("jobs:dataset", args=[dataset_id])
-    if dataset.status != "ready" or reports.is_own(base_snapshot):
+    if dataset.status != "ready" or reports.uses_default_tokenizer(base_snapshot):
         return redirect(address)
-    return redirect(f"{address}?{urlencode({'as': reports.ask(dataset, base_snapshot).base})}")
+    return redirect(f"{address}?{urlencode({'as': reports.request_report(dataset, base_snapshot).base})}")
 
 
 @signed_in
@@ -125,7 +125,7 @@ def row(request: HttpRequest, dataset_id: str) -> HttpResponse:
     if dataset.status != "ready" or not line:
         messages.error(request, "Line: enter a line number of the file.")
         return redirect(address)
-    reports.ask_row(dataset, other.facts if other else {"id": catalog.STARTER}, line)
+    reports.request_row(dataset, other.base_snapshot if other else {"id": catalog.STARTER}, line)
     query = {"as": other.base, "line": str(line)} if other else {"line": str(line)}
     return redirect(f"{address}?{urlencode(query)}#row")
 
@@ -144,7 +144,7 @@ def columns(request: HttpRequest, dataset_id: str) -> HttpResponse:
         return render(request, "jobs/_columns_preview.html", {"choice": choice})
     if request.POST.get("do") != "preview" and not choice["errors"]:
         try:
-            datasets.read_again(owner, dataset_id, choice["format"])
+            datasets.recheck(owner, dataset_id, choice["format"])
         except datasets.Rejected as error:
             messages.error(request, str(error))
         return redirect("jobs:dataset", dataset_id)

@@ -104,7 +104,7 @@ class JobForm:
 
     def _resolved(self) -> tuple[Settings | None, dict[str, str], dict[str, str]]:
         base_snapshot = self._base_snapshot()
-        base = base_models.described(base_snapshot) if base_snapshot else None
+        base = base_models.from_snapshot(base_snapshot) if base_snapshot else None
         return self._resolve(self._summary(self._report(base_snapshot)), base, estimates.machine())
 
     def _resolve(
@@ -123,7 +123,7 @@ class JobForm:
         if not name:
             return
         try:
-            self.values["base"], self.values["hub"] = base_models.add(self.owner, name), ""
+            self.values["base"], self.values["hub"] = base_models.add_hub_model(self.owner, name), ""
             self.errors.pop("base", None)
         except hub_models.Refused as refused:
             self.refuse("hub", str(refused))
@@ -163,7 +163,7 @@ class JobForm:
 
     def context(self) -> dict[str, Any]:
         base_snapshot = self._base_snapshot()
-        base = base_models.described(base_snapshot) if base_snapshot else None
+        base = base_models.from_snapshot(base_snapshot) if base_snapshot else None
         report = self._report(base_snapshot)
         summary = self._summary(report)
         machine = estimates.machine()
@@ -217,8 +217,8 @@ class JobForm:
         """The base models, in groups: the catalog, the user's own, and those added from the Hub."""
         groups = [
             ("", catalog.base_models()),
-            ("Your fine-tuned models", base_models.tuned(self.owner)),
-            ("Added from the Hub", base_models.from_hub(self.owner)),
+            ("Your fine-tuned models", base_models.list_tuned(self.owner)),
+            ("Added from the Hub", base_models.list_hub(self.owner)),
         ]
         chosen = self.values["base"]
         return [
@@ -242,7 +242,7 @@ class JobForm:
             return None
         if {self.dataset.status, other.status} != {"ready"}:
             return None
-        return reports.leaks(self.dataset, other)
+        return reports.request_leaks(self.dataset, other)
 
     def _base_snapshot(self) -> dict[str, Any] | None:
         try:
@@ -252,9 +252,9 @@ class JobForm:
 
     def _report(self, base_snapshot: dict[str, Any] | None) -> DatasetReport | None:
         """The dataset's report for the chosen base, if the base doesn't share the starter model's tokenizer."""
-        if self.dataset is None or base_snapshot is None or reports.is_own(base_snapshot):
+        if self.dataset is None or base_snapshot is None or reports.uses_default_tokenizer(base_snapshot):
             return None
-        return reports.of(self.dataset.dataset_id, base_snapshot)
+        return reports.get(self.dataset.dataset_id, base_snapshot)
 
     def _summary(self, report: DatasetReport | None) -> Summary | None:
         counts = self.dataset.summary if self.dataset else None
@@ -279,11 +279,11 @@ class JobForm:
         """Set if the counts shown are not from the chosen base's tokenizer: the state of that count."""
         if (
             base_snapshot is None
-            or reports.is_own(base_snapshot)
+            or reports.uses_default_tokenizer(base_snapshot)
             or (report is not None and report.status == "ready")
         ):
             return None
-        base = base_models.described(base_snapshot)
+        base = base_models.from_snapshot(base_snapshot)
         return {
             "base": base.name if base else "",
             "status": report.status if report else "",
@@ -296,9 +296,11 @@ class JobForm:
         if base_snapshot is None:
             self.refuse("base", "Choose a base model.")
         elif (
-            self.dataset is not None and self.dataset.status == "ready" and not reports.is_own(base_snapshot)
+            self.dataset is not None
+            and self.dataset.status == "ready"
+            and not reports.uses_default_tokenizer(base_snapshot)
         ):
-            reports.ask(self.dataset, base_snapshot)
+            reports.request_report(self.dataset, base_snapshot)
 
 
 def _base_details(base: BaseModel, machine: catalog.Machine) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jobs.store.states import Status
+from jobs.store.states import JobStatus
 
 PRIMARY, SUCCESS, ERROR = "bg-primary", "bg-success", "bg-error"
 WARNING, NEUTRAL = "bg-warning", "bg-base-content/40"
@@ -30,41 +30,41 @@ class StatusDisplay:
 def display_of(status: str) -> StatusDisplay:
     """A status written by a newer version is shown by its own name."""
     try:
-        return _display(Status(status))
+        return _display(JobStatus(status))
     except ValueError:
         return StatusDisplay(status.capitalize(), NEUTRAL)
 
 
-def _display(status: Status) -> StatusDisplay:
+def _display(status: JobStatus) -> StatusDisplay:
     match status:
-        case Status.VALIDATING:
+        case JobStatus.VALIDATING:
             return StatusDisplay(
                 "Checking data",
                 WARNING,
                 "The dataset is being checked. The job joins the queue when the check is done.",
             )
-        case Status.QUEUED:
+        case JobStatus.QUEUED:
             return StatusDisplay(
                 "Queued", WARNING, "No log lines yet. The log starts when a worker takes the job."
             )
-        case Status.RUNNING:
+        case JobStatus.RUNNING:
             return StatusDisplay("Running", PRIMARY, "The worker is starting.")
-        case Status.RETRYING:
+        case JobStatus.RETRYING:
             return StatusDisplay(
                 "Retrying soon",
                 WARNING,
                 problem_title="Attempt failed. Retrying automatically.",
                 problem_border="border-warning/40",
             )
-        case Status.PAUSED:
+        case JobStatus.PAUSED:
             return StatusDisplay("Paused", NEUTRAL, problem_title="Why it stopped")
-        case Status.SUCCEEDED:
+        case JobStatus.SUCCEEDED:
             return StatusDisplay("Done", SUCCESS)
-        case Status.FAILED:
+        case JobStatus.FAILED:
             return StatusDisplay(
                 "Failed", ERROR, problem_title="Why it failed", problem_border="border-error/40"
             )
-        case Status.CANCELLED:
+        case JobStatus.CANCELLED:
             return StatusDisplay("Cancelled", NEUTRAL, problem_title="Why it stopped")
-        case Status.VOID:
+        case JobStatus.VOID:
             return StatusDisplay("Never started", NEUTRAL)

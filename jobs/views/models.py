@@ -50,7 +50,7 @@ def detail(request: HttpRequest, model_id: str) -> HttpResponse:
         "metrics": metrics,
         "verdict": (model.verdict or {}).get("sentence", ""),
         "details": _details(model),
-        "export_check": _export_check(model.fidelity if isinstance(model.fidelity, dict) else {}),
+        "export_check": _export_check(model.export_check if isinstance(model.export_check, dict) else {}),
         "typed": {"mode": "prompt", **playground.DEFAULTS},
     }
     return render(request, "jobs/model_detail.html", context)

@@ -147,7 +147,7 @@ def _listed(state: str, month: str, after: str | None) -> tuple[list[Job], str]:
 def _jobs_of(rows: list[JobIndex]) -> list[Job]:
     """The jobs of index rows, newest first."""
     jobs = queue.active_jobs(rows)
-    return sorted((job for job in jobs if access.is_shown(job)), key=lambda job: job.job_id, reverse=True)
+    return sorted((job for job in jobs if access.is_visible(job)), key=lambda job: job.job_id, reverse=True)
 
 
 def _search(text: str) -> list[Job]:

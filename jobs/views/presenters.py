@@ -28,7 +28,7 @@ from jobs.lifecycle.submission import settings_of
 from jobs.registry import base_models
 from jobs.store import queue
 from jobs.store.reasons import REASONS
-from jobs.store.states import Status
+from jobs.store.states import JobStatus
 from jobs.store.tables import Job
 from jobs.views.job_status import PHASE_LABELS, StatusDisplay, display_of
 from training.plan.config import FIELDS, current_names
@@ -81,16 +81,16 @@ class JobView:
 def job_view(job: Job) -> JobView:
     display = display_of(job.status)
     label = display.label
-    if job.status == Status.RUNNING:
+    if job.status == JobStatus.RUNNING:
         label = PHASE_LABELS.get(job.phase, "Starting")
-    ended, paused, desired = job.ended, job.status == Status.PAUSED, job.desired
+    ended, paused, desired = job.ended, job.status == JobStatus.PAUSED, job.desired
     fraction = _fraction(job)
     return JobView(
         label=label,
         tone=display.tone,
         note=_note(job),
         ended=ended,
-        percent=100 if job.status == Status.SUCCEEDED else int(100 * fraction),
+        percent=100 if job.status == JobStatus.SUCCEEDED else int(100 * fraction),
         figures=_figures(job, fraction),
         problem=_problem(job, display),
         stall_warning=_stall_warning(job),
@@ -103,10 +103,10 @@ def job_view(job: Job) -> JobView:
         can_pause=not ended and not paused and desired == "run",
         can_resume=not ended and (paused or desired == "pause"),
         can_cancel=not ended and desired != "cancel",
-        can_retry=job.status in (Status.FAILED, Status.CANCELLED),
+        can_retry=job.status in (JobStatus.FAILED, JobStatus.CANCELLED),
         can_delete=ended,
         retry_label=f"Resume from step {job.checkpoint_step:.0f}" if job.checkpoint_step else "Try again",
-        model_id=job.model_id if job.status == Status.SUCCEEDED else "",
+        model_id=job.model_id if job.status == JobStatus.SUCCEEDED else "",
     )
 
 
@@ -118,7 +118,7 @@ def _fraction(job: Job) -> float:
 def _note(job: Job) -> str:
     if not job.ended and job.desired == "cancel":
         return "· cancelling"
-    if job.status == Status.RUNNING and job.desired == "pause":
+    if job.status == JobStatus.RUNNING and job.desired == "pause":
         return "· pausing after a checkpoint"
     if job.attempts > 0 and not job.ended:
         return f"· attempt {job.attempts + 1:.0f}"
@@ -159,12 +159,12 @@ def _figures(job: Job, fraction: float) -> list[Figure]:
 
 
 def _time(job: Job) -> Figure:
-    if job.ended or job.status == Status.PAUSED:
+    if job.ended or job.status == JobStatus.PAUSED:
         return Figure("Run time" if job.ended else "Run time so far", duration(seconds_run(job)))
-    if job.status == Status.RUNNING and job.progress.get("silent_s"):
+    if job.status == JobStatus.RUNNING and job.progress.get("silent_s"):
         return Figure("Time left", UNKNOWN, "· no progress")
     eta = finite(job.progress.get("eta_s"))
-    if eta is not None and job.status == Status.RUNNING:
+    if eta is not None and job.status == JobStatus.RUNNING:
         # The trainer's own estimate, plus a tenth for what its recent pace does not show.
         return Figure("Time left", span(eta, eta * 1.1), f"· {from_now(eta * 1.05)}")
     estimate = job.estimate if isinstance(job.estimate, dict) else {}
@@ -175,7 +175,7 @@ def _time(job: Job) -> Figure:
 def _stall_warning(job: Job) -> str:
     """The worker reports how long the trainer has been silent."""
     silent, limit = finite(job.progress.get("silent_s")), finite(job.progress.get("silent_limit_s"))
-    if job.status != Status.RUNNING or silent is None or limit is None:
+    if job.status != JobStatus.RUNNING or silent is None or limit is None:
         return ""
     restart = (
         f"resumes from the checkpoint at step {job.checkpoint_step:,.0f}"
@@ -229,7 +229,7 @@ def _problem(job: Job, display: StatusDisplay) -> Problem | None:
     if not sentence or not display.problem_title:
         return None
     advice = job.advice or (reason.advice if reason else "")
-    shows_advice = job.status in (Status.FAILED, Status.PAUSED)
+    shows_advice = job.status in (JobStatus.FAILED, JobStatus.PAUSED)
     return Problem(
         display.problem_title,
         sentence,

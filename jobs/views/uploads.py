@@ -32,7 +32,7 @@ def begin(request: HttpRequest) -> HttpResponse:
     if size is None:
         return _refused("Choose a file to upload.")
     owner = owner_of(request)
-    if not request.POST.get("again") and (same := multipart.known(owner, size, fingerprint)):
+    if not request.POST.get("again") and (same := multipart.find_duplicate(owner, size, fingerprint)):
         address = reverse("jobs:dataset", args=[same.dataset_id])
         return JsonResponse(
             {"same": {"url": address, "name": same.name, "when": strip_tags(when(same.created_at))}}
@@ -48,7 +48,9 @@ def begin(request: HttpRequest) -> HttpResponse:
             "complete": reverse("jobs:complete_upload", args=[row.upload_id]),
             "cancel": reverse("jobs:cancel_upload", args=[row.upload_id]),
             "part_bytes": multipart.PART,
-            "have": sorted(n for n, size in multipart.have(row).items() if size == multipart.size_of(row, n)),
+            "have": sorted(
+                n for n, size in multipart.received_parts(row).items() if size == multipart.part_size(row, n)
+            ),
         },
         status=201,
     )
@@ -60,7 +62,7 @@ def part(request: HttpRequest, upload_id: str, number: int) -> HttpResponse:
     """The body is the bytes of the part."""
     row = multipart.get_for(owner_of(request), upload_id)
     try:
-        multipart.put(row, number, request, request.headers.get("X-Part-Sha256", ""))
+        multipart.put_part(row, number, request, request.headers.get("X-Part-Sha256", ""))
     except Rejected as error:
         return _refused(str(error))
     return JsonResponse({"part": number})
@@ -77,7 +79,7 @@ def links(request: HttpRequest, upload_id: str) -> HttpResponse:
         return JsonResponse({"error": "The file has no such part."}, status=400)
     try:
         return JsonResponse(
-            {"links": multipart.links(row, [number for number in numbers if number is not None])}
+            {"links": multipart.part_links(row, [number for number in numbers if number is not None])}
         )
     except Rejected as error:
         return _refused(str(error))

@@ -88,7 +88,7 @@ class Writer:
         try:
             self._send(None if fenced else self.batch)
             if self.pointer and self.pointer_is_due and not fenced:
-                failpoints.passing("checkpoint stored")
+                failpoints.hit("checkpoint stored")
                 self.claim.move_pointer(
                     {name: self.pointer[name] for name in self.pointer if name != "after"}
                 )
@@ -102,7 +102,7 @@ class Writer:
     def _send(self, batch: Batch | None) -> None:
         if batch:
             event_log.append(self.claim, batch)
-            failpoints.passing("chunk stored")
+            failpoints.hit("chunk stored")
         first, last = (batch.first_seq, batch.last_seq) if batch else (None, None)
         self.claim.heartbeat(
             self.progress,

@@ -85,7 +85,7 @@ def _expected(job: Job, dataset: Dataset) -> dict[str, int]:
 
 def _dataset(owner: str, dataset_id: str) -> Dataset:
     try:
-        return datasets.of_job(owner, dataset_id)
+        return datasets.get_for_job(owner, dataset_id)
     except access.NotFound as error:
         raise Failure(
             "bad_data", "The dataset was deleted.", "Upload it again and start a new job."

@@ -121,9 +121,9 @@ class Reconciler:
             redis_client.enqueue_training(waiting)
 
     def _outbox(self) -> None:
-        for row in outbox.waiting():
+        for row in outbox.pending():
             if outbox.is_due(row) and self.watch.unchanged(row.job_id, row.lease, settings.JOBS["lease_s"]):
-                outbox.ring(*outbox.name_of(row), row.lease or "")
+                outbox.enqueue(*outbox.parse(row), row.lease or "")
                 self.watch.restart(row.job_id)
 
     def _hourly(self, jobs: list[Job]) -> None:

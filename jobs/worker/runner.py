@@ -44,7 +44,7 @@ def run(claim: Claim, stop: threading.Event | None = None) -> None:
     """Runs the claimed job until it ends, is paused or cancelled, loses its lease, or `stop` is set (then the job is
     returned to the queue within 30 s). Must be called from the main thread: the trainer dies with the thread that starts
     it. Never raises for anything that happens to the job; the reconciler handles what could not be recorded."""
-    failpoints.passing("claimed")
+    failpoints.hit("claimed")
     folder = prepare.work_folder(claim.job_id, claim.fencing_token)
     attempt = _Attempt(claim, stop or threading.Event(), folder)
     try:
@@ -154,7 +154,7 @@ class _Attempt:
         self.child = child = prewarmed.take(config)
         self.output.begin()
         child.send({"config": str(path)})
-        failpoints.passing("trainer started")
+        failpoints.hit("trainer started")
         while child.alive or not child.out.ended:
             self._turn()
             if not child.alive and self.output.seconds_since_exit(child) > 2:
@@ -168,7 +168,7 @@ class _Attempt:
         return child.process.returncode
 
     def _succeed(self, config: dict[str, Any]) -> None:
-        failpoints.passing("trainer done")
+        failpoints.hit("trainer done")
         done = self.output.done
         assert done
         prefix = f"{self.claim.prefix}final/"
@@ -191,7 +191,7 @@ class _Attempt:
             result["verdict"] = self.output.verdict
         self.writer.report_unfinished(self.output.resume_check)
         self._flush()
-        failpoints.passing("model stored")
+        failpoints.hit("model stored")
         self._retry_write(
             lambda: self.claim.finish("succeeded", result=result | {"prefix": prefix, "files": files})
         )
@@ -243,7 +243,7 @@ class _Attempt:
         if self.child:
             if time.monotonic() - self.pinged_at > settings.JOBS["heartbeat_s"]:
                 self.pinged_at = time.monotonic()
-                self.child.beat()
+                self.child.heartbeat()
             self._follow_requests(self.child)
             self._enforce_limits(self.child)
 
@@ -295,7 +295,7 @@ class _Attempt:
         grace = settings.JOBS["cancel_grace_s" if cancel else "sigterm_grace_s"]
         if self.stop_sent_at is not None and time.monotonic() - self.stop_sent_at > grace and child.alive:
             log.warning("%s: the trainer did not stop in time and is killed", self.claim.job_id)
-            child.end()
+            child.kill_group()
 
     def _enforce_limits(self, child: Child) -> None:
         """Ends trainers that stall, run too long or print too much."""
@@ -309,7 +309,7 @@ class _Attempt:
         elif self.writer.next_seq > limits["max_events"]:
             self.killed_by_us = "too_many_events"
         if self.killed_by_us:
-            child.end()
+            child.kill_group()
 
     def _stall_limit(self) -> float:
         """The longest silence allowed during training. The page's notice and the end of a stalled trainer depend on it."""

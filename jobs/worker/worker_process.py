@@ -96,7 +96,7 @@ def _sign_of_life(queues: set[str]) -> None:
             else {},
             job_id=_current_job,
             started_at=_started_at,
-            heard_at=time.time(),
+            last_seen=time.time(),
         ).save()
 
 

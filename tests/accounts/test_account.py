@@ -180,7 +180,7 @@ def test_leaving_removes_the_person_and_all_their_work(alice: User, page: Client
     assert not is_signed_in(other_device)
     assert not list(access.list_jobs(alice.owner_id))
     assert not list(access.list_datasets(alice.owner_id))
-    assert not [row for row in outbox.waiting() if row.job_id == f"leave#{alice.owner_id}"]
+    assert not [row for row in outbox.pending() if row.job_id == f"leave#{alice.owner_id}"]
 
 
 def test_an_account_with_a_running_job_is_emptied_once_it_stops(alice: User, stores):

@@ -249,13 +249,13 @@ def test_no_match_is_lost_behind_thousands_of_others(
     results = listed(bob, "files?purpose=fine-tune-results&limit=100")
     assert results == [id.replace("ftjob-", "file-results-") for id in blue]
 
-    with tables.counted() as counter:  # many matches: one short read
+    with tables.count_calls() as counter:  # many matches: one short read
         reds = access.list_jobs(bob.owner, 20, metadata={"team": "red"})
     assert [job.job_id for job in reds] == many[-2:-22:-1]
     assert (reds.has_more, tables.reads(counter)) == (True, 1)
 
-    monkeypatch.setattr(access, "SEARCHED", 1000)  # few: an answer that has something stops
-    with tables.counted() as counter:
+    monkeypatch.setattr(access, "SEARCH_LIMIT", 1000)  # few: an answer that has something stops
+    with tables.count_calls() as counter:
         first = access.list_jobs(bob.owner, 20, metadata={"team": "blue"})
     assert [job.job_id for job in first] == blue[:1]
     assert first.has_more

@@ -55,7 +55,7 @@ def test_it_goes_on_after_a_broken_connection_and_a_closed_page(
     page.goto("/datasets/")
     page.set_input_files("input[type=file]", large)
     page.get_by_text("Connection lost. Retrying").wait_for()
-    until(page, lambda: sorted(multipart.have(multipart.open_of(owner)[0])) == [1, 2])
+    until(page, lambda: sorted(multipart.received_parts(multipart.list_open(owner)[0])) == [1, 2])
     page.once("dialog", lambda dialog: dialog.accept())
     page.goto("/datasets/")
     page.get_by_text("Unfinished uploads").wait_for()
@@ -78,7 +78,7 @@ def test_stop_keeps_nothing(page: Any, owner: str, large: Path, complaints: list
     until(page, lambda: held)
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("Stopped. The upload was discarded.").wait_for()
-    until(page, lambda: not multipart.open_of(owner))
+    until(page, lambda: not multipart.list_open(owner))
     assert not len(access.list_datasets(owner))
     complaints.clear()
 

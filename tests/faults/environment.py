@@ -234,10 +234,10 @@ def submit(dataset_id: str, owner: str = OWNER, **settings: Any) -> str:
     tiny = catalog.describe(hub_folder() / "snapshots" / REVISION, id=TINY)
     facts = tiny.as_dict() | {"revision": REVISION}
     HubModel(
-        owner, TINY, facts=facts
+        owner, TINY, snapshot=facts
     ).save()  # as if it had been checked, and the data read with its tokenizer
     DatasetReport(
-        dataset_id, base_models.tokenizer_family(facts), owner=owner, facts=facts, status="ready"
+        dataset_id, base_models.tokenizer_family(facts), owner=owner, base_snapshot=facts, status="ready"
     ).save()
     request = transitions.JobRequest(base=TINY, dataset_id=dataset_id, settings=SETTINGS | settings)
     return str(transitions.submit(owner, request).job_id)

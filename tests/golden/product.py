@@ -13,11 +13,10 @@ from jobs.notifications import webhooks
 from jobs.registry import hub_models
 from jobs.registry.base_models import tokenizer_family as tokenizer_family
 from jobs.store import outbox, queue, tables
-from jobs.store.blobs import _SALT as LINK_SALT
-from jobs.store.blobs import read_link
+from jobs.store.blobs import LINK_SALT, read_link
 from jobs.store.child_process import ENVIRONMENT as TRAINER_ENVIRONMENT
 from jobs.store.reasons import REASONS as JOB_REASONS
-from jobs.store.states import Status
+from jobs.store.states import JobStatus
 from jobs.store.tables import ENDED as ENDED_STATUSES
 from jobs.store.tables import TABLES
 from jobs.views.live import PATH as STREAM_PATH
@@ -32,7 +31,7 @@ from training.plan.events import EXIT as EXIT_CODES
 from training.plan.events import MAX_LINE_BYTES, PHASES
 from training.plan.events import REASONS as TRAINER_REASONS
 
-JOB_STATUSES = [status.value for status in Status]
+JOB_STATUSES = [status.value for status in JobStatus]
 WORK_KINDS = outbox.KINDS
 WORK_PARTITION = outbox.PARTITION
 WEBHOOK_EVENT_TYPES = (*webhooks.EVENT_TYPES, webhooks.TEST_TYPE)

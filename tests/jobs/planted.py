@@ -165,7 +165,7 @@ def janitor_sweeps_everything(sim: Any) -> list[Patch]:
 
 def janitor_forgets_the_fallbacks(sim: Any) -> list[Patch]:
     def pointer_only(job: Job) -> tuple[str, ...]:
-        return tuple(f"{key}/" for key in [job.checkpoint_key, *tuned_models.folders_of(job)] if key)
+        return tuple(f"{key}/" for key in [job.checkpoint_key, *tuned_models.folders_in_use(job)] if key)
 
     return [(finalize, "_named", pointer_only), (finalize, "_fencing_token_of", lambda key: -1)]
 

@@ -642,7 +642,7 @@ def world(sim: Sim) -> Iterator[None]:
         ):
             stack.enter_context(patch.object(target, name, new))
         if "steps" not in sim.scenario:  # nothing is superseded; fewer calls, more rare orders
-            stack.enter_context(patch.object(quotas, "note_checkpoints", lambda job: None))
+            stack.enter_context(patch.object(quotas, "record_checkpoint_bytes", lambda job: None))
             stack.enter_context(patch.object(quotas, "checkpoint_bytes", lambda owner: 0))
         if sim.bug:
             from tests.jobs.planted import PLANTED

@@ -38,10 +38,10 @@ def test_jobs_come_newest_first_page_by_page():
 def test_a_page_costs_one_read():
     owner = make_owner()
     make_jobs(owner, 50)
-    with tables.counted() as calls:
+    with tables.count_calls() as calls:
         assert len(access.list_jobs(owner, 20)) == 20
     assert tables.reads(calls) == 1
-    with tables.counted() as calls:
+    with tables.count_calls() as calls:
         access.get_job_for(owner, f"ftjob-{1:026}")
     assert tables.reads(calls) == 1
 
@@ -50,7 +50,7 @@ def test_deleted_and_void_jobs_are_left_out_at_a_bounded_cost():
     owner = make_owner()
     make_jobs(owner, 30, deleted=True)
     tables.put_new(Job(owner, "ftjob-0", status="queued"))
-    with tables.counted() as calls:
+    with tables.count_calls() as calls:
         assert [job.job_id for job in access.list_jobs(owner, 20)] == ["ftjob-0"]
     assert tables.reads(calls) <= 3
 
@@ -85,6 +85,6 @@ def test_a_cancelled_jobs_page_is_one_read_too():
     owner = make_owner()
     (job,) = make_jobs(owner, 1)
     transitions.set_desired(owner, job.job_id, "cancel")
-    with tables.counted() as calls:
+    with tables.count_calls() as calls:
         assert access.get_job_for(owner, job.job_id).status == "cancelled"
     assert tables.reads(calls) == 1

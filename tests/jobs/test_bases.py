@@ -20,7 +20,7 @@ FACTS = {"id": "people/tiny", "name": "people/tiny", "parameters": 1000, "layers
 
 
 def add(owner: str, **facts: object) -> None:
-    HubModel(owner, "people/tiny", facts=FACTS | facts).save()
+    HubModel(owner, "people/tiny", snapshot=FACTS | facts).save()
 
 
 def make_job_from_hub(owner: str) -> Job:
@@ -66,12 +66,12 @@ def test_what_the_operator_no_longer_allows_is_no_base(settings):
     add(owner)
     settings.HUB_MODELS = ["others/*"]
     assert base_models.find(owner, "people/tiny") is None
-    with pytest.raises(Failure, match="takes no such model"):
+    with pytest.raises(Failure, match="does not allow this model"):
         base_models.folder("people/tiny", FACTS)
 
 
 def test_a_worker_fetches_nothing_that_was_never_checked():
-    with pytest.raises(Failure, match="never checked"):
+    with pytest.raises(Failure, match="has not been checked"):
         base_models.folder("people/tiny", None)
 
 
@@ -115,7 +115,7 @@ def test_the_files_of_a_base_stay_until_the_jobs_from_it_have_ended(monkeypatch)
     job = make_job(owner, base=parent.model_id)
     key = blobs.join(parent.prefix, "config.json")
     blobs.put_file(key, iter([b"{}"]))
-    monkeypatch.setattr(outbox, "ring", lambda *args: None)
+    monkeypatch.setattr(outbox, "enqueue", lambda *args: None)
     tuned_models.delete(owner, parent.model_id)
     transitions.delete(owner, parent.job_id)
     assert not outbox.delete_bytes(owner, parent.model_id)

@@ -28,7 +28,7 @@ def test_a_file_is_stored_hashed_and_waits_for_its_check():
     dataset = receive()
     assert (dataset.status, dataset.bytes, len(dataset.sha256)) == ("checking", len(ROWS), 64)
     assert blobs.open_file(dataset.key).read() == ROWS
-    assert any(row.job_id == f"check#{dataset.dataset_id}" for row in outbox.waiting())
+    assert any(row.job_id == f"check#{dataset.dataset_id}" for row in outbox.pending())
 
 
 def test_a_good_check_makes_it_ready():
@@ -62,9 +62,9 @@ def test_what_is_empty_or_too_large_leaves_nothing(data, settings):
         receive(owner, data=data)
     assert list(access.list_datasets(owner)) == []
     assert quotas.held(owner, "datasets") == set()
-    for row in outbox.waiting():
+    for row in outbox.pending():
         if row.owner == owner and row.job_id.startswith("delete#"):
-            outbox.run(*outbox.name_of(row), row.lease or "")
+            outbox.run(*outbox.parse(row), row.lease or "")
     assert blobs.list_keys(f"datasets/{owner}/") == []
 
 
@@ -111,7 +111,7 @@ def test_what_is_stored_is_limited(settings):
     ],
 )
 def test_names_are_shown_and_never_paths(name, shown):
-    assert datasets.shown_name(name) == shown
+    assert datasets.display_name(name) == shown
 
 
 def test_bytes_stay_until_no_job_needs_them():
@@ -122,7 +122,7 @@ def test_bytes_stay_until_no_job_needs_them():
     with pytest.raises(access.NotFound):
         access.get_dataset_for(dataset.owner, dataset.dataset_id)
     assert not outbox.delete_bytes(dataset.owner, dataset.dataset_id)
-    assert datasets.of_job(dataset.owner, dataset.dataset_id).key == dataset.key
+    assert datasets.get_for_job(dataset.owner, dataset.dataset_id).key == dataset.key
     claim = make_claim(job)
     claim.finish("failed", "bad_data")
     finalize.after_end(job.owner, job.job_id)

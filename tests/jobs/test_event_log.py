@@ -142,7 +142,7 @@ async def test_two_hundred_watchers_cost_one_reader_and_no_thread_each(monkeypat
 
     await have_seen(1)
     threads = threading.active_count()
-    with tables.counted() as counter:
+    with tables.count_calls() as counter:
         for n in range(3):
             await asyncio.to_thread(tell, claim, f"{n}")
             await have_seen(2 + n)

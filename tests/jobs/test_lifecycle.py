@@ -243,7 +243,7 @@ def test_a_deleted_jobs_checkpoints_count_no_more():
     seen = read(claim.job)
     transitions.delete(claim.owner, claim.job_id)
     outbox.delete_bytes(claim.owner, claim.job_id)
-    quotas.note_checkpoints(seen)  # a late writer
+    quotas.record_checkpoint_bytes(seen)  # a late writer
     assert quotas.stored_bytes(claim.owner) == 35
     assert bytes_of(claim.job) == []
 
@@ -294,7 +294,7 @@ def test_a_dead_trainer_is_tried_again_until_nothing_gets_further():
     transitions.requeue(read(job))
     assert make_claim(job).trainer_died("killed") == "failed"
     assert read(job).attempts == 5
-    assert "tried too often" in read(job).message
+    assert "Too many attempts" in read(job).message
 
 
 @pytest.mark.parametrize("reason", ["disk_full", "not_writable", "store"])
@@ -325,7 +325,7 @@ def test_platform_faults_end_a_job_when_there_are_many_in_a_row(settings):
     assert transitions.lose_lease(claim.job).status == "failed"
     job = read(job)
     assert (job.reason, job.attempts, job.platform_faults) == ("lost_worker", 0, 3)
-    assert "tried too often" in job.message
+    assert "Too many attempts" in job.message
 
 
 def test_platform_faults_do_not_hide_a_trainer_that_dies():

@@ -37,9 +37,9 @@ def test_a_single_worker_takes_turns_between_jobs_when_nobody_runs():
 
 def test_a_worker_remembers_whom_it_served_last(monkeypatch):
     monkeypatch.setattr(queue, "_served", {})
-    monkeypatch.setattr(queue, "KNOWN", 2)
+    monkeypatch.setattr(queue, "MAX_SERVED", 2)
     for owner in ("a", "b", "a", "c"):
-        queue.remember(owner)
+        queue.record_served(owner)
     assert queue.served() == {"a": 3, "c": 4}
 
 

@@ -180,7 +180,7 @@ def test_an_errand_is_done_once_however_often_the_bell_rings(alone, monkeypatch)
     outbox.run("delete", owner, "x", "")
     outbox.run("delete", owner, "x", "")
     assert done == [(owner, "x")]
-    assert outbox.waiting() == []
+    assert outbox.pending() == []
 
 
 def test_an_errand_that_waits_for_something_stays(alone, monkeypatch):
@@ -188,10 +188,10 @@ def test_an_errand_that_waits_for_something_stays(alone, monkeypatch):
     monkeypatch.setitem(outbox._handlers, "delete", lambda *args: False)
     outbox.put("delete", owner, "x")
     outbox.run("delete", owner, "x", "")
-    (row,) = outbox.waiting()
+    (row,) = outbox.pending()
     outbox.run("delete", owner, "x", "")  # a bell from before: somebody else has begun
     outbox.run("delete", owner, "x", row.lease)
-    assert outbox.waiting()[0].lease != row.lease
+    assert outbox.pending()[0].lease != row.lease
 
 
 def test_the_audit_removes_what_has_ended_from_the_quota(alone, settings):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.store.redact import HIDDEN, MOST_CHARS, our_secrets, redact
+from jobs.store.redact import HIDDEN, MAX_CHARS, our_secrets, redact
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,9 @@ def test_a_forged_event_stays_one_line_of_text():
 def test_no_line_takes_long(part, monkeypatch):
     """Whoever writes rows can have lines printed: what is slow here holds up a trainer's supervisor. With twenty times as
     much as is ever read, a search that is not linear would outlast the time any test has."""
-    monkeypatch.setattr("jobs.store.redact.MOST_CHARS", 20 * MOST_CHARS)
-    assert redact(part * (80 * MOST_CHARS))
+    monkeypatch.setattr("jobs.store.redact.MAX_CHARS", 20 * MAX_CHARS)
+    assert redact(part * (80 * MAX_CHARS))
 
 
 def test_long_lines_are_cut():
-    assert len(redact("a" * 100_000)) < MOST_CHARS + 20
+    assert len(redact("a" * 100_000)) < MAX_CHARS + 20

@@ -50,7 +50,7 @@ def make_dataset(owner: str, rows: list[dict[str, str]] = ROWS) -> Dataset:
 
 
 def submit(owner: str, dataset: Dataset, facts: dict[str, Any], **asked: Any):
-    HubModel(owner, "people/tiny", facts=facts).save()
+    HubModel(owner, "people/tiny", snapshot=facts).save()
     request = transitions.JobRequest(base="people/tiny", dataset_id=dataset.dataset_id, settings=asked)
     return transitions.submit(owner, request)
 
@@ -65,9 +65,9 @@ def test_bases_that_read_alike_share_a_report():
         == base_models.tokenizer_family({"id": "distilgpt2"})
         == "gpt2"
     )
-    assert reports.is_own({"id": "starter"})
-    assert reports.is_own({"id": "ft:starter:a::b", "reads_as": "starter"})
-    assert not reports.is_own({"id": "gpt2"})
+    assert reports.uses_default_tokenizer({"id": "starter"})
+    assert reports.uses_default_tokenizer({"id": "ft:starter:a::b", "reads_as": "starter"})
+    assert not reports.uses_default_tokenizer({"id": "gpt2"})
 
 
 def test_a_job_waits_for_the_report_of_its_base_and_asks_for_it_once(tiny):
@@ -76,10 +76,10 @@ def test_a_job_waits_for_the_report_of_its_base_and_asks_for_it_once(tiny):
     job = submit(owner, dataset, tiny)
     assert job.status == "validating"
     assert tables.get(JobIndex, "work", f"report#{errand(dataset, tiny)}")
-    asked = reports.of(dataset.dataset_id, tiny).asked
+    asked = reports.get(dataset.dataset_id, tiny).request_id
     assert transitions.validate(read(job)) is None
-    assert reports.of(dataset.dataset_id, tiny).asked == asked
-    assert reports.make(owner, errand(dataset, tiny))
+    assert reports.get(dataset.dataset_id, tiny).request_id == asked
+    assert reports.build(owner, errand(dataset, tiny))
     assert read(job).status == "queued"
     assert submit(owner, dataset, tiny).status == "queued"  # it is there already
 
@@ -87,8 +87,8 @@ def test_a_job_waits_for_the_report_of_its_base_and_asks_for_it_once(tiny):
 def test_its_counts_are_the_other_tokenizers(tiny):
     owner = make_owner()
     dataset = make_dataset(owner)
-    reports.ask(dataset, tiny)
-    reports.make(owner, errand(dataset, tiny))
+    reports.request_report(dataset, tiny)
+    reports.build(owner, errand(dataset, tiny))
     counted, exact = reports.summary_for(dataset, tiny)
     assert exact
     assert counted["examples"] == dataset.summary["examples"] == len(ROWS)
@@ -103,7 +103,7 @@ def test_data_that_teaches_this_base_nothing_ends_the_job(tiny, monkeypatch):
     monkeypatch.setattr(
         checks, "report_on", lambda *args, **more: {"ready": False, "verdict": "No token is left."}
     )
-    reports.make(owner, errand(dataset, tiny))
+    reports.build(owner, errand(dataset, tiny))
     ended = read(job)
     assert (ended.status, ended.reason, ended.message) == ("failed", "dataset_rejected", "No token is left.")
 
@@ -113,21 +113,21 @@ def test_a_tokenizer_that_cannot_be_had_keeps_no_job_waiting_and_may_be_asked_fo
     dataset = make_dataset(owner)
     job = submit(owner, dataset, tiny)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
-    reports.make(owner, errand(dataset, tiny))
-    failed = reports.of(dataset.dataset_id, tiny)
+    reports.build(owner, errand(dataset, tiny))
+    failed = reports.get(dataset.dataset_id, tiny)
     assert (failed.status, bool(failed.error)) == ("failed", True)
     assert read(job).status == "queued"
     assert submit(owner, dataset, tiny).status == "validating"
-    assert reports.of(dataset.dataset_id, tiny).status == "checking"
+    assert reports.get(dataset.dataset_id, tiny).status == "checking"
 
 
 def test_a_report_of_what_was_deleted_is_nothing_to_do(tiny):
     owner = make_owner()
     dataset = make_dataset(owner)
-    reports.ask(dataset, tiny)
+    reports.request_report(dataset, tiny)
     datasets.delete(owner, dataset.dataset_id)
-    assert reports.make(owner, errand(dataset, tiny))
-    assert not reports.all_of(dataset.dataset_id)
+    assert reports.build(owner, errand(dataset, tiny))
+    assert not reports.list_for(dataset.dataset_id)
 
 
 @pytest.mark.slow
@@ -135,8 +135,8 @@ def test_the_trainer_sees_what_was_counted_or_does_not_start(tiny):
     owner = make_owner()
     dataset = make_dataset(owner)
     job = submit(owner, dataset, tiny, max_steps=1)
-    reports.make(owner, errand(dataset, tiny))
-    counted = reports.of(dataset.dataset_id, tiny).summary
+    reports.build(owner, errand(dataset, tiny))
+    counted = reports.get(dataset.dataset_id, tiny).summary
     assert prepare._expected(read(job), dataset) == {"examples": len(ROWS), "tokens": counted["tokens"]}
     claim = again(job)
     runner.run(claim)
@@ -156,7 +156,7 @@ def test_rows_held_out_that_are_also_learned_from_are_told():
     owner = make_owner()
     dataset = make_dataset(owner)
     held = make_dataset(owner, [*ROWS[:2], {"prompt": "other", "completion": "no"}, ROWS[5]])
-    assert reports.leaks(dataset, held) is None
-    assert reports.make(owner, f"{dataset.dataset_id}@{reports.LEAKS}{held.dataset_id}")
-    assert reports.leaks(dataset, held) == {"count": 3, "lines": [1, 2, 4]}
-    assert not reports.all_of(dataset.dataset_id)  # it is no base's
+    assert reports.request_leaks(dataset, held) is None
+    assert reports.build(owner, f"{dataset.dataset_id}@{reports.LEAKS}{held.dataset_id}")
+    assert reports.request_leaks(dataset, held) == {"count": 3, "lines": [1, 2, 4]}
+    assert not reports.list_for(dataset.dataset_id)  # it is no base's

@@ -52,7 +52,7 @@ def test_a_refused_update_that_was_ours_is_taken_as_done():
 
 
 def test_calls_are_counted():
-    with tables.counted() as calls:
+    with tables.count_calls() as calls:
         assert tables.get(Job, "nobody", "nothing") is None
         list(tables.rows(Job, "nobody"))
     assert tables.reads(calls) == 2

@@ -59,7 +59,7 @@ def test_its_limits_are_set_from_outside(child):
 
 
 def test_it_reaches_no_network(child):
-    if not child_process.without_network():
+    if not child_process.no_network_prefix():
         pytest.skip("this system lets nobody have a network of their own")
     until = time.monotonic() + 120
     while os.readlink(f"/proc/{child.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
@@ -75,13 +75,13 @@ def test_telling_it_that_we_live_never_waits_for_it(child):
     for _ in range(
         10_000
     ):  # far more than its pipe holds, and nobody reads: one that waited would do so for ever
-        child.beat()
+        child.heartbeat()
 
 
 def test_it_is_killed_with_its_parent():
     program = (
         "import django, sys, time; django.setup(); from jobs.store import child_process;"
-        "child = trainer_process.start('serve'); print(child.pid, flush=True); time.sleep(60)"
+        "child = child_process.start('serve'); print(child.pid, flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "DJANGO_SETTINGS_MODULE": "tests.settings"}
     parent = subprocess.Popen(

@@ -134,7 +134,7 @@ def test_data_that_a_job_waits_for_keeps_its_columns(alices: Client, alice: User
     transitions.submit(alice.owner_id, transitions.JobRequest(base="starter", dataset_id=dataset.dataset_id))
     choose(alices, dataset, shape="text", whole="prompt", do="read")
     assert access.get_dataset_for(alice.owner_id, dataset.dataset_id).status == "ready"
-    assert "reads this dataset as it is" in page_of(alices, dataset)
+    assert "uses this dataset" in page_of(alices, dataset)
 
 
 def test_a_file_without_columns_is_refused_for_good(alices: Client, alice: User) -> None:
@@ -164,8 +164,8 @@ def show_row(client: Client, dataset: Dataset, line: str) -> Any:
 
 
 def run_errands(dataset: Dataset) -> None:
-    for row in outbox.waiting():
-        kind, owner, id = outbox.name_of(row)
+    for row in outbox.pending():
+        kind, owner, id = outbox.parse(row)
         if kind == "report" and id.startswith(dataset.dataset_id):
             outbox.run(kind, owner, id, row.lease or "")
 

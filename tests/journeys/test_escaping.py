@@ -68,7 +68,12 @@ def pages(client: Client, alice: User, word: str) -> dict[str, list[Any]]:
         dataset_id=ready.dataset_id, dataset_name=word, prompts=[word],
     )  # fmt: skip
     model = make_model(
-        owner, name=word, base=word, aliases=[word], verdict={"sentence": word}, fidelity={"message": word}
+        owner,
+        name=word,
+        base=word,
+        aliases=[word],
+        verdict={"sentence": word},
+        export_check={"message": word},
     )
     asked = [
         ("datasets", [], {}), ("dataset", [ready.dataset_id], {}), ("dataset", [rejected.dataset_id], {}),

@@ -215,7 +215,7 @@ async def test_300_watchers_hold_no_thread_and_no_connection_and_read_the_store_
     async with watching(*streams):
         for stream in streams:
             await stream.until("id: 199", 60)
-        with tables.counted() as counter:
+        with tables.count_calls() as counter:
             await asyncio.to_thread(grow, job, [metric(200)])
             for stream in streams:
                 await stream.until("id: 200")

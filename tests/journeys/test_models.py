@@ -77,7 +77,7 @@ def test_a_model_takes_the_name_of_one_tuned_at_openai(alices: Client, alice: Us
     taken = alices.post(
         reverse("jobs:model_names", args=[other.model_id]), {"aliases": OLD_NAME}, follow=True
     )
-    assert f"already means {model.model_id}" in taken.content.decode()
+    assert f"is already an alias of {model.model_id}" in taken.content.decode()
     alices.post(names, {"aliases": ""})
     with pytest.raises(access.NotFound):
         tuned_models.get_for(alice.owner_id, OLD_NAME)

@@ -141,7 +141,7 @@ def test_a_setting_goes_back_to_automatic(alices: Client, dataset: Dataset) -> N
 def test_htmx_gets_only_the_parts_that_change_by_one_read(alices: Client, dataset: Dataset) -> None:
     data = {"dataset": dataset.dataset_id, "base": "starter", "epochs": "5"}
     alices.post(ESTIMATE, data, headers={"HX-Request": "true"})  # what is remembered between keys is read
-    with tables.counted() as counter:
+    with tables.count_calls() as counter:
         text = alices.post(ESTIMATE, data, headers={"HX-Request": "true"}).content.decode()
     assert "<html" not in text
     assert 'id="estimate" hx-swap-oob="true"' in text

@@ -39,7 +39,7 @@ def test_a_page_reads_little(alices: Client, alice: User, name: str) -> None:
     kind = name.partition("_")[0]
     address = reverse(f"jobs:{name}", args=[ids[kind]] if kind in ids and name != "new_job" else [])
     estimates._cache.clear()
-    with tables.counted() as counter:
+    with tables.count_calls() as counter:
         assert alices.get(address, headers={"HX-Request": "true"}).status_code == 200
     assert tables.reads(counter) <= MOST[name], dict(counter)
     assert "Scan" not in counter
@@ -47,7 +47,7 @@ def test_a_page_reads_little(alices: Client, alice: User, name: str) -> None:
 
 def test_a_very_long_job_costs_no_more_than_a_few_dozen_reads(alices: Client, alice: User) -> None:
     job = make_job(alice.owner_id, lines=[metric(n) for n in range(1, 12_001)])
-    with tables.counted() as counter:
+    with tables.count_calls() as counter:
         answer = alices.get(reverse("jobs:job", args=[job.job_id]))
     assert tables.reads(counter) <= 60, dict(counter)
     assert answer.context["history"].seq == 12_000
@@ -58,7 +58,7 @@ def test_a_very_long_job_costs_no_more_than_a_few_dozen_reads(alices: Client, al
 def test_an_estimate_at_each_key_costs_one_read(alices: Client, alice: User) -> None:
     data = {"dataset": make_dataset(alice.owner_id).dataset_id, "base": "starter"}
     alices.post(reverse("jobs:estimate"), data, headers={"HX-Request": "true"})
-    with tables.counted() as counter:
+    with tables.count_calls() as counter:
         alices.post(reverse("jobs:estimate"), data, headers={"HX-Request": "true"})
     assert tables.reads(counter) == 1
 
@@ -66,7 +66,7 @@ def test_an_estimate_at_each_key_costs_one_read(alices: Client, alice: User) -> 
 def test_oversight_never_scans(sams: Client, alice: User) -> None:
     job = make_job(alice.owner_id)
     for query in ({}, {"state": "active"}, {"state": "failed"}, {"q": job.job_id}, {"q": alice.email}):
-        with tables.counted() as counter:
+        with tables.count_calls() as counter:
             assert sams.get(reverse("admin:jobs_overseenjob_changelist"), query).status_code == 200
         assert tables.reads(counter) <= 5, (query, dict(counter))
         assert "Scan" not in counter

@@ -65,7 +65,7 @@ def test_a_file_comes_in_parts_of_any_order(alices: Client, alice: User) -> None
     assert content_of(dataset) == data
     assert alices.post(told["complete"]).json() == answer  # the first answer got lost
     assert not blobs.list_keys("uploads/" + told["url"].split("/")[3])
-    assert quotas._set_aside(alice.owner_id)[1] == {}
+    assert quotas._reservations(alice.owner_id)[1] == {}
 
 
 def test_the_same_file_chosen_again_goes_on_where_it_was(alices: Client, alice: User) -> None:
@@ -98,7 +98,7 @@ def test_a_file_that_changed_on_its_way_is_not_put_together(alices: Client, alic
     told = begin(alices, data).json()
     put(alices, told, data, 1, 2, 3, 4)
     put(alices, told, b"x" * len(data), 2)
-    assert "changed while it was sent" in alices.post(told["complete"]).json()["error"]
+    assert "changed during the upload" in alices.post(told["complete"]).json()["error"]
     assert not len(access.list_datasets(alice.owner_id))
 
 
@@ -106,10 +106,10 @@ def test_stop_keeps_nothing(alices: Client, alice: User) -> None:
     data = LINE * 60
     told = begin(alices, data).json()
     put(alices, told, data, 1)
-    assert quotas._set_aside(alice.owner_id)[1]
+    assert quotas._reservations(alice.owner_id)[1]
     alices.post(told["cancel"])
     assert not blobs.list_keys("uploads/" + told["url"].split("/")[3])
-    assert quotas._set_aside(alice.owner_id)[1] == {}
+    assert quotas._reservations(alice.owner_id)[1] == {}
     assert put(alices, told, data, 2) == [422]
     assert alices.post(told["complete"]).status_code == 422
     assert "Unfinished uploads" not in alices.get(reverse("jobs:datasets")).content.decode()
@@ -121,11 +121,11 @@ def test_an_upload_nobody_comes_back_to_leaves_nothing(alices: Client, alice: Us
     put(alices, told, data, 1)
     id = told["url"].split("/")[3]
     assert not outbox.delete_bytes(alice.owner_id, id)
-    long_ago = time.time() - 2 * multipart.PUT_TOGETHER_S
+    long_ago = time.time() - 2 * multipart.COMBINE_S
     Upload(alice.owner_id, id).update(actions=[Upload.expires_at.set(long_ago)])
     assert outbox.delete_bytes(alice.owner_id, id)
     assert not blobs.list_keys(f"uploads/{id}")
-    assert quotas._set_aside(alice.owner_id)[1] == {}
+    assert quotas._reservations(alice.owner_id)[1] == {}
 
 
 def test_a_file_one_has_already_is_recognised_before_it_is_sent(
@@ -152,7 +152,7 @@ def test_bytes_are_set_aside_so_that_two_together_cannot_pass_the_quota(
         datasets.receive(alice.owner_id, "form.jsonl", _sized(data))
     alices.post(told["cancel"])
     datasets.receive(alice.owner_id, "form.jsonl", _sized(data))
-    assert quotas._set_aside(alice.owner_id)[1] == {}
+    assert quotas._reservations(alice.owner_id)[1] == {}
     assert begin(alices, data[:-1], "other.jsonl").status_code == 422
 
 
@@ -261,7 +261,7 @@ def test_a_failure_while_it_is_put_together_may_be_tried_again(
 def test_what_was_set_aside_for_an_upload_that_never_came_to_be_is_given_back(alice: User) -> None:
     quotas.reserve(alice.owner_id, "upload-1", 1000)
     assert outbox.delete_bytes(alice.owner_id, "upload-1")
-    assert quotas._set_aside(alice.owner_id)[1] == {}
+    assert quotas._reservations(alice.owner_id)[1] == {}
 
 
 def test_only_the_page_that_sends_them_may_speak_to_the_bucket(alices: Client, bucket: Any) -> None:

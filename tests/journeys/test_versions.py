@@ -99,7 +99,7 @@ def test_what_is_too_long_for_another_base_goes_by_that_bases_report(alices: Cli
     old = upload(alice.owner_id, [*ROWS, long])
     assert "too long" not in page_of(alices, old)
     reading = DatasetReport(
-        old.dataset_id, "short", owner=alice.owner_id, facts={"id": "starter"}, status="ready"
+        old.dataset_id, "short", owner=alice.owner_id, base_snapshot={"id": "starter"}, status="ready"
     )
     found = report(blobs.local_path(old.key), Tokenizer.load(STARTER_FOLDER), EncodingOptions(24))
     stored = blobs.put_file(f"datasets/{alice.owner_id}/short.json", io.BytesIO(json.dumps(found).encode()))
@@ -154,10 +154,10 @@ def test_a_crash_after_the_bytes_are_stored_costs_one_more_round(alices: Client,
     half = versions.make(new)  # and then the worker died: its errand is still in the list
     assert half is not None
     assert (half.status, bool(half.key)) == ("checking", True)
-    assert f"check#{new.dataset_id}" in {row.job_id for row in outbox.waiting()}
+    assert f"check#{new.dataset_id}" in {row.job_id for row in outbox.pending()}
     new = come_through(new)
     assert (new.status, lines_of(new), new.sha256) == ("ready", ROWS[:10], half.sha256)
-    assert f"check#{new.dataset_id}" not in {row.job_id for row in outbox.waiting()}
+    assert f"check#{new.dataset_id}" not in {row.job_id for row in outbox.pending()}
 
 
 def test_a_version_whose_source_was_deleted_says_so(alices: Client, alice: User) -> None:
@@ -202,7 +202,7 @@ def test_a_full_quota_is_told_and_nothing_is_begun(alices: Client, alice: User, 
     quotas.take(alice.owner_id, "datasets", old.dataset_id)
     settings.JOBS = settings.JOBS | {"max_datasets_per_owner": 2}
     answer = press(alices, old, "split", follow=True)  # there is room for one of the two
-    assert "You have 2 datasets, the most at a time" in answer.content.decode()
+    assert "You have reached the limit of 2 datasets" in answer.content.decode()
     assert quotas.held(alice.owner_id, "datasets") == {old.dataset_id}
     assert len(access.list_datasets(alice.owner_id)) == 1
     assert pressed(alices, old, "duplicate").status == "checking"
