@@ -89,7 +89,8 @@ class User(AbstractUser):
 class ApiKeyQuerySet(models.QuerySet["ApiKey"]):
     def valid(self) -> ApiKeyQuerySet:
         now = timezone.now()
-        return self.filter(Q(expires_at=None) | Q(expires_at__gt=now), revoked_at=None)
+        keys: ApiKeyQuerySet = self.filter(Q(expires_at=None) | Q(expires_at__gt=now), revoked_at=None)
+        return keys
 
 
 class ApiKey(models.Model):

@@ -133,7 +133,7 @@ def money(value: Any) -> str:
 def moment(value: Any) -> dt.datetime | None:
     """Unix seconds, a datetime, or an ISO string → an aware datetime in the current time zone."""
     if isinstance(value, dt.datetime):
-        return timezone.localtime(value if value.tzinfo else value.replace(tzinfo=dt.UTC))
+        return _local(value if value.tzinfo else value.replace(tzinfo=dt.UTC))
     if isinstance(value, str):
         try:
             return moment(dt.datetime.fromisoformat(value))
@@ -142,7 +142,12 @@ def moment(value: Any) -> dt.datetime | None:
     number = finite(value)
     if number is None:
         return None
-    return timezone.localtime(dt.datetime.fromtimestamp(number, dt.UTC))
+    return _local(dt.datetime.fromtimestamp(number, dt.UTC))
+
+
+def _local(value: dt.datetime) -> dt.datetime:
+    local: dt.datetime = timezone.localtime(value)
+    return local
 
 
 def when(value: Any) -> str | SafeString:

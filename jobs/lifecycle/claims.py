@@ -111,11 +111,12 @@ class Claim:
         )
 
     def _mine(self) -> Condition:
-        return (
+        condition: Condition = (
             (Job.status == "running")
             & (Job.fencing_token == self.fencing_token)
             & (Job.lease_owner == self.lease_owner)
         )
+        return condition
 
     def heartbeat(
         self,

@@ -85,7 +85,8 @@ def move(
 
 
 def as_seen(job: Job) -> Condition:
-    return (Job.status == job.status) & (Job.version == job.version)
+    condition: Condition = (Job.status == job.status) & (Job.version == job.version)
+    return condition
 
 
 def entering(job: Job, status: str) -> list[Action]:
@@ -97,9 +98,12 @@ def entering(job: Job, status: str) -> list[Action]:
 
 def set_attribute(table: Any, name: str, value: Any) -> Action:
     attribute = getattr(table, name)
-    if value is None:
-        return attribute.remove()
-    return attribute.set(dict(value) if isinstance(value, Mapping) else value)
+    action: Action = (
+        attribute.remove()
+        if value is None
+        else attribute.set(dict(value) if isinstance(value, Mapping) else value)
+    )
+    return action
 
 
 def new_lease() -> str:

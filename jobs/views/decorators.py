@@ -20,7 +20,6 @@ AsyncView = Callable[..., Awaitable[HttpResponseBase]]
 def signed_in(view: View) -> View:
     """Requires a signed-in user; anything that isn't theirs is a 404."""
 
-    @login_required
     @wraps(view)
     def guarded(request: HttpRequest, *args: object, **kwargs: object) -> HttpResponseBase:
         try:
@@ -28,7 +27,8 @@ def signed_in(view: View) -> View:
         except access.NotFound as error:
             raise Http404 from error
 
-    return guarded
+    protected: View = login_required(guarded)
+    return protected
 
 
 def signed_in_async(view: AsyncView) -> AsyncView:

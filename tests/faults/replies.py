@@ -17,7 +17,7 @@ from unittest.mock import patch
 from botocore.exceptions import ReadTimeoutError
 from botocore.httpsession import URLLib3Session
 from botocore.retries import standard
-from pynamodb.exceptions import PynamoDBException
+from pynamodb.exceptions import DeleteError, PutError, PynamoDBException, UpdateError
 
 from jobs.events import event_log
 from jobs.lifecycle import finalize, transitions
@@ -80,7 +80,7 @@ def again(call: Callable[[], Answer]) -> Answer:
         try:
             return call()
         except PynamoDBException as error:
-            if not isinstance(error, tables.PutError | tables.UpdateError | tables.DeleteError):
+            if not isinstance(error, PutError | UpdateError | DeleteError):
                 raise
 
 

@@ -21,6 +21,7 @@ from unittest.mock import patch
 from botocore.exceptions import ReadTimeoutError
 from greenlet import GreenletExit, getcurrent, greenlet
 from pynamodb.connection.base import Connection
+from pynamodb.exceptions import PutError
 
 from jobs.events import event_log
 from jobs.lifecycle import finalize, transitions
@@ -363,7 +364,7 @@ class Sim:
             try:
                 event_log.append(claim, batch)
                 break
-            except tables.PutError:
+            except PutError:
                 lines = [*lines, '{"t":"more"}']  # only with the bug "thawed"
         claim.heartbeat({"step": 1}, None, batch.first_seq, batch.last_seq)
 
