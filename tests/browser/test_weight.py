@@ -48,7 +48,9 @@ def test_300_open_streams_hold_no_thread_and_no_sql_connection(web: Any, transac
         watched.append((f"/jobs/{job.job_id}/stream", browser_of(user).cookies["session"].value))
 
     async def watch(path: str, cookie: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        # From one address for each page: WEB_MAX_CONNECTIONS_PER_ADDRESS is 256.
+        source = f"127.0.0.{2 + [path for path, _ in watched].index(path)}"
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
         writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nCookie: session={cookie}\r\n\r\n".encode())
         await asyncio.wait_for(reader.readuntil(b"id: 2"), 60)
         return reader, writer
