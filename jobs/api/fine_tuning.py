@@ -152,14 +152,15 @@ def list_checkpoints(
     """Newest first. Each is a model for generation, under its own name."""
     job = _find(request.auth.owner, job_id)
     names = _checkpoint_names(job)
-    told = (
+    job_history = (
         history.JobHistory.from_events(event_log.read(request.auth.owner, job_id))
         if names
         else history.JobHistory()
     )
     times = {int(entry["step"]): entry.get("time") for entry in job.checkpoints}
     rows = [
-        _checkpoint(job, step, names[step], times.get(step), told) for step in sorted(names, reverse=True)
+        _checkpoint(job, step, names[step], times.get(step), job_history)
+        for step in sorted(names, reverse=True)
     ]
     rows = paging.rest(rows, after)
     return paging.page(rows[:limit], len(rows) > limit)
@@ -398,8 +399,8 @@ def _checkpoint_names(job: Row) -> dict[int, str]:
     return names
 
 
-def _checkpoint(job: Row, step: int, name: str, at: float | None, told: history.JobHistory) -> Json:
-    metric, held_out = told.metrics.get(step, {}), told.evals.get(step, {})
+def _checkpoint(job: Row, step: int, name: str, at: float | None, job_history: history.JobHistory) -> Json:
+    metric, held_out = job_history.metrics.get(step, {}), job_history.evals.get(step, {})
     return {
         "id": checkpoint_id(job, step),
         "object": "fine_tuning.job.checkpoint",

@@ -28,12 +28,12 @@ def is_result(file_id: str) -> bool:
 
 def content(owner: str, file_id: str) -> str:
     job = _job(owner, file_id)
-    told = history.JobHistory.from_events(event_log.read(owner, job.job_id))
+    job_history = history.JobHistory.from_events(event_log.read(owner, job.job_id))
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     table.writerow(COLUMNS)
-    for step in sorted(told.metrics.keys() | told.evals.keys()):
-        metric, held_out = told.metrics.get(step, {}), told.evals.get(step, {})
+    for step in sorted(job_history.metrics.keys() | job_history.evals.keys()):
+        metric, held_out = job_history.metrics.get(step, {}), job_history.evals.get(step, {})
         values = [row.get(name) for row in (metric, held_out) for name in ("loss", "accuracy")]
         table.writerow([step, *map(_cell, values)])
     return out.getvalue()

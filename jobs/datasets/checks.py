@@ -78,8 +78,8 @@ def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
         report = sandbox.run(arguments, "report")
     if report is None:
         return None
-    found: dict[str, Any] = next((f for f in report.get("findings", []) if f["code"] == "leak"), {})
-    return {"count": int(found.get("count") or 0), "lines": list(found.get("lines") or [])}
+    leak: dict[str, Any] = next((f for f in report.get("findings", []) if f["code"] == "leak"), {})
+    return {"count": int(leak.get("count") or 0), "lines": list(leak.get("lines") or [])}
 
 
 def summary_of(report: dict[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def receive(
         Dataset.sha256.set(stored.sha256),
     ]
     received = tables.update(
-        dataset, actions, Dataset.status == "receiving", lambda found: found.key == stored.key
+        dataset, actions, Dataset.status == "receiving", lambda current: current.key == stored.key
     )
     if size:
         quotas.unreserve(owner, dataset_id)
@@ -122,11 +122,11 @@ def receive_multipart(
         raise Rejected("The stored size does not match the file. Upload it again.")
     actions = [Dataset.status.set("checking"), Dataset.key.set(key), Dataset.bytes.set(size)]
     wanted = (Dataset.status == "receiving") & (Dataset.deleted == False)  # noqa: E712  a condition expression
-    found = tables.update(Dataset(owner, dataset_id), actions, wanted, lambda found: found.key == key)
-    if found is None:
+    current = tables.update(Dataset(owner, dataset_id), actions, wanted, lambda current: current.key == key)
+    if current is None:
         raise Rejected("The upload took too long. Upload it again.")
     outbox.enqueue("check", owner, dataset_id)
-    return found
+    return current
 
 
 def find_duplicate(dataset: Dataset) -> Dataset | None:
@@ -199,12 +199,12 @@ def finish_check(
     if sha256:
         actions.append(Dataset.sha256.set(sha256))
     condition = (Dataset.status == "checking") & (Dataset.deleted == False)  # noqa: E712  a condition expression
-    found = tables.update(Dataset(owner, dataset_id), actions, condition, lambda row: row.status == status)
-    if found and status == "rejected" and not keep:
+    current = tables.update(Dataset(owner, dataset_id), actions, condition, lambda row: row.status == status)
+    if current and status == "rejected" and not keep:
         blobs.delete_file(key)
-    if found:
+    if current:
         dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
-    return found
+    return current
 
 
 def recheck(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Dataset:
@@ -226,7 +226,7 @@ def recheck(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Dataset:
         Dataset.report_key.set(""),
         Dataset.error.set(""),
     ]
-    again = tables.update(dataset, actions, wanted, lambda found: found.format == dict(format))
+    again = tables.update(dataset, actions, wanted, lambda current: current.format == dict(format))
     if again is None:
         raise Rejected("The dataset is being checked. Wait for its report.")
     for row in tables.rows(DatasetReport, dataset_id):

@@ -26,49 +26,49 @@ from training.plan.events import Failure
 LEAKS = "#leaks#"  # instead of a base in the key: rows that two datasets share
 
 
-def uses_default_tokenizer(facts: Mapping[str, Any]) -> bool:
+def uses_default_tokenizer(snapshot: Mapping[str, Any]) -> bool:
     """Whether the dataset's own report is valid for this base."""
-    return base_models.tokenizer_family(facts) == catalog.STARTER
+    return base_models.tokenizer_family(snapshot) == catalog.STARTER
 
 
-def get(dataset_id: str, facts: Mapping[str, Any]) -> DatasetReport | None:
-    return tables.get(DatasetReport, dataset_id, base_models.tokenizer_family(facts))
+def get(dataset_id: str, snapshot: Mapping[str, Any]) -> DatasetReport | None:
+    return tables.get(DatasetReport, dataset_id, base_models.tokenizer_family(snapshot))
 
 
 def list_for(dataset_id: str) -> list[DatasetReport]:
     return [row for row in tables.rows(DatasetReport, dataset_id) if "#" not in row.base]
 
 
-def request_report(dataset: Dataset, facts: Mapping[str, Any]) -> DatasetReport:
+def request_report(dataset: Dataset, snapshot: Mapping[str, Any]) -> DatasetReport:
     """The report, or a pending one. Requests it again if it failed. Idempotent."""
-    base = base_models.tokenizer_family(facts)
-    found = tables.get(DatasetReport, dataset.dataset_id, base)
-    if found is not None and found.status != "failed":
-        if found.status == "checking":
+    base = base_models.tokenizer_family(snapshot)
+    current = tables.get(DatasetReport, dataset.dataset_id, base)
+    if current is not None and current.status != "failed":
+        if current.status == "checking":
             outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{base}")
-        return found
+        return current
     mine = secrets.token_hex(8)
     row = DatasetReport(
-        dataset.dataset_id, base, owner=dataset.owner, base_snapshot=dict(facts), request_id=mine
+        dataset.dataset_id, base, owner=dataset.owner, base_snapshot=dict(snapshot), request_id=mine
     )
     outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{base}")
     free = DatasetReport.dataset_id.does_not_exist() | (DatasetReport.status == "failed")
-    put = tables.put_if(row, free, lambda found: found.request_id == mine)
+    put = tables.put_if(row, free, lambda current: current.request_id == mine)
     outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{base}")
     return put or tables.get(DatasetReport, dataset.dataset_id, base) or row
 
 
-def request_row(dataset: Dataset, facts: Mapping[str, Any], line: int) -> DatasetReport:
+def request_row(dataset: Dataset, snapshot: Mapping[str, Any], line: int) -> DatasetReport:
     """The tokens of one row for this base. A request for another row replaces the first."""
-    key = row_key(base_models.tokenizer_family(facts))
-    found = tables.get(DatasetReport, dataset.dataset_id, key)
-    if found is not None and found.base_snapshot.get("line") == line and found.status != "failed":
-        return found
+    key = row_key(base_models.tokenizer_family(snapshot))
+    current = tables.get(DatasetReport, dataset.dataset_id, key)
+    if current is not None and current.base_snapshot.get("line") == line and current.status != "failed":
+        return current
     row = DatasetReport(
         dataset.dataset_id,
         key,
         owner=dataset.owner,
-        base_snapshot={**facts, "line": line},
+        base_snapshot={**snapshot, "line": line},
         request_id=secrets.token_hex(8),
     )
     outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{key}")
@@ -81,40 +81,42 @@ def request_leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | Non
     """Validation rows that are also in the training dataset: {"count", "lines"}. Requests the comparison if needed; None
     until it is known."""
     key = f"{LEAKS}{validation.dataset_id}"
-    found = tables.get(DatasetReport, dataset.dataset_id, key)
-    facts = {"validation": validation.dataset_id, "report": validation.report_key}
+    current = tables.get(DatasetReport, dataset.dataset_id, key)
+    snapshot = {"validation": validation.dataset_id, "report": validation.report_key}
     if (
-        found is None or found.base_snapshot != facts
+        current is None or current.base_snapshot != snapshot
     ):  # not asked for, or the other one is read in another way since
-        found = None
+        current = None
         outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{key}")
-        DatasetReport(dataset.dataset_id, key, owner=dataset.owner, base_snapshot=facts).save()
+        DatasetReport(dataset.dataset_id, key, owner=dataset.owner, base_snapshot=snapshot).save()
         outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{key}")
-    return dict(found.summary) if found is not None and found.summary else None
+    return dict(current.summary) if current is not None and current.summary else None
 
 
 def row_key(base: str) -> str:
     return f"{base}#row"
 
 
-def summary_for(dataset: Dataset, facts: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+def summary_for(dataset: Dataset, snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """(counts, whether they are of this base's own tokenizer)."""
-    if uses_default_tokenizer(facts):
+    if uses_default_tokenizer(snapshot):
         return dict(dataset.summary or {}), True
-    found = get(dataset.dataset_id, facts)
-    if found is not None and found.status == "ready":
-        return dict(found.summary or {}), True
+    current = get(dataset.dataset_id, snapshot)
+    if current is not None and current.status == "ready":
+        return dict(current.summary or {}), True
     return dict(dataset.summary or {}), False
 
 
 def for_job(job: Job, dataset: Dataset) -> DatasetReport | None:
     """The report that the job waits for, requested if needed; None if the dataset's own is valid. A failed one is not
     requested again: the training worker will report what is wrong with the base, or has already fetched it."""
-    facts = job.base_snapshot or {"id": job.base}
-    if uses_default_tokenizer(facts):
+    snapshot = job.base_snapshot or {"id": job.base}
+    if uses_default_tokenizer(snapshot):
         return None
-    found = get(dataset.dataset_id, facts)
-    return found if found is not None and found.status == "failed" else request_report(dataset, facts)
+    current = get(dataset.dataset_id, snapshot)
+    return (
+        current if current is not None and current.status == "failed" else request_report(dataset, snapshot)
+    )
 
 
 @outbox.handler("report")
@@ -144,24 +146,24 @@ def build(owner: str, id: str) -> bool:
             ),
         ]
     tables.update(
-        row, actions, DatasetReport.request_id == row.request_id, lambda found: found.status == status
+        row, actions, DatasetReport.request_id == row.request_id, lambda current: current.status == status
     )
     if line is None:
         dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
-    found = tables.get(DatasetReport, dataset_id, base)
+    current = tables.get(DatasetReport, dataset_id, base)
     return (
-        build(owner, id) if found is not None and found.status == "checking" else True
+        build(owner, id) if current is not None and current.status == "checking" else True
     )  # asked again meanwhile
 
 
 def _find_leaks(dataset: Dataset, row: DatasetReport) -> bool:
     validation = tables.get(Dataset, dataset.owner, str(row.base_snapshot["validation"]))
-    found = None
+    current = None
     if validation is not None and not validation.deleted and validation.status == "ready":
-        found = checks.leaks(dataset, validation)
-    actions = [DatasetReport.status.set("ready" if found else "failed")]
-    if found:
-        actions.append(DatasetReport.summary.set(found))
+        current = checks.leaks(dataset, validation)
+    actions = [DatasetReport.status.set("ready" if current else "failed")]
+    if current:
+        actions.append(DatasetReport.summary.set(current))
     tables.update(row, actions, DatasetReport.status == "checking")
     return True
 

@@ -77,16 +77,16 @@ def _ids(source: Dataset, name: str, many: int) -> tuple[list[str], bool]:
     mine = [new_id("file") for _ in range(many)]
     row = Usage(source.owner, f"version#{source.dataset_id}#{name}", data=mine)
     while True:
-        found = tables.put_new(row, lambda found: found.data == mine) or tables.get(
+        current = tables.put_new(row, lambda current: current.data == mine) or tables.get(
             Usage, *tables.keys_of(row)
         )
-        if found is None:
+        if current is None:
             continue
-        there = [tables.get(Dataset, source.owner, id) for id in found.data]
+        there = [tables.get(Dataset, source.owner, id) for id in current.data]
         if not any(one is not None and (one.deleted or one.status == "rejected") for one in there):
-            return list(found.data), all(there)
+            return list(current.data), all(there)
         fresh = [Usage.data.set(mine), Usage.version.add(1)]
-        if tables.update(row, fresh, Usage.version == found.version, lambda found: found.data == mine):
+        if tables.update(row, fresh, Usage.version == current.version, lambda current: current.data == mine):
             return mine, False
 
 
@@ -164,7 +164,7 @@ def _made(dataset: Dataset, max_bytes: int) -> Dataset | None:
 def _arguments(source: Dataset, origin: dict[str, Any], path: Path, folder: Path) -> list[str]:
     """The same settings as the check of the source, so that the rows match its report."""
     splits = origin["what"] == SPLIT
-    found = [
+    current = [
         "fix",
         str(path),
         "--to",
@@ -173,16 +173,16 @@ def _arguments(source: Dataset, origin: dict[str, Any], path: Path, folder: Path
         "" if splits else str(origin["what"]),
     ]
     if source.format:
-        found += ["--format", json.dumps(source.format)]
+        current += ["--format", json.dumps(source.format)]
     if splits:
-        return [*found, "--validation", str(folder / "aside.jsonl"), "--fraction", str(FRACTION)]
-    facts = origin.get("facts") or {"id": catalog.STARTER}
+        return [*current, "--validation", str(folder / "aside.jsonl"), "--fraction", str(FRACTION)]
+    snapshot = origin.get("facts") or {"id": catalog.STARTER}
     try:
-        found += ["--tokenizer", str(base_models.folder(str(facts["id"]), facts, only="tokenizer"))]
+        current += ["--tokenizer", str(base_models.folder(str(snapshot["id"]), snapshot, only="tokenizer"))]
     except Failure as failure:
         raise Refused(f"{failure.message} {failure.advice}".strip()) from failure
     length = origin.get("sequence_length") or (source.summary or {}).get("sequence_length")
-    return [*found, "--sequence-length", str(int(length))] if length else found
+    return [*current, "--sequence-length", str(int(length))] if length else current
 
 
 def _file(origin: dict[str, Any]) -> str:

@@ -74,8 +74,8 @@ def append(claim: Lease, batch: Batch) -> None:
         put_if(
             chunk,
             free,
-            already_applied=lambda found: (
-                found.lease_owner == claim.lease_owner and found.last_seq == batch.last_seq
+            already_applied=lambda current: (
+                current.lease_owner == claim.lease_owner and current.last_seq == batch.last_seq
             ),
         )
         is None

@@ -172,7 +172,7 @@ async def test_a_web_holds_more_connections_than_its_system_allows_at_first(
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (120, hard))  # what it starts inherits this
     try:
-        process = other.start("web", *web_argv(other.url))
+        process = other.start("web", "llmtuner", "web")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     try:
@@ -189,11 +189,6 @@ async def test_a_web_holds_more_connections_than_its_system_allows_at_first(
             assert len(await asyncio.gather(*asked)) == 60
     finally:
         other.stop()
-
-
-def web_argv(url: str) -> list[str]:
-    port = url.rsplit(":", 1)[1]
-    return ["uvicorn", "llmtuner.asgi:application", "--host", "127.0.0.1", "--port", port]
 
 
 def answers(url: str) -> bool:

@@ -134,8 +134,8 @@ def _instruction(
     more = _string(line, record, columns["input"]) if record.get(columns.get("input", "")) else ""
     if not (question + more).strip() and not answer.strip():
         raise BadRow(line, "instruction and output are both empty", "Fill them in or drop the row.")
-    asked = f"{question}\n\n{more}" if more else question
-    return {"role": "user", "content": asked}, {"role": "assistant", "content": answer}
+    prompt = f"{question}\n\n{more}" if more else question
+    return {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
 
 
 def _messages(line: int, value: Any) -> tuple[dict[str, Any], ...]:

@@ -328,9 +328,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, help="a model folder, `starter`, or a model name on the Hub"
     )
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", help="text to continue")
-    asked.add_argument("--messages", help='a conversation as JSON: [{"role": "user", "content": …}]')
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--prompt", help="text to continue")
+    group.add_argument("--messages", help='a conversation as JSON: [{"role": "user", "content": …}]')
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the most likely token")
     parser.add_argument("--top-p", type=float, default=1.0)

@@ -241,11 +241,11 @@ class _Report:
             )
 
     def _remember(self, row: Row, text: str) -> None:
-        asked, answer = question_and_answer(row)
+        prompt, answer = question_and_answer(row)
         self.exact.add(text, row.line)
-        self.near.add(f"{asked}\n{normal(answer)}", row.line)
-        if asked:
-            self.prompts.add(asked, row.line)
+        self.near.add(f"{prompt}\n{normal(answer)}", row.line)
+        if prompt:
+            self.prompts.add(prompt, row.line)
         if len(self.answers) < 2:
             self.answers.add(fingerprint(answer))
 
@@ -253,10 +253,10 @@ class _Report:
         """Finds rows of the validation file that are also in the training file, whole or by their prompt."""
         rows_there, questions = DuplicateIndex(), DuplicateIndex()
         for row in rows(validation, format, on_bad=lambda bad: None):
-            asked, answer = question_and_answer(row)
-            rows_there.add(f"{asked}\n{normal(answer)}", row.line)
-            if asked:
-                questions.add(asked, row.line)
+            prompt, answer = question_and_answer(row)
+            rows_there.add(f"{prompt}\n{normal(answer)}", row.line)
+            if prompt:
+                questions.add(prompt, row.line)
         for line in sorted({*self.near.common(rows_there), *self.prompts.common(questions)}):
             self.findings.add("leak", line)
 
@@ -324,8 +324,8 @@ def question_and_answer(row: Row) -> tuple[str, str]:
         return "", row.text
     answers = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
     last = answers[-1] if answers else len(row.messages)
-    asked = "\n".join(f"{m['role']}: {m['content']}" for m in row.messages[:last])
-    return normal(asked), row.messages[last]["content"] if answers else ""
+    prompt = "\n".join(f"{m['role']}: {m['content']}" for m in row.messages[:last])
+    return normal(prompt), row.messages[last]["content"] if answers else ""
 
 
 def colored_tokens(example: Example, tokenizer: Tokenizer, limit: int = SAMPLE_TOKENS) -> dict[str, Any]:

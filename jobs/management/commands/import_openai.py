@@ -118,10 +118,10 @@ def _aliases(job: dict[str, Any]) -> list[str]:
 def _settings(job: dict[str, Any]) -> dict[str, Any]:
     """Epochs and batch size as they were; the learning rate's multiplier was of OpenAI's own, unknown rate."""
     method = job.get("method") or {}
-    asked = (
+    hyperparameters = (
         (method.get(method.get("type", ""), {}) or {}).get("hyperparameters")
         or job.get("hyperparameters")
         or {}
     )
-    settings = {"epochs": asked.get("n_epochs"), "batch_size": asked.get("batch_size")}
+    settings = {"epochs": hyperparameters.get("n_epochs"), "batch_size": hyperparameters.get("batch_size")}
     return {name: value for name, value in settings.items() if isinstance(value, int)}
