@@ -42,11 +42,11 @@ def make_model(owner: str, **fields: object) -> TunedModel:
 
 def test_a_model_nobody_added_is_no_base():
     owner = make_owner()
-    with pytest.raises(transitions.Refused, match="no model people/tiny") as refused:
+    with pytest.raises(transitions.Refused, match="no base model people/tiny") as refused:
         make_job(owner, base="people/tiny")
     assert refused.value.field == "base"
     add(make_owner())  # somebody else did
-    with pytest.raises(transitions.Refused, match="no model people/tiny"):
+    with pytest.raises(transitions.Refused, match="no base model people/tiny"):
         make_job(owner, base="people/tiny")
 
 
