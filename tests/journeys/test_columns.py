@@ -186,7 +186,7 @@ def test_the_tokens_of_any_row_can_be_seen(alices: Client, alice: User) -> None:
     assert "Number 30?" in "".join(text for _, text in tokens)
     show_row(alices, dataset, "999")
     run_errands(dataset)
-    assert "No row begins in line 999." in alices.get(address.replace("31", "999")).content.decode()
+    assert "No row begins on line 999." in alices.get(address.replace("31", "999")).content.decode()
     assert not re.search(r"Line 31\s*<", alices.get(address).content.decode())  # one at a time is kept
 
 

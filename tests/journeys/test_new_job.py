@@ -209,7 +209,8 @@ def test_a_refused_model_is_told_beside_its_field(
     answer = post(alices, where, dataset, hub="people/other")
     assert answer.status_code == 422
     assert re.search(
-        r'id="hint-hub"\s+class="field-error">\s*The Hub has no model people/other', answer.content.decode()
+        r'id="hint-hub"\s+class="field-error">\s*The Hub has no (public )?model (named )?people/other',
+        answer.content.decode(),
     )
     assert not len(access.list_jobs(alice.owner_id))
 
@@ -224,7 +225,7 @@ def test_ones_own_model_can_be_the_base_and_nobody_elses(
     answer = post(alices, NEW, dataset, base=theirs.model_id)
     nobodys = post(alices, NEW, dataset, base=theirs.model_id[:-2] + "~~")
     assert answer.status_code == nobodys.status_code == 422
-    message = r'class="field-error">(There is no model [^<]*)<'
+    message = r'class="field-error">\s*(There is no base model [^<]*)<'
     told = [re.search(message, a.content.decode())[1] for a in (answer, nobodys)]
     assert told[0].replace(theirs.model_id, "") == told[1].replace(theirs.model_id[:-2] + "~~", "")
     assert post(alices, NEW, dataset, base=mine.model_id).status_code == 302

@@ -171,7 +171,7 @@ def test_a_size_that_is_none_is_refused(alices: Client, size: str) -> None:
 def test_too_large_a_file_is_refused_before_a_byte_is_sent(alices: Client, settings: Any) -> None:
     size = settings.JOBS["max_upload_bytes"] + 1
     answer = alices.post(reverse("jobs:begin_upload"), {"name": "a", "bytes": str(size)})
-    assert "at most" in answer.json()["error"]
+    assert "the limit is" in answer.json()["error"]
 
 
 def test_somebody_elses_upload_does_not_exist(alices: Client, bobs: Client, alice: User) -> None:
@@ -251,8 +251,7 @@ def test_a_failure_while_it_is_put_together_may_be_tried_again(
     put(alices, told, data, 1, 2, 3, 4)
     with monkeypatch.context() as broken:
         broken.setattr(blobs, "blocks", lambda key: (_ for _ in ()).throw(blobs.StorageError("away")))
-        with pytest.raises(blobs.StorageError):
-            alices.post(told["complete"])
+        assert alices.post(told["complete"]).status_code == 503
     assert not len(access.list_datasets(alice.owner_id))
     assert alices.post(told["complete"]).status_code == 200
     assert content_of(access.list_datasets(alice.owner_id).rows[0]) == data

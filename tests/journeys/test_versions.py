@@ -81,7 +81,7 @@ def test_doubled_rows_go_and_the_page_says_which(alices: Client, alice: User) ->
     for part in (
         "63 rows before, 61 after",
         "Removed: lines 61, 63 of the original file",
-        "61</span><del",  # the difference, row by row
+        "61</span> <del",  # the difference, row by row
         "Number 3? It is 9.</del>",
         f"/{old.dataset_id}/",
     ):
