@@ -75,7 +75,7 @@ def test_files_become_datasets_once(exported: Path):
 def test_described_jobs_are_trained_here_with_what_they_had(exported: Path):
     alice = make_user("alice")
     said = imported(exported, alice, start=True)
-    assert "'gpt-9' is not here" in said
+    assert "There is no base model 'gpt-9'" in said
     (job,) = access.list_jobs(alice.owner_id, 10)
     names = {row.dataset_id: row.name for row in access.list_datasets(alice.owner_id, 10)}
     assert (names[job.dataset_id], names[job.validation_dataset_id]) == (

@@ -27,6 +27,7 @@ import pytest
 import redis as redis_client
 from botocore.exceptions import ClientError
 
+from llmtuner.processes import QUEUES
 from tests import services
 from tests.journeys.test_studio import House
 
@@ -206,7 +207,7 @@ def test_every_process_writes_for_its_own_account_only(house: Started):
             masks[command] = next(
                 (line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), "0077"
             )
-    for part in ("redis-server", "dynalite", "uvicorn", "-Q checks", "-Q training", "-Q inference"):
+    for part in ("redis-server", "dynalite", "llmtuner web", *(f"worker {queue}" for queue in QUEUES)):
         assert any(part in command for command in masks), masks
     assert set(masks.values()) == {"0077"}, masks
 
@@ -277,7 +278,7 @@ def test_supervisord_goes_on_when_nothing_can_be_written(house: Started):
 
     def worker() -> int:
         return next(
-            (pid for pid, command in house.pids().items() if "celery" in command and "-Q checks" in command),
+            (pid for pid, command in house.pids().items() if "llmtuner worker checks" in command),
             0,
         )
 
