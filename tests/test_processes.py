@@ -20,7 +20,8 @@ def test_no_other_file_starts_web_or_a_worker_by_another_command():
     paths += [path for path in ROOT.iterdir() if path.is_file()]
     texts = {path: path.read_bytes().decode(errors="replace") for path in paths if path.suffix != ".pyc"}
     found = {str(path.relative_to(ROOT)) for path, text in texts.items() if OWN_COMMAND.search(text)}
-    assert found <= {"docs/log.md"}
+    # stack.py also starts the first release, which has no other command.
+    assert found <= {"docs/log.md", "tests/golden/stack.py"}
 
 
 def test_compose_runs_web_and_a_worker_of_each_queue():

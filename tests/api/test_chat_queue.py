@@ -48,7 +48,8 @@ def paused(generating: Any) -> Iterator[Callable[[], None]]:
 def watched_redis() -> Iterator[list[str]]:
     """Every command that Redis runs meanwhile, in its order."""
     commands: list[str] = []
-    client = redis.Redis.from_url(settings.REDIS_URL, decode_responses=True)
+    # Without a time limit of its own: on a busy machine nothing may be said for longer.
+    client = redis.Redis.from_url(settings.REDIS_URL, decode_responses=True, socket_timeout=None)
     with client.monitor() as monitor:
 
         def listen() -> None:

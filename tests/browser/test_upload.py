@@ -91,7 +91,7 @@ def test_the_same_file_is_recognised_before_it_is_sent(page: Any, owner: str, tm
     page.wait_for_url("**/datasets/file-*/")
     page.goto("/datasets/")
     page.set_input_files("input[type=file]", small)
-    page.get_by_text("You have this file already").wait_for()
+    page.get_by_text("You already have this file").wait_for()
     assert page.locator("[data-duplicate] a").inner_text() == "small.jsonl"
     page.get_by_role("button", name="Upload anyway").click()
     page.wait_for_url("**/datasets/file-*/")

@@ -89,6 +89,10 @@ def test_it_is_killed_with_its_parent():
     )
     assert parent.stdout
     pid = int(parent.stdout.readline())
+    until = time.monotonic() + 60
+    while not _runs_the_trainer(pid):  # the program that asks the kernel for the signal has run by then
+        assert time.monotonic() < until
+        time.sleep(0.01)
     os.kill(pid, signal.SIGSTOP)  # it can do nothing for it: only the kernel's signal ends it
     parent.kill()
     parent.wait()
@@ -98,6 +102,11 @@ def test_it_is_killed_with_its_parent():
     ):
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def _runs_the_trainer(pid: int) -> bool:
+    program, *arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return b"python" in program and arguments[:2] == [b"-m", b"training"]
 
 
 def test_lines_are_read_whole():

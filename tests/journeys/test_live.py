@@ -186,8 +186,8 @@ async def test_a_trainers_line_cannot_forge_fields(browser: Client, alice: User)
 async def test_sign_out_closes_the_stream(
     browser: Client, alice: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live, "AUTHORISE_S", 0.2)
-    monkeypatch.setattr(live, "LOOK_S", 0.1)
+    monkeypatch.setattr(live, "AUTHORIZE_S", 0.2)
+    monkeypatch.setattr(live, "CHECK_S", 0.1)
     stream = Stream(browser, make_job(alice.owner_id, lines=[metric(1)]).job_id)
     task = asyncio.create_task(live.stream(stream.scope, stream.receive, stream.send))
     await stream.until("id: 1")
@@ -202,7 +202,7 @@ async def test_a_person_may_watch_twenty_times_at_once(browser: Client, alice: U
         await streams[-1].until("id: 1")
         one_more = Stream(browser, job.job_id)
         assert await one_more.answer() == 429
-    assert not live._open
+    assert not live._open_streams
 
 
 async def test_300_watchers_hold_no_thread_and_no_connection_and_read_the_store_once(

@@ -140,7 +140,7 @@ def test_after_kill_9_of_everything_all_is_there_and_the_running_job_goes_on(hou
         assert end["status"] in {"queued", "running", "retrying"}, end
         assert time.monotonic() < deadline, end
         time.sleep(1)
-    assert end["epoch"] >= 2
+    assert end["fencing_token"] >= 2
     assert end["model"]
     assert end["seqs"] == list(range(1, len(end["seqs"]) + 1))
 
