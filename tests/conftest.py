@@ -137,7 +137,9 @@ class Studio:
 @pytest.fixture(scope="session")
 def web(stores: None, django_db_setup: None, folder: Path) -> Iterator[Studio]:
     """A running web process. Users made in tests must be committed: use `transactional_db`."""
-    studio = Studio(os.environ["PUBLIC_URL"], folder)
+    # All people of the tests come from one address; tests/journeys/test_connections.py has webs with the usual bound.
+    unbounded = {"WEB_MAX_CONNECTIONS_PER_ADDRESS": "0"}
+    studio = Studio(os.environ["PUBLIC_URL"], folder, environment=unbounded)
     studio.start_web()
     yield studio
     studio.stop()

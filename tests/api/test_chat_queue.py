@@ -49,8 +49,10 @@ def watched_redis() -> Iterator[list[str]]:
     """Every command that Redis runs meanwhile, in its order."""
     commands: list[str] = []
     # Without a time limit of its own: on a busy machine nothing may be said for longer.
-    client = redis.Redis.from_url(settings.REDIS_URL, decode_responses=True, socket_timeout=None)
-    with client.monitor() as monitor:
+    # A client of its own: its connection is still being read when the monitor is closed.
+    watcher = redis.Redis.from_url(settings.REDIS_URL, decode_responses=True, socket_timeout=None)
+    client = redis.Redis.from_url(settings.REDIS_URL)
+    with watcher.monitor() as monitor:
 
         def listen() -> None:
             with contextlib.suppress(redis.exceptions.ConnectionError, ValueError, OSError):
