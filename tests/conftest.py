@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from django.core.cache import cache
 
 from tests import services
 from tests.factories import make_user
@@ -56,6 +57,14 @@ def redis(folder: Path) -> Iterator[services.Service]:
 @pytest.fixture(scope="session")
 def stores(dynamodb: services.Service, redis: services.Service) -> None:
     """Real DynamoDB with our tables, and real Redis."""
+
+
+@pytest.fixture
+def rate_limits(redis: services.Service) -> Iterator[None]:
+    """No attempt to sign in or up counted yet, and none left for the next test: all come from one address."""
+    cache.clear()
+    yield
+    cache.clear()
 
 
 @pytest.fixture

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from django.core.cache import cache
 from django.test import Client
 from django.urls import get_resolver
 
 from accounts.models import User
-from tests import services
 from tests.factories import PASSWORD
 
 
@@ -21,10 +17,8 @@ def addresses() -> None:
 
 
 @pytest.fixture(autouse=True)
-def counters(redis: services.Service) -> Iterator[None]:
-    cache.clear()
-    yield
-    cache.clear()
+def counters(rate_limits: None) -> None:
+    """Every test of this folder starts with no attempt counted."""
 
 
 @pytest.fixture

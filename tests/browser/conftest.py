@@ -52,7 +52,9 @@ def is_complaint(message: Any) -> bool:
 
 
 @pytest.fixture
-def page(chromium: Any, web: Any, transactional_db: None, complaints: list[str]) -> Iterator[Any]:
+def page(
+    chromium: Any, web: Any, transactional_db: None, rate_limits: None, complaints: list[str]
+) -> Iterator[Any]:
     context = chromium.new_context(base_url=web.url, accept_downloads=True)
     context.set_default_timeout(120_000)
     page = context.new_page()

@@ -34,9 +34,6 @@ def device(page: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def alice(page: Any) -> Any:
-    from django.core.cache import cache
-
-    cache.clear()  # the counters of sign-in
     return make_user("alice")
 
 
