@@ -71,7 +71,7 @@ def open_store() -> Any:
 
 
 def explore(scores: Scores, runs: int) -> None:
-    from tests.jobs import protocol
+    from tests.jobs.lifecycle import protocol
 
     for scenario in protocol.SCENARIOS:
         wrong, calls, started = 0, 0, time.monotonic()
@@ -86,8 +86,8 @@ def explore(scores: Scores, runs: int) -> None:
 
 
 def planted(scores: Scores) -> None:
-    from tests.jobs import protocol
-    from tests.jobs.planted import PLANTED
+    from tests.jobs.lifecycle import protocol
+    from tests.jobs.lifecycle.planted import PLANTED
 
     caught = 0
     for bug in PLANTED:

@@ -7,15 +7,21 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from django.core.cache import cache
 
 from tests import services
-from tests.factories import make_user
+from tests.factories import browser_of, make_user
+
+if TYPE_CHECKING:
+    from django.test import Client
+
+    from accounts.models import User
 
 ROOT = services.ROOT
 
@@ -68,21 +74,37 @@ def rate_limits(redis: services.Service) -> Iterator[None]:
 
 
 @pytest.fixture
-def alice(db: None):
+def alice(db: None) -> User:
     """Alice owns things."""
     return make_user("alice")
 
 
 @pytest.fixture
-def bob(db: None):
+def bob(db: None) -> User:
     """Bob is another customer."""
     return make_user("bob")
 
 
 @pytest.fixture
-def sam(db: None):
+def sam(db: None) -> User:
     """Sam is staff."""
     return make_user("sam", is_staff=True, is_superuser=True)
+
+
+@pytest.fixture
+def alices(alice: User) -> Client:
+    """Alice's browser."""
+    return browser_of(alice)
+
+
+@pytest.fixture
+def bobs(bob: User) -> Client:
+    return browser_of(bob)
+
+
+@pytest.fixture
+def sams(sam: User) -> Client:
+    return browser_of(sam)
 
 
 @dataclass
@@ -146,7 +168,7 @@ class Studio:
 @pytest.fixture(scope="session")
 def web(stores: None, django_db_setup: None, folder: Path) -> Iterator[Studio]:
     """A running web process. Users made in tests must be committed: use `transactional_db`."""
-    # All people of the tests come from one address; tests/journeys/test_connections.py has webs with the usual bound.
+    # All people of the tests come from one address; tests/llmtuner/test_connections.py has webs with the usual bound.
     unbounded = {"WEB_MAX_CONNECTIONS_PER_ADDRESS": "0"}
     studio = Studio(os.environ["PUBLIC_URL"], folder, environment=unbounded)
     studio.start_web()
@@ -167,3 +189,20 @@ def studio(web: Studio) -> Iterator[Studio]:
         web.start_worker(name)
     yield web
     web.stop(*(name for name in queues if name in web.processes))
+
+
+@pytest.fixture
+def start_web(tmp_path: Path) -> Iterator[Callable[..., int]]:
+    """Starts a web process of the test's own with these settings, and returns its port."""
+    studios = []
+
+    def start(**environment: str) -> int:
+        port = services.free_port()
+        studio = Studio(f"http://localhost:{port}", tmp_path, environment=environment)
+        studios.append(studio)
+        studio.start_web()
+        return port
+
+    yield start
+    for studio in studios:
+        studio.stop()

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # both need the settings, which are not read yet when pytest loads this
+    from django.test import Client
+
+    from accounts.models import User
 
 PASSWORD = "correct-horse-battery-9"
 
 
-def make_user(name: str, **fields: Any):
-    """A person with a verified e-mail address, unique per call so that DynamoDB rows of other tests never mix in."""
+def make_user(name: str, **fields: Any) -> User:
+    """A user with a verified email address, unique per call so that DynamoDB rows of other tests never mix in.
+    Without `password=` nobody can sign in as this user by typing; hashing one takes longer than most tests."""
     from allauth.account.models import EmailAddress
     from django.contrib.auth import get_user_model
 
     email = f"{name}-{secrets.token_hex(4)}@example.com"
-    user = get_user_model().objects.create_user(email=email, password=PASSWORD, **fields)
+    user: User = get_user_model().objects.create_user(email=email, **fields)
     EmailAddress.objects.create(user=user, email=email, verified=True, primary=True)
     return user
+
+
+def browser_of(user: User) -> Client:
+    """Django's test client, signed in as this user."""
+    from django.test import Client
+
+    client = Client()
+    client.force_login(user, backend="allauth.account.auth_backends.AuthenticationBackend")
+    return client

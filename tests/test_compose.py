@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llmtuner import env
-from tests.accounts.test_production import SAFE, problems_with
+from tests.llmtuner.test_production import SAFE, problems_with
 from tests.services import ROOT
 
 TEXT = (ROOT / "docker-compose.yml").read_text()

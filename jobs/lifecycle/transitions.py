@@ -1,4 +1,4 @@
-"""A job's life: every state, and every move between them. This text, `tests/jobs/protocol.py` and the code say the same;
+"""A job's life: every state, and every move between them. This text, `tests/jobs/lifecycle/protocol.py` and the code say the same;
 change them together.
 
     validating ──► queued ◄─────────────┐        validating  its dataset is still being checked

@@ -7,7 +7,7 @@ from django.test import Client
 from django.urls import get_resolver
 
 from accounts.models import User
-from tests.factories import PASSWORD
+from tests.factories import PASSWORD, make_user
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,3 +32,19 @@ def sign_in(page: Client, user: User, password: str = PASSWORD, **headers: str):
 
 def is_signed_in(page: Client) -> bool:
     return page.get("/account/").status_code == 200
+
+
+@pytest.fixture
+def alice(db: None) -> User:
+    """Alice signs in by typing."""
+    return make_user("alice", password=PASSWORD)
+
+
+@pytest.fixture
+def sam(db: None) -> User:
+    return make_user("sam", password=PASSWORD, is_staff=True, is_superuser=True)
+
+
+@pytest.fixture
+def bob(db: None) -> User:
+    return make_user("bob", password=PASSWORD)

@@ -82,7 +82,7 @@ def work_of(request_once: Callable[[str], None], email: str) -> Work:
 @pytest.fixture
 def known(db: None, settings: Any) -> str:
     settings.PASSWORD_HASHERS = [f"{__name__}.CountingHasher", *settings.PASSWORD_HASHERS[1:]]
-    return make_user("kim").email
+    return make_user("kim", password=PASSWORD).email
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from django.test import Client
 from accounts.models import User
 from tests import services
 from tests.accounts.conftest import is_signed_in
-from tests.factories import make_user
+from tests.factories import PASSWORD, make_user
 
 PROVIDER = services.free_port()
 
@@ -131,7 +131,7 @@ def test_an_address_google_has_not_verified_does_not_sign_in(db, google: Google,
 
 @pytest.mark.parametrize("verified", [True, False])
 def test_the_address_of_a_local_account_opens_nothing(db, google: Google, page: Client, verified: bool):
-    alice = make_user("alice")
+    alice = make_user("alice", password=PASSWORD)
     google.has("g-7", alice.email, verified=verified)
     answer = page.get(google.agree(page, "g-7"), follow=True)
     assert answer.request["PATH_INFO"] == "/accounts/login/"

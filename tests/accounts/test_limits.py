@@ -44,7 +44,7 @@ def test_the_right_password_is_refused_too_while_limited(alice: User, page: Clie
 
 def test_one_address_cannot_go_through_many_accounts(db, page: Client, checked: list[str]):
     for i in range(30):
-        guess(page, make_user(f"person{i}"), 1)
+        guess(page, make_user(f"person{i}", password=PASSWORD), 1)
     assert len(checked) <= ALLOWED
 
 
@@ -63,14 +63,19 @@ def test_forged_forwarding_headers_change_nothing(
 def test_behind_a_proxy_only_the_proxys_word_counts(db, page: Client, settings, checked: list[str]):
     settings.ALLAUTH_TRUSTED_PROXY_COUNT = 1
     for i in range(30):  # what stands before the last comma comes from the guesser
-        guess(page, make_user(f"person{i}"), 1, **{"X-Forwarded-For": f"203.0.113.{i}, 198.51.100.7"})
+        guess(
+            page,
+            make_user(f"person{i}", password=PASSWORD),
+            1,
+            **{"X-Forwarded-For": f"203.0.113.{i}, 198.51.100.7"},
+        )
     assert len(checked) <= ALLOWED
 
 
 def test_who_comes_past_the_proxies_is_limited_too(db, page: Client, settings, checked: list[str]):
     settings.ALLAUTH_TRUSTED_PROXY_COUNT = 2
     for i in range(30):
-        guess(page, make_user(f"person{i}"), 1, **{"X-Forwarded-For": f"203.0.113.{i}"})
+        guess(page, make_user(f"person{i}", password=PASSWORD), 1, **{"X-Forwarded-For": f"203.0.113.{i}"})
     assert 0 < len(checked) <= ALLOWED
 
 
@@ -107,7 +112,7 @@ def test_being_limited_is_said_in_our_words(page: Client, db):
 def test_a_running_server_does_not_believe_forwarding_headers(web, transactional_db):
     import requests
 
-    user = make_user("alice")
+    user = make_user("alice", password=PASSWORD)
     page = requests.Session()
     statuses = set()
     for i in range(ALLOWED + 3):

@@ -11,7 +11,7 @@ from django.test import Client
 from accounts import api_keys
 from accounts.models import User
 from tests.accounts.conftest import sign_in
-from tests.factories import make_user
+from tests.factories import PASSWORD, make_user
 
 VISITOR = ["/accounts/login/", "/accounts/signup/", "/accounts/password/reset/", "/nowhere"]
 MEMBER = [
@@ -117,7 +117,7 @@ def test_the_admin_is_for_staff(alice: User, page: Client, address: str):
 
 
 def test_staff_make_nobody_a_superuser(sam: User, page: Client):
-    helper = make_user("helper", is_staff=True)
+    helper = make_user("helper", is_staff=True, password=PASSWORD)
     helper.user_permissions.set(Permission.objects.filter(codename__in=["view_user", "change_user"]))
     sign_in(page, helper)
     wish = {"is_active": "on", "is_staff": "on", "is_superuser": "on"}

@@ -87,7 +87,7 @@ def test_two_at_once_with_the_same_refresh_token_get_one_pair_at_most(transactio
         finally:
             connections.close_all()
 
-    pair = sign_in(make_user("alice"))
+    pair = sign_in(make_user("alice", password=PASSWORD))
     with ThreadPoolExecutor(4) as pool:
         answers = sorted(pool.map(refresh_in_thread, [pair["refresh_token"]] * 4))
     assert answers == [200, 400, 400, 400]

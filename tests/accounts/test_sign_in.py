@@ -246,7 +246,7 @@ def test_signing_in_sends_nobody_to_another_site(alice: User, page: Client, targ
 
 
 def test_signing_in_goes_on_to_the_page_one_wanted(db, page: Client):
-    user = make_user("kim")
+    user = make_user("kim", password=PASSWORD)
     asked = page.get("/account/")
     assert asked.headers["Location"] == "/accounts/login/?next=/account/"
     answer = page.post("/accounts/login/", {"login": user.email, "password": PASSWORD, "next": "/account/"})

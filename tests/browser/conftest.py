@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.journeys.conftest import browser_of, make_person
+from tests.factories import browser_of, make_user
 
 # How htmx tells of a request that was under way when its page was left. One that failed has other words for it.
 LEFT = ("htmx:afterRequest", "htmx:sendAbort")
@@ -68,7 +68,7 @@ def page(
 @pytest.fixture
 def owner(page: Any, web: Any) -> str:
     """Signed in as Alice, by the cookie of a session."""
-    user = make_person("alice")
+    user = make_user("alice")
     cookie = browser_of(user).cookies["session"]
     page.context.add_cookies([{"name": "session", "value": cookie.value, "url": web.url}])
     return user.owner_id

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.journeys.conftest import browser_of, make_person
-from tests.journeys.makers import make_dataset, make_job, make_model, make_record, metric
+from tests.factories import browser_of, make_user
+from tests.jobs.views.makers import make_dataset, make_job, make_model, make_record, metric
 
 pytestmark = pytest.mark.browser
 
@@ -54,7 +54,7 @@ def test_what_can_be_pressed_has_a_name_and_each_page_one_heading(page: Any, own
 
 
 def test_a_page_polls_where_the_stream_is_cut_off(page: Any, owner: str, complaints: list[str]) -> None:
-    from tests.journeys.test_live import grow
+    from tests.jobs.views.test_live import grow
 
     job = make_job(owner, lines=[metric(1), metric(2)])
     page.route("**/stream*", lambda route: route.abort())
@@ -69,7 +69,7 @@ def test_a_page_polls_where_the_stream_is_cut_off(page: Any, owner: str, complai
 def test_it_all_works_without_javascript(
     chromium: Any, web: Any, transactional_db: None, tmp_path: Any
 ) -> None:
-    user = make_person("alice")
+    user = make_user("alice")
     context = chromium.new_context(base_url=web.url, java_script_enabled=False)
     context.add_cookies(
         [{"name": "session", "value": browser_of(user).cookies["session"].value, "url": web.url}]

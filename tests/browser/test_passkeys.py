@@ -34,7 +34,7 @@ def device(page: Any) -> Iterator[Any]:
 
 @pytest.fixture
 def alice(page: Any) -> Any:
-    return make_user("alice")
+    return make_user("alice", password=PASSWORD)
 
 
 def sign_in(page: Any, user: Any) -> None:

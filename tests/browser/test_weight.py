@@ -13,8 +13,8 @@ import pytest
 
 from jobs.store import blobs, tables
 from jobs.store.tables import TunedModel
-from tests.journeys.conftest import browser_of, make_person
-from tests.journeys.makers import make_job, metric
+from tests.factories import browser_of, make_user
+from tests.jobs.views.makers import make_job, metric
 
 pytestmark = pytest.mark.slow
 GIGABYTE = 10**9
@@ -43,7 +43,7 @@ def test_300_open_streams_hold_no_thread_and_no_sql_connection(web: Any, transac
     pid, port = web.processes["web"].pid, int(web.url.rsplit(":", 1)[1])
     watched = []
     for n in range(15):
-        user = make_person(f"watcher{n}")
+        user = make_user(f"watcher{n}")
         job = make_job(user.owner_id, lines=[metric(1), metric(2)])
         watched.append((f"/jobs/{job.job_id}/stream", browser_of(user).cookies["session"].value))
 
@@ -75,7 +75,7 @@ def test_300_open_streams_hold_no_thread_and_no_sql_connection(web: Any, transac
 
 
 def test_downloading_a_gigabyte_adds_at_most_32_mb(web: Any, transactional_db: None) -> None:
-    user, prefix = make_person("downloader"), "models/gigabyte"
+    user, prefix = make_user("downloader"), "models/gigabyte"
     path = blobs.local_path(f"{prefix}/model.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:

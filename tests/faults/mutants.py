@@ -1,7 +1,7 @@
 """Check the checker: twelve bugs, each put into the product's processes, each of which the harness must catch.
 
 A mutant is code that runs at the start of a process (`tests/faults/planted_settings.py`, by the variable MUTANT), never in
-the product; three are rules of the protocol switched off in this process (tests/jobs/planted.py). Beside each stands the
+the product; three are rules of the protocol switched off in this process (tests/jobs/lifecycle/planted.py). Beside each stands the
 fault that must find something. The same faults find nothing without them: that is the campaign.
 """
 
@@ -186,7 +186,7 @@ IN_PROCESSES: dict[str, Callable[[], None]] = {
     "streams share what they hear": streams_share_what_they_hear,
     "whoever is signed in may look": whoever_is_signed_in_may_look,
 }
-# Rules of the protocol switched off (tests/jobs/planted.py), and who must notice.
+# Rules of the protocol switched off (tests/jobs/lifecycle/planted.py), and who must notice.
 IN_PROTOCOL = {
     "heartbeats without a condition": ("fencing token is not checked", "zombie"),
     "events without a condition": ("chunks overwrite", "zombie"),
@@ -242,7 +242,7 @@ def _in_processes(scenario: Any, name: str, fault: Callable[[Any], Any]) -> list
 
 def _in_protocol(bug: str, judge: str) -> list[str]:
     from tests.faults import replies
-    from tests.jobs.planted import PLANTED
+    from tests.jobs.lifecycle.planted import PLANTED
 
     with ExitStack() as stack:
         for target, name, new in PLANTED[bug](None):

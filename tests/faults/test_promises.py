@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 
 from tests.faults import cancels, replies
-from tests.jobs.planted import PLANTED
+from tests.jobs.lifecycle.planted import PLANTED
 
 pytestmark = pytest.mark.usefixtures("stores")
 

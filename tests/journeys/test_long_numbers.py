@@ -14,9 +14,8 @@ from accounts import api_keys
 from accounts.models import User
 from jobs.forms import NewJobForm
 from llmtuner.body_limit import limit_body
-from tests.factories import PASSWORD
-from tests.journeys.conftest import browser_of, make_person
-from tests.journeys.makers import make_dataset, make_job, make_model
+from tests.factories import PASSWORD, browser_of, make_user
+from tests.jobs.views.makers import make_dataset, make_job, make_model
 from training.plan.config import FIELDS
 
 LONG = "9" * 5000
@@ -139,7 +138,7 @@ def test_no_call_of_the_sign_in_api_breaks(alice: User, body: str) -> None:
 
 
 def test_the_api_refuses(transactional_db: None) -> None:
-    alice = make_person("alice")
+    alice = make_user("alice")
     _, key = api_keys.create(alice, "all", list(api_keys.SCOPES))
     client, headers = quiet(Client()), {"authorization": f"Bearer {key}"}
     job, model = make_job(alice.owner_id, "succeeded"), make_model(alice.owner_id)

@@ -17,9 +17,8 @@ from jobs.lifecycle import transitions
 from jobs.store import access, tables
 from jobs.store.tables import Dataset, WebhookDelivery
 from tests.conftest import Studio
-from tests.factories import make_user
-from tests.journeys.conftest import browser_of
-from tests.journeys.makers import make_dataset
+from tests.factories import browser_of, make_user
+from tests.jobs.views.makers import make_dataset
 
 pytestmark = pytest.mark.slow
 NOWHERE = "postgres://nobody:nothing@127.0.0.1:1/none"  # nothing listens on port 1

@@ -10,7 +10,7 @@ from accounts.models import User
 from jobs.datasets import multipart
 from jobs.notifications import webhooks
 from jobs.urls import urlpatterns
-from tests.journeys.makers import make_dataset, make_job, make_model
+from tests.jobs.views.makers import make_dataset, make_job, make_model
 
 POSTS = {
     "upload", "delete_dataset", "fix_dataset", "estimate", "pause_job", "resume_job", "cancel_job", "retry_job", "rename_job",

@@ -9,7 +9,7 @@ from django.urls import reverse
 from accounts.models import User
 from jobs.lifecycle import estimates
 from jobs.store import tables
-from tests.journeys.makers import make_dataset, make_job, make_model, metric
+from tests.jobs.views.makers import make_dataset, make_job, make_model, metric
 
 MOST = {
     "datasets": 1,

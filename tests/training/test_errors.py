@@ -16,12 +16,11 @@ from typing import Any
 
 import pytest
 
+from tests.services import ROOT
 from tests.training.running import Event, Runner, of
 from training.command import as_failure
 from training.plan.config import ConfigError
 from training.plan.events import EXIT, Failure
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

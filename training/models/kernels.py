@@ -1,5 +1,5 @@
 """The few operations that make training fast, each next to the plain formula it equals
-(tests/training/test_engine.py).
+(tests/training/engine/test_engine.py).
 
 Shapes: T tokens of a packed row, N of them trained, D the width of the model, H heads of size d = D / H, V
 the vocabulary. A document is rows s to e of a packed row, t = e - s.
