@@ -217,7 +217,7 @@ def packed_gradients(bench: Bench) -> None:
     import transformers
 
     from training.engine.evaluate import batch_loss
-    from training.engine.packing import pack
+    from training.models.batch import pack
     from training.models.gpt2 import GPT2
     from training.models.kernels import main_grad
 
