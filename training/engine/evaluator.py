@@ -51,7 +51,7 @@ class Evaluator:
     def _sample(self, prompt: Prompt) -> str:
         model, tokenizer = self.session.model, self.session.data.tokenizer
         ids = prompt.ids[-max(1, model.context - SAMPLE_TOKENS) :]
-        options = GenerateOptions(max_tokens=SAMPLE_TOKENS)
+        options = GenerateOptions(max_tokens=SAMPLE_TOKENS, stop=prompt.stop)
         try:
             return generate(model, tokenizer, ids, options, should_stop=self.session.stop)[0].text
         except GenerateError as error:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from training.data.formats import BadRow, Format
+from training.data.formats import BadRow, Format, detect_lenient
 from training.data.summary import Summary
 from training.engine.objectives import OBJECTIVES, Objective
 from training.engine.packing import Examples, hold_out
@@ -31,6 +31,7 @@ PINNED = 3  # prompts for samples if none are given
 class Prompt:
     text: str
     ids: list[int]
+    stop: tuple[str, ...] = ()  # texts that end a sample beside the end tokens
 
 
 @dataclass
@@ -171,15 +172,17 @@ def _check_context(encoded: Iterable[Example], context: int) -> None:
 
 def _prompts(run: Run, tokenizer: Tokenizer, examples: Examples) -> list[Prompt]:
     """The pinned prompts: those given, otherwise the first examples up to their answers."""
+    shape = (run.train_format or {}).get("shape") or detect_lenient(run.train_file).shape
+    chat = shape in ("chat", "sharegpt")
+    stop = tokenizer.ends.texts if chat else ()
     if run.prompts:
-        chat = (run.train_format or {}).get("shape") in ("chat", "sharegpt")
-        return [Prompt(text, _prompt_ids(text, tokenizer, chat)) for text in run.prompts]
+        return [Prompt(text, _prompt_ids(text, tokenizer, chat), stop) for text in run.prompts]
     prompts = []
     for i in range(min(PINNED, len(examples))):
         ids, mask = examples[i]
         # up to the first trained token, and at least one token
         begin = ids[: max(1, int(np.argmax(mask)))].tolist()
-        prompts.append(Prompt(tokenizer.decode(begin), begin))
+        prompts.append(Prompt(tokenizer.decode(begin), begin, stop))
     return prompts
 
 

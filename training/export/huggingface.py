@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,14 @@ def describe(dtype: str) -> Description:
 
 
 def _write_generation_config(to: Path, base: Path) -> None:
-    """Defaults for transformers' generate, which otherwise would not know where an answer ends."""
-    if (to / "generation_config.json").is_file():
-        return
+    """Defaults for transformers' generate: those of the base, and every token at which an answer ends."""
     tokenizer = Tokenizer.load(base)
-    values = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id or tokenizer.eos_id}
-    bos = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    (to / "generation_config.json").write_text(json.dumps({"bos_token_id": bos} | values, indent=2) + "\n")
+    path = to / "generation_config.json"
+    if not path.is_file() and (base / path.name).is_file():
+        shutil.copyfile(base / path.name, path)
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    ends = tokenizer.ends.ids
+    values["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+    values.setdefault("pad_token_id", tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id)
+    values.setdefault("bos_token_id", tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id)
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -147,7 +147,7 @@ class TextSequence:
         token_id = sample(
             logits, options.temperature, options.top_k, options.top_p, self.rng.random(), options.min_p
         )
-        if token_id == self.tokenizer.eos_id and not options.ignore_eos:
+        if token_id in self.tokenizer.ends.ids and not options.ignore_eos:
             self.finish_reason = "stop"
             rest = self.stream.finish()
             return self._token(token_id, rest, hidden=True) if rest else None
@@ -348,6 +348,7 @@ def main(args: argparse.Namespace) -> int:
     folder = hub.locate(args.model)
     tokenizer, decoder = Tokenizer.load(folder), decoder_for(load_model(folder))
     prompt = prompt_ids(json.loads(args.messages) if args.messages else args.prompt, tokenizer)
+    ends = tokenizer.ends.texts if args.messages else ()
     options = GenerateOptions(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
@@ -355,7 +356,7 @@ def main(args: argparse.Namespace) -> int:
         top_k=args.top_k,
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
-        stop=tuple(args.stop),
+        stop=(*args.stop, *ends),
         seed=args.seed,
         n=args.n,
     )

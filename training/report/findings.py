@@ -52,8 +52,8 @@ KINDS: dict[str, Kind] = {
     ),
     "missing_end": Kind(
         "warning",
-        "Answers without an end token",
-        "The model's chat template adds none, so the model would not learn to stop.",
+        "Answers that do not end with an end token",
+        "The model's chat template ends them with something else, so the model would not learn to stop.",
         "Use another base model, or a chat template that ends each answer.",
     ),
     "special_tokens": Kind(

@@ -373,6 +373,5 @@ def one_line(text: str) -> str:
 
 
 def _ends(example: Tokens, tokenizer: Tokenizer) -> bool:
-    """Whether the last trained token is a control token, so that the model learns to stop."""
-    ends = tokenizer.special_tokens
-    return bool(example.truncated) or not ends or example.last_trained.endswith(ends)
+    """Whether generation stops at the last trained token, so that the model learns to stop."""
+    return bool(example.truncated) or example.last_trained.endswith(tokenizer.ends.tokens)

@@ -27,7 +27,7 @@ import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from training.models.generate import (
@@ -218,8 +218,11 @@ class Server:
             self.active[request.id] = request
             write_line({"id": request.id, "t": "start", "prompt_tokens": sum(map(len, request.ids))})
         first = request.opened * request.options.n
+        options = request.options
+        if is_conversation(request.prompts[request.opened]):
+            options = replace(options, stop=(*options.stop, *model.tokenizer.ends.texts))
         sequences = open_sequences(
-            model.decoder, model.tokenizer, request.ids[request.opened], request.options, first
+            model.decoder, model.tokenizer, request.ids[request.opened], options, first
         )
         request.opened += 1
         request.sequences += sequences

@@ -239,15 +239,32 @@ def _chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Piece]:
         done = after
     while len(plan) > 1 and not plan[-1].trained:  # what follows the last trained answer has no effect
         plan.pop()
-    return plan or [Piece(tokenizer.render_chat(guarded), False, True, hidden)]
+    if not plan:
+        return [Piece(tokenizer.render_chat(guarded), False, True, hidden)]
+    return [*plan, *_missing_end(plan[-1], tokenizer)]
 
 
 def _answer(text: str, trained: bool, hidden: dict[str, str], tokenizer: Tokenizer) -> list[Piece]:
-    """The answer up to the control token that ends the turn is trained on; line breaks after it are not."""
-    ends = list(tokenizer.special_pattern.finditer(text)) if tokenizer.special_pattern else []
-    at = ends[-1].end() if ends and not text[ends[-1].end() :].strip() else len(text)
+    """The answer up to where the turn ends is trained on; line breaks that the template writes after that
+    are not."""
+    ends = list(tokenizer.control_pattern.finditer(text)) if tokenizer.control_pattern else []
+    after = tokenizer.ends.template
+    if ends and not text[ends[-1].end() :].strip():
+        at = ends[-1].end()
+    elif after and text.endswith(after):
+        at = len(text) - len(after) + len(after.rstrip())
+    else:
+        at = len(text)
     answer = Piece(text[:at], trained, True, hidden)
     return [answer, Piece(text[at:], False, True, hidden)] if text[at:] else [answer]
+
+
+def _missing_end(answer: Piece, tokenizer: Tokenizer) -> list[Piece]:
+    """The end token, after the last answer of a template that writes no control token there: without one
+    the model could never learn to stop."""
+    ends = list(tokenizer.control_pattern.finditer(answer.text)) if tokenizer.control_pattern else []
+    ended = ends and ends[-1].end() == len(answer.text)
+    return [] if ended or not answer.trained else [Piece(tokenizer.eos_text, True, made=True)]
 
 
 def _last_answer(
@@ -263,4 +280,7 @@ def _last_answer(
             "the start of an answer cannot be found in the output of the model's chat template"
         )
     trained = messages[last].get("weight", 1) != 0
-    return [Piece(before, False, True, hidden), *_answer(after[len(before) :], trained, hidden, tokenizer)]
+    plan = [Piece(before, False, True, hidden), *_answer(after[len(before) :], trained, hidden, tokenizer)]
+    while len(plan) > 1 and not plan[-1].trained:
+        plan.pop()
+    return [*plan, *_missing_end(plan[-1], tokenizer)]

@@ -29,6 +29,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\nAssistant:\\n' }}{% endif %}"
 )
 
+ANSWER = "The answer is 7f3a."  # rendered to see what a chat template writes after an answer
+SHORTEST_END = 3  # characters; a shorter text could be part of an answer
+
 Message = Mapping[str, Any]
 
 
@@ -40,6 +43,16 @@ class Piece(NamedTuple):
     trained: bool = False
     made: bool = False
     hidden: Mapping[str, str] = MappingProxyType({})  # what `Tokenizer.guard` replaced in it
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Where an answer ends. Training, samples, the server and exported models all take it from here."""
+
+    ids: tuple[int, ...]  # tokens at which generation stops; the end token (eos) is the first
+    tokens: tuple[str, ...]  # the same, spelled out
+    texts: tuple[str, ...] = ()  # plain text after an answer, of chat templates that write no control token
+    template: str = ""  # all that the chat template writes after the last answer
 
 
 Encoded = tokenizers.Encoding | list[int]  # the library's type or a list: both have a length
@@ -66,6 +79,7 @@ class Tokenizer:
     chat_template: str = CHAT_TEMPLATE
     own_template: bool = False  # whether the base model has its own chat template
     folder: Path | None = None
+    model_ends: tuple[int, ...] = ()  # end tokens of the base's generation_config.json (or config.json)
     render: Callable[[str, Mapping[str, Any]], str] = render  # a server renders in a child process
 
     @classmethod
@@ -86,7 +100,10 @@ class Tokenizer:
             if f"{name}_token" not in merged and isinstance(token_id, int):
                 merged[f"{name}_token"] = backend.id_to_token(token_id)
         template = _template(folder, config)
-        return cls(backend, merged, template or CHAT_TEMPLATE, bool(template), folder)
+        generation = _read_json(folder / "generation_config.json")
+        ends = generation.get("eos_token_id", model_config.get("eos_token_id"))
+        model_ends = tuple(i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int)
+        return cls(backend, merged, template or CHAT_TEMPLATE, bool(template), folder, model_ends)
 
     # --- properties ----------------------------------------------------------------------------
 
@@ -135,6 +152,35 @@ class Tokenizer:
     def special_pattern(self) -> re.Pattern[str] | None:
         """Matches the spelling of a control token inside user text."""
         return re.compile("|".join(map(re.escape, self.special_tokens))) if self.special_tokens else None
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str] | None:
+        """Matches any added token. Some turns end with one that is not marked as special."""
+        added = sorted((t.content for t in self.backend.get_added_tokens_decoder().values()), key=len)
+        return re.compile("|".join(map(re.escape, reversed(added)))) if added else None
+
+    @cached_property
+    def ends(self) -> Ends:
+        """The end token, those of the base's generation_config, and what the chat template writes after an
+        answer. A template that writes no control token there leaves the end token to `training.text.encode`."""
+        after = self._after_answer()
+        control = self.control_pattern.findall(after) if self.control_pattern else []
+        written = [self.backend.token_to_id(token) for token in control]
+        ids = dict.fromkeys([self.eos_id, *self.model_ends, *(i for i in written if i is not None)])
+        text = after.rstrip()
+        plain = not control and len(text.strip()) >= SHORTEST_END
+        known = {i: token for i in ids if (token := self.backend.id_to_token(i))}
+        return Ends(tuple(known), tuple(known.values()), (text,) if plain else (), after)
+
+    def _after_answer(self) -> str:
+        try:
+            text = self.render_chat(
+                [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": ANSWER}]
+            )
+        except TokenizerError:  # it demands other turns: only the known end tokens count
+            return ""
+        _, answer, after = text.rpartition(ANSWER)
+        return after if answer else ""
 
     def _special_id(self, name: str) -> int | None:
         token = self.config.get(name)
