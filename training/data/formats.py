@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from training.data import row_schemas
+from training.data.bad_row import BadFile, BadRow, kind_of
 from training.data.readers import ByteRange, Format, Limits, records
-from training.data.row_schemas import BadFile, BadRow, Row
+from training.data.row_schemas import Row
 from training.data.sniff import encoding_of, refuse_other_formats
 
 __all__ = ["BadFile", "BadRow", "ByteRange", "Format", "Limits", "OnBad", "Row", "detect", "rows"]
@@ -41,7 +42,7 @@ def rows(
 
     BadFile (a subclass of BadRow) is always raised: nothing after it can be read."""
     chosen = Format.of(format) if format is not None else detect(path, limits)
-    read = row_schemas.Reader(chosen.shape, chosen.columns)
+    read = row_schemas.Reader(chosen.shape, chosen.columns, chosen.version)
     for line, record in records(Path(path), chosen, limits, part):
         try:
             if isinstance(record, BadRow):
@@ -160,8 +161,8 @@ def _cell(value: Any) -> Any:
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
-        return f"({row_schemas.kind_of(value)})"
-    return value if len(text) <= 2 * HEAD_CHARS else f"({row_schemas.kind_of(value)}, too long to show)"
+        return f"({kind_of(value)})"
+    return value if len(text) <= 2 * HEAD_CHARS else f"({kind_of(value)}, too long to show)"
 
 
 def preview(shape: str, columns: Mapping[str, str], shown: list[dict[str, Any]]) -> list[Row | BadRow]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from training.data.row_schemas import BadFile
+from training.data.bad_row import BadFile
 
 BATCH = 64
 CONVERT = "Write it again with a common tool (pandas, DuckDB), or save it as JSONL."

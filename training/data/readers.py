@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from training.data import row_schemas
-from training.data.row_schemas import BadFile, BadRow
+from training.data.bad_row import BadFile, BadRow, kind_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Format:
     encoding: str = "utf-8"
     delimiter: str = ","
     columns: dict[str, str] = field(default_factory=dict)
+    version: int = row_schemas.VERSION  # of what is read of each row
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,7 +53,7 @@ class Format:
         if isinstance(value, Format):
             return value
         known = {name: value[name] for name in cls.__dataclass_fields__ if value.get(name)}
-        return cls(**{"container": "jsonl", **known})
+        return cls(**{"container": "jsonl", "version": 1, **known})
 
 
 @dataclass(frozen=True)
@@ -374,7 +375,7 @@ def _object(number: int, value: Any, limits: Limits, brackets: float = math.inf)
     if not isinstance(value, dict):
         return BadRow(
             number,
-            f"this is {row_schemas.kind_of(value)}, not an object",
+            f"this is {kind_of(value)}, not an object",
             'Each example is an object: {"messages": [...]} or {"prompt": ..., "completion": ...}.',
         )
     if brackets > limits.depth and row_schemas.deeper_than(value, limits.depth):

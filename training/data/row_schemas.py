@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
+
+from training.data.bad_row import BadFile, BadRow, check_text, is_empty, kind_of
+from training.data.messages import read_messages, read_tools
+
+__all__ = ["BadFile", "BadRow", "Reader", "Row", "kind_of", "recognize"]
 
 JSON_HINT = "Each line must be one complete JSON object. Check it with any JSON tool."
 SHAPE_HINT = 'An example is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ...}.'
-ROLES = ("system", "user", "assistant")
-ROLE_ALIASES = {
-    "developer": "system",
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
-MAX_MESSAGES = 2000
-
 # The accepted column names for each field of a row, best first.
 ALIASES: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
+    "messages": ("messages", "chat", "dialog", "dialogue"),
     "conversations": ("conversations", "conversation"),
     "instruction": ("instruction",),
     "prompt": ("prompt", "question", "query", "input", "source", "user"),
@@ -31,28 +25,31 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 
 
-class BadRow(ValueError):
-    """A row that cannot be trained on: its line (0 = the whole file), the reason, and how to fix it."""
-
-    def __init__(self, line: int, reason: str, fix: str = "") -> None:
-        super().__init__(f"line {line}: {reason}" if line else reason)
-        self.line, self.reason, self.fix = line, reason, fix
-
-
-class BadFile(BadRow):
-    """Nothing after this point of the file can be read."""
+# Fields beside these that are used where they are present, by the kind of use.
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "system": ("system", "system_prompt", "system_message"),
+    "history": ("history",),
+    "context": ("context", "input"),
+    "tools": ("tools", "functions"),
+}
+VERSION = 2  # of what is read of a row; files reported under 1 are read as then: only their main fields
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example as its author wrote it. `kind` says which fields are filled: chat, completion or text."""
+    """One example as its author wrote it. `kind` says which fields are filled: chat, completion, text or
+    segments."""
 
     line: int
     kind: str
-    messages: tuple[dict[str, Any], ...] = ()  # {"role", "content", "weight"?}
+    messages: tuple[dict[str, Any], ...] = ()  # see training.data.messages
     prompt: str = ""
     completion: str = ""
     text: str = ""
+    segments: tuple[tuple[str, bool], ...] = ()  # (text, trained on)
+    tools: tuple[dict[str, Any], ...] = ()  # definitions of the tools that the assistant may call
+    rejected: str | tuple[dict[str, Any], ...] = ()  # the worse answer of a preference pair
+    unused: tuple[str, ...] = ()  # names of fields that hold something and are not used
 
     @property
     def size(self) -> int:
@@ -62,14 +59,27 @@ class Row:
             + len(self.completion)
             + len(self.text)
             + sum(len(m["content"]) for m in self.messages)
+            + sum(len(text) for text, _ in self.segments)
         )
 
     @property
     def preview(self) -> str:
         """The row as one string, to show or to compare."""
         if self.kind == "chat":
-            return "\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
+            turns = "\n".join(map(preview_of_message, self.messages))
+            return f"tools: {json.dumps(self.tools)}\n{turns}" if self.tools else turns
+        if self.kind == "segments":
+            return "".join(text for text, _ in self.segments)
         return self.text if self.kind == "text" else self.prompt + self.completion
+
+
+def preview_of_message(message: Mapping[str, Any]) -> str:
+    """A message as one string, tool calls included."""
+    text = f"{message['role']}: {message['content']}"
+    if len(message) == 2:
+        return text
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    return text + "".join(f"{call['name']}({json.dumps(call['arguments'])})" for call in calls)
 
 
 def recognize(record: Mapping[str, Any], forgiving: bool = False) -> tuple[str, dict[str, str]] | None:
@@ -79,28 +89,40 @@ def recognize(record: Mapping[str, Any], forgiving: bool = False) -> tuple[str, 
     def first(need: str) -> str | None:
         return next((names[alias] for alias in ALIASES[need] if alias in names), None)
 
+    for better, worse in (("chosen", "rejected"), ("preferred_output", "non_preferred_output")):
+        if better in names and worse in names:
+            columns = {"chosen": names[better], "rejected": names[worse]}
+            return "preference", columns | ({"prompt": prompt} if (prompt := first("prompt")) else {})
     if column := first("messages"):
         return "chat", {"messages": column}
     if column := first("conversations"):
         return "sharegpt", {"conversations": column}
+    if "segments" in names:
+        return "segments", {"segments": names["segments"]}
     answer = first("completion")
+    prompt = first("prompt")
     if "instruction" in names and answer:
         columns = {"instruction": names["instruction"], "completion": answer}
         return "instruction", columns | (
             {"input": names["input"]} if "input" in names and names["input"] != answer else {}
         )
-    if (prompt := first("prompt")) and answer and prompt != answer:
+    if prompt and answer and prompt != answer:
+        # With a system prompt or earlier turns it is a conversation.
+        if any(alias in names for alias in (*OPTIONAL["system"], *OPTIONAL["history"])):
+            return "instruction", {"instruction": prompt, "completion": answer}
         return "completion", {"prompt": prompt, "completion": answer}
-    if column := first("text"):
-        return "text", {"text": column}
-    return None
+    column = first("text")
+    if column and answer and column != answer:  # a text and its label
+        return "completion", {"prompt": column, "completion": answer}
+    return ("text", {"text": column}) if column else None
 
 
 class Reader:
     """Turns records into rows. All rows of a file have the shape of the first."""
 
-    def __init__(self, shape: str, columns: Mapping[str, str]) -> None:
-        self.shape, self.columns = shape, dict(columns)
+    def __init__(self, shape: str, columns: Mapping[str, str], version: int = VERSION) -> None:
+        self.shape, self.columns, self.extended = shape, dict(columns), version >= 2
+        self._more: dict[tuple[str, ...], dict[str, list[str]]] = {}  # by the keys of a record
 
     def __call__(self, line: int, record: Mapping[str, Any]) -> Row:
         if not self.shape or not self.columns:
@@ -111,158 +133,186 @@ class Reader:
         missing = [name for need, name in self.columns.items() if need != "input" and name not in record]
         if missing:
             _refuse_missing(line, record, missing, self.shape)
+        more = self._fields_beside(record)
+        unused = {name: None for name in more.get("unused", ()) if not is_empty(record[name])}
+        row = self._row(line, record, more, unused)
+        return replace(row, unused=tuple(unused)) if unused else row
+
+    def _fields_beside(self, record: Mapping[str, Any]) -> dict[str, list[str]]:
+        """{use: fields}, for the fields that `columns` does not name."""
+        if not self.extended or len(record) == len(self.columns):
+            return {}
+        keys = tuple(record)
+        if keys not in self._more:
+            uses = {alias: use for use, aliases in OPTIONAL.items() for alias in aliases}
+            if self.shape not in USED:
+                uses = {}
+            found: dict[str, list[str]] = {}
+            for key in keys:
+                if key in self.columns.values():
+                    continue
+                use = uses.get(key.strip().lower(), "unused")
+                found.setdefault(use if use in USED.get(self.shape, ()) else "unused", []).append(key)
+            if len(self._more) > 1000:
+                self._more.clear()
+            self._more[keys] = found
+        return self._more[keys]
+
+    def _row(
+        self, line: int, record: Mapping[str, Any], more: Mapping[str, list[str]], unused: dict[str, None]
+    ) -> Row:
         if self.shape in ("chat", "sharegpt"):
-            return Row(line, "chat", _messages(line, record[next(iter(self.columns.values()))]))
+            messages = read_messages(
+                line, record[next(iter(self.columns.values()))], unused, extended=self.extended
+            )
+            if not more:
+                return Row(line, "chat", messages)
+            tools = tuple(tool for name in more.get("tools", ()) for tool in read_tools(line, record[name]))
+            return Row(line, "chat", (*self._system(line, record, more), *messages), tools=tools)
         if self.shape == "text":
             text = _string(line, record, self.columns["text"])
             if not text.strip():
                 raise BadRow(line, f"{self.columns['text']!r} is empty", "Fill it in or drop the row.")
             return Row(line, "text", text=text)
+        if self.shape == "segments":
+            return _segments(line, record[self.columns["segments"]], unused)
+        if self.shape == "preference":
+            return self._preference(line, record, unused)
+        if self.shape == "completion" and _is_conversation(record[self.columns["prompt"]]):
+            return self._conversational_pair(line, record, unused)
         answer = _string(line, record, self.columns["completion"])
+        context = [text for name in more.get("context", ()) if (text := self._optional(line, record, name))]
         if self.shape == "instruction":
-            return Row(line, "chat", _instruction(line, record, self.columns, answer))
+            return Row(line, "chat", self._instruction(line, record, more, context, answer))
         prompt = _string(line, record, self.columns["prompt"])
         if not prompt.strip() and not answer.strip():
             raise BadRow(line, "prompt and completion are both empty", "Fill them in or drop the row.")
-        return Row(line, "completion", prompt=prompt, completion=answer)
+        return Row(line, "completion", prompt="\n\n".join([*context, prompt]), completion=answer)
+
+    def _optional(self, line: int, record: Mapping[str, Any], name: str) -> str:
+        return "" if is_empty(record[name]) else _string(line, record, name)
+
+    def _system(
+        self, line: int, record: Mapping[str, Any], more: Mapping[str, list[str]]
+    ) -> list[dict[str, Any]]:
+        texts = [self._optional(line, record, name) for name in more.get("system", ())]
+        return [{"role": "system", "content": text} for text in texts if text]
+
+    def _instruction(
+        self,
+        line: int,
+        record: Mapping[str, Any],
+        more: Mapping[str, list[str]],
+        context: list[str],
+        answer: str,
+    ) -> tuple[dict[str, Any], ...]:
+        question = _string(line, record, self.columns["instruction"])
+        if "input" in self.columns and record.get(self.columns["input"]):
+            context = [_string(line, record, self.columns["input"]), *context]
+        if not (question + "".join(context)).strip() and not answer.strip():
+            raise BadRow(line, "instruction and output are both empty", "Fill them in or drop the row.")
+        turns = self._system(line, record, more)
+        for name in more.get("history", ()):
+            turns += _history(line, record[name])
+        return (
+            *turns,
+            {"role": "user", "content": "\n\n".join([question, *context])},
+            {"role": "assistant", "content": answer},
+        )
+
+    def _conversational_pair(self, line: int, record: Mapping[str, Any], unused: dict[str, None]) -> Row:
+        """TRL's conversational prompt and completion: only the completion's answers are trained on."""
+        prompt = read_messages(line, record[self.columns["prompt"]], unused, extended=True)
+        completion = read_messages(line, record[self.columns["completion"]], unused, extended=True)
+        return Row(line, "chat", (*map(_untrained, prompt), *completion))
+
+    def _preference(self, line: int, record: Mapping[str, Any], unused: dict[str, None]) -> Row:
+        """A prompt with a better and a worse answer, as TRL and OpenAI write them."""
+        chosen, rejected = (record[self.columns[name]] for name in ("chosen", "rejected"))
+        prompt = record[self.columns["prompt"]] if "prompt" in self.columns else []
+        if isinstance(chosen, str):
+            prompt = check_text(line, "the prompt", prompt) if prompt else ""
+            worse = check_text(line, repr(self.columns["rejected"]), rejected)
+            return Row(line, "completion", prompt=prompt, completion=chosen, rejected=worse)
+        tools: tuple[dict[str, Any], ...] = ()
+        if isinstance(prompt, dict):  # OpenAI: {"messages", "tools"}
+            tools = read_tools(line, prompt.get("tools"))
+            unused |= {
+                f"{self.columns['prompt']}.{key}": None
+                for key, value in prompt.items()
+                if key not in ("messages", "tools") and not is_empty(value)
+            }
+            prompt = prompt.get("messages")
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}] if prompt else []
+        before = read_messages(line, prompt, unused, extended=True) if prompt else ()
+        better = read_messages(line, chosen, unused, extended=True)
+        worse_turns = read_messages(line, rejected, unused, extended=True)
+        return Row(line, "chat", (*map(_untrained, before), *better), tools=tools, rejected=worse_turns)
 
 
-def _instruction(
-    line: int, record: Mapping[str, Any], columns: Mapping[str, str], answer: str
-) -> tuple[dict[str, Any], ...]:
-    question = _string(line, record, columns["instruction"])
-    more = _string(line, record, columns["input"]) if record.get(columns.get("input", "")) else ""
-    if not (question + more).strip() and not answer.strip():
-        raise BadRow(line, "instruction and output are both empty", "Fill them in or drop the row.")
-    prompt = f"{question}\n\n{more}" if more else question
-    return {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
+# The optional fields that each shape has a use for.
+USED: dict[str, tuple[str, ...]] = {
+    "chat": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "instruction": ("system", "history", "context"),
+    "completion": ("context",),
+}
 
 
-def _messages(line: int, value: Any) -> tuple[dict[str, Any], ...]:
-    if isinstance(value, str):  # a CSV cell or Parquet column may contain them as JSON
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _untrained(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "weight": 0} if message["role"] == "assistant" else message
+
+
+def _history(line: int, value: Any) -> list[dict[str, Any]]:
+    """Earlier turns as Alpaca's [[question, answer], …]. They are context and not trained on."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise BadRow(line, "the history is text that is not JSON", HISTORY_HINT) from error
+    turns: list[dict[str, Any]] = []
+    for pair in value or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow(line, "the history is not a list of pairs", HISTORY_HINT)
+        question, answer = (check_text(line, "a turn of the history", text) for text in pair)
+        turns.append({"role": "user", "content": question})
+        turns.append({"role": "assistant", "content": answer, "weight": 0})
+    return turns
+
+
+HISTORY_HINT = 'Write "history": [["question", "answer"], ...].'
+
+
+def _segments(line: int, value: Any, unused: dict[str, None]) -> Row:
+    """Axolotl's template-free form: pieces of text, `label` says which are trained on."""
+    hint = 'Write "segments": [{"label": false, "text": ...}, {"label": true, "text": ...}].'
+    if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise BadRow(
-                line, "the messages are text that is not JSON", 'Write [{"role": ..., "content": ...}, ...].'
-            ) from error
-    if not isinstance(value, list):
-        raise BadRow(
-            line,
-            f"messages is {kind_of(value)}, not a list",
-            'Write "messages": [{"role": ..., "content": ...}, ...].',
-        )
-    if not value:
-        raise BadRow(
-            line,
-            "messages is an empty list",
-            "Give it at least a user and an assistant message, or drop the row.",
-        )
-    if len(value) > MAX_MESSAGES:
-        raise BadRow(line, f"{len(value)} messages; the limit is {MAX_MESSAGES}", "Split the conversation.")
-    return tuple(
-        message if _is_plain(message) else _message(line, number, message)
-        for number, message in enumerate(value, 1)
-    )
-
-
-PLAIN_KEYS = {"role", "content"}
-
-
-def _is_plain(message: Any) -> bool:
-    """Whether a message is already in the final form, as most are: a fast path."""
-    if not isinstance(message, dict) or message.keys() != PLAIN_KEYS or message["role"] not in ROLES:
-        return False
-    content = message["content"]
-    return isinstance(content, str) and content.isascii()
-
-
-def _message(line: int, number: int, message: Any) -> dict[str, Any]:
-    where = f"message {number}"
-    if not isinstance(message, dict):
-        raise BadRow(
-            line, f"{where} is {kind_of(message)}, not an object", 'Write {"role": ..., "content": ...}.'
-        )
-    given = message.get("role", message.get("from"))
-    role = ROLE_ALIASES.get(given, given) if isinstance(given, str) else given
-    if role is None:
-        raise BadRow(line, f"{where} has no role", "Give it the role system, user or assistant.")
-    if role not in ROLES:
-        raise BadRow(
-            line, f"{where} has the role {str(given)[:40]!r}", "The roles are system, user and assistant."
-        )
-    content = message.get("content", message.get("value"))
-    if content is None:
-        extra = (
-            "; tool calls are not supported"
-            if message.get("tool_calls") or message.get("function_call")
-            else ""
-        )
-        raise BadRow(line, f"{where} has no content{extra}", "Give it text as its content, or drop the row.")
-    if isinstance(content, list):
-        content = _parts(line, where, content)
-    result: dict[str, Any] = {"role": role, "content": _text(line, f"the content of {where}", content)}
-    if message.get("weight") is not None:  # Parquet fills missing fields with null
-        weight = message["weight"]
-        if role != "assistant":
-            raise BadRow(
-                line,
-                f"{where} has a weight, but is not an assistant message",
-                "Only assistant messages can have a weight.",
-            )
-        if isinstance(weight, bool) or weight not in (0, 1):
-            raise BadRow(
-                line, f"the weight of {where} is {weight!r}"[:120], "A weight is 0 (not trained on) or 1."
-            )
-        result["weight"] = int(weight)
-    return result
-
-
-def _parts(line: int, where: str, parts: list[Any]) -> str:
-    """OpenAI's content parts: text only."""
-    texts = []
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise BadRow(
-                line,
-                f"{where} has a part that is not text",
-                "Only text is supported. Remove images and files.",
-            )
-        texts.append(part["text"])
-    return "".join(texts)
+            raise BadRow(line, "the segments are text that is not JSON", hint) from error
+    if not isinstance(value, list) or not value or not all(isinstance(part, dict) for part in value):
+        raise BadRow(line, "segments is not a list of objects", hint)
+    segments = []
+    for number, part in enumerate(value, 1):
+        if not isinstance(part.get("label"), bool):
+            raise BadRow(line, f"segment {number} has no label that is true or false", hint)
+        segments.append((check_text(line, f"the text of segment {number}", part.get("text")), part["label"]))
+        unused |= {
+            f"segments[].{key}": None
+            for key, given in part.items()
+            if key not in ("label", "text") and not is_empty(given)
+        }
+    return Row(line, "segments", segments=tuple(segments))
 
 
 def _string(line: int, record: Mapping[str, Any], name: str) -> str:
-    return _text(line, repr(name), record[name])
-
-
-SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def _text(line: int, name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise BadRow(line, f"{name} is {kind_of(value)}, not text", "Put the value in quotes.")
-    # isascii only reads a flag, so it comes before the search
-    if not value.isascii() and SURROGATE.search(value):
-        raise BadRow(
-            line,
-            f"{name} contains half of a character (a lone surrogate)",
-            "Write the whole character. An emoji takes two \\u escapes.",
-        )
-    return value
-
-
-def kind_of(value: Any) -> str:
-    """The type of a JSON value in plain words."""
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
-    return "empty (null)" if value is None else names.get(type(value), type(value).__name__)
+    return check_text(line, repr(name), record[name])
 
 
 def deeper_than(value: Any, depth: int) -> bool:

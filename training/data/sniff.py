@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 
-from training.data.row_schemas import BadFile
+from training.data.bad_row import BadFile
 
 # (offset, bytes, name, how to fix it). Archives and pickles are never opened: they can be bombs or run code.
 UNPACK = "Unpack it and upload the file inside."

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from training.data.bad_row import LeftOut
 from training.data.formats import BadRow, Format, detect_lenient
 from training.data.summary import Summary
 from training.engine.objectives import OBJECTIVES, Objective
@@ -24,6 +25,9 @@ from training.plan.events import Failure
 from training.text.encode import EncodingOptions, Example
 from training.text.tokenizer import Tokenizer, TokenizerError
 
+PREFERENCES = (
+    "This file holds preference pairs (a better and a worse answer). Training on pairs is not supported."
+)
 PINNED = 3  # prompts for samples if none are given
 
 
@@ -131,9 +135,17 @@ def _encode(
     """Every example of a file. A bad row raises Failure unless a report has already shown it to the user
     (`forgiving`)."""
     bad: list[BadRow] = []
+
+    def on_bad(row: BadRow) -> None:
+        if not forgiving and not isinstance(row, LeftOut):
+            raise row
+        bad.append(row)
+
     try:
         chosen = Format.of(format) if format else None
-        encoded = list(objective.encode(path, tokenizer, wants, chosen, bad.append if forgiving else None))
+        if (chosen or detect_lenient(path)).shape == "preference":
+            raise Failure("bad_data", PREFERENCES, "Use a file with one good answer for each prompt.")
+        encoded = list(objective.encode(path, tokenizer, wants, chosen, on_bad))
     except BadRow as error:
         fix = f" {error.fix}" if error.fix else ""
         raise Failure("bad_data", f"{Path(path).name}, {error}.{fix}") from error
@@ -141,7 +153,7 @@ def _encode(
         raise Failure("bad_data", f"The file {path} cannot be read: {error}") from error
     if bad:
         notes.append(
-            f"{len(bad)} rows of {Path(path).name} cannot be read and are left out. The first: {bad[0]}."
+            f"{len(bad)} rows of {Path(path).name} cannot be used and are left out. The first: {bad[0]}."
         )
     if not encoded:
         raise Failure("bad_data", f"There are no examples in {Path(path).name}.")

@@ -121,7 +121,7 @@ def write_tokenizer(base: Path, to: Path) -> None:
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         if name not in config and name in tokenizer.config:
             config[name] = tokenizer.config[name]
-    config["chat_template"] = tokenizer.chat_template
+    config["chat_template"] = tokenizer.full_template
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

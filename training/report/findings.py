@@ -28,12 +28,34 @@ class Kind:
     drop: bool = False
 
 
+WRITTEN_EMPTY = {"nan", "none", "null", "<na>", "n/a", "nat", "undefined"}
+
 KINDS: dict[str, Kind] = {
     "bad_row": Kind(
         "error",
         "Rows that cannot be read",
         "Training would stop at them, or skip them silently.",
         "Fix these lines, or drop them.",
+        True,
+    ),
+    "left_out": Kind(
+        "warning",
+        "Rows that this base model's chat template cannot express",
+        "Trained in part, they would teach something else. They are left out; the other rows train.",
+        "Choose a base model whose chat template can express them, change them, or drop them.",
+        True,
+    ),
+    "unused_field": Kind(
+        "warning",
+        "Fields that are not used",
+        "They hold something, and nothing of it is trained on.",
+        "Choose other columns if one of these matters. Otherwise nothing needs to be done.",
+    ),
+    "written_empty": Kind(
+        "warning",
+        "Cells that say nan, None or null",
+        "Programs write these words for an empty cell. The model would learn them as text.",
+        "Fill the cells in, leave them empty, or drop the rows.",
         True,
     ),
     "nothing_to_train": Kind(
@@ -313,12 +335,24 @@ def check_row(
         findings.add("personal", line, kind)
     if row.kind == "completion":
         _check_pair(row, findings)
+        _check_written_empty(line, (row.prompt, row.completion), findings)
+    elif row.kind == "text":
+        _check_written_empty(line, (row.text,), findings)
     elif row.kind == "chat":
+        _check_written_empty(line, (m["content"] for m in row.messages), findings)
         answers = [m for m in row.messages if m["role"] == "assistant" and m.get("weight", 1)]
-        if any(not m["content"].strip() for m in answers):
+        if any(not m["content"].strip() and not m.get("tool_calls") for m in answers):
             findings.add("empty_answer", line)
         if answers and row.messages[-1]["role"] != "assistant":
             findings.add("no_answer_last", line)
+
+
+def _check_written_empty(line: int, texts: Iterable[str], findings: Findings) -> None:
+    for text in texts:
+        word = text.rpartition("\n\n")[2] if "\n\n" in text else text  # an instruction's input comes last
+        if len(word) < 12 and word.strip().lower() in WRITTEN_EMPTY:
+            findings.add("written_empty", line, word.strip())
+            return
 
 
 def _check_pair(row: Row, findings: Findings) -> None:

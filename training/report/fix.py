@@ -95,13 +95,29 @@ def _share(row: Row, seed: int) -> float:
 
 
 def _write(file: Any, row: Row) -> None:
-    if row.kind == "chat":
-        record: dict[str, Any] = {"messages": list(row.messages)}
-    elif row.kind == "completion":
-        record = {"prompt": row.prompt, "completion": row.completion}
-    else:
-        record = {"text": row.text}
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    file.write(json.dumps(_record(row), ensure_ascii=False) + "\n")
+
+
+def _record(row: Row) -> dict[str, Any]:
+    """The row as it is read again, with all that it is trained on."""
+    tools = {"tools": list(row.tools)} if row.tools else {}
+    if row.kind == "text":
+        return {"text": row.text}
+    if row.kind == "segments":
+        return {"segments": [{"label": label, "text": text} for text, label in row.segments]}
+    if row.kind == "completion" and row.rejected:
+        return {"prompt": row.prompt, "chosen": row.completion, "rejected": row.rejected}
+    if row.kind == "completion":
+        return {"prompt": row.prompt, "completion": row.completion}
+    if not row.rejected:
+        return {"messages": list(row.messages)} | tools
+    at = next(i for i, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("weight", 1))
+    prompt, chosen = list(row.messages[:at]), list(row.messages[at:])
+    return {
+        "input": {"messages": prompt} | tools,
+        "preferred_output": chosen,
+        "non_preferred_output": list(row.rejected),
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from training.data.bad_row import LeftOut
 from training.data.formats import BadFile, BadRow, ByteRange, Format, Row, detect, detect_lenient, head, rows
+from training.data.row_schemas import preview_of_message
 from training.data.summary import Summary
 from training.report.findings import (
     LINES_KEPT,
@@ -27,7 +29,18 @@ from training.text.tokenizer import Tokenizer
 
 SAMPLES, PREVIEW, SAMPLE_TOKENS = 5, 150, 400
 SPLIT_FROM_BYTES = 16 << 20  # larger files are read by two processes
-JOINED = ("rows", "characters", "non_ascii", "summary", "findings", "exact", "near", "prompts", "answers")
+JOINED = (
+    "rows",
+    "characters",
+    "non_ascii",
+    "summary",
+    "findings",
+    "exact",
+    "near",
+    "prompts",
+    "answers",
+    "unused",
+)
 ROW_TOKENS = 4000  # of a single row
 FEW = 10
 CHARACTERS_PER_TOKEN = 2.0  # below this, the tokenizer does not fit the language
@@ -131,9 +144,13 @@ class _Report:
         self.samples: list[dict[str, Any]] = []
         self.exact, self.near, self.prompts = DuplicateIndex(), DuplicateIndex(), DuplicateIndex()
         self.answers: set[int] = set()
+        self.unused: dict[str, int] = {}  # rows by the name of a field that they do not use
         self.problem: BadRow | None = None
 
     def bad(self, bad: BadRow) -> None:
+        if isinstance(bad, LeftOut):
+            self.findings.add("left_out", bad.line, bad.reason)
+            return
         self.problem = self.problem or bad
         self.findings.add("bad_row", bad.line, f"{bad.reason}. {bad.fix}")
 
@@ -155,7 +172,6 @@ class _Report:
             if time.monotonic() - reported > 0.5:
                 reported = time.monotonic()
                 progress(self.rows, min(0.99, self.characters / size))
-        self.summary.kind = {"text": "text", "completion": "completion"}.get(format.shape, "chat")
 
     def read_both(
         self, path: Path, format: Format, progress: Progress, first: ByteRange, second: ByteRange
@@ -203,6 +219,9 @@ class _Report:
         for name in ("findings", "exact", "near", "prompts"):
             getattr(self, name).join(later[name], lines)
         self.answers |= later["answers"]
+        self.summary.kind = self.summary.kind or later["summary"].kind
+        for name, count in later["unused"].items():
+            self.unused[name] = self.unused.get(name, 0) + count
         if later["problem"] and not self.problem:
             line, reason, fix = later["problem"]
             self.problem = BadRow(line + lines, reason, fix)
@@ -217,7 +236,10 @@ class _Report:
 
     def row(self, row: Row, text: str, examples: list[Tokens]) -> None:
         tokenizer = self.tokenizer
+        self.summary.kind = self.summary.kind or _kind(row)
         self._remember(row, text)
+        for name in examples[0].unused if examples else row.unused:
+            self.unused[name] = self.unused.get(name, 0) + 1
         untrained = self.summary.untrained
         for example in examples:
             self.summary.add(example)
@@ -247,7 +269,7 @@ class _Report:
         if prompt:
             self.prompts.add(prompt, row.line)
         if len(self.answers) < 2:
-            self.answers.add(fingerprint(answer))
+            self.answers.add(fingerprint(_all_answers(row) or answer))
 
     def compare(self, validation: Path, format: Format | None = None) -> None:
         """Finds rows of the validation file that are also in the training file, whole or by their prompt."""
@@ -271,6 +293,8 @@ class _Report:
         for line, first in self.prompts.repeats():
             if line not in near:
                 self.findings.add("conflict", line, f"same prompt as line {first}")
+        for name, count in sorted(self.unused.items(), key=lambda item: -item[1]):
+            self.findings.add("unused_field", 0, f"{name} ({count:,} {'row' if count == 1 else 'rows'})")
         if self.rows > 3 and len(self.answers) == 1 and self.summary.kind != "text":
             self.findings.add("same_answer", 0)
         if 0 < self.rows < FEW and self.summary.kind != "text":
@@ -316,16 +340,34 @@ class _Report:
         return {"ready": True, "error": "", "verdict": f"{many} can be used for training. Check: {worst}."}
 
 
+def _all_answers(row: Row) -> str:
+    """The answers of a conversation with more than one, since the last of each may be a mere "Bye"."""
+    answers = [m["content"] for m in row.messages if m["role"] == "assistant"]
+    return "\n".join(answers) if len(answers) > 1 else ""
+
+
+def _kind(row: Row) -> str:
+    """What a model that is trained on this learns: chat, completion, text, or preference."""
+    return "preference" if row.rejected else "completion" if row.kind == "segments" else row.kind
+
+
 def question_and_answer(row: Row) -> tuple[str, str]:
     """The normalized prompt and the answer of a row. Plain text has an empty prompt."""
     if row.kind == "completion":
         return normal(row.prompt), row.completion
     if row.kind == "text":
         return "", row.text
+    if row.kind == "segments":
+        trained = [i for i, (_, label) in enumerate(row.segments) if label]
+        last = trained[-1] if trained else len(row.segments)
+        before = "".join(text for text, _ in row.segments[:last])
+        return normal(before), row.segments[last][0] if trained else ""
     answers = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
     last = answers[-1] if answers else len(row.messages)
     prompt = "\n".join(f"{m['role']}: {m['content']}" for m in row.messages[:last])
-    return normal(prompt), row.messages[last]["content"] if answers else ""
+    return normal(prompt), preview_of_message(row.messages[last]).removeprefix(
+        "assistant: "
+    ) if answers else ""
 
 
 def colored_tokens(example: Example, tokenizer: Tokenizer, limit: int = SAMPLE_TOKENS) -> dict[str, Any]:

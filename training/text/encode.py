@@ -3,15 +3,17 @@ trainer both use it, so what the report counts is what the trainer trains on, to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from training.data.bad_row import LeftOut
 from training.data.formats import BadRow, ByteRange, Format, OnBad, Row, rows
 from training.text.tokenizer import Encoded, Message, Piece, Tokenizer, TokenizerError, ids_of
 
+OTHER_BASE = "Choose a base model whose chat template can express it, or change the row."
 BATCH_ROWS = 32  # a few megabytes of tokens, still in the CPU's cache when they are counted
 
 
@@ -60,6 +62,7 @@ class Tokens(NamedTuple):
     start: int
     stop: int
     truncated: int = 0
+    unused: tuple[str, ...] = ()  # fields that hold something and are not in these tokens
 
     @property
     def length(self) -> int:
@@ -106,7 +109,7 @@ class Tokens(NamedTuple):
         parts = [(piece, ids_of(encoded), trained) for piece, encoded, trained in self.parts]
         # Windows overlap by one token, from which the next window's first trained token is predicted.
         return [
-            Tokens(self.line, parts, i, min(i + length, self.stop))
+            Tokens(self.line, parts, i, min(i + length, self.stop), unused=self.unused)
             for i in range(0, self.stop - 1, length - 1)
         ]
 
@@ -168,16 +171,20 @@ def encode_batch(
     a row."""
     everything = (settings.train_on or "completion") == "all"
     plans: list[list[Piece] | BadRow] = []
+    rows: list[Row] = []
     for row in batch:
+        rows.append(row)
         try:
+            if row.kind == "chat" and (missing := _inexpressible(row, tokenizer)):
+                rows[-1] = replace(row, unused=(*row.unused, *missing))
             plans.append(pieces(row, tokenizer))
         except TokenizerError as error:
-            plans.append(BadRow(row.line, str(error)))
+            plans.append(LeftOut(row.line, str(error), OTHER_BASE))
     flat = [piece for plan in plans if not isinstance(plan, BadRow) for piece in plan]
     encoded = iter(tokenizer.encode_each(flat))
     return [
         plan if isinstance(plan, BadRow) else _tokens(row, plan, list(islice(encoded, len(plan))), everything)
-        for row, plan in zip(batch, plans, strict=True)
+        for row, plan in zip(rows, plans, strict=True)
     ]
 
 
@@ -189,7 +196,10 @@ def pieces(row: Row, tokenizer: Tokenizer) -> list[Piece]:
         return [*begin, Piece(row.text, True), Piece(end, True, made=True)]
     if row.kind == "completion":
         return [*begin, Piece(row.prompt, False), Piece(row.completion, True), Piece(end, True, made=True)]
-    return _chat(row.messages, tokenizer)
+    if row.kind == "segments":
+        parts = [Piece(text, trained) for text, trained in row.segments]
+        return [*begin, *parts, Piece(end, parts[-1].trained, made=True)]
+    return _chat(row.messages, row.tools, tokenizer)
 
 
 def batches(items: Iterable[Row]) -> Iterator[list[Row]]:
@@ -220,27 +230,39 @@ def batches(items: Iterable[Row]) -> Iterator[list[Row]]:
 
 def _tokens(row: Row, plan: list[Piece], encoded: list[Encoded], everything: bool) -> Tokens:
     parts = [(piece, ids, everything or piece.trained) for piece, ids in zip(plan, encoded, strict=True)]
-    return Tokens(row.line, parts, 0, sum(map(len, encoded)))
+    return Tokens(row.line, parts, 0, sum(map(len, encoded)), unused=row.unused)
 
 
-def _chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Piece]:
+# What every chat template can express, if only in our form for tools. Ids of calls are for programs.
+TEXT_ONLY = {"role", "content", "weight", "tool_calls", "tool_call_id"}
+
+
+def _inexpressible(row: Row, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Fields of the messages that the chat template leaves out."""
+    fields = {key for message in row.messages if len(message) > 2 for key in message} - TEXT_ONLY
+    return tuple(f"messages[].{field}" for field in sorted(fields - tokenizer.expresses)) if fields else ()
+
+
+def _chat(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
+) -> list[Piece]:
     """Trains on what follows each generation prompt, so the mask begins where generation would begin."""
-    guarded, hidden = tokenizer.guard(messages)
+    guarded, hidden, tools = tokenizer.guard(messages, tools)
     answers = [i for i, m in enumerate(guarded) if m["role"] == "assistant"]
     plan: list[Piece] = []
     done = ""
     for i in answers:
-        before = tokenizer.render_chat(guarded[:i], add_generation_prompt=True)
-        after = tokenizer.render_chat(guarded[: i + 1])
+        before = tokenizer.render_chat(guarded[:i], True, tools)
+        after = tokenizer.render_chat(guarded[: i + 1], False, tools)
         if not (before.startswith(done) and after.startswith(before)):
-            return _last_answer(guarded, answers[-1], hidden, tokenizer)
+            return _last_answer(guarded, tools, answers[-1], hidden, tokenizer)
         plan.append(Piece(before[len(done) :], False, True, hidden))
         plan += _answer(after[len(before) :], guarded[i].get("weight", 1) != 0, hidden, tokenizer)
         done = after
     while len(plan) > 1 and not plan[-1].trained:  # what follows the last trained answer has no effect
         plan.pop()
     if not plan:
-        return [Piece(tokenizer.render_chat(guarded), False, True, hidden)]
+        return [Piece(tokenizer.render_chat(guarded, False, tools), False, True, hidden)]
     return [*plan, *_missing_end(plan[-1], tokenizer)]
 
 
@@ -268,13 +290,17 @@ def _missing_end(answer: Piece, tokenizer: Tokenizer) -> list[Piece]:
 
 
 def _last_answer(
-    messages: Sequence[Message], last: int, hidden: dict[str, str], tokenizer: Tokenizer
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    last: int,
+    hidden: dict[str, str],
+    tokenizer: Tokenizer,
 ) -> list[Piece]:
     """For templates that rewrite earlier turns (some drop old reasoning): trains on the last answer only."""
-    before = tokenizer.render_chat(messages[:last], add_generation_prompt=True)
-    after = tokenizer.render_chat(messages[: last + 1])
+    before = tokenizer.render_chat(messages[:last], True, tools)
+    after = tokenizer.render_chat(messages[: last + 1], False, tools)
     if not after.startswith(before):
-        before = tokenizer.render_chat(messages[:last])
+        before = tokenizer.render_chat(messages[:last], False, tools)
     if not after.startswith(before):
         raise TokenizerError(
             "the start of an answer cannot be found in the output of the model's chat template"

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from training.text.chat_template import BadTemplate, TemplateStopped, render
+from training.text.tool_form import with_tools
 
 # Plain-text roles and the end token, for models without a template (such as GPT-2). The separator comes
 # before a turn, not after it, so that the rendered text of the first turns is always a prefix of the whole.
@@ -31,6 +32,10 @@ CHAT_TEMPLATE = (
 
 ANSWER = "The answer is 7f3a."  # rendered to see what a chat template writes after an answer
 SHORTEST_END = 3  # characters; a shorter text could be part of an answer
+
+_MARK = "mark7f3a"
+
+_CHAT_TEMPLATE_WITH_TOOLS = with_tools(CHAT_TEMPLATE, system=True)  # as in exported models
 
 Message = Mapping[str, Any]
 
@@ -182,6 +187,40 @@ class Tokenizer:
         _, answer, after = text.rpartition(ANSWER)
         return after if answer else ""
 
+    @cached_property
+    def expresses(self) -> frozenset[str]:
+        """What the base's own chat template can express beside role and content: any of name,
+        reasoning_content, tools, and tool_calls (with the answers of tools), and system messages."""
+        call = {"type": "function", "id": "call00001", "function": {"name": _MARK, "arguments": {}}}
+        tool = {"type": "function", "function": {"name": _MARK, "description": "", "parameters": {}}}
+        user, answer = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": ANSWER}
+        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result = {"role": "tool", "content": "found", "tool_call_id": "call00001"}
+        probes: dict[str, tuple[list[Message], list[Message]]] = {
+            "name": ([{**user, "name": _MARK}, answer], []),
+            "reasoning_content": ([user, {**answer, "reasoning_content": _MARK}], []),
+            "system": ([{"role": "system", "content": _MARK}, user, answer], []),
+            "tools": ([user, answer], [tool]),
+            "tool_calls": ([user, calling, result, answer], []),
+        }
+        known = set()
+        for name, (messages, tools) in probes.items():
+            try:
+                text = self._render(self.chat_template, messages, False, tools)
+            except TokenizerError:
+                continue
+            if _MARK in text and (name != "tool_calls" or "found" in text):
+                known.add(name)
+        return frozenset(known)
+
+    @cached_property
+    def full_template(self) -> str:
+        """The chat template that training, inference and exported models use for tools: the base's own, with
+        our form for tools in front if it has none."""
+        if {"tools", "tool_calls"} <= self.expresses:
+            return self.chat_template
+        return with_tools(self.chat_template, system="system" in self.expresses)
+
     def _special_id(self, name: str) -> int | None:
         token = self.config.get(name)
         if isinstance(token, dict):
@@ -234,46 +273,87 @@ class Tokenizer:
 
     # --- chat ----------------------------------------------------------------------------------
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """The text that the template makes of the messages. Raises TokenizerError with the template's
         message."""
-        if self.chat_template == CHAT_TEMPLATE and all(
+        uses_tools = bool(tools) or any(m.get("role") == "tool" or m.get("tool_calls") for m in messages)
+        if uses_tools:
+            return self._render(self.full_template, messages, add_generation_prompt, tools)
+        if self.chat_template in (CHAT_TEMPLATE, _CHAT_TEMPLATE_WITH_TOOLS) and all(
             type(m.get("role")) is str and type(m.get("content")) is str for m in messages
         ):
             return _render_default_template(messages, self._token_text("eos_token"), add_generation_prompt)
+        return self._render(self.chat_template, messages, add_generation_prompt, tools)
+
+    def _render(
+        self,
+        template: str,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]],
+    ) -> str:
         variables = {
-            "messages": [dict(m) for m in messages],
+            "messages": [{k: v for k, v in m.items() if k != "weight"} for m in messages],
+            "tools": [dict(tool) for tool in tools] or None,
             "add_generation_prompt": add_generation_prompt,
             "bos_token": self._token_text("bos_token"),
             "eos_token": self._token_text("eos_token"),
             "pad_token": self._token_text("pad_token"),
         }
         try:
-            return self.render(self.chat_template, variables)
+            return self.render(template, variables)
         except TemplateStopped as error:
             raise TemplateTooSlow(str(error)) from error
         except BadTemplate as error:
             raise TokenizerError(str(error)) from error
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Ids of a rendered conversation."""
-        guarded, hidden = self.guard(messages)
-        return self.encode_pieces(self.render_chat(guarded, add_generation_prompt), hidden)
+        guarded, hidden, tools = self.guard(messages, tools)
+        return self.encode_pieces(self.render_chat(guarded, add_generation_prompt, tools), hidden)
 
-    def guard(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
-        """Replaces contents that spell a control token by a placeholder, so that rendering cannot turn them
+    def guard(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[list[Message], dict[str, str], list[Mapping[str, Any]]]:
+        """Replaces texts that spell a control token by placeholders, so that rendering cannot turn them
         into one.
 
-        Returns the messages and {placeholder: content}. All other conversations are encoded exactly as the
-        template wrote them."""
-        pattern, guarded = self.special_pattern, list(messages)
+        Returns the messages, {placeholder: text} and the tools. All other conversations are encoded exactly
+        as the template wrote them."""
         hidden: dict[str, str] = {}
-        for i, message in enumerate(messages):
-            content = message.get("content")
-            if pattern is not None and isinstance(content, str) and pattern.search(content):
+        pattern = self.special_pattern
+        if pattern is None:
+            return list(messages), hidden, list(tools)
+
+        def hide(value: Any, *, inside: bool = False) -> Any:
+            """`inside`: of tool definitions or arguments, which templates write as JSON."""
+            if isinstance(value, str):
+                if not pattern.search(value):
+                    return value
                 placeholder = f"\ue000{len(hidden)}\ue001"
-                hidden[placeholder], guarded[i] = content, {**message, "content": placeholder}
-        return guarded, hidden
+                hidden[placeholder] = json.dumps(value, ensure_ascii=False)[1:-1] if inside else value
+                return placeholder
+            if isinstance(value, Mapping):
+                return {hide(key, inside=True): hide(item, inside=True) for key, item in value.items()}
+            if isinstance(value, list):
+                return [hide(item, inside=True) for item in value]
+            return value
+
+        guarded: list[Message] = [
+            {key: value if key == "role" else hide(value) for key, value in message.items()}
+            for message in messages
+        ]
+        return guarded, hidden, [hide(tool) for tool in tools]
 
     def encode_pieces(self, text: str, hidden: Mapping[str, str]) -> list[int]:
         """Encodes rendered text, putting back what `guard` replaced as plain letters."""

@@ -1,0 +1,72 @@
+"""What cannot be trained on: a row or a file, with the reason and how to fix it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on: its line (0 = the whole file), the reason, and how to fix it."""
+
+    def __init__(self, line: int, reason: str, fix: str = "") -> None:
+        super().__init__(f"line {line}: {reason}" if line else reason)
+        self.line, self.reason, self.fix = line, reason, fix
+
+
+class BadFile(BadRow):
+    """Nothing after this point of the file can be read."""
+
+
+class LeftOut(BadRow):
+    """A good row that the base's chat template cannot express. It is left out; the other rows train."""
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def check_text(line: int, name: str, value: Any) -> str:
+    """The value if it is text. Raises BadRow, with advice that follows from what it is."""
+    if not isinstance(value, str):
+        raise BadRow(line, f"{name} is {kind_of(value)}, not text", _advice(value))
+    # isascii only reads a flag, so it comes before the search
+    if not value.isascii() and SURROGATE.search(value):
+        raise BadRow(
+            line,
+            f"{name} contains half of a character (a lone surrogate)",
+            "Write the whole character. An emoji takes two \\u escapes.",
+        )
+    return value
+
+
+def _advice(value: Any) -> str:
+    if value is None:
+        return "Fill it in, or drop the row."
+    if isinstance(value, bool | int | float):
+        return f'Write it as text: "{value}".'[:80] if not isinstance(value, bool) else "Write it as text."
+    if isinstance(value, bytes):
+        return "The column has bytes. Convert it to text (a string column) before saving the file."
+    if isinstance(value, dict | list):
+        return "Write the text itself, or choose another column."
+    return "Convert the column to text before saving the file."
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field says nothing: null, an empty or blank text, list or object, also as JSON text."""
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return value is None or (isinstance(value, list | dict | tuple) and not value)
+
+
+def kind_of(value: Any) -> str:
+    """The type of a JSON value in plain words."""
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        bytes: "binary data",
+    }
+    return "empty (null)" if value is None else names.get(type(value), type(value).__name__)
