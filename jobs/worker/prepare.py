@@ -75,10 +75,12 @@ def prepare(job: Job, folder: Path, check_stop: Callable[[], None]) -> Prepared:
 
 
 def _expected(job: Job, dataset: Dataset) -> dict[str, int]:
-    """The counts of the report that the trainer must reproduce. With another tokenizer or another sequence length the
-    token counts differ, and long texts are split differently."""
+    """The counts of the report that the trainer must reproduce. Another base's tokenizer counts other tokens, its chat
+    template may express other rows; with another sequence length long texts are split differently."""
     summary, exact = reports.summary_for(dataset, job.base_snapshot or {"id": job.base})
-    as_reported = exact and not (job.settings or {}).get("sequence_length")
+    if not exact:
+        return {}
+    as_reported = not (job.settings or {}).get("sequence_length")
     names = ("examples", "tokens") if as_reported else () if summary.get("kind") == "text" else ("examples",)
     return {name: int(summary[name]) for name in names if summary.get(name)}
 

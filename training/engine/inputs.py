@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from training.data.bad_row import LeftOut
-from training.data.formats import BadRow, Format, detect_lenient
+from training.data.formats import BadRow, Format, detect_lenient, rows
 from training.data.summary import Summary
 from training.engine.objectives import OBJECTIVES, Objective
 from training.engine.packing import Examples, hold_out
@@ -184,8 +184,8 @@ def _check_context(encoded: Iterable[Example], context: int) -> None:
 
 def _prompts(run: Run, tokenizer: Tokenizer, examples: Examples) -> list[Prompt]:
     """The pinned prompts: those given, otherwise the first examples up to their answers."""
-    shape = (run.train_format or {}).get("shape") or detect_lenient(run.train_file).shape
-    chat = shape in ("chat", "sharegpt")
+    format = Format.of(run.train_format) if run.train_format else None
+    chat = next(rows(run.train_file, format, on_bad=lambda bad: None)).kind == "chat"
     stop = tokenizer.ends.texts if chat else ()
     if run.prompts:
         return [Prompt(text, _prompt_ids(text, tokenizer, chat), stop) for text in run.prompts]
