@@ -17,6 +17,7 @@ from jobs.registry import base_models
 from jobs.store import blobs, tables
 from jobs.store.tables import Dataset, DatasetReport
 from training.data.formats import BadRow, Row, preview
+from training.data.row_schemas import preview_of_message
 from training.plan import catalog
 
 STATUS_LABELS = {  # status: (label, CSS class of the dot)
@@ -29,6 +30,7 @@ KIND_LABELS = {
     "chat": ("conversation", "conversations"),
     "completion": ("prompt and answer pair", "prompt and answer pairs"),
     "text": ("text", "texts"),
+    "preference": ("preference pair", "preference pairs"),
 }
 
 
@@ -257,13 +259,20 @@ def _preview_row(row: Row | BadRow) -> dict[str, Any]:
         parts = [("", row.prompt, False), ("", row.completion, True)]
     elif row.kind == "text":
         parts = [("", row.text, True)]
+    elif row.kind == "segments":
+        parts = [("", text, trained) for text, trained in row.segments]
     else:
-        parts = [
-            (m["role"], m["content"], m["role"] == "assistant" and bool(m.get("weight", 1)))
+        parts = [("tools", json.dumps(list(row.tools), ensure_ascii=False), False)] if row.tools else []
+        parts += [
+            (
+                m["role"],
+                preview_of_message(m).partition(": ")[2],
+                m["role"] == "assistant" and bool(m.get("weight", 1)),
+            )
             for m in row.messages
         ]
     segments = [
         {"role": role, "text": Truncator(text).chars(400), "trained": trained}
         for role, text, trained in parts
     ]
-    return {"line": row.line, "segments": segments, "together": row.kind == "completion"}
+    return {"line": row.line, "segments": segments, "together": row.kind in ("completion", "segments")}
