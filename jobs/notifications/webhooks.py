@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import hmac
 import http.client
 import json
 import logging
@@ -21,10 +20,12 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from datetime import UTC, datetime
 from urllib.parse import SplitResult, urlsplit
 
 from django.conf import settings
 from django.core.mail import send_mail
+from standardwebhooks import Webhook
 
 from jobs.notifications.ip_ranges import is_public
 from jobs.store import outbox, quotas, reasons, tables
@@ -237,11 +238,9 @@ def _record_result(endpoint: WebhookEndpoint, sent: bool, result: str, gone: boo
 def signed(secret: str, delivery: WebhookDelivery, now: float | None = None) -> dict[str, str]:
     """The three headers of Standard Webhooks."""
     id = "msg_" + hashlib.sha256(delivery.delivery_id.encode()).hexdigest()[:32]
-    timestamp = str(int(time.time() if now is None else now))
-    key = base64.b64decode(secret.removeprefix("whsec_"))
-    digest = hmac.new(key, f"{id}.{timestamp}.{delivery.payload}".encode(), hashlib.sha256).digest()
-    signature = "v1," + base64.b64encode(digest).decode()
-    return {"webhook-id": id, "webhook-timestamp": timestamp, "webhook-signature": signature}
+    seconds = int(time.time() if now is None else now)
+    signature = Webhook(secret).sign(id, datetime.fromtimestamp(seconds, UTC), delivery.payload)
+    return {"webhook-id": id, "webhook-timestamp": str(seconds), "webhook-signature": signature}
 
 
 # ---- post ----------------------------------------------------------------------------------------------------------
