@@ -151,7 +151,7 @@ def _jobs_of(rows: list[JobIndex]) -> list[Job]:
 
 
 def _search(text: str) -> list[Job]:
-    if re.fullmatch(r"ftjob-[0-9A-HJKMNP-TV-Z]{26}", text):
+    if re.fullmatch(r"ftjob-[0-7][0-9A-HJKMNP-TV-Z]{25}", text):
         row = tables.get(JobIndex, f"all#{month_of(time_of(text))}", text)
         return _jobs_of([row]) if row else []
     owner = text

@@ -21,6 +21,13 @@ def test_ids_sort_by_time_and_tell_it():
     assert abs(time_of(second) - __import__("time").time()) < 5
 
 
+def test_an_id_does_not_reveal_the_next_one(monkeypatch):
+    monkeypatch.setattr(time, "time_ns", lambda: 1_790_000_000 * 10**9)
+    ids = [new_id("file") for _ in range(20)]  # all in one millisecond
+    assert len({id[:15] for id in ids}) == 1
+    assert ids != sorted(ids), "the random part counts upwards"
+
+
 def test_a_second_put_of_the_same_row_is_refused():
     row = Usage(new_id("user"), "x", body_hash="a")
     assert tables.put_new(row) is row

@@ -68,3 +68,5 @@ def test_odd_queries_are_404_or_empty(sams: Client) -> None:
     assert sams.get(reverse(LIST), {"state": "void#x"}).status_code == 404
     assert sams.get(reverse(LIST), {"month": "2026-13"}).status_code == 404
     assert "No results" in sams.get(reverse(LIST), {"q": "ftjob-<script>"}).content.decode()
+    too_large = "ftjob-" + "8" * 26  # made of a ULID's letters, but over 128 bits
+    assert "No results" in sams.get(reverse(LIST), {"q": too_large}).content.decode()
