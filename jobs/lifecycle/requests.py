@@ -88,7 +88,7 @@ def _id_for(owner: str, request: JobRequest, key: str) -> str:
             if found.body_hash != body_hash:
                 raise Refused(
                     "idempotency_key",
-                    "This idempotency key was already used for a different request. Use a new key.",
+                    "This idempotency key was already used for another request. Use a new key.",
                 )
             return found.job_id
         fresh = [Usage.job_id.set(mine), Usage.body_hash.set(body_hash)]

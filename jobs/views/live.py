@@ -80,7 +80,7 @@ async def stream(scope: Scope, receive: Receive, send: Send) -> None:
             if first is None or (first.job.ended and not first.events):
                 return await _respond(
                     send, 204
-                )  # everything was sent; 204 tells EventSource not to reconnect
+                )  # everything has been sent; 204 tells EventSource not to reconnect
             return await _Stream(owner, request, send).run(first, ticks, receive)
     except access.NotFound:
         return await _respond(send, 404)
