@@ -83,22 +83,19 @@ class AccountAdapter(DefaultAccountAdapter):
         return super().pre_login(request, user, **login)
 
     def _respond_signed_up(self, request: HttpRequest) -> HttpResponse:
-        request.session.pop(
-            "account_verified_email", None
-        )  # allauth leaves an empty password only for a new account
+        # allauth leaves an empty password only for a new account.
+        request.session.pop("account_verified_email", None)
         if is_headless_request(request):
-            return AuthenticationResponse(
-                request
-            )  # allauth responds with 401 and lists sign-in among the next steps
+            # allauth responds with 401 and lists sign-in among the next steps.
+            return AuthenticationResponse(request)
         messages.info(
             request,
             "You can now sign in with your email address and the password you chose. "
             "If there was already an account with this address, its password has not changed.",
         )
         response = redirect(passthrough_next_redirect_url(request, resolve_url("account_login"), "next"))
-        add_never_cache_headers(
-            response
-        )  # the view does this only for a new account, because otherwise save_user raises before it
+        # The view does this only for a new account, because otherwise save_user raises before it.
+        add_never_cache_headers(response)
         return response
 
     def get_client_ip(self, request: HttpRequest) -> str:

@@ -67,9 +67,8 @@ def verify(secret: str) -> ApiKey | None:
         return None
     now = timezone.now()
     if key.last_used_at is None or now - key.last_used_at > _LAST_USED_INTERVAL:
-        with suppress(
-            DatabaseError
-        ):  # the time is only informative, so an error is no reason to refuse the request
+        # The time is only informative, so an error is no reason to refuse the request.
+        with suppress(DatabaseError):
             ApiKey.objects.filter(pk=key.pk).update(last_used_at=now)
     return key
 

@@ -56,9 +56,8 @@ def limit_body(app: App) -> App:
             return await _answer(send, 400, message, "invalid_body")
         limit = limit_of(scope["path"], headers.get(b"content-type", b"").decode("latin-1").lower())
         length = headers.get(b"content-length", b"0" if b"transfer-encoding" not in headers else b"")
-        declared = (
-            int(length[:20]) if length.isdigit() else None
-        )  # Python refuses to parse a number with 4,300 digits
+        # Python refuses to parse a number with 4,300 digits.
+        declared = int(length[:20]) if length.isdigit() else None
         if declared is not None and declared > limit:
             if not scope["path"].startswith("/v1/") and is_call_without_prefix(scope["path"]):
                 error = unknown_url_error(scope["method"], scope["path"])

@@ -323,9 +323,8 @@ def lock(var: Path) -> IO[str]:
             FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, 0, 0, 0, 0))
         )
         file.seek(0)
-        written = (
-            file.read().split()
-        )  # may name an earlier process if the current owner has not written it yet
+        # May name an earlier process if the current owner has not written it yet.
+        written = file.read().split()
         address = f" at {written[1]}" if written[:1] == [str(pid)] else ""
         raise StartupError(
             f"Another bin/up is already running in {var}: process {pid}{address}. Nothing was changed. Use that one, or "
@@ -409,9 +408,8 @@ def main() -> int:
 
     started = time.monotonic()
     os.umask(0o077)  # inherited by every process, so that only this account can read their files
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # started with `bin/up &`, the shell makes us ignore this signal
+    # Started with `bin/up &`, the shell makes us ignore this signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, lambda *_: sys.exit(0))
     var = Path(os.environ.get("VAR_DIR") or ROOT / "var").resolve()

@@ -23,9 +23,8 @@ class Parameter:
     place: Place
     treatment: Treatment
     note: str = ""
-    neutral: tuple[
-        Any, ...
-    ] = ()  # values of a refused parameter that are allowed because, like None, they change nothing
+    # Values of a refused parameter that are allowed because, like None, they change nothing.
+    neutral: tuple[Any, ...] = ()
 
 
 TABLE = [

@@ -192,9 +192,8 @@ def _bytes(row: Row, part_ids: list[str]) -> Iterator[bytes]:
 
 
 def _md5(row: Row, part_ids: list[str]) -> str:
-    digest = hashlib.md5(
-        usedforsecurity=False
-    )  # OpenAI's API requires MD5; the object storage checks SHA-256
+    # OpenAI's API requires MD5; the object storage checks SHA-256.
+    digest = hashlib.md5(usedforsecurity=False)
     for chunk in _bytes(row, part_ids):
         digest.update(chunk)
     return digest.hexdigest()

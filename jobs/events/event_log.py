@@ -98,9 +98,8 @@ def read(owner: str, job_id: str, after: int = 0, limit: int | None = None) -> l
     """The events after number `after`, without gaps and at most about `limit` (whole chunks are read). If the job has ended,
     the last one is `{"t": "end", "status", "reason", "message", "advice", "model"}`, built from the job's row.
     Raises jobs.store.access.NotFound."""
-    job = access.get_job_for(
-        owner, job_id
-    )  # read before the chunks, so that they are complete up to the job's last_seq
+    # Read before the chunks, so that they are complete up to the job's last_seq.
+    job = access.get_job_for(owner, job_id)
     events = _stored(job_id, after, int(job.last_seq), limit)
     whole = (events[-1].seq if events else after) >= job.last_seq
     return [*events, end_of(job)] if job.ended and whole and after <= job.last_seq else events
@@ -261,9 +260,8 @@ class _Tailer:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.notified.wait(), POLL_S)
                 self.notified.clear()
-        except (
-            Exception
-        ) as error:  # the job was deleted, or there is a bug: in either case, no watcher may wait forever
+        # The job was deleted, or there is a bug: in either case, no watcher may wait forever.
+        except Exception as error:
             for watcher in self.watchers:
                 watcher.put(error)
         finally:

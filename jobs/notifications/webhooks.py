@@ -192,9 +192,8 @@ def deliver(owner: str, delivery_id: str) -> bool:
         return True
     if time.time() < delivery.next_at:
         return False
-    most = (
-        1 if delivery.event == TEST_TYPE else len(SCHEDULE_S)
-    )  # a test is tried only once, because its sender sees the result
+    # A test is tried only once, because its sender sees the result.
+    most = 1 if delivery.event == TEST_TYPE else len(SCHEDULE_S)
     if delivery.tries >= most:  # the last try was interrupted
         return _record(delivery, "given up", delivery.last_result or "the delivery was interrupted")
     tries = int(delivery.tries) + 1

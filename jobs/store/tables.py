@@ -136,21 +136,18 @@ class _JobAttributes(Table):
     base_snapshot: JSONAttribute = JSONAttribute(attr_name="base_facts", null=True)
     method = UnicodeAttribute(default="full")
     dataset_id = UnicodeAttribute(default="")
-    dataset_name = UnicodeAttribute(
-        default=""
-    )  # copied at submission, because the dataset may be deleted later
+    # Copied at submission, because the dataset may be deleted later.
+    dataset_name = UnicodeAttribute(default="")
     validation_dataset_id = UnicodeAttribute(null=True)
     settings: JSONAttribute = JSONAttribute(default=dict)  # requested hyperparameters
     prompts: JSONAttribute = JSONAttribute(default=list)  # for the samples
     suffix = UnicodeAttribute(default="")
-    seed = NumberAttribute(
-        null=True
-    )  # only in rows of earlier versions: jobs/lifecycle/submission.py:settings_of
+    # Only in rows of earlier versions: jobs/lifecycle/submission.py:settings_of.
+    seed = NumberAttribute(null=True)
     metadata: JSONAttribute = JSONAttribute(default=dict)
     api: JSONAttribute = JSONAttribute(null=True)  # values of the `/v1` request that responses repeat
-    needs: JSONAttribute = JSONAttribute(
-        default=dict
-    )  # what a worker must have: {"memory": bytes, "gpu": true}
+    # What a worker must have: {"memory": bytes, "gpu": true}.
+    needs: JSONAttribute = JSONAttribute(default=dict)
     priority = NumberAttribute(default=0)
     model_id = UnicodeAttribute(default="")  # of the resulting model, assigned at submission
     body_hash = UnicodeAttribute(default="")
@@ -180,9 +177,8 @@ class _JobAttributes(Table):
     checkpoints: JSONAttribute = JSONAttribute(default=list)
     plan: JSONAttribute = JSONAttribute(null=True)  # resolved settings with their reasons
     estimate: JSONAttribute = JSONAttribute(null=True)
-    resume_check: JSONAttribute = JSONAttribute(
-        attr_name="proof", null=True
-    )  # see jobs/worker/resume_check.py
+    # See jobs/worker/resume_check.py.
+    resume_check: JSONAttribute = JSONAttribute(attr_name="proof", null=True)
     reason = UnicodeAttribute(default="")  # why it failed or paused: a key of jobs.store.reasons.REASONS
     message = UnicodeAttribute(default="")  # the details, shown to the user
     advice = UnicodeAttribute(default="")

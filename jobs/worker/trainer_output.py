@@ -86,9 +86,8 @@ class TrainerOutput:
 
     def read(self, child: Child, wait: float) -> list[dict[str, Any]]:
         """Reads what has arrived, waiting at most `wait` seconds. Returns new checkpoints."""
-        if (
-            self.writer.full
-        ):  # the store has been unreachable for long: by not reading, we make the trainer wait
+        # The store has been unreachable for long: by not reading, we make the trainer wait.
+        if self.writer.full:
             time.sleep(wait)
             return []
         pipes = [pipe for pipe in (child.out, child.err) if not pipe.ended]
