@@ -261,7 +261,7 @@ def _csv(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tuple[int, 
         except csv.Error as error:
             raise BadFile(
                 start,
-                f"broken CSV: {error}",
+                f"invalid CSV: {error}",
                 'A quote opened here is probably never closed; write "" for a quote inside a cell.',
             ) from error
         line, start = start, reader.line_num + 1
