@@ -1,4 +1,4 @@
-"""allauth's adapters: who may sign up, what Google must have verified, and how often a refresh token can be used."""
+"""allauth's adapters. They decide who may sign up, what Google must have verified, and how often a refresh token is valid."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class AccountAdapter(DefaultAccountAdapter):
         return bool(settings.SIGNUP_OPEN)
 
     def clean_email(self, email: str) -> str:
-        """Refuses addresses that no mail server accepts: invisible characters and invalid domains."""
+        """Refuses addresses that no mail server accepts, with invisible characters or an invalid domain."""
         email = str(super().clean_email(email))
         try:
             email.rpartition("@")[2].encode("idna")
@@ -54,7 +54,7 @@ class AccountAdapter(DefaultAccountAdapter):
         return email
 
     def send_account_already_exists_mail(self, email: str) -> None:
-        """Creates an account and rolls it back, so that sign-up takes equally long for an address that already has one."""
+        """Creates an account and rolls it back, so that sign-up takes just as long for an address that already has one."""
         with transaction.atomic():
             user = User.objects.create_user(f"{secrets.token_hex(8)}@invalid", secrets.token_hex(8))
             EmailAddress.objects.create(user=user, email=user.email)
@@ -64,8 +64,8 @@ class AccountAdapter(DefaultAccountAdapter):
     def save_user(
         self, request: HttpRequest, user: User, form: BaseForm, commit: bool = True
     ) -> AbstractBaseUser:
-        """Creates the account. If no email is sent, a second account with the same address, which the database refuses, gets
-        the same response as a success; up to that point the same work was done."""
+        """Creates the account. The database refuses a second account with the same address. If no email is sent, the response
+        is nevertheless the same as for a success, and the same work was done up to that point."""
         try:
             with transaction.atomic():
                 return super().save_user(request, user, form, commit)
@@ -75,28 +75,27 @@ class AccountAdapter(DefaultAccountAdapter):
             raise ImmediateHttpResponse(self._respond_signed_up(request)) from e
 
     def pre_login(self, request: HttpRequest, user: AbstractBaseUser, **login: Any) -> HttpResponse | None:
-        """Signing up does not sign in unless the address was verified by email: that would reveal that it had no account.
-        Google's users are signed in, because Google has verified them."""
+        """Signing up does not sign the user in unless the address was verified by email, because that would reveal that it had
+        no account. Google's users are signed in, because Google has verified them."""
         unverified = login["email_verification"] == EmailVerificationMethod.NONE
         if login["signup"] and unverified and "sociallogin" not in (login["signal_kwargs"] or {}):
             return self._respond_signed_up(request)
         return super().pre_login(request, user, **login)
 
     def _respond_signed_up(self, request: HttpRequest) -> HttpResponse:
-        request.session.pop(
-            "account_verified_email", None
-        )  # allauth leaves it, empty, only for a new account
+        # allauth leaves an empty password only for a new account.
+        request.session.pop("account_verified_email", None)
         if is_headless_request(request):
-            return AuthenticationResponse(request)  # 401, with sign-in among the next steps
+            # allauth responds with 401 and lists sign-in among the next steps.
+            return AuthenticationResponse(request)
         messages.info(
             request,
             "You can now sign in with your email address and the password you chose. "
             "If there was already an account with this address, its password has not changed.",
         )
         response = redirect(passthrough_next_redirect_url(request, resolve_url("account_login"), "next"))
-        add_never_cache_headers(
-            response
-        )  # the view does this only for a new account: save_user raises past it
+        # The view does this only for a new account, because otherwise save_user raises before it.
+        add_never_cache_headers(response)
         return response
 
     def get_client_ip(self, request: HttpRequest) -> str:
@@ -109,8 +108,8 @@ class AccountAdapter(DefaultAccountAdapter):
 
 class TokenStrategy(JWTTokenStrategy):
     def refresh_token(self, refresh_token: str) -> tuple[str, str] | None:
-        """The next access and refresh tokens. A refresh token that was used before ends its session, and with it all tokens
-        of that sign-in: it was copied, and we cannot tell whether the thief or the owner used it first (RFC 9700, 4.14.2)."""
+        """The next access and refresh tokens. If a refresh token is used twice, its session ends, and with it all tokens of that
+        sign-in: the token was copied, and we cannot tell whether the thief or the owner used it first (RFC 9700, 4.14.2)."""
         payload = internal.decode_token(refresh_token, "refresh")  # signed by us and not expired, or None
         session = internal.get_token_session(payload) if payload else None
         if payload is None or session is None:
@@ -138,7 +137,7 @@ class MFAAdapter(DefaultMFAAdapter):
 
 
 def _cipher() -> MultiFernet:
-    """Keys derived from SECRET_KEY. Old keys still decrypt what they encrypted."""
+    """The keys, derived from SECRET_KEY and its fallbacks. Old keys can still decrypt what they encrypted."""
     keys = [settings.SECRET_KEY, *settings.SECRET_KEY_FALLBACKS]
     digests = [hashlib.sha256(b"second factors:" + key.encode()).digest() for key in keys]
     return MultiFernet([Fernet(base64.urlsafe_b64encode(digest)) for digest in digests])
@@ -185,7 +184,7 @@ class SocialAccountAdapter(DefaultSocialAccountAdapter):
             raise ImmediateHttpResponse(redirect("account_login"))
         emails = [address.email.lower() for address in sociallogin.email_addresses]
         if request.user.is_anonymous and User.objects.filter(email__in=emails).exists():
-            # Whoever created the account may only have claimed the address: it needs the account's password.
+            # The address may not belong to the person who created the account, so the account's password is required.
             messages.error(
                 request,
                 "There is already an account with this address. Sign in with its password, or reset it. "

@@ -1,4 +1,4 @@
-"""The OpenAPI document as a page, rendered on the server: it needs no script and no external network."""
+"""The OpenAPI document as a page. It is rendered on the server, so it needs neither scripts nor an external network."""
 
 from __future__ import annotations
 

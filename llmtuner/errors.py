@@ -1,4 +1,4 @@
-"""Error responses for people and programs. They need no database and no session, because those may be what failed."""
+"""Error responses for people and programs. They use neither the database nor the session, which may be what failed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def respond(
 ) -> HttpResponse:
     problem = problem or PROBLEMS[status]
     advice = advice or problem.advice
-    # Only where it helps to find the cause: a 404 must look the same whether a thing never existed or is not yours.
+    # Only if it helps to find the cause: a 404 must look the same whether an object never existed or is someone else's.
     request_id = getattr(request, "request_id", "") if status >= 500 else ""
     if request.path_info.startswith(("/v1/", "/_allauth/")):
         body = {"error": {"message": f"{problem.title}.", "type": problem.type, "param": None, "code": None}}

@@ -1,11 +1,11 @@
-"""Everything on one machine: `bin/up`.
+"""Runs everything on one machine, for `bin/up`.
 
-Starts Redis, the embedded DynamoDB, the web server and the workers under supervisor (which restarts what dies), creates
-the tables and the owner's account, fine-tunes the bundled sample once as an ordinary job, and keeps serving until
-Ctrl-C. `--check` does the same and then stops, with exit code 0 if everything worked.
+It starts Redis, the embedded DynamoDB, the web server and the workers under supervisor (which restarts processes that die),
+creates the tables and the owner's account, fine-tunes the bundled sample once as an ordinary job, and serves until Ctrl-C.
+`--check` does the same and then stops, with exit code 0 if everything worked.
 
-Every process is a child that dies with its parent, so nothing survives a `kill -9` of bin/up. Stores that are configured
-elsewhere (DYNAMODB_ENDPOINT, REDIS_URL) are not started here. Only one bin/up runs in a folder at a time: see `lock`.
+Every process is a child that dies with its parent, so none survives a `kill -9` of bin/up. Stores that run elsewhere
+(DYNAMODB_ENDPOINT, REDIS_URL) are not started. Only one bin/up can run in a folder at a time: see `lock`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STOP_WORKERS_S = 45  # a worker writes a checkpoint and releases its job within 
 
 
 class StartupError(Exception):
-    """Something that a person must fix; the message says what."""
+    """A problem that the user must fix. The message says how."""
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------
@@ -65,13 +65,13 @@ def programs() -> Iterator[tuple[str, int, list[str], int]]:
 
 
 def die_with_parent_prefix() -> list[str]:
-    """Put before a command, this makes it die with its parent, even if the parent is killed. setpriv is part of
-    util-linux, which every Debian has."""
+    """A prefix that makes a command die with its parent, even if the parent is killed. setpriv is part of util-linux, which
+    every Debian has."""
     return ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
 
 
 def write_configuration(var: Path) -> Path:
-    """Writes supervisord.conf and redis.conf, at every start."""
+    """Writes supervisord.conf and redis.conf. Called at every start."""
     write_redis_configuration(var)
     logs = var / "logs"
     logs.mkdir(exist_ok=True)
@@ -124,7 +124,8 @@ def write_redis_configuration(var: Path) -> None:
 
 
 def socket_path(var: Path) -> Path:
-    """Unix socket paths are limited to 107 bytes, so for a deep folder the socket is in the temporary folder."""
+    """The path of supervisor's socket. Unix socket paths are limited to 107 bytes, so if the path of `var` is too long, the
+    socket is in the temporary folder."""
     path = var / "supervisor.sock"
     if len(str(path).encode()) < 100:
         return path
@@ -135,7 +136,7 @@ def socket_path(var: Path) -> Path:
 
 
 class Supervisor:
-    """supervisord as a child process, controlled over its Unix socket."""
+    """A supervisord child process, controlled through its Unix socket."""
 
     def __init__(self, configuration: Path, var: Path) -> None:
         argv = [
@@ -166,7 +167,7 @@ class Supervisor:
 
     def is_up(self) -> bool:
         try:
-            # The socket may belong to another supervisord, whose processes are not ours to start or stop.
+            # The socket may belong to another supervisord, whose processes we must neither start nor stop.
             return bool(
                 self.rpc.getPID() == self.process.pid and self.rpc.getState()["statename"] == "RUNNING"
             )
@@ -187,7 +188,7 @@ class Supervisor:
         self._quietly(self.rpc.stopProcess, name, True)
 
     def stop(self) -> None:
-        """Stops the workers first, so that they can release their jobs, then the web server, then the stores."""
+        """Stops the workers first, so that they can put their jobs back into the queue, then the web server, then the stores."""
         if self.process.poll() is None:
             order = [["checks", "notifications", "training", "inference"], ["web"], ["dynamodb", "redis"]]
             for group in order:
@@ -235,7 +236,8 @@ def port_is_open(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def redis_answers() -> bool:
-    """An open port is not enough: Redis opens it before it has loaded its data, and it may be another Redis."""
+    """Whether our Redis is ready. An open port is not enough: Redis opens it before it has loaded its data, and the port may
+    be another Redis server's."""
     try:
         with redis.Redis.from_url(
             os.environ["REDIS_URL"], socket_timeout=1, socket_connect_timeout=1
@@ -248,8 +250,8 @@ def redis_answers() -> bool:
 def start_redis(supervisor: Supervisor, var: Path) -> None:
     """Starts Redis, with empty data if it cannot read its file.
 
-    Redis exits if its file is damaged in the middle (it repairs a truncated end itself). None of its data is essential,
-    because DynamoDB has everything that is queued. So the file is moved away and Redis starts empty."""
+    Redis repairs a file with a truncated end, but exits if the file is damaged in the middle. None of its data is essential,
+    because DynamoDB has everything that is queued. So the damaged file is moved away and Redis starts empty."""
 
     def started() -> bool:
         supervisor.start("redis")
@@ -262,7 +264,7 @@ def start_redis(supervisor: Supervisor, var: Path) -> None:
     folder, aside = var / "redis", var / time.strftime("redis-damaged-%Y%m%d-%H%M%S")
     folder.rename(aside)
     write_redis_configuration(var)
-    if not started():  # its file was not the cause
+    if not started():  # the data file was not the cause
         supervisor.stop_one("redis")
         shutil.rmtree(folder)
         aside.rename(folder)
@@ -294,8 +296,8 @@ def refuse_taken_ports() -> None:
         port = int(os.environ[variable])
         if port_is_open(port):
             raise StartupError(
-                f"Another program uses port {port}, so {name} cannot. "
-                f"Choose a free port: {variable}={port + 100} bin/up"
+                f"Another program is using port {port}, which {name} needs. "
+                f"Choose a free port, for example: {variable}={port + 100} bin/up"
             )
 
 
@@ -304,8 +306,8 @@ FLOCK = "hhqqi0q"
 
 
 def lock(var: Path) -> IO[str]:
-    """Locks the folder for this process while the returned file is open. The kernel releases the lock however the process
-    ends, and no child inherits it. Raises StartupError naming the process that holds it."""
+    """Locks the folder for this process while the returned file is open. The kernel releases the lock no matter how the
+    process ends, and no child inherits it. Raises StartupError, which names the process that holds the lock."""
     try:
         var.mkdir(parents=True, exist_ok=True)
         file = (var / "bin-up.lock").open("a+")
@@ -321,17 +323,19 @@ def lock(var: Path) -> IO[str]:
             FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(FLOCK, fcntl.F_WRLCK, 0, 0, 0, 0))
         )
         file.seek(0)
-        written = file.read().split()  # by an earlier process, if the current owner has not written it yet
+        # May name an earlier process if the current owner has not written it yet.
+        written = file.read().split()
         address = f" at {written[1]}" if written[:1] == [str(pid)] else ""
         raise StartupError(
             f"Another bin/up is already running in {var}: process {pid}{address}. Nothing was changed. Use that one, or "
-            f"stop it first: press Ctrl-C in its terminal, or run kill {pid}"
+            f"stop it first by pressing Ctrl-C in its terminal or with: kill {pid}"
         ) from e
     return file
 
 
 def keep_private(var: Path) -> None:
-    """The folder holds sessions, prompts and users' data. Earlier versions left it open to everyone on the machine."""
+    """Closes the folder to other accounts, because it contains sessions, prompts and users' data. Earlier versions left it
+    open to everyone on the machine."""
     if var.stat().st_mode & 0o077:
         try:
             var.chmod(0o700)
@@ -345,7 +349,7 @@ def keep_private(var: Path) -> None:
 def refuse_unsafe_production() -> None:
     from django.core.exceptions import ImproperlyConfigured
 
-    from llmtuner import checks  # late: it reads the environment
+    from llmtuner import checks  # imported late because it reads the environment
 
     try:
         checks.refuse_unsafe_start()
@@ -354,7 +358,7 @@ def refuse_unsafe_production() -> None:
 
 
 def set_environment(var: Path) -> None:
-    """Sets defaults for the embedded stores. Variables that are already set stay as they are."""
+    """Sets defaults for the embedded stores. Variables that are already set are not changed."""
     env = os.environ
     env.setdefault("DJANGO_SETTINGS_MODULE", "llmtuner.settings")
     env["VAR_DIR"] = str(var)
@@ -403,8 +407,9 @@ def main() -> int:
     options = parser.parse_args()
 
     started = time.monotonic()
-    os.umask(0o077)  # inherited by every process: only this account can read what they write
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # with `bin/up &` a shell makes us ignore it
+    os.umask(0o077)  # inherited by every process, so that only this account can read their files
+    # Started with `bin/up &`, the shell makes us ignore this signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, lambda *_: sys.exit(0))
     var = Path(os.environ.get("VAR_DIR") or ROOT / "var").resolve()

@@ -25,8 +25,8 @@ JOB_TIMEOUT_S = 900
 
 
 def run_sample(url: str) -> bool:
-    """True if the sample job succeeded (now or at an earlier start) and its model responds. Prints progress. A failure is
-    printed, not raised: it is no reason to stop serving."""
+    """Fine-tunes the sample and prints the progress. Returns True if the job succeeded (now or at an earlier start) and its
+    model responds. A failure is printed and not raised, because it is no reason to stop serving."""
     try:
         return _run_sample(url)
     except (SampleError, generation.Busy, generation.Failed) as e:
@@ -53,7 +53,7 @@ def _run_sample(url: str) -> bool:
     else:
         user = users.filter(is_superuser=True).order_by("pk").first()
         if user is None:
-            return True  # no superuser to own it: accounts were created by hand
+            return True  # accounts were created by hand, so there is no superuser to own the sample
         print(
             "\n  Fine-tuning the bundled starter model on the bundled sample, as an ordinary job.",
             flush=True,
@@ -128,7 +128,7 @@ def follow(owner: str, job_id: str) -> list[dict[str, Any]]:
 
 
 def print_progress(event: dict[str, Any], total: int) -> None:
-    """Redraws one line in a terminal; writes an occasional line to a log."""
+    """Redraws a single line in a terminal, or writes an occasional line to a log."""
     live = sys.stdout.isatty()
     clear = "\r\033[K" if live else ""
     if event["t"] == "metric" and (live or event["step"] % 20 == 0):

@@ -31,7 +31,10 @@ def sources(*folders: str) -> list[Path]:
 
 # contract -> (module, an import that it must not have)
 FORBIDDEN = {
-    "Wiring above work, work above people and engine": ("accounts/forms.py", "import jobs.store.tables"),
+    "llmtuner above jobs, jobs above accounts and training": (
+        "accounts/forms.py",
+        "import jobs.store.tables",
+    ),
     "jobs: pages and API above workers, workers above a job's life, all above the store": (
         "jobs/store/quotas.py",
         "import jobs.lifecycle.finalize",
@@ -40,7 +43,7 @@ FORBIDDEN = {
         "training/data/sniff.py",
         "import training.text.encode",
     ),
-    "training knows no web framework, queue, cloud or store": ("training/plan/hub.py", "import redis"),
+    "training imports no web framework, queue, cloud or store": ("training/plan/hub.py", "import redis"),
     "jobs imports only the torch-free packages of training": (
         "jobs/lifecycle/estimates.py",
         "import training.engine.schedule",

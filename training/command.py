@@ -1,4 +1,4 @@
-"""`train` and `standby`: the program around the loop. Events out, a run file in, one exit code for each
+"""The commands `train` and `standby`. They read a run file, print events, and exit with one code for each
 reason."""
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def main(args: argparse.Namespace) -> int:
     if path is None:
         return EXIT["stopped"]
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # before this line, being killed by it loses nothing
+    # Until this handler is set, SIGTERM ends the process, which loses nothing.
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     events = EventWriter()
     try:
         run = Run.load(path)
@@ -152,7 +153,8 @@ class EventWriter:
 
 
 def encode(event: dict[str, Any]) -> bytes:
-    """One line of JSON: numbers that are not finite are left out, long texts cut, at most 16 KB."""
+    """The event as one line of JSON with at most 16 KB. Numbers that are not finite are left out, and long texts are
+    cut."""
     clean = _clean(event)
     line = json.dumps(clean, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     room = LONGEST_TEXT
@@ -216,8 +218,8 @@ def _wait_for_run_file(base: str | None) -> str | None:
 
 
 def _die_with_parent() -> None:
-    """Ends this process as soon as its parent has died: its events are lost, and its lease will go to another
-    worker.
+    """Ends this process as soon as its parent has died, because then its events are lost and another worker will
+    get the lease.
 
     The parent keeps our standard input open and writes a line at each heartbeat. When the pipe closes, the
     parent is dead."""

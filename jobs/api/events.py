@@ -52,7 +52,7 @@ def _number(job: Job, event_id: str) -> int:
     match = _ID.fullmatch(event_id)
     number = int(match[2]) if match and match[1] == job.job_id.removeprefix("ftjob-") else 0
     if not 0 < number <= job.last_seq + (2 if job.ended else 0):
-        raise bad("This job has no such event.", "after")
+        raise bad(f"This job has no event with the ID '{event_id[:100]}'.", "after")
     return number
 
 
@@ -129,8 +129,8 @@ def check_stream_quota(owner: str) -> None:
 
 
 async def stream(job: Job, still_allowed: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
-    """All events from the first, then each new one, until the job ends or the key is revoked."""
-    release_thread()  # the middleware has taken one again
+    """Streams all events from the first one on, until the job ends or the key is revoked."""
+    release_thread()  # the middleware has occupied a thread again
     owner, total_steps = job.owner, None
     _open[owner] += 1
     checked_at = time.monotonic()
@@ -147,7 +147,7 @@ async def stream(job: Job, still_allowed: Callable[[], Awaitable[bool]]) -> Asyn
                 yield b": keep-alive\n\n"
                 continue
             for event in pending.result():
-                if event.data.get("t") == "plan":  # precedes the first step
+                if event.data.get("t") == "plan":  # sent before the first step
                     total_steps = event.data.get("total_steps")
                 for payload in show(job, event, total_steps):
                     yield _line(payload)

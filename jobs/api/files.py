@@ -1,4 +1,4 @@
-"""`/files`: datasets under OpenAI's names, and the result files of jobs, which are generated on request."""
+"""`/files`: datasets in OpenAI's format, and the result files of jobs, which are generated on request."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def file_content(request: CallerRequest, file_id: str) -> HttpResponseBase:
         return _attachment(HttpResponse(text, content_type="application/octet-stream"), f"{file_id}.csv")
     dataset = _find(request, file_id)
     if not dataset.key:
-        raise bad("The file is still being received.", "file_id", "not_ready")
+        raise bad("The file is still being uploaded. Try again in a moment.", "file_id", "not_ready")
     response = StreamingHttpResponse(
         _chunks(blobs.open_file(dataset.key)), content_type="application/octet-stream"
     )
@@ -108,7 +108,7 @@ def file_content(request: CallerRequest, file_id: str) -> HttpResponseBase:
 
 
 async def _chunks(source: IO[bytes]) -> AsyncIterator[bytes]:
-    """The file in chunks. A thread is used only during each read, and the whole file is never in memory."""
+    """Yields the file in chunks. A thread is used only during each read, and the whole file is never in memory."""
     try:
         while chunk := await asyncio.to_thread(source.read, CHUNK):
             yield chunk
@@ -136,7 +136,7 @@ def check_purpose(purpose: str) -> None:
 
 def check_name(name: str) -> None:
     if not name or len(name) > MAX_NAME or any(ord(character) < 32 for character in name):
-        raise bad("The file name must have 1 to 255 characters and no control characters.", "filename")
+        raise bad("The file name must have 1 to 255 characters, none of them control characters.", "filename")
 
 
 def show(dataset: Any) -> Json:

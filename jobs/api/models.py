@@ -1,4 +1,4 @@
-"""`/models`: the models for generation and training: base models, and the caller's tuned models."""
+"""`/models`: base models and the caller's tuned models, for generation and training."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from training.plan import catalog
 
 router = Router(auth=READ)
 Json = dict[str, Any]
-ALL = 1_000_000  # the model quota limits them
+ALL = 1_000_000  # no page size is needed, because a quota limits the number of models
 
 
 def local_name(name: str) -> str:
-    """Our name for a model, given the caller's: BASE_MODEL_ALIASES maps OpenAI's names. Aliases that users give to their own
-    models are resolved by `tuned_models.get_for`."""
+    """Translates the caller's name of a model to ours. BASE_MODEL_ALIASES maps OpenAI's names; the aliases that users
+    give to their own models are resolved by `tuned_models.get_for`."""
     return str(settings.BASE_MODEL_ALIASES.get(name, name))
 
 
 def base_for_training(owner: str, name: str) -> str:
-    """The base model to train, or a 400 that lists the choices and the setting that maps other names. A Hub model is checked
-    on first use. The caller's tuned models are base models too."""
+    """The ID of the base model to train. Raises a 400 that lists the available models and names the setting that maps other
+    names. A Hub model is checked on first use. The caller's tuned models can be trained further."""
     wanted = local_name(name)
     known = base_models.find(owner, wanted)
     if known is None and (model := tuned_models.find(owner, wanted)):
@@ -52,7 +52,7 @@ def base_for_training(owner: str, name: str) -> str:
 
 @router.get("", response={200: Page[Model], 400: Error}, summary="List models")
 def list_models(request: CallerRequest, after: paging.After = None) -> Json:
-    """All base models and all tuned models, in one page as at OpenAI."""
+    """Lists all base models and all of your tuned models on a single page, as OpenAI does."""
     owner = request.auth.owner
     known = [_base(base) for base in (*catalog.base_models(), *base_models.list_hub(owner))]
     tuned = [_tuned(row) for row in access.list_models(owner, ALL)]

@@ -1,4 +1,4 @@
-"""A job's result file: a CSV of its metrics, generated from its events on request, so nothing is stored twice."""
+"""A job's result file: its metrics as CSV, generated from its events on request, so that nothing is stored twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The schemas of `/v1`: OpenAI's fields under OpenAI's names, and ours under `llmtuner`."""
+"""The schemas of `/v1`: OpenAI's fields under OpenAI's names, and our own fields under `llmtuner`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class File(Schema):
     expires_at: int | None = None
     status_details: str | None = None
     llmtuner: dict[str, Any] = Field(
-        default={}, description="The data report: rows, tokens, format, findings."
+        default={}, description="The data report: rows, tokens, format and findings."
     )
 
 
@@ -118,7 +118,7 @@ Auto = Literal["auto"]
 
 
 def _in_range(range_: str) -> WrapValidator:
-    """Reports the whole range if a number is outside it; pydantic names only the bound that was exceeded."""
+    """Reports the whole range if a number is outside of it. Pydantic names only the bound that was exceeded."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -168,7 +168,7 @@ class JobCreate(Request):
     integrations: list[Any] | None = None
     llmtuner: dict[str, Any] | None = Field(
         None,
-        description="Our settings by their own names, for example `adapter`, `lora_rank` and `sequence_length`.",
+        description="LLM Tuner's own settings by name, for example `adapter`, `lora_rank` and `sequence_length`.",
     )
 
     @field_validator("metadata")
@@ -177,9 +177,9 @@ class JobCreate(Request):
         if pairs is None:
             return None
         if len(pairs) > 16:
-            raise ValueError("at most 16 pairs")
+            raise ValueError("there can be at most 16 pairs")
         if any(not 1 <= len(key) <= 64 or len(value) > 512 for key, value in pairs.items()):
-            raise ValueError("keys must have 1 to 64 characters, and values at most 512")
+            raise ValueError("a key must have 1 to 64 characters, and a value at most 512")
         return pairs
 
 
@@ -236,9 +236,9 @@ class Job(Schema):
     method: JobMethod
     llmtuner: dict[str, Any] = Field(
         default={},
-        description="Name, phase, progress, latest metrics, estimate, verdict, `fidelity` (the export check), all "
-        "settings. A newly created job also has `warnings`, a list of `title` and `text`: the warnings that the form "
-        "shows. They do not stop the job.",
+        description="Name, phase, progress, latest metrics, estimate, verdict, `fidelity` (the export check) and all "
+        "settings. A newly created job also has `warnings`: the warnings that the form would show, each with a `title` "
+        "and a `text`. They do not stop the job.",
         json_schema_extra={"properties": {"warnings": WARNINGS}},
     )
 
@@ -282,7 +282,7 @@ class Model(Schema):
     created: int
     owned_by: str
     llmtuner: dict[str, Any] = Field(
-        default={}, description="Details: base, job, metrics, verdict, `fidelity` (the export check)."
+        default={}, description="Details: base, job, metrics, verdict and `fidelity` (the export check)."
     )
 
 
@@ -303,7 +303,7 @@ MAX_PROMPTS = 128
 
 
 class Generation(Request):
-    """Supported fields only. `jobs.api.parameters` lists the others and how they are treated."""
+    """Only the supported fields. `jobs.api.parameters` lists the others and how they are treated."""
 
     model: Annotated[StrictStr, Field(min_length=1, max_length=300)]
     temperature: Temperature | None = None
@@ -314,7 +314,7 @@ class Generation(Request):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     top_k: Annotated[StrictInt, Field(ge=-1, le=1_000_000)] | None = Field(
-        None, description="Sample only from the k most likely tokens; 0 or -1: from all."
+        None, description="Sample only from the k most likely tokens. 0 or -1 means all tokens."
     )
     min_p: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[StrictFloat | StrictInt, Field(ge=0.01, le=2)] | None = None
@@ -345,22 +345,22 @@ class CompletionCreate(Generation):
     @field_validator("prompt", mode="before")
     @classmethod
     def _check_prompt(cls, prompt: Any) -> Any:
-        """Runs before the union, whose errors would name four branches."""
+        """Runs before the union is validated, because its errors would name all four branches."""
         if isinstance(prompt, str):
             return prompt
         if not isinstance(prompt, list) or not prompt:
             raise ValueError(
-                "must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
+                "must be a string, a list of strings, a list of token IDs, or a list of lists of token IDs"
             )
         if type(prompt[0]) is int:
             if any(type(token_id) is not int for token_id in prompt):
-                raise ValueError("a prompt that starts with a token id must contain only token ids")
+                raise ValueError("a prompt that starts with a token ID must contain only token IDs")
             return prompt
         if len(prompt) > MAX_PROMPTS:
-            raise ValueError(f"at most {MAX_PROMPTS} prompts per request")
+            raise ValueError(f"a request can have at most {MAX_PROMPTS} prompts")
         if not all(isinstance(one, str) for one in prompt) and not all(map(_are_token_ids, prompt)):
             raise ValueError(
-                "must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
+                "must be a string, a list of strings, a list of token IDs, or a list of lists of token IDs"
             )
         return prompt
 
@@ -379,7 +379,7 @@ class Message(Request):
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
 
     def plain(self) -> dict[str, str]:
-        """In the format of training rows. OpenAI renamed system to developer; chat templates know only system."""
+        """The message in the format of training rows. OpenAI renamed system to developer; chat templates know only system."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -482,7 +482,7 @@ class WebhookEndpoint(Schema):
     event_types: list[str]
     signing_secret_hint: str | None = None
     llmtuner: dict[str, Any] = Field(
-        default={}, description="Whether it is active, and the result of the last delivery."
+        default={}, description="Whether the webhook is active, and the result of the last delivery."
     )
 
 

@@ -19,7 +19,7 @@ Json = dict[str, Any]
 
 @router.post("", response={200: WebhookWithSecret, 400: Error}, auth=WRITE, summary="Add a webhook")
 def create_webhook(request: CallerRequest, body: WebhookCreate) -> Json:
-    """The secret is returned only here. Unknown event types are refused."""
+    """The signing secret is returned only in this response. Unknown event types are refused."""
     unknown = [event for event in body.event_types if event not in webhooks.EVENT_TYPES]
     if unknown:
         raise bad(

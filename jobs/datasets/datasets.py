@@ -23,12 +23,12 @@ from jobs.store.tables import Dataset, DatasetReport, new_id
 
 __all__ = ["OverQuota", "Rejected", "create_pending", "delete", "finish_check", "receive", "store_content"]
 
-STALE_UPLOAD_S = 6 * 3600  # after which an incomplete upload is abandoned
-MAX_SUMMARY = 64 * 1024  # bytes of the report that are kept in the row; the full report is an object
+STALE_UPLOAD_S = 6 * 3600  # an upload that is still incomplete after this long is abandoned
+MAX_SUMMARY = 64 * 1024  # bytes of the report that are kept in the row; the full report is in object storage
 
 
 class Rejected(Exception):
-    """The file is rejected. The message says why and what to do."""
+    """The file was rejected. The message says why and what to do."""
 
 
 def receive(
@@ -42,7 +42,7 @@ def receive(
     fingerprint: str = "",
     reserved: bool = False,
 ) -> Dataset:
-    """Stores the file and enqueues its check. Raises Rejected, OverQuota, and then keeps nothing.
+    """Stores the file and enqueues its check. Raises Rejected or OverQuota, in which case nothing is kept.
 
     If the size is known, its bytes are reserved first, unless the caller has done so (`reserved`)."""
     quotas.check(owner, "datasets")
@@ -138,8 +138,8 @@ def find_duplicate(dataset: Dataset) -> Dataset | None:
 
 
 def create_pending(owner: str, pending: Sequence[Dataset]) -> None:
-    """Creates datasets whose bytes their check will make (jobs/datasets/versions.py): all of them or none. Idempotent.
-    Raises OverQuota."""
+    """Creates datasets whose content does not exist yet: their check will make it (jobs/datasets/versions.py). Creates all of
+    them or none. Idempotent. Raises OverQuota."""
     quotas.check_room(owner)
     try:
         for dataset in pending:
@@ -156,7 +156,7 @@ def create_pending(owner: str, pending: Sequence[Dataset]) -> None:
 
 
 def store_content(dataset: Dataset, file: IO[bytes], origin: Mapping[str, Any]) -> Dataset | None:
-    """Stores the bytes of a pending dataset. Idempotent. None if it was deleted meanwhile. Raises TooLarge."""
+    """Stores the content of a pending dataset. Idempotent. Returns None if it was deleted in the meantime. Raises TooLarge."""
     key = key_of(dataset.owner, dataset.dataset_id)
     stored = blobs.put_file(key, file, max_bytes=int(settings.JOBS["max_upload_bytes"]))
     actions = [
@@ -184,8 +184,8 @@ def finish_check(
     keep: bool = False,
     sha256: str = "",
 ) -> Dataset | None:
-    """Sets ready or rejected, with the report, and lets waiting jobs proceed. A rejected file is deleted, unless other
-    columns may help (`keep`). None if the dataset was deleted meanwhile."""
+    """Sets the dataset to ready or rejected, with its report, and lets waiting jobs proceed. A rejected file is deleted unless
+    the user may choose other columns (`keep`). Returns None if the dataset was deleted in the meantime."""
     key = key_of(owner, dataset_id)
     actions = [Dataset.status.set(status), Dataset.error.set(error[:2000])]
     if report is not None:
@@ -208,7 +208,7 @@ def finish_check(
 
 
 def recheck(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Dataset:
-    """Checks the file again with another format (other columns). Raises NotFound, Rejected."""
+    """Checks the file again with another format, which means with other columns. Raises NotFound, Rejected."""
     dataset = access.get_dataset_for(owner, dataset_id)
     active = (job for job in queue.active_of(owner) if not job.ended)
     if any(dataset_id in (job.dataset_id, job.validation_dataset_id) for job in active):
@@ -236,13 +236,13 @@ def recheck(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Dataset:
 
 
 def abandon_stale(owner: str, dataset_id: str) -> None:
-    """Deletes an upload that was interrupted long ago. Called when a check finds the dataset still receiving."""
+    """Deletes an upload that was interrupted long ago. Called if the dataset is still receiving when its check starts."""
     if time.time() - tables.time_of(dataset_id) > STALE_UPLOAD_S:
         _mark_deleted(owner, dataset_id)
 
 
 def delete(owner: str, dataset_id: str) -> None:
-    """Hides it at once; the bytes are deleted when no checked job needs them. Raises NotFound."""
+    """Deletes a dataset. It is hidden at once, and its file is deleted when no checked job needs it. Raises NotFound."""
     access.get_dataset_for(owner, dataset_id)
     _mark_deleted(owner, dataset_id)
     dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
@@ -250,14 +250,14 @@ def delete(owner: str, dataset_id: str) -> None:
 
 @outbox.handler("expire")
 def expire(owner: str, id: str) -> bool:
-    """Deletes a file whose requested lifetime is over."""
+    """Deletes a file whose requested lifetime has expired."""
     with contextlib.suppress(access.NotFound):
         delete(owner, id.partition("#")[2])
     return True
 
 
 def get_for_job(owner: str, dataset_id: str) -> Dataset:
-    """For the worker: also a dataset that was deleted after the job was checked, whose bytes are still stored."""
+    """A job's dataset, for the worker. It may have been deleted after the job was checked; its file is then still stored."""
     dataset = tables.get(Dataset, owner, dataset_id)
     if dataset is None or not dataset.key:
         raise access.NotFound(f"There is no dataset {dataset_id}.")
@@ -292,7 +292,7 @@ def is_being_checked(owner: str, dataset_id: str) -> bool:
 
 
 def trim_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops the largest entries of an unusual report: rows are read often, and its object has them all."""
+    """Drops the largest entries of an unusually large report, because rows are read often. The full report has everything."""
     kept = dict(summary)
     while len(json.dumps(kept)) > MAX_SUMMARY:
         kept.pop(max(kept, key=lambda name: len(json.dumps(kept[name]))))

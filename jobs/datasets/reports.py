@@ -1,7 +1,7 @@
-"""A dataset's report for another base: each has its own tokenizer, chat template and context.
+"""A dataset's reports for other base models, each with its own tokenizer, chat template and context length.
 
-The check of an upload uses the starter model's. For other bases the checks worker makes the report when a job needs it
-(the job is `validating` meanwhile) or a user requests it. Bases with the same tokenizer family share a report.
+The check of an upload uses those of the starter model. For other bases, the checks worker makes a report when a job needs it
+(the job stays `validating` until then) or a user requests it. Bases of the same tokenizer family share a report.
 
 checking ──► ready | refused (nothing to train on) | failed (no tokenizer, so the counts stay unknown)
 """
@@ -23,11 +23,11 @@ from jobs.store.tables import Dataset, DatasetReport, Job
 from training.plan import catalog
 from training.plan.events import Failure
 
-LEAKS = "#leaks#"  # instead of a base in the key: rows that two datasets share
+LEAKS = "#leaks#"  # prefix used in the key instead of a base, for the rows that two datasets have in common
 
 
 def uses_default_tokenizer(snapshot: Mapping[str, Any]) -> bool:
-    """Whether the dataset's own report is valid for this base."""
+    """Whether the report made at upload is valid for this base."""
     return base_models.tokenizer_family(snapshot) == catalog.STARTER
 
 
@@ -83,9 +83,8 @@ def request_leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | Non
     key = f"{LEAKS}{validation.dataset_id}"
     current = tables.get(DatasetReport, dataset.dataset_id, key)
     snapshot = {"validation": validation.dataset_id, "report": validation.report_key}
-    if (
-        current is None or current.base_snapshot != snapshot
-    ):  # not asked for, or the other one is read in another way since
+    # Not requested yet, or the validation dataset has been checked with other columns since.
+    if current is None or current.base_snapshot != snapshot:
         current = None
         outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{key}")
         DatasetReport(dataset.dataset_id, key, owner=dataset.owner, base_snapshot=snapshot).save()
@@ -98,7 +97,7 @@ def row_key(base: str) -> str:
 
 
 def summary_for(dataset: Dataset, snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """(counts, whether they are of this base's own tokenizer)."""
+    """(the dataset's counts, whether they were made with this base's tokenizer)."""
     if uses_default_tokenizer(snapshot):
         return dict(dataset.summary or {}), True
     current = get(dataset.dataset_id, snapshot)
@@ -108,8 +107,8 @@ def summary_for(dataset: Dataset, snapshot: Mapping[str, Any]) -> tuple[dict[str
 
 
 def for_job(job: Job, dataset: Dataset) -> DatasetReport | None:
-    """The report that the job waits for, requested if needed; None if the dataset's own is valid. A failed one is not
-    requested again: the training worker will report what is wrong with the base, or has already fetched it."""
+    """The report that the job waits for, requested if needed; None if the report made at upload is valid. A failed report is
+    not requested again: the training worker will report what is wrong with the base, or can fetch it in the meantime."""
     snapshot = job.base_snapshot or {"id": job.base}
     if uses_default_tokenizer(snapshot):
         return None
@@ -121,14 +120,14 @@ def for_job(job: Job, dataset: Dataset) -> DatasetReport | None:
 
 @outbox.handler("report")
 def build(owner: str, id: str) -> bool:
-    """The outbox handler. Returns whether the work is done. Raises the stores' errors, and is then retried."""
+    """The outbox handler. Returns whether the work is done. Raises errors of the stores; the work is then retried."""
     dataset_id, _, base = id.partition("@")
     row = tables.get(DatasetReport, dataset_id, base)
     dataset = tables.get(Dataset, owner, dataset_id)
     if row is None or row.status != "checking":
         return True
     if dataset is None or dataset.deleted or dataset.status != "ready":
-        tables.remove(DatasetReport, dataset_id, base)  # a job that waits for it requests it again
+        tables.remove(DatasetReport, dataset_id, base)  # a job that waits for the report requests it again
         return True
     if base.startswith(LEAKS):
         return _find_leaks(dataset, row)
@@ -151,9 +150,8 @@ def build(owner: str, id: str) -> bool:
     if line is None:
         dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
     current = tables.get(DatasetReport, dataset_id, base)
-    return (
-        build(owner, id) if current is not None and current.status == "checking" else True
-    )  # asked again meanwhile
+    # It is `checking` again if it was requested once more in the meantime.
+    return build(owner, id) if current is not None and current.status == "checking" else True
 
 
 def _find_leaks(dataset: Dataset, row: DatasetReport) -> bool:

@@ -1,6 +1,6 @@
-"""A job's history, built from its events: its curve, its log, its samples and the results of its resumes.
+"""A job's history, built from its events: its curve, its log, its samples and the results of its resume checks.
 
-The page builds it once from all events; the live stream describes each new event with the same sentences.
+The page builds it once from all events. The live stream describes each new event with the same sentences.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from jobs.formatting import clock, count, loss, memory, rate, short_hash, size
 from training.plan.events import REASONS
 
 KEPT_LOG_LINES = 300  # the page shows the end of a long log; the full log is a download
-KEPT_POINTS = 1500  # more than a screen has pixels across
-# Training and evaluation need no line of their own: their metrics are in the log.
+KEPT_POINTS = 1500  # more points than a screen has pixels across
+# Training and evaluation have no line here, because their metrics are in the log.
 PHASE_SENTENCES = {
     "preparing": "Preparing: loading the model and the data",
     "rehearsing": "Rehearsing the largest batch, an evaluation and a checkpoint",
@@ -29,7 +29,7 @@ END_LEVELS = {"failed": "error", "cancelled": "warn"}
 
 @dataclass(frozen=True)
 class LogLine:
-    """Of consecutive lines whose `kind` is "metric", only the newest is shown."""
+    """A line of the log. Of consecutive lines whose `kind` is "metric", only the newest is shown."""
 
     seq: int
     at: str  # 10:42:07
@@ -92,7 +92,7 @@ class JobHistory:
         return self.log[-KEPT_LOG_LINES:]
 
     def apply(self, event: Event) -> None:
-        """Takes in the next event."""
+        """Adds the next event."""
         self.seq = max(self.seq, event.seq)
         data = event.data
         kind, step = data.get("t"), int(data.get("step") or 0)
@@ -182,7 +182,7 @@ def sentence(event: dict[str, Any]) -> tuple[str, str]:
 
 
 def chart(history: JobHistory) -> dict[str, Any]:
-    """The columns that static/js/job.js draws, thinned out to what a screen can show."""
+    """The columns that static/js/job.js draws, with no more points than a screen can show."""
     steps = thin(sorted(history.metrics), KEPT_POINTS)
     rows = [history.metrics[step] for step in steps]
     columns = {

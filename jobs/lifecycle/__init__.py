@@ -1,1 +1,1 @@
-"""The states of a job: submission, every transition between states, estimates, and what follows the end."""
+"""A job's life: submission, every transition between states, estimates, and the work after it has ended."""

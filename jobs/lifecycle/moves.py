@@ -16,12 +16,12 @@ from jobs.store import reasons, redis_client, tables
 from jobs.store.tables import ENDED, Job
 
 Desired = Literal["run", "pause", "cancel"]
-MAX_NOTIFICATIONS = 8  # sent at most for waiting jobs; further workers are notified by the reconciler
-PLATFORM_FAULTS = frozenset({"lost", "broke off"})  # ways out of running that use up no attempt
+MAX_NOTIFICATIONS = 8  # the most that are sent at once; the reconciler notifies more workers if needed
+PLATFORM_FAULTS = frozenset({"lost", "broke off"})  # ways to leave `running` that do not count as an attempt
 
 
 def landing(event: str, job: Job) -> str:
-    """The status that a move out of running leads to, given what the user wants."""
+    """The status that follows when a job leaves `running`, given what the user wants."""
     if job.desired == "cancel":
         return "cancelled"
     if event in {"succeeded", "failed"}:
@@ -117,7 +117,7 @@ def announced(moved: Job | None) -> Job | None:
 
 
 def announce(job: Job) -> None:
-    """Sends notifications after the write. Losing them loses nothing: readers poll, and the reconciler sends them again."""
+    """Sends notifications after the write. Losing one does no harm: readers also poll, and the reconciler sends it again."""
     event_log.announce(job.job_id, int(job.last_seq))
     if job.ended:
         redis_client.enqueue("after_end", job.owner, job.job_id)

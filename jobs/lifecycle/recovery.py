@@ -1,4 +1,4 @@
-"""The moves of a job that no worker holds, made by the reconciler or when the dataset it waits for is ready."""
+"""The moves of a job that no worker holds. They are made by the reconciler, or when the dataset it waits for is ready."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from jobs.store.tables import Dataset, Job
 
 
 def lose_lease(job: Job) -> Job | None:
-    """running → retrying, or failed when attempts are spent. The caller has watched this lease not change for 30 s."""
+    """running → retrying, or failed after too many attempts. The caller must have seen this lease unchanged for 30 s."""
     status = moves.landing("lost", job)
     actions = moves.leaving("lost", job, status, "lost_worker", "", "")
     return moves.announced(moves.move(job, actions, moves.as_seen(job) & (Job.lease == job.lease)))
 
 
 def settle(job: Job) -> Job | None:
-    """Brings a job that no worker holds to the status that `desired` asks for, if the write that set `desired` was based on
-    an older state."""
+    """Moves a job that no worker holds to the status that `desired` asks for. This is needed if the write that set `desired`
+    was based on an older state."""
     status = moves.desired_status(job, job.desired)
     if job.ended or job.status == "running" or status == job.status:
         return None
@@ -31,14 +31,14 @@ def settle(job: Job) -> Job | None:
 
 
 def requeue(job: Job) -> Job | None:
-    """retrying → queued. The caller has waited for `backoff_s`."""
+    """retrying → queued. The caller must have waited for `backoff_s`."""
     return moves.announced(
         moves.move(job, moves.entering(job, "queued"), moves.as_seen(job) & (Job.desired == "run"))
     )
 
 
 def backoff_s(job: Job) -> float:
-    """None the first time, then 10 s · 2ⁿ up to 10 min. Progress resets the count."""
+    """Seconds to wait before the next attempt: 0 the first time, then 10 s · 2ⁿ up to 10 min. Progress resets the count."""
     tries = job.attempts_without_progress + job.platform_faults
     if tries <= 1:
         return 0.0

@@ -14,7 +14,7 @@ from jobs.store.lease import LostRace
 from jobs.store.quotas import OverQuota
 from jobs.store.tables import ENDED, Job, JobIndex, Usage, month_of, new_id
 
-TOO_SLOW = "The submission took too long. Send it again."
+TOO_SLOW = "The submission took too long and was discarded. Send it again."
 MAX_TRIES = 50  # of a request for a job that keeps changing
 EDITABLE = (
     "name",
@@ -35,10 +35,11 @@ EDITABLE = (
 
 
 def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = None, slug: str = "") -> Job:
-    """Creates a job. With a key, any number of calls create one job, and all return it.
+    """Creates a job. Any number of calls with the same key create one job, and all return it.
 
-    The list row is written first and the job last, so a crash leaves a row without a job. The reconciler voids it after
-    ten minutes, and a later call with the same key gets a new id. Raises Refused, OverQuota, LostRace.
+    The job's row is written last. After a crash before that, the list of active jobs has a row without a job: the
+    reconciler voids it after ten minutes, and a later call with the same key gets a new ID. Raises Refused, OverQuota,
+    LostRace.
     """
     datasets = submission.check(owner, request)
     request = replace(request, base_snapshot=submission.pin_base(owner, request))
@@ -72,7 +73,7 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
 
 
 def _id_for(owner: str, request: JobRequest, key: str) -> str:
-    """The id of the key's job: the same for every call with the key, and a new one once that job is void."""
+    """The ID of the job with this key: the same for every call with the key, and a new one once that job is void."""
     usage_key = "idem#" + hashlib.sha256(key.encode()).hexdigest()
     mine, body_hash = new_id("ftjob"), request.hash()
     row = Usage(owner, usage_key, job_id=mine, body_hash=body_hash)
@@ -86,7 +87,8 @@ def _id_for(owner: str, request: JobRequest, key: str) -> str:
         if job is None or job.status != "void":
             if found.body_hash != body_hash:
                 raise Refused(
-                    "idempotency_key", "This idempotency key was used for another request. Use a new key."
+                    "idempotency_key",
+                    "This idempotency key was already used for another request. Use a new key.",
                 )
             return found.job_id
         fresh = [Usage.job_id.set(mine), Usage.body_hash.set(body_hash)]
@@ -98,8 +100,8 @@ def _id_for(owner: str, request: JobRequest, key: str) -> str:
 
 
 def set_desired(owner: str, job_id: str, desired: Desired) -> Job:
-    """Cancels, pauses or resumes. A running job learns of it with its next heartbeat; any other moves at once.
-    Idempotent. Raises NotFound, and Refused for a job that has ended or is being cancelled."""
+    """Cancels, pauses or resumes a job. The worker of a running job sees the request at its next heartbeat; any other job
+    moves at once. Idempotent. Raises NotFound, and Refused for a job that has ended or is being cancelled."""
     for _ in range(MAX_TRIES):
         job = access.get_job_for(owner, job_id)
         if job.status == "cancelled" and desired == "cancel":
@@ -110,7 +112,7 @@ def set_desired(owner: str, job_id: str, desired: Desired) -> Job:
                 f"The job has already {job.status if job.status != 'cancelled' else 'been cancelled'}.",
             )
         if job.desired == "cancel" and desired != "cancel":
-            raise Refused("status", "The job is being cancelled.")
+            raise Refused("status", "The job is being cancelled, which cannot be undone.")
         status = job.status if job.status == "running" else moves.desired_status(job, desired)
         if (job.status, job.desired) == (status, desired):
             return (recovery.validate(job) if status == "validating" else None) or job
@@ -146,10 +148,10 @@ def can_edit(job: Job) -> bool:
 
 
 def edit(owner: str, job_id: str, request: JobRequest) -> Job:
-    """Changes the request while no attempt has started. The base and the suffix stay, and so does the model's id."""
+    """Changes the request of a job that has not started. The base and the suffix cannot change, nor can the model's ID."""
     job = access.get_job_for(owner, job_id)
     if not can_edit(job):
-        raise Refused("status", "The job has started. Clone it and change the copy.")
+        raise Refused("status", "The job has already started. Clone it and edit the copy.")
     request = replace(request, base=job.base, suffix=job.suffix, base_snapshot=job.base_snapshot)
     fresh = submission.new_job(owner, job_id, request, submission.check(owner, request), "")
     actions = [moves.set_attribute(Job, name, getattr(fresh, name)) for name in EDITABLE]
@@ -163,16 +165,17 @@ def edit(owner: str, job_id: str, request: JobRequest) -> Job:
 
 
 def set_priority(owner: str, job_id: str, priority: int) -> Job:
-    """For staff: puts a job ahead of (or behind) all others."""
+    """For staff: moves a job ahead of all others, or behind them."""
     job = access.get_job_for(owner, job_id)
     moved = moves.move(job, [Job.priority.set(priority)], ~Job.status.is_in(*sorted(ENDED)))
     if moved is None:
-        raise Refused("status", "The job has ended.")
+        raise Refused("status", "The job has ended, so its priority has no effect.")
     return moved
 
 
 def retry(owner: str, job_id: str, *, slug: str = "") -> Job:
-    """A new job that continues from the last checkpoint of one that failed or was cancelled (an end state never changes)."""
+    """Creates a job that continues from the last checkpoint of one that failed or was cancelled. It is a new job because an
+    end state never changes."""
     job = access.get_job_for(owner, job_id)
     if job.status not in {"failed", "cancelled"}:
         raise Refused("status", "Only a job that failed or was cancelled can be retried.")

@@ -1,4 +1,4 @@
-"""A job request: checked against what its owner may use, and turned into the row of a job. Nothing is written here."""
+"""Checks a job request against what its owner may use, and turns it into the row of a job. Writes nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOT_SET = (None, "", "auto")
 
 
 class Refused(Exception):
-    """The request cannot be accepted. `field` names what to change, and the message says how."""
+    """The request cannot be accepted. `field` is the field to change, and the message says how."""
 
     def __init__(self, field: str, message: str) -> None:
         self.field, self.message = field, message
@@ -34,16 +34,20 @@ class JobRequest:
     dataset_id: str
     name: str = ""
     validation_dataset_id: str | None = None
-    # Of training.plan.config.FIELDS; what is left out is automatic.
+    # Keys are those of training.plan.config.FIELDS. Missing settings are automatic.
     settings: Mapping[str, Any] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()  # pinned prompts for samples
     suffix: str = ""
-    seed: int | None = None  # used unless `settings` has one; new_job moves it there
+    seed: int | None = None  # used if `settings` has no seed; new_job moves it there
     metadata: Mapping[str, str] = field(default_factory=dict)
-    api: Mapping[str, Any] | None = None  # the body sent to `/v1`, to respond in the same terms
+    api: Mapping[str, Any] | None = (
+        None  # from the body sent to `/v1`, so that responses can repeat the caller's own values
+    )
     needs: Mapping[str, Any] = field(default_factory=dict)  # {"memory": bytes, "gpu": true}
     start_from: Mapping[str, Any] | None = None  # set by `retry`
-    base_snapshot: Mapping[str, Any] | None = None  # set by `retry`: the exact base of the job it repeats
+    base_snapshot: Mapping[str, Any] | None = (
+        None  # set by `retry`: the snapshot of the base that the earlier job used
+    )
 
     def hash(self) -> str:
         body = json.dumps(
@@ -103,7 +107,7 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
     ]
     stored = stored_names(request.settings)
     if request.seed is not None and stored.get("seed") in NOT_SET:
-        stored["seed"] = request.seed  # a job has one seed, and this is where it is kept
+        stored["seed"] = request.seed  # the job's seed is stored only here
     job = Job(
         owner,
         job_id,
@@ -136,8 +140,9 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
 def settings_of(job: Job) -> dict[str, Any]:
     """The settings as requested, with the seed that the job trains with.
 
-    Rows of earlier versions may have a second seed beside the settings. That one was used for training, so a job
-    that has started keeps the seed it started with; until then, a seed set by editing counts.
+    Rows written by earlier versions may have a second seed outside of the settings, which those versions trained with. A
+    job that has started keeps that seed. Before the start, a seed in the settings, set by editing the job, takes
+    precedence.
     """
     settings = dict(job.settings or {})
     if job.seed is not None:
@@ -150,7 +155,7 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 
 def clone_request(job: Job) -> JobRequest:
-    """The same request again, from the start."""
+    """The request that would create the same job again, starting from the beginning."""
     return JobRequest(
         base=job.base,
         dataset_id=job.dataset_id,

@@ -1,8 +1,8 @@
 """Whether a model of the Hugging Face Hub can be a base, decided from the Hub's description before anything is fetched.
 
-Any signed-in user may name a model, so HF_TOKEN is only sent for models that HUB_MODELS lists. Refused are private and
-gated models (unless listed), pickles, custom code, anything but causal language models, quantized models, and models
-larger than HUB_MAX_GB. All requests have a deadline; torch is not imported.
+Any signed-in user can name a model, so HF_TOKEN is sent only for models that HUB_MODELS lists. The following are refused:
+private and gated models (unless listed), pickles, custom code, anything but causal language models, quantized models, and
+models larger than HUB_MAX_GB. All requests have a deadline. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from training.plan.catalog import BaseModel
 # owner/name, as on the Hub. It cannot be mistaken for a local path or lead out of a URL.
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
 PUBLIC = "public"  # in HUB_MODELS: every public model
-DEADLINE_S = 8.0  # for all requests about one model
+DEADLINE_S = 8.0  # limit for all requests about one model
 MAX_RESPONSE = 4 << 20
-MAX_CONCURRENT = 4  # checks in this process; each takes a thread
+MAX_CONCURRENT = 4  # concurrent checks in this process, each of which needs a thread
 REFUSAL_CACHE_S = 60.0  # so that repeated requests do not reach the Hub
 
 _slots = threading.BoundedSemaphore(MAX_CONCURRENT)
@@ -37,7 +37,7 @@ _refused: dict[str, tuple[float, Refused]] = {}
 
 
 class Refused(Exception):
-    """The model cannot be a base. The message says why and what to do. `temporary` refusals may be retried."""
+    """The model cannot be used as a base. The message says why and what to do. `temporary` means that a retry may succeed."""
 
     def __init__(self, message: str, *, temporary: bool = False) -> None:
         self.temporary = temporary
@@ -57,15 +57,17 @@ def is_id(name: str) -> bool:
 
 
 def is_listed(name: str) -> bool:
-    """Whether a pattern in HUB_MODELS matches. The operator then trusts the model, and the token is sent."""
+    """Whether a pattern in HUB_MODELS matches. The administrator then trusts the model, so the token is sent."""
     return any(fnmatchcase(name.lower(), p.lower()) for p in settings.HUB_MODELS if p != PUBLIC)
 
 
 def check_allowed(name: str) -> None:
-    """Raises Refused unless the operator allows this model."""
+    """Raises Refused unless the administrator allows this model."""
     if PUBLIC not in settings.HUB_MODELS and not is_listed(name):
         allowed = ", ".join(settings.HUB_MODELS) or "those in the list"
-        raise Refused(f"The operator does not allow this model, only {allowed}. Choose another base.")
+        raise Refused(
+            f"The administrator does not allow this model, only {allowed}. Choose another base model."
+        )
 
 
 def look_up(name: str) -> HubDescription:
@@ -127,7 +129,7 @@ def _check_access(name: str, description: Mapping[str, Any]) -> None:
         restriction = "gated: available only to users who accepted its license"
     if restriction and not is_listed(name):
         raise Refused(
-            f"{name} is {restriction}. The operator can allow it by adding it to HUB_MODELS and setting HF_TOKEN."
+            f"{name} is {restriction}. The administrator can allow it by adding it to HUB_MODELS and setting HF_TOKEN."
         )
 
 
@@ -154,7 +156,7 @@ def _check_files(name: str, description: Mapping[str, Any]) -> int:
     size = sum(int(size or 0) for size in wanted.values())
     if size > settings.HUB_MAX_GB * 1e9:
         raise Refused(
-            f"{name} has {size / 1e9:,.1f} GB; the limit is {settings.HUB_MAX_GB:g} GB (HUB_MAX_GB). "
+            f"{name} is {size / 1e9:,.1f} GB in size. The limit is {settings.HUB_MAX_GB:g} GB (HUB_MAX_GB). "
             "Choose a smaller one."
         )
     return size
@@ -253,7 +255,7 @@ _opener = urllib.request.build_opener(_Redirects)
 
 
 def _get_json(name: str, path: str, token: str, deadline: float) -> dict[str, Any]:
-    # The operator sets the endpoint; IDs consist of safe characters (see ID).
+    # The administrator sets the endpoint, and IDs consist of safe characters (see ID).
     request = urllib.request.Request(f"{settings.HF_ENDPOINT.rstrip('/')}/{path}")  # noqa: S310
     request.add_header("User-Agent", "llmtuner")
     if token:
@@ -275,7 +277,7 @@ def _get_json(name: str, path: str, token: str, deadline: float) -> dict[str, An
 
 
 def _read(response: Any, deadline: float) -> bytes:
-    """The whole response. Raises ValueError beyond the deadline or the size limit, so a slow server is cut off."""
+    """The whole response. Raises ValueError if it exceeds the deadline or the size limit, so that a slow server is cut off."""
     blocks, size = [], 0
     while block := response.read1(1 << 16):
         size += len(block)
@@ -288,7 +290,7 @@ def _read(response: Any, deadline: float) -> bytes:
 def _for_status(name: str, status: int) -> Refused:
     if status in (401, 403, 404):
         return Refused(
-            f"The Hub has no public model {name}. Check the spelling. The operator must add a private or gated model to "
+            f"The Hub has no public model {name}. Check the spelling. The administrator must add a private or gated model to "
             "HUB_MODELS."
         )
     if status == 429:

@@ -1,4 +1,4 @@
-"""IDs that sort by time (ULIDs), and the month that partitions of lists are named after."""
+"""IDs that sort by time (ULIDs), and the months after which partitions of lists are named."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def status_context(dataset: Dataset) -> dict[str, Any]:
 
 
 def report_context(dataset: Dataset, base: str = "", line: str = "") -> dict[str, Any]:
-    """The report as the page shows it; unknown values are left out. `base` names the model whose tokenizer is used, `line`
-    the row whose tokens were requested."""
+    """The report as the page shows it, without unknown values. `base` names the model whose tokenizer is used, and `line` the
+    row whose tokens were requested."""
     other = tables.get(DatasetReport, dataset.dataset_id, base) if base else None
     if other is None:
         stored = dataset.summary if isinstance(dataset.summary, dict) else {}
@@ -97,7 +97,7 @@ def load_report(key: str) -> dict[str, Any]:
 
 
 def display_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """Makes line ends visible: they are tokens too."""
+    """Makes line breaks visible, because they are tokens too."""
     tokens = [
         {**token, "text": str(token.get("text", "")).replace("\n", "⏎\n")}
         for token in sample.get("tokens", [])
@@ -141,7 +141,7 @@ def _finding(finding: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
 
 
 def _row(dataset: Dataset, base: str, line: str) -> dict[str, Any] | None:
-    """The tokens of the row that was last requested, if it is this one."""
+    """The tokens of this row, if it is the one that was requested last."""
     row = tables.get(DatasetReport, dataset.dataset_id, reports.row_key(base)) if line else None
     if row is None or str(row.base_snapshot.get("line")) != line:
         return None
@@ -200,7 +200,7 @@ def _origin(dataset: Dataset) -> dict[str, Any] | None:
 
 
 def _job_query(dataset: Dataset) -> dict[str, str]:
-    """Prefills the form of a new job; a dataset that was split comes with its other part."""
+    """The parameters that prefill the form of a new job. For a dataset that was split, they include the other part."""
     origin = dataset.origin or {}
     ids = [dataset.dataset_id, str(origin.get("other") or "")]
     if origin.get("part") == "validation":
@@ -209,7 +209,7 @@ def _job_query(dataset: Dataset) -> dict[str, str]:
 
 
 def _histogram(counts: list[int]) -> list[dict[str, Any]]:
-    """Bars of examples by length; bucket i holds up to 16 · 2^i tokens."""
+    """A histogram of the examples by length. Bucket i counts those with up to 16 · 2^i tokens."""
     highest = max(counts, default=0)
     if not highest:
         return []
@@ -250,7 +250,7 @@ def columns_context(dataset: Dataset, typed: Mapping[str, Any] | None = None) ->
 
 
 def _preview_row(row: Row | BadRow) -> dict[str, Any]:
-    """A row as its segments, each with its role, text, and whether it is trained on."""
+    """A row as segments, each with its role, its text, and whether it is trained on."""
     if isinstance(row, BadRow):
         return {"line": row.line, "error": f"{row.reason}. {row.fix}"}
     if row.kind == "completion":

@@ -32,7 +32,7 @@ MAX_DATASETS = 100  # offered in the lists; older ones can be used from their ow
 
 @dataclass
 class JobForm:
-    """The form's current state: `typed` holds the settings as entered, `values` all other fields."""
+    """The form's current state. `typed` has the settings as entered, and `values` all other fields."""
 
     owner: str
     values: dict[str, str]
@@ -110,7 +110,7 @@ class JobForm:
     def _resolve(
         self, summary: Summary | None, base: BaseModel | None, machine: catalog.Machine
     ) -> tuple[Settings | None, dict[str, str], dict[str, str]]:
-        """(settings, reasons for the automatic ones, reasons for all of them if every one were automatic)."""
+        """(settings, reasons for the automatic ones, the reasons that there would be if all settings were automatic)."""
         if summary is None or base is None or self.settings is None:
             return self.settings, {}, {}
         resolved, reasons = resolve(self.settings, summary, base, machine)
@@ -118,7 +118,7 @@ class JobForm:
         return resolved, reasons, resolve(replace(self.settings, **all_automatic), summary, base, machine)[1]
 
     def add_from_hub(self) -> None:
-        """Checks, adds, and selects the Hub id that was entered, if any."""
+        """Checks, adds, and selects the Hub model whose ID was entered, if any."""
         name = self.values["hub"].strip()
         if not name:
             return
@@ -276,7 +276,7 @@ class JobForm:
     def _counting(
         self, base_snapshot: dict[str, Any] | None, report: DatasetReport | None
     ) -> dict[str, str] | None:
-        """Set if the counts shown are not from the chosen base's tokenizer: the state of that count."""
+        """The state of the count with the chosen base's tokenizer, if the counts shown are from another tokenizer."""
         if (
             base_snapshot is None
             or reports.uses_default_tokenizer(base_snapshot)
@@ -359,6 +359,6 @@ def _choice(base: BaseModel, machine: catalog.Machine, adapter: str, chosen: str
 
 @lru_cache(maxsize=200)
 def _first_sample(report_key: str) -> dict[str, Any] | None:
-    """Cached: a report never changes, and the form is rendered on every keystroke."""
+    """A full report. It is cached because it never changes and the form is rendered at every keystroke."""
     samples = load_report(report_key).get("samples")
     return display_sample(samples[0]) if samples else None

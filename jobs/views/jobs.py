@@ -72,7 +72,7 @@ def new(request: HttpRequest) -> HttpResponse:
 @signed_in
 @require_POST
 def add_base(request: HttpRequest) -> HttpResponse:
-    """Checks the Hub id in the form and selects it; the page keeps everything that was typed."""
+    """Checks the Hub model in the form and selects it. The page keeps everything that was typed."""
     form = JobForm.of(owner_of(request), request.POST)
     if not form.values["hub"].strip():
         form.refuse("hub", "Enter the ID of a Hub model first: owner/name.")
@@ -134,8 +134,8 @@ def detail(request: HttpRequest, job_id: str) -> HttpResponse:
 
 
 def _sampled_events(job: Job) -> list[event_log.Event]:
-    """All events of an ordinary job. For a very long one: the beginning, the end, and evenly spaced windows between. The
-    page thins the curve anyway; the CSV and the log have everything."""
+    """All events of an ordinary job. For a very long one, the beginning, the end, and evenly spaced windows in between: the
+    page thins the curve anyway, and the CSV file and the log download have everything."""
     last = int(job.last_seq)
     if last <= MAX_EVENTS:
         return event_log.read(job.owner, job.job_id)
@@ -252,7 +252,7 @@ CSV_COLUMNS = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "tokens
 @signed_in
 @require_GET
 def metrics_csv(request: HttpRequest, job_id: str) -> HttpResponse:
-    """All metrics of every step. Only numbers, so no cell can be a spreadsheet formula."""
+    """All metrics of every step. There are only numbers, so no cell can be a spreadsheet formula."""
     job = access.get_job_for(owner_of(request), job_id)
     history = JobHistory.from_events(event_log.read(job.owner, job_id))
     text = io.StringIO()

@@ -36,7 +36,7 @@ class OverseenRow:
 
 @require_GET
 def index(request: HttpRequest, *, site: AdminSite) -> HttpResponse:
-    """By status and month, or by a job id, an owner id, or an email address."""
+    """Lists jobs by status and month, or searches by job ID, owner ID, or email address."""
     _require(request, "view")
     state = request.GET.get("state", "all")
     month = request.GET.get("month") or month_of(time.time())
@@ -95,7 +95,7 @@ def cancel(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) ->
     except transitions.Refused as refused:
         messages.warning(request, refused.message)
     else:
-        messages.success(request, "The job was cancelled, or will be at its next heartbeat.")
+        messages.success(request, "The job was cancelled, or will be at its worker's next heartbeat.")
     return redirect("admin:jobs_overseenjob_detail", owner, job_id)
 
 

@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {"temperature": 0, "top_p": 1, "max_tokens": 128}
 @signed_in_async
 @require_http_methods(["GET", "POST"])
 async def page(request: HttpRequest) -> HttpResponseBase:
-    """GET shows the form. POST works without JavaScript: it waits for the whole answer and shows it."""
+    """GET shows the form. POST is for browsers without JavaScript: it waits for the whole answer and shows it."""
     owner = owner_of(request)
     models = list(await sync_to_async(access.list_models)(owner, 50))
     chosen = (

@@ -1,4 +1,4 @@
-"""How a job is shown: labels, colors, and figures of its page, computed from the Job item alone."""
+"""How a job is shown: the labels, colors, and figures of its page, computed only from the Job item."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _base(job: Job) -> str:
 
 
 def seconds_run(job: Job) -> float | None:
-    """All attempts together, without the waits between them if the worker has reported its time."""
+    """The run time of all attempts. If the worker has reported its time, the waits between attempts are left out."""
     if not job.started_at:
         return None
     if (reported := finite(job.progress.get("seconds"))) is not None:
@@ -143,7 +143,7 @@ def seconds_run(job: Job) -> float | None:
 
 
 def cost(seconds: float | None) -> float | None:
-    """The price of that many worker seconds; None if the operator set no price."""
+    """The price of this many worker seconds; None if the administrator set no price."""
     price = settings.JOBS["price_per_hour"]
     return seconds * price / 3600 if price and seconds is not None else None
 
@@ -165,7 +165,7 @@ def _time(job: Job) -> Figure:
         return Figure("Time left", UNKNOWN, "· no progress")
     eta = finite(job.progress.get("eta_s"))
     if eta is not None and job.status == JobStatus.RUNNING:
-        # The trainer's own estimate, plus a tenth for what its recent pace does not show.
+        # The trainer's own estimate, plus a tenth for slowdowns that its recent pace does not show.
         return Figure("Time left", span(eta, eta * 1.1), f"· {from_now(eta * 1.05)}")
     estimate = job.estimate if isinstance(job.estimate, dict) else {}
     low, high = estimate.get("seconds_p50"), estimate.get("seconds_p90")
@@ -173,7 +173,7 @@ def _time(job: Job) -> Figure:
 
 
 def _stall_warning(job: Job) -> str:
-    """The worker reports how long the trainer has been silent."""
+    """The notice that the trainer makes no progress. The worker reports for how long it has been silent."""
     silent, limit = finite(job.progress.get("silent_s")), finite(job.progress.get("silent_limit_s"))
     if job.status != JobStatus.RUNNING or silent is None or limit is None:
         return ""
@@ -272,7 +272,7 @@ def sidebar(job: Job, history: JobHistory) -> dict[str, Any]:
 
 
 def _resume_check(check: ResumeResult) -> dict[str, Any]:
-    """Whether the steps run again after a resume gave the same losses, bit for bit."""
+    """Whether the steps that were run again after a resume gave the same losses, bit for bit."""
     if not check.exact:
         why = check.why or "the machine is different"
         return _inexact(f"Resumed at step {check.resumed_from:,} at {check.at}, but not exactly: {why}.")

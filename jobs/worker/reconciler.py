@@ -1,7 +1,7 @@
-"""Completes interrupted work. It runs in every worker and is idempotent, so there is no leader and no election.
+"""Completes interrupted work. It runs in every worker and is idempotent, so no leader needs to be elected.
 
-It trusts only its own monotonic clock. A lease is stale when *this* process has seen it unchanged for 30 s. A gap between
-its own rounds, or a store that does not respond, restarts every timer, so an outage costs no lease.
+It trusts only its own monotonic clock: a lease is stale when *this* process has seen it unchanged for 30 s. A gap between two
+rounds, or a store that does not respond, restarts all timers, so no job loses its lease because of an outage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Watch:
-    """Since when each value has been seen unchanged."""
+    """Remembers how long each value has been unchanged."""
 
     clock: Callable[[], float] = time.monotonic
     seen: dict[str, tuple[Any, float]] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Watch:
         return False
 
     def restart(self, name: str) -> None:
-        """After acting on it: wait as long before the next time."""
+        """Restarts the timer after an action, so that the action is not repeated sooner."""
         self.seen.pop(name, None)
 
     def forget(self) -> None:
@@ -101,7 +101,7 @@ class Reconciler:
 
     def _job(self, job: Job) -> None:
         if job.ended:
-            # The process that ended it has sent a message for this; a round later we do it ourselves.
+            # The process that ended the job sent a task message for this. If nobody has done it a round later, we do.
             if self.watch.unchanged(job.job_id, job.status, settings.JOBS["reconcile_s"]):
                 finalize.after_end(job.owner, job.job_id)
         elif job.status == "running":
@@ -138,7 +138,7 @@ class Reconciler:
                 quotas.audit(owner, "jobs", partial(has_ended, owner))
 
     def _is_due(self, name: str, seconds: float) -> bool:
-        """Uses its own timer, which gaps do not restart."""
+        """Whether this periodic work is due. Unlike the timers of Watch, its timer is not restarted by gaps."""
         now = self.watch.clock()
         if now < self._due.setdefault(name, now + seconds):
             return False

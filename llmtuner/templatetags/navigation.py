@@ -1,4 +1,4 @@
-"""The navigation in the frame around every page. It stands here because it names the pages of both apps."""
+"""The navigation around every page. It is in this package because it names the pages of both apps."""
 
 from __future__ import annotations
 

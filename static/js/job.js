@@ -1,11 +1,11 @@
-// The live job page: one event stream, a chart, four sparklines, a log. The page is complete without it.
+// The live job page: one event stream, a chart, four sparklines, and a log. The page is complete without this script.
 "use strict";
 
 (() => {
   const page = document.getElementById("job");
   if (!page) return;
   const data = JSON.parse(document.getElementById("job-data").textContent);
-  let lastSeq = data.seq; // events up to here are on the page; repeated ones are dropped
+  let lastSeq = data.seq; // events up to this number are on the page, so they are dropped if they arrive again
   let ended = data.ended;
 
   // ---- chart ----------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@
   const readoutText = document.getElementById("chart-readout");
   let defaultReadout = readoutText ? readoutText.textContent : "";
   function summarize() {
-    // Same as jobs/events/history.py:summary, including the events received since.
+    // The same text as jobs/events/history.py:summary, including the events received since.
     const order = [...position.keys()].sort((a, b) => a - b);
     const first = order[0], last = order.at(-1);
     const at = (step) => series.loss[position.get(step)]?.toFixed(3);

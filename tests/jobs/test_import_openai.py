@@ -62,11 +62,11 @@ def imported(exported: Path, user: Any, **options: Any) -> str:
 def test_files_become_datasets_once(exported: Path):
     alice = make_user("alice")
     said = imported(exported, alice)
-    assert said.count("taken over as file-") == 2
+    assert said.count(": imported as file-") == 2
     assert "add --start" in said
     assert "file-lost is not in the folder" in said
     again = imported(exported, alice)
-    assert again.count("already here as file-") == 2
+    assert again.count("already imported as file-") == 2
     found = list(access.list_datasets(alice.owner_id, 10))
     assert sorted(row.name for row in found) == ["file-train1.jsonl", "file-valid1.jsonl"]
     assert not list(access.list_jobs(alice.owner_id, 10))
@@ -118,7 +118,7 @@ def test_it_says_what_is_wrong(exported: Path, wrong: str):
     if wrong == "nobody":
         alice.email = "nobody@example.com"
     words = {
-        "no folder": "is no folder",
+        "no folder": "is not a folder",
         "no files": "no .jsonl",
         "nobody": "Sign up",
         "broken": "cannot be read",

@@ -161,7 +161,7 @@ def test_a_taken_port_is_told_clearly(house: House, redis: services.Service):
         check=False,
     )
     assert answer.returncode == 1
-    assert f"Another program uses port {redis.port}" in answer.stderr
+    assert f"Another program is using port {redis.port}" in answer.stderr
     assert "REDIS_PORT=" in answer.stderr
 
 

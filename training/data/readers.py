@@ -197,7 +197,7 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
             if ended:
                 raise BadFile(
                     line,
-                    "there is something after the end of the array",
+                    "there is more text after the end of the array",
                     "Keep only one array in the file, or use JSON Lines.",
                 )
             if buffer[0] == "]":
@@ -210,7 +210,7 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
                     break  # the element continues in the next chunk
                 raise BadFile(
                     line + buffer.count("\n", 0, error.pos),
-                    f"broken JSON: {error.msg}",
+                    f"invalid JSON: {error.msg}",
                     row_schemas.JSON_HINT,
                 ) from error
             except (ValueError, RecursionError) as error:
@@ -229,7 +229,7 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
         want = max(want, len(buffer))
     if not ended:
         raise BadFile(
-            line, "the array is never closed: the file seems to be cut off", "Upload the whole file."
+            line, "the array is not closed, so the file seems to be cut off", "Upload the whole file."
         )
 
 
@@ -261,7 +261,7 @@ def _csv(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tuple[int, 
         except csv.Error as error:
             raise BadFile(
                 start,
-                f"broken CSV: {error}",
+                f"invalid CSV: {error}",
                 'A quote opened here is probably never closed; write "" for a quote inside a cell.',
             ) from error
         line, start = start, reader.line_num + 1

@@ -324,7 +324,7 @@ def _names(record: Mapping[str, Any]) -> str:
 
 def explain_json(text: str, error: json.JSONDecodeError) -> tuple[str, str]:
     """(reason, how to fix it) for a line that is not JSON, named after the most likely mistake."""
-    where = f"broken JSON at character {error.pos + 1}: "
+    where = f"invalid JSON at character {error.pos + 1}: "
     stripped = text.strip()
     rest = text[error.pos :].lstrip()
     if error.msg == "Extra data":

@@ -197,7 +197,7 @@ class Saver:
                 self._warn(f"The checkpoint {folder.name} cannot be used: {error}.")
         raise Failure(
             "checkpoint_unreadable",
-            f"None of {len(folders)} checkpoints can be used; the one asked for: {why}.",
+            f"None of the {len(folders)} checkpoints can be used. The requested one: {why}.",
         )
 
     def _why_not_exact(self, restored: Restored) -> str:

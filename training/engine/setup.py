@@ -137,7 +137,7 @@ def _model_and_optimizer(
         emit(
             "log",
             level="info",
-            message="The model is sharded over all processes. There is no rehearsal, and no samples are shown during training.",
+            message="The model is sharded over all processes, so there is no rehearsal and no samples are shown during training.",
         )
         assert isinstance(model, nn.Module)
         return model, ShardedAdamW(model, settings, target, processes)

@@ -276,11 +276,13 @@ class CausalLM(nn.Module):
             ]
             wrong = float((torch.cat(states) @ head.weight.t() - truth).abs().max()) / scale
         except (AttributeError, TypeError, RuntimeError) as error:
-            self.self_test_notes.append(f"its head is not a plain matrix ({error}): all logits are computed")
+            self.self_test_notes.append(
+                f"its head is not a plain matrix ({error}), so all logits are computed"
+            )
             return False
         if not wrong <= TOLERANCE:
             self.self_test_notes.append(
-                f"its head is not a plain matrix product (difference {wrong:.1e}): all logits are computed"
+                f"its head is not a plain matrix product (difference {wrong:.1e}), so all logits are computed"
             )
         return wrong <= TOLERANCE
 
@@ -289,9 +291,10 @@ class CausalLM(nn.Module):
             # the packed row, and one with another first document
             batch, changed = (_batch([d, documents[1]]) for d in (documents[0], other))
             states, moved = self._packed_states(batch), self._packed_states(changed)
-        except Exception as error:  # whatever an architecture says to a mask or positions it does not know
+        # An architecture may raise anything for a mask or positions that it does not support.
+        except Exception as error:
             self.self_test_notes.append(
-                f"it does not accept packed rows ({type(error).__name__}): one document at a time"
+                f"it does not accept packed rows ({type(error).__name__}), so it reads one document at a time"
             )
             return False
         logits = states @ self.lm.get_output_embeddings().weight.t() if self.fused else states
@@ -300,7 +303,7 @@ class CausalLM(nn.Module):
         leak = float((moved[second] - states[second]).abs().max() / states.abs().max())
         if not (wrong <= TOLERANCE and leak <= TOLERANCE):
             self.self_test_notes.append(
-                f"packed rows differ by {wrong:.1e}, leak {leak:.1e}: one document at a time"
+                f"packed rows change its results (difference {wrong:.1e}, leak {leak:.1e}), so it reads one document at a time"
             )
             return False
         return True

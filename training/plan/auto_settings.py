@@ -48,7 +48,7 @@ def _length(summary: Summary, base: BaseModel) -> tuple[int, str]:
     if summary.longest > base.context:
         return (
             base.context,
-            f"{base.context}, the full context of {base.name or base.id}; longer examples are cut",
+            f"{base.context}, the full context length of {base.name or base.id}; longer examples are cut",
         )
     length = min(base.context, max(32, -(-summary.longest // 16) * 16))
     return length, f"{length}, because the longest example has {summary.longest} tokens"
@@ -57,9 +57,9 @@ def _length(summary: Summary, base: BaseModel) -> tuple[int, str]:
 def _held_out(summary: Summary) -> tuple[float, str]:
     n = summary.examples
     if n < 40:
-        return 0.0, f"none, because {n} examples are too few to hold any out"
+        return 0.0, f"none, because {n} examples are too few to hold some out"
     fraction = round(min(0.1, 200 / n), 4)
-    return fraction, f"{fraction:.1%} of {n} examples, to tell learning from memorizing"
+    return fraction, f"{fraction:.1%} of {n} examples, to distinguish learning from memorizing"
 
 
 def _batch(summary: Summary) -> tuple[int, str]:
@@ -105,7 +105,7 @@ def _dropout(summary: Summary, base: BaseModel) -> tuple[float, str]:
 def _micro(
     settings: Settings, summary: Summary, base: BaseModel, machine: Machine, length: int, batch: int
 ) -> tuple[int, str]:
-    """As many tokens at once as fit in half the memory, but no more than a step has."""
+    """As many tokens at once as fit into half of the memory, but no more than a step has."""
     checkpointing = settings.gradient_checkpointing
     tokens = 1 << 15 if machine.device == "cuda" else 4096
     while (

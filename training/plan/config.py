@@ -94,7 +94,7 @@ class Settings:
     batch_tokens: int | None = setting(
         None,
         "int",
-        "Fill each step with this many tokens instead of a number of examples.",
+        "Fill each optimizer step with this many tokens instead of a number of examples.",
         "Batch size in tokens",
         16,
         16_777_216,
@@ -108,7 +108,13 @@ class Settings:
         16_777_216,
     )
     learning_rate: float | None = setting(
-        None, "float", "Size of each update.", "Learning rate", 1e-8, 10.0, group="basic"
+        None,
+        "float",
+        "How far each optimizer step changes the weights.",
+        "Learning rate",
+        1e-8,
+        10.0,
+        group="basic",
     )
     schedule: str = setting(
         "linear",
@@ -120,7 +126,7 @@ class Settings:
     warmup: float = setting(
         0.05,
         "float",
-        "The learning rate rises over this fraction of the steps (0–0.5), or over this many steps (1 or more).",
+        "The learning rate rises from zero over this fraction of the steps (0–0.5), or over this number of steps (1 or more).",
         "Warmup",
         0,
         1_000_000,
@@ -225,7 +231,7 @@ class Settings:
     deterministic: bool = setting(
         False,
         "bool",
-        "Use only operations that give identical results on the same machine. CPUs always do. On a GPU this is slower.",
+        "Use only operations that give identical results on the same machine. On a CPU this is always so. On a GPU it is slower.",
         "Deterministic",
     )
     shard: bool = setting(
@@ -391,12 +397,12 @@ def _check_together(s: Settings) -> None:
     if s.batch_size is not None and s.batch_tokens is not None:
         raise ConfigError(
             "batch_tokens",
-            "Set the batch size in examples or in tokens, not both: clear batch_size or batch_tokens.",
+            "Set the batch size either in examples or in tokens. Clear batch_size or batch_tokens.",
         )
     if s.batch_tokens and s.micro_batch_tokens and s.micro_batch_tokens > s.batch_tokens:
         raise ConfigError(
             "micro_batch_tokens",
-            "A micro-batch cannot be larger than the batch: lower it, or raise batch_tokens.",
+            "A micro-batch cannot be larger than the batch. Lower micro_batch_tokens, or raise batch_tokens.",
         )
     if 0.5 < s.warmup < 1 or (s.warmup > 1 and s.warmup != int(s.warmup)):
         raise ConfigError(
@@ -404,12 +410,12 @@ def _check_together(s: Settings) -> None:
         )
     if s.max_steps is not None and s.warmup >= 1 and s.warmup >= s.max_steps:
         raise ConfigError(
-            "warmup", "Warmup takes as many steps as the training has: shorten it, or raise max_steps."
+            "warmup", "Warmup takes at least as many steps as training has. Shorten it, or raise max_steps."
         )
     if s.early_stopping_patience and s.validation_fraction == 0 and not s.eval_every:
         raise ConfigError(
             "early_stopping_patience",
-            "Early stopping needs held-out examples: set validation_fraction above 0 or choose a validation file.",
+            "Early stopping needs held-out examples. Set validation_fraction above 0, or choose a validation file.",
         )
 
 

@@ -1,4 +1,4 @@
-"""The report on a dataset: everything worth knowing about it before training."""
+"""The report on a dataset: everything that users should know about it before training."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ class _Report:
             words = f"{where}{self.problem.reason}. {self.problem.fix}{also}"
             return {"ready": False, "error": words, "verdict": words}
         if self.tokenizer is not None and not self.summary.trained_tokens:
-            words = "No row has anything to learn from. Add answers to the rows."
+            words = "No row has an answer to learn from. Add answers to the rows."
             return {"ready": False, "error": words, "verdict": words}
         many = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
         serious = [f for f in self.findings.as_list() if f["severity"] != "info"]

@@ -33,8 +33,8 @@ Message = Mapping[str, Any]
 
 
 class Piece(NamedTuple):
-    """A piece of a row: user text, or (`made`) text from a template, in which control tokens are control
-    tokens."""
+    """A piece of a row: either user text or, if `made`, text from a template. Only in the latter are control tokens
+    recognized."""
 
     text: str
     trained: bool = False

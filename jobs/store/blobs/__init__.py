@@ -1,7 +1,7 @@
-"""Object storage: bytes by key, on local disk or in S3, whichever Django's default storage is.
+"""Object storage: bytes by key, on local disk or in S3, depending on Django's default storage.
 
-Everything is hashed while it streams and verified after it is stored; what is fetched is compared with the recorded
-hash. Keys are ours (`datasets/<owner>/<id>`, `jobs/<id>/e<fencing token>/…`): no name that a user chose becomes a path.
+Objects are hashed while they are sent and verified after they are stored; fetched objects are compared with the recorded
+hash. We make all keys (`datasets/<owner>/<id>`, `jobs/<id>/e<fencing token>/…`): no name that a user chose becomes a path.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ __all__ = [
     "verify_folder",
 ]
 
-PART = 16 << 20  # of a multipart upload: the memory that storing a file takes
+PART = 16 << 20  # size of a part of a multipart upload, and so the memory needed to store a file
 
 
 class Backend(Protocol):
@@ -128,7 +128,7 @@ def put_file(key: str, file: IO[bytes] | Iterable[bytes], *, max_bytes: int | No
 
 
 def put_folder(prefix: str, folder: Path, should_stop: Callable[[], bool] = lambda: False) -> list[FileEntry]:
-    """Stores every file below `folder`. The manifest comes last, so a folder that has one is complete."""
+    """Stores every file in `folder`. The manifest is stored last, so a folder that has one is complete."""
     names = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
     names.sort(key=lambda name: name == "manifest.json")
     entries = []
@@ -155,7 +155,7 @@ def part_link(key: str, upload: str, number: int, size: int) -> str:
 
 
 def direct_origin() -> str:
-    """The origin that browsers send parts to; empty if they send them to us."""
+    """The origin to which browsers send parts; empty if they send them to this server."""
     return _backend().upload_origin()
 
 
@@ -164,7 +164,7 @@ def put_part(key: str, upload: str, number: int, data: bytes) -> None:
 
 
 def parts_of(key: str, upload: str) -> dict[int, int]:
-    """Size in bytes of each part received so far."""
+    """The size in bytes of each part received so far."""
     return {part["PartNumber"]: part["Size"] for part in _s3().list_parts(key, upload)}
 
 
@@ -271,7 +271,7 @@ def sweep_unfinished() -> int:
 
 
 def signed_url(key: str, filename: str, expires_s: int | None = None) -> str:
-    """A link to the bytes that works for a short time without signing in: presigned by S3, or `/objects/…` of ours."""
+    """A link to the object that works for a short time without signing in: presigned by S3, or our own `/objects/…`."""
     expires_s = int(settings.JOBS["signed_url_s"]) if expires_s is None else expires_s
     return _backend().signed_url(key, filename, expires_s)
 

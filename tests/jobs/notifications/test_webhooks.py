@@ -120,7 +120,7 @@ def test_whatever_an_address_raises_ends_the_try(url):
     id = put_delivery(endpoint)
     assert not webhooks.deliver(endpoint.owner, id)
     row = delivery_of(endpoint.owner, id)
-    assert (row.tries, row.status, row.last_result) == (1, "pending", "could not be reached")
+    assert (row.tries, row.status, row.last_result) == (1, "pending", "the address could not be reached")
 
 
 def test_any_exception_ends_the_try(receiver, monkeypatch):
@@ -132,7 +132,7 @@ def test_any_exception_ends_the_try(receiver, monkeypatch):
 
     monkeypatch.setattr(webhooks.socket, "getaddrinfo", broken)
     assert not webhooks.deliver(endpoint.owner, id)
-    assert delivery_of(endpoint.owner, id).last_result == "could not be reached"
+    assert delivery_of(endpoint.owner, id).last_result == "the address could not be reached"
 
 
 def test_giving_up_is_decided_before_anything_is_posted(receiver):
@@ -152,7 +152,7 @@ def test_a_test_is_sent_once_and_not_again(receiver):
     (row,) = tables.rows(WebhookDelivery, endpoint.owner)
     assert webhooks.deliver(endpoint.owner, row.delivery_id)
     row = delivery_of(endpoint.owner, row.delivery_id)
-    assert (row.status, row.last_result) == ("given up", "answered 500")
+    assert (row.status, row.last_result) == ("given up", "responded with status 500")
 
 
 def test_tests_are_limited(settings, receiver, monkeypatch):
@@ -443,7 +443,7 @@ def test_whoever_gave_no_address_gets_no_mail():
     claim.finish("failed", "bad_data")
     finalize.after_end(owner, claim.job_id)
     assert webhooks.deliver(owner, f"{claim.job_id}#failed#email")
-    assert delivery_of(owner, f"{claim.job_id}#failed#email").last_result == "not wanted"
+    assert delivery_of(owner, f"{claim.job_id}#failed#email").last_result == "email is turned off"
     assert mail.outbox == []
 
 

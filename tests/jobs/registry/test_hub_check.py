@@ -84,7 +84,7 @@ def test_a_model_without_a_tokenizer_is_refused(hub, tmp_path):
 def test_a_model_larger_than_allowed_is_refused_before_its_config_is_read(hub, tmp_path, settings):
     put(hub, tmp_path)
     settings.HUB_MAX_GB = 0.000001
-    assert "the limit is 1e-06 GB" in refusal()
+    assert "The limit is 1e-06 GB" in refusal()
     assert not hub.fetched
 
 

@@ -285,8 +285,8 @@ def test_warnings_say_what_will_happen_and_stop_nothing(
     alices: Client, alice: User, dataset: Dataset
 ) -> None:
     text = post(alices, ESTIMATE, dataset, validation_fraction="0", epochs="30").content.decode()
-    assert "learning and memorizing look the same" in text
-    assert "usually recites its examples" in text
+    assert "cannot tell learning from memorizing" in text
+    assert "usually only repeats its examples" in text
     assert post(alices, NEW, dataset, validation_fraction="0", epochs="30").status_code == 302
 
 

@@ -123,4 +123,4 @@ def test_mail_about_jobs_can_be_turned_off(db):
     assert webhooks.deliver(user.owner_id, delivery.delivery_id)
     assert not mail.outbox
     row = tables.get(WebhookDelivery, user.owner_id, delivery.delivery_id)
-    assert (row.status, row.last_result) == ("given up", "not wanted")
+    assert (row.status, row.last_result) == ("given up", "email is turned off")

@@ -180,7 +180,7 @@ BROKEN_LINES = {
     "infinity": ('{"prompt": "a", "completion": "b", "x": -Infinity}', "Infinity"),
     "1e999": ('{"prompt": "a", "completion": "b", "x": 1e999}', "too large"),
     "5000 digits": ('{"prompt": "a", "completion": "b", "x": %s}' % ("9" * 5000), "digits"),
-    "leading zero": ('{"prompt": "a", "completion": "b", "x": 01}', "broken JSON"),
+    "leading zero": ('{"prompt": "a", "completion": "b", "x": 01}', "invalid JSON"),
     "duplicate key": ('{"prompt": "a", "prompt": "c", "completion": "b"}', "twice"),
     "lone surrogate": ('{"prompt": "a\\ud800", "completion": "b"}', "surrogate"),
     "raw control": ('{"prompt": "a\tb", "completion": "b"}', "control character"),
