@@ -26,7 +26,8 @@ fault (a lost worker, a full disk, an unreachable store) is not: these are count
 without a new checkpoint end the job, so that a job that brings down its workers does not run forever. The wait before the
 next attempt grows each time in both cases.
 
-The moves are in `requests` (users), `claims` (the lease owner) and `recovery` (the reconciler).
+This module only gathers what other packages call. The moves are in `requests` (users), `claims` (the lease owner) and
+`recovery` (the reconciler); `moves` decides where each leads and writes it.
 """
 
 from __future__ import annotations
