@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -172,3 +173,16 @@ def test_nothing_loads_pickles_or_foreign_code() -> None:
         if word in path.read_text()
     ]
     assert not found
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+def test_files_named_in_contributing_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`([\w./]+(?:/|\.(?:py|txt|html|md|yml|toml)))`", text))
+    folders = (*PACKAGES, "tests", "templates", "docs")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.*")] + list(ROOT.iterdir())
+    paths = "".join(f"/{path.relative_to(ROOT)}\n" for path in files)
+    assert not [name for name in named if f"/{name}" not in paths]
+    assert len(named) > 40

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from benchmarks.common import run_file  # noqa: E402
 from training.command import train  # noqa: E402
 from training.models.generate import GenerateOptions, generate, prompt_ids  # noqa: E402, prompt_ids
-from training.models.load import decoder_for, load_model  # noqa: E402, prompt_ids
+from training.models.load import load_model  # noqa: E402, prompt_ids
 from training.plan.config import Run  # noqa: E402
 from training.text.tokenizer import Tokenizer  # noqa: E402
 
@@ -108,7 +108,7 @@ def gemm() -> None:
 def generation(folder: Path) -> None:
     """64 tokens of prompt, 48 new ones, greedy, batch 1."""
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
-    decoder = decoder_for(model)
+    decoder = model.decoder()
     prompt = json.loads((folder / "examples.json").read_text())[0][:64]
     options = GenerateOptions(max_tokens=48, ignore_eos=True)
     while True:
@@ -120,7 +120,7 @@ def generation(folder: Path) -> None:
 def first_token(folder: Path) -> None:
     """The text of 64 tokens in, the first new token out."""
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
-    decoder = decoder_for(model)
+    decoder = model.decoder()
     prompt = (folder / "prompt.txt").read_text()
     while True:
         turns.begin()

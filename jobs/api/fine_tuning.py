@@ -16,7 +16,7 @@ from accounts.auth import authenticate
 from jobs.api import events, models, paging, results
 from jobs.api.caller import READ, READ_STREAM, WRITE, CallerRequest, in_pool
 from jobs.api.errors import bad, not_found
-from jobs.api.schemas import Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page
+from jobs.api.schemas import ApiStatus, Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page
 from jobs.events import event_log, history
 from jobs.lifecycle import transitions
 from jobs.lifecycle import warnings as job_warnings
@@ -24,13 +24,24 @@ from jobs.lifecycle.submission import settings_of
 from jobs.notifications import webhooks
 from jobs.registry import base_models
 from jobs.store import access, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import Job as Row
 from training.plan import auto_settings, config
 from training.plan.catalog import BaseModel
 
 router = Router(auth=READ)
 Json = dict[str, Any]
-STATUS = {"validating": "validating_files", "retrying": "queued", "void": "cancelled"}
+STATUS: dict[JobStatus, ApiStatus] = {
+    JobStatus.VALIDATING: "validating_files",
+    JobStatus.QUEUED: "queued",
+    JobStatus.RUNNING: "running",
+    JobStatus.RETRYING: "queued",
+    JobStatus.PAUSED: "paused",
+    JobStatus.SUCCEEDED: "succeeded",
+    JobStatus.FAILED: "failed",
+    JobStatus.CANCELLED: "cancelled",
+    JobStatus.VOID: "cancelled",
+}
 WINDOW_S = 600
 NOT_SETTINGS = {"name", "prompts"}  # also under `llmtuner`
 _METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
@@ -323,12 +334,12 @@ def show(job: Row) -> Json:
     }
 
 
-def _status(job: Row) -> str:
+def _status(job: Row) -> ApiStatus:
     """A job that is being cancelled is shown as cancelled, as OpenAI shows it: a cancellation is never undone, and the
     worker sees it at its next heartbeat. The stored status is under `llmtuner`. A job that had already succeeded stays so."""
     if job.desired == "cancel" and not job.ended:
         return "cancelled"
-    return STATUS.get(job.status, job.status)
+    return STATUS[JobStatus(job.status)]
 
 
 def _error(job: Row) -> Json | None:

@@ -24,6 +24,7 @@ from jobs.api import parameters
 
 MAX_SEED = 2**31 - 1
 T = TypeVar("T")
+ApiStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 
 
 class Request(Schema):
@@ -226,7 +227,7 @@ class Job(Schema):
     organization_id: str
     result_files: list[str]
     seed: int
-    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    status: ApiStatus
     trained_tokens: int | None = None
     training_file: str
     validation_file: str | None = None

@@ -52,7 +52,7 @@ def begin(owner: str, name: str, size: int, fingerprint: str = "") -> Upload:
     row.expires_at, row.target = time.time() + LIFETIME_S, new_id("file")
     outbox.put("delete", owner, row.upload_id)  # deletes the parts even if the upload is abandoned
     quotas.reserve(owner, row.upload_id, size)
-    if not blobs.is_local():
+    if blobs.takes_parts():
         row.multipart = blobs.begin_parts(datasets.key_of(owner, row.target))
     tables.put_new(row)
     return row

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from jobs.datasets import reports
@@ -16,6 +16,23 @@ from jobs.store.tables import Dataset, Job, time_of
 from training.plan.config import ConfigError, parse, stored_names
 
 NOT_SET = (None, "", "auto")
+# Fields of JobRequest that are always part of its hash. Stored hashes hold exactly these: never change the list.
+HASHED = frozenset(
+    {
+        "base",
+        "dataset_id",
+        "name",
+        "validation_dataset_id",
+        "settings",
+        "prompts",
+        "suffix",
+        "seed",
+        "metadata",
+        "api",
+        "needs",
+        "start_from",
+    }
+)
 
 
 class Refused(Exception):
@@ -50,12 +67,18 @@ class JobRequest:
     )
 
     def hash(self) -> str:
-        body = json.dumps(
-            {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "base_snapshot"},
-            sort_keys=True,
-            default=dict,
-        )
-        return hashlib.sha256(body.encode()).hexdigest()
+        """Tells whether a repeated idempotency key sends the same request.
+
+        A field that is not in HASHED counts only if it differs from its default, so that a new field leaves the hashes
+        of jobs stored before unchanged.
+        """
+        hashed = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            if each.name in HASHED or (each.name != "base_snapshot" and value != default):
+                hashed[each.name] = value
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True, default=dict).encode()).hexdigest()
 
 
 def check(owner: str, request: JobRequest) -> list[Dataset]:

@@ -26,7 +26,8 @@ If the trainer dies, this counts as an attempt: the job fails after 3 attempts i
 faults are counted separately, and 30 of them in a row without a new checkpoint end the job, so that a job that crashes its
 workers does not run forever. In both cases the wait before the next attempt grows each time.
 
-The moves are in `requests` (users), `claims` (the lease owner) and `recovery` (the reconciler).
+This module only gathers what other packages call. The moves are in `requests` (users), `claims` (the lease owner) and
+`recovery` (the reconciler); `moves` decides where each leads and writes it.
 """
 
 from __future__ import annotations

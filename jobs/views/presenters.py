@@ -369,7 +369,6 @@ def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
         row("Seed", str(values["seed"]), "seed"),
     ]
     combined = {
-        "objective",
         "adapter",
         "lora_rank",
         "lora_alpha",
@@ -380,7 +379,9 @@ def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
         "learning_rate",
     }
     combined |= {"schedule", "sequence_length", "validation_fraction", "seed"}
-    more = [row(FIELDS[n].label, _plain(values[n]), n) for n in FIELDS if n not in combined]
+    # as in the form: a setting with one choice only is not shown
+    others = [n for n, field in FIELDS.items() if n not in combined and len(field.choices) != 1]
+    more = [row(FIELDS[n].label, _plain(values[n]), n) for n in others]
     return first, more
 
 

@@ -18,6 +18,11 @@ MAIN_PAGES = {
     "jobs:playground": "Playground",
     "accounts:api_keys": "API",
 }
+ACCOUNT_MENU = {
+    "accounts:overview": "Account",
+    "accounts:api_keys": "API keys",
+    "admin:index": "Oversight",  # for staff
+}
 ACCOUNT_PAGES = {
     "accounts:overview": "Overview",
     "account_email": "Email",
@@ -39,6 +44,14 @@ class Link:
 @register.simple_tag(takes_context=True)
 def main_nav(context: dict[str, Any]) -> list[Link]:
     return _links(MAIN_PAGES, _path(context))
+
+
+@register.simple_tag(takes_context=True)
+def account_menu(context: dict[str, Any]) -> list[Link]:
+    pages = dict(ACCOUNT_MENU)
+    if not context["user"].is_staff:
+        del pages["admin:index"]
+    return _links(pages, _path(context))
 
 
 @register.simple_tag(takes_context=True)

@@ -214,3 +214,11 @@ def test_staff_revoke_a_key_and_cannot_bring_it_back(alice: User, sam: User):
     change = {"name": "x", "revoked_at_0": "", "revoked_at_1": "", "_save": "Save"}
     page.post(f"/admin/accounts/apikey/{key.pk}/change/", change, follow=True)
     assert api_keys.verify(secret) is None
+
+
+def test_the_account_menu_leads_staff_to_oversight(alices: Client, sams: Client) -> None:
+    menu = [(client, client.get("/account/").content.decode()) for client in (alices, sams)]
+    for client, text in menu:
+        assert '<a href="/account/">Account</a>' in text
+        assert '<a href="/account/keys/">API keys</a>' in text
+        assert ('<a href="/admin/">Oversight</a>' in text) == (client is sams)

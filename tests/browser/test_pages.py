@@ -22,12 +22,14 @@ def everything(owner: str) -> list[str]:
     ]
     progress = {"step": 79, "total_steps": 100, "eta_s": 30}
     job = make_job(owner, lines=lines, phase="training", progress=progress, dataset_id=dataset.dataset_id)
+    waiting = make_job(owner, "queued", dataset_id=dataset.dataset_id)
     failed = make_job(owner, "failed", reason="killed", message="x" * 300)
     model = make_model(owner)
     make_record(owner, 90)
     return [
         "/jobs/", "/jobs/new/", "/jobs/estimates/", f"/jobs/{job.job_id}/", f"/jobs/{failed.job_id}/", "/datasets/",
         f"/datasets/{dataset.dataset_id}/", "/models/", f"/models/{model.model_id}/", "/playground/",
+        "/notifications/", f"/jobs/{waiting.job_id}/edit/",
     ]  # fmt: skip
 
 

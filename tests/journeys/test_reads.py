@@ -27,6 +27,7 @@ MOST = {
     "models": 1,
     "model": 1,
     "playground": 1,
+    "notifications": 3,  # endpoints; the last deliveries for jobs, and for tests
 }
 
 

@@ -138,7 +138,7 @@ def _undecodable(number: int, line: bytes, error: UnicodeDecodeError) -> BadRow:
     return BadRow(
         number,
         f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8",
-        "Save the file as UTF-8. ByteRange of it seems to have another encoding.",
+        "Save the file as UTF-8. Part of it seems to have another encoding.",
     )
 
 

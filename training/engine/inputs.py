@@ -17,7 +17,7 @@ from training.data.formats import BadRow, Format
 from training.data.summary import Summary
 from training.engine.objectives import OBJECTIVES, Objective
 from training.engine.packing import Examples, hold_out
-from training.models.gpt2 import read_config
+from training.models.config_json import read_config
 from training.plan import auto_settings, catalog, hub
 from training.plan.config import Run, Settings
 from training.plan.events import Failure

@@ -146,7 +146,7 @@ def _model_and_optimizer(
 
 def _base_model(data: Inputs, settings: Settings) -> LanguageModel:
     """The base model in fp32 on the CPU, with dropout and, if the settings say so, adapters."""
-    model: LanguageModel = load_model(data.base)
+    model = load_model(data.base)
     model.set_dropout(settings.dropout or 0.0)
     if settings.adapter == "lora":
         model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from training.models.batch import Batch, pack
-from training.models.gpt2 import read_config
+from training.models.config_json import read_config
 from training.models.kernels import main_grad
 from training.plan.events import Failure
 
@@ -121,13 +121,14 @@ class CausalLM(nn.Module):
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes Hugging Face's files, adapters merged in."""
-        lm = self.merged()
+        lm = self._merged_lm()
         if dtype != torch.float32:
             lm = copy.deepcopy(lm).to(dtype)
         lm.config.dtype = dtype
         lm.save_pretrained(folder)
 
-    def decoder(self) -> TransformersDecoder:
+    def decoder(self, pack: bool = True) -> TransformersDecoder:
+        """`pack` changes nothing: transformers reads the weights as they are."""
         return TransformersDecoder(self.lm, self.context)
 
     # ---- adapters ------------------------------------------------------------------------------------------
@@ -174,7 +175,11 @@ class CausalLM(nn.Module):
         }
         save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    def merged(self) -> Any:
+    def merged(self) -> CausalLM:
+        """A copy with the adapters merged, or the model itself if it has none."""
+        return self if self.lora is None else CausalLM(self._merged_lm())
+
+    def _merged_lm(self) -> Any:
         """The transformers model with its adapters merged (a copy), or the model itself if it has none."""
         if self.lora is None:
             return self.lm

@@ -10,10 +10,11 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 from botocore.exceptions import BotoCoreError
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from django.core.files.storage import FileSystemStorage, default_storage
 
 from jobs.store.blobs import local
@@ -66,6 +67,7 @@ __all__ = [
     "signed_url",
     "size_of",
     "sweep_unfinished",
+    "takes_parts",
     "verify_folder",
 ]
 
@@ -86,6 +88,21 @@ class Backend(Protocol):
     def upload_origin(self) -> str: ...
 
 
+@runtime_checkable
+class PartsBackend(Backend, Protocol):
+    """A backend that combines the parts of a file itself, so that browsers can send them to it directly.
+
+    For the others, `jobs.datasets.multipart` stores each part as an object and combines them.
+    """
+
+    def begin_parts(self, key: str) -> str: ...
+    def part_link(self, key: str, upload: str, number: int, size: int) -> str: ...
+    def put_part(self, key: str, upload: str, number: int, data: bytes) -> None: ...
+    def parts_of(self, key: str, upload: str) -> dict[int, int]: ...
+    def finish_parts(self, key: str, upload: str) -> None: ...
+    def drop_parts(self, key: str, upload: str) -> None: ...
+
+
 def _storage() -> Any:
     default_storage.exists  # noqa: B018  the lazy object is created at the first access
     return default_storage._wrapped
@@ -95,22 +112,28 @@ def _backend() -> Backend:
     storage = _storage()
     if isinstance(storage, FileSystemStorage):
         return LocalStore(Path(storage.location))
-    return S3Store(storage, PART)
+    from storages.backends.s3 import S3Storage  # late: it imports boto3, which local disk does not need
+
+    if isinstance(storage, S3Storage):
+        return S3Store(storage, PART)
+    raise ImproperlyConfigured(
+        f"jobs/store/blobs has no backend for {type(storage).__name__}: use FileSystemStorage or S3Storage."
+    )
 
 
 def is_local() -> bool:
     return isinstance(_backend(), LocalStore)
 
 
-def _local() -> LocalStore:
-    backend = _backend()
-    assert isinstance(backend, LocalStore), "only objects on local disk have a path"
-    return backend
+def takes_parts() -> bool:
+    """Whether the functions below that begin, receive and combine parts may be called."""
+    return isinstance(_backend(), PartsBackend)
 
 
-def _s3() -> S3Store:
+def _parts_backend() -> PartsBackend:
     backend = _backend()
-    assert isinstance(backend, S3Store), "multipart uploads need S3"
+    if not isinstance(backend, PartsBackend):
+        raise ImproperlyConfigured(f"{type(backend).__name__} does not combine the parts of an upload.")
     return backend
 
 
@@ -141,17 +164,17 @@ def put_folder(prefix: str, folder: Path, should_stop: Callable[[], bool] = lamb
     return entries
 
 
-# ---- multipart uploads, S3 only --------------------------------------------------------------------------------------
+# ---- multipart uploads, where the backend takes parts ----------------------------------------------------------------
 
 
 def begin_parts(key: str) -> str:
-    """Begins a multipart upload and returns its S3 upload ID."""
-    return _s3().begin_parts(key)
+    """Begins a multipart upload and returns the storage's ID for it."""
+    return _parts_backend().begin_parts(key)
 
 
 def part_link(key: str, upload: str, number: int, size: int) -> str:
     """A presigned link that accepts this part, of exactly this size."""
-    return _s3().part_link(key, upload, number, size)
+    return _parts_backend().part_link(key, upload, number, size)
 
 
 def direct_origin() -> str:
@@ -160,22 +183,22 @@ def direct_origin() -> str:
 
 
 def put_part(key: str, upload: str, number: int, data: bytes) -> None:
-    _s3().put_part(key, upload, number, data)
+    _parts_backend().put_part(key, upload, number, data)
 
 
 def parts_of(key: str, upload: str) -> dict[int, int]:
-    """The size in bytes of each part received so far."""
-    return {part["PartNumber"]: part["Size"] for part in _s3().list_parts(key, upload)}
+    """Size in bytes of each part received so far."""
+    return _parts_backend().parts_of(key, upload)
 
 
 def finish_parts(key: str, upload: str) -> None:
     """Combines the parts into one object."""
-    _s3().finish_parts(key, upload)
+    _parts_backend().finish_parts(key, upload)
 
 
 def drop_parts(key: str, upload: str) -> None:
     """Aborts the upload. Idempotent, also after the parts were combined."""
-    _s3().drop_parts(key, upload)
+    _parts_backend().drop_parts(key, upload)
 
 
 # ---- get -----------------------------------------------------------------------------------------------------------
@@ -286,7 +309,9 @@ def read_link(token: str) -> tuple[str, str] | None:
 
 def local_path(key: str) -> Path:
     """Path of the object on this machine's disk."""
-    return _local().path(key)
+    backend = _backend()
+    assert isinstance(backend, LocalStore), "only objects on local disk have a path"
+    return backend.path(key)
 
 
 def join(prefix: str, name: str) -> str:

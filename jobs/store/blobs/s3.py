@@ -120,7 +120,10 @@ class S3Store:
     def put_part(self, key: str, upload: str, number: int, data: bytes) -> None:
         self._call("upload_part", key, UploadId=upload, PartNumber=number, Body=data, ContentMD5=_md5(data))
 
-    def list_parts(self, key: str, upload: str) -> list[dict[str, Any]]:
+    def parts_of(self, key: str, upload: str) -> dict[int, int]:
+        return {part["PartNumber"]: part["Size"] for part in self._list_parts(key, upload)}
+
+    def _list_parts(self, key: str, upload: str) -> list[dict[str, Any]]:
         try:
             paginator = self.client.get_paginator("list_parts")
             pages = paginator.paginate(Bucket=self.bucket, Key=key, UploadId=upload)
@@ -131,7 +134,7 @@ class S3Store:
 
     def finish_parts(self, key: str, upload: str) -> None:
         parts = [
-            {"PartNumber": part["PartNumber"], "ETag": part["ETag"]} for part in self.list_parts(key, upload)
+            {"PartNumber": part["PartNumber"], "ETag": part["ETag"]} for part in self._list_parts(key, upload)
         ]
         self._call("complete_multipart_upload", key, UploadId=upload, MultipartUpload={"Parts": parts})
 

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.datasets import datasets
 from jobs.lifecycle import finalize, requests, transitions
-from jobs.lifecycle.transitions import LostRace, OverQuota, Refused
+from jobs.lifecycle.transitions import JobRequest, LostRace, OverQuota, Refused
 from jobs.store import access, blobs, outbox, queue, quotas, reasons, tables
 from jobs.store.tables import JobIndex, TunedModel, month_of, new_id
 from tests.jobs.makers import (
@@ -75,6 +75,18 @@ def test_the_same_key_makes_one_job():
     with pytest.raises(Refused):
         transitions.submit(owner, dataclasses.replace(request, suffix="x"), idempotency_key="k")
     assert transitions.submit(owner, request, idempotency_key="other").job_id != first.job_id
+
+
+def test_a_new_field_of_a_request_leaves_earlier_hashes_unchanged():
+    @dataclasses.dataclass(frozen=True)
+    class LaterRequest(JobRequest):
+        labels: tuple[str, ...] = ()
+        options: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    today, later = JobRequest("starter", "file-1"), LaterRequest("starter", "file-1")
+    assert later.hash() == today.hash()
+    assert dataclasses.replace(later, labels=("a",)).hash() != today.hash()
+    assert dataclasses.replace(later, options={"a": 1}).hash() != today.hash()
 
 
 def test_a_key_whose_submission_broke_off_can_be_used_again():

@@ -12,7 +12,8 @@ import urllib.error
 import urllib.request
 
 import pytest
-from django.core.files.storage import storages
+from django.core.exceptions import ImproperlyConfigured
+from django.core.files.storage import InMemoryStorage, storages
 from django.test import AsyncClient
 
 from jobs.store import blobs
@@ -190,6 +191,27 @@ def test_what_a_killed_process_was_storing_is_swept(store):
 def test_where_there_is_nothing_to_sweep_nothing_is_swept(store):
     blobs.put_file(key(), io.BytesIO(b"whole"))
     assert blobs.sweep_unfinished() == 0
+
+
+def test_parts_are_combined_by_the_storages_that_take_them(store):
+    where = key()
+    assert blobs.takes_parts() == (store == "s3")
+    if not blobs.takes_parts():
+        with pytest.raises(ImproperlyConfigured, match="LocalStore"):
+            blobs.begin_parts(where)
+        return
+    upload = blobs.begin_parts(where)
+    blobs.put_part(where, upload, 2, b"end")
+    blobs.put_part(where, upload, 1, b"a" * (5 << 20))
+    assert blobs.parts_of(where, upload) == {1: 5 << 20, 2: 3}
+    blobs.finish_parts(where, upload)
+    assert blobs.size_of(where) == (5 << 20) + 3
+
+
+def test_an_unknown_storage_is_refused(monkeypatch):
+    monkeypatch.setattr(blobs, "_storage", InMemoryStorage)
+    with pytest.raises(ImproperlyConfigured, match="InMemoryStorage"):
+        blobs.size_of(key())
 
 
 @pytest.mark.parametrize("store", ["local"], indirect=True)

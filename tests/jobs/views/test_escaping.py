@@ -67,6 +67,7 @@ def pages(client: Client, alice: User, word: str) -> dict[str, list[Any]]:
         owner, "failed", lines, name=word, base=word, message=word, advice=word, reason="killed", suffix=word,
         dataset_id=ready.dataset_id, dataset_name=word, prompts=[word],
     )  # fmt: skip
+    waiting = make_job(owner, "queued", name=word, dataset_id=ready.dataset_id, suffix="a", prompts=[word])
     model = make_model(
         owner,
         name=word,
@@ -79,6 +80,8 @@ def pages(client: Client, alice: User, word: str) -> dict[str, list[Any]]:
         ("datasets", [], {}), ("dataset", [ready.dataset_id], {}), ("dataset", [rejected.dataset_id], {}),
         ("jobs", [], {}), ("job", [job.job_id], {}), ("new_job", [], {"clone": job.job_id}),
         ("models", [], {}), ("model", [model.model_id], {}), ("playground", [], {"model": model.model_id, "prompt": word}),
+        ("edit_job", [waiting.job_id], {}),
+        ("estimates", [], {}), ("notifications", [], {}),
     ]  # fmt: skip
     found = {}
     for n, (name, args, query) in enumerate(asked):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from django.urls import reverse
 from accounts.models import User
 from jobs.store import access
 from tests.jobs.views.makers import make_dataset, make_job, metric
+from training.plan.config import FIELDS
 
 
 def page(client: Client, job: Any, **query: str) -> str:
@@ -104,6 +106,15 @@ def test_answers_to_the_same_prompt_stand_together(alices: Client, alice: User) 
 def test_settings_that_were_changed_are_marked(alices: Client, alice: User) -> None:
     text = page(alices, make_job(alice.owner_id, settings={"method": "lora", "lora_rank": 4}))
     assert re.search(r"LoRA, rank 4, alpha 16.{0,60}changed", text, re.S)
+
+
+def test_the_objective_is_shown_once_there_is_a_choice(
+    alices: Client, alice: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(alice.owner_id)
+    assert "Objective" not in page(alices, job)
+    monkeypatch.setitem(FIELDS, "objective", replace(FIELDS["objective"], choices=("supervised", "dpo")))
+    assert re.search(r"Objective.{0,100}supervised", page(alices, job), re.S)
 
 
 def test_the_csv_has_every_step_once_the_last_attempt_winning(alices: Client, alice: User) -> None:

@@ -217,6 +217,13 @@ def test_a_broken_line_is_named(tmp_path: Path, case: str, place: int) -> None:
     assert (found.line, word in found.reason) == (place, True), found
 
 
+def test_a_line_in_another_encoding_says_how_to_fix_it(tmp_path: Path) -> None:
+    accented = '{"prompt": "café", "completion": "b"}\n'
+    found = complaint(tmp_path, accented.encode() * 5 + accented.encode("latin-1"))
+    assert str(found) == "line 6: byte 16 of the line (0xe9) is not UTF-8"
+    assert found.fix == "Save the file as UTF-8. Part of it seems to have another encoding."
+
+
 def message(**changes: object) -> dict[str, object]:
     return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"} | changes]}
 

@@ -24,7 +24,7 @@ from training.models.causal_lm import CausalLM
 from training.models.decoder import GPT2Decoder
 from training.models.generate import GenerateOptions, generate
 from training.models.kernels import main_grad
-from training.models.load import decoder_for, load_model
+from training.models.load import load_model
 from training.plan.config import Run
 from training.plan.events import Failure
 from training.text.tokenizer import Tokenizer
@@ -190,7 +190,7 @@ def test_gpt2_with_rare_options_is_loaded_by_transformers(tmp_path):
     t.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert isinstance(model, CausalLM)
-    assert not isinstance(decoder_for(model), GPT2Decoder)
+    assert not isinstance(model.decoder(), GPT2Decoder)
 
 
 def test_code_that_comes_with_a_model_is_refused(tmp_path):

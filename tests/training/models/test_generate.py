@@ -14,7 +14,6 @@ from tests.training.tiny import gpt2, write_model
 from training.models.decoder import GPT2Decoder, sample
 from training.models.generate import GenerateError, GenerateOptions, TextStream, Token, generate
 from training.models.gpt2 import GPT2
-from training.models.load import decoder_for
 from training.text.tokenizer import Tokenizer
 
 PROMPT = "the cat sat"
@@ -48,7 +47,7 @@ def write(model, tokenizer, prompt: str = PROMPT, **options):
 def test_greedy_tokens_are_those_of_transformers(model, tokenizer, theirs, pack):
     ids = tokenizer.encode(PROMPT)
     options = GenerateOptions(max_tokens=30, ignore_eos=True)
-    [ours] = generate(model, tokenizer, ids, options, decoder=decoder_for(model, pack))
+    [ours] = generate(model, tokenizer, ids, options, decoder=model.decoder(pack))
     whole = theirs.generate(
         torch.tensor([ids]), max_new_tokens=30, min_new_tokens=30, do_sample=False, pad_token_id=0
     )
@@ -56,7 +55,7 @@ def test_greedy_tokens_are_those_of_transformers(model, tokenizer, theirs, pack)
 
 
 def test_cached_logits_equal_those_of_the_whole_text(model, theirs):
-    decoder = decoder_for(model)
+    decoder = model.decoder()
     ids = list(range(5, 25))
     cache, logits = decoder.prefill(ids[:7], room=30)
     rows = [logits] + [decoder.step([cache], [i])[0] for i in ids[7:]]
@@ -66,7 +65,7 @@ def test_cached_logits_equal_those_of_the_whole_text(model, theirs):
 
 
 def test_sequences_of_unequal_length_do_not_disturb_each_other(model):
-    decoder = decoder_for(model)
+    decoder = model.decoder()
     prompts = [[7, 8, 9], list(range(20, 40)), [3]]
     alone = []
     for prompt in prompts:
