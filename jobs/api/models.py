@@ -28,7 +28,7 @@ def local_name(name: str) -> str:
 
 def base_for_training(owner: str, name: str) -> str:
     """The base model to train, or a 400 that lists the choices and the setting that maps other names. A Hub model is checked
-    on first use. The caller's tuned models are base models too."""
+    on first use, and may be Refused. The caller's tuned models are base models too."""
     wanted = local_name(name)
     known = base_models.find(owner, wanted)
     if known is None and (model := tuned_models.find(owner, wanted)):
@@ -36,10 +36,7 @@ def base_for_training(owner: str, name: str) -> str:
     if known is not None:
         return known.id
     if hub_models.is_id(wanted):
-        try:
-            return base_models.add_hub_model(owner, wanted)
-        except hub_models.Refused as refused:
-            raise bad(str(refused), "model", "model_not_available") from refused
+        return base_models.add_hub_model(owner, wanted)
     listed = ", ".join(base.id for base in catalog.base_models())
     raise bad(
         f"There is no base model '{name}'. Available: {listed}, your own tuned models, and models on the Hugging Face Hub "

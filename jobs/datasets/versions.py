@@ -16,6 +16,7 @@ from django.conf import settings
 from jobs.datasets import datasets, sandbox
 from jobs.registry import base_models
 from jobs.store import access, blobs, tables
+from jobs.store.errors import Refused
 from jobs.store.tables import Dataset, DatasetReport, Usage, new_id
 from training.plan import catalog
 from training.plan.events import Failure
@@ -37,10 +38,6 @@ WITHOUT = {
     "personal": "without personal data",
 }
 PARTS = {"train": "90 % to train", "validation": "10 % to validate"}
-
-
-class Refused(Exception):
-    """This version cannot be made. The message says why."""
 
 
 def check(source: Dataset, what: str, findings: Sequence[dict[str, Any]]) -> None:

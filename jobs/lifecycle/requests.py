@@ -8,8 +8,9 @@ from dataclasses import replace
 from jobs.datasets import reports
 from jobs.lifecycle import finalize, moves, recovery, submission
 from jobs.lifecycle.moves import Desired
-from jobs.lifecycle.submission import JobRequest, Refused, clone_request
+from jobs.lifecycle.submission import JobRequest, clone_request
 from jobs.store import access, queue, quotas, tables
+from jobs.store.errors import Refused
 from jobs.store.lease import LostRace
 from jobs.store.quotas import OverQuota
 from jobs.store.tables import ENDED, Job, JobIndex, Usage, month_of, new_id
@@ -86,7 +87,8 @@ def _id_for(owner: str, request: JobRequest, key: str) -> str:
         if job is None or job.status != "void":
             if found.body_hash != body_hash:
                 raise Refused(
-                    "idempotency_key", "This idempotency key was used for another request. Use a new key."
+                    "This idempotency key was used for another request. Use a new key.",
+                    field="idempotency_key",
                 )
             return found.job_id
         fresh = [Usage.job_id.set(mine), Usage.body_hash.set(body_hash)]
@@ -106,11 +108,11 @@ def set_desired(owner: str, job_id: str, desired: Desired) -> Job:
             return job
         if job.ended:
             raise Refused(
-                "status",
                 f"The job has already {job.status if job.status != 'cancelled' else 'been cancelled'}.",
+                field="status",
             )
         if job.desired == "cancel" and desired != "cancel":
-            raise Refused("status", "The job is being cancelled.")
+            raise Refused("The job is being cancelled.", field="status")
         status = job.status if job.status == "running" else moves.desired_status(job, desired)
         if (job.status, job.desired) == (status, desired):
             return (recovery.validate(job) if status == "validating" else None) or job
@@ -131,7 +133,7 @@ def set_desired(owner: str, job_id: str, desired: Desired) -> Job:
 def rename(owner: str, job_id: str, name: str) -> Job:
     job = access.get_job_for(owner, job_id)
     if not 0 < len(name) <= 200:
-        raise Refused("name", "Enter a name of 1 to 200 characters.")
+        raise Refused("Enter a name of 1 to 200 characters.", field="name")
     moved = moves.move(job, [Job.name.set(name)], Job.deleted == False)  # noqa: E712  a condition, not a comparison
     if moved is None:
         raise access.NotFound(f"There is no job {job_id}.")
@@ -149,7 +151,7 @@ def edit(owner: str, job_id: str, request: JobRequest) -> Job:
     """Changes the request while no attempt has started. The base and the suffix stay, and so does the model's id."""
     job = access.get_job_for(owner, job_id)
     if not can_edit(job):
-        raise Refused("status", "The job has started. Clone it and change the copy.")
+        raise Refused("The job has started. Clone it and change the copy.", field="status")
     request = replace(request, base=job.base, suffix=job.suffix, base_snapshot=job.base_snapshot)
     fresh = submission.new_job(owner, job_id, request, submission.check(owner, request), "")
     actions = [moves.set_attribute(Job, name, getattr(fresh, name)) for name in EDITABLE]
@@ -167,7 +169,7 @@ def set_priority(owner: str, job_id: str, priority: int) -> Job:
     job = access.get_job_for(owner, job_id)
     moved = moves.move(job, [Job.priority.set(priority)], ~Job.status.is_in(*sorted(ENDED)))
     if moved is None:
-        raise Refused("status", "The job has ended.")
+        raise Refused("The job has ended.", field="status")
     return moved
 
 
@@ -175,7 +177,7 @@ def retry(owner: str, job_id: str, *, slug: str = "") -> Job:
     """A new job that continues from the last checkpoint of one that failed or was cancelled (an end state never changes)."""
     job = access.get_job_for(owner, job_id)
     if job.status not in {"failed", "cancelled"}:
-        raise Refused("status", "Only a job that failed or was cancelled can be retried.")
+        raise Refused("Only a job that failed or was cancelled can be retried.", field="status")
     start = next((c for c in job.checkpoints if c["key"] == job.checkpoint_key), None)
     slug = slug or job.model_id.split(":")[2]
     again = replace(clone_request(job), start_from=start, base_snapshot=job.base_snapshot)
@@ -186,11 +188,12 @@ def delete(owner: str, job_id: str, *, with_model: bool = False) -> None:
     """Deletes an ended job with its events, log and checkpoints. Its model is kept unless `with_model`."""
     job = access.get_job_for(owner, job_id)
     if not job.ended:
-        raise Refused("status", "Cancel the job first.")
+        raise Refused("Cancel the job first.", field="status")
     prefix = f"jobs/{job_id}/"
     for other in queue.active_jobs([row for row in queue.index_rows() if row.owner == owner]):
         if any(c["key"].startswith(prefix) for c in other.checkpoints) and not other.ended:
             raise Refused(
-                "status", f"“{other.name}” continues from this job's checkpoint. Wait until it has ended."
+                f"“{other.name}” continues from this job's checkpoint. Wait until it has ended.",
+                field="status",
             )
     finalize.delete_job(job, with_model=with_model)

@@ -16,6 +16,7 @@ from jobs.formatting import when
 from jobs.forms import UploadForm, whole_number
 from jobs.registry import base_models
 from jobs.store import access, tables
+from jobs.store.errors import Refused
 from jobs.store.quotas import OverQuota
 from jobs.store.tables import DatasetReport
 from jobs.views.dataset_report import columns_context, report_context, status_context
@@ -164,7 +165,7 @@ def fix(request: HttpRequest, dataset_id: str) -> HttpResponse:
     try:
         versions.check(dataset, what, context["findings"])
         new = versions.begin(dataset, what, context["other"])
-    except versions.Refused as error:
+    except Refused as error:
         return render(request, "jobs/dataset_detail.html", {**context, "refused": str(error)}, status=400)
     except OverQuota as error:
         messages.error(request, str(error))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -14,8 +15,11 @@ from jobs.lifecycle import estimates
 from jobs.lifecycle import warnings as job_warnings
 from jobs.lifecycle.submission import settings_of
 from jobs.lifecycle.transitions import JobRequest
-from jobs.registry import base_models, hub_models
+from jobs.registry import base_models
 from jobs.store import access
+from jobs.store.errors import Refused
+from jobs.store.lease import LostRace
+from jobs.store.quotas import OverQuota
 from jobs.store.tables import Dataset, DatasetReport, Job
 from jobs.views.dataset_report import display_sample, load_report
 from training.data.summary import Summary
@@ -125,7 +129,7 @@ class JobForm:
         try:
             self.values["base"], self.values["hub"] = base_models.add_hub_model(self.owner, name), ""
             self.errors.pop("base", None)
-        except hub_models.Refused as refused:
+        except Refused as refused:
             self.refuse("hub", str(refused))
 
     def is_valid(self) -> bool:
@@ -133,6 +137,16 @@ class JobForm:
 
     def refuse(self, name: str, message: str) -> None:
         self.errors[name] = message
+
+    @contextmanager
+    def refusal_as_error(self) -> Iterator[None]:
+        """If the action inside is refused, its reason becomes an error of the form."""
+        try:
+            yield
+        except Refused as refused:
+            self.refuse(refused.field, refused.message)
+        except (OverQuota, LostRace) as error:
+            self.refuse("", str(error))
 
     def request(self) -> JobRequest:
         settings = self.settings.as_dict() if self.settings else {}
