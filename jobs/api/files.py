@@ -17,10 +17,16 @@ from jobs.api.errors import bad, not_found
 from jobs.api.schemas import Deleted, Error, File, Page
 from jobs.datasets import datasets
 from jobs.store import access, blobs, tables
+from jobs.store.states import DatasetStatus
 
 router = Router(auth=READ)
 Json = dict[str, Any]
-STATUS = {"receiving": "uploaded", "checking": "uploaded", "ready": "processed", "rejected": "error"}
+STATUS: dict[str, str] = {
+    DatasetStatus.RECEIVING: "uploaded",
+    DatasetStatus.CHECKING: "uploaded",
+    DatasetStatus.READY: "processed",
+    DatasetStatus.REJECTED: "error",
+}
 CHUNK = 256 * 1024
 MAX_NAME = 255
 

@@ -16,7 +16,7 @@ from accounts.auth import authenticate
 from jobs.api import events, models, paging, results
 from jobs.api.caller import READ, READ_STREAM, WRITE, CallerRequest, in_pool
 from jobs.api.errors import bad, not_found
-from jobs.api.schemas import Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page
+from jobs.api.schemas import Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page, ShownStatus
 from jobs.events import event_log, history
 from jobs.lifecycle import transitions
 from jobs.lifecycle import warnings as job_warnings
@@ -24,13 +24,13 @@ from jobs.lifecycle.submission import settings_of
 from jobs.notifications import webhooks
 from jobs.registry import base_models
 from jobs.store import access, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import Job as Row
 from training.plan import auto_settings, config
 from training.plan.catalog import BaseModel
 
 router = Router(auth=READ)
 Json = dict[str, Any]
-STATUS = {"validating": "validating_files", "retrying": "queued", "void": "cancelled"}
 WINDOW_S = 600
 NOT_SETTINGS = {"name", "prompts"}  # also under `llmtuner`
 _METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
@@ -296,7 +296,7 @@ def _set_desired(request: CallerRequest, job_id: str, desired: transitions.Desir
 
 
 def show(job: Row) -> Json:
-    succeeded = job.status == "succeeded"
+    succeeded = job.status == JobStatus.SUCCEEDED
     hyperparameters = _shown_hyperparameters(job)
     return {
         "id": job.job_id,
@@ -322,16 +322,35 @@ def show(job: Row) -> Json:
     }
 
 
-def _status(job: Row) -> str:
+def _status(job: Row) -> ShownStatus:
     """A job that is being cancelled shows as cancelled, as at OpenAI: a cancel is never undone, and the worker learns of it
     with its next heartbeat. The stored status is under `llmtuner`. A success that was stored first stays a success."""
     if job.desired == "cancel" and not job.ended:
         return "cancelled"
-    return STATUS.get(job.status, job.status)
+    return _shown_status(JobStatus(job.status))
+
+
+def _shown_status(status: JobStatus) -> ShownStatus:
+    """In the words of OpenAI, which has no retries and no incomplete submissions."""
+    match status:
+        case JobStatus.VALIDATING:
+            return "validating_files"
+        case JobStatus.QUEUED | JobStatus.RETRYING:
+            return "queued"
+        case JobStatus.RUNNING:
+            return "running"
+        case JobStatus.PAUSED:
+            return "paused"
+        case JobStatus.SUCCEEDED:
+            return "succeeded"
+        case JobStatus.FAILED:
+            return "failed"
+        case JobStatus.CANCELLED | JobStatus.VOID:
+            return "cancelled"
 
 
 def _error(job: Row) -> Json | None:
-    if job.status != "failed":
+    if job.status != JobStatus.FAILED:
         return None
     reason = job.reason or "unknown"
     message = " ".join(part for part in (job.message, job.advice) if part) or "The job failed."
@@ -392,7 +411,7 @@ def _checkpoint_names(job: Row) -> dict[int, str]:
     """The name of each stored checkpoint, by step. The last one is the model itself, as at OpenAI."""
     names = {int(entry["step"]): f"{job.model_id}:ckpt-step-{entry['step']}" for entry in job.checkpoints}
     last = int((job.result or {}).get("step") or 0)
-    if job.status == "succeeded" and last:
+    if job.status == JobStatus.SUCCEEDED and last:
         model = tables.get(tables.TunedModel, job.owner, job.model_id)
         if model is None or not model.deleted:  # created a moment after the job ends
             names[last] = job.model_id

@@ -214,6 +214,10 @@ WARNINGS: dict[str, Any] = {  # JSON schema
 }
 
 
+# As at OpenAI; the stored status is under `llmtuner`.
+ShownStatus = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+
+
 class Job(Schema):
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -226,7 +230,7 @@ class Job(Schema):
     organization_id: str
     result_files: list[str]
     seed: int
-    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    status: ShownStatus
     trained_tokens: int | None = None
     training_file: str
     validation_file: str | None = None

@@ -18,6 +18,7 @@ from pynamodb.expressions.update import Action
 from jobs.datasets import datasets
 from jobs.datasets.datasets import Rejected
 from jobs.store import access, blobs, outbox, quotas, tables
+from jobs.store.states import DatasetStatus
 from jobs.store.tables import Dataset, Upload, new_id
 
 PART = 5 << 20  # bytes, the minimum of S3; up to three are in memory at once; the last part may be smaller
@@ -202,7 +203,7 @@ def find_duplicate(owner: str, size: int, fingerprint: str) -> Dataset | None:
     kind, _, digest = fingerprint.partition(":")
     for dataset in access.list_datasets(owner, 100):
         same = dataset.sha256 == digest if kind == "sha256" else dataset.fingerprint == fingerprint
-        if same and dataset.bytes == size and dataset.status != "rejected":
+        if same and dataset.bytes == size and dataset.status != DatasetStatus.REJECTED:
             return dataset
     return None
 

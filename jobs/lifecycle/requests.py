@@ -13,6 +13,7 @@ from jobs.store import access, queue, quotas, tables
 from jobs.store.errors import Refused
 from jobs.store.lease import LostRace
 from jobs.store.quotas import OverQuota
+from jobs.store.states import DatasetStatus, JobStatus
 from jobs.store.tables import ENDED, Job, JobIndex, Usage, month_of, new_id
 
 TOO_SLOW = "The submission took too long. Send it again."
@@ -45,7 +46,7 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
     request = replace(request, base_snapshot=submission.pin_base(owner, request))
     job_id = new_id("ftjob") if idempotency_key is None else _id_for(owner, request, idempotency_key)
     known = tables.get(Job, owner, job_id)
-    if known and known.status == "void":
+    if known and known.status == JobStatus.VOID:
         raise LostRace(TOO_SLOW)
     if known:
         return known
@@ -61,12 +62,14 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
         finalize.make_void(owner, job_id)
         raise
     accepted = tables.put_new(job, lambda found: found.body_hash == job.body_hash)
-    if accepted is None or accepted.status == "void":
+    if accepted is None or accepted.status == JobStatus.VOID:
         quotas.release(owner, "jobs", job_id)
         raise LostRace(TOO_SLOW)
     moves.announce(accepted)
-    if accepted.status == "validating" and not reports.uses_default_tokenizer(request.base_snapshot or {}):
-        if datasets[0].status == "ready":
+    if accepted.status == JobStatus.VALIDATING and not reports.uses_default_tokenizer(
+        request.base_snapshot or {}
+    ):
+        if datasets[0].status == DatasetStatus.READY:
             reports.request_report(datasets[0], request.base_snapshot or {})
         return recovery.validate(accepted) or accepted
     return accepted
@@ -84,7 +87,7 @@ def _id_for(owner: str, request: JobRequest, key: str) -> str:
         if found is None or not found.job_id:
             continue
         job = tables.get(Job, owner, found.job_id)
-        if job is None or job.status != "void":
+        if job is None or job.status != JobStatus.VOID:
             if found.body_hash != body_hash:
                 raise Refused(
                     "This idempotency key was used for another request. Use a new key.",
@@ -104,7 +107,7 @@ def set_desired(owner: str, job_id: str, desired: Desired) -> Job:
     Idempotent. Raises NotFound, and Refused for a job that has ended or is being cancelled."""
     for _ in range(MAX_TRIES):
         job = access.get_job_for(owner, job_id)
-        if job.status == "cancelled" and desired == "cancel":
+        if job.status == JobStatus.CANCELLED and desired == "cancel":
             return job
         if job.ended:
             raise Refused(
@@ -113,11 +116,11 @@ def set_desired(owner: str, job_id: str, desired: Desired) -> Job:
             )
         if job.desired == "cancel" and desired != "cancel":
             raise Refused("The job is being cancelled.", field="status")
-        status = job.status if job.status == "running" else moves.desired_status(job, desired)
+        status = job.status if job.status == JobStatus.RUNNING else moves.desired_status(job, desired)
         if (job.status, job.desired) == (status, desired):
-            return (recovery.validate(job) if status == "validating" else None) or job
-        if job.status == "running":
-            free = Job.status == "running"
+            return (recovery.validate(job) if status == JobStatus.VALIDATING else None) or job
+        if job.status == JobStatus.RUNNING:
+            free = Job.status == JobStatus.RUNNING
             condition = free if desired == "cancel" else free & (Job.desired != "cancel")
             moved = moves.move(job, [Job.desired.set(desired)], condition)
         else:
@@ -126,7 +129,7 @@ def set_desired(owner: str, job_id: str, desired: Desired) -> Job:
             )
         if moved:
             moves.announce(moved)
-            return (recovery.validate(moved) if moved.status == "validating" else None) or moved
+            return (recovery.validate(moved) if moved.status == JobStatus.VALIDATING else None) or moved
     raise LostRace("The job changed at the same time. Try again.")
 
 
@@ -144,7 +147,7 @@ def rename(owner: str, job_id: str, name: str) -> Job:
 
 def can_edit(job: Job) -> bool:
     """True while no attempt has started and the job has not ended."""
-    return not job.fencing_token and job.status in {"validating", "queued", "paused"}
+    return not job.fencing_token and job.status in {JobStatus.VALIDATING, JobStatus.QUEUED, JobStatus.PAUSED}
 
 
 def edit(owner: str, job_id: str, request: JobRequest) -> Job:
@@ -155,7 +158,7 @@ def edit(owner: str, job_id: str, request: JobRequest) -> Job:
     request = replace(request, base=job.base, suffix=job.suffix, base_snapshot=job.base_snapshot)
     fresh = submission.new_job(owner, job_id, request, submission.check(owner, request), "")
     actions = [moves.set_attribute(Job, name, getattr(fresh, name)) for name in EDITABLE]
-    if job.status != "paused":
+    if job.status != JobStatus.PAUSED:
         actions.append(Job.status.set(fresh.status))
     moved = moves.move(job, actions, moves.as_seen(job), lambda found: found.body_hash == fresh.body_hash)
     if moved is None:
@@ -176,7 +179,7 @@ def set_priority(owner: str, job_id: str, priority: int) -> Job:
 def retry(owner: str, job_id: str, *, slug: str = "") -> Job:
     """A new job that continues from the last checkpoint of one that failed or was cancelled (an end state never changes)."""
     job = access.get_job_for(owner, job_id)
-    if job.status not in {"failed", "cancelled"}:
+    if job.status not in {JobStatus.FAILED, JobStatus.CANCELLED}:
         raise Refused("Only a job that failed or was cancelled can be retried.", field="status")
     start = next((c for c in job.checkpoints if c["key"] == job.checkpoint_key), None)
     slug = slug or job.model_id.split(":")[2]

@@ -13,6 +13,7 @@ from jobs.datasets import reports
 from jobs.registry import base_models
 from jobs.store import access
 from jobs.store.errors import Refused
+from jobs.store.states import DatasetStatus, JobStatus
 from jobs.store.tables import Dataset, Job, time_of
 from training.plan.config import ConfigError, parse, stored_names
 
@@ -67,7 +68,7 @@ def check(owner: str, request: JobRequest) -> list[Dataset]:
             dataset = access.get_dataset_for(owner, dataset_id)
         except access.NotFound as error:
             raise Refused(f"There is no dataset {dataset_id}. Upload it first.", field=name) from error
-        if dataset.status == "rejected":
+        if dataset.status == DatasetStatus.REJECTED:
             raise Refused(f"The dataset was rejected: {dataset.error or 'see its report.'}", field=name)
         datasets.append(dataset)
     return datasets
@@ -86,7 +87,7 @@ def pin_base(owner: str, request: JobRequest) -> Mapping[str, Any]:
 
 def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset], slug: str) -> Job:
     own = reports.uses_default_tokenizer(request.base_snapshot or {"id": request.base})
-    ready = own and all(dataset.status == "ready" for dataset in datasets)
+    ready = own and all(dataset.status == DatasetStatus.READY for dataset in datasets)
     parts = [
         "ft",
         base_models.root_id(request.base_snapshot or {"id": request.base}),
@@ -115,7 +116,7 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
         needs=dict(request.needs),
         model_id=":".join(parts),
         body_hash=request.hash(),
-        status="queued" if ready else "validating",
+        status=JobStatus.QUEUED if ready else JobStatus.VALIDATING,
         created_at=time_of(job_id),
     )
     if request.start_from:

@@ -20,6 +20,7 @@ from jobs.store import access
 from jobs.store.errors import Refused
 from jobs.store.lease import LostRace
 from jobs.store.quotas import OverQuota
+from jobs.store.states import DatasetStatus, ReportStatus
 from jobs.store.tables import Dataset, DatasetReport, Job
 from jobs.views.dataset_report import display_sample, load_report
 from training.data.summary import Summary
@@ -69,10 +70,13 @@ class JobForm:
 
     @classmethod
     def of(cls, owner: str, data: Mapping[str, Any], *, check: bool = True) -> JobForm:
-        datasets = [d for d in access.list_datasets(owner, MAX_DATASETS) if d.status != "rejected"]
+        datasets = [
+            d for d in access.list_datasets(owner, MAX_DATASETS) if d.status != DatasetStatus.REJECTED
+        ]
         values = {name: str(data.get(name, "")) for name in NewJobForm.base_fields}
         if not check:
-            usable = sorted(datasets, key=lambda d: d.status != "ready")  # stable: the newest ready one first
+            # Stable: the newest ready one first.
+            usable = sorted(datasets, key=lambda d: d.status != DatasetStatus.READY)
             values["dataset"] = values["dataset"] or next((d.dataset_id for d in usable), "")
             values["base"] = values["base"] or catalog.STARTER
         settings, typed, errors = settings_from(data)
@@ -254,7 +258,7 @@ class JobForm:
         other = next((d for d in self.datasets if d.dataset_id == self.values["validation_dataset"]), None)
         if self.dataset is None or other is None or other is self.dataset:
             return None
-        if {self.dataset.status, other.status} != {"ready"}:
+        if self.dataset.status != DatasetStatus.READY or other.status != DatasetStatus.READY:
             return None
         return reports.request_leaks(self.dataset, other)
 
@@ -272,7 +276,7 @@ class JobForm:
 
     def _summary(self, report: DatasetReport | None) -> Summary | None:
         counts = self.dataset.summary if self.dataset else None
-        if report is not None and report.status == "ready":
+        if report is not None and report.status == ReportStatus.READY:
             counts = report.summary
         return Summary.from_dict(counts) if isinstance(counts, dict) and counts.get("examples") else None
 
@@ -294,7 +298,7 @@ class JobForm:
         if (
             base_snapshot is None
             or reports.uses_default_tokenizer(base_snapshot)
-            or (report is not None and report.status == "ready")
+            or (report is not None and report.status == ReportStatus.READY)
         ):
             return None
         base = base_models.from_snapshot(base_snapshot)
@@ -311,7 +315,7 @@ class JobForm:
             self.refuse("base", "Choose a base model.")
         elif (
             self.dataset is not None
-            and self.dataset.status == "ready"
+            and self.dataset.status == DatasetStatus.READY
             and not reports.uses_default_tokenizer(base_snapshot)
         ):
             reports.request_report(self.dataset, base_snapshot)

@@ -19,13 +19,14 @@ from jobs.events import event_log
 from jobs.events.history import JobHistory
 from jobs.lifecycle import transitions
 from jobs.store import access, queue, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import Audit, Job, JobIndex, month_of, new_id, time_of
 from jobs.views import presenters
 from jobs.views.decorators import refusal_as_warning
 
 PAGE_SIZE = 50
 PRIORITIES = {10: "ahead of all jobs", 0: "normal", -10: "behind all jobs"}
-STATES = ("all", "active", "succeeded", "failed", "cancelled")
+STATES = ("all", "active", JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
 @dataclass(frozen=True)
