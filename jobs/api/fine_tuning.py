@@ -16,7 +16,8 @@ from accounts.auth import authenticate
 from jobs.api import events, models, paging, results
 from jobs.api.caller import READ, READ_STREAM, WRITE, CallerRequest, in_pool
 from jobs.api.errors import bad, not_found
-from jobs.api.schemas import Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page, ShownStatus
+from jobs.api.schemas.common import Error, Page
+from jobs.api.schemas.fine_tuning import Checkpoint, Hyperparameters, Job, JobCreate, JobEvent, ShownStatus
 from jobs.events import event_log, history
 from jobs.lifecycle import transitions
 from jobs.lifecycle import warnings as job_warnings

@@ -10,7 +10,8 @@ from ninja import Router
 from jobs.api import paging
 from jobs.api.caller import READ, WRITE, CallerRequest
 from jobs.api.errors import bad, not_found
-from jobs.api.schemas import Deleted, Error, Model, Page
+from jobs.api.schemas.common import Deleted, Error, Page
+from jobs.api.schemas.models import Model
 from jobs.registry import base_models, hub_models, tuned_models
 from jobs.store import access
 from training.plan import catalog
