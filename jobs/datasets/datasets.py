@@ -287,11 +287,6 @@ def _delete_bytes(owner: str, dataset_id: str) -> bool:
     return True
 
 
-def is_being_checked(owner: str, dataset_id: str) -> bool:
-    dataset = tables.get(Dataset, owner, dataset_id)
-    return dataset is not None and not dataset.deleted and dataset.unchecked
-
-
 def trim_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Drops the largest entries of an unusual report: rows are read often, and its object has them all."""
     kept = dict(summary)
