@@ -161,7 +161,7 @@ class Trained:
 def train_once(base: Path, data: Path, settings: dict[str, Any], work: Path) -> dict[str, Any]:
     """Trains through our loop; the plan, as it was emitted."""
     from training.command import train
-    from training.plan.config import Run
+    from training.plan.run_file import Run
 
     emitted: dict[str, dict[str, Any]] = {}
     quiet = {"checkpoint_every_s": 0, "precision": "fp32"}

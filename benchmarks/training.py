@@ -76,7 +76,7 @@ def lay_out(folder: Path, shape: dict[str, int], examples: int = 400) -> None:
     from training.engine import inputs
     from training.engine.packing import example_at
     from training.models.gpt2 import GPT2, GPT2Config
-    from training.plan.config import Run
+    from training.plan.run_file import Run
 
     GPT2.new(
         GPT2Config(

@@ -17,6 +17,7 @@ from jobs.inference import generation
 from jobs.lifecycle import transitions
 from jobs.notifications import webhooks
 from jobs.store import access
+from jobs.store.states import DatasetStatus, JobStatus
 
 SAMPLE = settings.BASE_DIR / "training/starter/sample"
 SHOWN_PROMPTS = 3
@@ -47,7 +48,7 @@ def _run_sample(url: str) -> bool:
             job = access.get_job_for(saved["owner"], saved["job"])
         except access.NotFound:  # the owner deleted it, so do not create it again
             return True
-        if job.status == "succeeded":
+        if job.status == JobStatus.SUCCEEDED:
             return True
         user = users.filter(owner_id=saved["owner"]).first()
     else:
@@ -69,12 +70,12 @@ def _run_sample(url: str) -> bool:
             flush=True,
         )
         return False
-    if end.get("status") != "succeeded":
+    if end.get("status") != JobStatus.SUCCEEDED:
         print(
             f"  The sample job ended as {end.get('status')}: {end.get('message', '')}",
             file=sys.stderr,
         )
-        return end.get("status") == "cancelled"
+        return end.get("status") == JobStatus.CANCELLED
     return show_result(job.owner, job.base, str(end["model"]), events, url)
 
 
@@ -100,9 +101,9 @@ def wait_until_checked(owner: str, dataset_id: str) -> str:
     deadline = time.monotonic() + CHECK_TIMEOUT_S
     while time.monotonic() < deadline:
         dataset = access.get_dataset_for(owner, dataset_id)
-        if dataset.status == "ready":
+        if dataset.status == DatasetStatus.READY:
             return dataset_id
-        if dataset.status == "rejected":
+        if dataset.status == DatasetStatus.REJECTED:
             raise SampleError(f"a file was rejected: {dataset.error}")
         time.sleep(0.3)
     raise SampleError(

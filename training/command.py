@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from training.engine import memory
 from training.plan import catalog
-from training.plan.config import ConfigError, Run
+from training.plan.config import ConfigError
 from training.plan.events import EXIT, MAX_LINE_BYTES, REASONS, Failure, reason_of
+from training.plan.run_file import Run
 
 if TYPE_CHECKING:
     from training.engine.loop import Trained
@@ -30,7 +31,7 @@ LONGEST_TEXT = 4000  # characters of one text in an event
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     if parser.prog.endswith(" train"):
-        parser.add_argument("config", help="the run file (training/plan/config.py: Run)")
+        parser.add_argument("config", help="the run file (training/plan/run_file.py: Run)")
     else:
         parser.add_argument("--base", help="a folder: reserve the memory that fine-tuning this model takes")
 

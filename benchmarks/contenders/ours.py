@@ -29,7 +29,7 @@ from benchmarks.common import run_file  # noqa: E402
 from training.command import train  # noqa: E402
 from training.models.generate import GenerateOptions, generate, prompt_ids  # noqa: E402, prompt_ids
 from training.models.load import load_model  # noqa: E402, prompt_ids
-from training.plan.config import Run  # noqa: E402
+from training.plan.run_file import Run  # noqa: E402
 from training.text.tokenizer import Tokenizer  # noqa: E402
 
 

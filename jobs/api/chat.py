@@ -19,7 +19,8 @@ from ninja import Router
 from jobs.api import errors, models
 from jobs.api.caller import INFERENCE, CallerRequest, release_thread
 from jobs.api.errors import bad
-from jobs.api.schemas import ChatCompletion, ChatCreate, Completion, CompletionCreate, Error, Generation
+from jobs.api.schemas.common import Error
+from jobs.api.schemas.generation import ChatCompletion, ChatCreate, Completion, CompletionCreate, Generation
 from jobs.inference import generation
 from jobs.store import access
 

@@ -125,8 +125,9 @@ def translate(exc: Exception) -> ApiError:
             return bad(str(exc), "file", "invalid_file")
         case quotas.OverQuota():
             return ApiError(429, str(exc), code="quota_exceeded", retry_after=60)
-        case transitions.Refused():
-            return bad(exc.message, PARAMS.get(exc.field, f"llmtuner.{exc.field}"))
+        case store_errors.Refused():
+            param = PARAMS.get(exc.field, f"llmtuner.{exc.field}") if exc.field else None
+            return bad(exc.message, param, exc.code)
         case transitions.LostRace():
             return ApiError(
                 503,

@@ -14,13 +14,20 @@ from ninja import FileEx, Form, P, Query, Router, UploadedFile
 from jobs.api import paging, results
 from jobs.api.caller import READ, WRITE, CallerRequest
 from jobs.api.errors import bad, not_found
-from jobs.api.schemas import Deleted, Error, File, Page
+from jobs.api.schemas.common import Deleted, Error, Page
+from jobs.api.schemas.files import File
 from jobs.datasets import datasets
 from jobs.store import access, blobs, tables
+from jobs.store.states import DatasetStatus
 
 router = Router(auth=READ)
 Json = dict[str, Any]
-STATUS = {"receiving": "uploaded", "checking": "uploaded", "ready": "processed", "rejected": "error"}
+STATUS: dict[str, str] = {
+    DatasetStatus.RECEIVING: "uploaded",
+    DatasetStatus.CHECKING: "uploaded",
+    DatasetStatus.READY: "processed",
+    DatasetStatus.REJECTED: "error",
+}
 CHUNK = 256 * 1024
 MAX_NAME = 255
 

@@ -16,7 +16,8 @@ from accounts.auth import authenticate
 from jobs.api import events, models, paging, results
 from jobs.api.caller import READ, READ_STREAM, WRITE, CallerRequest, in_pool
 from jobs.api.errors import bad, not_found
-from jobs.api.schemas import ApiStatus, Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page
+from jobs.api.schemas.common import Error, Page
+from jobs.api.schemas.fine_tuning import Checkpoint, Hyperparameters, Job, JobCreate, JobEvent, ShownStatus
 from jobs.events import event_log, history
 from jobs.lifecycle import transitions
 from jobs.lifecycle import warnings as job_warnings
@@ -31,17 +32,6 @@ from training.plan.catalog import BaseModel
 
 router = Router(auth=READ)
 Json = dict[str, Any]
-STATUS: dict[JobStatus, ApiStatus] = {
-    JobStatus.VALIDATING: "validating_files",
-    JobStatus.QUEUED: "queued",
-    JobStatus.RUNNING: "running",
-    JobStatus.RETRYING: "queued",
-    JobStatus.PAUSED: "paused",
-    JobStatus.SUCCEEDED: "succeeded",
-    JobStatus.FAILED: "failed",
-    JobStatus.CANCELLED: "cancelled",
-    JobStatus.VOID: "cancelled",
-}
 WINDOW_S = 600
 NOT_SETTINGS = {"name", "prompts"}  # also under `llmtuner`
 _METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
@@ -308,7 +298,7 @@ def _set_desired(request: CallerRequest, job_id: str, desired: transitions.Desir
 
 
 def show(job: Row) -> Json:
-    succeeded = job.status == "succeeded"
+    succeeded = job.status == JobStatus.SUCCEEDED
     hyperparameters = _shown_hyperparameters(job)
     return {
         "id": job.job_id,
@@ -334,16 +324,35 @@ def show(job: Row) -> Json:
     }
 
 
-def _status(job: Row) -> ApiStatus:
+def _status(job: Row) -> ShownStatus:
     """A job that is being cancelled is shown as cancelled, as OpenAI shows it: a cancellation is never undone, and the
     worker sees it at its next heartbeat. The stored status is under `llmtuner`. A job that had already succeeded stays so."""
     if job.desired == "cancel" and not job.ended:
         return "cancelled"
-    return STATUS[JobStatus(job.status)]
+    return _shown_status(JobStatus(job.status))
+
+
+def _shown_status(status: JobStatus) -> ShownStatus:
+    """OpenAI has no status for retries and incomplete submissions."""
+    match status:
+        case JobStatus.VALIDATING:
+            return "validating_files"
+        case JobStatus.QUEUED | JobStatus.RETRYING:
+            return "queued"
+        case JobStatus.RUNNING:
+            return "running"
+        case JobStatus.PAUSED:
+            return "paused"
+        case JobStatus.SUCCEEDED:
+            return "succeeded"
+        case JobStatus.FAILED:
+            return "failed"
+        case JobStatus.CANCELLED | JobStatus.VOID:
+            return "cancelled"
 
 
 def _error(job: Row) -> Json | None:
-    if job.status != "failed":
+    if job.status != JobStatus.FAILED:
         return None
     reason = job.reason or "unknown"
     message = " ".join(part for part in (job.message, job.advice) if part) or "The job failed."
@@ -404,7 +413,7 @@ def _checkpoint_names(job: Row) -> dict[int, str]:
     """The name of each stored checkpoint, by step. As at OpenAI, the last one has the name of the model itself."""
     names = {int(entry["step"]): f"{job.model_id}:ckpt-step-{entry['step']}" for entry in job.checkpoints}
     last = int((job.result or {}).get("step") or 0)
-    if job.status == "succeeded" and last:
+    if job.status == JobStatus.SUCCEEDED and last:
         model = tables.get(tables.TunedModel, job.owner, job.model_id)
         if model is None or not model.deleted:  # None: the row is created a moment after the job ends
             names[last] = job.model_id

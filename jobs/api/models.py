@@ -10,7 +10,8 @@ from ninja import Router
 from jobs.api import paging
 from jobs.api.caller import READ, WRITE, CallerRequest
 from jobs.api.errors import bad, not_found
-from jobs.api.schemas import Deleted, Error, Model, Page
+from jobs.api.schemas.common import Deleted, Error, Page
+from jobs.api.schemas.models import Model
 from jobs.registry import base_models, hub_models, tuned_models
 from jobs.store import access
 from training.plan import catalog
@@ -36,10 +37,7 @@ def base_for_training(owner: str, name: str) -> str:
     if known is not None:
         return known.id
     if hub_models.is_id(wanted):
-        try:
-            return base_models.add_hub_model(owner, wanted)
-        except hub_models.Refused as refused:
-            raise bad(str(refused), "model", "model_not_available") from refused
+        return base_models.add_hub_model(owner, wanted)
     listed = ", ".join(base.id for base in catalog.base_models())
     raise bad(
         f"There is no base model '{name}'. Available: {listed}, your own tuned models, and models on the Hugging Face Hub "

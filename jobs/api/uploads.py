@@ -13,7 +13,8 @@ from ninja import FileEx, P, Router, UploadedFile
 from jobs.api import files
 from jobs.api.caller import WRITE, CallerRequest
 from jobs.api.errors import ApiError, bad, not_found
-from jobs.api.schemas import Error, Upload, UploadComplete, UploadCreate, UploadPart
+from jobs.api.schemas.common import Error
+from jobs.api.schemas.files import Upload, UploadComplete, UploadCreate, UploadPart
 from jobs.datasets import datasets, multipart
 from jobs.store import blobs, outbox, quotas, tables
 from jobs.store.tables import Upload as Row

@@ -9,7 +9,8 @@ from ninja import Router
 from jobs.api import paging
 from jobs.api.caller import READ, WRITE, CallerRequest
 from jobs.api.errors import bad, not_found
-from jobs.api.schemas import Deleted, Error, Page, WebhookCreate, WebhookEndpoint, WebhookWithSecret
+from jobs.api.schemas.common import Deleted, Error, Page
+from jobs.api.schemas.webhooks import WebhookCreate, WebhookEndpoint, WebhookWithSecret
 from jobs.notifications import webhooks
 from jobs.store.tables import WebhookEndpoint as Row
 

@@ -10,6 +10,7 @@ from django.conf import settings
 
 from jobs.datasets import datasets, sandbox, versions
 from jobs.store import blobs, outbox, tables
+from jobs.store.states import DatasetStatus
 from jobs.store.tables import Dataset
 from training.plan import catalog
 
@@ -23,7 +24,7 @@ def run(owner: str, dataset_id: str) -> bool:
     """Returns True once the dataset is ready, rejected or deleted."""
     check(owner, dataset_id)
     dataset = tables.get(Dataset, owner, dataset_id)
-    return dataset is None or dataset.deleted or dataset.status not in {"receiving", "checking"}
+    return dataset is None or dataset.deleted or not dataset.unchecked
 
 
 def check(owner: str, dataset_id: str) -> None:
@@ -31,10 +32,10 @@ def check(owner: str, dataset_id: str) -> None:
     dataset = tables.get(Dataset, owner, dataset_id)
     if dataset is None or dataset.deleted:
         return
-    if dataset.status == "receiving":
+    if dataset.status == DatasetStatus.RECEIVING:
         datasets.abandon_stale(owner, dataset_id)
         return
-    if dataset.status != "checking":
+    if dataset.status != DatasetStatus.CHECKING:
         return
     if dataset.origin and not dataset.key:
         made = versions.make(dataset)
@@ -42,17 +43,17 @@ def check(owner: str, dataset_id: str) -> None:
             return
         dataset = made
     if dataset.purpose != "fine-tune":  # not for training, so nothing to check
-        datasets.finish_check(owner, dataset_id, "ready")
+        datasets.finish_check(owner, dataset_id, DatasetStatus.READY)
         return
     report = report_on(dataset, sandbox.tokenizer_of(catalog.STARTER))
     if report is None:
-        datasets.finish_check(owner, dataset_id, "rejected", error=OVER_LIMITS)
+        datasets.finish_check(owner, dataset_id, DatasetStatus.REJECTED, error=OVER_LIMITS)
         return
     ready = bool(report.get("ready"))
     datasets.finish_check(
         owner,
         dataset_id,
-        "ready" if ready else "rejected",
+        DatasetStatus.READY if ready else DatasetStatus.REJECTED,
         summary=summary_of(report),
         format=report.get("format"),
         report=report,

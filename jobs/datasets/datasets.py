@@ -19,6 +19,7 @@ from django.conf import settings
 from jobs.datasets.signals import dataset_settled
 from jobs.store import access, blobs, outbox, queue, quotas, tables
 from jobs.store.quotas import OverQuota
+from jobs.store.states import DatasetStatus, JobStatus
 from jobs.store.tables import Dataset, DatasetReport, new_id
 
 __all__ = ["OverQuota", "Rejected", "create_pending", "delete", "finish_check", "receive", "store_content"]
@@ -75,13 +76,13 @@ def receive(
         _mark_deleted(owner, dataset_id)
         raise
     actions = [
-        Dataset.status.set("checking"),
+        Dataset.status.set(DatasetStatus.CHECKING),
         Dataset.key.set(stored.key),
         Dataset.bytes.set(stored.bytes),
         Dataset.sha256.set(stored.sha256),
     ]
     received = tables.update(
-        dataset, actions, Dataset.status == "receiving", lambda current: current.key == stored.key
+        dataset, actions, Dataset.status == DatasetStatus.RECEIVING, lambda current: current.key == stored.key
     )
     if size:
         quotas.unreserve(owner, dataset_id)
@@ -120,8 +121,8 @@ def receive_multipart(
     if blobs.size_of(key) != size:
         _mark_deleted(owner, dataset_id)
         raise Rejected("The stored size does not match the file. Upload it again.")
-    actions = [Dataset.status.set("checking"), Dataset.key.set(key), Dataset.bytes.set(size)]
-    wanted = (Dataset.status == "receiving") & (Dataset.deleted == False)  # noqa: E712  a condition expression
+    actions = [Dataset.status.set(DatasetStatus.CHECKING), Dataset.key.set(key), Dataset.bytes.set(size)]
+    wanted = (Dataset.status == DatasetStatus.RECEIVING) & (Dataset.deleted == False)  # noqa: E712  a condition expression
     current = tables.update(Dataset(owner, dataset_id), actions, wanted, lambda current: current.key == key)
     if current is None:
         raise Rejected("The upload took too long. Upload it again.")
@@ -165,7 +166,7 @@ def store_content(dataset: Dataset, file: IO[bytes], origin: Mapping[str, Any]) 
         Dataset.sha256.set(stored.sha256),
         Dataset.origin.set(dict(origin)),
     ]
-    wanted = (Dataset.status == "checking") & (Dataset.deleted == False)  # noqa: E712  a condition expression
+    wanted = (Dataset.status == DatasetStatus.CHECKING) & (Dataset.deleted == False)  # noqa: E712  a condition expression
     filled = tables.update(dataset, actions, wanted)
     if filled is None:
         blobs.delete_file(key)
@@ -198,9 +199,9 @@ def finish_check(
         actions.append(Dataset.format.set(dict(format)))
     if sha256:
         actions.append(Dataset.sha256.set(sha256))
-    condition = (Dataset.status == "checking") & (Dataset.deleted == False)  # noqa: E712  a condition expression
+    condition = (Dataset.status == DatasetStatus.CHECKING) & (Dataset.deleted == False)  # noqa: E712  a condition expression
     current = tables.update(Dataset(owner, dataset_id), actions, condition, lambda row: row.status == status)
-    if current and status == "rejected" and not keep:
+    if current and status == DatasetStatus.REJECTED and not keep:
         blobs.delete_file(key)
     if current:
         dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
@@ -218,9 +219,9 @@ def recheck(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Dataset:
     if not dataset.key or blobs.size_of(dataset.key) is None:
         raise Rejected("The file of this dataset was deleted. Upload it again.")
     outbox.put("check", owner, dataset_id)
-    wanted = Dataset.status.is_in("ready", "rejected") & (Dataset.deleted == False)  # noqa: E712  a condition expression
+    wanted = Dataset.status.is_in(DatasetStatus.READY, DatasetStatus.REJECTED) & (Dataset.deleted == False)  # noqa: E712  a condition expression
     actions = [
-        Dataset.status.set("checking"),
+        Dataset.status.set(DatasetStatus.CHECKING),
         Dataset.format.set(dict(format)),
         Dataset.summary.remove(),
         Dataset.report_key.set(""),
@@ -277,18 +278,13 @@ def _delete_bytes(owner: str, dataset_id: str) -> bool:
     dataset = tables.get(Dataset, owner, dataset_id)
     if dataset is None or not dataset.deleted:
         return True
-    checked = (job for job in queue.active_of(owner) if not job.ended and job.status != "validating")
+    checked = (job for job in queue.active_of(owner) if not job.ended and job.status != JobStatus.VALIDATING)
     if any(dataset_id in (job.dataset_id, job.validation_dataset_id) for job in checked):
         return False  # a checked job still needs it
     for row in tables.rows(DatasetReport, dataset_id):
         tables.remove(DatasetReport, dataset_id, row.base)
     blobs.delete_prefix(f"datasets/{owner}/{dataset_id}/")
     return True
-
-
-def is_being_checked(owner: str, dataset_id: str) -> bool:
-    dataset = tables.get(Dataset, owner, dataset_id)
-    return dataset is not None and not dataset.deleted and dataset.status in {"receiving", "checking"}
 
 
 def trim_summary(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pynamodb.expressions.update import Action
 from jobs.datasets import datasets
 from jobs.datasets.datasets import Rejected
 from jobs.store import access, blobs, outbox, quotas, tables
+from jobs.store.states import DatasetStatus
 from jobs.store.tables import Dataset, Upload, new_id
 
 PART = 5 << 20  # bytes: S3's minimum, except for the last part. Up to three parts are in memory at once.
@@ -204,7 +205,7 @@ def find_duplicate(owner: str, size: int, fingerprint: str) -> Dataset | None:
     kind, _, digest = fingerprint.partition(":")
     for dataset in access.list_datasets(owner, 100):
         same = dataset.sha256 == digest if kind == "sha256" else dataset.fingerprint == fingerprint
-        if same and dataset.bytes == size and dataset.status != "rejected":
+        if same and dataset.bytes == size and dataset.status != DatasetStatus.REJECTED:
             return dataset
     return None
 

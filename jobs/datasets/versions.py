@@ -16,6 +16,8 @@ from django.conf import settings
 from jobs.datasets import datasets, sandbox
 from jobs.registry import base_models
 from jobs.store import access, blobs, tables
+from jobs.store.errors import Refused
+from jobs.store.states import DatasetStatus
 from jobs.store.tables import Dataset, DatasetReport, Usage, new_id
 from training.plan import catalog
 from training.plan.events import Failure
@@ -39,13 +41,9 @@ WITHOUT = {
 PARTS = {"train": "90% for training", "validation": "10% for validation"}
 
 
-class Refused(Exception):
-    """This version cannot be made. The message says why."""
-
-
 def check(source: Dataset, what: str, findings: Sequence[dict[str, Any]]) -> None:
     """Raises Refused unless `what` (a finding's code, or SPLIT) can be applied to the dataset."""
-    if source.status != "ready":
+    if source.status != DatasetStatus.READY:
         raise Refused(
             "Only a dataset that passed its check can be changed. Wait for the check, or upload another file."
         )
@@ -84,7 +82,9 @@ def _ids(source: Dataset, name: str, many: int) -> tuple[list[str], bool]:
         if current is None:
             continue
         there = [tables.get(Dataset, source.owner, id) for id in current.data]
-        if not any(one is not None and (one.deleted or one.status == "rejected") for one in there):
+        if not any(
+            one is not None and (one.deleted or one.status == DatasetStatus.REJECTED) for one in there
+        ):
             return list(current.data), all(there)
         fresh = [Usage.data.set(mine), Usage.version.add(1)]
         if tables.update(row, fresh, Usage.version == current.version, lambda current: current.data == mine):
@@ -99,7 +99,7 @@ def _version(
         length = (report.summary or {}).get("sequence_length")
         base = {"facts": report.base_snapshot, "sequence_length": length}
     name = name_of(source, describe({"what": what, "part": part, **base}))
-    dataset = Dataset(source.owner, id, name=name, purpose=source.purpose, status="checking")
+    dataset = Dataset(source.owner, id, name=name, purpose=source.purpose, status=DatasetStatus.CHECKING)
     other = next((one for one in ids if one != id), "")
     dataset.origin = {
         "dataset_id": source.dataset_id,
@@ -140,7 +140,7 @@ def make(dataset: Dataset) -> Dataset | None:
         message = f"{dataset.origin['name']} was deleted before this version of it was made."
     except blobs.TooLarge:
         message = f"This version would be larger than {max_bytes:,} bytes. Split the file first."
-    datasets.finish_check(dataset.owner, dataset.dataset_id, "rejected", error=message)
+    datasets.finish_check(dataset.owner, dataset.dataset_id, DatasetStatus.REJECTED, error=message)
     return None
 
 

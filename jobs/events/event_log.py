@@ -20,6 +20,7 @@ import redis.exceptions
 
 from jobs.store import access, redis_client
 from jobs.store.lease import Lease, LostRace
+from jobs.store.states import JobStatus
 from jobs.store.tables import EventChunk, HeartbeatChunk, Job, put_if
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def end_of(job: Job) -> Event:
         "reason": job.reason,
         "message": job.message,
         "advice": job.advice,
-        "model": job.model_id if job.status == "succeeded" else None,
+        "model": job.model_id if job.status == JobStatus.SUCCEEDED else None,
     }
     return Event(int(job.last_seq) + 1, data)
 

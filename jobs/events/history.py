@@ -12,6 +12,7 @@ from typing import Any
 
 from jobs.events.event_log import Event
 from jobs.formatting import clock, count, loss, memory, rate, short_hash, size
+from jobs.store.states import JobStatus
 from training.plan.events import REASONS
 
 KEPT_LOG_LINES = 300  # the page shows the end of a long log; the full log is a download
@@ -23,8 +24,12 @@ PHASE_SENTENCES = {
     "exporting": "Exporting the model and comparing it with the trained weights",
 }
 
-END_WORDS = {"succeeded": "The model is ready", "failed": "Failed", "cancelled": "Cancelled"}
-END_LEVELS = {"failed": "error", "cancelled": "warn"}
+END_WORDS: dict[str, str] = {
+    JobStatus.SUCCEEDED: "The model is ready",
+    JobStatus.FAILED: "Failed",
+    JobStatus.CANCELLED: "Cancelled",
+}
+END_LEVELS: dict[str, str] = {JobStatus.FAILED: "error", JobStatus.CANCELLED: "warn"}
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from jobs.lifecycle import moves
 from jobs.store import queue, reasons, tables
 from jobs.store.lease import LostRace
 from jobs.store.queue import WorkerInfo
+from jobs.store.states import JobStatus
 from jobs.store.tables import HeartbeatJob, Job
 
 PROCESS = secrets.token_hex(8)  # identifies this run of this process
@@ -36,11 +37,11 @@ def claim_next(worker: WorkerInfo) -> Claim | None:
 
 def claim(job: Job, worker: WorkerInfo) -> Claim | None:
     """Claims `job`, which was queued when it was read. Returns None if another worker was first."""
-    if job.status != "queued" or job.desired != "run":
+    if job.status != JobStatus.QUEUED or job.desired != "run":
         return None
     lease_owner = f"{worker.process}/{secrets.token_hex(8)}"
     actions: list[Action] = [
-        Job.status.set("running"),
+        Job.status.set(JobStatus.RUNNING),
         Job.phase.set("preparing"),
         Job.fencing_token.set(job.fencing_token + 1),
         Job.lease_owner.set(lease_owner),
@@ -54,7 +55,7 @@ def claim(job: Job, worker: WorkerInfo) -> Claim | None:
     moved = _retry_until_reply(
         lambda: moves.move(job, actions, condition, lambda found: found.lease_owner == lease_owner)
     )
-    if moved is None or moved.status != "running":
+    if moved is None or moved.status != JobStatus.RUNNING:
         return None
     moves.announce(moved)
     return Claim(moved, int(moved.fencing_token), lease_owner)
@@ -105,14 +106,14 @@ class Claim:
         return f"jobs/{self.job_id}/e{self.fencing_token}/"
 
     def is_mine(self, found: Job) -> bool:
-        return found.status == "running" and (found.fencing_token, found.lease_owner) == (
+        return found.status == JobStatus.RUNNING and (found.fencing_token, found.lease_owner) == (
             self.fencing_token,
             self.lease_owner,
         )
 
     def _mine(self) -> Condition:
         condition: Condition = (
-            (Job.status == "running")
+            (Job.status == JobStatus.RUNNING)
             & (Job.fencing_token == self.fencing_token)
             & (Job.lease_owner == self.lease_owner)
         )
@@ -197,7 +198,7 @@ class Claim:
 
     def finish(
         self,
-        status: Literal["succeeded", "failed", "cancelled", "paused"],
+        status: Literal[JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.PAUSED],
         reason: str = "",
         result: Mapping[str, Any] | None = None,
         *,
@@ -206,7 +207,7 @@ class Claim:
     ) -> str:
         """Ends the attempt: it succeeded, failed permanently, or was stopped on request. For a success, `result` is
         {"prefix", "files": [{"name", "bytes", "sha256"}], "step", "metrics", …}. Returns the job's new status."""
-        event = "stopped" if status in {"cancelled", "paused"} else status
+        event = "stopped" if status in {JobStatus.CANCELLED, JobStatus.PAUSED} else status
         return self._leave(event, reason, message, advice, result)
 
     def give_back(self) -> str:
@@ -232,7 +233,7 @@ class Claim:
             job = self.job
             status = moves.landing(event, job)
             actions = moves.leaving(event, job, status, reason, message, advice)
-            if status == "succeeded":
+            if status == JobStatus.SUCCEEDED:
                 actions.append(Job.result.set({**(result or {}), "epoch": self.fencing_token}))
             moved = moves.move(
                 job,

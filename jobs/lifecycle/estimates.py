@@ -13,6 +13,7 @@ from jobs.datasets import reports
 from jobs.registry import base_models
 from jobs.store import queue, tables
 from jobs.store.end_steps import step
+from jobs.store.states import JobStatus
 from jobs.store.tables import Dataset, EstimateRecord, Job, Worker
 from training.data.summary import Summary
 from training.plan.auto_settings import resolve
@@ -74,8 +75,14 @@ def queue_seconds() -> float:
     alive = sum(now - worker.last_seen < ALIVE_S for worker in workers())
     past = history(machine())
     usual = median(sum(p.took.values()) for p in past) if past else 60.0
-    ahead = [float((job.progress or {}).get("eta_s") or usual) for job in active if job.status == "running"]
-    ahead += [usual for job in active if job.status in ("queued", "retrying") and job.desired == "run"]
+    ahead = [
+        float((job.progress or {}).get("eta_s") or usual) for job in active if job.status == JobStatus.RUNNING
+    ]
+    ahead += [
+        usual
+        for job in active
+        if job.status in (JobStatus.QUEUED, JobStatus.RETRYING) and job.desired == "run"
+    ]
     if len(ahead) < alive:
         return 0.0
     free = sorted(ahead[: max(1, alive)])
@@ -113,7 +120,7 @@ def record(job: Job) -> None:
     """Records how long a finished job took, together with what the jobs before it predicted. Idempotent.
 
     Only jobs that succeeded in their first attempt are recorded."""
-    if job.status != "succeeded" or job.deleted or job.attempts or job.fencing_token > 1:
+    if job.status != JobStatus.SUCCEEDED or job.deleted or job.attempts or job.fencing_token > 1:
         return
     if not (job.started_at and job.ended_at):
         return

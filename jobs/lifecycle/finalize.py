@@ -8,6 +8,7 @@ import time
 
 from jobs.registry import tuned_models
 from jobs.store import blobs, end_steps, outbox, queue, quotas, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import ENDED, EventChunk, Job, JobIndex, month_of
 
 
@@ -17,7 +18,7 @@ def after_end(owner: str, job_id: str) -> None:
     job = tables.get(Job, owner, job_id)
     if job is None or not job.ended:
         return
-    if job.status == "void":
+    if job.status == JobStatus.VOID:
         tables.remove(JobIndex, f"all#{month_of(tables.time_of(job_id))}", job_id)
     elif not job.deleted:
         partition = f"{job.status}#{month_of(job.ended_at or job.created_at)}"
@@ -32,7 +33,7 @@ def after_end(owner: str, job_id: str) -> None:
 def make_void(owner: str, job_id: str) -> None:
     """Voids an incomplete submission, so that a late writer cannot complete it. Its rows are then removed like those of any
     ended job."""
-    tables.put_new(Job(owner, job_id, status="void", ended_at=time.time()))
+    tables.put_new(Job(owner, job_id, status=JobStatus.VOID, ended_at=time.time()))
     after_end(owner, job_id)
 
 

@@ -8,10 +8,12 @@ from dataclasses import replace
 from jobs.datasets import reports
 from jobs.lifecycle import finalize, moves, recovery, submission
 from jobs.lifecycle.moves import Desired
-from jobs.lifecycle.submission import JobRequest, Refused, clone_request
+from jobs.lifecycle.submission import JobRequest, clone_request
 from jobs.store import access, queue, quotas, tables
+from jobs.store.errors import Refused
 from jobs.store.lease import LostRace
 from jobs.store.quotas import OverQuota
+from jobs.store.states import DatasetStatus, JobStatus
 from jobs.store.tables import ENDED, Job, JobIndex, Usage, month_of, new_id
 
 TOO_SLOW = "The submission took too long and was discarded. Send it again."
@@ -45,7 +47,7 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
     request = replace(request, base_snapshot=submission.pin_base(owner, request))
     job_id = new_id("ftjob") if idempotency_key is None else _id_for(owner, request, idempotency_key)
     known = tables.get(Job, owner, job_id)
-    if known and known.status == "void":
+    if known and known.status == JobStatus.VOID:
         raise LostRace(TOO_SLOW)
     if known:
         return known
@@ -61,12 +63,14 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
         finalize.make_void(owner, job_id)
         raise
     accepted = tables.put_new(job, lambda found: found.body_hash == job.body_hash)
-    if accepted is None or accepted.status == "void":
+    if accepted is None or accepted.status == JobStatus.VOID:
         quotas.release(owner, "jobs", job_id)
         raise LostRace(TOO_SLOW)
     moves.announce(accepted)
-    if accepted.status == "validating" and not reports.uses_default_tokenizer(request.base_snapshot or {}):
-        if datasets[0].status == "ready":
+    if accepted.status == JobStatus.VALIDATING and not reports.uses_default_tokenizer(
+        request.base_snapshot or {}
+    ):
+        if datasets[0].status == DatasetStatus.READY:
             reports.request_report(datasets[0], request.base_snapshot or {})
         return recovery.validate(accepted) or accepted
     return accepted
@@ -84,11 +88,11 @@ def _id_for(owner: str, request: JobRequest, key: str) -> str:
         if found is None or not found.job_id:
             continue
         job = tables.get(Job, owner, found.job_id)
-        if job is None or job.status != "void":
+        if job is None or job.status != JobStatus.VOID:
             if found.body_hash != body_hash:
                 raise Refused(
-                    "idempotency_key",
                     "This idempotency key was already used for another request. Use a new key.",
+                    field="idempotency_key",
                 )
             return found.job_id
         fresh = [Usage.job_id.set(mine), Usage.body_hash.set(body_hash)]
@@ -104,20 +108,20 @@ def set_desired(owner: str, job_id: str, desired: Desired) -> Job:
     moves at once. Idempotent. Raises NotFound, and Refused for a job that has ended or is being cancelled."""
     for _ in range(MAX_TRIES):
         job = access.get_job_for(owner, job_id)
-        if job.status == "cancelled" and desired == "cancel":
+        if job.status == JobStatus.CANCELLED and desired == "cancel":
             return job
         if job.ended:
             raise Refused(
-                "status",
                 f"The job has already {job.status if job.status != 'cancelled' else 'been cancelled'}.",
+                field="status",
             )
         if job.desired == "cancel" and desired != "cancel":
-            raise Refused("status", "The job is being cancelled, which cannot be undone.")
-        status = job.status if job.status == "running" else moves.desired_status(job, desired)
+            raise Refused("The job is being cancelled, which cannot be undone.", field="status")
+        status = job.status if job.status == JobStatus.RUNNING else moves.desired_status(job, desired)
         if (job.status, job.desired) == (status, desired):
-            return (recovery.validate(job) if status == "validating" else None) or job
-        if job.status == "running":
-            free = Job.status == "running"
+            return (recovery.validate(job) if status == JobStatus.VALIDATING else None) or job
+        if job.status == JobStatus.RUNNING:
+            free = Job.status == JobStatus.RUNNING
             condition = free if desired == "cancel" else free & (Job.desired != "cancel")
             moved = moves.move(job, [Job.desired.set(desired)], condition)
         else:
@@ -126,14 +130,14 @@ def set_desired(owner: str, job_id: str, desired: Desired) -> Job:
             )
         if moved:
             moves.announce(moved)
-            return (recovery.validate(moved) if moved.status == "validating" else None) or moved
+            return (recovery.validate(moved) if moved.status == JobStatus.VALIDATING else None) or moved
     raise LostRace("The job changed at the same time. Try again.")
 
 
 def rename(owner: str, job_id: str, name: str) -> Job:
     job = access.get_job_for(owner, job_id)
     if not 0 < len(name) <= 200:
-        raise Refused("name", "Enter a name of 1 to 200 characters.")
+        raise Refused("Enter a name of 1 to 200 characters.", field="name")
     moved = moves.move(job, [Job.name.set(name)], Job.deleted == False)  # noqa: E712  a condition, not a comparison
     if moved is None:
         raise access.NotFound(f"There is no job {job_id}.")
@@ -144,18 +148,18 @@ def rename(owner: str, job_id: str, name: str) -> Job:
 
 def can_edit(job: Job) -> bool:
     """True while no attempt has started and the job has not ended."""
-    return not job.fencing_token and job.status in {"validating", "queued", "paused"}
+    return not job.fencing_token and job.status in {JobStatus.VALIDATING, JobStatus.QUEUED, JobStatus.PAUSED}
 
 
 def edit(owner: str, job_id: str, request: JobRequest) -> Job:
     """Changes the request of a job that has not started. The base and the suffix cannot change, nor can the model's ID."""
     job = access.get_job_for(owner, job_id)
     if not can_edit(job):
-        raise Refused("status", "The job has already started. Clone it and edit the copy.")
+        raise Refused("The job has already started. Clone it and edit the copy.", field="status")
     request = replace(request, base=job.base, suffix=job.suffix, base_snapshot=job.base_snapshot)
     fresh = submission.new_job(owner, job_id, request, submission.check(owner, request), "")
     actions = [moves.set_attribute(Job, name, getattr(fresh, name)) for name in EDITABLE]
-    if job.status != "paused":
+    if job.status != JobStatus.PAUSED:
         actions.append(Job.status.set(fresh.status))
     moved = moves.move(job, actions, moves.as_seen(job), lambda found: found.body_hash == fresh.body_hash)
     if moved is None:
@@ -169,7 +173,7 @@ def set_priority(owner: str, job_id: str, priority: int) -> Job:
     job = access.get_job_for(owner, job_id)
     moved = moves.move(job, [Job.priority.set(priority)], ~Job.status.is_in(*sorted(ENDED)))
     if moved is None:
-        raise Refused("status", "The job has ended, so its priority has no effect.")
+        raise Refused("The job has ended, so its priority has no effect.", field="status")
     return moved
 
 
@@ -177,8 +181,8 @@ def retry(owner: str, job_id: str, *, slug: str = "") -> Job:
     """Creates a job that continues from the last checkpoint of one that failed or was cancelled. It is a new job because an
     end state never changes."""
     job = access.get_job_for(owner, job_id)
-    if job.status not in {"failed", "cancelled"}:
-        raise Refused("status", "Only a job that failed or was cancelled can be retried.")
+    if job.status not in {JobStatus.FAILED, JobStatus.CANCELLED}:
+        raise Refused("Only a job that failed or was cancelled can be retried.", field="status")
     start = next((c for c in job.checkpoints if c["key"] == job.checkpoint_key), None)
     slug = slug or job.model_id.split(":")[2]
     again = replace(clone_request(job), start_from=start, base_snapshot=job.base_snapshot)
@@ -189,11 +193,12 @@ def delete(owner: str, job_id: str, *, with_model: bool = False) -> None:
     """Deletes an ended job with its events, log and checkpoints. Its model is kept unless `with_model`."""
     job = access.get_job_for(owner, job_id)
     if not job.ended:
-        raise Refused("status", "Cancel the job first.")
+        raise Refused("Cancel the job first.", field="status")
     prefix = f"jobs/{job_id}/"
     for other in queue.active_jobs([row for row in queue.index_rows() if row.owner == owner]):
         if any(c["key"].startswith(prefix) for c in other.checkpoints) and not other.ended:
             raise Refused(
-                "status", f"“{other.name}” continues from this job's checkpoint. Wait until it has ended."
+                f"“{other.name}” continues from this job's checkpoint. Wait until it has ended.",
+                field="status",
             )
     finalize.delete_job(job, with_model=with_model)

@@ -12,6 +12,8 @@ from typing import Any
 from jobs.datasets import reports
 from jobs.registry import base_models
 from jobs.store import access
+from jobs.store.errors import Refused
+from jobs.store.states import DatasetStatus, JobStatus
 from jobs.store.tables import Dataset, Job, time_of
 from training.plan.config import ConfigError, parse, stored_names
 
@@ -33,14 +35,6 @@ HASHED = frozenset(
         "start_from",
     }
 )
-
-
-class Refused(Exception):
-    """The request cannot be accepted. `field` is the field to change, and the message says how."""
-
-    def __init__(self, field: str, message: str) -> None:
-        self.field, self.message = field, message
-        super().__init__(message)
 
 
 @dataclass(frozen=True)
@@ -85,13 +79,13 @@ def check(owner: str, request: JobRequest) -> list[Dataset]:
     try:
         parse(request.settings)
     except ConfigError as error:
-        raise Refused(error.field, error.message) from error
+        raise Refused(error.message, field=error.field) from error
     if not re.fullmatch(r"[A-Za-z0-9_.-]{0,64}", request.suffix):
-        raise Refused("suffix", "Use up to 64 letters, digits, dots, hyphens and underscores.")
+        raise Refused("Use up to 64 letters, digits, dots, hyphens and underscores.", field="suffix")
     if not request.base or len(request.base) > 300 or not request.base.isascii():
-        raise Refused("base", "Choose a base model.")
+        raise Refused("Choose a base model.", field="base")
     if len(request.name) > 200:
-        raise Refused("name", "Enter a name of at most 200 characters.")
+        raise Refused("Enter a name of at most 200 characters.", field="name")
     datasets = []
     for name in ("dataset_id", "validation_dataset_id"):
         dataset_id = getattr(request, name)
@@ -100,9 +94,9 @@ def check(owner: str, request: JobRequest) -> list[Dataset]:
         try:
             dataset = access.get_dataset_for(owner, dataset_id)
         except access.NotFound as error:
-            raise Refused(name, f"There is no dataset {dataset_id}. Upload it first.") from error
-        if dataset.status == "rejected":
-            raise Refused(name, f"The dataset was rejected: {dataset.error or 'see its report.'}")
+            raise Refused(f"There is no dataset {dataset_id}. Upload it first.", field=name) from error
+        if dataset.status == DatasetStatus.REJECTED:
+            raise Refused(f"The dataset was rejected: {dataset.error or 'see its report.'}", field=name)
         datasets.append(dataset)
     return datasets
 
@@ -112,15 +106,15 @@ def pin_base(owner: str, request: JobRequest) -> Mapping[str, Any]:
         pinned = base_models.pin(owner, request.base)
     except access.NotFound as error:
         raise Refused(
-            "base",
             f"There is no base model {request.base}. Choose one from the list, or add it from the Hub.",
+            field="base",
         ) from error
     return request.base_snapshot or pinned
 
 
 def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset], slug: str) -> Job:
     own = reports.uses_default_tokenizer(request.base_snapshot or {"id": request.base})
-    ready = own and all(dataset.status == "ready" for dataset in datasets)
+    ready = own and all(dataset.status == DatasetStatus.READY for dataset in datasets)
     parts = [
         "ft",
         base_models.root_id(request.base_snapshot or {"id": request.base}),
@@ -149,7 +143,7 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
         needs=dict(request.needs),
         model_id=":".join(parts),
         body_hash=request.hash(),
-        status="queued" if ready else "validating",
+        status=JobStatus.QUEUED if ready else JobStatus.VALIDATING,
         created_at=time_of(job_id),
     )
     if request.start_from:

@@ -36,7 +36,8 @@ from jobs.lifecycle.claims import Claim, claim, claim_next, this_worker
 from jobs.lifecycle.moves import Desired
 from jobs.lifecycle.recovery import backoff_s, lose_lease, requeue, settle, validate
 from jobs.lifecycle.requests import can_edit, delete, edit, rename, retry, set_desired, set_priority, submit
-from jobs.lifecycle.submission import JobRequest, Refused, clone_request
+from jobs.lifecycle.submission import JobRequest, clone_request
+from jobs.store.errors import Refused
 from jobs.store.lease import LostRace
 from jobs.store.queue import WorkerInfo
 from jobs.store.quotas import OverQuota

@@ -16,7 +16,7 @@ from training.plan.warnings import Planned, Warning, warnings
 def for_plan(dataset: Dataset | None, planned: Planned | None) -> list[Warning]:
     """`planned` is None while the dataset's counts or the base model are unknown."""
     pending = []
-    if dataset and dataset.status in ("receiving", "checking"):
+    if dataset and dataset.unchecked:
         pending.append(
             Warning(
                 "This dataset is still being checked",

@@ -30,6 +30,7 @@ from standardwebhooks import Webhook
 from jobs.notifications.ip_ranges import is_public
 from jobs.store import outbox, quotas, reasons, tables
 from jobs.store.end_steps import step
+from jobs.store.states import JobStatus
 from jobs.store.tables import Job, WebhookDelivery, WebhookEndpoint, new_id
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ MAX_ENDPOINTS = 10
 EMAIL = "email"  # the ID of the endpoint for the owner's email address
 AT_ONCE = 2  # concurrent deliveries per owner in a worker, which has 16 threads
 TESTS_S = 60  # how long a test counts toward its owner's limit
-EVENTS = ("succeeded", "failed", "cancelled")
+EVENTS = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 EVENT_TYPES = tuple(f"fine_tuning.job.{status}" for status in EVENTS)
 TEST_TYPE = "llmtuner.test"
 
@@ -324,14 +325,19 @@ def _mail(delivery: WebhookDelivery, address: str) -> tuple[bool, str, bool]:
 
 
 def _subject(job: Job) -> str:
-    word = {"succeeded": "is ready", "failed": "failed", "cancelled": "was cancelled"}[job.status]
+    words: dict[str, str] = {
+        JobStatus.SUCCEEDED: "is ready",
+        JobStatus.FAILED: "failed",
+        JobStatus.CANCELLED: "was cancelled",
+    }
+    word = words[job.status]
     return " ".join(f"“{job.name}” {word}".split())
 
 
 def _text(job: Job) -> str:
     lines = [_subject(job) + "."]
-    if job.status == "failed":
+    if job.status == JobStatus.FAILED:
         lines += [job.message or reasons.sentence(job.reason), job.advice or reasons.advice(job.reason)]
-    if job.status == "succeeded":
+    if job.status == JobStatus.SUCCEEDED:
         lines.append(f"Model: {job.model_id}")
     return "\n\n".join([*filter(None, lines), f"{settings.PUBLIC_URL}/jobs/{job.job_id}/"]) + "\n"

@@ -14,6 +14,7 @@ from typing import Any
 
 from jobs.registry import hub_models, tuned_models
 from jobs.store import access, blobs, tables
+from jobs.store.errors import Refused
 from jobs.store.tables import HubModel, Job, TunedModel
 from training.plan import catalog, hub
 from training.plan.catalog import BaseModel
@@ -96,19 +97,19 @@ def get_hub_model(owner: str, name: str) -> HubModel | None:
     if row is not None:
         try:
             hub_models.check_allowed(name)
-        except hub_models.Refused:
+        except Refused:
             return None
     return row
 
 
 def add_hub_model(owner: str, name: str) -> str:
-    """Checks a model of the Hub and adds it to this user's list. Returns its ID. Raises hub_models.Refused."""
+    """Checks a model of the Hub and adds it to this user's list. Returns its ID. Raises Refused."""
     if known := catalog.find(name):
         return known.id
     description = hub_models.look_up(name)
     others = {row.name for row in tables.rows(HubModel, owner)} - {description.model.id}
     if len(others) >= MAX_HUB_MODELS:
-        raise hub_models.Refused(
+        raise hub_models.unavailable(
             f"You have already added {MAX_HUB_MODELS} models from the Hub, which is the limit. Choose one of them."
         )
     snapshot = description.model.as_dict() | {"revision": description.revision}
@@ -159,7 +160,7 @@ def folder(base: str, snapshot: Mapping[str, Any] | None, *, only: str = "all") 
         )
     try:
         hub_models.check_allowed(base)
-    except hub_models.Refused as refused:
+    except Refused as refused:
         raise Failure("base_model", str(refused)) from refused
     return _from_hub(base, str(snapshot["revision"]), only, with_token=hub_models.is_listed(base))
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from django.conf import settings
 
+from jobs.store.errors import Refused
 from training.plan import catalog, hub
 from training.plan.catalog import BaseModel
 
@@ -36,12 +37,9 @@ _slots = threading.BoundedSemaphore(MAX_CONCURRENT)
 _refused: dict[str, tuple[float, Refused]] = {}
 
 
-class Refused(Exception):
-    """The model cannot be used as a base. The message says why and what to do. `temporary` means that a retry may succeed."""
-
-    def __init__(self, message: str, *, temporary: bool = False) -> None:
-        self.temporary = temporary
-        super().__init__(message)
+def unavailable(message: str, *, temporary: bool = False) -> Refused:
+    """The model cannot be used as a base. The message says why and what to do."""
+    return Refused(message, field="base", code="model_not_available", temporary=temporary)
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def check_allowed(name: str) -> None:
     """Raises Refused unless the administrator allows this model."""
     if PUBLIC not in settings.HUB_MODELS and not is_listed(name):
         allowed = ", ".join(settings.HUB_MODELS) or "those in the list"
-        raise Refused(
+        raise unavailable(
             f"The administrator does not allow this model, only {allowed}. Choose another base model."
         )
 
@@ -73,13 +71,15 @@ def check_allowed(name: str) -> None:
 def look_up(name: str) -> HubDescription:
     """Gets the description of `name` from the Hub. Raises Refused."""
     if not is_id(name):
-        raise Refused(f"{name[:100]!r} is not a model ID. Enter owner/name, for example Qwen/Qwen2.5-0.5B.")
+        raise unavailable(
+            f"{name[:100]!r} is not a model ID. Enter owner/name, for example Qwen/Qwen2.5-0.5B."
+        )
     check_allowed(name)
     at, known = _refused.get(name, (0.0, None))
     if known is not None and time.monotonic() - at < REFUSAL_CACHE_S:
         raise known
     if not _slots.acquire(blocking=False):
-        raise Refused("Too many models are being checked. Try again in a few seconds.", temporary=True)
+        raise unavailable("Too many models are being checked. Try again in a few seconds.", temporary=True)
     try:
         return _look_up(name)
     except Refused as refused:
@@ -99,7 +99,7 @@ def _look_up(name: str) -> HubDescription:
     real = str(description.get("id") or name)
     if real != name:  # renamed, or spelled differently
         if not is_id(real):
-            raise Refused(
+            raise unavailable(
                 f"The Hub has renamed {name} to a name that cannot be used here. Choose another model."
             )
         check_allowed(real)
@@ -107,7 +107,7 @@ def _look_up(name: str) -> HubDescription:
     size = _check_files(real, description)
     revision = str(description.get("sha") or "")
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise Refused(
+        raise unavailable(
             f"The Hub reports no revision of {real}, so it could change unnoticed. Choose another model."
         )
     config = _get_json(name, f"{name}/resolve/{revision}/config.json", token, deadline)
@@ -121,14 +121,14 @@ def _look_up(name: str) -> HubDescription:
 
 def _check_access(name: str, description: Mapping[str, Any]) -> None:
     if description.get("disabled"):
-        raise Refused(f"The Hub has disabled {name}. Choose another model.")
+        raise unavailable(f"The Hub has disabled {name}. Choose another model.")
     restriction = ""
     if description.get("private"):
         restriction = "private"
     elif description.get("gated"):
         restriction = "gated: available only to users who accepted its license"
     if restriction and not is_listed(name):
-        raise Refused(
+        raise unavailable(
             f"{name} is {restriction}. The administrator can allow it by adding it to HUB_MODELS and setting HF_TOKEN."
         )
 
@@ -143,19 +143,19 @@ def _check_files(name: str, description: Mapping[str, Any]) -> int:
     }
     wanted = {file: size for file, size in files.items() if hub.is_wanted(file)}
     if not any(file.endswith(".safetensors") for file in wanted):
-        raise Refused(
+        raise unavailable(
             f"{name} has no safetensors weights. Other formats can execute code when they are loaded. "
             "Choose a model in safetensors format."
         )
     if "config.json" not in wanted:
-        raise Refused(f"{name} has no config.json, so its architecture is unknown. Choose another model.")
+        raise unavailable(f"{name} has no config.json, so its architecture is unknown. Choose another model.")
     if "tokenizer.json" not in wanted and not {"vocab.json", "merges.txt"} <= set(wanted):
-        raise Refused(f"{name} has no tokenizer.json. Choose another model.")
+        raise unavailable(f"{name} has no tokenizer.json. Choose another model.")
     if not all(isinstance(size, int) and size >= 0 for size in wanted.values()):
-        raise Refused(f"The Hub does not report the size of {name}. Choose another model.")
+        raise unavailable(f"The Hub does not report the size of {name}. Choose another model.")
     size = sum(int(size or 0) for size in wanted.values())
     if size > settings.HUB_MAX_GB * 1e9:
-        raise Refused(
+        raise unavailable(
             f"{name} is {size / 1e9:,.1f} GB in size. The limit is {settings.HUB_MAX_GB:g} GB (HUB_MAX_GB). "
             "Choose a smaller one."
         )
@@ -164,10 +164,10 @@ def _check_files(name: str, description: Mapping[str, Any]) -> int:
 
 def _describe(name: str, description: Mapping[str, Any], config: Mapping[str, Any]) -> BaseModel:
     if config.get("auto_map"):
-        raise Refused(f"{name} needs custom code, which is never run here. Choose another model.")
+        raise unavailable(f"{name} needs custom code, which is never run here. Choose another model.")
     if quantization := config.get("quantization_config"):
         how = quantization.get("quant_method") if isinstance(quantization, dict) else ""
-        raise Refused(
+        raise unavailable(
             f"The weights of {name} are quantized{f' ({how})' if how else ''} and cannot be trained. "
             "Choose the original model."
         )
@@ -179,11 +179,11 @@ def _describe(name: str, description: Mapping[str, Any], config: Mapping[str, An
             if architectures
             else "its config.json names no architecture"
         )
-        raise Refused(f"{name} is not a causal language model: {what}. Choose one that generates text.")
+        raise unavailable(f"{name} is not a causal language model: {what}. Choose one that generates text.")
     try:
         model = catalog.from_config(config)
     except (ValueError, TypeError, OverflowError) as error:
-        raise Refused(f"{name} cannot be used: {error}. Choose another model.") from error
+        raise unavailable(f"{name} cannot be used: {error}. Choose another model.") from error
     weights = description.get("safetensors")
     total = weights.get("total") if isinstance(weights, dict) else None
     return replace(
@@ -267,12 +267,12 @@ def _get_json(name: str, path: str, token: str, deadline: float) -> dict[str, An
         error.close()
         raise _for_status(name, error.code) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise Refused(
+        raise unavailable(
             f"The Hub could not be reached for {name}. Try again in a moment, or choose a model from the list.",
             temporary=True,
         ) from error
     if not isinstance(content, dict):
-        raise Refused(f"The Hub's description of {name} is not valid. Choose another model.")
+        raise unavailable(f"The Hub's description of {name} is not valid. Choose another model.")
     return content
 
 
@@ -289,10 +289,10 @@ def _read(response: Any, deadline: float) -> bytes:
 
 def _for_status(name: str, status: int) -> Refused:
     if status in (401, 403, 404):
-        return Refused(
+        return unavailable(
             f"The Hub has no public model {name}. Check the spelling. The administrator must add a private or gated model to "
             "HUB_MODELS."
         )
     if status == 429:
-        return Refused("The Hub's rate limit is reached. Try again in a few minutes.", temporary=True)
-    return Refused(f"The Hub returned status {status} for {name}. Try again in a moment.", temporary=True)
+        return unavailable("The Hub's rate limit is reached. Try again in a few minutes.", temporary=True)
+    return unavailable(f"The Hub returned status {status} for {name}. Try again in a moment.", temporary=True)

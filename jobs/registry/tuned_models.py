@@ -18,6 +18,7 @@ from django.conf import settings
 
 from jobs.store import access, blobs, outbox, queue, tables
 from jobs.store.end_steps import step
+from jobs.store.states import JobStatus
 from jobs.store.tables import Job, TunedModel
 
 BLOCK = 1 << 20
@@ -28,7 +29,7 @@ ALIAS = re.compile(r"ft:[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")  # the name of a mod
 
 @step(10)
 def create_if_succeeded(job: Job) -> None:
-    if job.status == "succeeded" and not job.deleted:
+    if job.status == JobStatus.SUCCEEDED and not job.deleted:
         create_from(job)
 
 

@@ -35,7 +35,7 @@ from jobs.store.operations import (
     search,
     update,
 )
-from jobs.store.states import ENDED, JobStatus
+from jobs.store.states import ENDED, DatasetStatus, JobStatus, ReportStatus
 
 __all__ = [
     "ENDED",
@@ -87,7 +87,7 @@ class Dataset(Table):
     name = UnicodeAttribute(default="")
     purpose = UnicodeAttribute(default="fine-tune")
     format: JSONAttribute = JSONAttribute(null=True)  # as requested, then as detected by the check
-    status = UnicodeAttribute(default="receiving")
+    status = UnicodeAttribute(default=DatasetStatus.RECEIVING.value)
     bytes = NumberAttribute(default=0)
     sha256 = UnicodeAttribute(default="")  # computed by the check if the file was sent directly to the bucket
     fingerprint = UnicodeAttribute(attr_name="mark", default="")  # copied from its upload
@@ -105,6 +105,10 @@ class Dataset(Table):
     def id(self) -> str:
         return self.dataset_id
 
+    @property
+    def unchecked(self) -> bool:
+        return self.status in {DatasetStatus.RECEIVING, DatasetStatus.CHECKING}
+
 
 class DatasetReport(Table):
     """A dataset checked with a tokenizer other than the starter model's: see jobs/datasets/reports.py."""
@@ -118,7 +122,7 @@ class DatasetReport(Table):
     base_snapshot: JSONAttribute = JSONAttribute(attr_name="facts", default=dict)
     # The last request. Results of an earlier one are discarded.
     request_id = UnicodeAttribute(attr_name="asked", default="")
-    status = UnicodeAttribute(default="checking")
+    status = UnicodeAttribute(default=ReportStatus.CHECKING.value)
     summary: JSONAttribute = JSONAttribute(null=True)
     report_key = UnicodeAttribute(default="")
     error = UnicodeAttribute(default="")

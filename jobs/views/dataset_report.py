@@ -15,15 +15,16 @@ from jobs.formatting import count, size
 from jobs.forms import ColumnsForm
 from jobs.registry import base_models
 from jobs.store import blobs, tables
+from jobs.store.states import DatasetStatus, ReportStatus
 from jobs.store.tables import Dataset, DatasetReport
 from training.data.formats import BadRow, Row, preview
 from training.plan import catalog
 
-STATUS_LABELS = {  # status: (label, CSS class of the dot)
-    "receiving": ("Receiving", "bg-warning"),
-    "checking": ("Checking", "bg-warning"),
-    "ready": ("Ready", "bg-success"),
-    "rejected": ("Rejected", "bg-error"),
+STATUS_LABELS: dict[str, tuple[str, str]] = {  # status: (label, CSS class of the dot)
+    DatasetStatus.RECEIVING: ("Receiving", "bg-warning"),
+    DatasetStatus.CHECKING: ("Checking", "bg-warning"),
+    DatasetStatus.READY: ("Ready", "bg-success"),
+    DatasetStatus.REJECTED: ("Rejected", "bg-error"),
 }
 KIND_LABELS = {
     "chat": ("conversation", "conversations"),
@@ -35,7 +36,7 @@ KIND_LABELS = {
 def status_context(dataset: Dataset) -> dict[str, Any]:
     label, tone = STATUS_LABELS.get(dataset.status, (dataset.status, "bg-base-300"))
     summary = dataset.summary if isinstance(dataset.summary, dict) else {}
-    if dataset.status == "rejected" and summary.get("choose"):
+    if dataset.status == DatasetStatus.REJECTED and summary.get("choose"):
         label, tone = "Needs columns", "bg-warning"
     one, many = KIND_LABELS.get(str(summary.get("kind")), ("example", "examples"))
     return {
@@ -43,7 +44,7 @@ def status_context(dataset: Dataset) -> dict[str, Any]:
         "tone": tone,
         "summary": summary,
         "kind": one if summary.get("examples") == 1 else many,
-        "checking": dataset.status in ("receiving", "checking"),
+        "checking": dataset.unchecked,
     }
 
 
@@ -61,7 +62,7 @@ def report_context(dataset: Dataset, base: str = "", line: str = "") -> dict[str
     query = {name: value for name, value in (("as", base if other else ""), ("line", line)) if value}
     histogram = report.get("histogram") or []
     findings = [] if choice and choice["needed"] else report.get("findings", [])
-    is_counting = other is not None and other.status == "checking"
+    is_counting = other is not None and other.status == ReportStatus.CHECKING
     return {
         "dataset": dataset,
         **status_context(dataset),
@@ -79,7 +80,7 @@ def report_context(dataset: Dataset, base: str = "", line: str = "") -> dict[str
         "columns_in_use": _columns_in_use(dataset),
         "choice": choice,
         "tokenizers": lambda: _tokenizers(dataset, base),
-        "can_split": dataset.status == "ready" and versions.can_split(dataset),
+        "can_split": dataset.status == DatasetStatus.READY and versions.can_split(dataset),
         "origin": _origin(dataset),
         "file_rows": _file_rows(dataset, report),
         "new_job": f"{reverse('jobs:new_job')}?{urlencode(_job_query(dataset))}",
@@ -136,7 +137,7 @@ TONES = {"error": "bg-error/10", "warning": "bg-warning/10"}
 
 def _finding(finding: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
     tone = TONES.get(str(finding.get("severity") or finding.get("level")), "bg-base-200")
-    fix_label = _fix_label(finding) if dataset.status == "ready" else ""
+    fix_label = _fix_label(finding) if dataset.status == DatasetStatus.READY else ""
     return {**finding, "tone": tone, "fix_label": fix_label}
 
 
@@ -148,7 +149,7 @@ def _row(dataset: Dataset, base: str, line: str) -> dict[str, Any] | None:
     result = load_report(row.report_key) if row.report_key else {}
     return {
         "line": row.base_snapshot["line"],
-        "checking": row.status == "checking",
+        "checking": row.status == ReportStatus.CHECKING,
         "error": result.get("error") or row.error,
         "sample": display_sample(result) if result.get("tokens") else None,
         "cut": result.get("cut") or 0,
@@ -226,9 +227,9 @@ def columns_context(dataset: Dataset, typed: Mapping[str, Any] | None = None) ->
     """The form that assigns columns, as typed, with a preview of the first rows. None if the file has no columns."""
     report = _full_report(dataset)
     head = report.get("head")
-    if not head or dataset.status not in ("ready", "rejected"):
+    if not head or dataset.status not in (DatasetStatus.READY, DatasetStatus.REJECTED):
         return None
-    if dataset.status == "rejected" and not report.get("choose"):
+    if dataset.status == DatasetStatus.REJECTED and not report.get("choose"):
         return None
     if typed is None:
         file_format = dataset.format if isinstance(dataset.format, dict) else {}
@@ -238,7 +239,7 @@ def columns_context(dataset: Dataset, typed: Mapping[str, Any] | None = None) ->
     data = form.cleaned_data
     rows = preview(data["shape"], data["columns"], head["rows"]) if valid else []
     return {
-        "needed": dataset.status == "rejected",
+        "needed": dataset.status == DatasetStatus.REJECTED,
         "names": head["columns"],
         "shapes": [(name, label) for name, (label, _) in ColumnsForm.SHAPES.items()],
         "typed": {name: str(typed.get(name) or "") for name in ColumnsForm.base_fields},

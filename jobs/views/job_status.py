@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jobs.store import states
 from jobs.store.states import JobStatus
 
 PRIMARY, SUCCESS, ERROR = "bg-primary", "bg-success", "bg-error"
@@ -29,10 +30,8 @@ class StatusDisplay:
 
 def display_of(status: str) -> StatusDisplay:
     """A status written by a newer version is shown by its own name."""
-    try:
-        return _display(JobStatus(status))
-    except ValueError:
-        return StatusDisplay(status.capitalize(), NEUTRAL)
+    state = states.known(status)
+    return _display(state) if state else StatusDisplay(status.capitalize(), NEUTRAL)
 
 
 def _display(status: JobStatus) -> StatusDisplay:

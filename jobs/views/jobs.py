@@ -20,7 +20,7 @@ from jobs.notifications import webhooks
 from jobs.store import access
 from jobs.store.tables import Job
 from jobs.views import presenters
-from jobs.views.decorators import owner_of, signed_in, wants_partial
+from jobs.views.decorators import owner_of, refusal_as_warning, signed_in, wants_partial
 from jobs.views.job_form import JobForm
 
 PAGE_SIZE = 20
@@ -57,14 +57,9 @@ def new(request: HttpRequest) -> HttpResponse:
     form = JobForm.of(owner, request.POST)
     form.add_from_hub()
     if form.is_valid():
-        try:
+        with form.refusal_as_error():
             webhooks.set_email(owner, request.user.notification_email)
             job = transitions.submit(owner, form.request(), slug=request.user.slug)
-        except transitions.Refused as refused:
-            form.refuse(refused.field, refused.message)
-        except transitions.OverQuota as over:
-            form.refuse("", str(over))
-        else:
             return redirect("jobs:job", job.job_id)
     return render(request, "jobs/new_job.html", form.context(), status=422)
 
@@ -159,13 +154,8 @@ def edit(request: HttpRequest, job_id: str) -> HttpResponse:
         return render(request, "jobs/new_job.html", JobForm.editing(job).context())
     form = JobForm.editing(job, request.POST)
     if form.is_valid():
-        try:
+        with form.refusal_as_error():
             transitions.edit(job.owner, job_id, form.request())
-        except transitions.Refused as refused:
-            form.refuse(refused.field, refused.message)
-        except transitions.LostRace as lost:
-            form.refuse("", str(lost))
-        else:
             messages.success(request, "Changes saved. The job keeps its place in the queue.")
             return redirect("jobs:job", job_id)
     return render(request, "jobs/new_job.html", form.context(), status=422)
@@ -199,10 +189,8 @@ def cancel(request: HttpRequest, job_id: str) -> HttpResponse:
 
 
 def _set_desired(request: HttpRequest, job_id: str, desired: Any) -> HttpResponse:
-    try:
+    with refusal_as_warning(request):
         transitions.set_desired(owner_of(request), job_id, desired)
-    except transitions.Refused as refused:
-        messages.warning(request, refused.message)
     return redirect("jobs:job", job_id)
 
 
@@ -210,13 +198,10 @@ def _set_desired(request: HttpRequest, job_id: str, desired: Any) -> HttpRespons
 @require_POST
 def retry(request: HttpRequest, job_id: str) -> HttpResponse:
     """A new job with the same data and settings, from the last checkpoint if there is one."""
-    try:
+    with refusal_as_warning(request):
         webhooks.set_email(owner_of(request), request.user.notification_email)
-        job = transitions.retry(owner_of(request), job_id, slug=request.user.slug)
-    except (transitions.Refused, transitions.OverQuota) as refused:
-        messages.warning(request, str(refused))
-        return redirect("jobs:job", job_id)
-    return redirect("jobs:job", job.job_id)
+        job_id = transitions.retry(owner_of(request), job_id, slug=request.user.slug).job_id
+    return redirect("jobs:job", job_id)
 
 
 @signed_in
@@ -235,13 +220,11 @@ def rename(request: HttpRequest, job_id: str) -> HttpResponse:
 @require_POST
 def delete(request: HttpRequest, job_id: str) -> HttpResponse:
     job = access.get_job_for(owner_of(request), job_id)
-    try:
+    with refusal_as_warning(request):
         transitions.delete(owner_of(request), job_id)
-    except transitions.Refused as refused:
-        messages.warning(request, refused.message)
-        return redirect("jobs:job", job_id)
-    messages.success(request, f"{job.name} was deleted.")
-    return redirect("jobs:jobs")
+        messages.success(request, f"{job.name} was deleted.")
+        return redirect("jobs:jobs")
+    return redirect("jobs:job", job_id)
 
 
 # ---- downloads --------------------------------------------------------------------------------------------------

@@ -19,12 +19,14 @@ from jobs.events import event_log
 from jobs.events.history import JobHistory
 from jobs.lifecycle import transitions
 from jobs.store import access, queue, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import Audit, Job, JobIndex, month_of, new_id, time_of
 from jobs.views import presenters
+from jobs.views.decorators import refusal_as_warning
 
 PAGE_SIZE = 50
 PRIORITIES = {10: "ahead of all jobs", 0: "normal", -10: "behind all jobs"}
-STATES = ("all", "active", "succeeded", "failed", "cancelled")
+STATES = ("all", "active", JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,8 @@ def cancel(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) ->
     _job(owner, job_id)
     actor = request.user.owner_id
     Audit(month_of(time.time()), new_id("audit"), actor=actor, action="cancel", target=job_id).save()
-    try:
+    with refusal_as_warning(request):
         transitions.set_desired(owner, job_id, "cancel")
-    except transitions.Refused as refused:
-        messages.warning(request, refused.message)
-    else:
         messages.success(request, "The job was cancelled, or will be at its worker's next heartbeat.")
     return redirect("admin:jobs_overseenjob_detail", owner, job_id)
 
@@ -111,11 +110,8 @@ def prioritise(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite
     action = f"priority {priority}"
     actor = request.user.owner_id
     Audit(month_of(time.time()), new_id("audit"), actor=actor, action=action, target=job_id).save()
-    try:
+    with refusal_as_warning(request):
         transitions.set_priority(owner, job_id, int(priority))
-    except transitions.Refused as refused:
-        messages.warning(request, refused.message)
-    else:
         messages.success(request, f"Priority: {PRIORITIES[int(priority)]}.")
     return redirect("admin:jobs_overseenjob_detail", owner, job_id)
 

@@ -152,7 +152,7 @@ def _figures(job: Job, fraction: float) -> list[Figure]:
     step, total = job.progress.get("step"), job.progress.get("total_steps")
     progress = Figure(
         "Progress",
-        f"{100 * fraction:.0f}%" if job.status != "succeeded" else "100%",
+        f"{100 * fraction:.0f}%" if job.status != JobStatus.SUCCEEDED else "100%",
         f"· step {count(step)} of {count(total)}" if total else "",
     )
     return [progress, _time(job), _cost(job), _loss(job)]

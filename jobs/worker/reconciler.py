@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, assert_never
 
 from django.conf import settings
 
 from jobs.lifecycle import finalize, transitions
-from jobs.store import blobs, outbox, queue, quotas, redis_client, tables
+from jobs.store import blobs, outbox, queue, quotas, redis_client, states, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import Job
 
 log = logging.getLogger(__name__)
@@ -100,21 +101,34 @@ class Reconciler:
             finalize.make_void(owner, job_id)
 
     def _job(self, job: Job) -> None:
-        if job.ended:
-            # The process that ended the job sent a task message for this. If nobody has done it a round later, we do.
-            if self.watch.unchanged(job.job_id, job.status, settings.JOBS["reconcile_s"]):
-                finalize.after_end(job.owner, job.job_id)
-        elif job.status == "running":
-            if self.watch.unchanged(job.job_id, job.lease, settings.JOBS["lease_s"]):
-                self._log_move(job, "lost lease", transitions.lose_lease(job))
-        elif settled := transitions.settle(job):
+        status = states.known(job.status)
+        match status:
+            case JobStatus.SUCCEEDED | JobStatus.FAILED | JobStatus.CANCELLED | JobStatus.VOID:
+                # The process that ended the job sent a task message for this. If nobody has done it a round later, we do.
+                if self.watch.unchanged(job.job_id, job.status, settings.JOBS["reconcile_s"]):
+                    finalize.after_end(job.owner, job.job_id)
+            case JobStatus.RUNNING:
+                if self.watch.unchanged(job.job_id, job.lease, settings.JOBS["lease_s"]):
+                    self._log_move(job, "lost lease", transitions.lose_lease(job))
+            case JobStatus.VALIDATING:
+                if not self._settled(job):
+                    transitions.validate(job)
+            case JobStatus.RETRYING:
+                if not self._settled(job) and self.watch.unchanged(
+                    job.job_id, job.version, transitions.backoff_s(job)
+                ):
+                    transitions.requeue(job)
+            case JobStatus.QUEUED | JobStatus.PAUSED | None:
+                self._settled(job)
+            case _:
+                assert_never(status)
+
+    def _settled(self, job: Job) -> bool:
+        """Whether the job was moved to the status that its owner wants."""
+        settled = transitions.settle(job)
+        if settled:
             self._log_move(job, "settled", settled)
-        elif job.status == "validating":
-            transitions.validate(job)
-        elif job.status == "retrying" and self.watch.unchanged(
-            job.job_id, job.version, transitions.backoff_s(job)
-        ):
-            transitions.requeue(job)
+        return settled is not None
 
     def _notify_workers(self, jobs: list[Job]) -> None:
         if waiting := len(queue.in_order(jobs)):

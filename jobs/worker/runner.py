@@ -26,6 +26,7 @@ from jobs.lifecycle import finalize
 from jobs.lifecycle.transitions import Claim, LostRace
 from jobs.store import failpoints
 from jobs.store.child_process import Child
+from jobs.store.states import JobStatus
 from jobs.worker import artifacts, exit_diagnosis, prepare, prewarmed
 from jobs.worker.attempt_writer import Writer
 from jobs.worker.exit_diagnosis import ExitDiagnosis
@@ -193,7 +194,7 @@ class _Attempt:
         self._flush()
         failpoints.hit("model stored")
         self._retry_write(
-            lambda: self.claim.finish("succeeded", result=result | {"prefix": prefix, "files": files})
+            lambda: self.claim.finish(JobStatus.SUCCEEDED, result=result | {"prefix": prefix, "files": files})
         )
 
     def _finish(self, diagnosis: ExitDiagnosis) -> None:
@@ -204,9 +205,9 @@ class _Attempt:
             if self.claim.desired == "run":
                 self._retry_write(self.claim.give_back)
             elif self.claim.desired == "pause":
-                self._retry_write(lambda: self.claim.finish("paused"))
+                self._retry_write(lambda: self.claim.finish(JobStatus.PAUSED))
             else:
-                self._retry_write(lambda: self.claim.finish("cancelled"))
+                self._retry_write(lambda: self.claim.finish(JobStatus.CANCELLED))
             return
         self._finish_uploads(settings.JOBS["sigterm_grace_s"])
         self.writer.report_unfinished(self.output.resume_check)
@@ -215,7 +216,9 @@ class _Attempt:
         self._flush()
         reason, message, advice = diagnosis.reason, diagnosis.message, diagnosis.advice
         if diagnosis.verdict == "fault":
-            self._retry_write(lambda: self.claim.finish("failed", reason, message=message, advice=advice))
+            self._retry_write(
+                lambda: self.claim.finish(JobStatus.FAILED, reason, message=message, advice=advice)
+            )
         else:
             self._retry_write(lambda: self.claim.trainer_died(reason, message, advice))
 

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.resume import lay_out
 from training.command import train
 from training.engine.loop import Stopped
-from training.plan.config import Run
+from training.plan.run_file import Run
 
 Event = dict[str, Any]
 

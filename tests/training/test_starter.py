@@ -11,7 +11,7 @@ import pytest
 
 from training.engine import inputs
 from training.plan.catalog import SAMPLE_FOLDER, STARTER_FOLDER
-from training.plan.config import Run
+from training.plan.run_file import Run
 from training.starter import make_sample
 
 

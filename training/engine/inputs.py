@@ -19,8 +19,9 @@ from training.engine.objectives import OBJECTIVES, Objective
 from training.engine.packing import Examples, hold_out
 from training.models.config_json import read_config
 from training.plan import auto_settings, catalog, hub
-from training.plan.config import Run, Settings
+from training.plan.config import Settings
 from training.plan.events import Failure
+from training.plan.run_file import Run
 from training.text.encode import EncodingOptions, Example
 from training.text.tokenizer import Tokenizer, TokenizerError
 

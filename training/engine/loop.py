@@ -29,8 +29,8 @@ from training.engine.schedule import learning_rate
 from training.engine.setup import Emit, Session
 from training.models.batch import pack
 from training.models.interface import LanguageModel
-from training.plan.config import Run
 from training.plan.events import Failure
+from training.plan.run_file import Run
 
 RECENT_STEPS = 50  # the remaining time is estimated from their median
 

@@ -14,8 +14,9 @@ from training.engine import checkpoint, device
 from training.engine.checkpoint import Restored, Snapshot
 from training.engine.setup import Session
 from training.plan import config
-from training.plan.config import Run, Settings
+from training.plan.config import Settings
 from training.plan.events import Failure
+from training.plan.run_file import Run
 
 
 @dataclass

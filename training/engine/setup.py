@@ -19,7 +19,8 @@ from training.engine.packing import StepPlan
 from training.models.interface import LanguageModel
 from training.models.load import load_model
 from training.plan import catalog, config
-from training.plan.config import Run, Settings
+from training.plan.config import Settings
+from training.plan.run_file import Run
 from training.report import report
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from jobs.lifecycle import transitions
 from jobs.notifications import webhooks
 from jobs.registry import tuned_models
 from jobs.store import access, quotas
+from jobs.store.errors import Refused
 
 
 class Command(BaseCommand):
@@ -94,7 +95,7 @@ class Command(BaseCommand):
             made = transitions.submit(
                 user.owner_id, request, idempotency_key=f"import#{job.get('id')}", slug=user.slug
             )
-        except (ApiError, transitions.Refused, quotas.OverQuota) as refusal:
+        except (ApiError, Refused, quotas.OverQuota) as refusal:
             self.stdout.write(f"{name}: {getattr(refusal, 'message', refusal)}")
             return
         self.stdout.write(f"{name}: started as {made.job_id}, model {made.model_id}")

@@ -10,7 +10,8 @@ from typing import Any
 import openai
 import pytest
 
-from jobs.api import parameters, schemas
+from jobs.api import parameters
+from jobs.api.schemas import generation as schemas
 from jobs.registry import tuned_models
 from jobs.store import blobs, tables
 from jobs.store.tables import TunedModel

@@ -1,7 +1,7 @@
 """Schemathesis reads the OpenAPI document and tries what it allows and forbids: no 5xx, nothing undocumented, no
 call that forgets to ask who is there, and nothing of one person's for another.
 
-`SCHEMATHESIS_EXAMPLES=40 pytest tests/jobs/api/test_schema.py` is the longer form.
+`bin/test --all` tries twenty times as many examples.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from tests.jobs.api.things import clear, everything_of, put_things
 from tests.services import ROOT
 
 HERE = Path(__file__).parent
-EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "2"))  # of each operation and phase
+# Of each operation and phase.
+EXAMPLES = [2, pytest.param(40, marks=[pytest.mark.campaign, pytest.mark.timeout(4200)])]
 IDS = ("file_id", "job_id", "upload_id", "model", "webhook_endpoint_id")  # as the addresses call them
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(200 + 100 * EXAMPLES)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400), pytest.mark.parametrize("examples", EXAMPLES)]
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +73,11 @@ def operations(url: str, paths: str = "") -> int:
     return sum(len(methods) for path, methods in result.items() if re.search(paths, path))
 
 
-def schemathesis(url: str, settings: Path, *more: str) -> int:
+def schemathesis(url: str, settings: Path, examples: int, *more: str) -> int:
     """Runs it, and answers how many operations it tested. Fails with what it found."""
     argv = [str(ROOT / ".venv/bin/st"), "--config-file", str(settings), "run", f"{url}/v1/openapi.json"]
     argv += ["--request-timeout", "60", "--seed", "1", "--no-color", "--generation-deterministic", *more]
+    argv += ["--max-examples", str(examples)]
     environment = {
         **os.environ,
         "SCHEMATHESIS_HOOKS": "tests.jobs.api.schemathesis_hooks",
@@ -87,7 +89,7 @@ def schemathesis(url: str, settings: Path, *more: str) -> int:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100 + 100 * EXAMPLES,
+        timeout=100 + 100 * examples,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     tested = re.search(r"Tested: (\d+)", done.stdout)
@@ -95,27 +97,34 @@ def schemathesis(url: str, settings: Path, *more: str) -> int:
     return int(tested[1])
 
 
-def test_the_document_tells_the_truth(generating: Any, people: dict[str, Person], tmp_path: Path):
+def test_the_document_tells_the_truth(
+    generating: Any, people: dict[str, Person], tmp_path: Path, examples: int
+):
     ids = put_things(people["alice"])
     settings = config(tmp_path, people, ids, ["starter"], 0.5)  # her own has no bytes to be loaded
-    phases = ["--phases", "coverage,fuzzing,stateful", "--max-examples", str(EXAMPLES)]
+    phases = ["--phases", "coverage,fuzzing,stateful"]
     # A well-formed id may name nothing, so a right request need not be answered with 200.
     checks = ["--checks", "all", "--exclude-checks", "positive_data_acceptance,others_things_do_not_exist"]
-    assert schemathesis(generating.url, settings, *phases, *checks) == operations(generating.url)
+    assert schemathesis(generating.url, settings, examples, *phases, *checks) == operations(generating.url)
 
 
-def test_for_bob_nothing_of_hers_exists(generating: Any, people: dict[str, Person], tmp_path: Path):
+def test_for_bob_nothing_of_hers_exists(
+    generating: Any, people: dict[str, Person], tmp_path: Path, examples: int
+):
     carol = make_person(
         "carol"
     )  # the worker here still finishes what jobs of Alice left: nothing of hers stands still
     ids = put_things(carol)
     before = everything_of(carol, ids)
-    argv = ["--phases", "fuzzing", "--mode", "positive", "--max-examples", str(EXAMPLES)]
+    argv = ["--phases", "fuzzing", "--mode", "positive"]
     argv += ["--checks", "others_things_do_not_exist"]
     settings = config(tmp_path, {"bob": people["bob"]}, ids, [ids["model"]], 1.0)
     with_ids = r"\{|completions$"
-    tested = schemathesis(generating.url, settings, *argv, "--include-path-regex", with_ids)
+    tested = schemathesis(generating.url, settings, examples, *argv, "--include-path-regex", with_ids)
     assert tested == operations(generating.url, with_ids)
     settings = config(tmp_path, {"bob": people["bob"]}, ids, ["starter"], 1.0)
-    assert schemathesis(generating.url, settings, *argv, "--include-name", "POST /v1/fine_tuning/jobs") == 1
+    assert (
+        schemathesis(generating.url, settings, examples, *argv, "--include-name", "POST /v1/fine_tuning/jobs")
+        == 1
+    )
     assert everything_of(carol, ids) == before

@@ -1,12 +1,11 @@
 """The protocol, explored over the real tables; and proof that the explorer would notice. See tests/jobs/lifecycle/protocol.py.
 
-A longer run: `PROTOCOL_SECONDS=3600 pytest tests/jobs/lifecycle/test_protocol.py`, or `bin/bench protocol`.
+Longer runs: `bin/test --all`, and `bin/bench protocol`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import random
 import time
 
@@ -16,7 +15,7 @@ from tests.jobs.lifecycle import protocol
 from tests.jobs.lifecycle.planted import PLANTED
 
 pytestmark = pytest.mark.usefixtures("stores")
-SECONDS = float(os.environ.get("PROTOCOL_SECONDS", "12"))
+SECONDS = [12, pytest.param(200, marks=pytest.mark.campaign)]
 LEAST = len(protocol.SCENARIOS)  # runs, however slow the machine
 TRIES = 12  # of a planted bug, beginning where it was found before
 
@@ -46,9 +45,10 @@ def quiet():
 
 
 @pytest.mark.slow
-def test_no_interleaving_breaks_a_promise():
+@pytest.mark.parametrize("seconds", SECONDS)
+def test_no_interleaving_breaks_a_promise(seconds):
     first, started, runs = random.randrange(10**6), time.monotonic(), 0
-    while runs < LEAST or time.monotonic() - started < SECONDS:
+    while runs < LEAST or time.monotonic() - started < seconds:
         scenario = list(protocol.SCENARIOS)[runs % len(protocol.SCENARIOS)]
         violation, sim = protocol.explore(scenario, first + runs)
         assert not violation, "\n".join([*sim.log[-80:], f"{scenario}, seed {first + runs}: {violation}"])

@@ -1,8 +1,7 @@
-"""Many at once: one claim, one job for a key, never more than the quota. The full size runs in `bin/bench faults`."""
+"""Many at once: one claim, one job for a key, never more than the quota. More jobs run with `bin/test --all`."""
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -16,7 +15,7 @@ from tests.jobs.makers import make_owner, make_request, read
 
 pytestmark = pytest.mark.usefixtures("stores")
 RACERS = 8
-ROUNDS = int(os.environ.get("CLAIM_RACE_JOBS", "25"))
+ROUNDS = [25, pytest.param(250, marks=pytest.mark.campaign)]
 
 
 @pytest.fixture
@@ -25,9 +24,10 @@ def racers():
         yield pool
 
 
-def test_each_job_is_claimed_once(racers):
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_each_job_is_claimed_once(racers, rounds):
     owner = make_owner()
-    jobs = [Job(owner, tables.new_id("ftjob"), status="queued") for _ in range(ROUNDS)]
+    jobs = [Job(owner, tables.new_id("ftjob"), status="queued") for _ in range(rounds)]
     for job in jobs:
         tables.put_new(job)
     together = Barrier(RACERS)
@@ -41,7 +41,7 @@ def test_each_job_is_claimed_once(racers):
         return won
 
     winners = [sum(round) for round in zip(*racers.map(race, range(RACERS)), strict=True)]
-    assert winners == [1] * ROUNDS
+    assert winners == [1] * rounds
     assert {read(job).fencing_token for job in jobs} == {1}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from jobs.registry import hub_models
+from jobs.store.errors import Refused
 from tests.hub_server import COMMIT, CONFIG, HubServer, running, write_repository
 
 TOKEN = "hf_" + "operators" * 4
@@ -32,7 +33,7 @@ def put(hub: HubServer, folder: Path, name: str = "people/tiny", config: Any = C
 
 
 def refusal(name: str = "people/tiny") -> str:
-    with pytest.raises(hub_models.Refused) as refused:
+    with pytest.raises(Refused) as refused:
         hub_models.look_up(name)
     return str(refused.value)
 

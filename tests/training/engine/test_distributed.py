@@ -16,7 +16,7 @@ from tests.training.tiny import write_model
 from training import command
 from training.export.export_check import logits_of
 from training.models.load import load_model
-from training.plan.config import Run
+from training.plan.run_file import Run
 
 STEPS = 6
 

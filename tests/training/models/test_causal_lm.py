@@ -25,8 +25,8 @@ from training.models.decoder import GPT2Decoder
 from training.models.generate import GenerateOptions, generate
 from training.models.kernels import main_grad
 from training.models.load import load_model
-from training.plan.config import Run
 from training.plan.events import Failure
+from training.plan.run_file import Run
 from training.text.tokenizer import Tokenizer
 
 SHAPE: dict[str, Any] = {

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from training.plan import config
-from training.plan.config import FIELDS, ConfigError, Run, Settings, parse
+from training.plan.config import FIELDS, ConfigError, Settings, parse
+from training.plan.run_file import Run
 
 FIRST_RELEASE = "ad4dae69a98bdf91333ac545c47d03254c6be1aa92ed368fedd4f672c0c8270a"
 
