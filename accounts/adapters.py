@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 import secrets
-from typing import Any
+from typing import Any, ClassVar
 
 from allauth.account.adapter import DefaultAccountAdapter
 from allauth.account.app_settings import EmailVerificationMethod
@@ -39,6 +39,15 @@ log = logging.getLogger(__name__)
 
 
 class AccountAdapter(DefaultAccountAdapter):
+    error_messages: ClassVar = {
+        **DefaultAccountAdapter.error_messages,
+        "account_inactive": "This account is inactive.",
+        "email_password_mismatch": "The email address or the password is incorrect.",
+        "enter_current_password": "Enter your current password.",
+        "rate_limited": "Too many requests. Wait a few minutes, then try again.",
+        "too_many_login_attempts": "Too many failed attempts. Wait a few minutes, then try again.",
+    }
+
     def is_open_for_signup(self, request: HttpRequest) -> bool:
         return bool(settings.SIGNUP_OPEN)
 
