@@ -36,7 +36,7 @@ WITHOUT = {
     "secret": "without secrets",
     "personal": "without personal data",
 }
-PARTS = {"train": "90 % to train", "validation": "10 % to validate"}
+PARTS = {"train": "90% for training", "validation": "10% for validation"}
 
 
 class Refused(Exception):

@@ -123,7 +123,10 @@ def test_a_tenth_is_set_aside_as_a_dataset_of_its_own(alices: Client, alice: Use
     assert "Split off 10% for validation" in page_of(alices, old)
     train = come_through(pressed(alices, old, "split"))
     held = come_through(access.get_dataset_for(alice.owner_id, train.origin["other"]))
-    assert (train.name, held.name) == ("support (90 % to train).jsonl", "support (10 % to validate).jsonl")
+    assert (train.name, held.name) == (
+        "support (90% for training).jsonl",
+        "support (10% for validation).jsonl",
+    )
     assert train.status == held.status == "ready"
     prompts = [{row["prompt"] for row in lines_of(one)} for one in (train, held)]
     assert not prompts[0] & prompts[1]
