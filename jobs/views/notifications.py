@@ -101,7 +101,7 @@ def email(request: HttpRequest) -> HttpResponse:
     webhooks.set_email(user.owner_id, user.notification_email)  # first: workers use this copy
     user.save(update_fields=["notify_by_email"])
     messages.success(
-        request, "You will get an email when a job ends." if wanted else "You will get no emails about jobs."
+        request, "You will get an email when a job ends." if wanted else "You will not get emails about jobs."
     )
     return redirect("jobs:notifications")
 
