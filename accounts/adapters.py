@@ -18,6 +18,7 @@ from allauth.core.internal.httpkit import is_headless_request
 from allauth.headless.base.response import AuthenticationResponse
 from allauth.headless.tokens.strategies.jwt import JWTTokenStrategy, internal
 from allauth.mfa.adapter import DefaultMFAAdapter
+from allauth.mfa.models import Authenticator
 from allauth.socialaccount.adapter import DefaultSocialAccountAdapter
 from allauth.socialaccount.models import SocialApp, SocialLogin
 from allauth.usersessions.models import UserSession
@@ -141,6 +142,11 @@ class MFAAdapter(DefaultMFAAdapter):
 
     def encrypt(self, text: str) -> str:
         return _cipher().encrypt(text.encode()).decode()
+
+    def generate_authenticator_name(self, user: AbstractBaseUser, type: Authenticator.Type) -> str:
+        """What the form for a new passkey suggests: Passkey, Passkey 2, …"""
+        number = Authenticator.objects.filter(user_id=user.pk, type=type).count() + 1
+        return f"Passkey {number}" if number > 1 else "Passkey"
 
     def decrypt(self, encrypted_text: str) -> str:
         return _cipher().decrypt(encrypted_text.encode()).decode()

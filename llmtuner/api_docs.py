@@ -47,8 +47,9 @@ def _tables(details: dict[str, Any], schemas: dict[str, Any]) -> list[dict[str, 
         tables.append({"title": f"Body ({kind})", "rows": _fields(content["schema"], schemas)})
     for status, response in details["responses"].items():
         content = response.get("content", {}).get("application/json")
-        if content and str(status) == "200":
-            tables.append({"title": "Response", "rows": _fields(content["schema"], schemas)})
+        rows = _fields(content["schema"], schemas) if content and str(status) == "200" else []
+        if rows:
+            tables.append({"title": "Response", "rows": rows})
     return tables
 
 
