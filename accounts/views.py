@@ -57,7 +57,7 @@ def _rows(user: User) -> list[Row]:
         Row(
             "Email",
             user.email,
-            "verified" if address and address.verified else "",
+            "Verified" if address and address.verified else "",
             "Change",
             reverse("account_email"),
         ),

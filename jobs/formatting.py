@@ -151,7 +151,7 @@ def _local(value: dt.datetime) -> dt.datetime:
 
 
 def when(value: Any) -> str | SafeString:
-    """A <time> element: 10:21 today, 3 Mar 10:21 this year; the full date is in its title."""
+    """A <time> element: 10:21 today, Mar 3, 10:21 this year; the full date is in its title."""
     at = moment(value)
     if at is None:
         return UNKNOWN
@@ -159,9 +159,9 @@ def when(value: Any) -> str | SafeString:
     if at.date() == now.date():
         text = f"{at:%H:%M}"
     elif at.year == now.year:
-        text = f"{at.day} {at:%b %H:%M}"
+        text = f"{at:%b} {at.day}, {at:%H:%M}"
     else:
-        text = f"{at.day} {at:%b %Y}"
+        text = f"{at:%b} {at.day}, {at.year}"
     return format_html(
         '<time datetime="{}" title="{}">{}</time>', at.isoformat(), f"{at:%Y-%m-%d %H:%M:%S %Z}", text
     )

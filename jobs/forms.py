@@ -119,16 +119,39 @@ class ColumnsForm(forms.Form):
         return {"shape": "completion", "question": columns[0], "answer": columns[1]}
 
 
+def _between(what: str, low: str, high: str) -> dict[str, str]:
+    """The same message for whatever is wrong with a number."""
+    return dict.fromkeys(("invalid", "min_value", "max_value"), f"Enter {what} from {low} to {high}.")
+
+
 class GenerateForm(forms.Form):
     """A request from the playground."""
 
     model = forms.CharField(max_length=300)
     prompt = forms.CharField(max_length=100_000, strip=False, error_messages={"required": "Enter a prompt."})
     mode = forms.ChoiceField(choices=[("prompt", "Text"), ("chat", "Chat")], required=False)
-    temperature = forms.FloatField(min_value=0, max_value=2, required=False)
-    top_p = forms.FloatField(min_value=0.01, max_value=1, required=False)
-    max_tokens = forms.IntegerField(min_value=1, max_value=2048, required=False)
+    temperature = forms.FloatField(
+        min_value=0, max_value=2, required=False, error_messages=_between("a number", "0", "2")
+    )
+    top_p = forms.FloatField(
+        label="Top-p",
+        min_value=0.01,
+        max_value=1,
+        required=False,
+        error_messages=_between("a number", "0.01", "1"),
+    )
+    max_tokens = forms.IntegerField(
+        label="Max tokens",
+        min_value=1,
+        max_value=2048,
+        required=False,
+        error_messages=_between("a whole number", "1", "2,048"),
+    )
     compare = forms.BooleanField(required=False)
+
+    def error_lines(self) -> list[str]:
+        """Every error, with the label of its field."""
+        return [f"{self[name].label}: {text}" for name, texts in self.errors.items() for text in texts]
 
 
 CHOICE_LABELS = {
@@ -198,7 +221,12 @@ class Setting:
     def range(self) -> str:
         if self.spec.minimum is None or self.spec.maximum is None:
             return ""
-        return f"{shown(self.spec.minimum)} to {shown(self.spec.maximum)}"
+        return f"{_bound(self.spec.minimum)} to {_bound(self.spec.maximum)}"
+
+
+def _bound(value: float) -> str:
+    """An end of a range, with thousands separators: 65,536."""
+    return f"{value:,}" if isinstance(value, int) else shown(value)
 
 
 def settings_from(data: Mapping[str, Any]) -> tuple[Settings | None, dict[str, str], dict[str, str]]:

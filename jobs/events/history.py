@@ -151,7 +151,7 @@ def sentence(event: dict[str, Any]) -> tuple[str, str]:
     if kind == "plan":
         return (
             f"{count(get('total_steps'))} steps planned: {count(get('examples'))} examples, "
-            f"{count(get('tokens'))} tokens, {count(get('trained_tokens'))} of them trained",
+            f"{count(get('tokens'))} tokens, {count(get('trained_tokens'))} of them trained on",
             "info",
         )
     if kind == "metric":
@@ -165,7 +165,7 @@ def sentence(event: dict[str, Any]) -> tuple[str, str]:
         files = get("files")
         number = len(files) if isinstance(files, list) else files
         name = "Final model" if get("final") else "Checkpoint"
-        detail = f"{number} files, {size(get('bytes'))}, sha256 {short_hash(get('sha256'))}"
+        detail = f"{number} {'file' if number == 1 else 'files'}, {size(get('bytes'))}, sha256 {short_hash(get('sha256'))}"
         return f"{name} at step {get('step')} written ({detail})", "info"
     if kind == "estimate":
         return f"Rehearsal finished: peak memory {memory(get('peak_memory'))}", "info"
@@ -219,12 +219,13 @@ def summary(history: JobHistory) -> str:
         f"Training loss fell from {loss(first.get('loss'))} at step {first.get('step')} to "
         f"{loss(latest.get('loss'))} at step {latest.get('step')}."
         if (latest.get("loss") or 0) < (first.get("loss") or 0)
-        else f"Training loss is {loss(latest.get('loss'))} at step {latest.get('step')}, "
-        f"{loss(first.get('loss'))} at step {first.get('step')}."
+        else f"Training loss is {loss(latest.get('loss'))} at step {latest.get('step')}; "
+        f"it was {loss(first.get('loss'))} at step {first.get('step')}."
     )
     if history.evals:
         text += f" Held-out loss is {loss(history.latest_eval.get('loss'))}"
-        text += f", {loss(history.base_eval.get('loss'))} before training." if history.base_eval else "."
+        before = history.base_eval
+        text += f"; before training it was {loss(before.get('loss'))}." if before else "."
     return text
 
 

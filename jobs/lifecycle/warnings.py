@@ -20,7 +20,7 @@ def for_plan(dataset: Dataset | None, planned: Planned | None) -> list[Warning]:
         pending.append(
             Warning(
                 "This dataset is still being checked",
-                "You can start already: the job waits for the check, and stops if the file is rejected.",
+                "You can start now: the job waits for the check, and fails if the file is rejected.",
             )
         )
     return pending + (warnings(planned) if planned else [])

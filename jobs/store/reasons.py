@@ -44,7 +44,7 @@ PLATFORM_REASONS: dict[str, Reason] = {
     "attempts_spent": Reason(
         -1,
         "Too many attempts failed without progress.",
-        "The log shows what happened each time. Press Retry to resume from the last checkpoint.",
+        "The log shows what happened each time. Resume the job to continue from its last checkpoint.",
     ),
     "time_limit": Reason(
         -1,

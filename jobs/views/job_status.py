@@ -58,7 +58,7 @@ def _display(status: JobStatus) -> StatusDisplay:
         case JobStatus.PAUSED:
             return StatusDisplay("Paused", NEUTRAL, problem_title="Why it stopped")
         case JobStatus.SUCCEEDED:
-            return StatusDisplay("Done", SUCCESS)
+            return StatusDisplay("Succeeded", SUCCESS)
         case JobStatus.FAILED:
             return StatusDisplay(
                 "Failed", ERROR, problem_title="Why it failed", problem_border="border-error/40"

@@ -82,12 +82,7 @@ async def stream(request: HttpRequest) -> HttpResponseBase:
     """One model's answer, streamed as JSON lines. Closing the connection stops the generation."""
     form = GenerateForm(request.POST)
     if not form.is_valid():
-        errors = [
-            f"{name.replace('_', ' ').capitalize()}: {text}"
-            for name, texts in form.errors.items()
-            for text in texts
-        ]
-        return JsonResponse({"error": " ".join(errors)}, status=422)
+        return JsonResponse({"error": " ".join(form.error_lines())}, status=422)
     data = form.cleaned_data
     tokens = generation.stream(owner_of(request), _request(data, data["model"]))
     try:

@@ -22,7 +22,7 @@ from jobs.formatting import (
     rate,
     span,
 )
-from jobs.forms import CHOICE_LABELS
+from jobs.forms import CHOICE_LABELS, shown
 from jobs.lifecycle import transitions
 from jobs.lifecycle.submission import settings_of
 from jobs.registry import base_models
@@ -287,11 +287,14 @@ def _resume_check(check: ResumeResult) -> dict[str, Any]:
             f"{check.equal:,} of {check.steps:,} repeated steps gave bit-identical losses. "
             "The machine or its libraries are different."
         )
-    losses = f"all {check.steps:,} losses are" if check.steps > 1 else "the loss is"
+    repeated = (
+        f"Steps {check.first:,} to {check.last:,} were repeated: all {check.steps:,} losses are"
+        if check.steps > 1
+        else f"Step {check.last:,} was repeated: its loss is"
+    )
     return _exact(
         "Resume verified",
-        f"Training was interrupted and resumed at {check.at}. Steps {check.first:,} to {check.last:,} "
-        f"were repeated: {losses} bit-identical.",
+        f"Training was interrupted and resumed at {check.at}. {repeated} bit-identical.",
     )
 
 
@@ -406,7 +409,7 @@ def _plain(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else CHOICE_LABELS.get(str(value), str(value))
+    return CHOICE_LABELS.get(str(value), shown(value))
 
 
 def sparklines(history: JobHistory, chart: dict[str, Any]) -> list[dict[str, Any]]:

@@ -118,8 +118,11 @@
     const first = order[0], last = order.at(-1);
     const at = (step) => series.loss[position.get(step)]?.toFixed(3);
     const held = [...series.evals].sort((a, b) => a.step - b.step);
-    defaultReadout = `Training loss ${at(first)} at step ${first}, ${at(last)} at step ${last}.`;
-    if (held.length) defaultReadout += ` Held-out loss ${held.at(-1).loss?.toFixed(3)}${held[0].step === 0 ? `, ${held[0].loss?.toFixed(3)} before training` : ""}.`;
+    const fell = series.loss[position.get(last)] < series.loss[position.get(first)];
+    defaultReadout = fell
+      ? `Training loss fell from ${at(first)} at step ${first} to ${at(last)} at step ${last}.`
+      : `Training loss is ${at(last)} at step ${last}; it was ${at(first)} at step ${first}.`;
+    if (held.length) defaultReadout += ` Held-out loss is ${held.at(-1).loss?.toFixed(3)}${held[0].step === 0 ? `; before training it was ${held[0].loss?.toFixed(3)}` : ""}.`;
     if (readoutText && (plot?.cursor.idx ?? null) === null) readoutText.textContent = defaultReadout;
     container?.setAttribute("aria-label", defaultReadout);
   }

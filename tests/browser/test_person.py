@@ -77,7 +77,7 @@ def test_from_signing_up_to_the_model_elsewhere(
         "(old) => document.getElementById('loss-chart').ariaLabel !== old", arg=before, timeout=60_000
     )
     page.locator("#actions >> text=Open model").wait_for(timeout=240_000)
-    page.locator("#state >> text=Done").wait_for()
+    page.locator("#state >> text=Succeeded").wait_for()
     assert page.evaluate("window.sameDocument")
     assert page.locator("#status").get_by_text("100%").is_visible()
 

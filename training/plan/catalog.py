@@ -213,7 +213,9 @@ def fits(base: BaseModel, machine: Machine, adapter: str = "none", tokens: int =
     if needs <= have:
         return Fit(True, needs, f"needs about {gib(needs)} of {gib(machine.memory)}")
     other = " LoRA would fit." if adapter == "none" and training_memory(base, "lora", tokens) <= have else ""
-    return Fit(False, needs, f"needs about {gib(needs)}, but this machine has {gib(machine.memory)}.{other}")
+    return Fit(
+        False, needs, f"needs about {gib(needs)}, but this machine has only {gib(machine.memory)}.{other}"
+    )
 
 
 def gib(size: float) -> str:

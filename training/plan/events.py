@@ -99,9 +99,7 @@ REASONS: dict[str, Reason] = {
         "Give the trainer's user permission to write there.",
         platform_fault=True,
     ),
-    "unexpected": Reason(
-        29, "The trainer failed unexpectedly.", "The log has the details. The job will be retried."
-    ),
+    "unexpected": Reason(29, "The trainer failed unexpectedly.", "See the end of the log, then try again."),
     "stopped": Reason(75, "Stopped on request, after saving a checkpoint.", "Resume it at any time."),
 }
 

@@ -99,8 +99,10 @@ def nothing_to_learn(p: Planned) -> Warning | None:
     if not p.summary.untrained:
         return None
     return Warning(
-        f"{p.summary.untrained:,} examples have nothing to train on",
-        "Their answers are empty, so they take time but the model learns nothing from them.",
+        "1 example has nothing to train on"
+        if p.summary.untrained == 1
+        else f"{p.summary.untrained:,} examples have nothing to train on",
+        "Empty answers take time, and the model learns nothing from them.",
     )
 
 

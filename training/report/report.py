@@ -312,7 +312,10 @@ class _Report:
         serious = [f for f in self.findings.as_list() if f["severity"] != "info"]
         if not serious:
             return {"ready": True, "error": "", "verdict": f"{many}, no problems found."}
-        worst = ", ".join(f"{f['title'][0].lower()}{f['title'][1:]} ({f['count']:,})" for f in serious[:3])
+        worst = ", ".join(
+            f"{f['title'][0].lower()}{f['title'][1:]}" + (f" ({f['count']:,})" if f["lines"] else "")
+            for f in serious[:3]
+        )
         return {"ready": True, "error": "", "verdict": f"{many} can be used for training. Check: {worst}."}
 
 

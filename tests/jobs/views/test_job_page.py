@@ -89,7 +89,7 @@ def test_steps_that_ran_again_prove_the_resume(alices: Client, alice: User) -> N
     ]
     text = page(alices, make_job(alice.owner_id, lines=lines))
     assert "Resume verified" in text
-    assert "Steps 2 to 2 were repeated: the loss is bit-identical" in text
+    assert "Step 2 was repeated: its loss is bit-identical" in text
 
 
 def test_another_loss_after_a_resume_is_told_as_it_is(alices: Client, alice: User) -> None:

@@ -119,9 +119,17 @@ def test_the_playground_offers_own_models_and_the_starter(alices: Client, alice:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("temperature", "9"), ("top_p", "0"), ("max_tokens", "100000000"), ("prompt", "")]
+    ("field", "value", "label"),
+    [
+        ("temperature", "9", "Temperature"),
+        ("top_p", "0", "Top-p"),
+        ("max_tokens", "100000000", "Max tokens"),
+        ("prompt", "", "Prompt"),
+    ],
 )
-def test_the_playground_refuses_what_makes_no_sense(alices: Client, field: str, value: str) -> None:
+def test_the_playground_refuses_what_makes_no_sense(
+    alices: Client, field: str, value: str, label: str
+) -> None:
     data = {
         "model": "starter",
         "prompt": "x",
@@ -132,7 +140,7 @@ def test_the_playground_refuses_what_makes_no_sense(alices: Client, field: str, 
     }
     answer = alices.post(reverse("jobs:playground_stream"), data)
     assert answer.status_code == 422
-    assert field.replace("_", " ").capitalize() in answer.json()["error"]
+    assert f"{label}: " in answer.json()["error"]
 
 
 def test_another_persons_model_is_no_model(bobs: Client, alice: User) -> None:

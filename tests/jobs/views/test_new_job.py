@@ -58,7 +58,7 @@ def test_every_setting_is_there_with_a_label_and_its_meaning(alices: Client, dat
 
 def test_automatic_values_carry_their_reason_and_an_estimate(alices: Client, dataset: Dataset) -> None:
     text = alices.get(NEW, {"dataset": dataset.dataset_id}).content.decode()
-    assert "because 120 examples" in text
+    assert "for 120 examples" in text
     assert re.search(r'id="estimate".*50% chance of finishing within', text, re.S)
     assert "Where" in text
     assert "highlighted tokens are trained on" in " ".join(text.split())
@@ -260,7 +260,7 @@ def test_every_setting_says_its_meaning_and_range_whatever_its_value(
 
 def test_a_value_of_ones_own_is_set_beside_the_automatic_one(alices: Client, dataset: Dataset) -> None:
     text = post(alices, ESTIMATE, dataset, epochs="5", weight_decay="0.2").content.decode()
-    assert re.match(r"Set by you\. Automatic: \d+, because 120 examples", hint_of(text, "epochs"))
+    assert re.match(r"Set by you\. Automatic: \d+, for 120 examples", hint_of(text, "epochs"))
     assert hint_of(text, "weight_decay").startswith("Set by you. Default: 0.01.")
     difference = re.search(r'id="difference".*?</div>', text, re.S)
     assert difference
