@@ -189,7 +189,7 @@ def test_the_tokens_of_any_row_can_be_shown(alices: Client, alice: User) -> None
     assert "Number 30?" in "".join(text for _, text in tokens)
     show_row(alices, dataset, "999")
     run_report_tasks(dataset)
-    assert "No row begins on line 999." in alices.get(url.replace("31", "999")).content.decode()
+    assert "No row begins on line 999." in alices.get(url.replace("line=31", "line=999")).content.decode()
     assert not re.search(r"Line 31\s*<", alices.get(url).content.decode())  # only one row is kept at a time
 
 
