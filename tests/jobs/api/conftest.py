@@ -71,7 +71,7 @@ def make_client(url: str, key: str, **options: Any) -> openai.OpenAI:
 
 @pytest.fixture
 def client(web: Any, users: dict[str, ApiUser]) -> Iterator[openai.OpenAI]:
-    """Alice's."""
+    """Alice's client."""
     with make_client(web.url, users["alice"].key) as opened:
         yield opened
 

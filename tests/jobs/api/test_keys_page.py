@@ -57,7 +57,7 @@ def test_a_revoked_key_stops_working_and_is_listed_as_revoked(page: Client, alic
 
 
 def test_another_users_key_cannot_be_revoked(page: Client, bob: Any) -> None:
-    key, secret = api_keys.create(bob, "his", ["read"])
+    key, secret = api_keys.create(bob, "bobs", ["read"])
     assert page.post(f"/account/keys/{key.pk}/revoke/").status_code == 404
     assert api_keys.verify(secret)
 

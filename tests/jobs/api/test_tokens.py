@@ -151,7 +151,7 @@ def send(endpoint: tuple[str, str], token: str) -> Any:
 
 
 @pytest.mark.usefixtures("stores")
-def test_forged_and_expired_tokens_are_rejected_with_one_response(alice: Any) -> None:
+def test_forged_and_expired_tokens_are_rejected_with_the_same_response(alice: Any) -> None:
     tokens = forged_tokens(alice, make_session(alice))
     assert len(tokens) >= 40
     bodies = set()

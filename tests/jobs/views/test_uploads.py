@@ -145,9 +145,9 @@ def test_bytes_are_reserved_so_that_two_uploads_cannot_exceed_the_quota(
     monkeypatch.setitem(settings.JOBS, "max_stored_bytes_per_owner", 5000)
     data = LINE * 60  # 3,300 bytes
     upload = begin(alices, data).json()
-    refused = begin(alices, data[:-1], "other.jsonl")
-    assert refused.status_code == 422
-    assert "1,700 of your 5,000 are free" in refused.json()["error"]
+    over_quota = begin(alices, data[:-1], "other.jsonl")
+    assert over_quota.status_code == 422
+    assert "1,700 of your 5,000 are free" in over_quota.json()["error"]
     with pytest.raises(quotas.OverQuota):
         datasets.receive(alice.owner_id, "form.jsonl", _sized(data))
     alices.post(upload["cancel"])
@@ -205,13 +205,11 @@ def bucket(s3: services.Service, monkeypatch: pytest.MonkeyPatch) -> Any:
     }  # fmt: skip
     backend = storages.create_storage({"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options})
     monkeypatch.setattr(blobs, "_storage", lambda: backend)
-    monkeypatch.setattr(multipart, "PART", 5 << 20)  # S3 takes no smaller ones but the last
+    monkeypatch.setattr(multipart, "PART", 5 << 20)  # in S3 only the last part may be smaller
     return backend
 
 
-def test_parts_go_straight_to_the_bucket_and_some_through_us(
-    alices: Client, alice: User, bucket: Any
-) -> None:
+def test_parts_may_go_to_the_bucket_directly_or_through_us(alices: Client, alice: User, bucket: Any) -> None:
     data = LINE * (11 * (1 << 20) // len(LINE))
     data += LINE * 3
     part = 5 << 20
