@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.factories import browser_of, make_user
-from tests.jobs.views.makers import make_dataset, make_job, make_model, make_record, metric
+from tests.jobs.views.makers import make_dataset, make_estimate_record, make_job, make_model, metric
 
 pytestmark = pytest.mark.browser
 
@@ -25,7 +25,7 @@ def everything(owner: str) -> list[str]:
     waiting = make_job(owner, "queued", dataset_id=dataset.dataset_id)
     failed = make_job(owner, "failed", reason="killed", message="x" * 300)
     model = make_model(owner)
-    make_record(owner, 90)
+    make_estimate_record(owner, 90)
     return [
         "/jobs/", "/jobs/new/", "/jobs/estimates/", f"/jobs/{job.job_id}/", f"/jobs/{failed.job_id}/", "/datasets/",
         f"/datasets/{dataset.dataset_id}/", "/models/", f"/models/{model.model_id}/", "/playground/",
@@ -56,13 +56,13 @@ def test_what_can_be_pressed_has_a_name_and_each_page_one_heading(page: Any, own
 
 
 def test_a_page_polls_where_the_stream_is_cut_off(page: Any, owner: str, complaints: list[str]) -> None:
-    from tests.jobs.views.test_live import grow
+    from tests.jobs.views.test_live import append_events
 
     job = make_job(owner, lines=[metric(1), metric(2)])
     page.route("**/stream*", lambda route: route.abort())
     page.goto(f"/jobs/{job.job_id}/")
     page.wait_for_timeout(2500)
-    grow(job, [{"t": "log", "level": "info", "message": "came by polling"}])
+    append_events(job, [{"t": "log", "level": "info", "message": "came by polling"}])
     page.get_by_text("came by polling").wait_for(timeout=120_000)
     assert all("ERR_FAILED" in complaint for complaint in complaints)
     complaints.clear()

@@ -21,12 +21,12 @@ READS_UNLIMITED = {"download_model", "object", "edit_job"}  # files, and a form 
 @pytest.fixture
 def names(alices: Client) -> set[str]:
     """The names of all addresses that answer GET; the others take only POST."""
-    found = set()
+    result = set()
     for pattern in urlpatterns:
         values = {name: 1 if name == "number" else "x" for name in pattern.pattern.converters}
         if alices.get(reverse(f"jobs:{pattern.name}", kwargs=values)).status_code != 405:
-            found.add(str(pattern.name))
-    return found
+            result.add(str(pattern.name))
+    return result
 
 
 def test_every_page_has_a_limit_of_reads(names: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""Where a field takes one of several kinds, the refusal is about the kind that was meant."""
+"""Where a field accepts several types, the error is about the type that was meant."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from django.test import Client
 
-from tests.jobs.api.conftest import Person
+from tests.jobs.api.conftest import ApiUser
 
 CREATE = {"model": "starter", "training_file": "file-1"}
 CHAT = {"model": "starter"}
@@ -35,22 +35,22 @@ CHAT = {"model": "starter"}
         ),
     ],
 )
-@pytest.mark.parametrize("where", ["hyperparameters", "method.supervised.hyperparameters"])
-def test_a_hyperparameter_is_refused_with_its_range(
-    people: dict[str, Person], stores: None, where: str, values: dict[str, Any], message: str
-):
+@pytest.mark.parametrize("place", ["hyperparameters", "method.supervised.hyperparameters"])
+def test_an_invalid_hyperparameter_is_rejected_with_its_range(
+    users: dict[str, ApiUser], stores: None, place: str, values: dict[str, Any], message: str
+) -> None:
     body: dict[str, Any] = (
         {"hyperparameters": values}
-        if where == "hyperparameters"
+        if place == "hyperparameters"
         else {"method": {"type": "supervised", "supervised": {"hyperparameters": values}}}
     )
-    error = refused(people, "fine_tuning/jobs", CREATE | body)
-    assert error["message"] == f"Invalid '{where}.{message}"
-    assert error["param"] == f"{where}.{next(iter(values))}"
+    error = post_invalid(users, "fine_tuning/jobs", CREATE | body)
+    assert error["message"] == f"Invalid '{place}.{message}"
+    assert error["param"] == f"{place}.{next(iter(values))}"
 
 
 @pytest.mark.parametrize(
-    ("body", "param", "words"),
+    ("body", "param", "text"),
     [
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -66,20 +66,20 @@ def test_a_hyperparameter_is_refused_with_its_range(
         ({"messages": [{"role": "user", "content": "a"}], "stop": ["a"] * 17}, "stop", "at most 16 items"),
     ],
 )
-def test_so_is_a_field_of_a_chat(
-    people: dict[str, Person], stores: None, body: dict[str, Any], param: str, words: str
-):
-    error = refused(people, "chat/completions", CHAT | body)
+def test_an_invalid_chat_field_is_rejected_with_its_limit(
+    users: dict[str, ApiUser], stores: None, body: dict[str, Any], param: str, text: str
+) -> None:
+    error = post_invalid(users, "chat/completions", CHAT | body)
     assert error["param"] == param
-    assert words in error["message"]
+    assert text in error["message"]
 
 
-def refused(people: dict[str, Person], path: str, body: dict[str, Any]) -> Any:
-    answer = Client().post(
+def post_invalid(users: dict[str, ApiUser], path: str, body: dict[str, Any]) -> Any:
+    response = Client().post(
         f"/v1/{path}",
         body,
         content_type="application/json",
-        headers={"Authorization": f"Bearer {people['alice'].key}"},
+        headers=users["alice"].headers,
     )
-    assert answer.status_code == 400, answer.content
-    return answer.json()["error"]
+    assert response.status_code == 400, response.content
+    return response.json()["error"]

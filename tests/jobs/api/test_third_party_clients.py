@@ -1,4 +1,4 @@
-"""Programs that were written for OpenAI, by others, run here with only address and key changed."""
+"""Third-party programs written for OpenAI run here with only the address and the key changed."""
 
 from __future__ import annotations
 
@@ -11,38 +11,44 @@ from typing import Any
 
 import pytest
 
-from tests.jobs.api.conftest import Person, rows
+from tests.jobs.api.conftest import ApiUser, training_rows
 from tests.services import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("studio")]
 RECIPE = Path(__file__).with_name("cookbook_recipe.py")
-_said: dict[str, str] = {}  # by the recipe, which runs once for all tests here
+_recipe_output: dict[str, str] = {}  # of the script, which runs once for all tests here
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Nothing of ours: what the program finds on any machine."""
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    return {**kept, **more}
+    """Only what a program finds on any machine, nothing of ours."""
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return {**inherited, **more}
+
+
+def parse_output(text: str) -> dict[str, str]:
+    """The values by label of lines such as `Status: succeeded`; of several lines with one label, the last counts."""
+    pairs = (line.partition(": ") for line in text.splitlines())
+    return {label: value for label, _, value in pairs}
 
 
 @pytest.fixture
-def output(web: Any, people: dict[str, Person], tmp_path: Path) -> dict[str, str]:
-    """The last of each kind of line that the Cookbook's script prints."""
-    if not _said:
-        done = subprocess.run(
+def output(web: Any, users: dict[str, ApiUser], tmp_path: Path) -> dict[str, str]:
+    """What the Cookbook script printed, by label."""
+    if not _recipe_output:
+        completed = subprocess.run(
             [sys.executable, str(RECIPE), str(tmp_path)],
-            env=environment(OPENAI_BASE_URL=f"{web.url}/v1", OPENAI_API_KEY=people["alice"].key),
+            env=environment(OPENAI_BASE_URL=f"{web.url}/v1", OPENAI_API_KEY=users["alice"].key),
             cwd=tmp_path,
             capture_output=True,
             text=True,
             timeout=240,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        _said.update(line.split(": ", 1) for line in done.stdout.splitlines())
-    return _said
+        assert completed.returncode == 0, completed.stdout + completed.stderr
+        _recipe_output.update(parse_output(completed.stdout))
+    return _recipe_output
 
 
-def test_the_cookbooks_script_fine_tunes_and_uses_its_model(output: dict[str, str]):
+def test_the_cookbook_script_fine_tunes_and_uses_its_model(output: dict[str, str]) -> None:
     assert output["Status"] == "succeeded"
     assert output["Fine-tuned model ID"].startswith("ft:")
     assert ":recipe-ner:" in output["Fine-tuned model ID"]
@@ -50,15 +56,15 @@ def test_the_cookbooks_script_fine_tunes_and_uses_its_model(output: dict[str, st
     assert int(output["Result rows"]) > 10
     assert float(output["Last loss"]) < float(output["First loss"]) / 3
     assert float(output["Validation loss"]) > 0
-    answer = json.loads(json.loads(output["Answer"]))  # the model has learnt to answer with a list
-    assert all(isinstance(food, str) for food in answer)
+    ingredients = json.loads(json.loads(output["Answer"]))  # the model has learned to answer with a list
+    assert all(isinstance(food, str) for food in ingredients)
 
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_the_llm_tool_chats_with_a_tuned_model(
-    output: dict[str, str], web: Any, people: dict[str, Person], tmp_path: Path, streamed: bool
-):
-    """`llm` by Simon Willison, from PyPI: its own way of naming a server, and nothing else."""
+    output: dict[str, str], web: Any, users: dict[str, ApiUser], tmp_path: Path, streamed: bool
+) -> None:
+    """`llm` by Simon Willison, from PyPI, configured only by its own files."""
     model = output["Fine-tuned model ID"]
     described = {
         "model_id": "tuned",
@@ -68,11 +74,11 @@ def test_the_llm_tool_chats_with_a_tuned_model(
         "can_stream": streamed,
     }
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([described]))  # YAML is a superset
-    (tmp_path / "keys.json").write_text(json.dumps({"tuner": people["alice"].key}))
+    (tmp_path / "keys.json").write_text(json.dumps({"tuner": users["alice"].key}))
     argv = [str(Path(sys.executable).with_name("llm")), "prompt", "-m", "tuned", "-o", "temperature", "0"]
     argv += ["-o", "max_tokens", "12", *([] if streamed else ["--no-stream"])]
     argv += ["-s", "Extract the generic ingredients.", 'Ingredients: ["1 c. sugar", "2 Tbsp. milk"]']
-    done = subprocess.run(
+    completed = subprocess.run(
         argv,
         env=environment(LLM_USER_PATH=str(tmp_path)),
         cwd=tmp_path,
@@ -80,9 +86,9 @@ def test_the_llm_tool_chats_with_a_tuned_model(
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-    logged = json.loads(
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.strip()
+    logs = json.loads(
         subprocess.run(
             [argv[0], "logs", "list", "--json"],
             env=environment(LLM_USER_PATH=str(tmp_path)),
@@ -92,30 +98,30 @@ def test_the_llm_tool_chats_with_a_tuned_model(
             timeout=60,
         ).stdout
     )
-    assert logged[0]["response"].strip() == done.stdout.strip()
-    assert logged[0]["output_tokens"] in range(1, 13)
+    assert logs[0]["response"].strip() == completed.stdout.strip()
+    assert logs[0]["output_tokens"] in range(1, 13)
 
 
 def test_openais_node_client_uploads_trains_chats_and_deletes(
-    web: Any, people: dict[str, Person], tmp_path: Path
-):
+    web: Any, users: dict[str, ApiUser], tmp_path: Path
+) -> None:
     """`openai` from npm, as bin/setup installs it."""
     path = tmp_path / "train.jsonl"
-    path.write_bytes(rows(60))
-    done = subprocess.run(
+    path.write_bytes(training_rows(60))
+    completed = subprocess.run(
         [str(ROOT / ".tools/node"), str(Path(__file__).with_name("node_client.cjs")), str(path)],
         env=environment(
             NODE_PATH=str(ROOT / ".tools/node_modules"),
             OPENAI_BASE_URL=f"{web.url}/v1",
-            OPENAI_API_KEY=people["alice"].key,
+            OPENAI_API_KEY=users["alice"].key,
         ),
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    printed = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    printed = parse_output(completed.stdout)
     size = str(path.stat().st_size)
     assert (printed["Uploaded bytes"], printed["File name"]) == (size, "train.jsonl")
     assert (printed["File status"], printed["Same bytes"]) == ("processed", "true")

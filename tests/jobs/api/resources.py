@@ -1,16 +1,16 @@
-"""One of everything of one person's, and all that is stored of it, to compare before and after."""
+"""One resource of each kind for a user, and a snapshot of all that is stored for that user."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tests.jobs.api.conftest import Person, rows
+from tests.jobs.api.conftest import ApiUser, training_rows
 
 CANARY = "canary-of-alice"
 
 
-def clear(owner: str) -> None:
-    """What there may only be a few of at a time."""
+def clear_limited_resources(owner: str) -> None:
+    """Delete the resources of which a user may have only a few at a time."""
     from jobs.store import tables
 
     for table, name in ((tables.Upload, "upload_id"), (tables.WebhookEndpoint, "endpoint_id")):
@@ -18,16 +18,16 @@ def clear(owner: str) -> None:
             tables.remove(table, owner, getattr(row, name))
 
 
-def put_things(alice: Person) -> dict[str, str]:
-    """One of everything, straight into the stores; names carry the canary."""
+def create_resources(alice: ApiUser) -> dict[str, str]:
+    """Write one resource of each kind to the stores; every name contains the canary."""
     from jobs.store import blobs, tables
 
     owner = alice.owner
-    clear(owner)
+    clear_limited_resources(owner)
     file_id, job_id = tables.new_id("file"), tables.new_id("ftjob")
-    key = blobs.put_file(f"datasets/{owner}/{file_id}/data", [rows()]).key
+    key = blobs.put_file(f"datasets/{owner}/{file_id}/data", [training_rows()]).key
     tables.Dataset(
-        owner, file_id, name=CANARY, status="ready", key=key, bytes=len(rows()), sha256="0" * 64
+        owner, file_id, name=CANARY, status="ready", key=key, bytes=len(training_rows()), sha256="0" * 64
     ).save()
     model_id = f"ft:starter:alice:{CANARY}:{job_id[-8:].lower()}"
     chunk = tables.EventChunk(job_id, 1, last_seq=1, fencing_token=1, lease_owner="h")
@@ -56,15 +56,15 @@ def put_things(alice: Person) -> dict[str, str]:
     }
 
 
-def plain(row: Any) -> dict[str, Any]:
-    """A row as JSON would have it; sets (of quotas) in order. A quota's row keeps no `created_at` and reads as now."""
+def to_plain_dict(row: Any) -> dict[str, Any]:
+    """A row as plain values, sets sorted. Without `created_at`: a quota row does not store it and defaults to now."""
     values = row.to_simple_dict(force=True)
     values.pop("created_at", None)
     return {name: sorted(v, key=repr) if isinstance(v, (set, list)) else v for name, v in values.items()}
 
 
-def everything_of(alice: Person, ids: dict[str, str]) -> dict[str, Any]:
-    """All that is stored for Alice, to compare before and after."""
+def snapshot(alice: ApiUser, ids: dict[str, str]) -> dict[str, Any]:
+    """Everything stored for Alice, to compare before and after a request."""
     from jobs.store import blobs, tables
 
     result: dict[str, Any] = {}
@@ -76,8 +76,8 @@ def everything_of(alice: Person, ids: dict[str, str]) -> dict[str, Any]:
         tables.Usage,
         tables.WebhookEndpoint,
     ):
-        result[table.__name__] = [plain(row) for row in tables.rows(table, alice.owner)]
-    result["events"] = [plain(row) for row in tables.rows(tables.EventChunk, ids["job_id"])]
+        result[table.__name__] = [to_plain_dict(row) for row in tables.rows(table, alice.owner)]
+    result["events"] = [to_plain_dict(row) for row in tables.rows(tables.EventChunk, ids["job_id"])]
     result["objects"] = sorted(blobs.list_keys(f"datasets/{alice.owner}/"))
     keys = alice.user.api_keys.order_by("pk")
     result["keys"] = list(keys.values_list("pk", "name", "digest", "scopes", "expires_at", "revoked_at"))
