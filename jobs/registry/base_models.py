@@ -105,7 +105,7 @@ def add_hub_model(owner: str, name: str) -> str:
     """Checks a model of the Hub and adds it to this user's list. Returns its ID. Raises hub_models.Refused."""
     if known := catalog.find(name):
         return known.id
-    description = hub_models.look_up(name)
+    description = hub_models.fetch_description(name)
     others = {row.name for row in tables.rows(HubModel, owner)} - {description.model.id}
     if len(others) >= MAX_HUB_MODELS:
         raise hub_models.Refused(f"You have added the maximum of {MAX_HUB_MODELS} models from the Hub.")

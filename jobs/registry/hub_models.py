@@ -68,7 +68,7 @@ def check_allowed(name: str) -> None:
         raise Refused(f"The operator does not allow this model, only {allowed}. Choose another base.")
 
 
-def look_up(name: str) -> HubDescription:
+def fetch_description(name: str) -> HubDescription:
     """Gets the description of `name` from the Hub. Raises Refused."""
     if not is_id(name):
         raise Refused(f"{name[:100]!r} is not a model ID. Enter owner/name, for example Qwen/Qwen2.5-0.5B.")
@@ -79,7 +79,7 @@ def look_up(name: str) -> HubDescription:
     if not _slots.acquire(blocking=False):
         raise Refused("Too many models are being checked. Try again in a few seconds.", temporary=True)
     try:
-        return _look_up(name)
+        return _fetch_description(name)
     except Refused as refused:
         if not refused.temporary:
             while len(_refused) >= 1000:
@@ -90,7 +90,7 @@ def look_up(name: str) -> HubDescription:
         _slots.release()
 
 
-def _look_up(name: str) -> HubDescription:
+def _fetch_description(name: str) -> HubDescription:
     deadline = time.monotonic() + DEADLINE_S
     token = str(settings.HF_TOKEN) if is_listed(name) else ""
     description = _get_json(name, f"api/models/{name}?blobs=true", token, deadline)
