@@ -160,7 +160,7 @@ def test_a_control_token_in_user_text_stays_text(tmp_path: Path, template: str |
     assert tokenizer.eos_id not in tokenizer.encode(typed)
 
 
-def test_a_bos_token_is_added_if_the_tokenizer_says_so(tmp_path: Path) -> None:
+def test_a_bos_token_is_added_if_the_tokenizer_adds_one(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path, bos_token="<s>", add_bos_token=True)
     assert encode(Row(1, "text", text="Hi"), tokenizer, PLAIN).ids[0] == tokenizer.bos_id
 
