@@ -79,7 +79,8 @@ def random_states_left_out() -> None:
             ["tests.faults.planted_trainer" if a == "training" else a for a in argv], **options
         )
 
-    child_process.subprocess = SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, run=subprocess.run)  # type: ignore[assignment]
+    replacement = SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, run=subprocess.run)
+    patch.object(child_process, "subprocess", replacement).start()
 
 
 def heartbeats_stop_on_sigterm() -> None:

@@ -224,7 +224,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_intact(
         passed.append(handle)
         real(handle)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", failing)
+    monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(OSError, match="No space"):
         checkpoint.write(snapshot(14), tmp_path)
     monkeypatch.undo()

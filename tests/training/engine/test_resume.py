@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from benchmarks import resume
 from tests.training.running import Event, Runner, losses, of
 from training.engine import checkpoint, loop
+from training.engine.schedule import learning_rate
 
 STEPS, CUT = 16, 9  # an epoch is a little more than ten steps: the second begins within step 11
 
@@ -123,8 +124,8 @@ def test_every_part_of_a_checkpoint_matters(
 def test_the_position_in_the_schedule_matters(
     runner: Runner, whole: list[Event], stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proper = loop.learning_rate
-    monkeypatch.setattr(loop, "learning_rate", lambda step, *rest: proper(step - CUT, *rest))
+    shifted = lambda step, *rest: learning_rate(step - CUT, *rest)  # noqa: E731
+    monkeypatch.setattr(loop, "learning_rate", shifted)
     after = losses(resumed(runner, copied(stopped, tmp_path)))
     assert any(losses(whole)[step] != loss for step, loss in after.items())
 
