@@ -27,7 +27,7 @@ TICKS = 10  # how often a silent body is checked within WEB_BODY_TIMEOUT_S
 _open: Counter[str] = Counter()  # connections by address
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class LimitedProtocol(HttpToolsProtocol):
     """Passed to uvicorn with `--http`."""
 
     _address = ""

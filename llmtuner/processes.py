@@ -20,7 +20,7 @@ def web_arguments() -> list[str]:
         "llmtuner.asgi:application",
         *("--host", os.environ.get("WEB_HOST") or "127.0.0.1"),
         *("--port", os.environ.get("WEB_PORT") or "8420"),
-        *("--http", "llmtuner.connections:BoundedProtocol", "--ws", "none"),
+        *("--http", "llmtuner.connections:LimitedProtocol", "--ws", "none"),
         *("--log-level", "warning"),
         "--no-proxy-headers",  # uvicorn would trust X-Forwarded-For from this machine; see TRUSTED_PROXY_COUNT
         *("--timeout-graceful-shutdown", "5"),

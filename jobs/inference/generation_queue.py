@@ -25,7 +25,7 @@ MAX_WAITING_OF_ONE = 64
 MAX_WAITING = 512
 MAX_BYTES_OF_ONE = 32 * 2**20  # the total size of waiting requests, because a long prompt has a few megabytes
 MAX_BYTES = 128 * 2**20
-READING_S = 15  # without a renewal by the reader for this long, its request is dropped
+RENEWAL_TIMEOUT_S = 15  # without a renewal by the reader for this long, its request is dropped
 RUNNING_S = 30  # without a renewal by the worker for this long, its request is no longer held
 STREAM_S = 120
 TAKEN_S = 20  # how long Redis remembers that a worker took a request
@@ -187,14 +187,16 @@ async def enter(client: Any, owner: str, rid: str, request: str, arrival: str, s
     """Puts a request into the queue and returns its time of arrival. Pass `arrival` for a request that was lost by Redis or a
     worker, so that it keeps its place. Raises Full."""
     limits = (MAX_WAITING_OF_ONE, MAX_WAITING, MAX_BYTES_OF_ONE, MAX_BYTES)
-    word, value = await client.eval(_ENTER, 0, owner, rid, request, arrival, READING_S, *limits, share)
+    word, value = await client.eval(
+        _ENTER, 0, owner, rid, request, arrival, RENEWAL_TIMEOUT_S, *limits, share
+    )
     if word != "ok":
         raise Full(word, float(value))
     return str(value)
 
 
 async def renew(client: Any, owner: str, rid: str) -> State:
-    word, notifications, served = await client.eval(_RENEW, 0, owner, rid, READING_S)
+    word, notifications, served = await client.eval(_RENEW, 0, owner, rid, RENEWAL_TIMEOUT_S)
     return State(word, int(notifications), bool(served))
 
 

@@ -53,7 +53,7 @@ def claim(job: Job, worker: WorkerInfo) -> Claim | None:
     condition = moves.as_seen(job) & (Job.desired == "run")
     # If the reply is lost, we may hold the lease without knowing it. So the write is repeated until there is a reply.
     moved = _retry_until_reply(
-        lambda: moves.move(job, actions, condition, lambda found: found.lease_owner == lease_owner)
+        lambda: moves.move(job, actions, condition, lambda current: current.lease_owner == lease_owner)
     )
     if moved is None or moved.status != JobStatus.RUNNING:
         return None
@@ -105,8 +105,8 @@ class Claim:
         """The prefix of this attempt's objects. A late writer with an older token uses another prefix, which nothing reads."""
         return f"jobs/{self.job_id}/e{self.fencing_token}/"
 
-    def is_mine(self, found: Job) -> bool:
-        return found.status == JobStatus.RUNNING and (found.fencing_token, found.lease_owner) == (
+    def is_mine(self, current: Job) -> bool:
+        return current.status == JobStatus.RUNNING and (current.fencing_token, current.lease_owner) == (
             self.fencing_token,
             self.lease_owner,
         )
@@ -153,7 +153,7 @@ class Claim:
             HeartbeatJob(self.owner, self.job_id),
             actions,
             condition,
-            lambda found: self.is_mine(_as_job(found)) and last_seq in (None, found.last_seq),
+            lambda current: self.is_mine(_as_job(current)) and last_seq in (None, current.last_seq),
         )
         return self._seen(_as_job(moved) if moved else None).desired
 
@@ -172,7 +172,7 @@ class Claim:
                 Job.platform_faults.set(0),
             ],
             self._mine() & (Job.checkpoint_step.does_not_exist() | (Job.checkpoint_step < step)),
-            lambda found: self.is_mine(found) and found.checkpoint_key == key,
+            lambda current: self.is_mine(current) and current.checkpoint_key == key,
         )
         return self._seen(moved).desired
 
@@ -192,7 +192,7 @@ class Claim:
             self.job,
             [*actions, Job.checkpoints.set(kept)],
             self._mine() & pointer,
-            lambda found: self.is_mine(found) and found.checkpoint_key == key,
+            lambda current: self.is_mine(current) and current.checkpoint_key == key,
         )
         self._seen(moved)
 
@@ -239,9 +239,9 @@ class Claim:
                 job,
                 actions,
                 self._mine() & (Job.desired == job.desired),
-                lambda found, status=status: (
-                    found.status == status  # type: ignore[misc]  # bound for this round
-                    and (found.fencing_token, found.lease_owner) == (self.fencing_token, self.lease_owner)
+                lambda current, status=status: (
+                    current.status == status  # type: ignore[misc]  # bound for this round
+                    and (current.fencing_token, current.lease_owner) == (self.fencing_token, self.lease_owner)
                 ),
             )
             if moved:
@@ -251,11 +251,11 @@ class Claim:
             # Either the lease is lost, or the user's request has changed, and with it the resulting status.
             self._seen(tables.get(Job, self.owner, self.job_id))
 
-    def _seen(self, found: Job | None) -> Job:
-        if found is None or not self.is_mine(found):
+    def _seen(self, current: Job | None) -> Job:
+        if current is None or not self.is_mine(current):
             raise LostRace(f"The lease on {self.job_id} (fencing token {self.fencing_token}) was lost.")
-        self.job = found
-        return found
+        self.job = current
+        return current
 
 
 def _as_job(row: HeartbeatJob) -> Job:

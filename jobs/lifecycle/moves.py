@@ -79,7 +79,7 @@ def move(
     job: Job,
     actions: list[Action],
     condition: Condition,
-    already_applied: Callable[[Job], bool] = lambda found: False,
+    already_applied: Callable[[Job], bool] = lambda current: False,
 ) -> Job | None:
     return tables.update(job, [*actions, Job.version.add(1)], condition, already_applied)
 

@@ -62,7 +62,7 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
     except OverQuota:
         finalize.make_void(owner, job_id)
         raise
-    accepted = tables.put_new(job, lambda found: found.body_hash == job.body_hash)
+    accepted = tables.put_new(job, lambda current: current.body_hash == job.body_hash)
     if accepted is None or accepted.status == JobStatus.VOID:
         quotas.release(owner, "jobs", job_id)
         raise LostRace(TOO_SLOW)
@@ -82,21 +82,21 @@ def _id_for(owner: str, request: JobRequest, key: str) -> str:
     mine, body_hash = new_id("ftjob"), request.hash()
     row = Usage(owner, usage_key, job_id=mine, body_hash=body_hash)
     while True:
-        if tables.put_new(row, lambda found: found.job_id == mine):
+        if tables.put_new(row, lambda current: current.job_id == mine):
             return mine
-        found = tables.get(Usage, owner, usage_key)
-        if found is None or not found.job_id:
+        existing = tables.get(Usage, owner, usage_key)
+        if existing is None or not existing.job_id:
             continue
-        job = tables.get(Job, owner, found.job_id)
+        job = tables.get(Job, owner, existing.job_id)
         if job is None or job.status != JobStatus.VOID:
-            if found.body_hash != body_hash:
+            if existing.body_hash != body_hash:
                 raise Refused(
                     "This idempotency key was already used for another request. Use a new key.",
                     field="idempotency_key",
                 )
-            return found.job_id
+            return existing.job_id
         fresh = [Usage.job_id.set(mine), Usage.body_hash.set(body_hash)]
-        if tables.update(row, fresh, Usage.job_id == found.job_id, lambda found: found.job_id == mine):
+        if tables.update(row, fresh, Usage.job_id == existing.job_id, lambda current: current.job_id == mine):
             return mine
 
 
@@ -161,7 +161,7 @@ def edit(owner: str, job_id: str, request: JobRequest) -> Job:
     actions = [moves.set_attribute(Job, name, getattr(fresh, name)) for name in EDITABLE]
     if job.status != JobStatus.PAUSED:
         actions.append(Job.status.set(fresh.status))
-    moved = moves.move(job, actions, moves.as_seen(job), lambda found: found.body_hash == fresh.body_hash)
+    moved = moves.move(job, actions, moves.as_seen(job), lambda current: current.body_hash == fresh.body_hash)
     if moved is None:
         raise LostRace("The job changed at the same time. Reload it and try again.")
     moves.announce(moved)

@@ -230,13 +230,13 @@ def _send(delivery: WebhookDelivery) -> tuple[bool, str, bool]:
     return _record_result(endpoint, 200 <= status < 300, f"responded with status {status}", status == 410)
 
 
-def _record_result(endpoint: WebhookEndpoint, sent: bool, result: str, gone: bool) -> tuple[bool, str, bool]:
+def _record_result(endpoint: WebhookEndpoint, sent: bool, result: str, final: bool) -> tuple[bool, str, bool]:
     """Stores the result with the endpoint. An endpoint that responded 410 is disabled."""
     actions = [WebhookEndpoint.last_result.set(result)]
-    if gone:
+    if final:
         actions.append(WebhookEndpoint.active.set(False))
     tables.update(endpoint, actions, WebhookEndpoint.url.exists())
-    return sent, result, gone
+    return sent, result, final
 
 
 def signed(secret: str, delivery: WebhookDelivery, now: float | None = None) -> dict[str, str]:

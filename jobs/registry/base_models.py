@@ -106,7 +106,7 @@ def add_hub_model(owner: str, name: str) -> str:
     """Checks a model of the Hub and adds it to this user's list. Returns its ID. Raises Refused."""
     if known := catalog.find(name):
         return known.id
-    description = hub_models.look_up(name)
+    description = hub_models.fetch_description(name)
     others = {row.name for row in tables.rows(HubModel, owner)} - {description.model.id}
     if len(others) >= MAX_HUB_MODELS:
         raise hub_models.unavailable(

@@ -68,7 +68,7 @@ def check_allowed(name: str) -> None:
         )
 
 
-def look_up(name: str) -> HubDescription:
+def fetch_description(name: str) -> HubDescription:
     """Gets the description of `name` from the Hub. Raises Refused."""
     if not is_id(name):
         raise unavailable(
@@ -81,7 +81,7 @@ def look_up(name: str) -> HubDescription:
     if not _slots.acquire(blocking=False):
         raise unavailable("Too many models are being checked. Try again in a few seconds.", temporary=True)
     try:
-        return _look_up(name)
+        return _fetch_description(name)
     except Refused as refused:
         if not refused.temporary:
             while len(_refused) >= 1000:
@@ -92,7 +92,7 @@ def look_up(name: str) -> HubDescription:
         _slots.release()
 
 
-def _look_up(name: str) -> HubDescription:
+def _fetch_description(name: str) -> HubDescription:
     deadline = time.monotonic() + DEADLINE_S
     token = str(settings.HF_TOKEN) if is_listed(name) else ""
     description = _get_json(name, f"api/models/{name}?blobs=true", token, deadline)

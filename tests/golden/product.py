@@ -1,5 +1,5 @@
-"""Every product module that the golden tests import. When a module moves or a name in it changes, this file follows, and
-nothing else in tests/golden/ does: the recorded formats must stay as they are."""
+"""All product modules that the golden tests import. When a module moves or a name in it changes, only this file changes;
+the recorded formats stay as they are."""
 
 from __future__ import annotations
 

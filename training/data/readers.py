@@ -233,9 +233,9 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
         )
 
 
-def _skip(line: int, text: str, marks: str) -> tuple[int, str]:
+def _skip(line: int, text: str, punctuation: str) -> tuple[int, str]:
     """Skips white space and the punctuation between elements, counting lines."""
-    rest = text.lstrip(" \t\r\n" + marks)
+    rest = text.lstrip(" \t\r\n" + punctuation)
     return line + text.count("\n", 0, len(text) - len(rest)), rest
 
 

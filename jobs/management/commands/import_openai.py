@@ -104,10 +104,10 @@ class Command(BaseCommand):
 def _described_jobs(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.rglob("*.json")):
         try:
-            found = json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise CommandError(f"{path} cannot be read: {error}") from error
-        entries = found.get("data", [found]) if isinstance(found, dict) else found
+        entries = content.get("data", [content]) if isinstance(content, dict) else content
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and entry.get("object") == "fine_tuning.job":
                 yield entry

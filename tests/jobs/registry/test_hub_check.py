@@ -34,13 +34,13 @@ def put(hub: HubServer, folder: Path, name: str = "people/tiny", config: Any = C
 
 def refusal(name: str = "people/tiny") -> str:
     with pytest.raises(Refused) as refused:
-        hub_models.look_up(name)
+        hub_models.fetch_description(name)
     return str(refused.value)
 
 
 def test_a_public_model_is_taken_with_what_the_hub_says_of_it(hub, tmp_path):
     folder = put(hub, tmp_path, cardData={"license": "apache-2.0", "language": ["en", "de"]}, safetensors={"total": 1234})  # fmt: skip
-    found = hub_models.look_up("people/tiny")
+    found = hub_models.fetch_description("people/tiny")
     model = found.model
     assert (found.revision, model.id, model.parameters, model.layers) == (COMMIT, "people/tiny", 1234, 2)
     assert (model.licence, model.languages, model.context) == ("apache-2.0", "English, German", 128)
@@ -99,7 +99,7 @@ def test_a_private_model_is_as_unknown_as_none(hub, tmp_path):
 def test_the_token_is_lent_for_models_the_operator_named(hub, tmp_path, settings):
     put(hub, tmp_path, private=True, gated="manual")
     settings.HUB_MODELS = ["public", "people/*"]
-    assert hub_models.look_up("people/tiny").revision == COMMIT
+    assert hub_models.fetch_description("people/tiny").revision == COMMIT
     assert {token for _, token in hub.asked} == {TOKEN}
 
 
@@ -108,7 +108,7 @@ def test_the_token_does_not_follow_to_another_host(hub, tmp_path, settings):
     with running(hub.repositories) as other:
         hub.moved = other.url.replace("127.0.0.1", "localhost")
         settings.HUB_MODELS = ["people/*"]
-        assert hub_models.look_up("people/tiny").revision == COMMIT
+        assert hub_models.fetch_description("people/tiny").revision == COMMIT
         assert other.asked
         assert {token for _, token in other.asked} == {""}
 
@@ -133,7 +133,7 @@ def test_a_hub_that_cannot_be_reached_may_be_asked_again(hub, tmp_path, settings
     here, settings.HF_ENDPOINT = settings.HF_ENDPOINT, "http://127.0.0.1:9"
     assert "could not be reached" in refusal()
     settings.HF_ENDPOINT = here
-    assert hub_models.look_up("people/tiny")
+    assert hub_models.fetch_description("people/tiny")
 
 
 def test_a_hub_that_drips_is_left_in_time(hub, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Settings: one table says what is possible, and every refusal says what to change."""
+"""Settings: one table defines all valid values, and every error says what to change."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_new_setting_or_default_changes_no_earlier_job(monkeypatch: pytest.Mon
     monkeypatch.setattr(config, "FIELDS", {n: f for n, f in FIELDS.items() if n != "deterministic"})
     plain = {n: v for n, v in parse({"lora_rank": 4}).stored().items() if n != "deterministic"}
     monkeypatch.setattr(Settings, "stored", lambda self: plain)
-    # as a program without the setting wrote it
+    # the hash that a program without this setting would write
     assert config.settings_hash(parse({"lora_rank": 4})) == hashes[0]
 
 
