@@ -43,21 +43,21 @@ def environment_of(service: dict[str, Any], dotenv: dict[str, str]) -> dict[str,
     return dotenv | {name: filled_in(str(value), dotenv) for name, value in service["environment"].items()}
 
 
-def test_the_example_names_every_setting():
+def test_the_example_lists_every_setting():
     text = (ROOT / "llmtuner/settings.py").read_text()
     read = set(re.findall(r'env\.(?:text|flag|words|number|pairs|url)\(\s*"([A-Z0-9_]+)"', text))
     read |= set(re.findall(r'env\.url\([^)]*, "([A-Z_]+_PASSWORD)"\)', text))
     assert read - FOR_TESTS - EXAMPLE == set()
 
 
-def test_compose_uses_no_variable_that_the_example_does_not_name():
+def test_compose_uses_no_variable_that_the_example_does_not_list():
     decided = set().union(*(service["environment"] for service in OURS.values()))
     asked = set(re.findall(r"\$\{([A-Z0-9_]+)", TEXT))
     assert (decided | asked) - EXAMPLE == set()
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_production_starts_by_compose(name: str, monkeypatch):
+def test_compose_starts_a_safe_production(name: str, monkeypatch):
     """With the documented settings and passwords of any characters in .env, and the stores that compose itself runs."""
     stores = {"DATABASE_URL", "REDIS_URL", "DYNAMODB_ENDPOINT", "AWS_STORAGE_BUCKET_NAME"}
     dotenv = {key: value for key, value in SAFE.items() if key not in stores} | dict.fromkeys(
@@ -69,7 +69,7 @@ def test_production_starts_by_compose(name: str, monkeypatch):
     assert found["AWS_SECRET_ACCESS_KEY"] == ANY_CHARACTERS
 
 
-def test_stores_of_aws_replace_those_of_compose():
+def test_aws_stores_replace_those_of_compose():
     given = {
         "SECRET_KEY": "a",
         "DATABASE_URL": "postgres://me@rds/llmtuner",
@@ -86,7 +86,7 @@ SECRETS = ("SECRET_KEY", "POSTGRES_PASSWORD", "REDIS_PASSWORD", "MINIO_ROOT_PASS
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_nothing_starts_without_its_secrets(name: str):
+def test_nothing_starts_without_its_secret(name: str):
     secrets = dict.fromkeys(SECRETS, "a")
     filled_in(TEXT, secrets)
     del secrets[name]
@@ -94,7 +94,7 @@ def test_nothing_starts_without_its_secrets(name: str):
         filled_in(TEXT, secrets)
 
 
-def test_one_line_gives_the_gpus_to_workers_that_compute():
+def test_one_line_gives_the_gpus_to_the_workers_that_need_them():
     with_gpus, lines = re.subn(r"^  # gpus: all", "  gpus: all", TEXT, flags=re.MULTILINE)
     assert lines == 1
     services = yaml.safe_load(with_gpus)["services"]

@@ -39,14 +39,14 @@ def test_no_package_is_locked_in_two_places():
     assert not (ROOT / "constraints.txt").exists()
 
 
-def test_what_is_asked_for_is_locked_at_that_version():
+def test_requirements_are_locked_at_their_version():
     for file, lock in (("requirements.txt", RUN), ("requirements-dev.txt", RUN | DEV)):
         for one in asked(file):
             if one.name not in LEFT_OUT:
                 assert str(one.specifier) == f"=={lock[canonicalize_name(one.name)]}", one
 
 
-def test_whatever_these_need_is_locked_too():
+def test_the_dependencies_of_requirements_are_locked_too():
     assert not needed(asked("requirements.txt")) - set(RUN) - LEFT_OUT
     assert not needed(asked("requirements-dev.txt")) - set(RUN | DEV) - LEFT_OUT
 

@@ -102,7 +102,7 @@ def both(request_once: Callable[[str], None], known: str) -> tuple[Work, Work]:
     ("request_once", "hashed", "mailed"),
     [(sign_in, 1, 0), (sign_in_by_program, 1, 0), (reset, 0, 1), (reset_by_program, 0, 1)],
 )
-def test_signing_in_and_resetting_are_the_same_work(
+def test_signing_in_and_resetting_do_equal_work_for_known_and_unknown_addresses(
     known: str, request_once: Callable[[str], None], hashed: int, mailed: int
 ):
     one, other = both(request_once, known)
@@ -111,14 +111,14 @@ def test_signing_in_and_resetting_are_the_same_work(
 
 
 @pytest.mark.parametrize("request_once", [sign_up, sign_up_by_program])
-def test_signing_up_is_the_same_work_without_a_mail_server(known: str, request_once: Callable[[str], None]):
+def test_signing_up_does_equal_work_without_a_mail_server(known: str, request_once: Callable[[str], None]):
     one, other = both(request_once, known)
     assert (one.hashes, one.mails) == (other.hashes, other.mails) == (1, 0)
     assert one.queries == other.queries
 
 
 @pytest.mark.parametrize("request_once", [sign_up, sign_up_by_program])
-def test_signing_up_is_the_same_work_with_a_mail_server(
+def test_signing_up_does_equal_work_with_a_mail_server(
     known: str, mail_server: None, request_once: Callable[[str], None]
 ):
     one, other = both(request_once, known)

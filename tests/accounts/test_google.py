@@ -75,14 +75,14 @@ def google(provider: str, settings, monkeypatch) -> Google:
     return Google(provider)
 
 
-def test_one_click_makes_an_account_and_signs_in(db, google: Google, page: Client):
+def test_the_first_sign_in_creates_an_account(db, google: Google, page: Client):
     google.has("g-1", "new@example.com")
     page.get(google.agree(page, "g-1"))
     assert is_signed_in(page)
     assert User.objects.get(email="new@example.com").has_usable_password() is False
 
 
-def test_coming_back_finds_the_same_account(db, google: Google, page: Client):
+def test_signing_in_again_uses_the_same_account(db, google: Google, page: Client):
     google.has("g-2", "new@example.com")
     page.get(google.agree(page, "g-2"))
     again = Client()
@@ -91,7 +91,7 @@ def test_coming_back_finds_the_same_account(db, google: Google, page: Client):
     assert User.objects.count() == 1
 
 
-def test_the_button_is_there_only_when_google_is_set_up(db, page: Client, settings):
+def test_the_button_is_shown_only_when_google_is_configured(db, page: Client, settings):
     assert "Continue with Google" not in page.get("/accounts/login/").content.decode()
     settings.GOOGLE_CLIENT_ID = "llm-tuner"
     assert "Continue with Google" in page.get("/accounts/login/").content.decode()
@@ -105,14 +105,14 @@ def test_a_forged_state_does_not_sign_in(db, google: Google, page: Client):
     assert not is_signed_in(page)
 
 
-def test_an_answer_meant_for_another_browser_does_not_sign_in(db, google: Google, page: Client):
+def test_a_callback_meant_for_another_browser_does_not_sign_in(db, google: Google, page: Client):
     google.has("g-4", "attacker@example.com")
     back = google.agree(Client(), "g-4")
     page.get(back)
     assert not is_signed_in(page)
 
 
-def test_a_code_works_once(db, google: Google, page: Client):
+def test_an_authorization_code_works_once(db, google: Google, page: Client):
     google.has("g-5", "new@example.com")
     back = google.agree(page, "g-5")
     page.get(back)
@@ -122,7 +122,7 @@ def test_a_code_works_once(db, google: Google, page: Client):
     assert not is_signed_in(page)
 
 
-def test_an_address_google_has_not_verified_does_not_sign_in(db, google: Google, page: Client):
+def test_an_unverified_email_address_does_not_sign_in(db, google: Google, page: Client):
     google.has("g-6", "new@example.com", verified=False)
     page.get(google.agree(page, "g-6"))
     assert not is_signed_in(page)
@@ -130,7 +130,9 @@ def test_an_address_google_has_not_verified_does_not_sign_in(db, google: Google,
 
 
 @pytest.mark.parametrize("verified", [True, False])
-def test_the_address_of_a_local_account_opens_nothing(db, google: Google, page: Client, verified: bool):
+def test_google_does_not_sign_in_to_a_local_account_with_the_same_address(
+    db, google: Google, page: Client, verified: bool
+):
     alice = make_user("alice", password=PASSWORD)
     google.has("g-7", alice.email, verified=verified)
     answer = page.get(google.agree(page, "g-7"), follow=True)
@@ -144,7 +146,7 @@ def test_the_address_of_a_local_account_opens_nothing(db, google: Google, page: 
     )  # where one could try other addresses
 
 
-def test_a_person_who_says_no_is_told_so(db, google: Google, page: Client):
+def test_denied_consent_shows_that_sign_in_was_cancelled(db, google: Google, page: Client):
     leaving = page.post("/accounts/google/login/")
     state = parse_qs(urlsplit(leaving.headers["Location"]).query)["state"][0]
     answer = page.get(f"/accounts/google/login/callback/?error=access_denied&state={state}", follow=True)
@@ -152,7 +154,7 @@ def test_a_person_who_says_no_is_told_so(db, google: Google, page: Client):
     assert not is_signed_in(page)
 
 
-def test_the_request_to_google_carries_state_and_a_proof_key(db, google: Google, page: Client):
+def test_the_authorization_request_uses_state_and_pkce(db, google: Google, page: Client):
     leaving = page.post("/accounts/google/login/")
     query = parse_qs(urlsplit(leaving.headers["Location"]).query)
     assert len(query["state"][0]) >= 16
@@ -160,11 +162,11 @@ def test_the_request_to_google_carries_state_and_a_proof_key(db, google: Google,
     assert set(query["scope"][0].split()) == {"openid", "email"}
 
 
-def test_a_get_does_not_start_it(db, google: Google, page: Client):
+def test_a_get_request_does_not_start_the_sign_in(db, google: Google, page: Client):
     assert page.get("/accounts/google/login/").status_code == 200
 
 
-def test_endpoints_can_be_set_for_a_whole_process():
+def test_the_endpoints_can_be_set_by_environment_variable():
     code = (
         "import django; django.setup()\n"
         "from allauth.socialaccount.providers.google.views import AUTHORIZE_URL\n"

@@ -87,12 +87,12 @@ def assert_safe(answer) -> None:
 
 
 @pytest.mark.parametrize("address", VISITOR)
-def test_pages_for_visitors_are_safe(db, page: Client, address: str):
+def test_visitor_pages_send_the_security_headers(db, page: Client, address: str):
     assert_safe(page.get(address))
 
 
 @pytest.mark.parametrize("address", MEMBER)
-def test_pages_of_an_account_are_safe(alice: User, page: Client, address: str):
+def test_account_pages_send_the_security_headers(alice: User, page: Client, address: str):
     sign_in(page, alice)
     answer = page.get(address)
     if answer.status_code == 302:  # it asks for the password once more
@@ -103,7 +103,7 @@ def test_pages_of_an_account_are_safe(alice: User, page: Client, address: str):
 
 
 @pytest.mark.parametrize("address", STAFF)
-def test_the_admin_stands_under_the_same_policy(sam: User, page: Client, address: str):
+def test_the_admin_has_the_same_content_security_policy(sam: User, page: Client, address: str):
     sign_in(page, sam)
     answer = page.get(address)
     assert answer.status_code == 200
@@ -111,12 +111,12 @@ def test_the_admin_stands_under_the_same_policy(sam: User, page: Client, address
 
 
 @pytest.mark.parametrize("address", STAFF)
-def test_the_admin_is_for_staff(alice: User, page: Client, address: str):
+def test_the_admin_is_for_staff_only(alice: User, page: Client, address: str):
     sign_in(page, alice)
     assert page.get(address).status_code in {302, 403}
 
 
-def test_staff_make_nobody_a_superuser(sam: User, page: Client):
+def test_staff_cannot_make_anyone_a_superuser(sam: User, page: Client):
     helper = make_user("helper", is_staff=True, password=PASSWORD)
     helper.user_permissions.set(Permission.objects.filter(codename__in=["view_user", "change_user"]))
     sign_in(page, helper)
@@ -129,7 +129,7 @@ def test_staff_make_nobody_a_superuser(sam: User, page: Client):
     assert sam.is_active
 
 
-def test_a_broken_page_shows_its_number_and_nothing_else(db, page: Client, monkeypatch):
+def test_an_error_page_shows_the_request_id_and_no_details(db, page: Client, monkeypatch):
     def breaks(user: User) -> list[str]:
         raise RuntimeError("SELECT secret FROM settings")
 
@@ -144,7 +144,7 @@ def test_a_broken_page_shows_its_number_and_nothing_else(db, page: Client, monke
     assert_safe(answer)
 
 
-def test_a_store_that_is_away_is_said_to_be_away(db, page: Client, monkeypatch):
+def test_an_unavailable_store_gets_503(db, page: Client, monkeypatch):
     from redis.exceptions import ConnectionError as RedisIsAway
 
     def is_away(*args: object, **kwargs: object) -> None:
@@ -157,30 +157,30 @@ def test_a_store_that_is_away_is_said_to_be_away(db, page: Client, monkeypatch):
     assert "10.0.0.7" not in answer.content.decode()
 
 
-def test_what_is_not_there_looks_like_what_is_anothers(db, page: Client):
+def test_an_unknown_page_looks_like_another_users_page(db, page: Client):
     assert page.get("/jobs-of-bob/").content == page.get("/no-such-thing/").content
 
 
 @pytest.mark.parametrize("address", ["/_allauth/app/v1/nothing", "/_allauth/nothing"])
-def test_programs_get_their_errors_as_json(db, page: Client, address: str):
+def test_api_errors_are_json(db, page: Client, address: str):
     answer = page.get(address)
     assert answer.status_code == 404
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("address", ["/accounts/login/", "/accounts/password/reset/"])
-def test_another_hosts_name_is_refused(db, page: Client, address: str):
+def test_an_unknown_host_header_is_refused(db, page: Client, address: str):
     assert page.get(address, headers={"Host": "evil.example"}).status_code == 400
 
 
-def test_forms_without_a_token_are_refused(alice: User):
+def test_forms_without_a_csrf_token_are_refused(alice: User):
     page = Client(enforce_csrf_checks=True)
     answer = page.post("/accounts/login/", {"login": alice.email, "password": "correct-horse-battery-9"})
     assert answer.status_code == 403
     assert "Reload the page" in answer.content.decode()
 
 
-def test_static_files_are_found_compressed_and_kept(page: Client):
+def test_static_files_are_compressed_and_cached(page: Client):
     answer = page.get("/static/css/app.css", headers={"Accept-Encoding": "gzip"})
     assert answer.status_code == 200
     assert answer.headers["Content-Encoding"] == "gzip"
@@ -188,14 +188,14 @@ def test_static_files_are_found_compressed_and_kept(page: Client):
     assert len(answer.content) < 40_000
 
 
-def test_cookies_are_closed_to_scripts_and_other_sites(alice: User, page: Client):
+def test_cookies_are_httponly_and_samesite(alice: User, page: Client):
     sign_in(page, alice)
     for name in ("session", "csrf"):
         assert page.cookies[name]["httponly"]
         assert page.cookies[name]["samesite"] == "Lax"
 
 
-def test_pages_are_served_without_a_thread_of_their_own():
+def test_all_middleware_is_async():
     """One middleware that is only sync would put the whole path, streams included, into threads."""
     from django.conf import settings
     from django.utils.module_loading import import_string
@@ -203,7 +203,7 @@ def test_pages_are_served_without_a_thread_of_their_own():
     assert all(import_string(name).async_capable for name in settings.MIDDLEWARE)
 
 
-def test_staff_revoke_a_key_and_cannot_bring_it_back(alice: User, sam: User):
+def test_staff_can_revoke_a_key_but_not_restore_it(alice: User, sam: User):
     key, secret = api_keys.create(alice, "stolen", ["read"])
     page = Client()
     sign_in(page, sam)

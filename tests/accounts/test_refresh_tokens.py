@@ -34,7 +34,7 @@ def opens(access_token: str) -> bool:
     return answer.status_code == 200
 
 
-def test_each_refresh_token_gives_the_next_pair(alice: User):
+def test_refreshing_returns_a_new_token_pair(alice: User):
     first = sign_in(alice)
     second = refresh(first["refresh_token"]).json()["data"]
     third = refresh(second["refresh_token"]).json()["data"]
@@ -78,7 +78,7 @@ def test_a_forged_refresh_token_revokes_nothing(alice: User):
     assert refresh(pair["refresh_token"]).status_code == 200
 
 
-def test_two_at_once_with_the_same_refresh_token_get_one_pair_at_most(transactional_db: None):
+def test_concurrent_uses_of_one_refresh_token_get_one_pair(transactional_db: None):
     """Whichever comes second has reused a token, so neither the thief nor the owner goes on unnoticed."""
 
     def refresh_in_thread(token: str) -> int:

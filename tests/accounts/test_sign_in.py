@@ -40,7 +40,7 @@ def mail_server(settings):
     settings.ACCOUNT_EMAIL_VERIFICATION_BY_CODE_ENABLED = True
 
 
-def test_without_a_mail_server_one_signs_up_and_then_signs_in(db, page: Client):
+def test_without_a_mail_server_signing_up_leads_to_the_sign_in_page(db, page: Client):
     answer = page.post("/accounts/signup/?next=/models/", {"email": "New@Example.com", "password1": PASSWORD})
     assert answer.headers["Location"] == "/accounts/login/?next=%2Fmodels%2F"
     assert "the password you chose" in page.get("/accounts/login/").content.decode()
@@ -52,7 +52,7 @@ def test_without_a_mail_server_one_signs_up_and_then_signs_in(db, page: Client):
     assert is_signed_in(page)
 
 
-def test_the_name_in_model_ids_does_not_tell_who_else_is_there(db):
+def test_the_slug_in_model_ids_does_not_reveal_other_users(db):
     one, two = (User.objects.create_user(f"kim@{domain}.example", PASSWORD) for domain in ("one", "two"))
     assert re.fullmatch(r"kim-[0-9a-f]{6}", one.slug)
     assert re.fullmatch(r"kim-[0-9a-f]{6}", two.slug)
@@ -104,7 +104,7 @@ def sign_up_by_program(email: str) -> tuple[object, ...]:
 
 @pytest.mark.usefixtures("with_and_without_mail")
 @pytest.mark.parametrize("sign_up", [sign_up_on_the_page, sign_up_by_program])
-def test_signing_up_does_not_tell_who_has_an_account(
+def test_signing_up_does_not_reveal_who_has_an_account(
     alice: User, sign_up: Callable[[str], tuple[object, ...]]
 ):
     before = alice.password
@@ -115,7 +115,7 @@ def test_signing_up_does_not_tell_who_has_an_account(
 
 
 @pytest.mark.usefixtures("with_and_without_mail")
-def test_a_weak_password_does_not_tell_who_has_an_account(alice: User):
+def test_a_weak_password_does_not_reveal_who_has_an_account(alice: User):
     def answer(email: str) -> tuple[object, ...]:
         body = {"email": email, "password": "short"}
         return payload(
@@ -126,7 +126,7 @@ def test_a_weak_password_does_not_tell_who_has_an_account(alice: User):
 
 
 @pytest.mark.usefixtures("with_and_without_mail")
-def test_changing_the_address_does_not_tell_who_has_an_account(alice: User, bob: User):
+def test_changing_the_address_does_not_reveal_who_has_an_account(alice: User, bob: User):
     def change_to(email: str) -> tuple[object, ...]:
         page = Client()
         sign_in(page, bob)
@@ -137,7 +137,7 @@ def test_changing_the_address_does_not_tell_who_has_an_account(alice: User, bob:
     assert change_to(alice.email) == change_to("free@example.com")
 
 
-def test_signing_up_can_be_closed(db, page: Client, settings):
+def test_sign_up_can_be_closed(db, page: Client, settings):
     settings.SIGNUP_OPEN = False
     page.post("/accounts/signup/", {"email": "new@example.com", "password1": PASSWORD})
     assert not User.objects.filter(email="new@example.com").exists()
@@ -149,7 +149,7 @@ def test_weak_passwords_are_refused(db, page: Client, password: str):
     assert not User.objects.exists()
 
 
-def test_signing_in_makes_a_new_session(alice: User, page: Client):
+def test_signing_in_creates_a_new_session(alice: User, page: Client):
     page.get("/accounts/login/")
     page.session["before"] = 1
     before = page.session.session_key
@@ -158,7 +158,7 @@ def test_signing_in_makes_a_new_session(alice: User, page: Client):
     assert page.session.session_key != before
 
 
-def test_a_wrong_password_and_an_unknown_address_look_the_same(alice: User):
+def test_a_wrong_password_and_an_unknown_address_get_the_same_page(alice: User):
     def shown(email: str) -> str:
         page = (
             Client()
@@ -179,13 +179,13 @@ def test_signing_out_ends_the_session_on_the_server(alice: User, page: Client):
     assert not is_signed_in(thief)
 
 
-def test_a_get_does_not_sign_out(alice: User, page: Client):
+def test_a_get_request_does_not_sign_out(alice: User, page: Client):
     sign_in(page, alice)
     page.get("/accounts/logout/")
     assert is_signed_in(page)
 
 
-def test_somebody_shut_out_is_out_at_once(alice: User, page: Client):
+def test_a_deactivated_user_is_signed_out_at_once(alice: User, page: Client):
     sign_in(page, alice)
     User.objects.filter(pk=alice.pk).update(is_active=False)
     assert not is_signed_in(page)
@@ -208,7 +208,7 @@ def test_changing_the_password_signs_out_every_other_device(alice: User, page: C
     assert not is_signed_in(other)
 
 
-def test_a_forgotten_password_is_reset_by_code(alice: User, page: Client):
+def test_a_password_is_reset_with_an_emailed_code(alice: User, page: Client):
     page.post("/accounts/password/reset/", {"email": alice.email.upper()})
     assert mail.outbox[-1].to == [alice.email]
     choose = page.post(reverse("account_confirm_password_reset_code"), {"code": code_in_mail()})
@@ -218,7 +218,7 @@ def test_a_forgotten_password_is_reset_by_code(alice: User, page: Client):
     assert is_signed_in(fresh)
 
 
-def test_a_reset_for_nobody_looks_like_any_other(alice: User):
+def test_a_reset_for_an_unknown_address_looks_like_any_other(alice: User):
     known = Client().post("/accounts/password/reset/", {"email": alice.email})
     unknown = Client().post("/accounts/password/reset/", {"email": "nobody@example.com"})
     assert (known.status_code, known.headers["Location"]) == (
@@ -228,7 +228,7 @@ def test_a_reset_for_nobody_looks_like_any_other(alice: User):
 
 
 @pytest.mark.parametrize("lookalike", ["alıce@example.com", "ﬁona@example.com", " alice@example.com\u202e"])
-def test_a_code_for_somebody_goes_to_their_own_address_only(db, lookalike: str, page: Client):
+def test_a_reset_code_is_never_sent_to_a_lookalike_address(db, lookalike: str, page: Client):
     people = {"alice@example.com", "fiona@example.com"}
     for name in people:
         User.objects.create_user(name, PASSWORD)
@@ -240,12 +240,12 @@ def test_a_code_for_somebody_goes_to_their_own_address_only(db, lookalike: str, 
 @pytest.mark.parametrize(
     "target", ["https://evil.example/", "//evil.example", "/\\evil.example", "javascript:alert(1)"]
 )
-def test_signing_in_sends_nobody_to_another_site(alice: User, page: Client, target: str):
+def test_signing_in_does_not_redirect_to_another_site(alice: User, page: Client, target: str):
     answer = page.post("/accounts/login/", {"login": alice.email, "password": PASSWORD, "next": target})
     assert answer.headers["Location"] == "/"
 
 
-def test_signing_in_goes_on_to_the_page_one_wanted(db, page: Client):
+def test_signing_in_redirects_to_the_requested_page(db, page: Client):
     user = make_user("kim", password=PASSWORD)
     asked = page.get("/account/")
     assert asked.headers["Location"] == "/accounts/login/?next=/account/"

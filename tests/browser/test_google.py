@@ -72,7 +72,7 @@ def studio_with_google(stores: None, django_db_setup: None) -> Iterator[str]:
         process.wait()
 
 
-def test_one_click_signs_in(chromium: Any, studio_with_google: str, transactional_db: None):
+def test_google_sign_in_works_in_a_browser(chromium: Any, studio_with_google: str, transactional_db: None):
     context = chromium.new_context(base_url=studio_with_google)
     context.set_default_timeout(60_000)
     page = context.new_page()

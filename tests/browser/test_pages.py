@@ -32,7 +32,7 @@ def everything(owner: str) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_no_page_complains_or_overflows(page: Any, owner: str, width: int) -> None:
+def test_no_page_logs_errors_or_overflows(page: Any, owner: str, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 844})
     for address in everything(owner):
         answer = page.goto(address)
@@ -41,7 +41,7 @@ def test_no_page_complains_or_overflows(page: Any, owner: str, width: int) -> No
         assert page.evaluate("document.documentElement.scrollWidth") <= width, address
 
 
-def test_what_can_be_pressed_has_a_name_and_each_page_one_heading(page: Any, owner: str) -> None:
+def test_controls_have_accessible_names_and_each_page_one_heading(page: Any, owner: str) -> None:
     for address in everything(owner):
         page.goto(address)
         nameless = page.evaluate(
@@ -53,7 +53,7 @@ def test_what_can_be_pressed_has_a_name_and_each_page_one_heading(page: Any, own
         assert page.locator("h1").count() == 1, address
 
 
-def test_a_page_polls_where_the_stream_is_cut_off(page: Any, owner: str, complaints: list[str]) -> None:
+def test_a_page_polls_when_its_stream_is_blocked(page: Any, owner: str, complaints: list[str]) -> None:
     from tests.jobs.views.test_live import grow
 
     job = make_job(owner, lines=[metric(1), metric(2)])
@@ -66,7 +66,7 @@ def test_a_page_polls_where_the_stream_is_cut_off(page: Any, owner: str, complai
     complaints.clear()
 
 
-def test_it_all_works_without_javascript(
+def test_the_studio_works_without_javascript(
     chromium: Any, web: Any, transactional_db: None, tmp_path: Any
 ) -> None:
     user = make_user("alice")

@@ -85,7 +85,9 @@ def test_with_a_passkey_the_password_is_only_the_first_step(page: Any, alice: An
     page.wait_for_url("**/jobs/")
 
 
-def test_a_removed_passkey_signs_in_nobody(page: Any, alice: Any, device: Any, complaints: list[str]) -> None:
+def test_a_removed_passkey_does_not_sign_in(
+    page: Any, alice: Any, device: Any, complaints: list[str]
+) -> None:
     add_passkey(page, alice)
     page.goto("/accounts/2fa/webauthn/")
     page.click("text=Remove")

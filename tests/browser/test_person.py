@@ -37,7 +37,7 @@ def sample_rows(folder: Path) -> Path:
     return path
 
 
-def test_from_signing_up_to_the_model_elsewhere(
+def test_from_signing_up_to_using_the_model_elsewhere(
     page: Any, studio: Any, tmp_path: Path, complaints: list[str]
 ) -> None:
     rows = sample_rows(tmp_path)

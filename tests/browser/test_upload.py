@@ -28,7 +28,7 @@ def only_dataset(owner: str) -> Any:
     return dataset
 
 
-def test_a_large_file_goes_up_in_parts(page: Any, owner: str, large: Path) -> None:
+def test_a_large_file_is_uploaded_in_parts(page: Any, owner: str, large: Path) -> None:
     page.goto("/datasets/")
     page.set_input_files("input[type=file]", large)
     page.wait_for_url("**/datasets/file-*/")
@@ -37,7 +37,7 @@ def test_a_large_file_goes_up_in_parts(page: Any, owner: str, large: Path) -> No
         assert stored.read() == file.read()
 
 
-def test_it_goes_on_after_a_broken_connection_and_a_closed_page(
+def test_an_upload_resumes_after_a_lost_connection_and_a_closed_page(
     page: Any, owner: str, large: Path, complaints: list[str]
 ) -> None:
     sent: list[str] = []
@@ -70,7 +70,7 @@ def test_it_goes_on_after_a_broken_connection_and_a_closed_page(
     complaints[:] = [text for text in complaints if "ERR_FAILED" not in text]
 
 
-def test_stop_keeps_nothing(page: Any, owner: str, large: Path, complaints: list[str]) -> None:
+def test_stopping_an_upload_keeps_nothing(page: Any, owner: str, large: Path, complaints: list[str]) -> None:
     held: list[Any] = []
     page.route("**/parts/*/", lambda route: held.append(route))
     page.goto("/datasets/")
@@ -83,7 +83,7 @@ def test_stop_keeps_nothing(page: Any, owner: str, large: Path, complaints: list
     complaints.clear()
 
 
-def test_the_same_file_is_recognised_before_it_is_sent(page: Any, owner: str, tmp_path: Path) -> None:
+def test_a_duplicate_file_is_recognized_before_it_is_sent(page: Any, owner: str, tmp_path: Path) -> None:
     small = tmp_path / "small.jsonl"
     small.write_bytes(LINE * 20)
     page.goto("/datasets/")
@@ -98,7 +98,7 @@ def test_the_same_file_is_recognised_before_it_is_sent(page: Any, owner: str, tm
     assert len(access.list_datasets(owner)) == 2
 
 
-def test_a_refusal_is_told_where_the_file_was_chosen(
+def test_an_upload_error_is_shown_next_to_the_file_input(
     page: Any, owner: str, tmp_path: Path, complaints: list[str]
 ) -> None:
     empty = tmp_path / "empty.jsonl"

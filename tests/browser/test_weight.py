@@ -39,7 +39,7 @@ def peak_memory(pid: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def test_300_open_streams_hold_no_thread_and_no_sql_connection(web: Any, transactional_db: None) -> None:
+def test_300_open_streams_use_no_threads_and_no_sql_connections(web: Any, transactional_db: None) -> None:
     pid, port = web.processes["web"].pid, int(web.url.rsplit(":", 1)[1])
     watched = []
     for n in range(15):
@@ -74,7 +74,7 @@ def test_300_open_streams_hold_no_thread_and_no_sql_connection(web: Any, transac
     assert more_connections <= 1
 
 
-def test_downloading_a_gigabyte_adds_at_most_32_mb(web: Any, transactional_db: None) -> None:
+def test_downloading_a_gigabyte_takes_at_most_32_mb_of_memory(web: Any, transactional_db: None) -> None:
     user, prefix = make_user("downloader"), "models/gigabyte"
     path = blobs.local_path(f"{prefix}/model.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)

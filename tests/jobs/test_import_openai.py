@@ -72,7 +72,7 @@ def test_files_become_datasets_once(exported: Path):
     assert not list(access.list_jobs(alice.owner_id, 10))
 
 
-def test_described_jobs_are_trained_here_with_what_they_had(exported: Path):
+def test_exported_jobs_are_submitted_with_their_settings(exported: Path):
     alice = make_user("alice")
     said = imported(exported, alice, start=True)
     assert "There is no base model 'gpt-9'" in said
@@ -90,7 +90,7 @@ def test_described_jobs_are_trained_here_with_what_they_had(exported: Path):
     assert sorted(row.base for row in access.list_jobs(alice.owner_id, 10)) == ["gpt2", "starter"]
 
 
-def test_its_model_answers_to_the_old_name(exported: Path):
+def test_the_model_is_found_by_its_openai_name(exported: Path):
     alice, bob = make_user("alice"), make_user("bob")
     imported(exported, alice, start=True)
     (job,) = access.list_jobs(alice.owner_id, 10)
@@ -106,7 +106,7 @@ def test_its_model_answers_to_the_old_name(exported: Path):
 
 
 @pytest.mark.parametrize("wrong", ["no folder", "no files", "nobody", "broken"])
-def test_it_says_what_is_wrong(exported: Path, wrong: str):
+def test_an_error_describes_the_problem(exported: Path, wrong: str):
     alice = make_user("alice")
     if wrong == "broken":
         (exported / "job.json").write_text("{")

@@ -33,7 +33,7 @@ def browser(alice: User) -> Client:
     return quiet(browser_of(alice))
 
 
-def test_the_numbers_of_parts_are_refused_with_400(browser: Client) -> None:
+def test_malformed_part_numbers_get_400(browser: Client) -> None:
     begun = browser.post(reverse("jobs:begin_upload"), {"name": "a.jsonl", "bytes": "9", "mark": "x"}).json()
     links = begun["url"].replace("parts/", "links/")
     for numbers in (LONG, PADDED, f"1,{LONG}", "x", "-1", "²", "1,,2"):
@@ -44,21 +44,21 @@ def test_the_numbers_of_parts_are_refused_with_400(browser: Client) -> None:
 
 
 @pytest.mark.parametrize("line", [LONG, PADDED])
-def test_a_line_of_a_file_is_refused(browser: Client, alice: User, line: str) -> None:
+def test_a_long_line_number_is_refused(browser: Client, alice: User, line: str) -> None:
     dataset = make_dataset(alice.owner_id)
     answer = browser.post(reverse("jobs:dataset_row", args=[dataset.dataset_id]), {"line": line}, follow=True)
     assert answer.status_code == 200
     assert "Line: enter a line number" in answer.content.decode()
 
 
-def test_the_page_shows_no_row_of_a_line_that_is_no_number(browser: Client, alice: User) -> None:
+def test_the_dataset_page_ignores_a_long_line_number(browser: Client, alice: User) -> None:
     address = reverse("jobs:dataset", args=[make_dataset(alice.owner_id).dataset_id])
     for line in (LONG, PADDED):
         assert browser.get(address, {"line": line, "as": line}).status_code == 200
 
 
 @pytest.mark.parametrize("number", [LONG, PADDED, "1e400", "-" + LONG, "9" * 400])
-def test_the_forms_of_a_job_and_of_the_playground_refuse(browser: Client, alice: User, number: str) -> None:
+def test_the_job_and_playground_forms_refuse_long_numbers(browser: Client, alice: User, number: str) -> None:
     dataset = make_dataset(alice.owner_id)
     values = dict.fromkeys([*NewJobForm.base_fields, *FIELDS], number) | {"dataset": dataset.dataset_id}
     for name in ("jobs:new_job", "jobs:estimate", "jobs:count_tokens"):
@@ -86,7 +86,7 @@ def addresses(patterns: list[Any], before: str = "") -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_no_address_breaks_on_a_long_number(sam: User, alice: User) -> None:
+def test_no_url_fails_on_a_long_number(sam: User, alice: User) -> None:
     """Asked by staff, who reach all of them, with a number in the path and in every usual parameter."""
     found = sorted(set(addresses(get_resolver().url_patterns)))
     assert len(found) > 100
@@ -117,7 +117,7 @@ BODIES: dict[str, str] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("body", BODIES)
-def test_no_call_of_the_sign_in_api_breaks(alice: User, body: str) -> None:
+def test_no_call_of_the_sign_in_api_fails(alice: User, body: str) -> None:
     alice.set_password(PASSWORD)
     alice.save()
     sign_in = {"email": alice.email, "password": PASSWORD}
@@ -137,7 +137,7 @@ def test_no_call_of_the_sign_in_api_breaks(alice: User, body: str) -> None:
     assert not broken
 
 
-def test_the_api_refuses(transactional_db: None) -> None:
+def test_the_api_refuses_long_numbers(transactional_db: None) -> None:
     alice = make_user("alice")
     _, key = api_keys.create(alice, "all", list(api_keys.SCOPES))
     client, headers = quiet(Client()), {"authorization": f"Bearer {key}"}
@@ -162,7 +162,7 @@ def test_the_api_refuses(transactional_db: None) -> None:
         assert answer.status_code == 400, name
 
 
-def test_a_declared_length_beyond_all_numbers_is_refused() -> None:
+def test_a_huge_content_length_is_refused() -> None:
     sent: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -183,7 +183,7 @@ def test_a_declared_length_beyond_all_numbers_is_refused() -> None:
     assert asyncio.run(ask("9" * 30)) == 413
 
 
-def test_a_long_range_of_a_download_is_no_error(alice: User) -> None:
+def test_a_huge_byte_range_is_clamped(alice: User) -> None:
     from jobs.views.objects import byte_range
 
     assert byte_range(f"bytes=0-{LONG}", 10) == (0, 10)

@@ -59,7 +59,7 @@ def test_bob_gets_404_for_what_is_alices(bobs: Client, things: dict[str, str], n
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_visitor_is_sent_to_sign_in(client: Client, things: dict[str, str], name: str) -> None:
+def test_a_visitor_is_redirected_to_sign_in(client: Client, things: dict[str, str], name: str) -> None:
     kind = parameter(name)
     answer = ask(client, name, *([things[kind]] if kind else []))
     assert answer.status_code == 302
@@ -76,7 +76,7 @@ def test_other_methods_are_refused(alices: Client, things: dict[str, str], name:
 
 
 @pytest.mark.parametrize("name", sorted(POSTS | PUTS))
-def test_a_post_without_its_token_is_refused(alice: User, things: dict[str, str], name: str) -> None:
+def test_a_post_without_a_csrf_token_is_refused(alice: User, things: dict[str, str], name: str) -> None:
     strict = Client(enforce_csrf_checks=True)
     strict.force_login(alice, backend="allauth.account.auth_backends.AuthenticationBackend")
     kind = parameter(name)
@@ -90,7 +90,7 @@ def test_alice_gets_all_her_pages(alices: Client, things: dict[str, str]) -> Non
             assert ask(alices, name, *([things[kind]] if kind else [])).status_code in (200, 302), name
 
 
-def test_bobs_lists_hold_nothing_of_alices(bobs: Client, alice: User) -> None:
+def test_bobs_lists_contain_nothing_of_alices(bobs: Client, alice: User) -> None:
     make_dataset(alice.owner_id, name="canary.jsonl")
     make_job(alice.owner_id, name="canary job")
     make_model(alice.owner_id, name="canary model")

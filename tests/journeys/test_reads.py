@@ -31,7 +31,7 @@ MOST = {
 
 
 @pytest.mark.parametrize("name", MOST)
-def test_a_page_reads_little(alices: Client, alice: User, name: str) -> None:
+def test_a_page_takes_few_reads(alices: Client, alice: User, name: str) -> None:
     for n in range(12):
         dataset, job = make_dataset(alice.owner_id), make_job(alice.owner_id, lines=[metric(n + 1)] * 250)
         model = make_model(alice.owner_id)
@@ -45,7 +45,7 @@ def test_a_page_reads_little(alices: Client, alice: User, name: str) -> None:
     assert "Scan" not in counter
 
 
-def test_a_very_long_job_costs_no_more_than_a_few_dozen_reads(alices: Client, alice: User) -> None:
+def test_a_very_long_job_takes_at_most_60_reads(alices: Client, alice: User) -> None:
     job = make_job(alice.owner_id, lines=[metric(n) for n in range(1, 12_001)])
     with tables.count_calls() as counter:
         answer = alices.get(reverse("jobs:job", args=[job.job_id]))
@@ -55,7 +55,7 @@ def test_a_very_long_job_costs_no_more_than_a_few_dozen_reads(alices: Client, al
     assert (shown[0], shown[-1]) == (1, 12_000)
 
 
-def test_an_estimate_at_each_key_costs_one_read(alices: Client, alice: User) -> None:
+def test_updating_an_estimate_takes_one_read(alices: Client, alice: User) -> None:
     data = {"dataset": make_dataset(alice.owner_id).dataset_id, "base": "starter"}
     alices.post(reverse("jobs:estimate"), data, headers={"HX-Request": "true"})
     with tables.count_calls() as counter:
@@ -63,7 +63,7 @@ def test_an_estimate_at_each_key_costs_one_read(alices: Client, alice: User) -> 
     assert tables.reads(counter) == 1
 
 
-def test_oversight_never_scans(sams: Client, alice: User) -> None:
+def test_the_admin_job_list_never_scans(sams: Client, alice: User) -> None:
     job = make_job(alice.owner_id)
     for query in ({}, {"state": "active"}, {"state": "failed"}, {"q": job.job_id}, {"q": alice.email}):
         with tables.count_calls() as counter:

@@ -108,7 +108,7 @@ def prompt() -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_file_is_checked_while_a_webhook_is_silent(house: House, silent: str, prompt: str):
+def test_a_dataset_is_checked_while_a_webhook_hangs(house: House, silent: str, prompt: str):
     """Judged by order: in one line with the ten deliveries the check comes after them, and so does somebody else's."""
     house.start()
     checked_s, at_check, at_others = house.ask(SCRIPT.format(silent=silent, prompt=prompt))

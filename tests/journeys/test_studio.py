@@ -119,7 +119,7 @@ def house(tmp_path: Path):
             house.kill()
 
 
-def test_after_kill_9_of_everything_all_is_there_and_the_running_job_goes_on(house: House):
+def test_after_kill_9_all_data_is_kept_and_the_running_job_continues(house: House):
     house.start()
     ids = house.ask(SUBMIT)
     deadline = time.monotonic() + 120
@@ -150,7 +150,7 @@ def test_after_kill_9_of_everything_all_is_there_and_the_running_job_goes_on(hou
     assert house.processes() == []
 
 
-def test_a_taken_port_is_told_clearly(house: House, redis: services.Service):
+def test_a_port_that_is_in_use_is_reported(house: House, redis: services.Service):
     house.env["REDIS_PORT"] = str(redis.port)
     answer = subprocess.run(
         [sys.executable, "-m", "llmtuner.local_stack"],
@@ -165,7 +165,7 @@ def test_a_taken_port_is_told_clearly(house: House, redis: services.Service):
     assert "REDIS_PORT=" in answer.stderr
 
 
-def test_health_answers_while_it_runs(house: House):
+def test_it_is_ready_while_it_runs(house: House):
     house.start()
     port = house.env["WEB_PORT"]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=10) as answer:

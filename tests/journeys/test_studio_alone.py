@@ -158,7 +158,7 @@ def as_nobody(work: Callable[[], Any]) -> Any:
     return answer
 
 
-def test_of_two_started_at_the_same_moment_one_runs_and_the_other_says_so(house: Started):
+def test_of_two_started_at_once_one_runs_and_the_other_is_refused(house: Started):
     assert house.process
     assert f"Another bin/up is already running in {house.var}: process {house.process.pid}" in house.refused
     assert "Traceback" not in house.refused
@@ -166,7 +166,7 @@ def test_of_two_started_at_the_same_moment_one_runs_and_the_other_says_so(house:
 
 
 @pytest.mark.parametrize("ports", ["the same ports", "other ports"])
-def test_a_second_one_is_refused_and_the_first_goes_on(house: Started, ports: str):
+def test_a_second_one_is_refused_and_the_first_keeps_running(house: Started, ports: str):
     assert house.process
     lasting = ("llmtuner", "redis-server", "dynalite")  # a worker's trainers come and go
     before, written = house.pids(), (house.var / "supervisord.conf").read_bytes()
@@ -185,7 +185,7 @@ def test_a_second_one_is_refused_and_the_first_goes_on(house: Started, ports: st
     assert house.status() == 200
 
 
-def test_nothing_in_the_folder_is_open_to_others(house: Started):
+def test_other_accounts_have_no_permissions_in_the_folder(house: Started):
     files = [path for path in (house.var, *house.var.rglob("*")) if path.exists() and not path.is_symlink()]
     damaged = {
         path for path in files if any("redis-damaged" in part for part in path.parts)
@@ -199,7 +199,7 @@ def test_nothing_in_the_folder_is_open_to_others(house: Started):
     assert found == {}
 
 
-def test_every_process_writes_for_its_own_account_only(house: Started):
+def test_every_process_creates_private_files(house: Started):
     masks = {}
     for pid, command in house.pids().items():
         with contextlib.suppress(OSError):  # one that ended just now
@@ -213,7 +213,7 @@ def test_every_process_writes_for_its_own_account_only(house: Started):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another account")
-def test_another_account_reads_nothing(house: Started):
+def test_another_account_can_read_nothing(house: Started):
     assert as_nobody(lambda: os.listdir(house.folder))  # so far it may come
     for name in ("db.sqlite3", "secret-key", "redis-password", "dynamodb-secret", "logs/web.log"):
         assert (house.var / name).exists()
@@ -222,7 +222,7 @@ def test_another_account_reads_nothing(house: Started):
     assert as_nobody(lambda: os.listdir(house.var)).startswith("PermissionError")
 
 
-def test_the_embedded_dynamodb_answers_nobody_who_does_not_know_its_secret(house: Started):
+def test_the_embedded_dynamodb_refuses_requests_without_its_secret(house: Started):
     url = f"http://127.0.0.1:{house.env['DYNAMODB_PORT']}/"
     scope = "local/20260101/us-east-1/dynamodb/aws4_request"
     forged = f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host;x-amz-date, Signature={'0' * 64}"
@@ -261,7 +261,7 @@ def test_an_ordinary_client_needs_the_secret(house: Started, knows: bool):
             client.list_tables()
 
 
-def test_a_redis_file_damaged_in_the_middle_is_set_aside(house: Started):
+def test_a_damaged_redis_file_is_set_aside(house: Started):
     (aside,) = house.var.glob("redis-damaged-*")
     assert list(aside.rglob("*.aof"))
     said = (house.folder / "up.log").read_text()
@@ -272,7 +272,7 @@ def test_a_redis_file_damaged_in_the_middle_is_set_aside(house: Started):
         assert client.get("key-0") is None
 
 
-def test_supervisord_goes_on_when_nothing_can_be_written(house: Started):
+def test_supervisord_keeps_running_when_it_cannot_write(house: Started):
     """No file may grow any more for supervisord, neither its log nor its standard error: as on a full disk."""
     supervisord = int((house.var / "supervisord.pid").read_text())
 
@@ -309,7 +309,7 @@ def test_supervisord_goes_on_when_nothing_can_be_written(house: Started):
     assert house.status() == 200
 
 
-def test_a_folder_that_cannot_be_written_gets_a_sentence(tmp_path: Path):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path):
     """Root may write everywhere, so there this runs as a root without that right."""
     house = House(tmp_path)
     (tmp_path / "var").mkdir()

@@ -56,7 +56,7 @@ def dripped_on(s: socket.socket, more: bytes = b"x") -> bool:
     return not is_closed(s)
 
 
-def test_thousands_of_half_requests_end_while_others_are_served(start_web: Any):
+def test_thousands_of_unfinished_requests_are_closed_while_others_are_served(start_web: Any):
     """More than web serves at once (4,000), each kept alive by a byte now and then, with the default limits."""
     raise_open_files_limit()
     port = start_web(WEB_MAX_CONNECTIONS_PER_ADDRESS="0")
@@ -69,12 +69,12 @@ def test_thousands_of_half_requests_end_while_others_are_served(start_web: Any):
     assert slow == []
 
 
-def test_a_connection_that_says_nothing_is_closed(start_web: Any):
+def test_a_silent_connection_is_closed(start_web: Any):
     port = start_web(WEB_HEADER_TIMEOUT_S="1")
     assert connect(port).recv(100) == b""
 
 
-def test_half_a_request_is_told_that_it_took_too_long(start_web: Any):
+def test_an_unfinished_request_gets_408(start_web: Any):
     port = start_web(WEB_HEADER_TIMEOUT_S="1")
     s = connect(port, HALF)
     assert s.recv(100).startswith(b"HTTP/1.1 408 ")
@@ -83,7 +83,7 @@ def test_half_a_request_is_told_that_it_took_too_long(start_web: Any):
         pass
 
 
-def test_empty_lines_do_not_hold_a_connection(start_web: Any):
+def test_empty_lines_do_not_keep_a_connection_open(start_web: Any):
     """Between two requests the parser skips them, and each would begin the wait anew."""
     port = start_web(WEB_HEADER_TIMEOUT_S="1")
     s = connect(port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -94,14 +94,14 @@ def test_empty_lines_do_not_hold_a_connection(start_web: Any):
     assert not dripped_on(s, b"\r\n")
 
 
-def test_a_body_that_stops_ends_its_connection(start_web: Any):
+def test_a_stalled_body_closes_its_connection(start_web: Any):
     port = start_web(WEB_BODY_TIMEOUT_S="1")
     s = connect(port, POST + b"half of the body")
     while s.recv(4096):
         pass
 
 
-def test_a_slow_body_that_goes_on_is_read_whole(start_web: Any):
+def test_a_slow_body_is_read_completely(start_web: Any):
     """Longer than both limits in all, and never silent for as long as one of them."""
     port = start_web(WEB_BODY_TIMEOUT_S="8", WEB_HEADER_TIMEOUT_S="5")
     s = connect(port, POST)
@@ -111,7 +111,7 @@ def test_a_slow_body_that_goes_on_is_read_whole(start_web: Any):
     assert s.recv(100).startswith(b"HTTP/1.1 4")  # 401 of the view or 400: it was asked
 
 
-def test_one_address_has_a_bound_that_others_do_not_share(start_web: Any):
+def test_the_connection_limit_is_per_address(start_web: Any):
     port = start_web(WEB_MAX_CONNECTIONS_PER_ADDRESS="20", WEB_HEADER_TIMEOUT_S="600")
     open_ones = [connect(port, HALF) for _ in range(20)]
     assert answers_another_address(port)  # and the 20 were accepted before it
@@ -131,7 +131,7 @@ def test_one_address_has_a_bound_that_others_do_not_share(start_web: Any):
     raise AssertionError("no place became free")
 
 
-def test_headers_without_end_are_refused(start_web: Any):
+def test_oversized_headers_are_refused(start_web: Any):
     s = connect(start_web(WEB_HEADER_TIMEOUT_S="600"), b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
     try:
         for _ in range(20):
@@ -142,7 +142,7 @@ def test_headers_without_end_are_refused(start_web: Any):
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_live_page_is_not_cut(start_web: Any, alice: Any):
+def test_an_event_stream_is_not_cut_off(start_web: Any, alice: Any):
     port = start_web(WEB_BODY_TIMEOUT_S="5", WEB_HEADER_TIMEOUT_S="5")
     job = make_job(alice.owner_id)
     session = browser_of(alice).cookies["session"].value
@@ -158,7 +158,7 @@ def test_a_live_page_is_not_cut(start_web: Any, alice: Any):
     assert said.startswith(b"HTTP/1.1 200 ")
 
 
-def test_by_default_an_address_is_bounded_unless_it_is_a_trusted_proxy(start_web: Any):
+def test_connections_are_limited_by_default_except_behind_a_trusted_proxy(start_web: Any):
     refused = {}
     for proxies in ("0", "1"):
         port = start_web(TRUSTED_PROXY_COUNT=proxies, WEB_HEADER_TIMEOUT_S="600")

@@ -48,9 +48,7 @@ def readiness(port: int) -> tuple[int, dict[str, str]]:
     return status, json.loads(body)["stores"]
 
 
-def test_a_load_balancer_is_answered_whatever_host_it_names(
-    start_web: Callable[..., int], s3: Any, folder: Path
-):
+def test_health_checks_accept_any_host_header(start_web: Callable[..., int], s3: Any, folder: Path):
     port = start_web(
         **bucket(s3), PUBLIC_URL="https://tuner.example.com", DATABASE_URL=f"sqlite:///{folder}/db.sqlite3"
     )
@@ -60,7 +58,7 @@ def test_a_load_balancer_is_answered_whatever_host_it_names(
 
 
 @pytest.mark.usefixtures("transactional_db")
-def test_what_is_away_is_called_unreachable(start_web: Callable[..., int], s3: services.Service):
+def test_unavailable_stores_are_reported_as_unreachable(start_web: Callable[..., int], s3: services.Service):
     nobody = services.free_port()
     port = start_web(
         **bucket(s3, AWS_S3_ENDPOINT_URL=f"http://127.0.0.1:{nobody}"),
@@ -80,7 +78,7 @@ def test_what_is_away_is_called_unreachable(start_web: Callable[..., int], s3: s
 
 
 @pytest.mark.usefixtures("transactional_db")
-def test_what_is_wrong_is_called_misconfigured(
+def test_wrong_store_settings_are_reported_as_misconfigured(
     start_web: Callable[..., int], s3: services.Service, tmp_path: Path, redis: Any
 ):
     """A wrong password of Redis, tables that don't exist in SQL and DynamoDB, and a wrong secret of S3."""
@@ -104,12 +102,12 @@ def test_what_is_wrong_is_called_misconfigured(
     assert "Part of the service is misconfigured" in body
 
 
-def test_a_bucket_that_does_not_exist_is_misconfigured(start_web: Callable[..., int], s3: services.Service):
+def test_a_missing_bucket_is_reported_as_misconfigured(start_web: Callable[..., int], s3: services.Service):
     port = start_web(**bucket(s3, AWS_STORAGE_BUCKET_NAME="another"))
     assert readiness(port)[1]["bucket"] == "misconfigured"
 
 
-def test_a_store_that_never_answers_does_not_hold_the_probe(start_web: Callable[..., int]):
+def test_a_store_that_hangs_does_not_block_the_probe(start_web: Callable[..., int]):
     """It accepts connections and says nothing; each probe is answered all the same, by one waiting thread in all."""
     import socket
 

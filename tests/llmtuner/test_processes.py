@@ -15,7 +15,7 @@ FOLDERS = ("accounts", "benchmarks", "bin", "docs", "jobs", "llmtuner", "tests",
 OWN_COMMAND = re.compile(r"celery\W+-A\W+llmtuner|uvicorn\W+llmtuner\.asgi")  # also as a list of words
 
 
-def test_no_other_file_starts_web_or_a_worker_by_another_command():
+def test_no_other_file_starts_web_or_a_worker_with_another_command():
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     paths += [path for path in ROOT.iterdir() if path.is_file()]
     texts = {path: path.read_bytes().decode(errors="replace") for path in paths if path.suffix != ".pyc"}

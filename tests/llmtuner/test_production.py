@@ -37,7 +37,7 @@ def check(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_safe_production_passes_without_warnings(tmp_path: Path):
+def test_a_safe_production_configuration_passes_without_warnings(tmp_path: Path):
     result = check(tmp_path, **SAFE)
     assert result.returncode == 0, result.stderr
     assert "no issues (0 silenced)" in result.stdout
@@ -68,7 +68,9 @@ def test_a_safe_production_passes_without_warnings(tmp_path: Path):
     ],
     ids=str,
 )
-def test_an_unsafe_production_is_refused(change: dict[str, str | None], error: str, monkeypatch):
+def test_an_unsafe_production_configuration_is_refused(
+    change: dict[str, str | None], error: str, monkeypatch
+):
     """In this process, with the settings as that environment would make them: a process each would take a minute."""
     assert f"llmtuner.{error}" in problems_with(SAFE | change, monkeypatch)
 
@@ -108,11 +110,11 @@ def problems_with(environment: dict[str, str | None], monkeypatch, needs_sql: bo
     return {str(message.id) for message in checks.problems(needs_sql)}
 
 
-def test_the_safe_one_has_no_problem_of_ours(monkeypatch):
+def test_a_safe_production_configuration_has_no_problems(monkeypatch):
     assert not problems_with(SAFE, monkeypatch)
 
 
-def test_an_unsafe_production_does_not_start(tmp_path: Path):
+def test_web_does_not_start_with_an_unsafe_configuration(tmp_path: Path):
     """Not only `check --deploy` refuses: the server itself does."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment |= SAFE | {"VAR_DIR": str(tmp_path), "SECRET_KEY": "short"}
@@ -125,7 +127,7 @@ def test_an_unsafe_production_does_not_start(tmp_path: Path):
 
 
 @pytest.mark.parametrize("queue", ["checks", "training", "inference"])
-def test_a_worker_does_not_start_in_an_unsafe_production(tmp_path: Path, queue: str):
+def test_a_worker_does_not_start_with_an_unsafe_configuration(tmp_path: Path, queue: str):
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment |= SAFE | {"VAR_DIR": str(tmp_path), "REDIS_URL": ""}
     result = subprocess.run(
@@ -141,7 +143,7 @@ def test_a_worker_does_not_start_in_an_unsafe_production(tmp_path: Path, queue: 
     assert "Traceback" not in result.stderr
 
 
-def test_bin_up_says_why_it_does_not_start_a_production_of_embedded_stores(tmp_path: Path):
+def test_bin_up_explains_why_production_cannot_use_embedded_stores(tmp_path: Path):
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment |= SAFE | {"VAR_DIR": str(tmp_path)}
     del environment["REDIS_URL"]
@@ -158,7 +160,7 @@ def test_bin_up_says_why_it_does_not_start_a_production_of_embedded_stores(tmp_p
     assert "Traceback" not in result.stderr
 
 
-def test_a_clone_starts_with_no_environment_and_keeps_its_secret(tmp_path: Path):
+def test_a_generated_secret_key_is_stored_and_reused(tmp_path: Path):
     from llmtuner import env
 
     first = env.stored_secret(tmp_path / "secret-key")

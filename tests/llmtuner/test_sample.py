@@ -14,7 +14,7 @@ pytestmark = pytest.mark.django_db
 
 
 @pytest.mark.parametrize("status", ["queued", "running", "retrying"])
-def test_a_sample_job_that_still_runs_is_not_told_as_ended(
+def test_a_sample_job_that_is_still_running_is_not_reported_as_ended(
     stores, alice, settings, tmp_path: Path, capsys, monkeypatch, status
 ):
     job = make_job(alice.owner_id, status)
@@ -27,7 +27,7 @@ def test_a_sample_job_that_still_runs_is_not_told_as_ended(
     assert f"has not finished yet. Follow its progress at http://localhost:8420/jobs/{job.job_id}" in said
 
 
-def test_a_sample_that_is_not_checked_in_time_does_not_end_the_studio(
+def test_a_sample_that_is_not_checked_in_time_does_not_stop_the_studio(
     stores, alice, settings, tmp_path: Path, capsys, monkeypatch
 ):
     alice.is_superuser = True

@@ -59,7 +59,7 @@ def errand(dataset: Dataset, facts: dict[str, Any]) -> str:
     return f"{dataset.dataset_id}@{base_models.tokenizer_family(facts)}"
 
 
-def test_bases_that_read_alike_share_a_report():
+def test_bases_with_the_same_tokenizer_share_a_report():
     assert (
         base_models.tokenizer_family({"id": "gpt2-xl"})
         == base_models.tokenizer_family({"id": "distilgpt2"})
@@ -70,7 +70,7 @@ def test_bases_that_read_alike_share_a_report():
     assert not reports.uses_default_tokenizer({"id": "gpt2"})
 
 
-def test_a_job_waits_for_the_report_of_its_base_and_asks_for_it_once(tiny):
+def test_a_job_waits_for_the_report_of_its_base_and_requests_it_once(tiny):
     owner = make_owner()
     dataset = make_dataset(owner)
     job = submit(owner, dataset, tiny)
@@ -84,7 +84,7 @@ def test_a_job_waits_for_the_report_of_its_base_and_asks_for_it_once(tiny):
     assert submit(owner, dataset, tiny).status == "queued"  # it is there already
 
 
-def test_its_counts_are_the_other_tokenizers(tiny):
+def test_a_report_counts_with_the_other_tokenizer(tiny):
     owner = make_owner()
     dataset = make_dataset(owner)
     reports.request_report(dataset, tiny)
@@ -96,7 +96,7 @@ def test_its_counts_are_the_other_tokenizers(tiny):
     assert reports.summary_for(dataset, {"id": "gpt2"}) == (dataset.summary, False)
 
 
-def test_data_that_teaches_this_base_nothing_ends_the_job(tiny, monkeypatch):
+def test_a_dataset_without_trainable_tokens_fails_the_job(tiny, monkeypatch):
     owner = make_owner()
     dataset = make_dataset(owner)
     job = submit(owner, dataset, tiny)
@@ -108,7 +108,7 @@ def test_data_that_teaches_this_base_nothing_ends_the_job(tiny, monkeypatch):
     assert (ended.status, ended.reason, ended.message) == ("failed", "dataset_rejected", "No token is left.")
 
 
-def test_a_tokenizer_that_cannot_be_had_keeps_no_job_waiting_and_may_be_asked_for_again(tiny, monkeypatch):
+def test_an_unavailable_tokenizer_does_not_block_a_job_and_is_requested_again(tiny, monkeypatch):
     owner = make_owner()
     dataset = make_dataset(owner)
     job = submit(owner, dataset, tiny)
@@ -121,7 +121,7 @@ def test_a_tokenizer_that_cannot_be_had_keeps_no_job_waiting_and_may_be_asked_fo
     assert reports.get(dataset.dataset_id, tiny).status == "checking"
 
 
-def test_a_report_of_what_was_deleted_is_nothing_to_do(tiny):
+def test_a_report_on_a_deleted_dataset_is_skipped(tiny):
     owner = make_owner()
     dataset = make_dataset(owner)
     reports.request_report(dataset, tiny)
@@ -131,7 +131,7 @@ def test_a_report_of_what_was_deleted_is_nothing_to_do(tiny):
 
 
 @pytest.mark.slow
-def test_the_trainer_sees_what_was_counted_or_does_not_start(tiny):
+def test_the_trainer_starts_only_with_the_counts_of_the_report(tiny):
     owner = make_owner()
     dataset = make_dataset(owner)
     job = submit(owner, dataset, tiny, max_steps=1)
@@ -152,7 +152,7 @@ def test_the_trainer_sees_what_was_counted_or_does_not_start(tiny):
     assert f"counted {wrong['tokens']} tokens" in read(claim.job).message
 
 
-def test_rows_held_out_that_are_also_learned_from_are_told():
+def test_validation_rows_that_are_also_trained_on_are_reported():
     owner = make_owner()
     dataset = make_dataset(owner)
     held = make_dataset(owner, [*ROWS[:2], {"prompt": "other", "completion": "no"}, ROWS[5]])

@@ -47,7 +47,7 @@ def test_events_are_numbered_from_one_and_the_end_is_the_last():
     assert events[-1].data["status"] == "succeeded"
 
 
-def test_readers_do_not_see_a_chunk_before_the_job_says_so():
+def test_readers_do_not_see_a_chunk_before_the_job_row_includes_it():
     claim = make_claim()
     event_log.append(claim, Batch(1, ('{"t": "log", "message": "early"}',)))
     assert event_log.read(claim.owner, claim.job_id) == []
@@ -63,7 +63,7 @@ def test_a_batch_sent_twice_is_stored_once():
     assert messages(event_log.read(claim.owner, claim.job_id)) == ["once"]
 
 
-def test_a_zombie_neither_overwrites_nor_shows_events():
+def test_a_stale_worker_can_neither_overwrite_nor_publish_events():
     zombie = make_claim()
     tell(zombie, "before")
     transitions.requeue(transitions.lose_lease(read(zombie.job)))
@@ -76,7 +76,7 @@ def test_a_zombie_neither_overwrites_nor_shows_events():
     assert messages(event_log.read(next_one.owner, next_one.job_id)) == ["before", "mine"]
 
 
-def test_a_later_holder_replaces_what_an_earlier_one_never_showed():
+def test_the_next_lease_owner_replaces_unpublished_events():
     first = make_claim()
     event_log.append(first, Batch(1, ('{"t": "log", "message": "unseen"}',) * 3))
     first.give_back()
@@ -85,7 +85,7 @@ def test_a_later_holder_replaces_what_an_earlier_one_never_showed():
     assert messages(event_log.read(second.owner, second.job_id)) == ["seen"]
 
 
-def test_reading_goes_on_in_the_middle_of_a_chunk():
+def test_reading_can_start_in_the_middle_of_a_chunk():
     claim = make_claim()
     tell(claim, *(f"{n}" for n in range(1, 101)))
     tell(claim, *(f"{n}" for n in range(101, 151)))
@@ -95,14 +95,14 @@ def test_reading_goes_on_in_the_middle_of_a_chunk():
         ]
 
 
-def test_backwards_gives_the_newest_first_up_to_a_number():
+def test_backwards_returns_the_newest_first_up_to_a_number():
     claim = make_claim()
     tell(claim, "1", "2", "3")
     tell(claim, "4")
     assert messages(event_log.backwards(claim.job_id, 3)) == ["3", "2", "1"]
 
 
-def test_anothers_feed_does_not_exist():
+def test_another_users_events_are_not_found():
     claim = make_claim()
     with pytest.raises(access.NotFound):
         event_log.read(make_owner(), claim.job_id)
@@ -117,14 +117,14 @@ async def test_a_follower_of_an_ended_job_gets_everything_and_stops():
     assert [e.seq for e in await asyncio.wait_for(gather(claim.owner, claim.job_id, 3), WAIT_S)] == []
 
 
-async def test_a_number_that_was_never_given_brings_the_whole_feed():
+async def test_an_event_number_in_the_future_replays_all_events():
     claim = make_claim()
     tell(claim, "one")
     claim.finish("failed", "not_finite")
     assert [e.seq for e in await asyncio.wait_for(gather(claim.owner, claim.job_id, 2**62), WAIT_S)] == [1, 2]
 
 
-async def test_two_hundred_watchers_cost_one_reader_and_no_thread_each(monkeypatch):
+async def test_two_hundred_watchers_share_one_reader_and_need_no_threads(monkeypatch):
     monkeypatch.setattr(
         event_log, "POLL_S", 100 * WAIT_S
     )  # news come by the bell alone, however long this takes
@@ -153,7 +153,7 @@ async def test_two_hundred_watchers_cost_one_reader_and_no_thread_each(monkeypat
     assert {tuple(event.seq for event in events) for events in everybody} == {(1, 2, 3, 4, 5), (2, 3, 4, 5)}
 
 
-async def test_a_watcher_who_comes_late_and_from_behind_gets_all_of_it(monkeypatch):
+async def test_a_late_watcher_gets_all_events(monkeypatch):
     monkeypatch.setattr(event_log, "KEPT", 3)
     claim = make_claim()
     tell(claim, *(str(n) for n in range(1, 11)))
@@ -166,7 +166,7 @@ async def test_a_watcher_who_comes_late_and_from_behind_gets_all_of_it(monkeypat
     assert [e.seq for e in await asyncio.wait_for(late, WAIT_S)] == list(range(3, 13))
 
 
-async def test_what_comes_while_a_watcher_is_busy_with_its_first_events_is_not_passed_over():
+async def test_events_that_arrive_during_the_replay_are_not_skipped():
     """It is being sent what was there when it came (slowly, with a thousand others); meanwhile more happens."""
     claim = make_claim()
     tell(claim, "1", "2")
@@ -184,7 +184,7 @@ async def test_what_comes_while_a_watcher_is_busy_with_its_first_events_is_not_p
     assert [e.seq for e in await asyncio.wait_for(other, WAIT_S)] == [1, 2, 3, 4]
 
 
-async def test_news_arrive_by_the_bell_and_not_by_the_poll(monkeypatch):
+async def test_events_arrive_by_pubsub_without_polling(monkeypatch):
     monkeypatch.setattr(event_log, "POLL_S", 100 * WAIT_S)
     claim = make_claim()
     follower = event_log.follow(claim.owner, claim.job_id)
@@ -195,7 +195,7 @@ async def test_news_arrive_by_the_bell_and_not_by_the_poll(monkeypatch):
     await follower.aclose()
 
 
-async def test_a_lost_bell_costs_one_poll(monkeypatch):
+async def test_a_lost_pubsub_message_delays_events_until_the_next_poll(monkeypatch):
     monkeypatch.setattr(event_log, "announce", lambda *_: None)
     claim = make_claim()
     follower = event_log.follow(claim.owner, claim.job_id)
@@ -206,7 +206,7 @@ async def test_a_lost_bell_costs_one_poll(monkeypatch):
     await follower.aclose()
 
 
-async def test_a_watcher_who_does_not_read_is_let_go():
+async def test_a_watcher_that_does_not_read_is_dropped():
     claim = make_claim()
     ticks = event_log.watch(claim.owner, claim.job_id)
     await anext(ticks)
@@ -218,7 +218,7 @@ async def test_a_watcher_who_does_not_read_is_let_go():
         await anext(ticks)
 
 
-async def test_leaving_frees_everything():
+async def test_closing_a_stream_frees_its_tailer():
     claim = make_claim()
     follower = event_log.watch(claim.owner, claim.job_id)
     await anext(follower)

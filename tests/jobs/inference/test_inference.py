@@ -83,7 +83,7 @@ def servers_of(pid):
     ]
 
 
-async def test_tokens_stream_and_make_the_whole_text(worker):
+async def test_streamed_tokens_make_up_the_whole_text(worker):
     lines = [
         line
         async for line in generation.stream(
@@ -96,18 +96,18 @@ async def test_tokens_stream_and_make_the_whole_text(worker):
     assert (text, whole.usage["completion_tokens"]) == (whole.texts[0], 8)
 
 
-async def test_anothers_model_does_not_exist(worker):
+async def test_another_users_model_is_not_found(worker):
     with pytest.raises(access.NotFound):
         await text_of(make_owner(), model="ft:starter:bob::12345678")
 
 
-async def test_twelve_requests_of_six_people_are_all_answered(worker):
+async def test_twelve_requests_of_six_users_are_all_answered(worker):
     owners = [make_owner() for _ in range(6)]
     answers = await asyncio.gather(*(text_of(owner, seed=1) for owner in owners * 2))
     assert len({answer.texts[0] for answer in answers}) == 1
 
 
-async def test_a_third_request_of_one_person_waits_for_its_turn(worker):
+async def test_a_third_request_of_one_user_waits_for_its_turn(worker):
     owner = make_owner()
     streams = [
         generation.stream(owner, GenerateRequest("starter", prompt="A", max_tokens=100)) for _ in range(2)
@@ -121,7 +121,7 @@ async def test_a_third_request_of_one_person_waits_for_its_turn(worker):
     assert (await third).usage["completion_tokens"] == 8
 
 
-async def test_leaving_early_frees_the_place(worker):
+async def test_closing_a_stream_early_frees_its_place(worker):
     owner = make_owner()
     stream = generation.stream(owner, GenerateRequest("starter", prompt="A", max_tokens=200))
     await anext(stream)
@@ -130,14 +130,14 @@ async def test_leaving_early_frees_the_place(worker):
     await eventually(lambda: redis_client.client().zcard(f"generation:running:{owner}") == 0)
 
 
-async def test_a_full_queue_says_when_to_come_back(stores, monkeypatch):
+async def test_a_full_queue_says_when_to_retry(stores, monkeypatch):
     monkeypatch.setattr(generation_queue, "MAX_WAITING", 0)
     with pytest.raises(Busy) as busy:
         await text_of(make_owner())
     assert busy.value.retry_after >= 1
 
 
-async def test_without_a_worker_nobody_waits_long(paused, monkeypatch):
+async def test_without_a_worker_requests_fail_soon(paused, monkeypatch):
     monkeypatch.setattr(generation, "NO_WORKER_S", 0)
     monkeypatch.setattr(generation, "RENEW_S", 0)
     redis_client.client().delete("generation:taken", "generation:running")
@@ -146,7 +146,7 @@ async def test_without_a_worker_nobody_waits_long(paused, monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["with its data", "without its data"])
-async def test_who_waits_keeps_the_place_when_redis_is_started_again(paused, redis, folder, kept):
+async def test_waiting_requests_keep_their_order_when_redis_restarts(paused, redis, folder, kept):
     owner = make_owner()
     line = generation_queue.line_of(owner)
     asked = []
@@ -167,7 +167,7 @@ async def test_who_waits_keeps_the_place_when_redis_is_started_again(paused, red
     assert [answer.usage["completion_tokens"] for answer in await asyncio.gather(*asked)] == [2] * 8
 
 
-async def test_what_a_lost_worker_held_is_asked_for_again(paused, monkeypatch):
+async def test_a_request_taken_by_a_lost_worker_is_queued_again(paused, monkeypatch):
     monkeypatch.setattr(generation, "RENEW_S", 0)
     owner = make_owner()
     line = generation_queue.line_of(owner)
@@ -181,7 +181,7 @@ async def test_what_a_lost_worker_held_is_asked_for_again(paused, monkeypatch):
     assert (await asked).usage["completion_tokens"] == 8
 
 
-async def test_a_gap_in_an_answer_is_an_error_and_not_a_shorter_text(paused):
+async def test_a_gap_in_a_reply_is_an_error(paused):
     owner = make_owner()
     asked = asyncio.create_task(text_of(owner))
     await eventually(lambda: redis_client.client().zcard(generation_queue.line_of(owner)) == 1)
@@ -194,7 +194,7 @@ async def test_a_gap_in_an_answer_is_an_error_and_not_a_shorter_text(paused):
     generation_queue.end(owner, taken.rid, 1)
 
 
-async def test_whoever_died_in_the_queue_holds_no_place_in_it(paused, monkeypatch):
+async def test_a_request_whose_client_died_leaves_the_queue(paused, monkeypatch):
     monkeypatch.setattr(generation_queue, "MAX_WAITING_OF_ONE", 2)
     owner = make_owner()
     client = redis_client.own_client()
@@ -212,7 +212,7 @@ async def test_whoever_died_in_the_queue_holds_no_place_in_it(paused, monkeypatc
     await client.aclose()
 
 
-async def test_the_queue_is_bounded_in_bytes_too(paused, monkeypatch):
+async def test_the_queue_is_also_limited_in_bytes(paused, monkeypatch):
     monkeypatch.setattr(generation_queue, "MAX_BYTES_OF_ONE", 100)
     alice, bob = make_owner(), make_owner()
     client = redis_client.own_client()
@@ -228,7 +228,7 @@ async def test_the_queue_is_bounded_in_bytes_too(paused, monkeypatch):
     await client.aclose()
 
 
-async def test_a_dead_server_is_started_again(worker):
+async def test_a_dead_model_server_is_restarted(worker):
     stream = generation.stream(make_owner(), GenerateRequest("starter", prompt="A", max_tokens=200))
     await anext(stream)
     for pid in servers_of(worker.pid):
@@ -239,7 +239,7 @@ async def test_a_dead_server_is_started_again(worker):
     await wait_for_answer()
 
 
-async def test_a_silent_server_is_started_again_and_who_waited_is_answered(worker):
+async def test_a_hung_model_server_is_restarted_and_waiting_requests_are_answered(worker):
     for pid in servers_of(worker.pid):
         os.kill(pid, signal.SIGSTOP)  # alive, and says nothing for ever
     began = time.monotonic()
@@ -248,7 +248,7 @@ async def test_a_silent_server_is_started_again_and_who_waited_is_answered(worke
     assert time.monotonic() - began > SILENCE_S
 
 
-def test_only_whose_prompt_was_being_read_is_told_so(stores, monkeypatch):
+def test_only_the_request_whose_prompt_was_being_read_fails_as_prompt_failed(stores, monkeypatch):
     said: dict[str, str] = {}
     monkeypatch.setattr(inference_worker, "publish", lambda rid, lines, after: said.update({rid: lines[-1]}))
     asked = inference_worker.ModelServer()
@@ -260,7 +260,7 @@ def test_only_whose_prompt_was_being_read_is_told_so(stores, monkeypatch):
     assert not asked.waiting
 
 
-def test_why_a_model_cannot_be_loaded_names_nothing_of_ours(stores, monkeypatch):
+def test_the_error_for_a_model_that_cannot_be_loaded_reveals_no_internals(stores, monkeypatch):
     said: list[str] = []
 
     def away(owner, model):

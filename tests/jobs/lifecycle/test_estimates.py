@@ -79,12 +79,12 @@ def test_recording_a_job_twice_counts_it_once() -> None:
         {"base": "somebody/else", "base_snapshot": None},
     ],
 )
-def test_only_whole_runs_teach(fields: dict[str, object]) -> None:
+def test_only_uninterrupted_runs_are_recorded(fields: dict[str, object]) -> None:
     estimates.record(finished(100, **fields))
     assert estimates.records(estimates.machine()) == []
 
 
-def test_its_owner_finds_the_same_record() -> None:
+def test_the_owner_has_the_same_record() -> None:
     job = finished(100)
     estimates.record(job)
     (record,) = estimates.records(job.owner)
@@ -95,7 +95,7 @@ def test_its_owner_finds_the_same_record() -> None:
     assert not {"name", "owner"} & set(machines), "what staff see of everybody's jobs names nobody"
 
 
-def test_who_waits_behind_others_is_told_how_long() -> None:
+def test_the_queue_time_follows_recent_jobs() -> None:
     for row in queue.index_rows():
         row.delete()
     assert estimates.queue_seconds() == 0

@@ -46,7 +46,7 @@ def quiet():
 
 
 @pytest.mark.slow
-def test_no_interleaving_breaks_a_promise():
+def test_no_interleaving_violates_an_invariant():
     first, started, runs = random.randrange(10**6), time.monotonic(), 0
     while runs < LEAST or time.monotonic() - started < SECONDS:
         scenario = list(protocol.SCENARIOS)[runs % len(protocol.SCENARIOS)]
@@ -64,5 +64,5 @@ def test_a_planted_bug_is_caught(bug):
     assert any(protocol.explore(name, number, bug)[0] for name, number in plan[:TRIES])
 
 
-def test_every_planted_bug_has_a_place_where_it_shows():
+def test_every_starting_seed_belongs_to_a_planted_bug():
     assert set(FOUND) <= set(PLANTED)

@@ -45,7 +45,7 @@ def test_each_job_is_claimed_once(racers):
     assert {read(job).fencing_token for job in jobs} == {1}
 
 
-def test_the_quota_holds_when_all_come_at_once(racers, settings):
+def test_concurrent_submissions_respect_the_quota(racers, settings):
     settings.JOBS = settings.JOBS | {"max_jobs_per_owner": 5}
     owner = make_owner()
     request = make_request(owner)
@@ -62,7 +62,7 @@ def test_the_quota_holds_when_all_come_at_once(racers, settings):
     assert {row.job_id for row in queue.index_rows() if row.owner == owner} == accepted
 
 
-def test_one_key_sent_many_times_at_once_makes_one_job(racers):
+def test_concurrent_submissions_with_one_key_create_one_job(racers):
     owner = make_owner()
     request = make_request(owner)
     jobs = racers.map(lambda _: transitions.submit(owner, request, idempotency_key="k").job_id, range(30))

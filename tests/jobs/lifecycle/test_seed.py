@@ -58,7 +58,7 @@ def test_a_seed_in_the_settings_wins(tmp_path: Path) -> None:
     assert trained_seed(job_with({"seed": 5}, seed=7), tmp_path) == 5
 
 
-def test_an_edited_seed_is_trained_with(tmp_path: Path) -> None:
+def test_a_job_trains_with_its_edited_seed(tmp_path: Path) -> None:
     job = job_with({"seed": 7}, seed=7)
     edit(job, seed=9)
     assert trained_seed(job, tmp_path) == 9

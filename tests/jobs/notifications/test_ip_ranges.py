@@ -46,7 +46,7 @@ def test_a_private_address_inside_an_ipv6_address_is_private(block):
 @pytest.mark.parametrize(
     "address", ["fec0::1", "192.0.0.8", "2001:1::1", "::ffff:8.8.8.8", "4000::1", "fe80::1%eth0"]
 )
-def test_what_is_not_of_the_public_internet_is_private(address):
+def test_addresses_outside_the_public_internet_are_private(address):
     assert not is_public(address)
 
 
@@ -77,5 +77,5 @@ def test_what_is_not_of_the_public_internet_is_private(address):
         "64:ff9b::8.8.8.8",  # how a network without IPv4 reaches it
     ],
 )
-def test_the_neighbours_of_special_ranges_are_public(address):
+def test_addresses_next_to_special_ranges_are_public(address):
     assert is_public(address)

@@ -81,7 +81,7 @@ def test_the_official_client_accepts_our_signature(receiver):
         client.webhooks.unwrap(body.decode().replace("succeeded", "cancelled"), headers)
 
 
-def test_it_is_sent_again_later_under_the_same_id(receiver):
+def test_a_failed_delivery_is_sent_again_with_the_same_id(receiver):
     receiver.answers[:] = [500, 302, 200]
     claim, _, id = ended_job(make_owner(), receiver.url)
     for wait in (5, 300):
@@ -115,7 +115,7 @@ def put_delivery(endpoint, **fields):
 @pytest.mark.parametrize(
     "url", [f"https://{'a' * 300}/", "https://..../", "https://example.com/\0", "https://[x/"]
 )
-def test_whatever_an_address_raises_ends_the_try(url):
+def test_an_invalid_stored_url_ends_the_try(url):
     endpoint = stored_endpoint(make_owner(), url)
     id = put_delivery(endpoint)
     assert not webhooks.deliver(endpoint.owner, id)
@@ -123,7 +123,7 @@ def test_whatever_an_address_raises_ends_the_try(url):
     assert (row.tries, row.status, row.last_result) == (1, "pending", "could not be reached")
 
 
-def test_any_exception_ends_the_try(receiver, monkeypatch):
+def test_an_unexpected_exception_ends_the_try(receiver, monkeypatch):
     endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
     id = put_delivery(endpoint)
 
@@ -135,7 +135,7 @@ def test_any_exception_ends_the_try(receiver, monkeypatch):
     assert delivery_of(endpoint.owner, id).last_result == "could not be reached"
 
 
-def test_giving_up_is_decided_before_anything_is_posted(receiver):
+def test_a_delivery_is_given_up_before_anything_is_posted(receiver):
     """A worker that dies after each post must not post for ever."""
     endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
     id = put_delivery(endpoint, tries=len(webhooks.SCHEDULE_S), last_result="answered 500")
@@ -145,7 +145,7 @@ def test_giving_up_is_decided_before_anything_is_posted(receiver):
     assert receiver.got == []
 
 
-def test_a_test_is_sent_once_and_not_again(receiver):
+def test_a_test_delivery_is_not_retried(receiver):
     receiver.answers[:] = [500]
     endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
     webhooks.send_test(endpoint)
@@ -155,7 +155,7 @@ def test_a_test_is_sent_once_and_not_again(receiver):
     assert (row.status, row.last_result) == ("given up", "answered 500")
 
 
-def test_tests_are_limited(settings, receiver, monkeypatch):
+def test_test_deliveries_are_limited(settings, receiver, monkeypatch):
     settings.JOBS = settings.JOBS | {"max_webhook_tests_per_owner": 3}
     endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
     for _ in range(3):
@@ -171,14 +171,14 @@ def test_tests_are_limited(settings, receiver, monkeypatch):
     assert len(quotas.held(endpoint.owner, "tests")) == 1
 
 
-def test_gone_means_gone(receiver):
+def test_status_410_deactivates_the_endpoint(receiver):
     receiver.answers[:] = [410]
     claim, endpoint, id = ended_job(make_owner(), receiver.url)
     assert webhooks.deliver(claim.owner, id)
     assert not tables.get(WebhookEndpoint, claim.owner, endpoint.endpoint_id).active
 
 
-def test_it_gives_up_after_a_day_and_more(receiver):
+def test_a_delivery_is_given_up_after_all_tries(receiver):
     receiver.answers[:] = [500]
     claim, _, id = ended_job(make_owner(), receiver.url)
     for _ in webhooks.SCHEDULE_S:
@@ -189,7 +189,7 @@ def test_it_gives_up_after_a_day_and_more(receiver):
     assert len(receiver.got) == len(webhooks.SCHEDULE_S)
 
 
-def test_each_end_is_told_once_however_often_its_effects_are_made(receiver):
+def test_each_end_is_delivered_once_however_often_its_steps_run(receiver):
     claim, _, id = ended_job(make_owner(), receiver.url)
     outbox.run("deliver", claim.owner, id, "")
     for _ in range(3):
@@ -198,7 +198,7 @@ def test_each_end_is_told_once_however_often_its_effects_are_made(receiver):
     assert len(receiver.got) == 1
 
 
-def test_a_body_is_small_and_says_only_what_to_ask_for(receiver):
+def test_the_body_is_small_and_contains_only_the_job_id(receiver):
     claim, _, id = ended_job(make_owner(), receiver.url)
     body = json.loads(delivery_of(claim.owner, id).payload)
     assert body["data"] == {"id": claim.job_id}
@@ -216,12 +216,12 @@ def test_a_body_is_small_and_says_only_what_to_ask_for(receiver):
         "https://example.com/\x7f", "https://example.com/?\x01",
     ],
 )  # fmt: skip
-def test_odd_addresses_are_refused(url):
+def test_malformed_urls_are_refused(url):
     with pytest.raises(webhooks.BadAddress):
         webhooks.add_endpoint(make_owner(), url)
 
 
-def test_what_is_accepted_raises_nothing_unforeseen_when_posted(monkeypatch):
+def test_posting_to_an_accepted_url_raises_only_expected_errors(monkeypatch):
     """Addresses at random: each is refused when it is added, or is one that can be asked for."""
     resolve = socket.getaddrinfo  # numeric only, so that no name server is asked
 
@@ -273,7 +273,7 @@ def test_what_is_accepted_raises_nothing_unforeseen_when_posted(monkeypatch):
         "255.255.255.255", "[ff02::1]", "240.0.0.1",
     ],
 )  # fmt: skip
-def test_nothing_private_is_ever_connected_to(host, monkeypatch):
+def test_private_addresses_are_never_connected_to(host, monkeypatch):
     monkeypatch.setattr(
         webhooks.socket, "create_connection", lambda *args, **options: pytest.fail("connected")
     )
@@ -281,7 +281,7 @@ def test_nothing_private_is_ever_connected_to(host, monkeypatch):
         webhooks.post(f"https://{host}/", b"", {})
 
 
-def test_a_name_that_leads_inside_is_refused_and_what_was_checked_is_connected_to(monkeypatch):
+def test_a_name_with_a_private_address_is_refused_and_only_the_checked_address_is_used(monkeypatch):
     asked = []
 
     def connect(address, **options):
@@ -299,7 +299,7 @@ def test_a_name_that_leads_inside_is_refused_and_what_was_checked_is_connected_t
     assert asked == [("93.184.216.34", 443)]
 
 
-def test_an_answer_that_never_ends_is_given_up(settings, monkeypatch):
+def test_a_response_that_never_ends_is_given_up(settings, monkeypatch):
     """It would hold a worker that others wait for."""
     settings.WEBHOOKS_ALLOW_PRIVATE = True
     monkeypatch.setattr(webhooks, "DEADLINE_S", 0.5)
@@ -319,7 +319,7 @@ def test_an_answer_that_never_ends_is_given_up(settings, monkeypatch):
         over.set()
 
 
-def test_connecting_is_given_up_sooner_than_an_answer(settings, monkeypatch):
+def test_connecting_has_a_shorter_timeout_than_the_response(settings, monkeypatch):
     """The test ends only if the time to connect is one of its own."""
     assert webhooks.CONNECT_S == 5
     settings.WEBHOOKS_ALLOW_PRIVATE = True
@@ -340,7 +340,7 @@ def test_connecting_is_given_up_sooner_than_an_answer(settings, monkeypatch):
                 webhooks.post(f"http://127.0.0.1:{full.getsockname()[1]}/", b"", {})
 
 
-def test_a_handshake_that_never_comes_is_given_up_as_soon(settings, monkeypatch):
+def test_the_tls_handshake_has_the_same_short_timeout(settings, monkeypatch):
     settings.WEBHOOKS_ALLOW_PRIVATE = True
     monkeypatch.setattr(webhooks, "CONNECT_S", 0.2)
     monkeypatch.setattr(webhooks, "TIMEOUT_S", 3600)
@@ -376,7 +376,7 @@ class Held:
         return run
 
 
-def test_an_owner_s_deliveries_take_few_threads_and_others_none_of_theirs():
+def test_slow_deliveries_of_one_owner_leave_threads_for_others():
     """With as many threads as two owners may take, eight silent deliveries of one leave room for the other."""
     lane, alices, bobs = webhooks.PerOwner(), Held(), Held()
     with ThreadPoolExecutor(2 * webhooks.AT_ONCE) as threads:
@@ -394,7 +394,7 @@ def test_an_owner_s_deliveries_take_few_threads_and_others_none_of_theirs():
     assert sorted(alices.order) == list(range(8))
 
 
-def test_a_delivery_that_waits_is_kept_once_however_often_the_bell_rings():
+def test_a_waiting_delivery_is_kept_once_however_often_it_is_enqueued():
     lane, held = webhooks.PerOwner(), Held()
     with ThreadPoolExecutor(webhooks.AT_ONCE) as threads:
         done = [threads.submit(lane.run, "alice", str(n), held.work(n)) for n in range(webhooks.AT_ONCE)]
@@ -408,7 +408,7 @@ def test_a_delivery_that_waits_is_kept_once_however_often_the_bell_rings():
     assert held.order.count("later") == 1
 
 
-def test_a_delivery_that_fails_unforeseen_holds_up_no_other(monkeypatch):
+def test_an_unexpected_failure_does_not_block_other_deliveries(monkeypatch):
     monkeypatch.setattr(webhooks, "AT_ONCE", 1)
     lane, done = webhooks.PerOwner(), []
 
@@ -423,7 +423,7 @@ def test_a_delivery_that_fails_unforeseen_holds_up_no_other(monkeypatch):
     assert done == ["later", "last"]
 
 
-def test_a_person_is_told_by_mail(alice):
+def test_the_owner_is_notified_by_email(alice):
     webhooks.set_email(alice.owner_id, alice.notification_email)
     claim = make_claim(make_job(alice.owner_id, name="orders\nBcc: x"))
     claim.finish("failed", "not_finite")
@@ -437,7 +437,7 @@ def test_a_person_is_told_by_mail(alice):
     assert claim.job_id in message.body
 
 
-def test_whoever_gave_no_address_gets_no_mail():
+def test_without_an_address_no_email_is_sent():
     owner = make_owner()
     claim = make_claim(make_job(owner))
     claim.finish("failed", "bad_data")
@@ -452,7 +452,7 @@ class BrokenBackend(BaseEmailBackend):
         raise RuntimeError("a fault of the mail server")
 
 
-def test_any_exception_ends_the_try_of_a_mail(settings):
+def test_an_unexpected_email_exception_ends_the_try(settings):
     settings.EMAIL_BACKEND = f"{__name__}.BrokenBackend"
     owner = make_owner()
     webhooks.set_email(owner, "alice@example.com")
@@ -465,7 +465,7 @@ def test_any_exception_ends_the_try_of_a_mail(settings):
     assert (row.status, row.tries, row.last_result) == ("pending", 1, "the mail server did not accept it")
 
 
-def test_the_mail_address_is_no_webhook():
+def test_the_email_address_is_not_listed_as_a_webhook():
     owner = make_owner()
     webhooks.set_email(owner, "alice@example.com")
     assert webhooks.list_endpoints(owner) == []

@@ -40,7 +40,7 @@ def make_model(owner: str, **fields: object) -> TunedModel:
     return access.get_model_for(owner, job.model_id)
 
 
-def test_a_model_nobody_added_is_no_base():
+def test_a_hub_model_that_was_not_added_is_not_a_base():
     owner = make_owner()
     with pytest.raises(transitions.Refused, match="no base model people/tiny") as refused:
         make_job(owner, base="people/tiny")
@@ -50,7 +50,7 @@ def test_a_model_nobody_added_is_no_base():
         make_job(owner, base="people/tiny")
 
 
-def test_a_model_that_was_added_is_pinned_to_the_revision_that_was_checked():
+def test_an_added_model_is_pinned_to_the_revision_that_was_checked():
     owner = make_owner()
     add(owner)
     job = make_job_from_hub(owner)
@@ -61,7 +61,7 @@ def test_a_model_that_was_added_is_pinned_to_the_revision_that_was_checked():
     assert transitions.retry(owner, job.job_id).base_snapshot["revision"] == "0" * 40
 
 
-def test_what_the_operator_no_longer_allows_is_no_base(settings):
+def test_a_model_the_operator_no_longer_allows_is_not_a_base(settings):
     owner = make_owner()
     add(owner)
     settings.HUB_MODELS = ["others/*"]
@@ -70,12 +70,12 @@ def test_what_the_operator_no_longer_allows_is_no_base(settings):
         base_models.folder("people/tiny", FACTS)
 
 
-def test_a_worker_fetches_nothing_that_was_never_checked():
+def test_a_worker_downloads_only_checked_models():
     with pytest.raises(Failure, match="has not been checked"):
         base_models.folder("people/tiny", None)
 
 
-def test_nobody_generates_with_a_model_of_the_hub_that_they_did_not_add():
+def test_generating_with_a_hub_model_requires_adding_it():
     owner = make_owner()
     with pytest.raises(access.NotFound):
         generation.check_model(owner, "people/tiny")
@@ -83,7 +83,7 @@ def test_nobody_generates_with_a_model_of_the_hub_that_they_did_not_add():
     generation.check_model(owner, "people/tiny")
 
 
-def test_somebody_elses_model_is_as_unknown_as_none():
+def test_another_users_model_looks_like_an_unknown_one():
     model = make_model(make_owner())
     messages = []
     for name in (model.model_id, model.model_id[:-1] + "~"):
@@ -93,7 +93,7 @@ def test_somebody_elses_model_is_as_unknown_as_none():
     assert messages[0] == messages[1]
 
 
-def test_a_model_tuned_from_a_tuned_model_names_its_parent_and_keeps_its_roots_name():
+def test_a_model_tuned_from_a_tuned_model_records_its_parent_and_keeps_the_root_name():
     owner = make_owner()
     parent = make_model(owner)
     job = make_job(owner, base=parent.model_id)
@@ -109,7 +109,7 @@ def test_a_model_tuned_from_a_tuned_model_names_its_parent_and_keeps_its_roots_n
     assert grandchild.model_id.startswith("ft:starter:")
 
 
-def test_the_files_of_a_base_stay_until_the_jobs_from_it_have_ended(monkeypatch):
+def test_the_files_of_a_base_are_kept_until_its_jobs_have_ended(monkeypatch):
     owner = make_owner()
     parent = make_model(owner)
     job = make_job(owner, base=parent.model_id)
@@ -127,7 +127,7 @@ def test_the_files_of_a_base_stay_until_the_jobs_from_it_have_ended(monkeypatch)
 
 
 @pytest.mark.slow
-def test_training_really_starts_from_the_parents_weights(tmp_path):
+def test_training_starts_from_the_parents_weights(tmp_path):
     """With a learning rate that moves nothing, the child's weights are the parent's and not the starter's."""
     owner = make_owner()
     first = claim_one(owner=owner)
@@ -168,7 +168,7 @@ def test_a_damaged_base_is_never_trained_from(tmp_path):
         base_models.folder(job.base, job.base_snapshot)
 
 
-def test_a_base_whose_files_are_gone_ends_the_job_with_a_reason():
+def test_a_base_whose_files_were_deleted_fails_with_a_reason():
     owner = make_owner()
     job = make_job(owner, base=make_model(owner).model_id)
     with pytest.raises(Failure, match="was deleted"):

@@ -37,7 +37,7 @@ def refusal(name: str = "people/tiny") -> str:
     return str(refused.value)
 
 
-def test_a_public_model_is_taken_with_what_the_hub_says_of_it(hub, tmp_path):
+def test_a_public_model_is_accepted_with_its_hub_description(hub, tmp_path):
     folder = put(hub, tmp_path, cardData={"license": "apache-2.0", "language": ["en", "de"]}, safetensors={"total": 1234})  # fmt: skip
     found = hub_models.look_up("people/tiny")
     model = found.model
@@ -66,7 +66,7 @@ def test_a_public_model_is_taken_with_what_the_hub_says_of_it(hub, tmp_path):
         (CONFIG, {"siblings": "none"}, "no safetensors"),
     ],
 )  # fmt: skip
-def test_what_may_not_be_a_base_is_refused_with_its_reason(hub, tmp_path, config, told, message):
+def test_an_unsuitable_model_is_refused_with_a_reason(hub, tmp_path, config, told, message):
     put(hub, tmp_path, config=config, **told)
     assert message in refusal()
 
@@ -88,21 +88,21 @@ def test_a_model_larger_than_allowed_is_refused_before_its_config_is_read(hub, t
     assert not hub.fetched
 
 
-def test_a_private_model_is_as_unknown_as_none(hub, tmp_path):
+def test_a_private_model_looks_like_an_unknown_one(hub, tmp_path):
     put(hub, tmp_path, private=True)
     mine, nobodys = refusal(), refusal("people/nobodys")
     assert mine == nobodys.replace("nobodys", "tiny")
     assert not {token for _, token in hub.asked} - {""}
 
 
-def test_the_token_is_lent_for_models_the_operator_named(hub, tmp_path, settings):
+def test_the_token_is_sent_for_models_the_operator_named(hub, tmp_path, settings):
     put(hub, tmp_path, private=True, gated="manual")
     settings.HUB_MODELS = ["public", "people/*"]
     assert hub_models.look_up("people/tiny").revision == COMMIT
     assert {token for _, token in hub.asked} == {TOKEN}
 
 
-def test_the_token_does_not_follow_to_another_host(hub, tmp_path, settings):
+def test_the_token_is_not_sent_to_another_host(hub, tmp_path, settings):
     put(hub, tmp_path)
     with running(hub.repositories) as other:
         hub.moved = other.url.replace("127.0.0.1", "localhost")
@@ -112,7 +112,7 @@ def test_the_token_does_not_follow_to_another_host(hub, tmp_path, settings):
         assert {token for _, token in other.asked} == {""}
 
 
-def test_only_what_the_operator_allows_is_asked_about(hub, tmp_path, settings):
+def test_only_models_the_operator_allows_are_looked_up(hub, tmp_path, settings):
     put(hub, tmp_path)
     settings.HUB_MODELS = ["others/*"]
     assert "only others/*" in refusal()
@@ -122,12 +122,12 @@ def test_only_what_the_operator_allows_is_asked_about(hub, tmp_path, settings):
 
 
 @pytest.mark.parametrize("name", ["gpt", "a/b/c", "../etc/passwd", "a/..b", "a/b?x=1", "a/b#c", "", "/a", "ä/b", "a/b\n"])  # fmt: skip
-def test_what_is_no_id_is_never_asked_about(hub, name):
+def test_a_malformed_id_is_never_looked_up(hub, name):
     assert "not a model ID" in refusal(name)
     assert not hub.asked
 
 
-def test_a_hub_that_cannot_be_reached_may_be_asked_again(hub, tmp_path, settings):
+def test_an_unreachable_hub_is_tried_again(hub, tmp_path, settings):
     put(hub, tmp_path)
     here, settings.HF_ENDPOINT = settings.HF_ENDPOINT, "http://127.0.0.1:9"
     assert "could not be reached" in refusal()
@@ -135,14 +135,14 @@ def test_a_hub_that_cannot_be_reached_may_be_asked_again(hub, tmp_path, settings
     assert hub_models.look_up("people/tiny")
 
 
-def test_a_hub_that_drips_is_left_in_time(hub, tmp_path, monkeypatch):
+def test_a_slow_hub_times_out(hub, tmp_path, monkeypatch):
     put(hub, tmp_path)
     monkeypatch.setattr(hub_models, "DEADLINE_S", 0.5)
     hub.drip_s = 0.2  # the whole of it would take a minute, and be no refusal
     assert "could not be reached" in refusal()
 
 
-def test_a_refusal_is_remembered_for_a_while(hub):
+def test_a_refusal_is_cached(hub):
     refusal()
     asked = len(hub.asked)
     refusal()

@@ -43,7 +43,7 @@ def lines_of(data, cap=20):
     return found
 
 
-def test_its_environment_holds_no_secret_and_no_address_of_a_store(child):
+def test_its_environment_contains_no_secrets_and_no_store_addresses(child):
     environment = Path(f"/proc/{child.pid}/environ").read_bytes().decode()
     for secret in our_secrets():
         assert secret not in environment
@@ -51,14 +51,14 @@ def test_its_environment_holds_no_secret_and_no_address_of_a_store(child):
         assert name not in environment
 
 
-def test_its_limits_are_set_from_outside(child):
+def test_its_resource_limits_are_set(child):
     limits = {r: resource.prlimit(child.pid, r)[1] for r in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE)}
     assert limits == {resource.RLIMIT_AS: 64 << 30, resource.RLIMIT_FSIZE: 1 << 30}
     assert resource.prlimit(child.pid, resource.RLIMIT_CORE) == (0, 0)
     assert Path(f"/proc/{child.pid}/oom_score_adj").read_text().strip() == "500"
 
 
-def test_it_reaches_no_network(child):
+def test_it_has_no_network(child):
     if not child_process.no_network_prefix():
         pytest.skip("this system lets nobody have a network of their own")
     until = time.monotonic() + 120
@@ -67,11 +67,11 @@ def test_it_reaches_no_network(child):
         time.sleep(0.01)
 
 
-def test_it_does_not_hear_ctrl_c_of_its_parent(child):
+def test_it_does_not_receive_ctrl_c_of_its_parent(child):
     assert os.getpgid(child.pid) == child.pid
 
 
-def test_telling_it_that_we_live_never_waits_for_it(child):
+def test_sending_a_heartbeat_never_blocks(child):
     for _ in range(
         10_000
     ):  # far more than its pipe holds, and nobody reads: one that waited would do so for ever
@@ -109,19 +109,19 @@ def _runs_the_trainer(pid: int) -> bool:
     return b"python" in program and arguments[:2] == [b"-m", b"training"]
 
 
-def test_lines_are_read_whole():
+def test_lines_are_read_completely():
     assert lines_of(b"one\ntwo\n\nthree") == ["one", "two", "three"]
 
 
-def test_a_line_over_the_cap_is_cut_and_the_next_is_whole():
+def test_a_line_over_the_limit_is_cut_and_the_next_is_complete():
     assert lines_of(b"x" * 500_000 + b"\nnext\n") == ["x" * 20 + CUT, "next"]
 
 
-def test_bytes_that_are_no_text_do_no_harm():
+def test_invalid_utf_8_is_replaced():
     assert lines_of(b"\xff\xfe ok\n") == ["\ufffd\ufffd ok"]
 
 
-def test_reading_never_waits():
+def test_reading_never_blocks():
     read, write = os.pipe()
     with os.fdopen(read, "rb") as pipe:
         reader = LineReader(pipe)

@@ -59,7 +59,7 @@ def key(name: str = "data") -> str:
     return f"jobs/{secrets.token_hex(6)}/e1/{name}"
 
 
-def test_what_is_put_comes_back_with_its_hash(store, tmp_path):
+def test_a_stored_file_is_returned_with_its_hash(store, tmp_path):
     data, where = secrets.token_bytes(100_000), key()
     stored = blobs.put_file(where, io.BytesIO(data))
     assert (stored.bytes, stored.sha256) == (100_000, hashlib.sha256(data).hexdigest())
@@ -70,7 +70,7 @@ def test_what_is_put_comes_back_with_its_hash(store, tmp_path):
         assert file.read() == data[99_990:]
 
 
-def test_a_large_file_goes_in_parts(store, monkeypatch):
+def test_a_large_file_is_stored_in_parts(store, monkeypatch):
     monkeypatch.setattr(blobs, "PART", 5 << 20)
     block, where = secrets.token_bytes(1 << 20), key()
     stored = blobs.put_file(where, (block for _ in range(12)))
@@ -78,7 +78,7 @@ def test_a_large_file_goes_in_parts(store, monkeypatch):
     assert hashlib.sha256(b"".join(blobs.blocks(where))).hexdigest() == stored.sha256
 
 
-def test_too_much_is_refused_and_leaves_nothing(store):
+def test_an_oversized_file_is_refused_and_leaves_nothing(store):
     where = key()
     with pytest.raises(blobs.TooLarge):
         blobs.put_file(where, io.BytesIO(bytes(2 << 20)), max_bytes=1 << 20)
@@ -86,7 +86,7 @@ def test_too_much_is_refused_and_leaves_nothing(store):
     assert blobs.list_keys(where.rpartition("/")[0] + "/") == []
 
 
-def test_a_source_that_breaks_off_leaves_nothing(store):
+def test_an_interrupted_source_leaves_nothing(store):
     def source():
         yield b"begun"
         raise ConnectionResetError
@@ -97,7 +97,7 @@ def test_a_source_that_breaks_off_leaves_nothing(store):
     assert blobs.size_of(where) is None
 
 
-def test_damage_is_found_when_it_is_fetched(store, tmp_path):
+def test_damage_is_detected_when_fetching(store, tmp_path):
     where = key()
     noted = blobs.put_file(where, io.BytesIO(b"good")).sha256
     blobs.put_file(where, io.BytesIO(b"evil"))
@@ -106,7 +106,7 @@ def test_damage_is_found_when_it_is_fetched(store, tmp_path):
     assert list(tmp_path.glob("*copy*")) == []
 
 
-def test_what_is_missing_is_told_from_what_cannot_be_reached(store, tmp_path):
+def test_a_missing_object_raises_missing(store, tmp_path):
     with pytest.raises(blobs.Missing):
         blobs.open_file(key())
     with pytest.raises(blobs.Missing):
@@ -114,7 +114,7 @@ def test_what_is_missing_is_told_from_what_cannot_be_reached(store, tmp_path):
     blobs.delete_file(key())
 
 
-def test_folders_go_there_and_back_and_away(store, tmp_path):
+def test_folders_are_stored_fetched_and_deleted(store, tmp_path):
     source, prefix = tmp_path / "a", key("final")
     (source / "deep").mkdir(parents=True)
     for name in ("manifest.json", "weights", "deep/file"):
@@ -132,12 +132,12 @@ def test_folders_go_there_and_back_and_away(store, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\\b", "a\0b", ""])
-def test_no_name_leads_out_of_its_folder(name):
+def test_no_name_escapes_its_folder(name):
     with pytest.raises(ValueError, match="not a key"):
         blobs.join("jobs/1", name)
 
 
-def test_an_s3_link_gives_the_bytes_until_it_is_changed(s3, monkeypatch):
+def test_an_s3_link_works_unless_it_is_altered(s3, monkeypatch):
     options = {
         "bucket_name": "bucket",
         "endpoint_url": f"http://127.0.0.1:{s3.port}",
@@ -163,7 +163,7 @@ async def get(link, **headers):
 
 
 @pytest.mark.parametrize("store", ["local"], indirect=True)
-def test_what_a_killed_process_was_storing_is_swept(store):
+def test_unfinished_files_of_a_killed_process_are_deleted(store):
     """The process is really killed in the middle, which no clean-up of its own survives."""
     where = key()
     blobs.put_file(where, io.BytesIO(b"whole"))
@@ -187,13 +187,13 @@ def test_what_a_killed_process_was_storing_is_swept(store):
     assert list(folder.iterdir()) == [blobs.local_path(where)]
 
 
-def test_where_there_is_nothing_to_sweep_nothing_is_swept(store):
+def test_finished_files_are_not_swept(store):
     blobs.put_file(key(), io.BytesIO(b"whole"))
     assert blobs.sweep_unfinished() == 0
 
 
 @pytest.mark.parametrize("store", ["local"], indirect=True)
-async def test_a_local_link_gives_the_bytes_and_ranges_of_them(store):
+async def test_a_local_link_returns_the_file_and_byte_ranges(store):
     where = key()
     blobs.put_file(where, io.BytesIO(b"0123456789"))
     link = blobs.signed_url(where, "größe.zip")
@@ -207,7 +207,7 @@ async def test_a_local_link_gives_the_bytes_and_ranges_of_them(store):
 
 
 @pytest.mark.parametrize("store", ["local"], indirect=True)
-async def test_a_forged_or_old_local_link_is_refused(store):
+async def test_a_forged_or_expired_local_link_is_refused(store):
     where = key()
     blobs.put_file(where, io.BytesIO(b"secret"))
     token = blobs.signed_url(where, "f").split("/")[2]
@@ -238,5 +238,5 @@ async def test_a_forged_or_old_local_link_is_refused(store):
         ("garbage", (0, 10)),
     ],
 )
-def test_ranges(header, wanted):
+def test_byte_ranges_are_parsed(header, wanted):
     assert byte_range(header, 10) == wanted

@@ -14,7 +14,7 @@ from jobs.store.tables import Job, Usage, new_id, time_of
 pytestmark = pytest.mark.usefixtures("stores")
 
 
-def test_ids_sort_by_time_and_tell_it():
+def test_ids_sort_by_time_and_contain_it():
     first, second = new_id("file"), new_id("file")
     assert first[:15] <= second[:15]
     assert len(first) == len("file-") + 26
@@ -31,7 +31,7 @@ def test_a_second_put_of_the_same_row_is_refused():
     assert found.body_hash == "a"
 
 
-def test_an_update_answers_with_the_row_as_it_then_is():
+def test_an_update_returns_the_updated_row():
     job = Job(new_id("user"), new_id("ftjob"), status="queued", settings={"epochs": 1.5})
     tables.put_new(job)
     moved = tables.update(job, [Job.status.set("running"), Job.version.add(1)], Job.status == "queued")
@@ -41,7 +41,7 @@ def test_an_update_answers_with_the_row_as_it_then_is():
     assert tables.update(job, [Job.status.set("running")], Job.status == "queued") is None
 
 
-def test_a_refused_update_that_was_ours_is_taken_as_done():
+def test_a_refused_update_that_was_already_applied_counts_as_done():
     job = Job(new_id("user"), new_id("ftjob"), lease_owner="me")
     tables.put_new(job)
     found = tables.update(
@@ -58,7 +58,7 @@ def test_calls_are_counted():
     assert tables.reads(calls) == 2
 
 
-def test_the_embedded_dynamodb_outlives_a_client_that_dies_within_a_request(dynamodb):
+def test_the_embedded_dynamodb_survives_a_client_that_dies_during_a_request(dynamodb):
     """As after kill -9 of a worker: without our guard the whole server ends."""
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", dynamodb.port)) as client:

@@ -63,7 +63,7 @@ def test_a_silent_worker_loses_its_lease_after_thirty_seconds(alone):
     assert alone[-1][0] == "training"
 
 
-def test_a_worker_that_beats_keeps_its_lease(alone):
+def test_a_worker_that_sends_heartbeats_keeps_its_lease(alone):
     claim = make_claim()
     reconciler, clock = start()
     for _ in range(10):
@@ -72,7 +72,7 @@ def test_a_worker_that_beats_keeps_its_lease(alone):
     assert read(claim.job).status == "running"
 
 
-def test_a_gap_in_its_own_looking_starts_the_watch_again(alone):
+def test_a_gap_between_its_own_rounds_restarts_the_watch(alone):
     claim = make_claim()
     reconciler, clock = start()
     rounds(reconciler, clock, 25)
@@ -84,7 +84,7 @@ def test_a_gap_in_its_own_looking_starts_the_watch_again(alone):
     assert read(claim.job).status == "retrying"
 
 
-def test_a_store_that_was_away_starts_the_watch_again(alone, monkeypatch):
+def test_an_unavailable_store_restarts_the_watch(alone, monkeypatch):
     claim = make_claim()
     reconciler, clock = start()
     rounds(reconciler, clock, 25)
@@ -96,7 +96,7 @@ def test_a_store_that_was_away_starts_the_watch_again(alone, monkeypatch):
     assert read(claim.job).status == "running"
 
 
-def test_it_says_when_the_next_watch_falls_due(alone):
+def test_a_round_returns_the_time_until_the_next_lease_expires(alone):
     make_claim()
     reconciler, clock = start()
     clock.now += 5
@@ -105,7 +105,7 @@ def test_it_says_when_the_next_watch_falls_due(alone):
     assert reconciler.tick() == pytest.approx(20)
 
 
-def test_a_job_that_keeps_dying_waits_longer_each_time(alone):
+def test_a_job_that_keeps_failing_waits_longer_each_time(alone):
     job = make_job()
     for _ in range(2):
         make_claim(job).trainer_died("killed")
@@ -118,7 +118,7 @@ def test_a_job_that_keeps_dying_waits_longer_each_time(alone):
     assert read(job).status == "queued"
 
 
-def test_what_an_end_left_undone_is_done(alone):
+def test_unfinished_end_steps_are_completed(alone):
     claim = make_claim()
     claim.finish("succeeded", result=result(claim))
     reconciler, clock = start()
@@ -127,7 +127,7 @@ def test_what_an_end_left_undone_is_done(alone):
     assert quotas.held(claim.owner, "jobs") == set()
 
 
-def test_a_submission_that_broke_off_becomes_void(alone):
+def test_an_interrupted_submission_becomes_void(alone):
     owner, job_id = make_owner(), new_id("ftjob")
     JobIndex(queue.shard(job_id), job_id, owner=owner).save()
     reconciler, clock = start()
@@ -138,7 +138,7 @@ def test_a_submission_that_broke_off_becomes_void(alone):
     assert tables.get(tables.Job, owner, job_id).status == "void"
 
 
-def test_a_job_whose_dataset_got_ready_unseen_is_queued(alone):
+def test_a_job_whose_dataset_became_ready_unnoticed_is_queued(alone):
     owner = make_owner()
     dataset = make_dataset(owner, "checking")
     job = make_job(owner, dataset_id=dataset.dataset_id)
@@ -149,7 +149,7 @@ def test_a_job_whose_dataset_got_ready_unseen_is_queued(alone):
     assert ("training", 1) in alone
 
 
-def test_errands_that_nobody_does_are_rung_for_again(alone):
+def test_outbox_rows_that_nobody_handles_are_enqueued_again(alone):
     owner, dataset_id = make_owner(), new_id("file")
     outbox.put("check", owner, dataset_id)
     reconciler, clock = start()
@@ -159,7 +159,7 @@ def test_errands_that_nobody_does_are_rung_for_again(alone):
     assert alone == [("errand", "check", owner, dataset_id, "")]
 
 
-def test_a_file_goes_when_its_time_has_come_and_not_before(alone):
+def test_a_dataset_is_deleted_when_it_expires_and_not_before(alone):
     owner = make_owner()
     now = time.time()
     kept, expired = (
@@ -173,7 +173,7 @@ def test_a_file_goes_when_its_time_has_come_and_not_before(alone):
     assert [row.dataset_id for row in access.list_datasets(owner)] == [kept.dataset_id]
 
 
-def test_an_errand_is_done_once_however_often_the_bell_rings(alone, monkeypatch):
+def test_an_outbox_row_is_handled_once_however_often_it_is_enqueued(alone, monkeypatch):
     owner, done = make_owner(), []
     monkeypatch.setitem(outbox._handlers, "delete", lambda *args: done.append(args) or True)
     outbox.put("delete", owner, "x")
@@ -183,7 +183,7 @@ def test_an_errand_is_done_once_however_often_the_bell_rings(alone, monkeypatch)
     assert outbox.pending() == []
 
 
-def test_an_errand_that_waits_for_something_stays(alone, monkeypatch):
+def test_an_outbox_row_whose_handler_must_wait_is_kept(alone, monkeypatch):
     owner = make_owner()
     monkeypatch.setitem(outbox._handlers, "delete", lambda *args: False)
     outbox.put("delete", owner, "x")
@@ -194,7 +194,7 @@ def test_an_errand_that_waits_for_something_stays(alone, monkeypatch):
     assert outbox.pending()[0].lease != row.lease
 
 
-def test_the_audit_removes_what_has_ended_from_the_quota(alone, settings):
+def test_the_audit_removes_ended_jobs_from_the_quota(alone, settings):
     claim = make_claim()
     claim.finish("failed", "bad_data")
     quotas.take(claim.owner, "jobs", claim.job_id)
@@ -208,7 +208,7 @@ def test_the_audit_removes_what_has_ended_from_the_quota(alone, settings):
     assert len(quotas.held(claim.owner, "jobs")) == 1
 
 
-def test_the_janitor_sweeps_what_a_killed_process_was_storing(alone):
+def test_the_janitor_deletes_unfinished_files_of_killed_processes(alone):
     from jobs.store import blobs
     from jobs.worker import worker_process
 
@@ -228,7 +228,7 @@ def test_the_janitor_sweeps_what_a_killed_process_was_storing(alone):
     assert not later_one.exists()
 
 
-def test_the_janitor_deletes_only_what_nothing_names(alone, monkeypatch):
+def test_the_janitor_deletes_only_unreferenced_files(alone, monkeypatch):
     from jobs.store import blobs
 
     claim = make_claim()
@@ -247,7 +247,7 @@ def test_the_janitor_deletes_only_what_nothing_names(alone, monkeypatch):
     assert deleted == [keys[1]]
 
 
-def test_a_watch_forgets_what_it_no_longer_meets():
+def test_a_watch_forgets_what_it_no_longer_sees():
     clock = Clock()
     watch = Watch(clock)
     for _ in range(3):

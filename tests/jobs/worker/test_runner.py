@@ -113,16 +113,16 @@ def test_a_job_runs_from_its_claim_to_its_model(undisturbed):
     assert (tuned_models.fetch(model) / "config.json").is_file()
 
 
-def test_nothing_of_an_attempt_stays_on_the_worker(undisturbed):
+def test_an_attempt_leaves_no_files_on_the_worker(undisturbed):
     assert not (Path(settings.WORK_DIR) / undisturbed.job_id / "e1").exists()
 
 
-def test_the_feed_tells_no_paths_of_this_machine(undisturbed):
+def test_events_contain_no_paths_of_the_worker(undisturbed):
     text = json.dumps([event.data for event in event_log.read(undisturbed.owner, undisturbed.job_id)])
     assert str(settings.WORK_DIR) not in text
 
 
-def test_a_stopped_worker_gives_back_and_the_next_attempt_is_exact(undisturbed):
+def test_a_stopped_worker_returns_the_job_and_the_next_attempt_is_exact(undisturbed):
     claim, stop = claim_one(), threading.Event()
     when_step(claim, 12, stop.set)
     runner.run(claim, stop)
@@ -140,7 +140,7 @@ def stored_checkpoints(job):
     return {key.rpartition("/")[0] for key in keys if "/checkpoints/" in key}
 
 
-def test_only_the_checkpoints_that_a_job_may_need_stay_stored():
+def test_only_checkpoints_that_may_be_needed_are_kept():
     """While it runs: what its end would sweep is not there any more."""
     claim = claim_one(checkpoint_every_steps=4)
     runner.run(claim)
@@ -157,7 +157,7 @@ def test_only_the_checkpoints_that_a_job_may_need_stay_stored():
 
 
 @pytest.mark.parametrize("wish", ["stop", "cancel", "stalled"])
-def test_a_trainer_that_hangs_is_killed_and_the_job_goes_where_it_should(wish, monkeypatch):
+def test_a_trainer_that_hangs_is_killed_and_the_job_moves_on(wish, monkeypatch):
     for name in ("sigterm_grace_s", "cancel_grace_s"):
         monkeypatch.setitem(settings.JOBS, name, 0.5)
     monkeypatch.setitem(settings.JOBS, "stall_s", 1.0 if wish == "stalled" else 120.0)
@@ -197,7 +197,7 @@ def slow_rows():
     ]
 
 
-def test_a_first_step_may_take_longer_than_the_least_limit(monkeypatch):
+def test_a_first_step_may_take_longer_than_the_minimum_stall_limit(monkeypatch):
     """No step was measured yet: the limit follows from the rehearsal."""
     monkeypatch.setitem(settings.JOBS, "stall_s", 0.05)
     monkeypatch.setitem(
@@ -210,7 +210,7 @@ def test_a_first_step_may_take_longer_than_the_least_limit(monkeypatch):
     assert (job.status, job.attempts) == ("succeeded", 0), job.message
 
 
-def test_a_trainer_that_falls_silent_is_told_of_and_one_that_goes_on_is_not(monkeypatch):
+def test_the_progress_shows_silence_until_the_trainer_continues(monkeypatch):
     monkeypatch.setitem(settings.JOBS, "heartbeat_s", 0.2)
     monkeypatch.setattr(runner, "SILENCE_SHOWN_AFTER", 0.005)  # of at least 120 s
     claim = claim_one(max_steps=5000)
@@ -240,7 +240,7 @@ def test_a_trainer_that_falls_silent_is_told_of_and_one_that_goes_on_is_not(monk
     assert read(claim.job).status == "cancelled"
 
 
-def test_a_lost_attempts_steps_are_run_again_and_proven_equal(undisturbed):
+def test_steps_of_a_lost_attempt_are_run_again_and_compared(undisturbed):
     """The worker dies between two checkpoints; what it logged after the last one is compared."""
     claim, stop = claim_one(checkpoint_every_steps=25), threading.Event()
     when_step(claim, 30, stop.set)
@@ -266,7 +266,7 @@ def test_cancel_stops_the_trainer_and_ends_the_job():
     assert read(claim.job).status == "cancelled"
 
 
-def test_pause_keeps_a_checkpoint_and_waits():
+def test_pause_keeps_a_checkpoint():
     claim = claim_one(max_steps=5000)
     when_step(claim, 5, lambda: transitions.set_desired(claim.owner, claim.job_id, "pause"))
     runner.run(claim)
@@ -275,7 +275,7 @@ def test_pause_keeps_a_checkpoint_and_waits():
     assert job.checkpoint_step >= 5
 
 
-def test_a_users_fault_fails_at_once_and_says_what_to_do():
+def test_a_user_error_fails_at_once_with_advice():
     claim = claim_one(rows=[{"nonsense": 1}] * 3)
     runner.run(claim)
     job = read(claim.job)
@@ -285,7 +285,7 @@ def test_a_users_fault_fails_at_once_and_says_what_to_do():
     assert job.advice
 
 
-def test_a_full_disk_has_its_own_reason_and_spends_no_attempt():
+def test_a_full_disk_has_its_own_reason_and_uses_no_attempt():
     claim = claim_one()
     data = runner.prepare.work_folder(claim.job_id, 1) / "data" / "train"
     data.mkdir(parents=True)
@@ -296,7 +296,7 @@ def test_a_full_disk_has_its_own_reason_and_spends_no_attempt():
     assert job.message == "The worker's disk is full."
 
 
-def test_a_work_folder_that_cannot_be_made_is_told_at_once(monkeypatch):
+def test_a_work_folder_that_cannot_be_created_is_reported_at_once(monkeypatch):
     """Not as a worker that was lost, half a minute later."""
     claim = claim_one()
     monkeypatch.setattr(settings, "WORK_DIR", "/sys")  # where not even root makes a folder
@@ -313,7 +313,7 @@ def test_a_full_disk_does_not_keep_a_worker_from_clearing_it():
     assert not left.exists()
 
 
-def test_an_object_storage_that_is_away_spends_no_attempt(monkeypatch):
+def test_unreachable_object_storage_uses_no_attempt(monkeypatch):
     claim = claim_one()
     options = {"bucket_name": "bucket", "endpoint_url": f"http://127.0.0.1:{services.free_port()}"}
     options |= {"access_key": "key", "secret_key": "secret", "region_name": "us-east-1"}
@@ -325,7 +325,7 @@ def test_an_object_storage_that_is_away_spends_no_attempt(monkeypatch):
     assert "object storage returned an error" in job.message
 
 
-def test_a_dataset_whose_bytes_are_lost_is_not_tried_for_ever():
+def test_a_missing_dataset_file_is_not_retried_forever():
     claim = claim_one()
     blobs.delete_file(tables.get(tables.Dataset, claim.owner, claim.job.dataset_id).key)
     runner.run(claim)
@@ -333,7 +333,7 @@ def test_a_dataset_whose_bytes_are_lost_is_not_tried_for_ever():
     assert (job.status, job.attempts, job.reason) == ("retrying", 1, "file_damaged")
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before():
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one():
     claim, stop = claim_one(), threading.Event()
     when_step(claim, 25, stop.set)
     runner.run(claim, stop)
@@ -348,7 +348,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before():
     assert any("is damaged" in str(e.data.get("message")) for e in event_log.read(job.owner, job.job_id))
 
 
-def test_a_job_that_was_taken_over_leaves_its_zombie_without_a_word():
+def test_a_worker_that_lost_its_lease_leaves_the_job_unchanged():
     claim = claim_one(max_steps=5000)
     when_step(claim, 5, lambda: transitions.lose_lease(read(claim.job)))
     runner.run(claim)
@@ -356,7 +356,7 @@ def test_a_job_that_was_taken_over_leaves_its_zombie_without_a_word():
     assert (job.status, job.reason) == ("retrying", "lost_worker")
 
 
-def test_a_trainer_out_of_memory_goes_on_with_smaller_parts(monkeypatch):
+def test_a_trainer_out_of_memory_is_retried_with_a_smaller_micro_batch(monkeypatch):
     """Its first words say so; the second try runs with half the micro-batch and is not charged."""
     claim = claim_one()
     train_once, codes, sizes = runner._Attempt._train_once, iter([21]), []
