@@ -1,5 +1,5 @@
-"""The real stores that tests run against: DynamoDB (dynalite), Redis, S3 (rclone). Each is a child of the test process
-that dies with it, on a port of its own."""
+"""The real stores that tests run against: DynamoDB (dynalite), Redis, S3 (rclone). Each is a child process on its own port
+and is killed when the test process dies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,21 @@ def free_port() -> int:
 
 
 def _die_with_parent() -> None:
+    """For `preexec_fn`: has the kernel kill this process when its parent dies."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def terminate(processes: Iterable[subprocess.Popen[bytes]], timeout: float = 40) -> None:
+    """Stops all of them at the same time: SIGTERM, and SIGKILL for those that are still running after `timeout` seconds."""
+    processes = list(processes)
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 @dataclass
@@ -65,17 +79,17 @@ class Service:
             self.process.wait(60)
 
 
-def _answers_http(port: int) -> bool:
+def _responds_to_http(port: int) -> bool:
     try:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20)
     except urllib.error.HTTPError:
-        return True  # any answer will do: S3 refuses an unsigned one with 403
+        return True  # any response will do: S3 refuses an unsigned request with 403
     except OSError:
         return False
     return True
 
 
-def _answers_redis(port: int) -> bool:
+def _responds_to_redis(port: int) -> bool:
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1) as s:
             s.sendall(f"AUTH {REDIS_PASSWORD}\r\nPING\r\n".encode())
@@ -92,7 +106,9 @@ def dynamodb(folder: Path, port: int | None = None, *, on_disk: bool = False) ->
     if on_disk:
         argv += ["--path", str(folder / "dynamodb")]
     environment = {"DYNAMODB_SECRET": DYNAMODB_SECRET}
-    return Service("dynamodb", port, argv, lambda: _answers_http(port), folder / "dynamodb.log", environment)
+    return Service(
+        "dynamodb", port, argv, lambda: _responds_to_http(port), folder / "dynamodb.log", environment
+    )
 
 
 def redis(folder: Path, port: int | None = None) -> Service:
@@ -107,14 +123,14 @@ def redis(folder: Path, port: int | None = None) -> Service:
         str(folder),
     ]
     argv += ["--save", "", "--appendonly", "yes", "--requirepass", REDIS_PASSWORD]
-    return Service("redis", port, argv, lambda: _answers_redis(port), folder / "redis.log")
+    return Service("redis", port, argv, lambda: _responds_to_redis(port), folder / "redis.log")
 
 
 def s3(folder: Path, key: str, secret: str, port: int | None = None) -> Service:
-    """rclone's S3 server, which really verifies signatures. Buckets are the folders under `folder/s3`."""
+    """rclone's S3 server, which verifies signatures. Buckets are the folders under `folder/s3`."""
     port = port or free_port()
     data = folder / "s3"
     data.mkdir(parents=True, exist_ok=True)
     argv = [str(ROOT / ".venv/bin/rclone"), "serve", "s3", str(data), "--addr", f"127.0.0.1:{port}"]
     argv += ["--auth-key", f"{key},{secret}", "--vfs-cache-mode", "off", "--config", os.devnull]
-    return Service("s3", port, argv, lambda: _answers_http(port), folder / "s3.log")
+    return Service("s3", port, argv, lambda: _responds_to_http(port), folder / "s3.log")

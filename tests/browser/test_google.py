@@ -1,7 +1,7 @@
-"""Signing in with Google in a real browser, before a local OpenID provider that stands in its place.
+"""Signing in with Google in a real browser, against a local OpenID Connect provider.
 
-A studio of its own, since a process takes its provider's addresses from the environment when it starts. The browser
-holds the page's form-action policy also against where our form's answer redirects, which no test client would notice.
+It has its own studio, because a process reads the addresses of the provider from the environment when it starts. The
+browser also applies the form-action policy to the redirect after our form, which no test client would notice.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def start(argv: list[str], url: str, **environment: str) -> subprocess.Popen[byt
             time.sleep(0.1)
         else:
             return process
-    raise RuntimeError(f"{argv[0]} does not answer at {url}")
+    raise RuntimeError(f"{argv[0]} does not respond at {url}")
 
 
 @pytest.fixture(scope="module")
@@ -64,20 +64,23 @@ def studio_with_google(stores: None, django_db_setup: None) -> Iterator[str]:
             GOOGLE_ENDPOINTS=",".join(f"{name}={value}" for name, value in endpoints.items()),
         ),
     ]
-    person = {"email": "kim@example.com", "email_verified": True}
-    requests.put(f"{issuer}/users/kim@example.com", json=person, timeout=5).raise_for_status()
+    requests.put(
+        f"{issuer}/users/kim@example.com",
+        json={"email": "kim@example.com", "email_verified": True},
+        timeout=5,
+    ).raise_for_status()
     yield url
-    for process in processes:
-        process.kill()
-        process.wait()
+    services.terminate(processes)
 
 
 def test_google_sign_in_works_in_a_browser(chromium: Any, studio_with_google: str, transactional_db: None):
     context = chromium.new_context(base_url=studio_with_google)
     context.set_default_timeout(60_000)
     page = context.new_page()
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    console_errors: list[str] = []
+    page.on(
+        "console", lambda message: console_errors.append(message.text) if message.type == "error" else None
+    )
     page.goto("/accounts/login/?next=/account/")
     page.get_by_role("button", name="Continue with Google").click()
     page.wait_for_url("**/oauth2/authorize**")
@@ -87,6 +90,6 @@ def test_google_sign_in_works_in_a_browser(chromium: Any, studio_with_google: st
     assert page.get_by_role("link", name="Create account").count() == 0
     page.goto("/account/")
     assert page.locator("dd", has_text="kim@example.com").is_visible()
-    # The provider's own page loads things from elsewhere; what matters is that nothing broke a policy.
-    assert not [complaint for complaint in complaints if "Content Security Policy" in complaint]
+    # The provider's own page loads files from other sites, so only policy violations count.
+    assert not [error for error in console_errors if "Content Security Policy" in error]
     context.close()

@@ -122,15 +122,7 @@ class Stack:
             store.kill()
 
     def _end(self, names: list[str]) -> None:
-        processes = [self.processes.pop(name) for name in names]
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            try:
-                process.wait(40)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        services.terminate([self.processes.pop(name) for name in names])
 
 
 def answers(url: str) -> bool:
