@@ -1,4 +1,4 @@
-"""Workers have no SQL: a started one whose database can't be reached checks a file and sends the mail about a job."""
+"""Workers do not use SQL: started with an unreachable database, they check a dataset and send the email about a job."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 import socketserver
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email import message_from_string
+from typing import Any
 
 import pytest
 from django.urls import reverse
@@ -15,7 +16,7 @@ from django.urls import reverse
 from jobs.datasets import datasets
 from jobs.lifecycle import transitions
 from jobs.store import access, tables
-from jobs.store.tables import Dataset, WebhookDelivery
+from jobs.store.tables import WebhookDelivery
 from tests.conftest import Studio
 from tests.factories import browser_of, make_user
 from tests.jobs.views.makers import make_dataset
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.slow
 NOWHERE = "postgres://nobody:nothing@127.0.0.1:1/none"  # nothing listens on port 1
 
 
-class Session(socketserver.StreamRequestHandler):
-    """As much of SMTP as a client needs to hand over a message."""
+class SmtpHandler(socketserver.StreamRequestHandler):
+    """The part of SMTP that a client needs to deliver a message."""
 
     def handle(self) -> None:
         self.wfile.write(b"220 mail.example\r\n")
@@ -42,7 +43,7 @@ class Session(socketserver.StreamRequestHandler):
 
 @pytest.fixture
 def mail_server() -> Iterator[socketserver.ThreadingTCPServer]:
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Session) as server:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), SmtpHandler) as server:
         server.daemon_threads = True
         server.received = []  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -61,9 +62,9 @@ def workers(stores, folder, monkeypatch, mail_server) -> Iterator[Studio]:
     studio.stop()
 
 
-def wait(studio: Studio, is_so) -> None:
+def wait_until(studio: Studio, condition: Callable[[], Any]) -> None:
     for _ in range(900):
-        if is_so():
+        if condition():
             return
         time.sleep(0.1)
     raise AssertionError("\n".join(studio.log(name)[-2000:] for name in studio.processes))
@@ -77,18 +78,18 @@ def test_a_worker_without_sql_checks_files_and_sends_mail(workers: Studio, mail_
     )
     (job,) = access.list_jobs(alice.owner_id).rows
     transitions.set_desired(alice.owner_id, job.job_id, "cancel")
-    wait(workers, lambda: mail_server.received)
+    wait_until(workers, lambda: mail_server.received)
     message = message_from_string(mail_server.received[0])
     assert message["To"] == alice.email
     assert job.job_id in mail_server.received[0]
 
-    def status() -> str:
+    def delivery_status() -> str:
         row = tables.get(WebhookDelivery, alice.owner_id, f"{job.job_id}#cancelled#email")
         return row.status if row else ""
 
-    wait(workers, lambda: status() == "sent")
+    wait_until(workers, lambda: delivery_status() == "sent")
     dataset = datasets.receive(
         alice.owner_id, "a.jsonl", iter([b'{"prompt": "a", "completion": "b"}\n' * 20])
     )
-    wait(workers, lambda: tables.get(Dataset, alice.owner_id, dataset.dataset_id).status == "ready")
+    wait_until(workers, lambda: access.get_dataset_for(alice.owner_id, dataset.dataset_id).status == "ready")
     assert len(mail_server.received) == 1
