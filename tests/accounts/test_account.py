@@ -1,4 +1,4 @@
-"""One's own account: the overview, devices, taking one's data, leaving."""
+"""The account pages: overview, devices, export, deletion."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def work(stores, alice: User):
     return dataset, job
 
 
-def reauthenticate(page: Client, wanted: str) -> None:
-    assert page.get(wanted).status_code == 302
+def reauthenticate(page: Client, address: str) -> None:
+    assert page.get(address).status_code == 302
     page.post("/accounts/reauthenticate/", {"password": PASSWORD})
 
 
@@ -56,9 +56,9 @@ def test_visitors_are_redirected_to_sign_in(db, page: Client, address: str):
 
 def test_the_overview_shows_the_email_and_signed_in_devices(alice: User, page: Client):
     sign_in(page, alice)
-    shown = page.get("/account/").content.decode()
-    assert alice.email in shown
-    assert "1 signed in" in shown
+    text = page.get("/account/").content.decode()
+    assert alice.email in text
+    assert "1 signed in" in text
 
 
 def test_a_device_can_be_signed_out_from_another(alice: User, page: Client):
@@ -73,12 +73,12 @@ def test_a_device_can_be_signed_out_from_another(alice: User, page: Client):
 
 
 def test_bob_cannot_sign_out_alices_device(alice: User, bob: User, page: Client):
-    theirs = Client()
-    sign_in(theirs, alice)
+    alices = Client()
+    sign_in(alices, alice)
     sign_in(page, bob)
     device = UserSession.objects.get(user=alice)
     assert page.post(f"/account/devices/{device.pk}/sign-out/").status_code == 404
-    assert is_signed_in(theirs)
+    assert is_signed_in(alices)
 
 
 def test_the_email_address_changes_once_the_new_one_is_confirmed(alice: User, page: Client):
@@ -142,14 +142,14 @@ def test_the_export_contains_the_account_and_its_work_but_no_secrets(alice: User
     key, secret = api_keys.create(alice, "nightly", ["read"])
     sign_in(page, alice)
     reauthenticate(page, "/account/export/")
-    answer = page.get("/account/export/")
-    content = json.loads(answer.content)
+    response = page.get("/account/export/")
+    content = json.loads(response.content)
     assert content["account"]["email"] == alice.email
     assert [row["dataset_id"] for row in content["datasets"]] == [dataset.dataset_id]
     assert [row["job_id"] for row in content["jobs"]] == [job.job_id]
-    assert key.digest not in answer.content.decode()
-    assert secret not in answer.content.decode()
-    assert alice.password not in answer.content.decode()
+    assert key.digest not in response.content.decode()
+    assert secret not in response.content.decode()
+    assert alice.password not in response.content.decode()
 
 
 def test_the_export_requires_reauthentication(alice: User, page: Client):
@@ -173,7 +173,7 @@ def test_deleting_the_account_removes_the_user_and_all_their_work(alice: User, p
     sign_in(page, alice)
     reauthenticate(page, "/account/delete/")
     page.post("/account/delete/", {"email": alice.email})
-    outbox.run("leave", alice.owner_id, alice.owner_id, "")  # what the worker does when the bell rings
+    outbox.run("leave", alice.owner_id, alice.owner_id, "")  # what a worker does with the outbox row
     assert not User.objects.filter(pk=alice.pk).exists()
     assert not ApiKey.objects.filter(name="nightly").exists()
     assert not is_signed_in(page)

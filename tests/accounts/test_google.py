@@ -1,4 +1,4 @@
-"""Signing in with Google, against a local OpenID provider that stands in its place."""
+"""Signing in with Google, against a local OpenID Connect provider."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ from tests import services
 from tests.accounts.conftest import is_signed_in
 from tests.factories import PASSWORD, make_user
 
-PROVIDER = services.free_port()
+PORT = services.free_port()
 
 
 @dataclass
 class Google:
-    """The provider, and what a person does there."""
+    """The provider, and what a user does there."""
 
     url: str
 
-    def has(self, sub: str, email: str, *, verified: bool = True) -> None:
+    def add_user(self, sub: str, email: str, *, verified: bool = True) -> None:
         requests.put(f"{self.url}/users/{sub}", json={"email": email, "email_verified": verified}, timeout=5)
 
     def agree(self, page: Client, sub: str) -> str:
-        """Presses our button, says yes at the provider, and returns the address it sends the browser back to."""
-        leaving = page.post("/accounts/google/login/")
-        assert leaving.status_code == 302
-        assert leaving.headers["Location"].startswith(self.url)
-        back = requests.post(leaving.headers["Location"], data={"sub": sub}, allow_redirects=False, timeout=5)
-        result = urlsplit(back.headers["Location"])
+        """Clicks our button, consents at the provider, and returns the callback URL that the provider redirects to."""
+        redirect = page.post("/accounts/google/login/")
+        assert redirect.status_code == 302
+        assert redirect.headers["Location"].startswith(self.url)
+        callback = requests.post(
+            redirect.headers["Location"], data={"sub": sub}, allow_redirects=False, timeout=5
+        )
+        result = urlsplit(callback.headers["Location"])
         return f"{result.path}?{result.query}"
 
 
 @pytest.fixture(scope="module")
 def provider() -> Iterator[str]:
-    argv = [sys.executable, "-m", "oidc_provider_mock", "--port", str(PROVIDER)]
+    argv = [sys.executable, "-m", "oidc_provider_mock", "--port", str(PORT)]
     process = subprocess.Popen(
         argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=services._die_with_parent
     )
-    url = f"http://localhost:{PROVIDER}"
+    url = f"http://localhost:{PORT}"
     deadline = time.monotonic() + 120
     while True:
         try:
@@ -68,7 +70,7 @@ def google(provider: str, settings, monkeypatch) -> Google:
 
     settings.GOOGLE_CLIENT_ID = "llm-tuner"
     monkeypatch.setenv("GOOGLE_CLIENT_SECRET", "a-secret")
-    # allauth reads these once, when it is imported; a deployment sets them by GOOGLE_ENDPOINTS.
+    # allauth reads these once, on import; a deployment sets them with GOOGLE_ENDPOINTS.
     monkeypatch.setattr(GoogleOAuth2Adapter, "authorize_url", f"{provider}/oauth2/authorize")
     monkeypatch.setattr(GoogleOAuth2Adapter, "access_token_url", f"{provider}/oauth2/token")
     monkeypatch.setattr("allauth.socialaccount.providers.google.views.ID_TOKEN_ISSUER", provider)
@@ -76,14 +78,14 @@ def google(provider: str, settings, monkeypatch) -> Google:
 
 
 def test_the_first_sign_in_creates_an_account(db, google: Google, page: Client):
-    google.has("g-1", "new@example.com")
+    google.add_user("g-1", "new@example.com")
     page.get(google.agree(page, "g-1"))
     assert is_signed_in(page)
     assert User.objects.get(email="new@example.com").has_usable_password() is False
 
 
 def test_signing_in_again_uses_the_same_account(db, google: Google, page: Client):
-    google.has("g-2", "new@example.com")
+    google.add_user("g-2", "new@example.com")
     page.get(google.agree(page, "g-2"))
     again = Client()
     again.get(google.agree(again, "g-2"))
@@ -98,32 +100,32 @@ def test_the_button_is_shown_only_when_google_is_configured(db, page: Client, se
 
 
 def test_a_forged_state_does_not_sign_in(db, google: Google, page: Client):
-    google.has("g-3", "new@example.com")
-    back = urlsplit(google.agree(page, "g-3"))
-    query = {name: values[0] for name, values in parse_qs(back.query).items()} | {"state": "forged"}
-    page.get(f"{back.path}?{urlencode(query)}")
+    google.add_user("g-3", "new@example.com")
+    callback = urlsplit(google.agree(page, "g-3"))
+    query = {name: values[0] for name, values in parse_qs(callback.query).items()} | {"state": "forged"}
+    page.get(f"{callback.path}?{urlencode(query)}")
     assert not is_signed_in(page)
 
 
 def test_a_callback_meant_for_another_browser_does_not_sign_in(db, google: Google, page: Client):
-    google.has("g-4", "attacker@example.com")
-    back = google.agree(Client(), "g-4")
-    page.get(back)
+    google.add_user("g-4", "attacker@example.com")
+    callback = google.agree(Client(), "g-4")
+    page.get(callback)
     assert not is_signed_in(page)
 
 
 def test_an_authorization_code_works_once(db, google: Google, page: Client):
-    google.has("g-5", "new@example.com")
-    back = google.agree(page, "g-5")
-    page.get(back)
+    google.add_user("g-5", "new@example.com")
+    callback = google.agree(page, "g-5")
+    page.get(callback)
     assert is_signed_in(page)
     page.post("/accounts/logout/")
-    page.get(back)
+    page.get(callback)
     assert not is_signed_in(page)
 
 
 def test_an_unverified_email_address_does_not_sign_in(db, google: Google, page: Client):
-    google.has("g-6", "new@example.com", verified=False)
+    google.add_user("g-6", "new@example.com", verified=False)
     page.get(google.agree(page, "g-6"))
     assert not is_signed_in(page)
     assert not User.objects.exists()
@@ -134,29 +136,28 @@ def test_google_does_not_sign_in_to_a_local_account_with_the_same_address(
     db, google: Google, page: Client, verified: bool
 ):
     alice = make_user("alice", password=PASSWORD)
-    google.has("g-7", alice.email, verified=verified)
-    answer = page.get(google.agree(page, "g-7"), follow=True)
-    assert answer.request["PATH_INFO"] == "/accounts/login/"
-    words = "Sign in with its password" if verified else "has not verified"
-    assert words in answer.content.decode()
+    google.add_user("g-7", alice.email, verified=verified)
+    response = page.get(google.agree(page, "g-7"), follow=True)
+    assert response.request["PATH_INFO"] == "/accounts/login/"
+    message = "Sign in with its password" if verified else "has not verified"
+    assert message in response.content.decode()
     assert not is_signed_in(page)
     assert User.objects.count() == 1
-    assert not page.get("/accounts/3rdparty/signup/").content.count(
-        b"<form"
-    )  # where one could try other addresses
+    # No form, where one could try other addresses.
+    assert b"<form" not in page.get("/accounts/3rdparty/signup/").content
 
 
 def test_denied_consent_shows_that_sign_in_was_cancelled(db, google: Google, page: Client):
-    leaving = page.post("/accounts/google/login/")
-    state = parse_qs(urlsplit(leaving.headers["Location"]).query)["state"][0]
-    answer = page.get(f"/accounts/google/login/callback/?error=access_denied&state={state}", follow=True)
-    assert "Sign-in cancelled" in answer.content.decode()
+    redirect = page.post("/accounts/google/login/")
+    state = parse_qs(urlsplit(redirect.headers["Location"]).query)["state"][0]
+    response = page.get(f"/accounts/google/login/callback/?error=access_denied&state={state}", follow=True)
+    assert "Sign-in cancelled" in response.content.decode()
     assert not is_signed_in(page)
 
 
 def test_the_authorization_request_uses_state_and_pkce(db, google: Google, page: Client):
-    leaving = page.post("/accounts/google/login/")
-    query = parse_qs(urlsplit(leaving.headers["Location"]).query)
+    redirect = page.post("/accounts/google/login/")
+    query = parse_qs(urlsplit(redirect.headers["Location"]).query)
     assert len(query["state"][0]) >= 16
     assert query["code_challenge_method"] == ["S256"]
     assert set(query["scope"][0].split()) == {"openid", "email"}

@@ -1,4 +1,4 @@
-"""Guessing passwords: at most 12 are looked at in ten minutes, whatever the guesser pretends to be."""
+"""Guessing passwords: at most 12 are checked within ten minutes, whatever client address a request claims."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ ALLOWED = 12
 
 @pytest.fixture
 def checked(monkeypatch) -> list[str]:
-    """Every password that was really compared with a person's."""
-    seen: list[str] = []
-    check = User.check_password
+    """Every password that was compared with a user's password."""
+    passwords: list[str] = []
+    check_password = User.check_password
 
-    def counted(self: User, raw: str) -> bool:
-        seen.append(raw)
-        return check(self, raw)
+    def record_and_check(self: User, raw: str) -> bool:
+        passwords.append(raw)
+        return check_password(self, raw)
 
-    monkeypatch.setattr(User, "check_password", counted)
-    return seen
+    monkeypatch.setattr(User, "check_password", record_and_check)
+    return passwords
 
 
 def guess(page: Client, user: User, times: int, **headers: str) -> None:
@@ -44,7 +44,7 @@ def test_the_right_password_is_also_refused_while_limited(alice: User, page: Cli
 
 def test_guesses_from_one_ip_address_at_many_accounts_are_limited(db, page: Client, checked: list[str]):
     for i in range(30):
-        guess(page, make_user(f"person{i}", password=PASSWORD), 1)
+        guess(page, make_user(f"user{i}", password=PASSWORD), 1)
     assert len(checked) <= ALLOWED
 
 
@@ -62,10 +62,10 @@ def test_forged_forwarding_headers_do_not_evade_the_limit(
 
 def test_behind_a_proxy_only_the_address_it_added_counts(db, page: Client, settings, checked: list[str]):
     settings.ALLAUTH_TRUSTED_PROXY_COUNT = 1
-    for i in range(30):  # what stands before the last comma comes from the guesser
+    for i in range(30):  # everything before the last comma comes from the client
         guess(
             page,
-            make_user(f"person{i}", password=PASSWORD),
+            make_user(f"user{i}", password=PASSWORD),
             1,
             **{"X-Forwarded-For": f"203.0.113.{i}, 198.51.100.7"},
         )
@@ -75,7 +75,7 @@ def test_behind_a_proxy_only_the_address_it_added_counts(db, page: Client, setti
 def test_requests_that_bypass_the_proxies_are_limited_too(db, page: Client, settings, checked: list[str]):
     settings.ALLAUTH_TRUSTED_PROXY_COUNT = 2
     for i in range(30):
-        guess(page, make_user(f"person{i}", password=PASSWORD), 1, **{"X-Forwarded-For": f"203.0.113.{i}"})
+        guess(page, make_user(f"user{i}", password=PASSWORD), 1, **{"X-Forwarded-For": f"203.0.113.{i}"})
     assert 0 < len(checked) <= ALLOWED
 
 
@@ -104,9 +104,9 @@ def test_password_reset_emails_are_limited(alice: User, page: Client):
 
 def test_a_limited_request_gets_429_and_a_message(page: Client, db):
     for i in range(25):
-        answer = page.post("/accounts/password/reset/", {"email": f"nobody{i}@example.com"})
-    assert answer.status_code == 429
-    assert "Too many attempts" in answer.content.decode()
+        response = page.post("/accounts/password/reset/", {"email": f"nobody{i}@example.com"})
+    assert response.status_code == 429
+    assert "Too many attempts" in response.content.decode()
 
 
 def test_a_running_server_ignores_forwarding_headers(web, transactional_db):
@@ -114,11 +114,11 @@ def test_a_running_server_ignores_forwarding_headers(web, transactional_db):
 
     user = make_user("alice", password=PASSWORD)
     page = requests.Session()
-    statuses = set()
+    limited = set()
     for i in range(ALLOWED + 3):
         page.get(f"{web.url}/accounts/login/", timeout=10)
         fields = {"login": user.email, "password": f"guess-{i}", "csrfmiddlewaretoken": page.cookies["csrf"]}
         headers = {"X-Forwarded-For": f"203.0.113.{i}", "Referer": web.url}
-        answer = page.post(f"{web.url}/accounts/login/", fields, headers=headers, timeout=10)
-        statuses.add("too many" in answer.text.lower())
-    assert statuses == {True, False}
+        response = page.post(f"{web.url}/accounts/login/", fields, headers=headers, timeout=10)
+        limited.add("too many" in response.text.lower())
+    assert limited == {True, False}

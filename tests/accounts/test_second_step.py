@@ -1,4 +1,4 @@
-"""The second step of signing in."""
+"""Two-factor authentication with an authenticator app."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.factories import PASSWORD
 
 @pytest.fixture
 def secret(alice: User, page: Client) -> str:
-    """Alice has set up her app, on the pages."""
+    """The TOTP secret of Alice, who has set up her authenticator app on the pages."""
     sign_in(page, alice)
     page.get("/accounts/2fa/totp/activate/")
     page.post("/accounts/reauthenticate/", {"password": PASSWORD})
@@ -46,7 +46,7 @@ def test_the_password_alone_no_longer_signs_in(alice: User, secret: str):
 def test_a_totp_code_completes_the_sign_in(alice: User, secret: str):
     from django.core.cache import cache
 
-    cache.clear()  # the code just used to set up counts as spent
+    cache.clear()  # the code used for the set-up counts as used
     fresh = Client()
     sign_in(fresh, alice)
     fresh.post("/accounts/2fa/authenticate/", {"code": code_of(secret)})
