@@ -1,4 +1,4 @@
-"""Reading the environment: typed, and clear about what is wrong."""
+"""Environment variables are parsed into their types, and invalid values are reported."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def test_each_job_setting_can_be_changed(monkeypatch):
     }
 
 
-@pytest.mark.parametrize(("value", "read"), [("1", True), ("yes", True), ("off", False), ("", True)])
-def test_flags_are_parsed(monkeypatch, value: str, read: bool):
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("yes", True), ("off", False), ("", True)])
+def test_flags_are_parsed(monkeypatch, value: str, expected: bool):
     monkeypatch.setenv("FLAG", value)
-    assert env.flag("FLAG", default=True) is read
+    assert env.flag("FLAG", default=True) is expected
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_password_may_contain_any_character(monkeypatch, name: str, password: 
         assert env.mail(result)["EMAIL_HOST_PASSWORD"] == ANY_CHARACTERS
     monkeypatch.setenv(password, "another")
     monkeypatch.setenv(name, result)
-    assert env.url(name, "", password) == result  # the one in the address is meant
+    assert env.url(name, "", password) == result  # the password in the URL takes precedence
 
     monkeypatch.setenv(name, f"redis://:{ANY_CHARACTERS}@redis:6379/0")
     with pytest.raises(env.BadEnvironment, match=f"{name}.*{password}"):

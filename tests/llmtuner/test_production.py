@@ -1,10 +1,11 @@
-"""A safe production configuration passes without a warning; each unsafe one is refused and says what to change."""
+"""A safe production configuration passes without a warning. Each unsafe one is refused with a message."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,11 @@ SAFE = {
     "DYNAMODB_ENDPOINT": "",
     "AWS_STORAGE_BUCKET_NAME": "bucket",
 }
-FORGOTTEN = None
+UNSET = None
 
 
 def check(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`manage.py check --deploy` in a process that knows nothing but these variables."""
+    """`manage.py check --deploy` in a process with only these environment variables."""
     base = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return subprocess.run(
         [sys.executable, "manage.py", "check", "--deploy", "--fail-level", "WARNING"],
@@ -58,28 +59,28 @@ def test_a_safe_production_configuration_passes_without_warnings(tmp_path: Path)
         ({"EMAIL_URL": ""}, "E009"),
         ({"PUBLIC_URL": "https://localhost"}, "E011"),
         ({"GOOGLE_CLIENT_ID": "abc"}, "E013"),
-        ({"DATABASE_URL": FORGOTTEN}, "E014"),
+        ({"DATABASE_URL": UNSET}, "E014"),
         ({"DATABASE_URL": "sqlite:////data/db.sqlite3"}, "E014"),
-        ({"REDIS_URL": FORGOTTEN}, "E015"),
+        ({"REDIS_URL": UNSET}, "E015"),
         ({"LLMTUNER_OWN_REDIS": "1"}, "E015"),
-        ({"DYNAMODB_ENDPOINT": FORGOTTEN}, "E016"),
+        ({"DYNAMODB_ENDPOINT": UNSET}, "E016"),
         ({"LLMTUNER_OWN_DYNAMODB": "1"}, "E016"),
-        ({"AWS_STORAGE_BUCKET_NAME": FORGOTTEN}, "E017"),
+        ({"AWS_STORAGE_BUCKET_NAME": UNSET}, "E017"),
     ],
     ids=str,
 )
 def test_an_unsafe_production_configuration_is_refused(
     change: dict[str, str | None], error: str, monkeypatch
 ):
-    """In this process, with the settings as that environment would make them: a process each would take a minute."""
-    assert f"llmtuner.{error}" in problems_with(SAFE | change, monkeypatch)
+    """In this process, with the settings that result from that environment. One process for each would take a minute."""
+    assert f"llmtuner.{error}" in problems_with({**SAFE, **change}, monkeypatch)
 
 
 def test_a_worker_needs_no_sql(monkeypatch):
-    assert not problems_with(SAFE | {"DATABASE_URL": FORGOTTEN}, monkeypatch, needs_sql=False)
+    assert not problems_with({**SAFE, "DATABASE_URL": UNSET}, monkeypatch, needs_sql=False)
 
 
-def problems_with(environment: dict[str, str | None], monkeypatch, needs_sql: bool = True) -> set[str]:
+def problems_with(environment: Mapping[str, str | None], monkeypatch, needs_sql: bool = True) -> set[str]:
     import importlib.util
     from types import SimpleNamespace
 
@@ -95,12 +96,12 @@ def problems_with(environment: dict[str, str | None], monkeypatch, needs_sql: bo
     ):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
-        if value is FORGOTTEN:
+        if value is UNSET:
             monkeypatch.delenv(name, raising=False)
         else:
             monkeypatch.setenv(name, value)
     spec = importlib.util.spec_from_file_location(
-        "settings_of_another", services.ROOT / "llmtuner/settings.py"
+        "settings_under_test", services.ROOT / "llmtuner/settings.py"
     )
     assert spec
     assert spec.loader
@@ -115,7 +116,7 @@ def test_a_safe_production_configuration_has_no_problems(monkeypatch):
 
 
 def test_web_does_not_start_with_an_unsafe_configuration(tmp_path: Path):
-    """Not only `check --deploy` refuses: the server itself does."""
+    """Not only `check --deploy` refuses it, the server does too."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     environment |= SAFE | {"VAR_DIR": str(tmp_path), "SECRET_KEY": "short"}
     code = "import llmtuner.asgi"

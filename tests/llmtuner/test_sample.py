@@ -1,4 +1,4 @@
-"""The first fine-tune of bin/up, as it is told in the terminal."""
+"""What bin/up prints about its first fine-tuning job."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def test_a_sample_job_that_is_still_running_is_not_reported_as_ended(
     (tmp_path / "sample.json").write_text(json.dumps({"owner": alice.owner_id, "job": job.job_id}))
     monkeypatch.setattr(sample, "JOB_TIMEOUT_S", 0)
     assert sample.run_sample("http://localhost:8420") is False
-    said = "".join(capsys.readouterr())
-    assert "ended" not in said
-    assert f"has not finished yet. Follow its progress at http://localhost:8420/jobs/{job.job_id}" in said
+    output = "".join(capsys.readouterr())
+    assert "ended" not in output
+    assert f"has not finished yet. Follow its progress at http://localhost:8420/jobs/{job.job_id}" in output
 
 
 def test_a_sample_that_is_not_checked_in_time_does_not_stop_the_studio(
