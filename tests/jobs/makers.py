@@ -1,4 +1,4 @@
-"""Small makers of rows, with plain arguments."""
+"""Factories of stored rows, with plain arguments."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def checkpoint(claim: Claim, step: int, **fields: Any) -> dict[str, Any]:
 
 
 def read(job: Job) -> Job:
-    found = tables.get(Job, job.owner, job.job_id)
-    assert found is not None
-    return found
+    row = tables.get(Job, job.owner, job.job_id)
+    assert row is not None
+    return row
 
 
 def result(claim: Claim) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files on their way in and out."""
+"""Datasets: upload, check, quotas, deletion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def receive(owner=None, name="rows.jsonl", data=ROWS):
     return datasets.receive(owner or make_owner(), name, io.BytesIO(data))
 
 
-def stored(dataset):
+def stored_keys(dataset):
     return blobs.list_keys(f"datasets/{dataset.owner}/{dataset.dataset_id}/")
 
 
@@ -43,14 +43,14 @@ def test_a_passed_check_makes_the_dataset_ready():
         report=report,
     )
     assert (ready.status, ready.summary, ready.format) == ("ready", {"examples": 1}, {"kind": "jsonl"})
-    assert len(stored(dataset)) == 2
-    assert datasets.finish_check(dataset.owner, dataset.dataset_id, "ready") is not None  # asked twice
+    assert len(stored_keys(dataset)) == 2
+    assert datasets.finish_check(dataset.owner, dataset.dataset_id, "ready") is not None  # checked twice
 
 
 def test_a_rejected_file_is_deleted():
     dataset = receive()
     datasets.finish_check(dataset.owner, dataset.dataset_id, "rejected", error="Line 1: no JSON.")
-    assert stored(dataset) == []
+    assert stored_keys(dataset) == []
     assert access.get_dataset_for(dataset.owner, dataset.dataset_id).error == "Line 1: no JSON."
 
 
@@ -127,7 +127,7 @@ def test_files_are_kept_until_no_job_needs_them():
     claim.finish("failed", "bad_data")
     finalize.after_end(job.owner, job.job_id)
     assert outbox.delete_bytes(dataset.owner, dataset.dataset_id)
-    assert stored(dataset) == []
+    assert stored_keys(dataset) == []
 
 
 def test_a_late_check_does_not_restore_a_deleted_dataset():
@@ -145,15 +145,15 @@ def test_an_oversized_summary_is_shortened():
 
 
 @pytest.mark.parametrize(
-    ("status", "age", "goes"),
+    ("status", "age", "deleted"),
     [("pending", 0, False), ("completing", 0, False), ("pending", 3 * 3600, True), ("cancelled", 0, True)],
 )
-def test_upload_parts_are_deleted_once_the_upload_is_over(status: str, age: float, goes: bool):
+def test_upload_parts_are_deleted_once_the_upload_is_over(status: str, age: float, deleted: bool):
     owner, upload_id = make_owner(), tables.new_id("upload")
     tables.Upload(owner, upload_id, status=status, expires_at=time.time() + 60 - age).save()
     part = blobs.put_file(f"uploads/{upload_id}/part-1", io.BytesIO(b"abc"))
-    assert outbox.delete_bytes(owner, upload_id) is goes
-    assert (blobs.size_of(part.key) is None) is goes
+    assert outbox.delete_bytes(owner, upload_id) is deleted
+    assert (blobs.size_of(part.key) is None) is deleted
 
 
 def test_upload_parts_without_an_upload_are_deleted():
@@ -163,15 +163,15 @@ def test_upload_parts_without_an_upload_are_deleted():
 
 
 def test_concurrent_uploads_share_the_storage_quota(settings):
-    """Each began while there was room for it; together they don't fit."""
+    """Each starts while there is room for it, but together they exceed the quota."""
     settings.JOBS = settings.JOBS | {"max_stored_bytes_per_owner": 2 * len(ROWS) - 1}
     owner = make_owner()
 
-    def slowly():
+    def slow_upload():
         receive(owner, "meanwhile.jsonl")
         yield ROWS
 
     with pytest.raises(datasets.OverQuota):
-        datasets.receive(owner, "late.jsonl", slowly())
+        datasets.receive(owner, "late.jsonl", slow_upload())
     assert [row.name for row in access.list_datasets(owner)] == ["meanwhile.jsonl"]
     assert quotas.held(owner, "datasets") == {row.dataset_id for row in access.list_datasets(owner)}

@@ -1,4 +1,4 @@
-"""Every move of a job, made once as it should be."""
+"""Every transition of a job, once, without concurrency."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_another_users_dataset_is_refused():
         make_job(dataset_id=make_dataset(make_owner()).dataset_id)
 
 
-# ---- the holder's moves
+# ---- transitions of the worker that has the lease
 
 
 def test_a_job_is_claimed_once():
@@ -176,8 +176,8 @@ def test_the_checkpoint_pointer_can_go_back_to_a_verified_one():
     claim.move_pointer(checkpoint(claim, 1))
 
 
-def stored(claim, *steps, **fields):
-    """Checkpoints with bytes, each of 7."""
+def store_checkpoints(claim, *steps, **fields):
+    """Stores checkpoints with files of 7 bytes and moves the pointer to each."""
     for step in steps:
         entry = checkpoint(claim, step, bytes=7, **fields)
         blobs.put_file(f"{entry['key']}/weights", io.BytesIO(b"weights"))
@@ -185,67 +185,67 @@ def stored(claim, *steps, **fields):
         finalize.after_pointer(claim.job)
 
 
-def bytes_of(job):
+def stored_folders(job):
     return [key.split("/", 2)[2].removesuffix("/weights") for key in blobs.list_keys(f"jobs/{job.job_id}/")]
 
 
 def test_superseded_checkpoints_are_deleted():
     claim = make_claim()
-    stored(claim, 1, 2, 3)
-    blobs.put_file(f"{claim.prefix}checkpoints/s4/weights", io.BytesIO(b"on its way"))
+    store_checkpoints(claim, 1, 2, 3)
+    blobs.put_file(f"{claim.prefix}checkpoints/s4/weights", io.BytesIO(b"unfinished"))
     finalize.after_pointer(claim.job)
-    assert bytes_of(claim.job) == ["e1/checkpoints/s2", "e1/checkpoints/s3", "e1/checkpoints/s4"]
+    assert stored_folders(claim.job) == ["e1/checkpoints/s2", "e1/checkpoints/s3", "e1/checkpoints/s4"]
 
 
 def test_superseded_checkpoints_of_earlier_attempts_are_deleted_and_later_ones_are_not():
     old = make_claim()
-    stored(old, 1, 3)
+    store_checkpoints(old, 1, 3)
     transitions.lose_lease(old.job)
     transitions.requeue(read(old.job))
     new = make_claim(old.job)
     new.pointer_back(new.job.checkpoints[0])  # step 3 is damaged
-    stored(new, 2)
-    finalize.after_pointer(old.job)  # a former holder that is late
-    assert bytes_of(new.job) == ["e1/checkpoints/s1", "e1/checkpoints/s3", "e2/checkpoints/s2"]
-    stored(new, 4, 5)
-    assert bytes_of(new.job) == ["e2/checkpoints/s4", "e2/checkpoints/s5"]
+    store_checkpoints(new, 2)
+    finalize.after_pointer(old.job)  # late, by a former lease owner
+    assert stored_folders(new.job) == ["e1/checkpoints/s1", "e1/checkpoints/s3", "e2/checkpoints/s2"]
+    store_checkpoints(new, 4, 5)
+    assert stored_folders(new.job) == ["e2/checkpoints/s4", "e2/checkpoints/s5"]
 
 
 def test_checkpoints_of_another_job_are_not_deleted():
     first = make_claim()
-    stored(first, 1)
+    store_checkpoints(first, 1)
     first.finish("failed", "not_finite")
     second = make_claim(transitions.retry(first.owner, first.job_id))
-    stored(second, 2, 3)
-    assert bytes_of(first.job) == ["e1/checkpoints/s1"]
-    assert quotas.stored_bytes(first.owner) == 35 + 7 + 14  # the dataset; what each job's own folder holds
+    store_checkpoints(second, 2, 3)
+    assert stored_folders(first.job) == ["e1/checkpoints/s1"]
+    assert quotas.stored_bytes(first.owner) == 35 + 7 + 14  # the dataset and the folder of each job
 
 
 def test_checkpoints_count_against_the_storage_quota(settings):
     settings.JOBS = settings.JOBS | {"max_stored_bytes_per_owner": 50}
     claim = make_claim()  # its dataset has 35 bytes
-    stored(claim, 1, 2, 3)  # two are kept
+    store_checkpoints(claim, 1, 2, 3)  # two are kept
     quotas.check_room(claim.owner)
     with pytest.raises(OverQuota):
         quotas.reserve(claim.owner, "upload-1", 2)
     quotas.reserve(claim.owner, "upload-1", 1)
-    stored(claim, 4, best=True)
-    stored(claim, 5, 6)
-    for full in (quotas.check_room, quotas.check_fits):
+    store_checkpoints(claim, 4, best=True)
+    store_checkpoints(claim, 5, 6)
+    for check in (quotas.check_room, quotas.check_fits):
         with pytest.raises(OverQuota, match="checkpoints"):
-            full(claim.owner)
+            check(claim.owner)
 
 
 def test_checkpoints_of_a_deleted_job_no_longer_count():
     claim = make_claim()
-    stored(claim, 1, 2)
+    store_checkpoints(claim, 1, 2)
     claim.finish("failed", "not_finite")
     seen = read(claim.job)
     transitions.delete(claim.owner, claim.job_id)
     outbox.delete_bytes(claim.owner, claim.job_id)
     quotas.record_checkpoint_bytes(seen)  # a late writer
     assert quotas.stored_bytes(claim.owner) == 35
-    assert bytes_of(claim.job) == []
+    assert stored_folders(claim.job) == []
 
 
 def test_a_success_creates_a_model_and_clears_the_lists():
@@ -317,7 +317,7 @@ def test_too_many_platform_faults_in_a_row_fail_a_job(settings):
     make_claim(job).trainer_died("disk_full")
     transitions.requeue(read(job))
     claim = make_claim(job)
-    claim.move_pointer(checkpoint(claim, 1))  # it got further: the count begins again
+    claim.move_pointer(checkpoint(claim, 1))  # progress resets the count
     for fault in ("store", "disk_full"):
         assert claim.trainer_died(fault) == "retrying"
         transitions.requeue(read(job))
@@ -330,13 +330,13 @@ def test_too_many_platform_faults_in_a_row_fail_a_job(settings):
 
 def test_platform_faults_do_not_reset_the_attempts_of_a_dying_trainer():
     job = make_job()
-    for reason, landed in (
+    for reason, status in (
         ("killed", "retrying"),
         ("store", "retrying"),
         ("killed", "retrying"),
         ("killed", "failed"),
     ):
-        assert make_claim(job).trainer_died(reason) == landed
+        assert make_claim(job).trainer_died(reason) == status
         transitions.requeue(read(job))
     assert (read(job).attempts, read(job).platform_faults) == (3, 1)
 
@@ -383,7 +383,7 @@ def test_a_renewed_lease_is_not_lost():
     assert transitions.lose_lease(seen) is None
 
 
-# ---- people's moves
+# ---- transitions requested by users
 
 
 def test_waiting_jobs_change_state_at_once():
@@ -411,7 +411,7 @@ def test_a_cancel_cannot_be_taken_back():
 
 
 @pytest.mark.parametrize(
-    ("desired", "leave", "landed"),
+    ("desired", "leave", "expected"),
     [
         ("run", lambda c: c.give_back(), "queued"),
         ("pause", lambda c: c.give_back(), "paused"),
@@ -425,14 +425,14 @@ def test_a_cancel_cannot_be_taken_back():
         ("cancel", lambda c: c.trainer_died("killed"), "cancelled"),
     ],
 )
-def test_every_exit_from_running_respects_the_desired_state(desired, leave, landed):
+def test_every_exit_from_running_respects_the_desired_state(desired, leave, expected):
     claim = make_claim()
     if desired != "run":
-        transitions.set_desired(claim.owner, claim.job_id, desired)  # unseen by the holder
-    assert leave(claim) == landed
+        transitions.set_desired(claim.owner, claim.job_id, desired)  # the worker does not know yet
+    assert leave(claim) == expected
     job = read(claim.job)
-    assert job.status == landed
-    assert (job.result is None) == (landed != "succeeded")
+    assert job.status == expected
+    assert (job.result is None) == (expected != "succeeded")
 
 
 def test_a_job_cannot_be_edited_once_an_attempt_begins():
@@ -462,10 +462,10 @@ def test_a_retry_resumes_from_the_last_checkpoint():
     with pytest.raises(Refused):
         transitions.retry(claim.owner, claim.job_id)
     claim.finish("failed", "not_finite")
-    again = transitions.retry(claim.owner, claim.job_id)
-    assert (again.checkpoint_step, again.status) == (5, "queued")
-    assert again.checkpoint_key == f"{claim.prefix}checkpoints/s5"
-    with pytest.raises(Refused):  # its bytes are still needed
+    retried = transitions.retry(claim.owner, claim.job_id)
+    assert (retried.checkpoint_step, retried.status) == (5, "queued")
+    assert retried.checkpoint_key == f"{claim.prefix}checkpoints/s5"
+    with pytest.raises(Refused):  # its files are still needed
         transitions.delete(claim.owner, claim.job_id)
 
 

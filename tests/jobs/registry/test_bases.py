@@ -1,4 +1,4 @@
-"""What a job may start from, and that it really starts there."""
+"""Which models a job may start from, and that training really starts from their weights."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from jobs.store import access, blobs, outbox
 from jobs.store.tables import DatasetReport, HubModel, Job, TunedModel
 from jobs.worker import runner
 from tests.jobs.makers import make_claim, make_dataset, make_job, make_owner, read, result
-from tests.jobs.worker.test_runner import ASKED, again, claim_one
+from tests.jobs.worker.test_runner import SETTINGS, again, claim_one
 from training.plan.events import Failure
 
 pytestmark = pytest.mark.usefixtures("stores")
-FACTS = {"id": "people/tiny", "name": "people/tiny", "parameters": 1000, "layers": 2, "width": 8, "heads": 2, "context": 64, "vocab": 300, "revision": "0" * 40}  # fmt: skip
+SNAPSHOT = {"id": "people/tiny", "name": "people/tiny", "parameters": 1000, "layers": 2, "width": 8, "heads": 2, "context": 64, "vocab": 300, "revision": "0" * 40}  # fmt: skip
 
 
-def add(owner: str, **facts: object) -> None:
-    HubModel(owner, "people/tiny", snapshot=FACTS | facts).save()
+def add(owner: str, **fields: object) -> None:
+    HubModel(owner, "people/tiny", snapshot=SNAPSHOT | fields).save()
 
 
 def make_job_from_hub(owner: str) -> Job:
-    """Of data that was read with its tokenizer already."""
+    """A job whose dataset already has a report with the tokenizer of this base."""
     dataset_id = make_dataset(owner).dataset_id
     DatasetReport(
-        dataset_id, base_models.tokenizer_family(FACTS), owner=owner, status="ready", summary={}
+        dataset_id, base_models.tokenizer_family(SNAPSHOT), owner=owner, status="ready", summary={}
     ).save()
     return make_job(owner, base="people/tiny", dataset_id=dataset_id)
 
@@ -45,7 +45,7 @@ def test_a_hub_model_that_was_not_added_is_not_a_base():
     with pytest.raises(transitions.Refused, match="no base model people/tiny") as refused:
         make_job(owner, base="people/tiny")
     assert refused.value.field == "base"
-    add(make_owner())  # somebody else did
+    add(make_owner())  # another user did
     with pytest.raises(transitions.Refused, match="no base model people/tiny"):
         make_job(owner, base="people/tiny")
 
@@ -67,7 +67,7 @@ def test_a_model_the_operator_no_longer_allows_is_not_a_base(settings):
     settings.HUB_MODELS = ["others/*"]
     assert base_models.find(owner, "people/tiny") is None
     with pytest.raises(Failure, match="does not allow this model"):
-        base_models.folder("people/tiny", FACTS)
+        base_models.folder("people/tiny", SNAPSHOT)
 
 
 def test_a_worker_downloads_only_checked_models():
@@ -128,16 +128,16 @@ def test_the_files_of_a_base_are_kept_until_its_jobs_have_ended(monkeypatch):
 
 @pytest.mark.slow
 def test_training_starts_from_the_parents_weights(tmp_path):
-    """With a learning rate that moves nothing, the child's weights are the parent's and not the starter's."""
+    """With a tiny learning rate, the weights of the child stay those of the parent and differ from the starter's."""
     owner = make_owner()
     first = claim_one(owner=owner)
     runner.run(first)
     finalize.after_end(owner, first.job.job_id)
     parent = access.get_model_for(owner, first.job.model_id)
 
-    tiny = {"learning_rate": 1e-8, "max_steps": 1, "dropout": 0.0, "keep_best": False}
+    no_change = {"learning_rate": 1e-8, "max_steps": 1, "dropout": 0.0, "keep_best": False}
     request = transitions.JobRequest(
-        base=parent.model_id, dataset_id=read(first.job).dataset_id, settings=ASKED | tiny
+        base=parent.model_id, dataset_id=read(first.job).dataset_id, settings=SETTINGS | no_change
     )
     second = again(transitions.submit(owner, request))
     runner.run(second)
@@ -162,7 +162,7 @@ def test_training_starts_from_the_parents_weights(tmp_path):
 def test_a_damaged_base_is_never_trained_from(tmp_path):
     owner = make_owner()
     parent = make_model(owner)
-    blobs.put_file(blobs.join(parent.prefix, "config.json"), iter([b"[]"]))  # of the right size
+    blobs.put_file(blobs.join(parent.prefix, "config.json"), iter([b"[]"]))  # of the same size
     job = make_job(owner, base=parent.model_id)
     with pytest.raises(blobs.Damaged):
         base_models.folder(job.base, job.base_snapshot)

@@ -1,4 +1,4 @@
-"""Models: made once, fetched verified, streamed as a zip, deleted with their bytes."""
+"""Tuned models: created once, fetched and verified, streamed as a zip, deleted with their files."""
 
 from __future__ import annotations
 
@@ -93,24 +93,24 @@ def test_a_deleted_model_loses_its_files_and_stays_deleted():
         access.get_model_for(model.owner, model.model_id)
     assert outbox.delete_bytes(model.owner, model.model_id)
     assert blobs.list_keys(model.prefix) == []
-    assert tables.put_new(TunedModel(model.owner, model.model_id), lambda found: False) is None
+    assert tables.put_new(TunedModel(model.owner, model.model_id), lambda row: False) is None
 
 
 def test_deleting_a_job_keeps_its_model():
     from jobs.lifecycle import finalize, transitions
 
     claim = make_claim()
-    told = result(claim)
+    outcome = result(claim)
     for name in ("final/config.json", "checkpoints/s1/weights"):
         blobs.put_file(claim.prefix + name, io.BytesIO(b"{}"))
     claim.move_pointer(checkpoint(claim, 1))
-    claim.finish("succeeded", result=told)
+    claim.finish("succeeded", result=outcome)
     finalize.after_end(claim.owner, claim.job_id)
     assert len(blobs.list_keys(claim.prefix)) == 2
     transitions.delete(claim.owner, claim.job_id)
     outbox.delete_bytes(claim.owner, claim.job_id)
     assert blobs.list_keys(claim.prefix) == [claim.prefix + "final/config.json"]
-    assert access.get_model_for(claim.owner, claim.job.model_id).prefix == told["prefix"]
+    assert access.get_model_for(claim.owner, claim.job.model_id).prefix == outcome["prefix"]
 
 
 def test_a_checkpoint_can_be_used_as_a_model():

@@ -1,4 +1,4 @@
-"""Lists: newest first, the owner's only, and in a bounded number of reads."""
+"""Lists: newest first, only the owner's, with few reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Children that may own torch or parse strangers' files: limited, without credentials, dead with their parent."""
+"""Child processes that load torch or parse untrusted files: limited, without credentials, killed with their parent."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from tests.services import ROOT
 
 @pytest.fixture
 def child():
-    """One that waits: a server with no request."""
+    """A model server that waits for requests."""
     child = child_process.start("serve", limits=Limits(memory_bytes=64 << 30, file_bytes=1 << 30, cpu_s=900))
     yield child
     child.kill()
 
 
-def lines_of(data, cap=20):
+def lines_of(data, limit=20):
     read, write = os.pipe()
     with os.fdopen(read, "rb") as pipe:
-        reader = LineReader(pipe, cap)
+        reader = LineReader(pipe, limit)
 
-        def speak():
+        def write_all():
             with os.fdopen(write, "wb") as out:
-                out.write(data)  # more than a pipe holds waits for the reader
+                out.write(data)  # blocks while the pipe is full
 
-        threading.Thread(target=speak).start()
-        found = []
+        threading.Thread(target=write_all).start()
+        lines = []
         while not reader.ended:
-            found += reader.lines()
-    return found
+            lines += reader.lines()
+    return lines
 
 
 def test_its_environment_contains_no_secrets_and_no_store_addresses(child):
@@ -60,10 +60,10 @@ def test_its_resource_limits_are_set(child):
 
 def test_it_has_no_network(child):
     if not child_process.no_network_prefix():
-        pytest.skip("this system lets nobody have a network of their own")
-    until = time.monotonic() + 120
+        pytest.skip("this system does not allow network namespaces")
+    deadline = time.monotonic() + 120
     while os.readlink(f"/proc/{child.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -72,9 +72,7 @@ def test_it_does_not_receive_ctrl_c_of_its_parent(child):
 
 
 def test_sending_a_heartbeat_never_blocks(child):
-    for _ in range(
-        10_000
-    ):  # far more than its pipe holds, and nobody reads: one that waited would do so for ever
+    for _ in range(10_000):  # far more than the pipe holds, and nobody reads it
         child.heartbeat()
 
 
@@ -89,18 +87,18 @@ def test_it_is_killed_with_its_parent():
     )
     assert parent.stdout
     pid = int(parent.stdout.readline())
-    until = time.monotonic() + 60
-    while not _runs_the_trainer(pid):  # the program that asks the kernel for the signal has run by then
-        assert time.monotonic() < until
+    deadline = time.monotonic() + 60
+    while not _runs_the_trainer(pid):  # by then the child has asked the kernel for the signal
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(pid, signal.SIGSTOP)  # it can do nothing for it: only the kernel's signal ends it
+    os.kill(pid, signal.SIGSTOP)  # so that only the kernel's signal can end it
     parent.kill()
     parent.wait()
-    until = time.monotonic() + 120
+    deadline = time.monotonic() + 120
     while Path(f"/proc/{pid}").exists() and (
         Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     ):
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 

@@ -1,4 +1,4 @@
-"""Who is next."""
+"""The order of the queue, and which jobs fit a worker."""
 
 from __future__ import annotations
 

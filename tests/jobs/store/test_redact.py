@@ -1,4 +1,4 @@
-"""What programs print, fit for a page."""
+"""Output of programs is made safe for a page: secrets hidden, control characters removed, long lines cut."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_known_kinds_of_secrets_are_hidden(secret):
     ],
 )
 def test_values_named_as_secrets_are_hidden(line):
-    shown = redact(line)
-    assert "hunter2" not in shown
-    assert "abcd1234" not in shown
+    redacted = redact(line)
+    assert "hunter2" not in redacted
+    assert "abcd1234" not in redacted
 
 
 def test_credentials_in_a_url_are_hidden():
@@ -56,13 +56,15 @@ def test_terminal_codes_and_control_characters_are_removed():
 
 
 def test_newlines_are_kept():
-    assert "\n" in redact("x\n\nid: 9999\nevent: done")  # JSON escapes it; no stream field can come of it
+    assert "\n" in redact(
+        "x\n\nid: 9999\nevent: done"
+    )  # JSON escapes them, so they cannot forge a field of an event stream
 
 
 @pytest.mark.parametrize("part", ["a-", "eyJ-", "password-", "://a:", "\x1b]", "secret "])
 def test_redacting_takes_linear_time(part, monkeypatch):
-    """Whoever writes rows can have lines printed: what is slow here holds up a trainer's supervisor. With twenty times as
-    much as is ever read, a search that is not linear would outlast the time any test has."""
+    """Rows of a dataset can end up in the output, so a slow search could block the trainer's supervisor. The text is 20 times
+    the usual limit, so that a search that is not linear exceeds the timeout of the test."""
     monkeypatch.setattr("jobs.store.redact.MAX_CHARS", 20 * MAX_CHARS)
     assert redact(part * (80 * MAX_CHARS))
 

@@ -1,4 +1,4 @@
-"""What an exit of the trainer means."""
+"""What an exit code or an error means for the attempt and the job."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def caused_by(error: OSError) -> blobs.StorageError:
 
 
 @pytest.mark.parametrize(
-    ("error", "reason", "words"),
+    ("error", "reason", "text"),
     [
         (
             OSError(errno.ENOSPC, "No space left on device", "/srv/work/x"),
@@ -101,11 +101,11 @@ def caused_by(error: OSError) -> blobs.StorageError:
         (Failure("disk_full"), "disk_full", "The disk is full."),
     ],
 )
-def test_an_error_in_the_worker_has_a_reason(error, reason, words):
+def test_an_error_in_the_worker_has_a_reason(error, reason, text):
     diagnosis = diagnose_error(error)
     assert (diagnosis.verdict, diagnosis.reason) == ("died", reason)
-    assert words in diagnosis.message
-    assert "/srv" not in diagnosis.message  # a person need not know where it lies
+    assert text in diagnosis.message
+    assert "/srv" not in diagnosis.message  # users must not see paths of the worker
     assert diagnosis.advice
 
 

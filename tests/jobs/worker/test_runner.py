@@ -1,4 +1,4 @@
-"""One attempt at a job with a real trainer: it ends, is given back, goes on exactly, is cancelled, fails, is cured."""
+"""One attempt at a job with a real trainer: it succeeds, is given back, resumes exactly, is cancelled, fails or is retried."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.jobs.makers import WORKER, make_owner, read
 pytestmark = [pytest.mark.usefixtures("stores"), pytest.mark.slow]
 
 STEPS = 40
-ASKED = {
+SETTINGS = {
     "max_steps": STEPS,
     "batch_size": 2,
     "sequence_length": 32,
@@ -41,23 +41,25 @@ ASKED = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_warm_trainer_is_left():
+def stop_prewarmed_trainers():
     yield
     prewarmed.shut_down()
 
 
 @pytest.fixture(autouse=True)
-def quick_batches(monkeypatch):
+def short_batches(monkeypatch):
     monkeypatch.setitem(settings.JOBS, "chunk_s", 0.1)
 
 
-def claim_one(rows=None, owner=None, **asked):
+def claim_one(rows=None, owner=None, **fields):
     owner = owner or make_owner()
-    some = random.Random(5)
-    rows = rows or [{"prompt": f"{some.randrange(99)} is", "completion": " odd"} for _ in range(40)]
+    rng = random.Random(5)
+    rows = rows or [{"prompt": f"{rng.randrange(99)} is", "completion": " odd"} for _ in range(40)]
     dataset = datasets.receive(owner, "rows.jsonl", iter([json.dumps(row).encode() + b"\n" for row in rows]))
     datasets.finish_check(owner, dataset.dataset_id, "ready", summary={"examples": len(rows)})
-    request = transitions.JobRequest(base="starter", dataset_id=dataset.dataset_id, settings=ASKED | asked)
+    request = transitions.JobRequest(
+        base="starter", dataset_id=dataset.dataset_id, settings=SETTINGS | fields
+    )
     return again(transitions.submit(owner, request))
 
 
@@ -67,11 +69,11 @@ def again(job):
     return claim
 
 
-def kinds(job):
+def event_types(job):
     return [event.data["t"] for event in event_log.read(job.owner, job.job_id)]
 
 
-def curve(job):
+def losses(job):
     events = event_log.read(job.owner, job.job_id)
     return {e.data["step"]: e.data["loss_hex"] for e in events if e.data["t"] == "metric"}
 
@@ -80,14 +82,14 @@ def weights(job):
     return {f["sha256"] for f in read(job).result["files"] if f["name"].endswith(".safetensors")}
 
 
-def when_step(claim, step, do):
-    """Calls `do` once the job's row says so."""
+def when_step(claim, step, action):
+    """Calls `action` in a thread once the job has reached the step."""
 
     def watch():
-        until = time.monotonic() + 120
-        while time.monotonic() < until and (read(claim.job).progress or {}).get("step", 0) < step:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and (read(claim.job).progress or {}).get("step", 0) < step:
             time.sleep(0.02)
-        do()
+        action()
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -102,11 +104,11 @@ def undisturbed(stores):
 def test_a_job_runs_from_its_claim_to_its_model(undisturbed):
     job = read(undisturbed)
     assert job.status == "succeeded", job.message
-    assert sorted(curve(job)) == list(range(1, STEPS + 1))
-    told = kinds(job)
-    assert told[0] == "attempt"
-    assert told[-1] == "end"
-    assert {"plan", "estimate", "checkpoint", "done"} <= set(told)
+    assert sorted(losses(job)) == list(range(1, STEPS + 1))
+    types = event_types(job)
+    assert types[0] == "attempt"
+    assert types[-1] == "end"
+    assert {"plan", "estimate", "checkpoint", "done"} <= set(types)
     assert job.progress["step"] == STEPS
     finalize.after_end(job.owner, job.job_id)
     model = tables.get(tables.TunedModel, job.owner, job.model_id)
@@ -131,7 +133,7 @@ def test_a_stopped_worker_returns_the_job_and_the_next_attempt_is_exact(undistur
     assert 0 < job.checkpoint_step < STEPS
     runner.run(again(job))
     assert read(job).status == "succeeded"
-    assert curve(job) == curve(undisturbed)
+    assert losses(job) == losses(undisturbed)
     assert weights(job) == weights(undisturbed)
 
 
@@ -141,35 +143,35 @@ def stored_checkpoints(job):
 
 
 def test_only_checkpoints_that_may_be_needed_are_kept():
-    """While it runs: what its end would sweep is not there any more."""
+    """Superseded checkpoints are deleted while the job runs, not only by the sweep after its end."""
     claim = claim_one(checkpoint_every_steps=4)
     runner.run(claim)
     job = read(claim.job)
-    wanted = {entry["key"] for entry in job.checkpoints}
-    assert 2 <= len(wanted) <= 3
-    until = time.monotonic() + 60  # they are deleted beside the training
-    while time.monotonic() < until and stored_checkpoints(job) != wanted:
+    kept = {entry["key"] for entry in job.checkpoints}
+    assert 2 <= len(kept) <= 3
+    deadline = time.monotonic() + 60  # they are deleted in a thread beside the training
+    while time.monotonic() < deadline and stored_checkpoints(job) != kept:
         time.sleep(0.1)
-    assert stored_checkpoints(job) == wanted
+    assert stored_checkpoints(job) == kept
     folders = blobs.local_path(job.checkpoint_key).parent
-    assert {folder.name for folder in folders.iterdir()} == {key.rpartition("/")[2] for key in wanted}
+    assert {folder.name for folder in folders.iterdir()} == {key.rpartition("/")[2] for key in kept}
     assert quotas.stored_bytes(job.owner) >= sum(entry["bytes"] for entry in job.checkpoints) > 0
 
 
-@pytest.mark.parametrize("wish", ["stop", "cancel", "stalled"])
-def test_a_trainer_that_hangs_is_killed_and_the_job_moves_on(wish, monkeypatch):
+@pytest.mark.parametrize("cause", ["stop", "cancel", "stalled"])
+def test_a_trainer_that_hangs_is_killed_and_the_job_moves_on(cause, monkeypatch):
     for name in ("sigterm_grace_s", "cancel_grace_s"):
         monkeypatch.setitem(settings.JOBS, name, 0.5)
-    monkeypatch.setitem(settings.JOBS, "stall_s", 1.0 if wish == "stalled" else 120.0)
+    monkeypatch.setitem(settings.JOBS, "stall_s", 1.0 if cause == "stalled" else 120.0)
     monkeypatch.setitem(settings.JOBS, "stall_steps", 0)
     claim, stop = claim_one(max_steps=5000), threading.Event()
     attempt = runner._Attempt(claim, stop, runner.prepare.work_folder(claim.job_id, 1))
 
     def hang():
         os.kill(attempt.child.pid, signal.SIGSTOP)
-        if wish == "stop":
+        if cause == "stop":
             stop.set()
-        elif wish == "cancel":
+        elif cause == "cancel":
             transitions.set_desired(claim.owner, claim.job_id, "cancel")
 
     when_step(claim, 5, hang)
@@ -181,32 +183,31 @@ def test_a_trainer_that_hangs_is_killed_and_the_job_moves_on(wish, monkeypatch):
         "cancel": ("cancelled", 0, "cancelled"),
         "stalled": ("retrying", 1, "stalled"),
     }
-    assert (job.status, job.attempts, job.reason) == expected[wish]
+    assert (job.status, job.attempts, job.reason) == expected[cause]
 
 
 def slow_rows():
-    """So much to read for one step that it takes far longer than a turn."""
-    some = random.Random(7)
+    """Rows so long that one step takes far longer than a round of the worker's loop."""
+    rng = random.Random(7)
     words = ["lamp", "river", "stone", "quiet", "seven", "green", "door", "sail"]
     return [
         {
-            "prompt": " ".join(some.choices(words, k=150)),
-            "completion": " " + " ".join(some.choices(words, k=60)),
+            "prompt": " ".join(rng.choices(words, k=150)),
+            "completion": " " + " ".join(rng.choices(words, k=60)),
         }
         for _ in range(50)
     ]
 
 
 def test_a_first_step_may_take_longer_than_the_minimum_stall_limit(monkeypatch):
-    """No step was measured yet: the limit follows from the rehearsal."""
+    """Before the first step the limit is based on the rehearsal."""
     monkeypatch.setitem(settings.JOBS, "stall_s", 0.05)
-    monkeypatch.setitem(
-        settings.JOBS, "stall_steps", 200.0
-    )  # a busy machine may take far longer than rehearsed
+    # A busy machine may take far longer than the rehearsal.
+    monkeypatch.setitem(settings.JOBS, "stall_steps", 200.0)
     claim = claim_one(slow_rows(), max_steps=2, batch_size=50, sequence_length=256, checkpoint_every_steps=0)
     runner.run(claim)
     job = read(claim.job)
-    assert job.estimate["step_s"] > 0.2  # else nothing was shown
+    assert job.estimate["step_s"] > 0.2  # otherwise this test proves nothing
     assert (job.status, job.attempts) == ("succeeded", 0), job.message
 
 
@@ -217,20 +218,20 @@ def test_the_progress_shows_silence_until_the_trainer_continues(monkeypatch):
     attempt = runner._Attempt(claim, threading.Event(), runner.prepare.work_folder(claim.job_id, 1))
     seen = []
 
-    def progress_when(true):
-        until = time.monotonic() + 120
-        while time.monotonic() < until and not true(read(claim.job).progress or {}):
+    def record_progress_when(condition):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not condition(read(claim.job).progress or {}):
             time.sleep(0.05)
         seen.append(read(claim.job).progress)
 
-    def hang_and_go_on():
+    def hang_and_continue():
         os.kill(attempt.child.pid, signal.SIGSTOP)
-        progress_when(lambda progress: "silent_s" in progress)
+        record_progress_when(lambda progress: "silent_s" in progress)
         os.kill(attempt.child.pid, signal.SIGCONT)
-        progress_when(lambda progress: "silent_s" not in progress)
+        record_progress_when(lambda progress: "silent_s" not in progress)
         transitions.set_desired(claim.owner, claim.job_id, "cancel")
 
-    when_step(claim, 5, hang_and_go_on)
+    when_step(claim, 5, hang_and_continue)
     attempt.run()
     attempt.close()
     silent, moving = seen
@@ -241,20 +242,20 @@ def test_the_progress_shows_silence_until_the_trainer_continues(monkeypatch):
 
 
 def test_steps_of_a_lost_attempt_are_run_again_and_compared(undisturbed):
-    """The worker dies between two checkpoints; what it logged after the last one is compared."""
+    """The worker dies between two checkpoints. The losses that it logged after the last one are compared."""
     claim, stop = claim_one(checkpoint_every_steps=25), threading.Event()
     when_step(claim, 30, stop.set)
-    zombie = runner._Attempt(claim, stop, runner.prepare.work_folder(claim.job_id, 1))
-    zombie._finish = lambda *_: None  # it gives nothing back, as one that was killed
-    uploads = zombie._uploads
-    zombie._uploads = lambda: uploads() if not stop.is_set() else None
-    zombie.run()
-    zombie.close()
+    stale = runner._Attempt(claim, stop, runner.prepare.work_folder(claim.job_id, 1))
+    stale._finish = lambda *_: None  # it does not give the job back, like a killed worker
+    uploads = stale._uploads
+    stale._uploads = lambda: uploads() if not stop.is_set() else None
+    stale.run()
+    stale.close()
     job = transitions.requeue(transitions.lose_lease(read(claim.job)))
     runner.run(again(job))
     job = read(job)
     assert job.status == "succeeded"
-    assert curve(job) == curve(undisturbed) or job.resume_check["exact"]
+    assert losses(job) == losses(undisturbed) or job.resume_check["exact"]
     assert job.resume_check["equal"] == job.resume_check["steps"] > 0
     assert any("bit-identical" in str(e.data.get("message")) for e in event_log.read(job.owner, job.job_id))
 
@@ -289,7 +290,7 @@ def test_a_full_disk_has_its_own_reason_and_uses_no_attempt():
     claim = claim_one()
     data = runner.prepare.work_folder(claim.job_id, 1) / "data" / "train"
     data.mkdir(parents=True)
-    (data / ".data.jsonl.part").symlink_to("/dev/full")  # what the dataset is fetched into
+    (data / ".data.jsonl.part").symlink_to("/dev/full")  # the file that the dataset is downloaded to
     runner.run(claim)
     job = read(claim.job)
     assert (job.status, job.attempts, job.reason) == ("retrying", 0, "disk_full")
@@ -297,28 +298,28 @@ def test_a_full_disk_has_its_own_reason_and_uses_no_attempt():
 
 
 def test_a_work_folder_that_cannot_be_created_is_reported_at_once(monkeypatch):
-    """Not as a worker that was lost, half a minute later."""
+    """Not half a minute later, as a lost worker."""
     claim = claim_one()
-    monkeypatch.setattr(settings, "WORK_DIR", "/sys")  # where not even root makes a folder
+    monkeypatch.setattr(settings, "WORK_DIR", "/sys")  # where not even root can create a folder
     runner.run(claim)
     job = read(claim.job)
     assert (job.status, job.attempts, job.reason) == ("retrying", 0, "not_writable")
 
 
 def test_a_full_disk_does_not_keep_a_worker_from_clearing_it():
-    left = runner.prepare.work_folder(new_id("ftjob"), 1)
-    left.mkdir(parents=True)
-    (left / ".lock").symlink_to("/dev/full")
+    folder = runner.prepare.work_folder(new_id("ftjob"), 1)
+    folder.mkdir(parents=True)
+    (folder / ".lock").symlink_to("/dev/full")
     worker_process.clear_leftovers()
-    assert not left.exists()
+    assert not folder.exists()
 
 
 def test_unreachable_object_storage_uses_no_attempt(monkeypatch):
     claim = claim_one()
     options = {"bucket_name": "bucket", "endpoint_url": f"http://127.0.0.1:{services.free_port()}"}
     options |= {"access_key": "key", "secret_key": "secret", "region_name": "us-east-1"}
-    away = storages.create_storage({"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options})
-    monkeypatch.setattr(blobs, "_storage", lambda: away)
+    unreachable = storages.create_storage({"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options})
+    monkeypatch.setattr(blobs, "_storage", lambda: unreachable)
     runner.run(claim)
     job = read(claim.job)
     assert (job.status, job.attempts, job.reason) == ("retrying", 0, "store")
@@ -357,7 +358,7 @@ def test_a_worker_that_lost_its_lease_leaves_the_job_unchanged():
 
 
 def test_a_trainer_out_of_memory_is_retried_with_a_smaller_micro_batch(monkeypatch):
-    """Its first words say so; the second try runs with half the micro-batch and is not charged."""
+    """The first run exits as out of memory. The second one has half the micro-batch, and no attempt is counted."""
     claim = claim_one()
     train_once, codes, sizes = runner._Attempt._train_once, iter([21]), []
 
@@ -374,4 +375,4 @@ def test_a_trainer_out_of_memory_is_retried_with_a_smaller_micro_batch(monkeypat
     job = read(claim.job)
     assert (job.status, job.attempts) == ("succeeded", 0)
     assert sizes == [None, 1024]
-    assert "doctor" in kinds(job)
+    assert "doctor" in event_types(job)
