@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from django.core.files.storage import Storage, storages
+
 from jobs.datasets import datasets
 from jobs.lifecycle import transitions
 from jobs.lifecycle.transitions import Claim, JobRequest, WorkerInfo
@@ -60,6 +62,17 @@ def read(job: Job) -> Job:
 def result(claim: Claim) -> dict[str, Any]:
     files = [{"name": "config.json", "bytes": 2, "sha256": "0" * 64}]
     return {"prefix": f"{claim.prefix}final", "files": files, "step": 3, "metrics": {"loss": 1.5}}
+
+
+def make_s3_storage(port: int, key: str, secret: str) -> Storage:
+    options = {
+        "bucket_name": "bucket",
+        "endpoint_url": f"http://127.0.0.1:{port}",
+        "access_key": key,
+        "secret_key": secret,
+        "region_name": "us-east-1",
+    }
+    return storages.create_storage({"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options})
 
 
 def finish_upload(dataset: Dataset) -> None:

@@ -18,6 +18,7 @@ from django.test import AsyncClient
 from jobs.store import blobs
 from jobs.views.objects import byte_range
 from tests import services
+from tests.jobs.makers import make_s3_storage
 
 KEY, SECRET = "testkey", "testsecret123"
 
@@ -42,15 +43,7 @@ def store(request, settings, tmp_path, monkeypatch):
             }
         )
     else:
-        port = request.getfixturevalue("s3").port
-        options = {
-            "bucket_name": "bucket",
-            "endpoint_url": f"http://127.0.0.1:{port}",
-            "access_key": KEY,
-            "secret_key": SECRET,
-            "region_name": "us-east-1",
-        }
-        backend = storages.create_storage({"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options})
+        backend = make_s3_storage(request.getfixturevalue("s3").port, KEY, SECRET)
     monkeypatch.setattr(blobs, "_storage", lambda: backend)
     return request.param
 
@@ -138,15 +131,7 @@ def test_no_name_escapes_its_folder(name):
 
 
 def test_an_s3_link_works_unless_it_is_altered(s3, monkeypatch):
-    options = {
-        "bucket_name": "bucket",
-        "endpoint_url": f"http://127.0.0.1:{s3.port}",
-        "access_key": KEY,
-        "secret_key": SECRET,
-    }
-    backend = storages.create_storage(
-        {"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options | {"region_name": "us-east-1"}}
-    )
+    backend = make_s3_storage(s3.port, KEY, SECRET)
     monkeypatch.setattr(blobs, "_storage", lambda: backend)
     path = key()
     blobs.put_file(path, io.BytesIO(b"bytes"))

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from django.conf import settings
-from django.core.files.storage import storages
 
 from jobs.datasets import datasets
 from jobs.events import event_log
@@ -22,7 +21,7 @@ from jobs.store import blobs, quotas, tables
 from jobs.store.tables import new_id
 from jobs.worker import prewarmed, runner, worker_process
 from tests import services
-from tests.jobs.makers import WORKER, make_owner, read
+from tests.jobs.makers import WORKER, make_owner, make_s3_storage, read
 
 pytestmark = [pytest.mark.usefixtures("stores"), pytest.mark.slow]
 
@@ -316,9 +315,7 @@ def test_a_full_disk_does_not_keep_a_worker_from_clearing_it():
 
 def test_unreachable_object_storage_uses_no_attempt(monkeypatch):
     claim = claim_one()
-    options = {"bucket_name": "bucket", "endpoint_url": f"http://127.0.0.1:{services.free_port()}"}
-    options |= {"access_key": "key", "secret_key": "secret", "region_name": "us-east-1"}
-    unreachable = storages.create_storage({"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options})
+    unreachable = make_s3_storage(services.free_port(), "key", "secret")
     monkeypatch.setattr(blobs, "_storage", lambda: unreachable)
     runner.run(claim)
     job = read(claim.job)
