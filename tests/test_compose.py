@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from llmtuner import env
+from tests.llmtuner.test_environment import ANY_CHARACTERS
 from tests.llmtuner.test_production import SAFE, problems_with
 from tests.services import ROOT
 
@@ -17,7 +18,6 @@ COMPOSE = yaml.safe_load(TEXT)
 OURS = {name: service for name, service in COMPOSE["services"].items() if service.get("build")}
 EXAMPLE = set(re.findall(r"^#? ?([A-Z][A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
 FOR_TESTS = {"FAILPOINTS", "GOOGLE_ENDPOINTS"}
-ANY_CHARACTERS = "p@ss:/w#rd%"
 
 
 def interpolate(text: str, variables: dict[str, str]) -> str:

@@ -26,20 +26,21 @@ SAFE = {
 UNSET = None
 
 
-def check(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`manage.py check --deploy` in a process with only these environment variables."""
-    base = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a process with only these environment variables."""
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return subprocess.run(
-        [sys.executable, "manage.py", "check", "--deploy", "--fail-level", "WARNING"],
+        [sys.executable, *arguments],
         cwd=services.ROOT,
-        env=base | {"VAR_DIR": str(folder)} | environment,
+        env=inherited | {"VAR_DIR": str(folder)} | environment,
         capture_output=True,
         text=True,
+        timeout=120,
     )
 
 
 def test_a_safe_production_configuration_passes_without_warnings(tmp_path: Path):
-    result = check(tmp_path, **SAFE)
+    result = run(tmp_path, "manage.py", "check", "--deploy", "--fail-level", "WARNING", **SAFE)
     assert result.returncode == 0, result.stderr
     assert "no issues (0 silenced)" in result.stdout
 
@@ -117,45 +118,22 @@ def test_a_safe_production_configuration_has_no_problems(monkeypatch):
 
 def test_web_does_not_start_with_an_unsafe_configuration(tmp_path: Path):
     """Not only `check --deploy` refuses it, the server does too."""
-    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    environment |= SAFE | {"VAR_DIR": str(tmp_path), "SECRET_KEY": "short"}
-    code = "import llmtuner.asgi"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=services.ROOT, env=environment, capture_output=True, text=True
-    )
+    result = run(tmp_path, "-c", "import llmtuner.asgi", **SAFE | {"SECRET_KEY": "short"})
     assert result.returncode != 0
     assert "SECRET_KEY must be set" in result.stderr
 
 
 @pytest.mark.parametrize("queue", ["checks", "training", "inference"])
 def test_a_worker_does_not_start_with_an_unsafe_configuration(tmp_path: Path, queue: str):
-    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    environment |= SAFE | {"VAR_DIR": str(tmp_path), "REDIS_URL": ""}
-    result = subprocess.run(
-        [sys.executable, "-m", "llmtuner", "worker", queue],
-        cwd=services.ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    result = run(tmp_path, "-m", "llmtuner", "worker", queue, **SAFE | {"REDIS_URL": ""})
     assert result.returncode == 1
     assert "REDIS_URL must be set" in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_bin_up_explains_why_production_cannot_use_embedded_stores(tmp_path: Path):
-    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    environment |= SAFE | {"VAR_DIR": str(tmp_path)}
-    del environment["REDIS_URL"]
-    result = subprocess.run(
-        [sys.executable, "-m", "llmtuner.local_stack"],
-        cwd=services.ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    environment = {name: value for name, value in SAFE.items() if name != "REDIS_URL"}
+    result = run(tmp_path, "-m", "llmtuner.local_stack", **environment)
     assert result.returncode == 1
     assert "REDIS_URL must be set" in result.stderr
     assert "Traceback" not in result.stderr
