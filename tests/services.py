@@ -1,5 +1,5 @@
-"""The real stores that tests run against: DynamoDB (dynalite), Redis, S3 (rclone). Each is a child process on its own port
-and is killed when the test process dies."""
+"""The real services that tests run against: DynamoDB (dynalite), Redis, S3 (rclone), an OpenID Connect provider. Each is a
+child process on its own port and is killed when the test process dies."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REDIS_PASSWORD = "test-redis-password"
@@ -31,6 +33,15 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def wait_until(condition: Callable[[], Any], seconds: float, message: object = "") -> Any:
+    """The first true result of `condition`. Fails after `seconds` with the message, or with what the message returns."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, message() if callable(message) else message
+        time.sleep(0.05)
+    return result
+
+
 def terminate(processes: Iterable[subprocess.Popen[bytes]], timeout: float = 40) -> None:
     """Stops all of them at the same time: SIGTERM, and SIGKILL for those that are still running after `timeout` seconds."""
     processes = list(processes)
@@ -46,7 +57,7 @@ def terminate(processes: Iterable[subprocess.Popen[bytes]], timeout: float = 40)
 
 @dataclass
 class Service:
-    """A store process that can be killed and started again on the same port and data."""
+    """A process that can be killed and started again on the same port and data."""
 
     name: str
     port: int
@@ -134,3 +145,12 @@ def s3(folder: Path, key: str, secret: str, port: int | None = None) -> Service:
     argv = [str(ROOT / ".venv/bin/rclone"), "serve", "s3", str(data), "--addr", f"127.0.0.1:{port}"]
     argv += ["--auth-key", f"{key},{secret}", "--vfs-cache-mode", "off", "--config", os.devnull]
     return Service("s3", port, argv, lambda: _responds_to_http(port), folder / "s3.log")
+
+
+def openid_provider(folder: Path) -> Service:
+    """Stands in for Google. Users are added with PUT /users/SUB."""
+    port = free_port()
+    argv = [sys.executable, "-m", "oidc_provider_mock", "--port", str(port)]
+    return Service(
+        "openid-provider", port, argv, lambda: _responds_to_http(port), folder / "openid-provider.log"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from django.test import Client
 from django.urls import get_resolver
@@ -19,6 +21,14 @@ def url_patterns() -> None:
 @pytest.fixture(autouse=True)
 def no_attempts_counted(rate_limits: None) -> None:
     """Every test of this folder starts with cleared counters."""
+
+
+@pytest.fixture
+def mail_server(settings: Any) -> None:
+    """Settings as with a mail server. Messages still stay in memory."""
+    settings.EMAIL_URL = "smtp://mail.example.com"
+    settings.ACCOUNT_EMAIL_VERIFICATION = "mandatory"
+    settings.ACCOUNT_EMAIL_VERIFICATION_BY_CODE_ENABLED = True
 
 
 @pytest.fixture

@@ -85,13 +85,6 @@ def known(db: None, settings: Any) -> str:
     return make_user("kim", password=PASSWORD).email
 
 
-@pytest.fixture
-def mail_server(settings: Any) -> None:
-    settings.EMAIL_URL = "smtp://mail.example.com"
-    settings.ACCOUNT_EMAIL_VERIFICATION = "mandatory"
-    settings.ACCOUNT_EMAIL_VERIFICATION_BY_CODE_ENABLED = True
-
-
 def measure_both(request_once: Callable[[str], None], known: str) -> tuple[Work, Work]:
     """The work for a known and for an unknown address."""
     request_once("warm-up@example.com")  # the first request also fills caches of the process
@@ -109,9 +102,8 @@ def test_signing_in_and_resetting_do_equal_work_for_known_and_unknown_addresses(
     assert (
         (known_work.hashes, known_work.mails) == (unknown_work.hashes, unknown_work.mails) == (hashed, mailed)
     )
-    assert (
-        abs(known_work.queries - unknown_work.queries) <= 1
-    )  # an unknown address is looked up in a second table
+    # An unknown address is looked up in a second table.
+    assert abs(known_work.queries - unknown_work.queries) <= 1
 
 
 @pytest.mark.parametrize("request_once", [sign_up, sign_up_by_api])

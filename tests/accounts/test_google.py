@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
@@ -18,8 +18,6 @@ from accounts.models import User
 from tests import services
 from tests.accounts.conftest import is_signed_in
 from tests.factories import PASSWORD, make_user
-
-PORT = services.free_port()
 
 
 @dataclass
@@ -44,24 +42,10 @@ class Google:
 
 
 @pytest.fixture(scope="module")
-def provider() -> Iterator[str]:
-    argv = [sys.executable, "-m", "oidc_provider_mock", "--port", str(PORT)]
-    process = subprocess.Popen(
-        argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=services._die_with_parent
-    )
-    url = f"http://localhost:{PORT}"
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            requests.get(url, timeout=20)
-            break
-        except OSError:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    yield url
-    process.kill()
-    process.wait()
+def provider(folder: Path) -> Iterator[str]:
+    service = services.openid_provider(folder).start()
+    yield f"http://localhost:{service.port}"
+    service.kill()
 
 
 @pytest.fixture

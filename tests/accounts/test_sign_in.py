@@ -31,13 +31,6 @@ def change_address(page: Client, to: str) -> HttpResponse:
     return page.post(redirect.headers["Location"], {"password": PASSWORD, "next": "/accounts/email/"})
 
 
-@pytest.fixture
-def mail_server(settings):
-    settings.EMAIL_URL = "smtp://mail.example.com"
-    settings.ACCOUNT_EMAIL_VERIFICATION = "mandatory"
-    settings.ACCOUNT_EMAIL_VERIFICATION_BY_CODE_ENABLED = True
-
-
 def test_without_a_mail_server_signing_up_leads_to_the_sign_in_page(db, page: Client):
     response = page.post(
         "/accounts/signup/?next=/models/", {"email": "New@Example.com", "password1": PASSWORD}

@@ -6,11 +6,6 @@ browser also applies the form-action policy to the redirect after our form, whic
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,59 +13,39 @@ import pytest
 import requests
 
 from tests import services
+from tests.conftest import Studio
 
 pytestmark = pytest.mark.browser
 
 
-def start(argv: list[str], url: str, **environment: str) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", *argv],
-        cwd=services.ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=services._die_with_parent,
-    )
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(url, timeout=2).close()
-        except OSError:
-            assert process.poll() is None, f"{argv[0]} ended"
-            time.sleep(0.1)
-        else:
-            return process
-    raise RuntimeError(f"{argv[0]} does not respond at {url}")
-
-
 @pytest.fixture(scope="module")
-def studio_with_google(stores: None, django_db_setup: None) -> Iterator[str]:
-    google, web = services.free_port(), services.free_port()
-    issuer, url = f"http://localhost:{google}", f"http://localhost:{web}"
+def studio_with_google(
+    stores: None, django_db_setup: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("google")
+    provider = services.openid_provider(folder).start()
+    issuer, url = f"http://localhost:{provider.port}", f"http://localhost:{services.free_port()}"
     endpoints = {
         "AUTHORIZE_URL": f"{issuer}/oauth2/authorize",
         "ACCESS_TOKEN_URL": f"{issuer}/oauth2/token",
         "ID_TOKEN_ISSUER": issuer,
     }
-    processes = [
-        start(["oidc_provider_mock", "--port", str(google)], issuer),
-        start(
-            ["llmtuner", "web"],
-            f"{url}/healthz",
-            WEB_PORT=str(web),
-            DJANGO_SETTINGS_MODULE="tests.settings",
-            PUBLIC_URL=url,
-            GOOGLE_CLIENT_ID="llm-tuner",
-            GOOGLE_CLIENT_SECRET="a-secret",
-            GOOGLE_ENDPOINTS=",".join(f"{name}={value}" for name, value in endpoints.items()),
-        ),
-    ]
+    environment = {
+        "PUBLIC_URL": url,
+        "GOOGLE_CLIENT_ID": "llm-tuner",
+        "GOOGLE_CLIENT_SECRET": "a-secret",
+        "GOOGLE_ENDPOINTS": ",".join(f"{name}={value}" for name, value in endpoints.items()),
+    }
     requests.put(
         f"{issuer}/users/kim@example.com",
         json={"email": "kim@example.com", "email_verified": True},
         timeout=5,
     ).raise_for_status()
+    studio = Studio(url, folder, environment=environment)
+    studio.start_web()
     yield url
-    services.terminate(processes)
+    studio.stop()
+    provider.kill()
 
 
 def test_google_sign_in_works_in_a_browser(chromium: Any, studio_with_google: str, transactional_db: None):

@@ -9,8 +9,7 @@ import re
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +19,7 @@ import httpx
 import redis
 
 from tests import services
+from tests.services import wait_until
 
 ROOT = services.ROOT
 PASSWORD = "made-up-golden-password-1"  # of the people in these tests, who exist nowhere else
@@ -130,15 +130,6 @@ def answers(url: str) -> bool:
         return httpx.get(url, timeout=5).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def wait_until(true: Callable[[], Any], seconds: float, otherwise: object = "") -> Any:
-    """Its first true answer. The time is only for what never comes."""
-    deadline = time.monotonic() + seconds
-    while not (answer := true()):
-        assert time.monotonic() < deadline, otherwise() if callable(otherwise) else otherwise
-        time.sleep(0.2)
-    return answer
 
 
 # ---- people and programs -------------------------------------------------------------------------------------------

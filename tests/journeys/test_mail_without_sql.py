@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socketserver
 import threading
-import time
 from collections.abc import Callable, Iterator
 from email import message_from_string
 from typing import Any
@@ -20,13 +19,24 @@ from jobs.store.tables import WebhookDelivery
 from tests.conftest import Studio
 from tests.factories import browser_of, make_user
 from tests.jobs.views.makers import make_dataset
+from tests.services import wait_until
 
 pytestmark = pytest.mark.slow
 NOWHERE = "postgres://nobody:nothing@127.0.0.1:1/none"  # nothing listens on port 1
 
 
+class SmtpServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), SmtpHandler)
+        self.received: list[str] = []
+
+
 class SmtpHandler(socketserver.StreamRequestHandler):
     """The part of SMTP that a client needs to deliver a message."""
+
+    server: SmtpServer
 
     def handle(self) -> None:
         self.wfile.write(b"220 mail.example\r\n")
@@ -35,17 +45,15 @@ class SmtpHandler(socketserver.StreamRequestHandler):
             if word == b"DATA":
                 self.wfile.write(b"354 go on\r\n")
                 message = b"".join(iter(self.rfile.readline, b".\r\n"))
-                self.server.received.append(message.decode())  # type: ignore[attr-defined]
+                self.server.received.append(message.decode())
             self.wfile.write(b"221 bye\r\n" if word == b"QUIT" else b"250 ok\r\n")
             if word == b"QUIT":
                 return
 
 
 @pytest.fixture
-def mail_server() -> Iterator[socketserver.ThreadingTCPServer]:
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), SmtpHandler) as server:
-        server.daemon_threads = True
-        server.received = []  # type: ignore[attr-defined]
+def mail_server() -> Iterator[SmtpServer]:
+    with SmtpServer() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -62,12 +70,8 @@ def workers(stores, folder, monkeypatch, mail_server) -> Iterator[Studio]:
     studio.stop()
 
 
-def wait_until(studio: Studio, condition: Callable[[], Any]) -> None:
-    for _ in range(900):
-        if condition():
-            return
-        time.sleep(0.1)
-    raise AssertionError("\n".join(studio.log(name)[-2000:] for name in studio.processes))
+def wait_for(studio: Studio, condition: Callable[[], Any]) -> None:
+    wait_until(condition, 120, lambda: "\n".join(studio.log(name)[-2000:] for name in studio.processes))
 
 
 def test_a_worker_without_sql_checks_files_and_sends_mail(workers: Studio, mail_server, db):
@@ -78,7 +82,7 @@ def test_a_worker_without_sql_checks_files_and_sends_mail(workers: Studio, mail_
     )
     (job,) = access.list_jobs(alice.owner_id).rows
     transitions.set_desired(alice.owner_id, job.job_id, "cancel")
-    wait_until(workers, lambda: mail_server.received)
+    wait_for(workers, lambda: mail_server.received)
     message = message_from_string(mail_server.received[0])
     assert message["To"] == alice.email
     assert job.job_id in mail_server.received[0]
@@ -87,9 +91,9 @@ def test_a_worker_without_sql_checks_files_and_sends_mail(workers: Studio, mail_
         row = tables.get(WebhookDelivery, alice.owner_id, f"{job.job_id}#cancelled#email")
         return row.status if row else ""
 
-    wait_until(workers, lambda: delivery_status() == "sent")
+    wait_for(workers, lambda: delivery_status() == "sent")
     dataset = datasets.receive(
         alice.owner_id, "a.jsonl", iter([b'{"prompt": "a", "completion": "b"}\n' * 20])
     )
-    wait_until(workers, lambda: access.get_dataset_for(alice.owner_id, dataset.dataset_id).status == "ready")
+    wait_for(workers, lambda: access.get_dataset_for(alice.owner_id, dataset.dataset_id).status == "ready")
     assert len(mail_server.received) == 1

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import pytest
 from jobs.store import child_process
 from jobs.store.child_process import CUT, Limits, LineReader
 from jobs.store.redact import our_secrets
-from tests.services import ROOT
+from tests.services import ROOT, wait_until
 
 
 @pytest.fixture
@@ -61,10 +60,9 @@ def test_its_resource_limits_are_set(child):
 def test_it_has_no_network(child):
     if not child_process.no_network_prefix():
         pytest.skip("this system does not allow network namespaces")
-    deadline = time.monotonic() + 120
-    while os.readlink(f"/proc/{child.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(
+        lambda: os.readlink(f"/proc/{child.pid}/ns/net") != os.readlink("/proc/self/ns/net"), seconds=120
+    )
 
 
 def test_it_does_not_receive_ctrl_c_of_its_parent(child):
@@ -87,19 +85,18 @@ def test_it_is_killed_with_its_parent():
     )
     assert parent.stdout
     pid = int(parent.stdout.readline())
-    deadline = time.monotonic() + 60
-    while not _runs_the_trainer(pid):  # by then the child has asked the kernel for the signal
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    # By then the child has asked the kernel for the signal.
+    wait_until(lambda: _runs_the_trainer(pid), seconds=60)
     os.kill(pid, signal.SIGSTOP)  # so that only the kernel's signal can end it
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 120
-    while Path(f"/proc/{pid}").exists() and (
-        Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    ):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: _has_ended(pid), seconds=120)
+
+
+def _has_ended(pid: int) -> bool:
+    """Also true for a process that nobody has waited for yet."""
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def _runs_the_trainer(pid: int) -> bool:
