@@ -73,6 +73,7 @@ def write(owner: str, job_id: str, marker: str, every: float, stop: Any) -> None
     from jobs.events import event_log
     from jobs.lifecycle import transitions
     from jobs.store import tables
+    from jobs.store.states import JobStatus
 
     job = tables.get(tables.Job, owner, job_id)
     assert job
@@ -88,7 +89,7 @@ def write(owner: str, job_id: str, marker: str, every: float, stop: Any) -> None
         )
         event_log.announce(job_id, number)
         number += 1
-    claim.finish("failed")
+    claim.finish(JobStatus.FAILED)
 
 
 @dataclass

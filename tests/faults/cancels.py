@@ -13,6 +13,7 @@ from unittest.mock import patch
 from jobs.lifecycle import finalize, transitions
 from jobs.lifecycle.transitions import Claim, LostRace, Refused
 from jobs.store import queue, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import Job
 from tests.faults.lost_responses import WORKER, claimed, now, pointer, queued, request_of
 
@@ -35,7 +36,7 @@ def paused_with_checkpoint() -> tuple[Job, Claim | None]:
     mine.move_pointer(pointer(mine, 10))
     transitions.set_desired(mine.owner, mine.job_id, "pause")
     mine.heartbeat({})
-    mine.finish("paused")
+    mine.finish(JobStatus.PAUSED)
     return mine.job, mine
 
 
@@ -94,7 +95,7 @@ def late_moves(seen: Job, mine: Claim | None) -> list[Callable[[], object]]:
         moves += [
             lambda: mine.heartbeat({"step": 99}),
             lambda: mine.move_pointer(pointer(mine, 99)),
-            lambda: mine.finish("succeeded", result={"prefix": "x", "files": files, "step": 99}),
+            lambda: mine.finish(JobStatus.SUCCEEDED, result={"prefix": "x", "files": files, "step": 99}),
             mine.give_back,
             lambda: mine.trainer_died("killed"),
         ]
@@ -124,7 +125,7 @@ def _started_before(owner: str, other: str, slots: int, count: int) -> int:
     while True:
         done = running.pop(0)
         assert done
-        done.finish("failed")
+        done.finish(JobStatus.FAILED)
         following = transitions.claim_next(WORKER)
         assert following
         running.append(following)
@@ -133,7 +134,7 @@ def _started_before(owner: str, other: str, slots: int, count: int) -> int:
         before += 1
     for claim in running:
         assert claim
-        claim.finish("failed")
+        claim.finish(JobStatus.FAILED)
     for job in tables.rows(Job, owner):
         if not job.ended:
             transitions.set_desired(owner, job.job_id, "cancel")

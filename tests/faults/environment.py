@@ -145,7 +145,7 @@ class Environment:
     def start_web(self) -> None:
         """Returns once it responds."""
         process = self._start("web", ["llmtuner", "web"], {})
-        while not services._answers_http(web_port()):
+        while not services._responds_to_http(web_port()):
             assert process.poll() is None, self.log("web").read_text()[-3000:]
             time.sleep(0.05)
 

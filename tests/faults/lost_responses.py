@@ -23,6 +23,7 @@ from jobs.events import event_log
 from jobs.lifecycle import finalize, transitions
 from jobs.lifecycle.transitions import Claim, JobRequest
 from jobs.store import queue, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import (
     Dataset,
     EventChunk,
@@ -299,8 +300,10 @@ def stale_worker(rng: random.Random) -> list[str]:
         "a heartbeat with events": lambda: old.heartbeat({"step": 99}, None, 3, 4),
         "a checkpoint": lambda: old.move_pointer(pointer(old, 99)),
         "an earlier checkpoint": lambda: old.pointer_back(None),
-        "a success": lambda: old.finish("succeeded", result={"prefix": "x", "files": files, "step": 99}),
-        "a failure": lambda: old.finish("failed"),
+        "a success": lambda: old.finish(
+            JobStatus.SUCCEEDED, result={"prefix": "x", "files": files, "step": 99}
+        ),
+        "a failure": lambda: old.finish(JobStatus.FAILED),
         "giving the job back": old.give_back,
         "a trainer's death": lambda: old.trainer_died("killed"),
     }

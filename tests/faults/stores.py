@@ -102,7 +102,7 @@ def replies_lost(scenario: Scenario, rounds: int = 1, chance: float = 0.1) -> Me
     chaos = Chaos(scenario.environment.dynamodb.port)
     name = "behind the proxy"
     try:
-        wait_for(lambda: env.services._answers_http(chaos.port), 10)
+        wait_for(lambda: env.services._responds_to_http(chaos.port), 10)
         scenario.environment.start_worker(
             name, variables={"DYNAMODB_ENDPOINT": f"http://127.0.0.1:{chaos.port}"}
         )

@@ -14,6 +14,7 @@ from tests.faults import environment as env
 from tests.faults.scenario import Measured, Scenario
 
 if TYPE_CHECKING:
+    from jobs.store.states import JobStatus
     from jobs.store.tables import Job
 
 
@@ -163,7 +164,7 @@ def strangers(scenario: Scenario, rounds: int = 1) -> Measured:
                 measured.violations.append(f"{path} of another user's job returns {status}")
     for claim in claims:
         assert claim
-        claim.finish("failed")
+        claim.finish(JobStatus.FAILED)
     scenario.environment.kill("web")
     return measured
 

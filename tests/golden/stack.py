@@ -9,8 +9,7 @@ import re
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +19,7 @@ import httpx
 import redis
 
 from tests import services
+from tests.services import wait_until
 
 ROOT = services.ROOT
 PASSWORD = "made-up-golden-password-1"  # of users that exist only in these tests
@@ -122,15 +122,7 @@ class Stack:
             store.kill()
 
     def _end(self, names: list[str]) -> None:
-        processes = [self.processes.pop(name) for name in names]
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            try:
-                process.wait(40)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        services.terminate([self.processes.pop(name) for name in names])
 
 
 def is_up(url: str) -> bool:
@@ -138,15 +130,6 @@ def is_up(url: str) -> bool:
         return httpx.get(url, timeout=5).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def wait_until(condition: Callable[[], Any], seconds: float, message: object = "") -> Any:
-    """Returns the first true result of `condition`. Fails with `message` after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, message() if callable(message) else message
-        time.sleep(0.2)
-    return result
 
 
 # ---- users and programs --------------------------------------------------------------------------------------------

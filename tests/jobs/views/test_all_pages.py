@@ -8,9 +8,9 @@ from django.urls import resolve, reverse
 
 from accounts.models import User
 from jobs.urls import urlpatterns
-from tests.browser.test_pages import everything
+from tests.browser.test_pages import make_pages
 from tests.jobs.views.test_escaping import pages
-from tests.journeys.test_reads import MOST
+from tests.journeys.test_reads import MAX_READS
 
 # Addresses that answer GET and are no whole page, or that a test leaves out.
 FILES = {"download_model", "job_csv", "job_log", "object"}
@@ -30,11 +30,11 @@ def names(alices: Client) -> set[str]:
 
 
 def test_every_page_has_a_limit_of_reads(names: set[str]) -> None:
-    assert names == set(MOST) | READS_UNLIMITED
+    assert names == set(MAX_READS) | READS_UNLIMITED
 
 
 def test_every_page_is_opened_in_the_browser(names: set[str], alice: User) -> None:
-    assert names == {resolve(address).url_name for address in everything(alice.owner_id)} | FILES | PARTS
+    assert names == {resolve(address).url_name for address in make_pages(alice.owner_id)} | FILES | PARTS
 
 
 def test_every_page_is_searched_for_unescaped_text(names: set[str], alices: Client, alice: User) -> None:

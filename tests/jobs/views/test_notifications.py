@@ -12,6 +12,7 @@ from accounts.models import User
 from jobs.lifecycle import finalize, transitions
 from jobs.notifications import webhooks
 from jobs.store import access, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import WebhookDelivery, WebhookEndpoint
 from tests.factories import browser_of, make_user
 from tests.jobs.makers import make_claim, make_job, result
@@ -120,7 +121,7 @@ def test_email_follows_the_setting_at_the_end_of_the_job(db: None) -> None:
 def test_email_about_jobs_can_be_turned_off(db: None) -> None:
     user = make_user("mail")
     claim = make_claim(make_job(user.owner_id))
-    claim.finish("succeeded", result=result(claim))
+    claim.finish(JobStatus.SUCCEEDED, result=result(claim))
     delivery = WebhookDelivery(
         user.owner_id, f"{claim.job_id}#succeeded#email", job_id=claim.job_id, event="x", payload="{}"
     )

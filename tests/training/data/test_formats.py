@@ -224,9 +224,9 @@ def test_the_error_names_a_broken_line(tmp_path: Path, case: str, place: int) ->
 
 def test_a_line_in_another_encoding_says_how_to_fix_it(tmp_path: Path) -> None:
     accented = '{"prompt": "café", "completion": "b"}\n'
-    found = complaint(tmp_path, accented.encode() * 5 + accented.encode("latin-1"))
-    assert str(found) == "line 6: byte 16 of the line (0xe9) is not UTF-8"
-    assert found.fix == "Save the file as UTF-8. Part of it seems to have another encoding."
+    error = error_of(tmp_path, accented.encode() * 5 + accented.encode("latin-1"))
+    assert str(error) == "line 6: byte 16 of the line (0xe9) is not UTF-8"
+    assert error.fix == "Save the file as UTF-8. Part of it seems to have another encoding."
 
 
 def message(**changes: object) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What the running web process holds: nothing per open stream, nothing per byte that is downloaded."""
+"""Resource use of the running web process: none per open stream, none per downloaded byte."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def threads(pid: int) -> int:
 
 
 def sql_connections(pid: int) -> int:
-    opened = 0
+    count = 0
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            opened += str(fd.readlink()).endswith("db.sqlite3")
+            count += str(fd.readlink()).endswith("db.sqlite3")
         except OSError:
             continue
-    return opened
+    return count
 
 
 def peak_memory(pid: int) -> int:
@@ -39,7 +39,7 @@ def peak_memory(pid: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def test_300_open_streams_hold_no_thread_and_no_sql_connection(web: Any, transactional_db: None) -> None:
+def test_300_open_streams_use_no_threads_and_no_sql_connections(web: Any, transactional_db: None) -> None:
     pid, port = web.processes["web"].pid, int(web.url.rsplit(":", 1)[1])
     watched = []
     for n in range(15):
@@ -48,7 +48,7 @@ def test_300_open_streams_hold_no_thread_and_no_sql_connection(web: Any, transac
         watched.append((f"/jobs/{job.job_id}/stream", browser_of(user).cookies["session"].value))
 
     async def watch(path: str, cookie: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        # From one address for each page: WEB_MAX_CONNECTIONS_PER_ADDRESS is 256.
+        # Each page from its own IP address, as from different clients.
         source = f"127.0.0.{2 + [path for path, _ in watched].index(path)}"
         reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(source, 0))
         writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nCookie: session={cookie}\r\n\r\n".encode())
@@ -56,7 +56,7 @@ def test_300_open_streams_hold_no_thread_and_no_sql_connection(web: Any, transac
         return reader, writer
 
     async def run() -> tuple[int, int]:
-        first = await watch(*watched[0])  # what one stream starts in the process is there before we count
+        first = await watch(*watched[0])  # so that what the first stream starts is not counted
         opened = [first]
         before = threads(pid), sql_connections(pid)
         for path, cookie in watched:
@@ -70,16 +70,16 @@ def test_300_open_streams_hold_no_thread_and_no_sql_connection(web: Any, transac
         return after[0] - before[0], after[1] - before[1]
 
     more_threads, more_connections = asyncio.run(run())
-    assert more_threads <= 12  # asyncio's own few helpers, as many for 300 as for 30
+    assert more_threads <= 12  # the few helper threads of asyncio, independent of the number of streams
     assert more_connections <= 1
 
 
-def test_downloading_a_gigabyte_adds_at_most_32_mb(web: Any, transactional_db: None) -> None:
+def test_downloading_a_gigabyte_takes_at_most_32_mb_of_memory(web: Any, transactional_db: None) -> None:
     user, prefix = make_user("downloader"), "models/gigabyte"
     path = blobs.local_path(f"{prefix}/model.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        file.truncate(GIGABYTE)  # a file of zeros that takes no room
+        file.truncate(GIGABYTE)  # a sparse file
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     files = [{"name": "model.safetensors", "bytes": GIGABYTE, "sha256": digest}]
@@ -87,7 +87,7 @@ def test_downloading_a_gigabyte_adds_at_most_32_mb(web: Any, transactional_db: N
     tables.put_new(model)
     cookie = browser_of(user).cookies["session"].value
     pid, port = web.processes["web"].pid, int(web.url.rsplit(":", 1)[1])
-    Path(f"/proc/{pid}/clear_refs").write_text("5")  # forget the peak
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # reset the peak
     before = peak_memory(pid)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request(
@@ -95,9 +95,9 @@ def test_downloading_a_gigabyte_adds_at_most_32_mb(web: Any, transactional_db: N
         f"/models/{model.model_id}/download.zip",
         headers={"Host": "localhost", "Cookie": f"session={cookie}"},
     )
-    answer, size = connection.getresponse(), 0
-    assert answer.status == 200
-    while block := answer.read(1 << 20):
+    response, size = connection.getresponse(), 0
+    assert response.status == 200
+    while block := response.read(1 << 20):
         size += len(block)
     assert size > GIGABYTE
     assert peak_memory(pid) - before <= 32 * 2**20
