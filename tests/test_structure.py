@@ -36,7 +36,7 @@ FORBIDDEN = {
         "accounts/forms.py",
         "import jobs.store.tables",
     ),
-    "jobs: pages and API above workers, workers above a job's life, all above the store": (
+    "jobs: views and api above worker, worker above lifecycle, all above store": (
         "jobs/store/quotas.py",
         "import jobs.lifecycle.finalize",
     ),
