@@ -1,5 +1,5 @@
 FROM python:3.11-slim-bookworm
-# --build-arg TORCH_INDEX_URL=… takes PyTorch from another index: its CPU wheels, or another CUDA.
+# --build-arg TORCH_INDEX_URL=… installs PyTorch from another index, for CPU-only wheels or another version of CUDA.
 ARG TORCH_INDEX_URL=
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 VAR_DIR=/var/lib/llmtuner WEB_HOST=0.0.0.0 \
     MODEL_CACHE_DIR=/var/cache/llmtuner/models HF_HOME=/var/cache/llmtuner/huggingface

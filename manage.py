@@ -8,7 +8,7 @@ import sys
 
 if __name__ == "__main__":
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "llmtuner.settings")
-    # For our own account only, except what others should read: static files and source code.
+    # Only this account can read new files, except static files and source code, which others should be able to read.
     if sys.argv[1:2] not in (["collectstatic"], ["makemigrations"]):
         os.umask(0o077)
     from django.core.management import execute_from_command_line

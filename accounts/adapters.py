@@ -1,4 +1,4 @@
-"""allauth's adapters: who may sign up, what Google must have verified, and how often a refresh token can be used."""
+"""allauth's adapters. They decide who may sign up, what Google must have verified, and how often a refresh token is valid."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 import secrets
-from typing import Any
+from typing import Any, ClassVar
 
 from allauth.account.adapter import DefaultAccountAdapter
 from allauth.account.app_settings import EmailVerificationMethod
@@ -18,6 +18,7 @@ from allauth.core.internal.httpkit import is_headless_request
 from allauth.headless.base.response import AuthenticationResponse
 from allauth.headless.tokens.strategies.jwt import JWTTokenStrategy, internal
 from allauth.mfa.adapter import DefaultMFAAdapter
+from allauth.mfa.models import Authenticator
 from allauth.socialaccount.adapter import DefaultSocialAccountAdapter
 from allauth.socialaccount.models import SocialApp, SocialLogin
 from allauth.usersessions.models import UserSession
@@ -39,11 +40,20 @@ log = logging.getLogger(__name__)
 
 
 class AccountAdapter(DefaultAccountAdapter):
+    error_messages: ClassVar = {
+        **DefaultAccountAdapter.error_messages,
+        "account_inactive": "This account is inactive.",
+        "email_password_mismatch": "The email address or the password is incorrect.",
+        "enter_current_password": "Enter your current password.",
+        "rate_limited": "Too many requests. Wait a few minutes, then try again.",
+        "too_many_login_attempts": "Too many failed attempts. Wait a few minutes, then try again.",
+    }
+
     def is_open_for_signup(self, request: HttpRequest) -> bool:
         return bool(settings.SIGNUP_OPEN)
 
     def clean_email(self, email: str) -> str:
-        """Refuses addresses that no mail server accepts: invisible characters and invalid domains."""
+        """Refuses addresses that no mail server accepts, with invisible characters or an invalid domain."""
         email = str(super().clean_email(email))
         try:
             email.rpartition("@")[2].encode("idna")
@@ -54,7 +64,7 @@ class AccountAdapter(DefaultAccountAdapter):
         return email
 
     def send_account_already_exists_mail(self, email: str) -> None:
-        """Creates an account and rolls it back, so that sign-up takes equally long for an address that already has one."""
+        """Creates an account and rolls it back, so that sign-up takes just as long for an address that already has one."""
         with transaction.atomic():
             user = User.objects.create_user(f"{secrets.token_hex(8)}@invalid", secrets.token_hex(8))
             EmailAddress.objects.create(user=user, email=user.email)
@@ -64,8 +74,8 @@ class AccountAdapter(DefaultAccountAdapter):
     def save_user(
         self, request: HttpRequest, user: User, form: BaseForm, commit: bool = True
     ) -> AbstractBaseUser:
-        """Creates the account. If no email is sent, a second account with the same address, which the database refuses, gets
-        the same response as a success; up to that point the same work was done."""
+        """Creates the account. The database refuses a second account with the same address. If no email is sent, the response
+        is nevertheless the same as for a success, and the same work was done up to that point."""
         try:
             with transaction.atomic():
                 return super().save_user(request, user, form, commit)
@@ -75,28 +85,27 @@ class AccountAdapter(DefaultAccountAdapter):
             raise ImmediateHttpResponse(self._respond_signed_up(request)) from e
 
     def pre_login(self, request: HttpRequest, user: AbstractBaseUser, **login: Any) -> HttpResponse | None:
-        """Signing up does not sign in unless the address was verified by email: that would reveal that it had no account.
-        Google's users are signed in, because Google has verified them."""
+        """Signing up does not sign the user in unless the address was verified by email, because that would reveal that it had
+        no account. Google's users are signed in, because Google has verified them."""
         unverified = login["email_verification"] == EmailVerificationMethod.NONE
         if login["signup"] and unverified and "sociallogin" not in (login["signal_kwargs"] or {}):
             return self._respond_signed_up(request)
         return super().pre_login(request, user, **login)
 
     def _respond_signed_up(self, request: HttpRequest) -> HttpResponse:
-        request.session.pop(
-            "account_verified_email", None
-        )  # allauth leaves it, empty, only for a new account
+        # allauth leaves an empty password only for a new account.
+        request.session.pop("account_verified_email", None)
         if is_headless_request(request):
-            return AuthenticationResponse(request)  # 401, with sign-in among the next steps
+            # allauth responds with 401 and lists sign-in among the next steps.
+            return AuthenticationResponse(request)
         messages.info(
             request,
             "You can now sign in with your email address and the password you chose. "
             "If there was already an account with this address, its password has not changed.",
         )
         response = redirect(passthrough_next_redirect_url(request, resolve_url("account_login"), "next"))
-        add_never_cache_headers(
-            response
-        )  # the view does this only for a new account: save_user raises past it
+        # The view does this only for a new account, because otherwise save_user raises before it.
+        add_never_cache_headers(response)
         return response
 
     def get_client_ip(self, request: HttpRequest) -> str:
@@ -109,8 +118,8 @@ class AccountAdapter(DefaultAccountAdapter):
 
 class TokenStrategy(JWTTokenStrategy):
     def refresh_token(self, refresh_token: str) -> tuple[str, str] | None:
-        """The next access and refresh tokens. A refresh token that was used before ends its session, and with it all tokens
-        of that sign-in: it was copied, and we cannot tell whether the thief or the owner used it first (RFC 9700, 4.14.2)."""
+        """The next access and refresh tokens. If a refresh token is used twice, its session ends, and with it all tokens of that
+        sign-in: the token was copied, and we cannot tell whether the thief or the owner used it first (RFC 9700, 4.14.2)."""
         payload = internal.decode_token(refresh_token, "refresh")  # signed by us and not expired, or None
         session = internal.get_token_session(payload) if payload else None
         if payload is None or session is None:
@@ -133,12 +142,17 @@ class MFAAdapter(DefaultMFAAdapter):
     def encrypt(self, text: str) -> str:
         return _cipher().encrypt(text.encode()).decode()
 
+    def generate_authenticator_name(self, user: AbstractBaseUser, type: Authenticator.Type) -> str:
+        """What the form for a new passkey suggests: Passkey, Passkey 2, …"""
+        number = Authenticator.objects.filter(user_id=user.pk, type=type).count() + 1
+        return f"Passkey {number}" if number > 1 else "Passkey"
+
     def decrypt(self, encrypted_text: str) -> str:
         return _cipher().decrypt(encrypted_text.encode()).decode()
 
 
 def _cipher() -> MultiFernet:
-    """Keys derived from SECRET_KEY. Old keys still decrypt what they encrypted."""
+    """The keys, derived from SECRET_KEY and its fallbacks. Old keys can still decrypt what they encrypted."""
     keys = [settings.SECRET_KEY, *settings.SECRET_KEY_FALLBACKS]
     digests = [hashlib.sha256(b"second factors:" + key.encode()).digest() for key in keys]
     return MultiFernet([Fernet(base64.urlsafe_b64encode(digest)) for digest in digests])
@@ -185,7 +199,7 @@ class SocialAccountAdapter(DefaultSocialAccountAdapter):
             raise ImmediateHttpResponse(redirect("account_login"))
         emails = [address.email.lower() for address in sociallogin.email_addresses]
         if request.user.is_anonymous and User.objects.filter(email__in=emails).exists():
-            # Whoever created the account may only have claimed the address: it needs the account's password.
+            # The address may not belong to the person who created the account, so the account's password is required.
             messages.error(
                 request,
                 "There is already an account with this address. Sign in with its password, or reset it. "

@@ -1,4 +1,4 @@
-"""The admin shows staff users and their keys, and no secrets."""
+"""The admin, where staff can see users and their keys, but no secrets."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from django.utils import timezone
 
 from accounts.models import ApiKey, User
 
-# Only their owners may change email addresses, second factors, Google accounts and sessions: staff who could change them here
-# could sign in as anyone. The other models are not used.
+# Only their owners may change email addresses, second factors, Google accounts and sessions, because staff who could change
+# them here could sign in as anyone. The other models are not used.
 for model in (EmailAddress, Authenticator, SocialAccount, UserSession, SocialApp, SocialToken, Group):
     admin.site.unregister(model)
 
@@ -54,7 +54,7 @@ class UserAdmin(admin.ModelAdmin):
         return not is_protected and super().has_change_permission(request, obj)
 
     def has_delete_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
-        return False  # deleting a user must also delete their data, which their own account page does
+        return False  # deleting a user must also delete their data, which only their account page does
 
 
 @admin.register(ApiKey)
@@ -71,13 +71,13 @@ class ApiKeyAdmin(admin.ModelAdmin):
     )
     search_fields = ("user__email", "prefix")
     fields = ("name", "user", "prefix", "scopes", "created_at", "last_used_at", "expires_at", "revoked_at")
-    readonly_fields = fields  # revoking is for ever, so it is an action and no field
+    readonly_fields = fields  # revoking cannot be undone, so it is an action and not a field
     actions = ("revoke",)
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
 
-    @admin.action(description="Revoke the chosen keys", permissions=["change"])
+    @admin.action(description="Revoke selected keys", permissions=["change"])
     def revoke(self, request: HttpRequest, queryset: QuerySet[ApiKey]) -> None:
         count = queryset.filter(revoked_at=None).update(revoked_at=timezone.now())
         self.message_user(request, f"Revoked: {count}.")

@@ -1,7 +1,7 @@
 """API keys: created on a page, shown once, stored as a hash, looked up by prefix, revoked at once.
 
-A key has the form `sk-llmt-<prefix>-<secret>`. The prefix is public and indexed; the secret has 256 random bits, so a plain
-SHA-256 of the whole key is enough (it cannot be guessed, and is fast enough for every request). Every request reads the
+A key has the form `sk-llmt-<prefix>-<secret>`. The prefix is public and indexed. The secret has 256 random bits, so a plain
+SHA-256 of the whole key is enough: it cannot be guessed, and it is fast enough for every request. Every request reads the
 row again, so a revoked key is refused from the next request on, in every process.
 """
 
@@ -41,7 +41,7 @@ _LAST_USED_INTERVAL = timedelta(minutes=1)  # at most one write per minute
 def create(
     user: User, name: str, scopes: list[str] | tuple[str, ...], expires_at: datetime | None = None
 ) -> tuple[ApiKey, str]:
-    """Creates a key. The second value is the key itself, which exists only here and with the caller."""
+    """Creates a key. Returns its row and the key itself, which is not stored anywhere."""
     prefix = "".join(secrets.choice(_ALPHABET) for _ in range(12))
     secret = f"sk-llmt-{prefix}-{secrets.token_urlsafe(32)}"
     key = ApiKey.objects.create(
@@ -56,7 +56,7 @@ def create(
 
 
 def verify(secret: str) -> ApiKey | None:
-    """The valid key for this secret, or None: unknown, wrong, revoked, expired, or its owner deactivated."""
+    """The valid key for this secret. None if it is unknown, wrong, revoked or expired, or if its owner is deactivated."""
     match = PATTERN.fullmatch(secret)
     if match is None:
         return None
@@ -67,7 +67,8 @@ def verify(secret: str) -> ApiKey | None:
         return None
     now = timezone.now()
     if key.last_used_at is None or now - key.last_used_at > _LAST_USED_INTERVAL:
-        with suppress(DatabaseError):  # only informative: no reason to refuse the request
+        # The time is only informative, so an error is no reason to refuse the request.
+        with suppress(DatabaseError):
             ApiKey.objects.filter(pk=key.pk).update(last_used_at=now)
     return key
 
@@ -88,7 +89,7 @@ def _digest(secret: str) -> str:
 @login_required
 @never_cache
 def page(request: HttpRequest) -> HttpResponse:
-    """GET lists the keys. POST creates one and shows it, once: there is no redirect, so that it need not be stored."""
+    """GET lists the keys. POST creates one and shows it, only once. It does not redirect, so that the key need not be stored."""
     assert isinstance(request.user, User)
     secret: str | None = None
     errors: dict[str, str] = {}

@@ -1,7 +1,7 @@
 """Authentication of `/v1` by a bearer credential: an API key, or an access token of allauth's headless app client.
 
-Cookies are ignored, so that a web page cannot use the API in its visitor's name. All failures have the same response, which
-does not reveal whether a key is unknown or expired.
+Cookies are ignored, so that a web page cannot use the API on behalf of its visitor. All failures have the same response, so
+that it does not reveal whether a key is unknown or expired.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from accounts.models import User
 
 MAX_CREDENTIAL = 4096  # characters; a real access token has about 600
 LEEWAY_S = 30
-# Exactly what allauth signs. A token with any other claim was not issued here for this purpose.
+# Exactly the claims that allauth signs. A token with any other claim was not issued for this purpose.
 CLAIMS = {"iat", "exp", "sid", "jti", "token_use", "sub"}
 _CANONICAL = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
@@ -34,7 +34,7 @@ class Caller:
 
 
 class TwoCredentials(Exception):
-    """A request has two different credentials. Guessing which one counts would be a security risk."""
+    """The request has two different credentials. Guessing which one is meant would be a security risk."""
 
 
 def authenticate(request: HttpRequest) -> Caller | None:
@@ -70,7 +70,8 @@ def _credential(request: HttpRequest) -> str | None:
 
 
 def _user_of_token(token: str) -> User | None:
-    """allauth checks the signature, the times and that the token's session still exists; we are stricter about its form."""
+    """The user of an access token. allauth checks the signature, the times, and that the token's session still exists; we also
+    check its form strictly."""
     if not _CANONICAL.fullmatch(token):
         return None
     validated = validate_access_token(token)

@@ -29,5 +29,5 @@ class AddPasskeyForm(AddWebAuthnForm):
         label="Use it to sign in without a password",
         required=False,
         initial=True,
-        help_text="Your device will ask for your fingerprint, your face or its PIN.",
+        help_text="Your device will ask for your fingerprint, your face, or its PIN.",
     )

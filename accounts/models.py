@@ -56,7 +56,8 @@ class User(AbstractUser):
         super().save(*args, **kwargs)
 
     def _new_slug(self) -> str:
-        """Ends at random for everybody: if it did only where the name is taken, it would tell who has an account."""
+        """A slug with a random ending. Everyone's has one: if only slugs that are already taken had one, this would reveal who
+        has an account."""
         name = str(slugify(self.email.partition("@")[0]))[:24].strip("-_") or "user"
         return f"{name}-{secrets.token_hex(3)}"
 
@@ -66,7 +67,7 @@ class User(AbstractUser):
     @property
     def notification_email(self) -> str:
         """The address for emails about jobs, or an empty string if it is not verified or the user wants none."""
-        from allauth.account.models import EmailAddress  # late: it imports this model
+        from allauth.account.models import EmailAddress  # imported late because it imports this model
 
         verified = EmailAddress.objects.filter(user=self, verified=True, email__iexact=self.email)
         return str(self.email) if self.is_active and self.notify_by_email and verified.exists() else ""

@@ -1,4 +1,4 @@
-"""The account page, and every user's right to export and to delete their data."""
+"""The account page, where users can also export and delete their data."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _rows(user: User) -> list[Row]:
         Row(
             "Email",
             user.email,
-            "verified" if address and address.verified else "",
+            "Verified" if address and address.verified else "",
             "Change",
             reverse("account_email"),
         ),
@@ -106,7 +106,7 @@ def export(request: HttpRequest) -> HttpResponse:
 
 
 def _account_of(user: User) -> dict[str, Any]:
-    """All SQL data about a user, except what would let someone else sign in as them."""
+    """All SQL data about a user, except for secrets with which someone else could sign in as them."""
     keys = ApiKey.objects.filter(user=user)
     return {
         "email": user.email,
@@ -133,7 +133,7 @@ def _account_of(user: User) -> dict[str, Any]:
 @require_http_methods(["GET", "POST"])
 @reauthentication_required
 def delete(request: HttpRequest) -> HttpResponse:
-    """Deletes the user's data first and the user last, so that after a crash the user can ask again."""
+    """Deletes the user's data first and the user last, so that the user can try again after a crash."""
     user = _user(request)
     form = DeleteAccountForm(request.POST or None, email=user.email)
     if not form.is_valid():

@@ -1,8 +1,8 @@
-"""Whether the time of an answer tells who has an account: `bin/bench accounts`.
+"""Whether response times reveal who has an account: `bin/bench accounts`.
 
-Signing in, resetting a password and signing up, without and with a mail server, for addresses that have an account and
-for others, in turns. Printed is the median difference in milliseconds against the 10 that are promised.
-`tests/accounts/test_equal_work.py` compares the work instead, which no other load changes.
+Signing in, resetting a password and signing up, with and without a mail server, alternating between addresses with an
+account and addresses without one. Prints the median difference in milliseconds beside the target of 10.
+`tests/accounts/test_equal_work.py` compares the work done instead, which does not depend on other load.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import Scores
 
 MOST_MS = 10.0
-PASSWORD = "correct-horse-battery-9"  # noqa: S105  of accounts that live as long as this
+PASSWORD = "correct-horse-battery-9"  # noqa: S105  of accounts that exist only during this benchmark
 WRONG = "wrong-horse-battery"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/bench accounts", description=__doc__)
     parser.add_argument(
-        "--pairs", type=int, default=25, help="of addresses, each with and without an account"
+        "--pairs", type=int, default=25, help="pairs of addresses, one with and one without an account"
     )
     options = parser.parse_args()
 
@@ -49,20 +49,20 @@ def measure(scores: Scores, pairs: int) -> int:
     from django.test.utils import override_settings, setup_test_environment
 
     django.setup()
-    setup_test_environment()  # mails stay in memory
+    setup_test_environment()  # keeps emails in memory
     call_command("migrate", verbosity=0)
     from allauth.account.models import EmailAddress
 
     from accounts.models import User
 
-    known = [f"known-{i}@example.com" for i in range(pairs)]
-    for email in known:
+    registered = [f"registered-{i}@example.com" for i in range(pairs)]
+    for email in registered:
         user = User.objects.create_user(email, PASSWORD)
         EmailAddress.objects.create(user=user, email=email, verified=True, primary=True)
 
     def add(name: str, path: str, **body: str) -> None:
         difference = compare(
-            lambda email: post(path, {"email": email, **body}), known, name.replace(" ", "-")
+            lambda email: post(path, {"email": email, **body}), registered, name.replace(" ", "-")
         )
         scores.add(f"{name}, difference ms", max(difference, 0.01), MOST_MS, 1.0, less_is_better=True)
 
@@ -84,29 +84,29 @@ def post(path: str, body: dict[str, Any]) -> None:
     Client().post(f"/_allauth/app/v1/{path}", body, content_type="application/json")
 
 
-def compare(ask: Callable[[str], None], known: list[str], others: str) -> float:
-    """The median difference of pairs asked in turns, in milliseconds."""
-    ask(known[0])
-    ask(f"{others}-first@example.com")
+def compare(send_request: Callable[[str], None], registered: list[str], prefix: str) -> float:
+    """The median difference of the pairs in milliseconds. The two of a pair take turns at being first."""
+    send_request(registered[0])
+    send_request(f"{prefix}-first@example.com")
     differences = []
-    for i, email in enumerate(known):
-        other = f"{others}-{i}@example.com"
-        if i % 2:  # who comes first may be slower
-            theirs, ours = milliseconds(ask, other), milliseconds(ask, email)
+    for i, email in enumerate(registered):
+        other = f"{prefix}-{i}@example.com"
+        if i % 2:  # the first one may be slower
+            theirs, ours = milliseconds(send_request, other), milliseconds(send_request, email)
         else:
-            ours, theirs = milliseconds(ask, email), milliseconds(ask, other)
+            ours, theirs = milliseconds(send_request, email), milliseconds(send_request, other)
         differences.append(ours - theirs)
     return abs(statistics.median(differences))
 
 
-def milliseconds(ask: Callable[[str], None], email: str) -> float:
-    """Of the processor, which other programs disturb less than the clock."""
+def milliseconds(send_request: Callable[[str], None], email: str) -> float:
+    """Of CPU time, which other programs disturb less than wall-clock time."""
     from django.core.cache import cache
 
-    cache.clear()  # so that no limit answers instead
-    began = time.process_time()
-    ask(email)
-    return (time.process_time() - began) * 1000
+    cache.clear()  # or the rate limit would respond
+    started = time.process_time()
+    send_request(email)
+    return (time.process_time() - started) * 1000
 
 
 if __name__ == "__main__":

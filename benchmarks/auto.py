@@ -2,11 +2,11 @@
 
     bin/bench auto [--only WORD …] [--seed N]
 
-Six tasks (benchmarks/tasks.py), models of different sizes, everything in our loop; the figure is the loss on a test that
-nobody trained or chose weights on. Against each peer ours gets no more compute than it: the epochs are set so that the
-operations of training are at most the peer's (a token costs LoRA two thirds), and all else is automatic; what ours
-holds out of the training rows to judge itself by is paid by ours. `as-it-is` leaves the epochs automatic too and is
-compared with the best of the peers; the note before says how much each read.
+Six tasks (benchmarks/tasks.py), models of different sizes, everything trained in our loop; the figure is the loss on test
+rows that were used neither for training nor for choosing weights. Compared with each peer, our run gets at most the same
+compute: its epochs are set so that training takes no more operations than the peer's (a token costs LoRA two thirds), and
+everything else is automatic; the rows that we hold out for validation come out of our budget. `as-it-is` leaves the epochs
+automatic too and is compared with the best of the peers; the note before it shows how much compute it used.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from benchmarks import tasks
 from benchmarks.common import ROOT, Scores
 from training.plan.catalog import STARTER_FOLDER, describe
 
-CACHE = ROOT / ".bench" / "small-1"  # the smaller model, made once
+CACHE = ROOT / ".bench" / "small-1"  # the smaller model, trained once
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer's defaults as our settings. `dropout` None = what the model's own configuration says, as they leave it."""
+    """A peer's defaults as our settings. `dropout` None means that of the model's configuration, as the peer does it."""
 
     epochs: float
     settings: dict[str, Any]
@@ -43,7 +43,7 @@ class Peer:
 FULL = {"method": "full", "weight_decay": 0.0, "clip_norm": 1.0}
 PEERS = {
     # huggingface/autotrain-advanced@0803634 src/autotrain/trainers/clm/params.py:32-40, :49 (peft off). It trains on
-    # prompts too; ours trains it on answers, which can only help it here.
+    # prompts too; here it trains on answers only, which can only help it.
     "autotrain": Peer(
         1, FULL | {"learning_rate": 3e-5, "batch_size": 8, "warmup": 0.1, "schedule": "linear"}
     ),
@@ -93,7 +93,7 @@ PEERS = {
 
 
 def small() -> Path:
-    """A GPT-2 of 0.97 million parameters, with the starter's tokenizer, taught by text that the starter writes."""
+    """A GPT-2 with 0.97 million parameters and the starter's tokenizer, trained on text that the starter generated."""
     import torch
 
     from training.models.generate import GenerateOptions, generate
@@ -107,8 +107,10 @@ def small() -> Path:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         options = GenerateOptions(max_tokens=160, temperature=0.9, seed=1, n=40, ignore_eos=True)
-        begins = ("A ", "The ", "To ", "Something ", "In ", "One ")
-        texts = [w.text for b in begins for w in generate(teacher, tokenizer, tokenizer.encode(b), options)]
+        beginnings = ("A ", "The ", "To ", "Something ", "In ", "One ")
+        texts = [
+            w.text for b in beginnings for w in generate(teacher, tokenizer, tokenizer.encode(b), options)
+        ]
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         config = json.loads((STARTER_FOLDER / "config.json").read_text())
         torch.manual_seed(1)
@@ -139,12 +141,12 @@ def models(scores: Scores) -> dict[str, Path]:
     from training.plan import hub
     from training.plan.events import Failure
 
-    found = {"small": small(), "starter": STARTER_FOLDER}
+    folders = {"small": small(), "starter": STARTER_FOLDER}
     try:
-        found["gpt2"] = hub.locate("gpt2")
+        folders["gpt2"] = hub.locate("gpt2")
     except Failure as failure:
-        scores.note(f"gpt2 is left out: {failure.message}")
-    return found
+        scores.note(f"gpt2 is skipped: {failure.message}")
+    return folders
 
 
 # --- one run -----------------------------------------------------------------------------------------
@@ -152,16 +154,16 @@ def models(scores: Scores) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Trained:
-    loss: float  # on the test
-    operations: float  # of training and of judging itself on what was held out
+    loss: float  # on the test rows
+    operations: float  # floating-point operations of training and of validation
     settings: dict[str, Any]
     seconds: float
 
 
 def train_once(base: Path, data: Path, settings: dict[str, Any], work: Path) -> dict[str, Any]:
-    """Trains through our loop; the plan, as it was emitted."""
+    """Trains with our loop. Returns the plan event."""
     from training.command import train
-    from training.plan.config import Run
+    from training.plan.run_file import Run
 
     emitted: dict[str, dict[str, Any]] = {}
     quiet = {"checkpoint_every_s": 0, "precision": "fp32"}
@@ -178,23 +180,23 @@ def train_once(base: Path, data: Path, settings: dict[str, Any], work: Path) -> 
 
 
 def run(base: Path, data: Path, test: Path, settings: dict[str, Any]) -> Trained:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         plan = train_once(base, data, settings, Path(work))
         loss = test_loss(Path(work) / "final", test)
     used, tokens = plan["settings"], plan["tokens"]
     passes = passes_of(used["method"])
-    # an evaluation is a forward pass, a third of a full step; one before training and one at each epoch's end
+    # an evaluation is a forward pass, a third of a full step; there is one before training and one after each epoch
     held = (
         tokens * plan["held_out"] / plan["examples"] * (2 + int(used["epochs"])) * 2
         if plan["held_out"]
         else 0
     )
-    return Trained(loss, passes * tokens * used["epochs"] + held, used, time.perf_counter() - begun)
+    return Trained(loss, passes * tokens * used["epochs"] + held, used, time.perf_counter() - started)
 
 
 def passes_of(method: str) -> int:
-    """Operations a weight and token: LoRA spares the gradients of the frozen weights."""
+    """Operations per weight and token: LoRA computes no gradients of the frozen weights."""
     return 6 if method == "full" else 4
 
 
@@ -207,8 +209,10 @@ def test_loss(folder: Path, test: Path) -> float:
     from training.text.encode import EncodingOptions, examples
     from training.text.tokenizer import Tokenizer
 
-    found = Examples.of(examples(test, Tokenizer.load(folder), EncodingOptions(describe(folder).context)))
-    return evaluate(load_model(folder), found, 4096, torch.device("cpu")).loss
+    test_examples = Examples.of(
+        examples(test, Tokenizer.load(folder), EncodingOptions(describe(folder).context))
+    )
+    return evaluate(load_model(folder), test_examples, 4096, torch.device("cpu")).loss
 
 
 # --- the table ---------------------------------------------------------------------------------------
@@ -220,9 +224,9 @@ def compare(scores: Scores, size: str, base: Path, task: str, seed: int) -> None
         ours = cache(lambda epochs: run(base, data, test, {"epochs": epochs}))
         before, theirs = test_loss(base, test), {}
         for name, peer in PEERS.items():
-            theirs[name] = run(base, data, test, _as_run(peer, base))
-            mine = ours(_affordable(peer))
-            assert mine.operations <= theirs[name].operations, "ours had more compute"
+            theirs[name] = run(base, data, test, _run_settings(peer, base))
+            mine = ours(_affordable_epochs(peer))
+            assert mine.operations <= theirs[name].operations, "our run had more compute"
             scores.add(f"{size}/{task}/{name}", mine.loss, theirs[name].loss, 1.0, less_is_better=True)
         best = min(theirs, key=lambda name: theirs[name].loss)
         alone = ours(None)
@@ -234,7 +238,7 @@ def compare(scores: Scores, size: str, base: Path, task: str, seed: int) -> None
         scores.add(f"{size}/{task}/as-it-is", alone.loss, theirs[best].loss, 1.0, less_is_better=True)
 
 
-def _as_run(peer: Peer, base: Path) -> dict[str, Any]:
+def _run_settings(peer: Peer, base: Path) -> dict[str, Any]:
     config = json.loads((base / "config.json").read_text())
     dropout = float(config.get("resid_pdrop", 0.1)) if peer.dropout is None else peer.dropout
     return peer.settings | {
@@ -245,19 +249,19 @@ def _as_run(peer: Peer, base: Path) -> dict[str, Any]:
     }
 
 
-def _affordable(peer: Peer) -> float:
-    """Epochs of ours, which trains all weights, that cost no more than the peer's."""
+def _affordable_epochs(peer: Peer) -> float:
+    """Epochs of our run, which trains all weights, that cost no more than the peer's run."""
     return round(peer.epochs * passes_of(peer.settings["method"]) / passes_of("full") - 0.005, 2)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/bench auto")
-    parser.add_argument("--only", action="append", help="only size/task that this is part of")
-    parser.add_argument("--seed", type=int, default=1, help="of the tasks")
+    parser.add_argument("--only", action="append", help="only comparisons whose size/task contains this")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the tasks")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     scores = Scores()
-    scores.note("held-out loss: ours, theirs, theirs over ours, goal")
+    scores.note("test loss; columns: ours, theirs, ratio, goal")
     for size, base in models(scores).items():
         for task in tasks.TASKS:
             if not args.only or any(word in f"{size}/{task}" for word in args.only):

@@ -1,10 +1,10 @@
-"""`bin/bench check`: how fast an upload is checked, and in how much memory.
+"""`bin/bench check`: how fast an upload is checked, and how much memory that takes.
 
     bin/bench check [--gigabytes 1] [--only read|tokenize]
 
-read: the program that checks, without a tokenizer. tokenize: the same with the starter's, on a tenth of the size, against
-bare `encode_batch_fast` over the same stretches of text. Memory is that of all processes together;
-"grown" compares the whole file with a tenth of it.
+read: `python -m training check` without a tokenizer. tokenize: the same with the starter model's tokenizer, on a tenth of
+the size, compared with plain `encode_batch_fast` over the same pieces of text. Memory is the sum over all processes;
+"memory grown" is the difference between the whole file and a tenth of it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-BARE_ROWS = 512
+BATCH_ROWS = 512
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -34,12 +34,12 @@ from training.text.tokenizer import Tokenizer  # noqa: E402
 
 
 def write_chats(path: Path, size: int) -> None:
-    """Conversations of about 700 bytes, no two alike."""
+    """Writes conversations of about 700 bytes each, all different."""
     words = sorted(set(re.findall(r"[a-z]{3,}", (SAMPLE_FOLDER / "train.jsonl").read_text())))
-    some = random.Random(1)  # noqa: S311  words, no secrets
+    rng = random.Random(1)  # noqa: S311  not for secrets
 
     def filler(most: int) -> str:
-        return " ".join(some.choices(words, k=some.randint(8, most))).capitalize() + "."
+        return " ".join(rng.choices(words, k=rng.randint(8, most))).capitalize() + "."
 
     block = [
         json.dumps(
@@ -60,16 +60,16 @@ def write_chats(path: Path, size: int) -> None:
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all that it started."""
-    found = [pid]
+    """A process and all its descendants."""
+    pids = [pid]
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in children.read_text().split():
-            found += tree(int(child))
-    return found
+            pids += tree(int(child))
+    return pids
 
 
 def resident(pid: int) -> int:
-    """Bytes of a process tree now; what they share is counted once for each."""
+    """Resident bytes of a process tree now. Shared memory is counted once per process."""
     total = 0
     for each in tree(pid):
         try:
@@ -81,9 +81,9 @@ def resident(pid: int) -> int:
 
 
 def check(path: Path, *options: str) -> tuple[float, int, dict[str, Any]]:
-    """(seconds, peak bytes, report) of the program."""
+    """Runs the check. Returns (seconds, peak bytes, report)."""
     command = [sys.executable, "-m", "training", "check", str(path), *options]
-    peak, begun = 0, time.perf_counter()
+    peak, started = 0, time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         printed: list[str] = []
         assert process.stdout
@@ -95,7 +95,7 @@ def check(path: Path, *options: str) -> tuple[float, int, dict[str, Any]]:
         reader.join()
     report = json.loads(printed[-1])
     assert report["ready"], report["verdict"]
-    return time.perf_counter() - begun, peak, report
+    return time.perf_counter() - started, peak, report
 
 
 def read(scores: Scores, path: Path, tenth: Path) -> None:
@@ -106,35 +106,35 @@ def read(scores: Scores, path: Path, tenth: Path) -> None:
         f"read: {size / 1e9:.2f} GB, {report['rows']:,} rows in {seconds:.1f} s, peak {peak / 2**20:.0f} MB"
     )
     scores.add("check without tokenizing, MB/s", size / 1e6 / seconds, 25, 1.0)
-    # the fingerprints of all rows, and those of a half on their way
+    # fingerprints of all rows, and those being passed from one process to the other
     kept = 3 * 16 * report["rows"] * 2 + (64 << 20)
     scores.add("memory grown, MB", max(1.0, (peak - small) / 2**20), kept / 2**20, 1.0, less_is_better=True)
 
 
 def tokenize(scores: Scores, tenth: Path) -> None:
-    """Turn about, and the middle round counts: this machine's rate wanders by a tenth within a minute."""
+    """In turns, and the median round counts: the speed of a machine may drift by a tenth within a minute."""
     tokenizer = Tokenizer.load(STARTER_FOLDER)
     megabytes = tenth.stat().st_size / 1e6
     rounds = []
     for _ in range(5):
-        bare = bare_seconds(tenth, tokenizer)
+        plain = plain_seconds(tenth, tokenizer)
         seconds, peak, report = check(tenth, "--tokenizer", str(STARTER_FOLDER))
-        rounds.append((bare / seconds, seconds, bare))
+        rounds.append((plain / seconds, seconds, plain))
         scores.note(
-            f"tokenize: {report['tokens']:,} tokens in {seconds:.1f} s, bare {bare:.1f} s, peak {peak / 2**20:.0f} MB"
+            f"tokenize: {report['tokens']:,} tokens in {seconds:.1f} s, plain {plain:.1f} s, peak {peak / 2**20:.0f} MB"
         )
-    _, seconds, bare = sorted(rounds)[len(rounds) // 2]
-    scores.add("check with tokenizing, MB/s", megabytes / seconds, megabytes / bare, 0.8)
+    _, seconds, plain = sorted(rounds)[len(rounds) // 2]
+    scores.add("check with tokenizing, MB/s", megabytes / seconds, megabytes / plain, 0.8)
 
 
-def bare_seconds(path: Path, tokenizer: Tokenizer) -> float:
-    """Of `encode_batch_fast` alone, with as many rows at once as suit it; reading and cutting into pieces is not counted."""
+def plain_seconds(path: Path, tokenizer: Tokenizer) -> float:
+    """Time of `encode_batch_fast` alone, in large batches. Reading and splitting the rows is not counted."""
     seconds, read = 0.0, rows(path)
-    while batch := list(islice(read, BARE_ROWS)):
+    while batch := list(islice(read, BATCH_ROWS)):
         texts = [piece.text for row in batch for piece in pieces(row, tokenizer)]
-        begun = time.perf_counter()
+        started = time.perf_counter()
         tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)
-        seconds += time.perf_counter() - begun
+        seconds += time.perf_counter() - started
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""What all parts of `bin/bench` share: the line they print, and programs that are measured in turns."""
+"""Shared by all benchmarks: the result line, and programs that are measured in turns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# The hyperparameters of the training bench; contenders/peers.py has the same.
+# The hyperparameters of the training benchmark; contenders/peers.py uses the same ones.
 SETTINGS: dict[str, Any] = {
     "max_steps": 1000,
     "batch_size": 8,
@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def run_file(folder: Path, work: str, **settings: Any) -> dict[str, Any]:
-    """What `python -m training train` takes, for a folder that benchmarks/training.py laid out."""
+    """The run file of `python -m training train`, for a folder that benchmarks/training.py prepared."""
     return {
         "base": str(folder),
         "train_file": str(folder / "examples.jsonl"),
@@ -49,7 +49,7 @@ def run_file(folder: Path, work: str, **settings: Any) -> dict[str, Any]:
 
 @dataclass
 class Scores:
-    """Prints `name ours theirs ratio goal met|missed` for each thing measured; a larger ratio is always better."""
+    """Prints `name ours theirs ratio goal met|missed` for each measurement; a larger ratio is always better."""
 
     missed: list[str] = field(default_factory=list)
     count: int = 0
@@ -57,7 +57,7 @@ class Scores:
     def add(
         self, name: str, ours: float, theirs: float, goal: float, *, less_is_better: bool = False
     ) -> bool:
-        """`theirs` is a peer's figure, or the promise where there is no peer."""
+        """`theirs` is the figure of the program compared with, or the target if there is none."""
         ratio = (theirs / ours if ours else float("inf")) if less_is_better else ours / theirs
         met = ratio >= goal
         self.count += 1
@@ -70,7 +70,7 @@ class Scores:
         return met
 
     def fail(self, name: str, why: str) -> None:
-        """It could not be measured, which is no better than a goal missed."""
+        """Counts a measurement that failed as a missed goal."""
         self.count += 1
         self.missed.append(name)
         self.note(f"{name}: {why}")
@@ -79,7 +79,7 @@ class Scores:
         print(f"# {text}", flush=True)
 
     def end(self) -> int:
-        """The last line, and the exit code of the part."""
+        """Prints the last line. Returns the exit code of the benchmark."""
         print(f"{self.count - len(self.missed)} of {self.count} goals met", flush=True)
         return 1 if self.missed else 0
 
@@ -89,8 +89,8 @@ def _short(value: float) -> str:
 
 
 class Contender:
-    """A program that waits for its turn: `go` on its standard input lets it do one step, which it answers with a line
-    of JSON; `end` makes it tell its peak memory and leave (contenders/turns.py)."""
+    """A program that takes turns: after `go` on its standard input it does one step and prints a line of JSON; after
+    `end` it prints its peak memory and exits (contenders/turns.py)."""
 
     def __init__(self, name: str, argv: Sequence[str], environment: dict[str, str]) -> None:
         self.name = name
@@ -100,45 +100,45 @@ class Contender:
         )
 
     def wait_ready(self) -> None:
-        assert self._read() == {"ready": True}
+        assert self._receive() == {"ready": True}
 
     def step(self) -> dict[str, Any]:
-        self._tell("go")
-        self.steps.append(self._read())
+        self._send("go")
+        self.steps.append(self._receive())
         return self.steps[-1]
 
     def end(self) -> int:
         """Peak memory in bytes."""
-        self._tell("end")
-        peak = int(self._read()["peak"])
+        self._send("end")
+        peak = int(self._receive()["peak"])
         self.process.wait(timeout=60)
         return peak
 
     def median(self, name: str, skip: int = 1) -> float:
-        """Of the steps after the first ones, which warm up."""
+        """Of all steps but the first ones, which warm up."""
         return statistics.median(step[name] for step in self.steps[skip:])
 
     def rate(self, clock: str, skip: int = 1) -> float:
-        """Useful tokens a second, over all measured steps (their lengths differ)."""
+        """Tokens per second without padding, over all measured steps (their lengths differ)."""
         measured = self.steps[skip:]
         return sum(s["tokens"] for s in measured) / sum(s[clock] for s in measured)
 
-    def _tell(self, word: str) -> None:
+    def _send(self, command: str) -> None:
         assert self.process.stdin
-        self.process.stdin.write(word + "\n")
+        self.process.stdin.write(command + "\n")
         self.process.stdin.flush()
 
-    def _read(self) -> dict[str, Any]:
+    def _receive(self) -> dict[str, Any]:
         assert self.process.stdout
         for line in self.process.stdout:
             if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
-        raise RuntimeError(f"{self.name} ended with {self.process.wait()}")
+                message: dict[str, Any] = json.loads(line)
+                return message
+        raise RuntimeError(f"{self.name} exited with code {self.process.wait()}")
 
 
 def in_turns(contenders: Iterable[Contender], rounds: int) -> None:
-    """One step each, round after round, so that whatever else the machine does falls on all alike."""
+    """One step of each, round after round, so that other load on the machine affects all equally."""
     contenders = list(contenders)
     for _ in range(rounds):
         for contender in contenders:
@@ -146,26 +146,26 @@ def in_turns(contenders: Iterable[Contender], rounds: int) -> None:
 
 
 def request_of(path: str, session: str, *more: str) -> bytes:
-    """A browser's question for a page, as bytes; `more` are further header lines."""
+    """A browser's GET request as bytes; `more` are further header lines."""
     lines = (f"GET {path} HTTP/1.1", "Host: localhost", f"Cookie: session={session}", *more)
     return "".join(f"{line}\r\n" for line in (*lines, "")).encode()
 
 
-async def visit(port: int, session: str, paths: Sequence[str], enough: Callable[[], bool]) -> list[float]:
-    """Asks for one page after another, each over a connection of its own. The seconds they took, in order of size."""
-    taken: list[float] = []
-    while not enough():
-        began = time.monotonic()
+async def visit(port: int, session: str, paths: Sequence[str], done: Callable[[], bool]) -> list[float]:
+    """Requests one page after another, each over a new connection. Returns the sorted response times in seconds."""
+    durations: list[float] = []
+    while not done():
+        started = time.monotonic()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(request_of(paths[len(taken) % len(paths)], session, "Connection: close"))
-        answer = await reader.read(-1)
-        assert answer.startswith(b"HTTP/1.1 200"), answer[:200]
-        taken.append(time.monotonic() - began)
+        writer.write(request_of(paths[len(durations) % len(paths)], session, "Connection: close"))
+        response = await reader.read(-1)
+        assert response.startswith(b"HTTP/1.1 200"), response[:200]
+        durations.append(time.monotonic() - started)
         writer.close()
         await asyncio.sleep(0.2)
-    return sorted(taken)
+    return sorted(durations)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Of values in order of size."""
+    """Of sorted values."""
     return values[min(len(values) - 1, int(len(values) * share))]

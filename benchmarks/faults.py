@@ -1,8 +1,8 @@
-"""What happens to jobs when things break: `bin/bench faults`, or `--short` for the form inside bin/test.
+"""Fault injection: `bin/bench faults`, or `--short` for the form that bin/test runs.
 
-Faults are done to real processes: workers, trainers, stores, connections. After each the judge of tests/faults/invariants.py
-looks at the stores: no event missing or doubled, one holder for each fencing token, weights and losses equal to the bit to those of
-the run without faults. Seconds are compared with the promise; a count of wrongs must be nought.
+Faults are injected into real processes: workers, trainers, stores, connections. After each one, tests/faults/invariants.py
+checks the stores: no event missing or doubled, one lease owner per fencing token, weights and losses bit for bit equal to
+those of the run without faults. Durations are compared with their limits, and no round may violate an invariant.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# Short: leases of 6 s instead of 30, so that a takeover is seen in seconds. Everything else is as in production.
+# Leases of 6 s instead of 30, so that a takeover takes seconds. Everything else is as in production.
 QUICK = {
     "JOBS_LEASE_S": "6",
     "JOBS_HEARTBEAT_S": "1",
@@ -34,12 +34,11 @@ SHORT = (
     "redis killed",
     "dynamodb killed",
 )
-PROMISES = {  # seconds, unless the name says otherwise; "lease" stands for the lease and ten seconds
+LIMITS = {  # in seconds if the name ends in "s"; for "new attempt s" see `limit_of`
     "trainer dead s": 1.0,
     "detected s": 2.0,
-    "new attempt s": "lease",
     "out s": 30.0,
-    "zombie's trainer gone s": 5.0,
+    "stale worker's trainer killed s": 5.0,
     "submit s": 5.0,
     "claimed s": 45.0,
     "web back s": 5.0,
@@ -53,20 +52,25 @@ PROMISES = {  # seconds, unless the name says otherwise; "lease" stands for the 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/bench faults", description=__doc__)
     parser.add_argument(
-        "--short", action="store_true", help="the form inside bin/test: six faults, short leases"
+        "--short", action="store_true", help="the form that bin/test runs: six faults, short leases"
     )
     parser.add_argument("--quick", action="store_true", help="all faults, with leases of 6 s instead of 30")
-    parser.add_argument("--rounds", type=int, default=0, help="of each fault (20 in the full form)")
-    parser.add_argument("--steps", type=int, default=0, help="of each job (600; 300 with short leases)")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds per fault (20 in the full form)")
+    parser.add_argument("--steps", type=int, default=0, help="steps per job (600; 300 with short leases)")
     parser.add_argument(
-        "--at-once", type=int, default=1, help="jobs harmed in one go, each with its own worker"
+        "--at-once",
+        type=int,
+        default=1,
+        help="jobs that get a fault at the same time, each with its own worker",
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", help="faults whose name contains this, or one of these (a,b)")
+    parser.add_argument("--only", help="only faults whose name contains this, or one of these (a,b)")
     parser.add_argument(
-        "--s3", action="store_true", help="faults of S3, in an environment whose objects are there"
+        "--s3", action="store_true", help="faults of S3, in an environment that stores objects there"
     )
-    parser.add_argument("--planted", action="store_true", help="bugs that must be caught, instead of faults")
+    parser.add_argument(
+        "--planted", action="store_true", help="planted bugs that must be caught, instead of faults"
+    )
     parser.add_argument("--logs", action="store_true", help="print what the processes logged")
     options = parser.parse_args()
     quick = options.short or options.quick or options.planted
@@ -86,7 +90,9 @@ def main() -> int:
     finally:
         for store in (environment.dynamodb, environment.redis):
             if store.process and store.process.poll() is not None:
-                print(f"# {store.name} is gone ({store.process.returncode}): {store.log.read_text()[-500:]}")
+                print(
+                    f"# {store.name} exited with code {store.process.returncode}: {store.log.read_text()[-500:]}"
+                )
         if options.logs:
             for log in sorted(environment.folder.glob("*.log")):
                 print(f"==== {log.name}", log.read_text(errors="replace")[-6000:], sep="\n")
@@ -111,60 +117,67 @@ def campaign(environment: object, options: argparse.Namespace, rounds: int) -> i
         env.ready_dataset(),
         options.steps,
         Recorder().start(),
-        random.Random(options.seed),  # noqa: S311  chooses moments, no secrets
+        random.Random(options.seed),  # noqa: S311  not for secrets
         lease_s=lease,
         at_once=options.at_once,
     )
-    scenario.begin()
+    scenario.run_reference()
     scores.note(
-        f"lease {lease:.0f} s, {scenario.steps} steps a job, {rounds} rounds of each fault, seed {options.seed}"
+        f"lease {lease:.0f} s, {scenario.steps} steps per job, {rounds} rounds per fault, seed {options.seed}"
     )
     if options.planted:
         return planted(scenario, scores, options.only or "")
     for name, fault in faults_of(options, 2.0 if lease < 10 else 10.0).items():
-        asked = [part for part in options.only.split(",") if part in name] if options.only else [name]
-        if not asked or (options.short and name not in SHORT):
+        selected = not options.only or any(part in name for part in options.only.split(","))
+        if not selected or (options.short and name not in SHORT):
             continue
-        done, wrong, worst, began = 0, 0, dict[str, float](), time.monotonic()
+        done, wrong, worst, started = 0, 0, dict[str, float](), time.monotonic()
         while done < rounds:
             try:
                 measured = fault(scenario, min(rounds - done, CHUNK))
             except KeyboardInterrupt:
-                scores.note(f"{name}: stopped by hand")
+                scores.note(f"{name}: interrupted")
                 rounds = done
                 break
-            for what in measured.wrong:
-                scores.note(f"{name}: {what}")
+            for violation in measured.violations:
+                scores.note(f"{name}: {violation}")
             done += measured.rounds
-            wrong += measured.rounds if measured.wrong else 0
+            wrong += measured.rounds if measured.violations else 0
             for figure, value in measured.figures.items():
                 worst[figure] = max(value, worst.get(figure, 0.0))
-            scores.note(f"{name}: {done} done after {time.monotonic() - began:.0f} s")
+            scores.note(f"{name}: {done} done after {time.monotonic() - started:.0f} s")
             if name in ONCE:
                 break
         if done:
             scores.add(f"{name}: rounds right", done - wrong, done, 1.0)
         for figure, value in worst.items():
-            promise = lease + 10 if PROMISES.get(figure) == "lease" else PROMISES.get(figure)
-            if promise is None:
+            limit = limit_of(figure, lease)
+            if limit is None:
                 scores.note(f"{name}: {figure} {value:.3g}")
             else:
-                scores.add(f"{name}: {figure}", value, promise, 1.0, less_is_better=True)
+                scores.add(f"{name}: {figure}", value, limit, 1.0, less_is_better=True)
     return scores.end()
+
+
+def limit_of(figure: str, lease_s: float) -> float | None:
+    """Another attempt begins at the latest ten seconds after the lease has expired."""
+    return lease_s + 10 if figure == "new attempt s" else LIMITS.get(figure)
 
 
 def planted(scenario: Any, scores: Any, only: str) -> int:
     from tests.faults import mutants
 
-    scenario.patience_s, caught, began = 40.0, [], time.monotonic()
+    scenario.timeout_s, caught, started = 40.0, [], time.monotonic()
     for name, wrong in mutants.catch(scenario, only.split(",")):
         caught.append(bool(wrong))
-        scores.note(f"{name}: {wrong[0][:200] if wrong else 'NOT CAUGHT'} ({time.monotonic() - began:.0f} s)")
+        scores.note(
+            f"{name}: {wrong[0][:200] if wrong else 'NOT CAUGHT'} ({time.monotonic() - started:.0f} s)"
+        )
     scores.add("planted bugs caught", sum(caught), len(caught), 1.0)
     return int(scores.end())
 
 
-CHUNK = 10  # rounds of a fault between two lines that tell how far it is
+CHUNK = 10  # rounds of a fault between two lines of progress
 ONCE = {"dynamodb away for two minutes", "clocks two hours off", "fair share"}
 
 
@@ -189,7 +202,7 @@ def faults_of(options: argparse.Namespace, down_s: float) -> dict[str, Callable[
         "dynamodb away for two minutes": stores.dynamodb_away,
         "replies lost": stores.replies_lost,
         "paused, resumed": user_actions.paused_and_resumed,
-        "bells doubled": user_actions.bells_doubled,
+        "duplicate messages": user_actions.duplicate_messages,
         "fair share": user_actions.fair_share,
         "clocks two hours off": processes.clocks_differ,
         "checkpoint damaged": stores.checkpoint_damaged,

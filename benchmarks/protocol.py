@@ -1,9 +1,9 @@
-"""The job protocol's promises over the real DynamoDB engine: `bin/bench protocol`.
+"""The invariants of the job protocol over a real DynamoDB engine: `bin/bench protocol`.
 
-Random interleavings with crashes, lost replies, late writes and zombies (none may break a promise); the same with a rule
-switched off (each must be caught); 16 processes that claim 1,000 jobs at once (one winner each); and every kind of
-conditional write with its answer lost, 50 times each (the rows are as if it had come); a cancel in each state in which
-nobody runs the job, 20 times each; and one person's hundred jobs beside another's one.
+Random interleavings with crashes, lost responses, late writes and stale workers (no invariant may be violated); the same
+with one rule switched off (each such bug must be caught); 16 processes claiming 1,000 jobs at once (one winner each);
+every kind of conditional write with its response lost, 50 times each (the rows are as if it had arrived); a cancellation
+in each state in which no worker runs the job, 20 times each; and one user's hundred jobs beside another user's single one.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import Scores
 
-TRIES = 25  # of each planted bug and scenario
+TRIES = 25  # per planted bug and scenario
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/bench protocol", description=__doc__)
-    parser.add_argument("--runs", type=int, default=100, help="interleavings of each scenario")
+    parser.add_argument("--runs", type=int, default=100, help="interleavings per scenario")
     parser.add_argument("--jobs", type=int, default=1000, help="jobs to claim")
-    parser.add_argument("--processes", type=int, default=16, help="that claim them")
+    parser.add_argument("--processes", type=int, default=16, help="processes that claim them")
     parser.add_argument("--only", default="", help="explore, planted, claims, replies, cancels or fairness")
-    parser.add_argument("--replies", type=int, default=50, help="lost answers of each kind of write")
+    parser.add_argument("--replies", type=int, default=50, help="lost responses per kind of write")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     service = open_store()
@@ -91,7 +91,7 @@ def planted(scores: Scores) -> None:
 
     caught = 0
     for bug in PLANTED:
-        found = next(
+        result = next(
             (
                 (scenario, seed, violation)
                 for seed in range(TRIES)
@@ -100,13 +100,13 @@ def planted(scores: Scores) -> None:
             ),
             None,
         )
-        caught += found is not None
-        scores.note(f"{bug}: {found or 'NOT CAUGHT'}")
+        caught += result is not None
+        scores.note(f"{bug}: {result or 'NOT CAUGHT'}")
     scores.add("planted bugs caught", caught, len(PLANTED), 1)
 
 
 def claims(scores: Scores, count: int, processes: int) -> None:
-    """All processes go for the same job at the same moment, one job after another."""
+    """All processes claim the same job at the same moment, one job after another."""
     from jobs.store import tables
     from jobs.store.tables import Job
 
@@ -133,19 +133,19 @@ def race(owner: str, together: Barrier, results: Any) -> None:
     import django
 
     django.setup()
-    no_bells()
+    disable_notifications()
     from jobs.lifecycle import transitions
     from jobs.store import tables
 
     won = []
-    for job in list(tables.rows(tables.Job, owner)):  # all have seen every job queued
+    for job in list(tables.rows(tables.Job, owner)):  # all of them have read every job as queued
         together.wait()
         won.append(transitions.claim(job, transitions.this_worker()) is not None)
     results.put(won)
 
 
-def no_bells() -> None:
-    """There is no Redis here."""
+def disable_notifications() -> None:
+    """This benchmark runs without Redis."""
     logging.disable(logging.ERROR)
     from jobs.events import event_log
     from jobs.store import redis_client
@@ -159,42 +159,42 @@ def no_bells() -> None:
 
 
 def replies(scores: Scores, times: int, seed: int) -> None:
-    from tests.faults.replies import KINDS, zombie
+    from tests.faults.lost_responses import KINDS, stale_worker
 
-    no_bells()
-    for name, kind in {**KINDS, "none, but the holder is an old one": zombie}.items():
+    disable_notifications()
+    for name, kind in {**KINDS, "none, but the worker is stale": stale_worker}.items():
         right, started = 0, time.monotonic()
         for number in range(times):
-            wrong = kind(random.Random(f"{seed}/{name}/{number}"))  # noqa: S311  chooses which, no secrets
+            wrong = kind(random.Random(f"{seed}/{name}/{number}"))  # noqa: S311  not for secrets
             right += not wrong
-            for what in wrong:
-                scores.note(f"{name}, number {number}: {what}")
+            for violation in wrong:
+                scores.note(f"{name}, number {number}: {violation}")
         scores.add(f"replies lost: {name}", right, times, 1)
         scores.note(f"{name}: {time.monotonic() - started:.0f} s")
 
 
 def cancels(scores: Scores, seed: int) -> None:
-    """Of jobs that nobody runs; `bin/bench faults --only cancelled` has those that run."""
+    """Cancels jobs that no worker runs; `bin/bench faults --only cancelled` cancels running ones."""
     from tests.faults.cancels import STATES, cancel
 
-    no_bells()
+    disable_notifications()
     for state in STATES:
         right = 0
         for number in range(20):
-            wrong = cancel(state, random.Random(f"{seed}/{state}/{number}"))  # noqa: S311  orders moves, no secrets
+            wrong = cancel(state, random.Random(f"{seed}/{state}/{number}"))  # noqa: S311  not for secrets
             right += not wrong
-            for what in wrong:
-                scores.note(f"{state}, number {number}: {what}")
+            for violation in wrong:
+                scores.note(f"{state}, number {number}: {violation}")
         scores.add(f"cancelled at once: {state}", right, 20, 1)
 
 
 def fairness(scores: Scores) -> None:
-    from tests.faults.cancels import turns_until_the_other
+    from tests.faults.cancels import jobs_started_before_other_user
 
-    no_bells()
+    disable_notifications()
     for slots in (1, 2, 4):
         name = f"started before the other, {slots} slots"
-        scores.add(name, turns_until_the_other(slots), 0, 1, less_is_better=True)
+        scores.add(name, jobs_started_before_other_user(slots), 0, 1, less_is_better=True)
 
 
 if __name__ == "__main__":

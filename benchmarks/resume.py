@@ -1,10 +1,11 @@
-"""Exact resume, proven: runs killed with SIGKILL at random moments end with the same bits as one that was not.
+"""Exact resume: runs killed with SIGKILL at random moments end bit for bit like an uninterrupted run.
 
     bin/bench resume [--runs 20] [--first 1] [--steps 200] [--seed 1]
 
-Each run: a tiny GPT-2, dropout on, two micro-batches a step, epochs that end in the middle of steps, a checkpoint every
-few steps; killed 1 to 5 times (in a step, while a checkpoint is written, at an epoch's end), resumed from the newest
-checkpoint each time. Equal means: the weights' digest, and every (step, loss as hex). Exits 0 only if all are.
+Each run trains a tiny GPT-2 with dropout, two micro-batches per step, epochs that end within steps, and a checkpoint
+every few steps. It is killed 1 to 5 times (during a step, while a checkpoint is written, at the end of an epoch) and
+resumed from the newest checkpoint each time. Runs are equal if the digest of the weights and the loss of every step (as
+hex) are. Exits 0 only if all runs are equal.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ Losses = dict[int, str]
 
 
 def lay_out(folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
-    """A base model, 67 examples and a run file without its work folder."""
+    """Writes a base model and 67 examples. Returns a run file without its work folder."""
     from tests.training.tiny import write_model
 
-    rng = random.Random(7)  # noqa: S311 (example data, not secrets)
+    rng = random.Random(7)  # noqa: S311  not for secrets
     write_model(folder / "base")
     rows = [
         {
@@ -46,7 +47,7 @@ def lay_out(folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
         for _ in range(67)
     ]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chosen = {
+    defaults = {
         "max_steps": steps,
         "batch_size": 6,
         "micro_batch_tokens": 64,
@@ -64,12 +65,12 @@ def lay_out(folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
         "base": str(folder / "base"),
         "train_file": str(folder / "train.jsonl"),
         "prompts": ["the cat"],
-        "settings": chosen | settings,
+        "settings": defaults | settings,
     }
 
 
 def start(run: dict[str, Any], work: Path) -> subprocess.Popen[bytes]:
-    """The trainer as a program, its lines in work/events.jsonl."""
+    """Starts the trainer as a program. Its events are in work/events.jsonl."""
     work.mkdir(parents=True, exist_ok=True)
     config = work / f"config-{time.time_ns()}.json"
     config.write_text(json.dumps(run | {"work_dir": str(work)}))
@@ -82,17 +83,17 @@ def events(work: Path, kind: str) -> list[dict[str, Any]]:
     path = work / "events.jsonl"
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # the last one may be half written
+    lines = path.read_bytes().split(b"\n")[:-1]  # the last one may be incomplete
     return [event for line in lines if line and (event := json.loads(line))["t"] == kind]
 
 
 def losses(work: Path) -> Losses:
-    """Loss of each step as hex; a step computed twice must have given the same bits twice."""
-    found: Losses = {}
+    """Loss of each step as hex. A step that ran twice must have the same loss both times."""
+    by_step: Losses = {}
     for event in events(work, "metric"):
-        if found.setdefault(event["step"], event["loss_hex"]) != event["loss_hex"]:
-            found[event["step"]] = "differs between attempts"
-    return found
+        if by_step.setdefault(event["step"], event["loss_hex"]) != event["loss_hex"]:
+            by_step[event["step"]] = "differs between attempts"
+    return by_step
 
 
 def digest(work: Path) -> str:
@@ -100,34 +101,34 @@ def digest(work: Path) -> str:
 
 
 def newest(work: Path) -> str | None:
-    """The checkpoint a pointer would name: the last one that was paths."""
+    """The newest checkpoint that is still on disk, or None."""
     paths = [event["path"] for event in events(work, "checkpoint") if Path(event["path"]).is_dir()]
     return paths[-1] if paths else None
 
 
-def wait_until(process: subprocess.Popen[bytes], true: Callable[[], bool]) -> None:
-    while process.poll() is None and not true():
+def wait_until(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    while process.poll() is None and not condition():
         time.sleep(0.002)
 
 
 def killed_run(run: dict[str, Any], work: Path, steps: int, rng: random.Random) -> int:
-    """One run killed 1–5 times. Returns how often the kill found it alive."""
+    """Kills one run 1 to 5 times. Returns how often it was still alive then."""
     kills = 0
     moments = sorted(rng.sample(range(1, steps), rng.randint(1, 5)))
     for epoch, moment in enumerate(moments, start=1):
         process = start(run | {"epoch": epoch, "resume_from": newest(work)}, work)
         wait_until(process, lambda at=moment: max(losses(work), default=0) >= at)  # type: ignore[misc]  # bound now
-        if rng.random() < 0.3:  # in the middle of writing a checkpoint
+        if rng.random() < 0.3:  # while a checkpoint is written
             wait_until(process, lambda: any((work / "checkpoints").glob("tmp-*")))
         else:
-            time.sleep(rng.random() * 0.01)  # somewhere inside a step
+            time.sleep(rng.random() * 0.01)  # somewhere within a step
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
     process = start(run | {"epoch": len(moments) + 1, "resume_from": newest(work)}, work)
     if process.wait() != 0:
-        raise SystemExit(f"the last attempt ended with {process.returncode}; see {work}")
+        raise SystemExit(f"the last attempt exited with code {process.returncode}; see {work}")
     return kills
 
 
@@ -135,7 +136,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/bench resume")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument(
-        "--first", type=int, default=1, help="number of the first run: a campaign may be done in parts"
+        "--first", type=int, default=1, help="number of the first run, to split a campaign into several calls"
     )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
@@ -146,17 +147,19 @@ def main() -> int:
         reference = Path(folder) / "reference"
         if start(run, reference).wait() != 0:
             raise SystemExit("the uninterrupted run failed")
-        wanted, truth = digest(reference), losses(reference)
-        scores.note(f"seed {args.seed}, uninterrupted: {len(truth)} steps, weights {wanted[:16]}")
+        expected_digest, expected_losses = digest(reference), losses(reference)
+        scores.note(
+            f"seed {args.seed}, uninterrupted: {len(expected_losses)} steps, weights {expected_digest[:16]}"
+        )
         equal = kills = 0
         for number in range(args.first, args.first + args.runs):
             work = Path(folder) / f"run{number}"
-            rng = random.Random(f"{args.seed}:{number}")  # noqa: S311 (moments of kills, not secrets)
-            died = killed_run(run, work, args.steps, rng)
-            kills += died
-            same = digest(work) == wanted and losses(work) == truth
+            rng = random.Random(f"{args.seed}:{number}")  # noqa: S311  not for secrets
+            count = killed_run(run, work, args.steps, rng)
+            kills += count
+            same = digest(work) == expected_digest and losses(work) == expected_losses
             equal += same
-            scores.note(f"run {number}: killed {died} times, {'equal' if same else 'DIFFERENT'}")
+            scores.note(f"run {number}: killed {count} times, {'equal' if same else 'DIFFERENT'}")
         scores.note(f"{kills} kills")
         scores.add("resume: runs equal bit for bit", equal, args.runs, 1.0)
     return scores.end()

@@ -1,8 +1,8 @@
-"""What stands between a person and the engine: `bin/bench serving`.
+"""Latency between a client and the engine: `bin/bench serving`.
 
-GPT-2 124M with random weights, warm. The first streamed token over HTTP (openai's client, web, Redis, inference worker,
-server) against the bare engine's in a process of its own, in turns; and how soon a person who leaves in the middle of an
-answer has given back the place and the engine.
+GPT-2 124M with random weights, warm. Time to first token over HTTP (openai's client, web, Redis, inference worker,
+server) compared with the engine alone in a process, in turns; and how soon a client that disconnects in the middle of a
+response frees its slot and the engine.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import ROOT, Contender, Scores
 
-NAME = "bench/random-gpt2"  # as one of the Hub that was fetched before
+NAME = "bench/random-gpt2"  # like a model of the Hub that was downloaded before
 REVISION = "0" * 40
-ABOVE_MS, FREED_S = 150.0, 2.0  # the promises
+ABOVE_MS, FREED_S = 150.0, 2.0  # the limits
 
 
 def main() -> int:
@@ -32,12 +32,12 @@ def main() -> int:
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     os.environ["JOBS_MAX_GENERATIONS_PER_OWNER"] = (
-        "1"  # so that a second request starts when the first has left
+        "1"  # a second request starts only when the first has ended
     )
     from tests.faults import environment as env
 
     env.prepare_environment()
-    folder = lay_out_model()
+    folder = prepare_model()
     environment = env.start_environment()
     logging.disable(logging.WARNING)
     try:
@@ -49,8 +49,8 @@ def main() -> int:
         environment.stop()
 
 
-def lay_out_model() -> Path:
-    """In the place where the Hub's client keeps what it fetched, and the prompt beside it."""
+def prepare_model() -> Path:
+    """Puts the model into the cache of the Hub's client, with the prompt beside it."""
     from benchmarks.training import VOCABULARY, lay_out
 
     home = Path(os.environ["HF_HOME"]) / "hub" / ("models--" + NAME.replace("/", "--"))
@@ -73,21 +73,21 @@ def measure(options: argparse.Namespace, folder: Path, environment: Any) -> int:
     environment.start_worker("inference", queue="inference")
     variables = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     argv = [sys.executable, str(ROOT / "benchmarks/contenders/ours.py"), "first-token", str(folder)]
-    bare = Contender("bare engine", argv, variables)
+    engine = Contender("engine alone", argv, variables)
     try:
-        bare.wait_ready()
+        engine.wait_ready()
         person = Person(f"{studio.url}/v1", key, (folder / "prompt.txt").read_text())
         person.wait_warm()
-        first_tokens(scores, person, bare, options.rounds)
-        leaving(scores, person, environment.workers["inference"].pid)
+        first_tokens(scores, person, engine, options.rounds)
+        disconnects(scores, person, environment.workers["inference"].pid)
     finally:
-        bare.process.kill()
+        engine.process.kill()
         studio.stop()
     return scores.end()
 
 
 def make_key(folder: Path) -> str:
-    """Of somebody who has added the model, as if it had been checked."""
+    """An API key of a user who has added the model, as if it had been checked."""
     from django.core.management import call_command
 
     call_command("migrate", verbosity=0)
@@ -104,7 +104,7 @@ def make_key(folder: Path) -> str:
 
 
 class Person:
-    """Somebody with openai's client."""
+    """A user of openai's client."""
 
     def __init__(self, url: str, key: str, prompt: str) -> None:
         import openai
@@ -113,15 +113,15 @@ class Person:
         self.prompt = prompt
 
     def begin(self, max_tokens: int) -> tuple[Any, float]:
-        """An answer of which the first piece of text has come, and the seconds that took."""
-        began = time.perf_counter()
+        """Returns a stream whose first text has arrived, and the seconds until then."""
+        started = time.perf_counter()
         stream = self.client.completions.create(
             model=NAME, prompt=self.prompt, max_tokens=max_tokens, temperature=0, stream=True
         )
         for chunk in stream:
             if chunk.choices and chunk.choices[0].text:
-                return stream, time.perf_counter() - began
-        raise RuntimeError("the answer ended without a text")
+                return stream, time.perf_counter() - started
+        raise RuntimeError("the response ended without text")
 
     def wait_warm(self) -> None:
         import openai
@@ -137,19 +137,19 @@ class Person:
                 time.sleep(1)
 
     def first_token(self) -> float:
-        """Seconds, of an answer that is read to its end."""
+        """Seconds until the first token of a response, which is then read to its end."""
         stream, took = self.begin(4)
         list(stream)
         return took
 
 
-def first_tokens(scores: Scores, person: Person, bare: Contender, rounds: int) -> None:
+def first_tokens(scores: Scores, person: Person, engine: Contender, rounds: int) -> None:
     theirs, ours = [], []
-    bare.step()
+    engine.step()
     for _ in range(rounds):
-        theirs.append(bare.step()["wall"] * 1000)
+        theirs.append(engine.step()["wall"] * 1000)
         ours.append(person.first_token() * 1000)
-    for name, times in (("over HTTP", ours), ("bare engine", theirs)):
+    for name, times in (("over HTTP", ours), ("engine alone", theirs)):
         scores.note(
             f"first token, {name}: median {statistics.median(times):.0f} ms, {min(times):.0f} to {max(times):.0f}"
         )
@@ -159,40 +159,40 @@ def first_tokens(scores: Scores, person: Person, bare: Contender, rounds: int) -
     scores.add("the same, 19 of 20", worst, allowed, 1, less_is_better=True)
 
 
-def leaving(scores: Scores, person: Person, worker: int, rounds: int = 5) -> None:
-    places, engines = [], []
+def disconnects(scores: Scores, person: Person, worker: int, rounds: int = 5) -> None:
+    slots, idle_times = [], []
     for _ in range(rounds):
         stream, _ = person.begin(900)
         stream.close()
         left = time.perf_counter()
-        again, _ = person.begin(4)  # one at a time for each person: it waits for the first one's place
-        places.append(time.perf_counter() - left)
+        again, _ = person.begin(4)  # one request at a time per user: it waits for the first one's slot
+        slots.append(time.perf_counter() - left)
         list(again)
         stream, _ = person.begin(900)
         stream.close()
-        engines.append(seconds_until_idle(worker))
-    scores.add("place free after leaving (s)", max(places), FREED_S, 1, less_is_better=True)
-    scores.add("engine idle after leaving (s)", max(engines), FREED_S, 1, less_is_better=True)
-    scores.note(f"{rounds} times each; the first includes the second answer's first token")
+        idle_times.append(seconds_until_idle(worker))
+    scores.add("slot free after disconnect (s)", max(slots), FREED_S, 1, less_is_better=True)
+    scores.add("engine idle after disconnect (s)", max(idle_times), FREED_S, 1, less_is_better=True)
+    scores.note(f"{rounds} times each; the first includes the next response's first token")
 
 
 def seconds_until_idle(worker: int) -> float:
-    """Until the processes below the worker have stopped to use the processor."""
+    """Seconds until the worker's child processes stop using CPU time."""
     import psutil
 
-    began, calm = time.perf_counter(), 0
+    started, idle_checks = time.perf_counter(), 0
     server = psutil.Process(worker).children(recursive=True)
 
     def spent() -> float:
         return sum(sum(process.cpu_times()[:2]) for process in server)
 
     last = spent()
-    while calm < 4:
+    while idle_checks < 4:
         time.sleep(0.05)
         now = spent()
-        calm = calm + 1 if now - last < 0.01 else 0
+        idle_checks = idle_checks + 1 if now - last < 0.01 else 0
         last = now
-    return time.perf_counter() - began - calm * 0.05
+    return time.perf_counter() - started - idle_checks * 0.05
 
 
 if __name__ == "__main__":

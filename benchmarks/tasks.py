@@ -1,6 +1,6 @@
-"""Six small tasks, made from a seed: chat, classification, extraction, style, code, arithmetic.
+"""Six small tasks, generated from a seed: chat, classification, extraction, style, code, arithmetic.
 
-Every example of a task is different, and none of the test stands among those to train on.
+All examples of a task are different, and no test example is among the training examples.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BAD = ("terrible", "broken", "ugly", "dirty", "useless", "awful")
 
 
 def _chat(rng: random.Random) -> Row:
-    """A shop's assistant, over one or two turns, with prices and opening hours that follow a rule."""
+    """A shop assistant, one or two turns, with prices that follow a rule."""
     name, thing, colour = rng.choice(NAMES), rng.choice(THINGS), rng.choice(COLOURS)
     price = 10 * (THINGS.index(thing) + 1) + COLOURS.index(colour)
     turns = [
@@ -56,7 +56,7 @@ def _chat(rng: random.Random) -> Row:
 
 
 def _classification(rng: random.Random) -> Row:
-    """Two opinions in a sentence; what is phrase after "but" decides."""
+    """Two opinions in a sentence. The one after "but" is the label."""
     first, last = (
         rng.sample(((0, GOOD), (1, BAD)), 2)
         if rng.random() < 0.7
@@ -85,7 +85,7 @@ def _extraction(rng: random.Random) -> Row:
 
 
 def _style(rng: random.Random) -> Row:
-    """A plain sentence phrase solemnly."""
+    """A plain sentence in solemn words."""
     name, thing, place, colour = (rng.choice(words) for words in (NAMES, THINGS, PLACES, COLOURS))
     verb, solemn = rng.choice(
         (("saw", "beheld"), ("took", "seized"), ("sold", "gave away for gold"), ("lost", "was robbed of"))
@@ -100,7 +100,7 @@ def _style(rng: random.Random) -> Row:
 def _code(rng: random.Random) -> Row:
     a, b = rng.sample(THINGS, 2)
     n = rng.randint(2, 99)
-    asked, written = rng.choice(
+    comment, code = rng.choice(
         (
             (f"add {n} to {a}", f"def f({a}):\n    return {a} + {n}"),
             (f"the larger of {a} and {b}", f"def f({a}, {b}):\n    return max({a}, {b})"),
@@ -109,7 +109,7 @@ def _code(rng: random.Random) -> Row:
             (f"the first {n} of {a}", f"def f({a}):\n    return {a}[:{n}]"),
         )
     )
-    return {"prompt": f"# {asked}\n", "completion": written}
+    return {"prompt": f"# {comment}\n", "completion": code}
 
 
 def _arithmetic(rng: random.Random) -> Row:
@@ -128,8 +128,8 @@ TASKS: dict[str, Maker] = {
 
 
 def lay_out(task: str, folder: Path, seed: int, train: int = 240, test: int = 80) -> tuple[Path, Path]:
-    """(file to train on, file to test on)."""
-    rng = random.Random(f"{task}:{seed}")  # noqa: S311 (example data, not secrets)
+    """Writes the examples. Returns (training file, test file)."""
+    rng = random.Random(f"{task}:{seed}")  # noqa: S311  not for secrets
     lines: dict[str, None] = {}
     while len(lines) < train + test:
         lines[json.dumps(TASKS[task](rng)) + "\n"] = None

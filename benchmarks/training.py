@@ -2,10 +2,10 @@
 
     bin/bench training [--quick] [--clock wall|cpu] [--threads N] [--only NAME …]
 
-Same weights (GPT-2 124M, drawn at random), same 400 examples in the same order (log-normal lengths, median 90, at most
-512 tokens), same hyperparameters, fp32 on a processor and bf16 on a GPU. Ours and a peer are two programs alive at the
-same time that take a step in turns, so other load falls on both; figures are over all steps after the first.
-`--clock cpu` counts processor seconds instead, for a machine that others use too. `--quick` takes a small model.
+Same weights (GPT-2 124M, random), same 400 examples in the same order (log-normal lengths, median 90, at most 512
+tokens), same hyperparameters, fp32 on a CPU and bf16 on a GPU. Our trainer and a peer run at the same time and take turns
+step by step, so that other load affects both; figures are over all steps after the first. `--clock cpu` measures CPU time
+instead, for a machine with other load. `--quick` uses a small model.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ class Bench:
 
 
 def lay_out(folder: Path, shape: dict[str, int], examples: int = 400) -> None:
-    """A random GPT-2, a tokenizer whose words are numbers, and the examples: as text for ours, as ids in the order of
-    our training for the peers."""
+    """Writes a random GPT-2, a tokenizer whose words are numbers, and the examples: as text for our trainer, and as token
+    ids in our training order for the peers."""
     from training.engine import inputs
     from training.engine.packing import example_at
     from training.models.gpt2 import GPT2, GPT2Config
-    from training.plan.config import Run
+    from training.plan.run_file import Run
 
     GPT2.new(
         GPT2Config(
@@ -87,7 +87,7 @@ def lay_out(folder: Path, shape: dict[str, int], examples: int = 400) -> None:
         )
     ).save(folder)
     words = {str(i): i for i in range(VOCABULARY - 1)} | {"<|endoftext|>": VOCABULARY - 1}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))  # noqa: S106 (a token of text)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))  # noqa: S106  a token of text
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -108,9 +108,9 @@ def lay_out(folder: Path, shape: dict[str, int], examples: int = 400) -> None:
         "work_dir": str(folder / "work"),
         "settings": settings,
     }
-    found = inputs.read(Run.parse(run)).train
-    order = [example_at(at, 0, len(found)) for at in range(len(found))]
-    (folder / "examples.json").write_text(json.dumps([found[i][0].tolist() for i in order]))
+    examples_read = inputs.read(Run.parse(run)).train
+    order = [example_at(at, 0, len(examples_read)) for at in range(len(examples_read))]
+    (folder / "examples.json").write_text(json.dumps([examples_read[i][0].tolist() for i in order]))
 
 
 # --- what is measured --------------------------------------------------------------------------------
@@ -122,19 +122,21 @@ def speed_and_memory(bench: Bench, name: str, ours: str, theirs: str, goal: floa
     peaks = mine.end() / 2**30, peer.end() / 2**30
     if name in MEMORY:
         bench.scores.add(f"memory/{name}", *peaks, MEMORY[name], less_is_better=True)
-    # the same batches: the same work was done
+    # these train on the same batches, so equal losses show that the same work was done
     if theirs in (
         "trainer",
         "trainer-lora",
         "trainer-padded",
         "trl",
     ):
-        far = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(mine.steps, peer.steps, strict=True))
-        bench.scores.note(f"{name}: losses of the same steps differ by {far:.1e} at most")
+        difference = max(
+            abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(mine.steps, peer.steps, strict=True)
+        )
+        bench.scores.note(f"{name}: losses of the same steps differ by at most {difference:.1e}")
 
 
 def gemm_share(bench: Bench) -> None:
-    """Useful operations of our steps over what the machine does when it only multiplies."""
+    """Useful floating-point operations per second of our steps, relative to plain matrix multiplication on this machine."""
     lengths = [len(ids) for ids in json.loads((bench.folder / "examples.json").read_text())]
     pair = bench.start("full"), bench.start("gemm")
     for contender in pair:
@@ -159,41 +161,41 @@ def generation(bench: Bench) -> None:
     bench.scores.add("generation (tokens/s)", mine.rate(bench.clock), peer.rate(bench.clock), 1.1)
     same = mine.steps[0]["text"] == peer.steps[0]["text"]
     bench.scores.note(
-        f"generation: {'the same tokens' if same else 'tokens differ where two are equally likely'}"
+        f"generation: {'the same tokens' if same else 'different tokens where two are equally likely'}"
     )
     mine.end()
     peer.end()
 
 
 def start_up(bench: Bench, name: str, folder: Path) -> None:
-    """Start to the end of the first step, less a steady step: cold, and from the warmed standby child."""
+    """From the start to the end of the first step, minus a steady step: cold, and from a prewarmed trainer."""
     with tempfile.TemporaryDirectory() as work:
-        # The same example again and again, one a step: the first step is as long as any other.
+        # The same example in every step, so that the first step is as long as any other.
         row = json.dumps({"text": " ".join(map(str, range(63)))}) + "\n"
         data, path = Path(work) / "equal.jsonl", Path(work) / "run.json"
         data.write_text(400 * row)
         path.write_text(json.dumps(run_file(folder, work, batch_size=1) | {"train_file": str(data)}))
-        for how, promise in (("cold", 3.0), ("standby", 0.3)):
-            taken = [_first_step(bench, path, standby=how == "standby") for _ in range(3)]
+        for how, limit in (("cold", 3.0), ("prewarmed", 0.3)):
+            durations = [_first_step(bench, path, prewarmed=how == "prewarmed") for _ in range(3)]
             bench.scores.add(
-                f"start-{how}/{name} (s)", statistics.median(taken), promise, 1.0, less_is_better=True
+                f"start-{how}/{name} (s)", statistics.median(durations), limit, 1.0, less_is_better=True
             )
 
 
-def _first_step(bench: Bench, path: Path, *, standby: bool) -> float:
-    base = json.loads(path.read_text())["base"]  # a worker's standby expects the model of the job before
-    command = ["standby", "--base", base] if standby else ["train", str(path)]
+def _first_step(bench: Bench, path: Path, *, prewarmed: bool) -> float:
+    base = json.loads(path.read_text())["base"]  # a worker prewarms with the base model of the previous job
+    command = ["standby", "--base", base] if prewarmed else ["train", str(path)]
     argv = [sys.executable, "-m", "training", *command]
     environment = os.environ | {"OMP_NUM_THREADS": str(bench.threads)}
-    begun = time.perf_counter() if bench.clock == "wall" else 0.0
+    started = time.perf_counter() if bench.clock == "wall" else 0.0
     process = subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     now = time.perf_counter if bench.clock == "wall" else partial(_cpu_seconds, process.pid)
     assert process.stdin
     assert process.stdout
-    if standby:
+    if prewarmed:
         assert json.loads(process.stdout.readline())["t"] == "ready"
         time.sleep(3)  # as between two jobs of a worker
-        begun = now()
+        started = now()
         process.stdin.write(json.dumps({"config": str(path)}).encode() + b"\n")
         process.stdin.flush()
     ends: list[float] = []
@@ -203,7 +205,7 @@ def _first_step(bench: Bench, path: Path, *, standby: bool) -> float:
     process.kill()
     process.wait()
     steady = statistics.median(b - a for a, b in itertools.pairwise(ends))
-    return ends[0] - begun - steady
+    return ends[0] - started - steady
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -212,7 +214,7 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def packed_gradients(bench: Bench) -> None:
-    """Loss and every gradient of one packed row against each example alone through transformers' eager GPT-2."""
+    """Loss and all gradients of one packed row, compared with each example alone through transformers' eager GPT-2."""
     import torch
     import transformers
 
@@ -251,7 +253,7 @@ def packed_gradients(bench: Bench) -> None:
         worst = abs(float(ours.detach()) - theirs) / theirs
         for name, p in model.named_parameters():
             mine, other = main_grad(p), grads[name].grad
-            # the keys' bias has no gradient but rounding: softmax does not feel it
+            # the keys' bias has only rounding errors for a gradient: softmax does not depend on it
             if name.endswith("c_attn.bias"):
                 width = len(other) // 3
                 mine, other = (torch.cat([g[:width], g[2 * width :]]) for g in (mine, other))
@@ -260,20 +262,20 @@ def packed_gradients(bench: Bench) -> None:
 
 
 def platform_overhead(bench: Bench, pairs: int) -> None:
-    """Events, spool and heartbeats on every step and a checkpoint a minute, over the bare loop: turn about in one process
-    (two differ by 2 % with nothing different in them), about four seconds each, three minutes of both."""
-    one = bench.start("platform")
-    one.wait_ready()
-    in_turns([one], 2 + 2 * pairs)
-    taken = [step[bench.clock] for step in one.steps[2:]]
-    full, bare = taken[::2], taken[1::2]
-    typical = statistics.median(f / b for b, f in zip(bare, full, strict=True))
+    """Events, spool and heartbeats in every step and a checkpoint per minute, compared with the plain loop: alternating in
+    one process (two processes doing the same differ by 2 %), about four seconds each, three minutes of both."""
+    platform = bench.start("platform")
+    platform.wait_ready()
+    in_turns([platform], 2 + 2 * pairs)
+    durations = [step[bench.clock] for step in platform.steps[2:]]
+    full, plain = durations[::2], durations[1::2]
+    typical = statistics.median(f / b for b, f in zip(plain, full, strict=True))
     bench.scores.note(
-        f"platform: {sum(bare):.0f} s bare, {sum(full):.0f} s with all; the median turn {typical - 1:+.2%}"
+        f"platform: {sum(plain):.0f} s plain, {sum(full):.0f} s with everything; median of the turns {typical - 1:+.2%}"
     )
-    overhead = sum(full) / sum(bare) - 1
+    overhead = sum(full) / sum(plain) - 1
     bench.scores.add("platform-overhead", max(overhead, 1e-4), 0.02, 1.0, less_is_better=True)
-    one.end()
+    platform.end()
 
 
 def main() -> int:
@@ -281,12 +283,12 @@ def main() -> int:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a small model (4 layers of 256) and fewer rounds: a look, no verdict",
+        help="a small model (4 layers of 256) and fewer rounds, for a rough impression",
     )
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, help="measured steps of each contender")
-    parser.add_argument("--only", action="append", help="only what this is part of the name of")
+    parser.add_argument("--rounds", type=int, help="measured steps per contender")
+    parser.add_argument("--only", action="append", help="only parts whose name contains this")
     args = parser.parse_args()
     shape = (
         {"n_layer": 4, "n_embd": 256, "n_head": 4}
@@ -295,7 +297,7 @@ def main() -> int:
     )
     scores = Scores()
     scores.note(
-        f"GPT-2 {shape}, {args.threads} threads, {args.clock} clock; tokens/s, GiB: ours, theirs, ratio, goal"
+        f"GPT-2 {shape}, {args.threads} threads, {args.clock} clock; tokens/s and GiB; columns: ours, theirs, ratio, goal"
     )
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder, small = Path(name) / "model", Path(name) / "small"
@@ -317,7 +319,7 @@ def main() -> int:
                 continue
             try:
                 measure()
-            except RuntimeError as error:  # a contender that died: the others are still worth knowing
+            except RuntimeError as error:  # a contender died; measure the others all the same
                 scores.fail(part, str(error))
     return scores.end()
 

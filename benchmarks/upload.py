@@ -1,9 +1,9 @@
-"""`bin/bench upload`: a large file from a page's upload to its report, while other pages are looked at.
+"""`bin/bench upload`: a large file from the upload on the page to its report, while another user opens pages.
 
     bin/bench upload [--gigabytes 1]
 
-The file goes up in parts as the page's script sends them (three at once), is put together, and is checked with the
-starter's tokenizer by a worker. Meanwhile another person looks at pages.
+The file is uploaded in parts as the page's script does it (three at a time), combined, and checked by a worker with the
+starter model's tokenizer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.check import write_chats
 from benchmarks.common import Scores, quantile, visit
 
-AT_ONCE = 3  # as static/js/upload.js
+AT_ONCE = 3  # parts in parallel, as in static/js/upload.js
 CSRF = "a" * 32
 PAGES = ["/jobs/", "/jobs/new/", "/datasets/", "/models/"]
 
@@ -58,7 +58,7 @@ def main() -> int:
 
 @dataclass
 class Browser:
-    """What the page's script does, over HTTP."""
+    """Sends the requests of the page's script."""
 
     port: int
     session: str
@@ -68,21 +68,21 @@ class Browser:
         cookies = f"session={self.session}; csrf={CSRF}"
         own = {"Host": "localhost", "Cookie": cookies, "X-CSRFToken": CSRF, "Accept": "application/json"}
         connection.request(method, path, body, own | {k.replace("_", "-"): v for k, v in headers.items()})
-        answer = connection.getresponse()
-        reply = answer.read()
+        response = connection.getresponse()
+        content = response.read()
         connection.close()
-        assert answer.status < 300, (path, answer.status, reply[:300])
-        found: dict[str, Any] = json.loads(reply)
-        return found
+        assert response.status < 300, (path, response.status, content[:300])
+        payload: dict[str, Any] = json.loads(content)
+        return payload
 
-    def ask(self, path: str, **fields: object) -> dict[str, Any]:
+    def post(self, path: str, **fields: object) -> dict[str, Any]:
         return self.send(
             "POST", path, urlencode(fields).encode(), Content_Type="application/x-www-form-urlencoded"
         )
 
     def upload(self, path: Path) -> str:
-        """The id of the dataset."""
-        created = self.ask("/datasets/uploads/", name=path.name, bytes=path.stat().st_size, mark="")
+        """Returns the id of the dataset."""
+        created = self.post("/datasets/uploads/", name=path.name, bytes=path.stat().st_size, mark="")
 
         def part(number: int) -> None:
             with path.open("rb") as file:
@@ -92,9 +92,9 @@ class Browser:
             kind = "application/octet-stream"
             self.send("PUT", f"{created['url']}{number}/", data, Content_Type=kind, X_Part_Sha256=digest)
 
-        with ThreadPoolExecutor(AT_ONCE) as lanes:
-            list(lanes.map(part, range(1, -(-path.stat().st_size // created["part_bytes"]) + 1)))
-        address = self.ask(created["complete"])["url"]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(part, range(1, -(-path.stat().st_size // created["part_bytes"]) + 1)))
+        address = self.post(created["complete"])["url"]
         return address.strip("/").rpartition("/")[2]
 
 
@@ -104,20 +104,20 @@ async def measure(scores: Scores, environment: Any, browser: Browser, other: str
     from tests.faults.environment import OWNER
 
     pid = environment.workers["web"].pid
-    await visit(browser.port, other, PAGES, enough=after(3))  # what the first views load is there before
+    await visit(browser.port, other, PAGES, done=after(3))  # what the first page views load does not count
     before = resident(pid)
-    forget_peak(pid)
-    began = time.monotonic()
+    reset_peak(pid)
+    started = time.monotonic()
     times: dict[str, float] = {}
 
     def whole() -> Dataset:
         dataset_id = browser.upload(path)
-        times["uploaded"] = time.monotonic() - began
+        times["uploaded"] = time.monotonic() - started
         while True:
             dataset = tables.get(Dataset, OWNER, dataset_id)
             assert dataset
             if dataset.status != "checking":
-                times["reported"] = time.monotonic() - began
+                times["reported"] = time.monotonic() - started
                 return dataset
             time.sleep(0.5)
 
@@ -127,7 +127,7 @@ async def measure(scores: Scores, environment: Any, browser: Browser, other: str
     with path.open("rb") as file:
         same = dataset.sha256 == hashlib.file_digest(file, "sha256").hexdigest()
     scores.note(
-        f"{dataset.bytes / 1e9:.2f} GB: uploaded and put together in {times['uploaded']:.1f} s, reported after {times['reported']:.1f} s; "
+        f"{dataset.bytes / 1e9:.2f} GB: uploaded and combined in {times['uploaded']:.1f} s, reported after {times['reported']:.1f} s; "
         f"{dataset.summary.get('rows', 0):,} rows, {dataset.summary.get('tokens', 0):,} tokens"
     )
     scores.note(f"pages: {len(pages)}, median {quantile(pages, 0.5):.3f} s, worst {pages[-1]:.3f} s")
@@ -142,7 +142,7 @@ def after(seconds: float) -> Any:
     return lambda: time.monotonic() > until
 
 
-def forget_peak(pid: int) -> None:
+def reset_peak(pid: int) -> None:
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 

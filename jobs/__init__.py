@@ -1,1 +1,1 @@
-"""The product: datasets, jobs, models and everything around them, on top of the trainer."""
+"""The product: datasets, jobs, models, and everything else that uses the trainer."""

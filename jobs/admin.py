@@ -1,4 +1,4 @@
-"""Jobs in Django's admin: the list and detail pages are our own views, which read from DynamoDB."""
+"""Jobs in Django's admin. The list and detail pages are our own views, because jobs are in DynamoDB."""
 
 from __future__ import annotations
 

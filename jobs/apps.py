@@ -8,8 +8,8 @@ class JobsConfig(AppConfig):
     verbose_name = "Work"
 
     def ready(self) -> None:
-        # Importing these modules registers outbox handlers, steps after a job's end, and receivers of signals about users
-        # and datasets. They import the other modules that do so.
+        # Importing these modules registers outbox handlers, steps to run after a job's end, and receivers of signals about
+        # users and datasets. They import all other modules that register any.
         import jobs.datasets.checks
         import jobs.datasets.multipart
         import jobs.datasets.reports

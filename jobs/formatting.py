@@ -58,7 +58,7 @@ def size(value: Any) -> str:
 
 
 def memory(value: Any) -> str:
-    """Memory is counted in powers of two: 1406140000 → 1.31 GiB"""
+    """Formats memory, in powers of two: 1406140000 → 1.31 GiB"""
     number = finite(value)
     if number is None:
         return UNKNOWN
@@ -66,7 +66,7 @@ def memory(value: Any) -> str:
 
 
 def gib(value: Any) -> str:
-    """A machine's memory, without decimals: 24 GiB"""
+    """Formats a machine's memory, without decimals: 24 GiB"""
     number = finite(value)
     return UNKNOWN if number is None else f"{number / 2**30:.0f} GiB"
 
@@ -77,7 +77,7 @@ def loss(value: Any) -> str:
 
 
 def rate(value: Any) -> str:
-    """Learning rates and other small numbers: 0.00021 → 2.1e-4"""
+    """Formats learning rates and other small numbers: 0.00021 → 2.1e-4"""
     number = finite(value)
     if number is None:
         return UNKNOWN
@@ -94,7 +94,7 @@ def percent(value: Any) -> str:
 
 
 def duration(value: Any) -> str:
-    """Seconds → 45 s, 12 min, 3 h 5 min"""
+    """Formats seconds: 45 s, 12 min, 3 h 5 min"""
     number = finite(value)
     if number is None:
         return UNKNOWN
@@ -109,7 +109,7 @@ def duration(value: Any) -> str:
 
 
 def span(low: Any, high: Any) -> str:
-    """Two durations as one range: 31–36 min"""
+    """Formats two durations as a range: 31–36 min"""
     first, second = duration(low), duration(high)
     if first == second or second == UNKNOWN:
         return first
@@ -151,7 +151,7 @@ def _local(value: dt.datetime) -> dt.datetime:
 
 
 def when(value: Any) -> str | SafeString:
-    """A <time> element: 10:21 today, 3 Mar 10:21 this year; the full date is in its title."""
+    """A <time> element: 10:21 today, Mar 3, 10:21 this year; the full date is in its title."""
     at = moment(value)
     if at is None:
         return UNKNOWN
@@ -159,9 +159,9 @@ def when(value: Any) -> str | SafeString:
     if at.date() == now.date():
         text = f"{at:%H:%M}"
     elif at.year == now.year:
-        text = f"{at.day} {at:%b %H:%M}"
+        text = f"{at:%b} {at.day}, {at:%H:%M}"
     else:
-        text = f"{at.day} {at:%b %Y}"
+        text = f"{at:%b} {at.day}, {at.year}"
     return format_html(
         '<time datetime="{}" title="{}">{}</time>', at.isoformat(), f"{at:%Y-%m-%d %H:%M:%S %Z}", text
     )
@@ -173,7 +173,7 @@ def clock(value: Any) -> str:
 
 
 def from_now(seconds: Any) -> str:
-    """The time of day that many seconds from now."""
+    """The time of day this many seconds from now."""
     number = finite(seconds)
     return UNKNOWN if number is None else f"{moment(time.time() + number):%H:%M}"
 
@@ -190,12 +190,12 @@ def short_hash(value: Any) -> str:
 
 
 def tail(model_id: str) -> str:
-    """The last part of a model id, which distinguishes models with the same name."""
+    """The last part of a model ID, which distinguishes models with the same name."""
     return str(model_id).rpartition(":")[2]
 
 
 def lines(numbers: Sequence[int], shown: int = 3) -> str:
-    """Lines 88, 203, 611 and 9 more"""
+    """Formats line numbers: Lines 88, 203, 611 and 9 more"""
     if not numbers:
         return ""
     head = ", ".join(f"{n:,}" for n in numbers[:shown])

@@ -1,4 +1,4 @@
-"""Validates user input. Forms do not write."""
+"""Validates user input. Forms do not write anything."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class NewJobForm(forms.Form):
     dataset = forms.CharField(max_length=80, error_messages={"required": "Choose a training dataset."})
     validation_dataset = forms.CharField(max_length=80, required=False)
     base = forms.CharField(max_length=300, error_messages={"required": "Choose a base model."})
-    hub = forms.CharField(max_length=200, required=False, strip=True)  # the id of another model from the Hub
+    hub = forms.CharField(max_length=200, required=False, strip=True)  # the ID of another model from the Hub
     prompts = forms.CharField(max_length=6000, required=False)
     suffix = forms.RegexField(
         r"^[a-z0-9][a-z0-9-]{0,39}$",
@@ -44,7 +44,7 @@ class RenameForm(forms.Form):
 
 
 class UploadForm(forms.Form):
-    """A worker checks the file itself."""
+    """Only requires a file. A worker checks what is in it."""
 
     file = forms.FileField(allow_empty_file=True, error_messages={"required": "Choose a file to upload."})
 
@@ -119,16 +119,39 @@ class ColumnsForm(forms.Form):
         return {"shape": "completion", "question": columns[0], "answer": columns[1]}
 
 
+def _between(what: str, low: str, high: str) -> dict[str, str]:
+    """The same message for whatever is wrong with a number."""
+    return dict.fromkeys(("invalid", "min_value", "max_value"), f"Enter {what} from {low} to {high}.")
+
+
 class GenerateForm(forms.Form):
     """A request from the playground."""
 
     model = forms.CharField(max_length=300)
     prompt = forms.CharField(max_length=100_000, strip=False, error_messages={"required": "Enter a prompt."})
     mode = forms.ChoiceField(choices=[("prompt", "Text"), ("chat", "Chat")], required=False)
-    temperature = forms.FloatField(min_value=0, max_value=2, required=False)
-    top_p = forms.FloatField(min_value=0.01, max_value=1, required=False)
-    max_tokens = forms.IntegerField(min_value=1, max_value=2048, required=False)
+    temperature = forms.FloatField(
+        min_value=0, max_value=2, required=False, error_messages=_between("a number", "0", "2")
+    )
+    top_p = forms.FloatField(
+        label="Top-p",
+        min_value=0.01,
+        max_value=1,
+        required=False,
+        error_messages=_between("a number", "0.01", "1"),
+    )
+    max_tokens = forms.IntegerField(
+        label="Max tokens",
+        min_value=1,
+        max_value=2048,
+        required=False,
+        error_messages=_between("a whole number", "1", "2,048"),
+    )
     compare = forms.BooleanField(required=False)
+
+    def error_lines(self) -> list[str]:
+        """Every error, with the label of its field."""
+        return [f"{self[name].label}: {text}" for name, texts in self.errors.items() for text in texts]
 
 
 CHOICE_LABELS = {
@@ -159,7 +182,7 @@ class Setting:
 
     @property
     def meaning(self) -> str:
-        """The help text, unless the hint already is it, and the allowed range."""
+        """The help text, unless the hint already shows it, followed by the allowed range."""
         help_text = "" if self.hint == self.spec.help else self.spec.help
         return f"{help_text} {self.range}.".strip() if self.range else help_text
 
@@ -198,7 +221,12 @@ class Setting:
     def range(self) -> str:
         if self.spec.minimum is None or self.spec.maximum is None:
             return ""
-        return f"{shown(self.spec.minimum)} to {shown(self.spec.maximum)}"
+        return f"{_bound(self.spec.minimum)} to {_bound(self.spec.maximum)}"
+
+
+def _bound(value: float) -> str:
+    """An end of a range, with thousands separators: 65,536."""
+    return f"{value:,}" if isinstance(value, int) else shown(value)
 
 
 def settings_from(data: Mapping[str, Any]) -> tuple[Settings | None, dict[str, str], dict[str, str]]:
@@ -207,7 +235,7 @@ def settings_from(data: Mapping[str, Any]) -> tuple[Settings | None, dict[str, s
     An unchecked checkbox sends nothing, so booleans are sent as yes and no."""
     typed = {name: str(data.get(name, "")).strip() for name in FIELDS}
     try:
-        if data.get("method"):  # a page of the first release, still open after an upgrade
+        if data.get("method"):  # the form of the first release, if its page was still open during an upgrade
             typed["adapter"] = current_names({"method": data["method"]})["adapter"]
         return parse({name: value for name, value in typed.items() if value}), typed, {}
     except ConfigError as error:
@@ -221,7 +249,7 @@ def rows(
     reasons: Mapping[str, str],
     suggested: Mapping[str, str],
 ) -> tuple[list[Setting], list[Setting]]:
-    """(basic, advanced) settings. `reasons` explain the automatic values in use, `suggested` all automatic values."""
+    """(basic, advanced) settings. `reasons` explains the automatic values in use, `suggested` all automatic values."""
     basic: list[Setting] = []
     advanced: list[Setting] = []
     for name, spec in FIELDS.items():
@@ -270,14 +298,14 @@ def shown(value: Any) -> str:
 
 
 def with_preset(typed: Mapping[str, str], preset: str) -> dict[str, str]:
-    """The typed values overridden by the preset; settings that only other presets set become automatic."""
+    """The typed values with those of the preset. Settings that only other presets set become automatic."""
     of_presets = {name for values in PRESETS.values() for name in values}
     kept = {name: "" if name in of_presets else value for name, value in typed.items()}
     return kept | {name: shown(value) for name, value in PRESETS[preset].items()}
 
 
 def preset_of(typed: Mapping[str, str]) -> str:
-    """The preset with exactly these values; empty if there is none."""
+    """The name of the preset with exactly these values; empty if there is none."""
     for preset in PRESETS:
         if with_preset(typed, preset) == dict(typed):
             return preset

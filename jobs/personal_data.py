@@ -1,4 +1,4 @@
-"""The data held about a user besides the account: exported on request, deleted when the user leaves."""
+"""A user's data other than the account: exported on request, and deleted together with the account."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def stop_mail_to_inactive_users(instance: User, **kwargs: Any) -> None:
 
 
 def _set_email(user: User) -> None:
-    """Best effort: if the store cannot be reached, the next submission sets it."""
+    """Updates the address for notifications. Best effort: if the store cannot be reached, the next submission sets it."""
     try:
         webhooks.set_email(user.owner_id, user.notification_email)
     except PynamoDBException as error:

@@ -42,7 +42,7 @@ urlpatterns = [
     path("jobs/<str:job_id>/metrics.csv", jobs.metrics_csv, name="job_csv"),
     path("jobs/<str:job_id>/log.txt", jobs.log_text, name="job_log"),
     path("models/", models.index, name="models"),
-    # The id of a model fine-tuned from a Hub model has a slash (ft:owner/name:…), so its page comes last.
+    # The ID of a model fine-tuned from a Hub model has a slash (ft:owner/name:…), so its page comes last.
     path("models/<path:model_id>/download.zip", models.download, name="download_model"),
     path("models/<path:model_id>/names/", models.aliases, name="model_names"),
     path("models/<path:model_id>/delete/", models.delete, name="delete_model"),

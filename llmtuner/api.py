@@ -1,4 +1,4 @@
-"""`/v1`: assembles the API that OpenAI's clients already speak. What its responses share is in `api_shell`."""
+"""Assembles `/v1`, the API that OpenAI's clients can use unchanged. `api_shell` has what all of its responses share."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jobs.api import bodies, chat, errors, files, fine_tuning, models, uploads, 
 from llmtuner.api_docs import Docs
 
 DESCRIPTION = """Files, uploads, fine-tuning jobs, models, completions and chat completions, as OpenAI's clients expect them.
-Set `base_url` to this address and `api_key` to a key from your account page. Features beyond OpenAI's API are under
-`llmtuner`, in requests and in responses."""
+Set `base_url` to this address and `api_key` to a key from your account page. Features that OpenAI's API does not have are
+under `llmtuner`, both in requests and in responses."""
 
 
-# Errors that any call may return, besides those it declares itself.
+# Errors that any call may return, in addition to those that it declares itself.
 ERRORS = {
-    400: "The request is invalid. `param` names the parameter.",
+    400: "The request is invalid. `param` names the invalid parameter.",
     401: "The credential is missing, invalid, expired or revoked.",
     403: "The key does not have the required scope.",
     404: "There is no such object, or it belongs to someone else.",
@@ -33,7 +33,7 @@ class Api(NinjaAPI):
     document: OpenAPISchema | None = None
 
     def get_openapi_schema(self, **options: Any) -> OpenAPISchema:
-        """Built once: it takes a tenth of a second and never changes."""
+        """The OpenAPI document. It is built only once, because this takes a tenth of a second and it never changes."""
         if self.document is None:
             self.document = self._build_document(**options)
         return self.document

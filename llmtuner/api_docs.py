@@ -1,4 +1,4 @@
-"""The OpenAPI document as a page, rendered on the server: it needs no script and no external network."""
+"""The OpenAPI document as a page. It is rendered on the server, so it needs neither scripts nor an external network."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
+from django.utils.html import format_html, format_html_join
+from django.utils.safestring import SafeString
 from ninja import NinjaAPI
 from ninja.openapi.docs import DocsBase
 
@@ -23,7 +25,7 @@ class Docs(DocsBase):
                     "method": method.upper(),
                     "path": path,
                     "summary": details["summary"],
-                    "description": details.get("description", ""),
+                    "description": _with_code(details.get("description", "")),
                     "scopes": ", ".join(
                         SCOPES.get(name, name) for entry in details.get("security", []) for name in entry
                     ),
@@ -45,8 +47,9 @@ def _tables(details: dict[str, Any], schemas: dict[str, Any]) -> list[dict[str, 
         tables.append({"title": f"Body ({kind})", "rows": _fields(content["schema"], schemas)})
     for status, response in details["responses"].items():
         content = response.get("content", {}).get("application/json")
-        if content and str(status) == "200":
-            tables.append({"title": "Response", "rows": _fields(content["schema"], schemas)})
+        rows = _fields(content["schema"], schemas) if content and str(status) == "200" else []
+        if rows:
+            tables.append({"title": "Response", "rows": rows})
     return tables
 
 
@@ -61,9 +64,16 @@ def _row(name: str, schema: dict[str, Any], required: bool) -> dict[str, Any]:
     return {
         "name": name,
         "kind": _kind(schema),
-        "description": schema.get("description", ""),
+        "description": _with_code(schema.get("description", "")),
         "required": required,
     }
+
+
+def _with_code(text: str) -> SafeString:
+    """The text with everything between backticks as code."""
+    parts = enumerate(text.split("`"))
+    code = '<code class="font-mono">{}</code>'
+    return format_html_join("", "{}", ((format_html(code, part) if n % 2 else part,) for n, part in parts))
 
 
 def _kind(schema: dict[str, Any]) -> str:
@@ -75,7 +85,8 @@ def _kind(schema: dict[str, Any]) -> str:
         return " | ".join(map(repr, schema["enum"]))
     for key in ("anyOf", "oneOf"):
         if key in schema:
-            return " | ".join(dict.fromkeys(_kind(option) for option in schema[key]))
+            kinds = (kind for option in schema[key] for kind in _kind(option).split(" | "))
+            return " | ".join(dict.fromkeys(kinds))
     kind = str(schema.get("type", "any"))
     if kind == "array":
         return f"list of {_kind(schema.get('items', {}))}"

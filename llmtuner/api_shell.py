@@ -1,4 +1,4 @@
-"""What all responses under `/v1` share, including those the framework makes itself: OpenAI's error format, no cookies."""
+"""What all responses under `/v1` share, including those that the framework makes itself: OpenAI's error format, no cookies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jobs.api import errors
 from llmtuner.middleware import Handler
 
 PREFIX = "/v1/"
-# What OpenAI has and we do not, by the start of its path.
+# What OpenAI's API has and ours does not, by the start of the path, with what to use instead.
 UNSUPPORTED = {
     "/v1/fine-tunes": "Use /v1/fine_tuning/jobs.",
     "/v1/engines": "Use /v1/models.",
@@ -32,7 +32,7 @@ UNSUPPORTED = {
 
 @sync_and_async_middleware
 def api_shell(get_response: Handler) -> Handler:
-    """Comes before sessions and sign-in, so that they never see the cookies of an API call."""
+    """Middleware that comes before sessions and sign-in, so that they never see the cookies of an API call."""
     if iscoroutinefunction(get_response):
 
         async def async_middleware(request: HttpRequest) -> HttpResponseBase:
@@ -57,14 +57,14 @@ def api_shell(get_response: Handler) -> Handler:
 
 
 def is_call_without_prefix(path: str) -> bool:
-    """Whether `/v1` before this path would make it one of OpenAI's."""
+    """Whether this would be one of OpenAI's paths with `/v1` in front of it."""
     path = _normalize(path)
     return _resolves(path) or bool(_unsupported(path))
 
 
 def _lacks_prefix(request: HttpRequest) -> bool:
-    """Whether this is a program whose base_url lacks `/v1`. Pages use some of the same paths (`/models/`), so the caller
-    must be a program: it sends a key, or it requests a path that is not a page and does not accept HTML."""
+    """Whether the caller is a program whose base_url lacks `/v1`. Pages use some of the same paths (`/models/`), so it must be
+    recognized: it sends a key, or it requests a path that is not a page and does not accept HTML."""
     path = request.path_info
     if path.startswith(PREFIX):
         return False
@@ -92,7 +92,7 @@ def _suggestion(path: str) -> str:
 
 
 def _normalize(path: str) -> str:
-    """With exactly one `/v1` prefix, single slashes and no trailing slash."""
+    """The path with exactly one `/v1` prefix, single slashes and no trailing slash."""
     path = re.sub("/{2,}", "/", f"{PREFIX}{path}").rstrip("/")
     while path.startswith("/v1/v1/"):
         path = path.removeprefix("/v1")

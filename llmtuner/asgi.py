@@ -1,4 +1,4 @@
-"""What uvicorn runs: Django, and in front of it the live stream, which holds no thread and no SQL connection."""
+"""The ASGI application: Django, and in front of it the live stream, which holds no thread and no SQL connection."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ checks.refuse_unsafe_start()
 
 class Handler(ASGIHandler):
     def create_request(self, scope: dict[str, Any], body_file: IO[bytes]) -> Any:
-        """Django treats a form without Content-Length as empty. The length of a chunked body is known by now: it has
-        been read in full, within the limit set by `body_limit`."""
+        """Sets the length of a chunked body, because Django treats a form without Content-Length as empty. It is known by now:
+        the body has been read completely, within the limit set by `body_limit`."""
         request, error_response = super().create_request(scope, body_file)
         if request is not None and "HTTP_TRANSFER_ENCODING" in request.META:
             request.META["CONTENT_LENGTH"] = str(body_file.seek(0, io.SEEK_END))

@@ -1,8 +1,8 @@
 """ASGI middleware that limits the size of request bodies, by path.
 
-Django writes the whole body to disk before any view runs, and the server has no limit, so this middleware has one: a
-declared length that is too large is refused before a byte is read, an undeclared one as soon as it grows too large.
-Files are accepted only from known users, a few at a time from each; an unknown sender's file is refused unread.
+Django writes the whole body to disk before any view runs, and the server has no limit. This middleware refuses a declared
+length that is too large before a byte is read, and a body without a declared length as soon as it is too large. Files are
+accepted only from known users, a few at a time from each; an unknown sender's file is refused before it is read.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 MAX_BODY = 4 * 1024 * 1024
 MAX_PART = 64 * 1024 * 1024  # one part of a multipart upload by the API
-PAGE_PART = 5 * 1024 * 1024  # one part sent by a page, as a raw body: jobs.datasets.multipart.PART
+PAGE_PART = 5 * 1024 * 1024  # one part sent by a page as a raw body; see jobs.datasets.multipart.PART
 FORM_EXTRA = 64 * 1024  # for the form around a file
 _receiving: Counter[str] = Counter()  # large bodies being received, by owner
 
 
 def limit_of(path: str, content_type: str) -> int:
-    """A large body is allowed only where files are accepted, as a form or as a part."""
+    """The limit for this request. A large body is allowed only where files are accepted, as a form or as a part."""
     path = path.rstrip("/")
     if path.startswith("/datasets/uploads/") and "/parts/" in path:
         return PAGE_PART
@@ -56,7 +56,8 @@ def limit_body(app: App) -> App:
             return await _answer(send, 400, message, "invalid_body")
         limit = limit_of(scope["path"], headers.get(b"content-type", b"").decode("latin-1").lower())
         length = headers.get(b"content-length", b"0" if b"transfer-encoding" not in headers else b"")
-        declared = int(length[:20]) if length.isdigit() else None  # Python refuses to parse 4,300 digits
+        # Python refuses to parse a number with 4,300 digits.
+        declared = int(length[:20]) if length.isdigit() else None
         if declared is not None and declared > limit:
             if not scope["path"].startswith("/v1/") and is_call_without_prefix(scope["path"]):
                 error = unknown_url_error(scope["method"], scope["path"])
@@ -81,7 +82,7 @@ def limit_body(app: App) -> App:
 
         async def releasing_send(message: Message) -> None:
             if message["type"] == "http.response.body" and not message.get("more_body"):
-                release()  # before the client sees the response: it may send the next part at once
+                release()  # freed before the client sees the response, because it may send the next part at once
             await send(message)
 
         try:

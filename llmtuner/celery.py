@@ -1,7 +1,7 @@
-"""Celery: notifications over Redis that there is work. The work itself is recorded in DynamoDB.
+"""Celery, whose messages over Redis only tell workers that there is work. The work itself is recorded in DynamoDB.
 
-Messages are acknowledged early and taken one at a time; results are not stored. A lost or duplicated message changes
-nothing: the store decides who runs what, and the reconciler in every worker sends the message again.
+Messages are acknowledged early and taken one at a time; results are not stored. A lost or duplicated message does no harm:
+the store decides who runs what, and the reconciler in every worker sends lost messages again.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ app.conf.update(
         "socket_connect_timeout": 3,
         "socket_keepalive": True,
         "health_check_interval": 10,
-        # Celery redelivers a message that is unacknowledged for this long, by the wall clock. With `-P solo` a message stays
-        # unacknowledged while its task runs, early ack or not. A duplicate is harmless but useless, so: a week.
+        # Celery redelivers a message that is not acknowledged within this time, by the wall clock. With `-P solo`, a message
+        # stays unacknowledged while its task runs, even with early acknowledgment. Duplicates are harmless but useless, so
+        # this is a week.
         "visibility_timeout": 7 * 24 * 3600,
     },
     task_ignore_result=True,
@@ -39,7 +40,7 @@ app.conf.update(
     accept_content=["json"],
     task_default_queue="checks",  # short tasks, which must never wait behind hours of training
     task_routes={"run_next": "training", "generate": "inference", "deliver": "notifications"},
-    # A web request must not wait for a retry: the reconciler sends the message again.
+    # A web request must not wait for retries. If a message is lost, the reconciler sends it again.
     task_publish_retry=False,
     worker_prefetch_multiplier=1,
     worker_disable_prefetch=True,

@@ -1,5 +1,5 @@
-"""Checks that refuse an unsafe start, or one that would silently use the embedded stores of this machine.
-`LLMTUNER_ENV=production` turns them on."""
+"""Checks that refuse to start with unsafe settings, or with settings that would silently use the embedded stores of this
+machine. `LLMTUNER_ENV=production` turns them on."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def problems(needs_sql: bool) -> list[CheckMessage]:
 
 
 def refuse_unsafe_start(needs_sql: bool = True) -> None:
-    """For servers, which do not run Django's system checks."""
+    """Raises an exception that names all problems. For servers, which do not run Django's system checks."""
     if errors := problems(needs_sql):
         raise ImproperlyConfigured("; ".join(f"{error.msg} ({error.id})" for error in errors))
 
 
 def _store_problems(needs_sql: bool) -> Iterator[CheckMessage]:
-    """A forgotten variable would otherwise mean an embedded store: empty, on one machine, without a backup."""
+    """Checks that each store is configured. Without its variable, an embedded store would be used: empty, on one machine, and
+    without a backup."""
     if needs_sql and not env.text("DATABASE_URL").startswith(("postgres://", "postgresql://")):
         yield Error("DATABASE_URL must be set to a PostgreSQL database", id="llmtuner.E014")
     if not env.text("REDIS_URL") or env.text("LLMTUNER_OWN_REDIS"):
@@ -62,7 +63,9 @@ def _problems() -> Iterator[CheckMessage]:
         yield Error("SECRET_KEY must be set to at least 50 random characters", hint=hint, id="llmtuner.E003")
     if not settings.HTTPS:
         yield Error(
-            "PUBLIC_URL must start with https://", hint="Passwords are sent to it.", id="llmtuner.E004"
+            "PUBLIC_URL must start with https://",
+            hint="Without HTTPS, passwords could be intercepted.",
+            id="llmtuner.E004",
         )
     if not settings.ALLOWED_HOSTS or any(host.startswith(("*", ".")) for host in settings.ALLOWED_HOSTS):
         yield Error(
@@ -74,7 +77,7 @@ def _problems() -> Iterator[CheckMessage]:
         yield Error("Cookies must be sent over HTTPS only", id="llmtuner.E006")
     if settings.GOOGLE_ENDPOINTS:
         yield Error(
-            "GOOGLE_ENDPOINTS points sign-in at another provider", hint="Unset it.", id="llmtuner.E007"
+            "GOOGLE_ENDPOINTS sends sign-in to another provider", hint="Unset it.", id="llmtuner.E007"
         )
     if settings.FAILPOINTS:
         yield Error("FAILPOINTS kills processes on purpose", hint="Unset it.", id="llmtuner.E008")
@@ -83,10 +86,13 @@ def _problems() -> Iterator[CheckMessage]:
             "EMAIL_URL must be set to a mail server: addresses are verified by email", id="llmtuner.E009"
         )
     if settings.ACCOUNT_EMAIL_VERIFICATION != "mandatory":
-        yield Error("Email addresses must be verified", id="llmtuner.E010")
+        yield Error(
+            "ACCOUNT_EMAIL_VERIFICATION must be mandatory: email addresses must be verified",
+            id="llmtuner.E010",
+        )
     if settings.LOOPBACK or not settings.PUBLIC_HOST:
-        yield Error("PUBLIC_URL must be the address people use, not localhost", id="llmtuner.E011")
+        yield Error("PUBLIC_URL must be the URL that users open, not localhost", id="llmtuner.E011")
     if settings.CACHES["default"]["BACKEND"] != "django.core.cache.backends.redis.RedisCache":
         yield Error("Rate limits must be counted in Redis, shared by all processes", id="llmtuner.E012")
     if settings.GOOGLE_CLIENT_ID and not env.text("GOOGLE_CLIENT_SECRET"):
-        yield Error("GOOGLE_CLIENT_ID is set without GOOGLE_CLIENT_SECRET", id="llmtuner.E013")
+        yield Error("GOOGLE_CLIENT_ID is set, but GOOGLE_CLIENT_SECRET is not", id="llmtuner.E013")

@@ -1,14 +1,14 @@
 """Limits on the web server's connections: timeouts for slow clients, and a maximum per address.
 
-uvicorn waits forever for a request's headers and body, so a few thousand incomplete requests would shut everyone else
-out. This is its HTTP protocol with limits:
+uvicorn waits forever for a request's headers and body, so a few thousand incomplete requests could lock everyone else out.
+This is its HTTP protocol with limits:
 
 - a request's headers must be complete within WEB_HEADER_TIMEOUT_S of the connection, or of the first byte after the
   previous response, and their size is limited;
 - while a body is expected, no more than WEB_BODY_TIMEOUT_S may pass without a byte;
 - an address may have at most WEB_MAX_CONNECTIONS_PER_ADDRESS connections.
 
-No timeout applies while the server responds: the stream of a live page stays open as long as the page.
+There is no timeout while the server responds, because the stream of a live page stays open as long as the page.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ TICKS = 10  # how often a silent body is checked within WEB_BODY_TIMEOUT_S
 _open: Counter[str] = Counter()  # connections by address
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class LimitedProtocol(HttpToolsProtocol):
     """Passed to uvicorn with `--http`."""
 
     _address = ""
     _header_timer: asyncio.TimerHandle | None = None
     _body_timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
-    _received = False  # a byte arrived since the last check of the body
+    _received = False  # whether a byte arrived since the last check of the body
     _silent_ticks = 0
 
     # ---- limit per address ----------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._body_timer = None
         if self.transport.is_closing() or not self.cycle.more_body or self.cycle.response_complete:
             return
-        # A body is not late while we have paused reading or have not yet sent 100 Continue.
+        # A body cannot be late while we have paused reading, or before we have sent 100 Continue.
         if self._received or self.flow.read_paused or self.cycle.waiting_for_100_continue:
             self._silent_ticks = 0
         else:
@@ -130,7 +130,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def _address_key(client: tuple[str, int] | None) -> str:
-    """What connections are counted by: an IPv4 address, or the /64 network of an IPv6 address, which one machine may own."""
+    """The key for counting connections: an IPv4 address, or the /64 network of an IPv6 address, because a single machine may
+    own the whole network."""
     if client is None:  # a Unix socket
         return ""
     address = ipaddress.ip_address(client[0].partition("%")[0])

@@ -1,24 +1,25 @@
-// Loaded before dynalite, which lacks two things.
+// Loaded before dynalite, to fix two of its weaknesses.
 const crypto = require('crypto')
 const http = require('http')
 const { Readable } = require('stream')
 
-// It throws, and so ends, when a client dies in the middle of a request (kill -9 of a worker or of the web process): such
-// a request is nobody's any more, and no reason to take the record down.
+// 1. dynalite exits with an exception if a client dies in the middle of a request (for example by kill -9). Such a request
+// can be ignored, so it is no reason to stop the database.
 process.on('uncaughtException', (error) => {
   if (error.code === 'ECONNRESET') return
   console.error(error)
   process.exit(1)
 })
 
-// It takes any signature, so every account of the machine could read and write everything. Here a request must be signed
-// with DYNAMODB_SECRET, as AWS does it (Signature Version 4, in the Authorization header). A GET only says "healthy".
+// 2. dynalite accepts any signature, so every account on this machine could read and write everything. With this file, a
+// request must be signed with DYNAMODB_SECRET as for AWS (Signature Version 4, in the Authorization header). A GET request
+// needs no signature, because its response is only "healthy".
 const secret = process.env.DYNAMODB_SECRET
 if (!secret) {
-  console.error('DYNAMODB_SECRET must be set: requests are signed with it.')
+  console.error('DYNAMODB_SECRET must be set, because all requests must be signed with it.')
   process.exit(1)
 }
-const MOST_BYTES = 16 * 1024 * 1024 // as dynalite
+const MOST_BYTES = 16 * 1024 * 1024 // the same limit as dynalite's
 const AUTHORIZATION =
   /^AWS4-HMAC-SHA256 Credential=[^/,]+\/((\d{8})\/([^/,]+)\/(dynamodb)\/aws4_request), ?SignedHeaders=([^,]+), ?Signature=([0-9a-f]{64})$/
 
@@ -50,7 +51,7 @@ http.createServer = (handler) =>
       return refuse(response, 400, 'MissingAuthenticationTokenException', 'Request is missing Authentication Token')
     const blocks = []
     let bytes = 0
-    request.on('error', () => {}) // its client has gone
+    request.on('error', () => {}) // the client has disconnected
     request.on('data', (block) => {
       bytes += block.length
       if (bytes <= MOST_BYTES) blocks.push(block)

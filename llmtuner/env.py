@@ -87,7 +87,7 @@ def stored_secret(path: Path) -> str:
 
 def url(name: str, default: str, password: str) -> str:
     """The URL in a variable, with the password from a second variable if the URL has none. The second variable is taken
-    literally, while many characters in a URL must be percent-encoded."""
+    literally, whereas many characters must be percent-encoded in a URL."""
     value = text(name, default)
     secret = os.environ.get(password, "")
     parts = _split(name, value, password)
@@ -98,7 +98,7 @@ def url(name: str, default: str, password: str) -> str:
 
 
 def _split(name: str, url: str, password: str) -> SplitResult:
-    """Refuses a URL whose password was not encoded: cut at a / or #, it would name a different host."""
+    """Refuses a URL whose password was not encoded. Cut off at a / or #, it would name a different host."""
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018  raises ValueError if it is not a number

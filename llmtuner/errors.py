@@ -1,4 +1,4 @@
-"""Error responses for people and programs. They need no database and no session, because those may be what failed."""
+"""Error responses for people and programs. They use neither the database nor the session, which may be what failed."""
 
 from __future__ import annotations
 
@@ -41,18 +41,21 @@ MISCONFIGURED = Problem(
     "service_unavailable_error",
 )
 
+FORGED = Problem(
+    "This form cannot be accepted",
+    "It has expired or came from another site. Reload the page and submit it again.",
+    "permission_error",
+)
 
-def respond(
-    request: HttpRequest, status: int, advice: str = "", problem: Problem | None = None
-) -> HttpResponse:
+
+def respond(request: HttpRequest, status: int, problem: Problem | None = None) -> HttpResponse:
     problem = problem or PROBLEMS[status]
-    advice = advice or problem.advice
-    # Only where it helps to find the cause: a 404 must look the same whether a thing never existed or is not yours.
+    # Only if it helps to find the cause: a 404 must look the same whether an object never existed or is someone else's.
     request_id = getattr(request, "request_id", "") if status >= 500 else ""
     if request.path_info.startswith(("/v1/", "/_allauth/")):
         body = {"error": {"message": f"{problem.title}.", "type": problem.type, "param": None, "code": None}}
         return HttpResponse(json.dumps(body), status=status, content_type="application/json")
-    context = {"problem": problem, "advice": advice, "status": status, "request_id": request_id}
+    context = {"problem": problem, "status": status, "request_id": request_id}
     # Rendered without the request: context processors would read the session, and with it the database.
     return HttpResponse(render_to_string("problem.html", context), status=status)
 
@@ -74,6 +77,4 @@ def server_error(request: HttpRequest) -> HttpResponse:
 
 
 def csrf_failure(request: HttpRequest, reason: str = "") -> HttpResponse:
-    return respond(
-        request, 403, "The form has expired or came from another site. Reload the page and submit it again."
-    )
+    return respond(request, 403, problem=FORGED)

@@ -1,6 +1,6 @@
-"""Health checks for machines: `/healthz` reports that the process responds, `/readyz` that its stores do.
+"""Health checks for load balancers: `/healthz` reports that the process responds, and `/readyz` that its stores do.
 
-Load balancers use the IP address instead of the host name, so both are answered before the host is checked.
+Load balancers use an IP address instead of the host name, so both are answered before the host name is checked.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from django.utils.decorators import sync_and_async_middleware
 from pynamodb.attributes import NumberAttribute
 
 log = logging.getLogger(__name__)
-TIMEOUT_S = 4.0  # for one store; a slower one counts as unreachable
-CACHE_S = 2.0  # a store is checked at most this often, however many requests arrive
-CACHE_BUCKET_S = 30.0  # every request to it costs money
+TIMEOUT_S = 4.0  # a store that takes longer counts as unreachable
+CACHE_S = 2.0  # a store is checked at most this often, no matter how many requests arrive
+CACHE_BUCKET_S = 30.0  # longer, because every request to the bucket costs money
 _threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="health")
 
 
 @sync_and_async_middleware
 def probes(get_response: Callable[[HttpRequest], HttpResponseBase]) -> Callable[[HttpRequest], object]:
-    """The outermost middleware."""
+    """The outermost middleware, which answers health checks and passes on all other requests."""
     views = {"/healthz": alive, "/readyz": ready}
 
     async def respond(request: HttpRequest) -> HttpResponse:
@@ -85,12 +85,12 @@ class Probe:
         return done.pop().result() if done else "unreachable"
 
     def _outcome(self) -> str:
-        from jobs.store import errors as store_errors  # late: needs the settings
+        from jobs.store import errors as store_errors  # imported late because it needs the settings
 
         cache_s = CACHE_S
         try:
             self.check()
-        except Exception as error:  # any failure is a state to report
+        except Exception as error:  # any failure is reported as a state
             state = store_errors.outage(error) or store_errors.UNREACHABLE
             log.warning("%s is %s: %s", self.name, state, error)
         else:

@@ -1,4 +1,4 @@
-"""Middleware for all requests. None of it needs a thread under ASGI, because an open stream must not hold one."""
+"""Middleware for all requests. None of it needs a thread under ASGI, so that open streams do not hold one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def response_hook(hook: Callable[[HttpRequest, HttpResponseBase], None], get_res
 
 @sync_and_async_middleware
 def request_id(get_response: Handler) -> Handler:
-    """Gives each request an id, which is in its response, its log lines and its error page."""
+    """Gives each request an ID, which appears in its response, its log lines and its error page."""
 
     def begin(request: HttpRequest) -> None:
         request.request_id = "req_" + secrets.token_hex(12)
@@ -121,7 +121,7 @@ def _bucket_origin() -> str:
 
     try:
         return blobs.direct_origin()
-    except Exception:  # without credentials nothing can be signed, and parts go through this server
+    except Exception:  # without credentials no link can be signed, so parts are sent through this server
         log.warning("cannot upload directly to the bucket", exc_info=True)
         return ""
 
@@ -153,7 +153,7 @@ def unreachable_stores(get_response: Handler) -> Handler:
     """Responds with 503, not 500, if a store is unreachable or misconfigured."""
 
     def process_exception(request: HttpRequest, exception: Exception) -> HttpResponse | None:
-        # Late: logging imports this module before the settings exist.
+        # Imported late, because logging imports this module before the settings exist.
         from jobs.store import errors as store_errors
 
         state = store_errors.outage(exception)
@@ -173,8 +173,8 @@ def unreachable_stores(get_response: Handler) -> Handler:
 
 @sync_and_async_middleware
 def unreadable_input(get_response: Handler) -> Handler:
-    """Responds with 400 if a number is too long or JSON nested too deep for Python. Django and allauth do not handle either,
-    and neither has its own exception class."""
+    """Responds with 400 if a number is too long or JSON is nested too deeply for Python. Django and allauth handle neither
+    error, and Python has no separate exception classes for them."""
 
     def process_exception(request: HttpRequest, exception: Exception) -> HttpResponse | None:
         message = str(exception)
@@ -199,7 +199,8 @@ _TEXT = re.compile(r"\.(css|js|svg|json|txt)$")
 
 @sync_and_async_middleware
 def static_files(get_response: Handler) -> Handler:
-    """WhiteNoise finds the file; we send it whole, because a streamed response would need a thread under ASGI."""
+    """Sends static files. WhiteNoise finds the file, and we send it in one piece, because a streamed response would need a
+    thread under ASGI."""
     with warnings.catch_warnings():
         if not settings.PRODUCTION:
             warnings.simplefilter("ignore")  # static files are not collected there

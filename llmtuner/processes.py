@@ -1,4 +1,4 @@
-"""The command line of every process, defined once: `python -m llmtuner web` and `python -m llmtuner worker QUEUE`.
+"""The command lines of all processes: `python -m llmtuner web` and `python -m llmtuner worker QUEUE`.
 
 bin/up, docker compose, the tests and the documentation all use these two commands.
 """
@@ -20,7 +20,7 @@ def web_arguments() -> list[str]:
         "llmtuner.asgi:application",
         *("--host", os.environ.get("WEB_HOST") or "127.0.0.1"),
         *("--port", os.environ.get("WEB_PORT") or "8420"),
-        *("--http", "llmtuner.connections:BoundedProtocol", "--ws", "none"),
+        *("--http", "llmtuner.connections:LimitedProtocol", "--ws", "none"),
         *("--log-level", "warning"),
         "--no-proxy-headers",  # uvicorn would trust X-Forwarded-For from this machine; see TRUSTED_PROXY_COUNT
         *("--timeout-graceful-shutdown", "5"),
@@ -29,14 +29,14 @@ def web_arguments() -> list[str]:
 
 
 def worker_arguments(queue: str) -> list[str]:
-    """For Celery. Inference and notifications mostly wait for I/O, so they use threads. The others run one task at a time
-    in the main thread, because the trainer must be its child process."""
+    """Arguments for Celery. Inference and notifications mostly wait for I/O, so they use threads. The other queues run one task
+    at a time in the main thread, because the trainer must be a child of that thread."""
     return [
         *("-A", "llmtuner", "worker", "-Q", queue),
         *("-n", f"{queue}-{secrets.token_hex(3)}@%h"),
         *("-l", "warning"),
         *(("-P", "threads", "-c", "16") if queue in {"inference", "notifications"} else ("-P", "solo")),
-        # Workers find each other through DynamoDB, so they need no Celery messages for that.
+        # Workers are recorded in DynamoDB, so they do not need Celery's messages to find each other.
         *("--without-gossip", "--without-mingle", "--without-heartbeat"),
     ]
 

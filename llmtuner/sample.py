@@ -17,6 +17,7 @@ from jobs.inference import generation
 from jobs.lifecycle import transitions
 from jobs.notifications import webhooks
 from jobs.store import access
+from jobs.store.states import DatasetStatus, JobStatus
 
 SAMPLE = settings.BASE_DIR / "training/starter/sample"
 SHOWN_PROMPTS = 3
@@ -25,8 +26,8 @@ JOB_TIMEOUT_S = 900
 
 
 def run_sample(url: str) -> bool:
-    """True if the sample job succeeded (now or at an earlier start) and its model responds. Prints progress. A failure is
-    printed, not raised: it is no reason to stop serving."""
+    """Fine-tunes the sample and prints the progress. Returns True if the job succeeded (now or at an earlier start) and its
+    model responds. A failure is printed and not raised, because it is no reason to stop serving."""
     try:
         return _run_sample(url)
     except (SampleError, generation.Busy, generation.Failed) as e:
@@ -47,13 +48,13 @@ def _run_sample(url: str) -> bool:
             job = access.get_job_for(saved["owner"], saved["job"])
         except access.NotFound:  # the owner deleted it, so do not create it again
             return True
-        if job.status == "succeeded":
+        if job.status == JobStatus.SUCCEEDED:
             return True
         user = users.filter(owner_id=saved["owner"]).first()
     else:
         user = users.filter(is_superuser=True).order_by("pk").first()
         if user is None:
-            return True  # no superuser to own it: accounts were created by hand
+            return True  # accounts were created by hand, so there is no superuser to own the sample
         print(
             "\n  Fine-tuning the bundled starter model on the bundled sample, as an ordinary job.",
             flush=True,
@@ -69,12 +70,12 @@ def _run_sample(url: str) -> bool:
             flush=True,
         )
         return False
-    if end.get("status") != "succeeded":
+    if end.get("status") != JobStatus.SUCCEEDED:
         print(
             f"  The sample job ended as {end.get('status')}: {end.get('message', '')}",
             file=sys.stderr,
         )
-        return end.get("status") == "cancelled"
+        return end.get("status") == JobStatus.CANCELLED
     return show_result(job.owner, job.base, str(end["model"]), events, url)
 
 
@@ -100,9 +101,9 @@ def wait_until_checked(owner: str, dataset_id: str) -> str:
     deadline = time.monotonic() + CHECK_TIMEOUT_S
     while time.monotonic() < deadline:
         dataset = access.get_dataset_for(owner, dataset_id)
-        if dataset.status == "ready":
+        if dataset.status == DatasetStatus.READY:
             return dataset_id
-        if dataset.status == "rejected":
+        if dataset.status == DatasetStatus.REJECTED:
             raise SampleError(f"a file was rejected: {dataset.error}")
         time.sleep(0.3)
     raise SampleError(
@@ -128,7 +129,7 @@ def follow(owner: str, job_id: str) -> list[dict[str, Any]]:
 
 
 def print_progress(event: dict[str, Any], total: int) -> None:
-    """Redraws one line in a terminal; writes an occasional line to a log."""
+    """Redraws a single line in a terminal, or writes an occasional line to a log."""
     live = sys.stdout.isatty()
     clear = "\r\033[K" if live else ""
     if event["t"] == "metric" and (live or event["step"] % 20 == 0):

@@ -1,4 +1,4 @@
-"""All settings. They work right after a clone, with no environment; `.env.example` lists the variables that can be set.
+"""All settings. They work right after a clone without any environment variables; `.env.example` lists those you can set.
 
 With LLMTUNER_ENV=production, `llmtuner/checks.py` refuses settings that would be unsafe on the internet.
 """
@@ -16,7 +16,7 @@ VAR_DIR = Path(env.text("VAR_DIR") or BASE_DIR / "var").resolve()
 LLMTUNER_ENV = env.text("LLMTUNER_ENV", "development")  # development, test or production
 PRODUCTION = LLMTUNER_ENV == "production"
 DEBUG = env.flag("DEBUG")
-# Points at which tests kill a process. Never outside tests.
+# Points at which tests kill a process. Never set this outside of tests.
 FAILPOINTS = env.text("FAILPOINTS")
 
 # ---- Web ---------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ INSTALLED_APPS = [
     "allauth.headless",
     "django_htmx",
     "template_partials",
-    # Ours are last: they unregister models from the admin, which must be registered by then.
+    # Our apps come last: they unregister models from the admin, which must be registered by then.
     "accounts",
     "jobs",
     "llmtuner.apps.LLMTunerConfig",
@@ -117,10 +117,11 @@ DATABASES = {"default": env.database(DATABASE_URL)}
 
 AWS_REGION = AWS_S3_REGION_NAME = env.text("AWS_REGION", "us-east-1")
 DYNAMODB_PORT = env.number("DYNAMODB_PORT", 8421)
-# Empty: AWS, with the credentials that boto3 finds.
+# Empty means AWS, with the credentials that boto3 finds.
 _embedded = f"http://127.0.0.1:{DYNAMODB_PORT}"  # the one bin/up runs
 DYNAMODB_ENDPOINT = env.text("DYNAMODB_ENDPOINT", _embedded)
-# Signs requests to the embedded server. Empty for any other: AWS has its own credentials, DynamoDB Local needs none.
+# Signs requests to the embedded server. Empty for all other servers: AWS has its own credentials, and DynamoDB Local needs
+# none.
 DYNAMODB_SECRET = env.text("DYNAMODB_SECRET") or (
     env.stored_secret(VAR_DIR / "dynamodb-secret") if _embedded == DYNAMODB_ENDPOINT else ""
 )
@@ -130,7 +131,7 @@ AWS_STORAGE_BUCKET_NAME = env.text("AWS_STORAGE_BUCKET_NAME")  # empty: VAR_DIR/
 AWS_S3_ENDPOINT_URL = env.text("AWS_S3_ENDPOINT_URL") or None
 AWS_S3_SIGNATURE_VERSION = "s3v4"
 AWS_DEFAULT_ACL = None
-AWS_S3_FILE_OVERWRITE = True  # our keys include the job and fencing token, so nothing else writes them
+AWS_S3_FILE_OVERWRITE = True  # our keys contain the job and fencing token, so no one else writes to them
 AWS_QUERYSTRING_EXPIRE = 600
 if AWS_STORAGE_BUCKET_NAME:
     _objects = {"BACKEND": "storages.backends.s3.S3Storage"}
@@ -209,7 +210,9 @@ ACCOUNT_PASSWORD_RESET_BY_CODE_ENABLED = True
 ACCOUNT_CHANGE_EMAIL = True
 ACCOUNT_PREVENT_ENUMERATION = "strict"  # even without email: see AccountAdapter.save_user
 ACCOUNT_LOGIN_ON_GET = ACCOUNT_LOGOUT_ON_GET = ACCOUNT_CONFIRM_EMAIL_ON_GET = False
-ACCOUNT_LOGOUT_ON_PASSWORD_CHANGE = False  # this device stays signed in; all others are signed out
+ACCOUNT_LOGOUT_ON_PASSWORD_CHANGE = (
+    False  # after a password change, this device stays signed in and all others are signed out
+)
 ACCOUNT_REAUTHENTICATION_REQUIRED = True
 ACCOUNT_REAUTHENTICATION_TIMEOUT = 600
 ACCOUNT_SESSION_REMEMBER = True
@@ -280,7 +283,7 @@ JOBS = env.numbers(
         # attempts
         "max_attempts": 10,
         "max_attempts_without_progress": 3,
-        # Consecutive platform faults without progress: about four hours with the delays below, then the job fails.
+        # The job fails after this many platform faults in a row without progress: about four hours with the delays below.
         "max_platform_faults": 30,
         "backoff_first_s": 10.0,
         "backoff_max_s": 600.0,
@@ -292,17 +295,18 @@ JOBS = env.numbers(
         # the trainer process
         "sigterm_grace_s": 20.0,
         "cancel_grace_s": 10.0,
-        # A trainer that reports nothing for the time of stall_steps steps, and at least stall_s, is stopped. The time of a
-        # step comes from the rehearsal, then from measurement. Outside the steps, and until it is known, at least quiet_s.
+        # A trainer is stopped if it reports nothing for the time of stall_steps steps, but at least for stall_s. The time of
+        # a step is first that of the rehearsal, then it is measured. While it is unknown, and in other phases than training,
+        # the limit is at least quiet_s.
         "stall_s": 120.0,
         "stall_steps": 20.0,
         "quiet_s": 1800.0,
         "max_runtime_s": 72 * 3600.0,
-        "max_trainer_bytes": 0,  # address space of a trainer; 0: no limit
+        "max_trainer_bytes": 0,  # address space of a trainer; 0 means no limit
         # users
         "max_upload_bytes": 2 * 2**30,
         "max_uploads_per_owner": 4,  # concurrent large uploads per web process, which buffers them on disk
-        "max_jobs_per_owner": 20,  # that have not ended
+        "max_jobs_per_owner": 20,  # jobs that have not ended
         "max_datasets_per_owner": 1000,
         "max_models_per_owner": 1000,
         "max_stored_bytes_per_owner": 200 * 2**30,
@@ -316,7 +320,7 @@ JOBS = env.numbers(
         "max_warm_models": 2,
         "generation_timeout_s": 300.0,
         "server_silence_s": 120.0,  # an inference server that is silent this long during a request is restarted
-        # cost of one hour of a worker; 0 hides costs
+        # the cost of an hour of a worker's time; 0 hides costs
         "price_per_hour": 0.0,
         "signed_url_s": 600,
         "janitor_s": 3600.0,

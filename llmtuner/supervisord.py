@@ -1,8 +1,8 @@
-"""supervisord as bin/up runs it: it keeps running when it cannot write its logs.
+"""A supervisord for bin/up that keeps running when it cannot write its logs.
 
-By default supervisord reports such a failure on standard error. If it cannot write there either (`bin/up >log 2>&1` on a
-full disk, a closed terminal), the exception ends supervisord and every process under it. Rotating a log fails the same
-way. Here the line is lost, and logging continues once there is space again.
+Normally, supervisord reports such a failure on standard error. If it cannot write there either (`bin/up >log 2>&1` on a full
+disk, or a closed terminal), the exception ends supervisord and all of its processes. The same happens if rotating a log
+fails. With this version, the line is lost and logging continues once there is space again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Log(loggers.RotatingFileHandler):
             super().emit(record)
         if self.stream.closed:
             with contextlib.suppress(OSError):
-                self.stream = open(self.baseFilename, "ab")  # noqa: SIM115  stays open: it is the log
+                self.stream = open(self.baseFilename, "ab")  # noqa: SIM115  not closed, because this is the log
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

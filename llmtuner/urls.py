@@ -20,7 +20,7 @@ urlpatterns = [
     path("admin/", admin.site.urls),
     path("accounts/", include("allauth.urls")),
     path("account/", include("accounts.urls")),
-    # There is no sign-in by phone, and allauth's view for it responds to an anonymous call with a 500.
+    # Sign-in by phone is not supported, and allauth's view for it responds with 500 if nobody is signed in.
     path("_allauth/app/v1/account/phone", errors.not_found, name="no_phone"),
     path("_allauth/", include("allauth.headless.urls")),
     path("v1/", api.urls),

@@ -1,4 +1,4 @@
-"""The start page, which belongs to neither app."""
+"""The start page, which belongs to neither of the two apps."""
 
 from __future__ import annotations
 

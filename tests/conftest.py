@@ -1,4 +1,4 @@
-"""Fixtures that every folder of tests shares: the real stores, the people, and a running studio."""
+"""Fixtures shared by all tests: the real stores, the users, and a running studio."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = services.ROOT
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that no process ends with a long one alone; otherwise as randomly as before."""
+    """Runs files with slow tests first, so that no process is left with a long one at the end. The order is otherwise kept."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -40,7 +40,7 @@ def folder() -> Path:
 
 @pytest.fixture(scope="session")
 def django_db_modify_db_settings_xdist_suffix() -> None:
-    """No other name for the database of a parallel process: it has a folder of its own, and web looks there."""
+    """Keeps the name of the database in parallel processes. Each has its own folder, and web opens the database there."""
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +67,7 @@ def stores(dynamodb: services.Service, redis: services.Service) -> None:
 
 @pytest.fixture
 def rate_limits(redis: services.Service) -> Iterator[None]:
-    """No attempt to sign in or up counted yet, and none left for the next test: all come from one address."""
+    """Clears the counters of sign-ins and sign-ups before and after the test, since all tests use one IP address."""
     cache.clear()
     yield
     cache.clear()
@@ -109,7 +109,7 @@ def sams(sam: User) -> Client:
 
 @dataclass
 class Studio:
-    """Web and workers as they run for people, as processes of their own over the test's stores."""
+    """Web and workers, started as in production, over the test's stores."""
 
     url: str
     folder: Path
@@ -154,23 +154,15 @@ class Studio:
         raise RuntimeError(self.log("web"))
 
     def stop(self, *names: str) -> None:
-        processes = [self.processes.pop(name) for name in names or list(self.processes)]
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            try:
-                process.wait(40)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        services.terminate([self.processes.pop(name) for name in names or list(self.processes)])
 
 
 @pytest.fixture(scope="session")
 def web(stores: None, django_db_setup: None, folder: Path) -> Iterator[Studio]:
     """A running web process. Users made in tests must be committed: use `transactional_db`."""
-    # All people of the tests come from one address; tests/llmtuner/test_connections.py has webs with the usual bound.
-    unbounded = {"WEB_MAX_CONNECTIONS_PER_ADDRESS": "0"}
-    studio = Studio(os.environ["PUBLIC_URL"], folder, environment=unbounded)
+    # All tests use one IP address. tests/llmtuner/test_connections.py starts web with the default limit.
+    unlimited = {"WEB_MAX_CONNECTIONS_PER_ADDRESS": "0"}
+    studio = Studio(os.environ["PUBLIC_URL"], folder, environment=unlimited)
     studio.start_web()
     yield studio
     studio.stop()
@@ -178,11 +170,11 @@ def web(stores: None, django_db_setup: None, folder: Path) -> Iterator[Studio]:
 
 @pytest.fixture(scope="module")
 def studio(web: Studio) -> Iterator[Studio]:
-    """The whole studio: web and the four kinds of worker. They leave with the module, for they would take the work that
+    """The whole studio: web and the four kinds of worker. They stop after the module, because they would take the work that
     other tests do by hand."""
     from jobs.store import queue
 
-    for row in queue.index_rows():  # jobs that tests made up and left: real workers would begin with them
+    for row in queue.index_rows():  # jobs that other tests left, which real workers would start with
         row.delete()
     queues = ("checks", "notifications", "training", "inference")
     for name in queues:
@@ -193,7 +185,7 @@ def studio(web: Studio) -> Iterator[Studio]:
 
 @pytest.fixture
 def start_web(tmp_path: Path) -> Iterator[Callable[..., int]]:
-    """Starts a web process of the test's own with these settings, and returns its port."""
+    """Starts a web process with these settings for this test alone, and returns its port."""
     studios = []
 
     def start(**environment: str) -> int:

@@ -1,11 +1,11 @@
-"""Small makers of things with plain arguments."""
+"""Factories with plain arguments."""
 
 from __future__ import annotations
 
 import secrets
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # both need the settings, which are not read yet when pytest loads this
+if TYPE_CHECKING:  # both need the settings, which are not loaded yet when pytest imports this
     from django.test import Client
 
     from accounts.models import User
@@ -14,8 +14,8 @@ PASSWORD = "correct-horse-battery-9"
 
 
 def make_user(name: str, **fields: Any) -> User:
-    """A user with a verified email address, unique per call so that DynamoDB rows of other tests never mix in.
-    Without `password=` nobody can sign in as this user by typing; hashing one takes longer than most tests."""
+    """A user with a verified email address. The address is unique, so that users of different tests never share rows.
+    Without `password=` the user has no password: hashing one takes longer than most tests."""
     from allauth.account.models import EmailAddress
     from django.contrib.auth import get_user_model
 

@@ -1,4 +1,4 @@
-"""A small server that answers as the Hugging Face Hub does: what is in a repository, and its files."""
+"""A small server with the Hugging Face Hub's API: descriptions of repositories and their files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from typing import Any
 from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "hidden_act": "silu",
     "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 128,
@@ -23,7 +21,7 @@ CONFIG: dict[str, Any] = {
 
 
 def write_repository(folder: Path, config: Any = CONFIG) -> Path:
-    """A small one that may be a base, with a pickle beside its safe weights."""
+    """A small repository that is accepted as a base, with a pickle beside its safe weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text("{}")
@@ -33,19 +31,17 @@ def write_repository(folder: Path, config: Any = CONFIG) -> Path:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Speaks the two routes a download takes: what is in a repository, and its files."""
+    """Serves the two routes that a download uses: the description of a repository, and its files."""
 
     def __init__(self, repositories: dict[str, Path]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories = repositories
-        self.told: dict[
-            str, dict[str, Any]
-        ] = {}  # by repository: what its description says besides, or otherwise
-        self.token = ""  # who shows it may read the repositories that are told to be private
-        self.moved = ""  # another server, to which files are redirected
-        self.drip_s = 0.0  # between two bytes of a description
-        self.fetched: list[str] = []
-        self.asked: list[tuple[str, str]] = []  # (path, token) of every request
+        self.overrides: dict[str, dict[str, Any]] = {}  # by repository: fields of its description
+        self.token = ""  # allows access to private repositories
+        self.redirect_to = ""  # another server, which has the files
+        self.byte_delay_s = 0.0  # between two bytes of a response
+        self.fetched: list[str] = []  # names of the files that were downloaded
+        self.requests: list[tuple[str, str]] = []  # (path, token) of every request
 
     @property
     def url(self) -> str:
@@ -57,14 +53,14 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self.answer(body=True)
+        self.respond(body=True)
 
     def do_HEAD(self) -> None:
-        self.answer(body=False)
+        self.respond(body=False)
 
-    def answer(self, body: bool) -> None:
+    def respond(self, body: bool) -> None:
         path = unquote(self.path.split("?")[0]).lstrip("/")
-        self.server.asked.append((path, self.headers.get("Authorization", "").removeprefix("Bearer ")))
+        self.server.requests.append((path, self.headers.get("Authorization", "").removeprefix("Bearer ")))
         if path.startswith("api/models/"):
             return self.describe(path.removeprefix("api/models/"), body)
         name, _, rest = path.partition("/resolve/")
@@ -76,8 +72,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse("RevisionNotFound")
         if not (folder / file).is_file():
             return self.refuse("EntryNotFound")
-        if self.server.moved:
-            return self.send(b"", {"Location": f"{self.server.moved}{self.path}"}, body, status=302)
+        if self.server.redirect_to:
+            return self.send(b"", {"Location": f"{self.server.redirect_to}{self.path}"}, body, status=302)
         content = (folder / file).read_bytes()
         if body:
             self.server.fetched.append(file)
@@ -102,20 +98,23 @@ class Handler(BaseHTTPRequestHandler):
             {"rfilename": str(p.relative_to(folder))} for p in folder.rglob("*") if p.is_file()
         ]
         if "blobs=true" in self.path:
-            siblings = [one | {"size": (folder / one["rfilename"]).stat().st_size} for one in siblings]
-        answer = {
+            siblings = [file | {"size": (folder / file["rfilename"]).stat().st_size} for file in siblings]
+        description = {
             "id": name,
             "modelId": name,
             "sha": COMMIT,
             "siblings": siblings,
             "private": False,
             "tags": [],
-        } | self.server.told.get(name, {})
-        return self.send(json.dumps(answer).encode(), {"Content-Type": "application/json"}, body)
+        } | self.server.overrides.get(name, {})
+        return self.send(json.dumps(description).encode(), {"Content-Type": "application/json"}, body)
 
     def folder_of(self, name: str) -> Path | None:
-        """Private repositories aren't there for who doesn't show the token."""
-        if self.server.told.get(name, {}).get("private") and self.server.asked[-1][1] != self.server.token:
+        """None for an unknown repository, and for a private one without the token."""
+        if (
+            self.server.overrides.get(name, {}).get("private")
+            and self.server.requests[-1][1] != self.server.token
+        ):
             return None
         return self.server.repositories.get(name)
 
@@ -127,10 +126,10 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
-        for at in range(len(content)) if self.server.drip_s and body else ():
+        for at in range(len(content)) if self.server.byte_delay_s and body else ():
             self.wfile.write(content[at : at + 1])
-            time.sleep(self.server.drip_s)
-        if body and not self.server.drip_s:
+            time.sleep(self.server.byte_delay_s)
+        if body and not self.server.byte_delay_s:
             self.wfile.write(content)
 
     def log_message(self, *args: object) -> None:

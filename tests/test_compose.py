@@ -1,4 +1,4 @@
-"""docker-compose.yml, .env.example and the settings agree: what one may set reaches every container."""
+"""docker-compose.yml, .env.example and the settings agree: every setting reaches every container."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from llmtuner import env
+from tests.llmtuner.test_environment import ANY_CHARACTERS
 from tests.llmtuner.test_production import SAFE, problems_with
 from tests.services import ROOT
 
@@ -17,60 +18,59 @@ COMPOSE = yaml.safe_load(TEXT)
 OURS = {name: service for name, service in COMPOSE["services"].items() if service.get("build")}
 EXAMPLE = set(re.findall(r"^#? ?([A-Z][A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
 FOR_TESTS = {"FAILPOINTS", "GOOGLE_ENDPOINTS"}
-ANY_CHARACTERS = "p@ss:/w#rd%"
 
 
-def filled_in(text: str, given: dict[str, str]) -> str:
-    """`${NAME}` with its defaults and refusals, as Compose fills it in; the inmost first."""
+def interpolate(text: str, variables: dict[str, str]) -> str:
+    """Replaces `${NAME}`, `${NAME:-default}` and `${NAME:?error}` as Compose does, the innermost first."""
     pattern = re.compile(r"\$\{([A-Z0-9_]+)(?:(:?[-?])([^${}]*))?\}")
 
-    def value(found: re.Match[str]) -> str:
-        name, operator, other = found[1], found[2] or "-", found[3] or ""
-        is_given = bool(given.get(name)) if operator.startswith(":") else name in given
-        if not is_given and operator.endswith("?"):
-            raise KeyError(other)
-        return given[name] if is_given else other
+    def value(match: re.Match[str]) -> str:
+        name, operator, default = match[1], match[2] or "-", match[3] or ""
+        is_set = bool(variables.get(name)) if operator.startswith(":") else name in variables
+        if not is_set and operator.endswith("?"):
+            raise KeyError(default)
+        return variables[name] if is_set else default
 
     while pattern.search(text):
-        # What was filled in is not looked at again.
-        text = pattern.sub(lambda found: value(found).replace("$", "\0"), text)
+        # Values are not interpolated again.
+        text = pattern.sub(lambda match: value(match).replace("$", "\0"), text)
     return text.replace("\0", "$")
 
 
 def environment_of(service: dict[str, Any], dotenv: dict[str, str]) -> dict[str, str]:
-    """What a container of ours gets: the file, and over it what the compose file decides."""
+    """The environment of one of our containers: the .env file, overridden by the compose file."""
     assert service["env_file"] == [".env"]
-    return dotenv | {name: filled_in(str(value), dotenv) for name, value in service["environment"].items()}
+    return dotenv | {name: interpolate(str(value), dotenv) for name, value in service["environment"].items()}
 
 
-def test_the_example_names_every_setting():
+def test_the_example_lists_every_setting():
     text = (ROOT / "llmtuner/settings.py").read_text()
-    read = set(re.findall(r'env\.(?:text|flag|words|number|pairs|url)\(\s*"([A-Z0-9_]+)"', text))
-    read |= set(re.findall(r'env\.url\([^)]*, "([A-Z_]+_PASSWORD)"\)', text))
-    assert read - FOR_TESTS - EXAMPLE == set()
+    used = set(re.findall(r'env\.(?:text|flag|words|number|pairs|url)\(\s*"([A-Z0-9_]+)"', text))
+    used |= set(re.findall(r'env\.url\([^)]*, "([A-Z_]+_PASSWORD)"\)', text))
+    assert used - FOR_TESTS - EXAMPLE == set()
 
 
-def test_compose_uses_no_variable_that_the_example_does_not_name():
-    decided = set().union(*(service["environment"] for service in OURS.values()))
-    asked = set(re.findall(r"\$\{([A-Z0-9_]+)", TEXT))
-    assert (decided | asked) - EXAMPLE == set()
+def test_compose_uses_no_variable_that_the_example_does_not_list():
+    assigned = set().union(*(service["environment"] for service in OURS.values()))
+    used = set(re.findall(r"\$\{([A-Z0-9_]+)", TEXT))
+    assert (assigned | used) - EXAMPLE == set()
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_production_starts_by_compose(name: str, monkeypatch):
-    """With the documented settings and passwords of any characters in .env, and the stores that compose itself runs."""
+def test_compose_starts_a_safe_production(name: str, monkeypatch):
+    """With the documented settings, passwords of any characters in .env, and the stores that Compose runs itself."""
     stores = {"DATABASE_URL", "REDIS_URL", "DYNAMODB_ENDPOINT", "AWS_STORAGE_BUCKET_NAME"}
     dotenv = {key: value for key, value in SAFE.items() if key not in stores} | dict.fromkeys(
         ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "MINIO_ROOT_PASSWORD"), ANY_CHARACTERS
     )
-    found = environment_of(OURS[name], dotenv)
-    assert not problems_with(found, monkeypatch)
+    environment = environment_of(OURS[name], dotenv)
+    assert not problems_with(environment, monkeypatch)
     assert env.database(env.url("DATABASE_URL", "", "POSTGRES_PASSWORD"))["PASSWORD"] == ANY_CHARACTERS
-    assert found["AWS_SECRET_ACCESS_KEY"] == ANY_CHARACTERS
+    assert environment["AWS_SECRET_ACCESS_KEY"] == ANY_CHARACTERS
 
 
-def test_stores_of_aws_replace_those_of_compose():
-    given = {
+def test_aws_stores_replace_those_of_compose():
+    dotenv = {
         "SECRET_KEY": "a",
         "DATABASE_URL": "postgres://me@rds/llmtuner",
         "DYNAMODB_ENDPOINT": "",
@@ -78,23 +78,23 @@ def test_stores_of_aws_replace_those_of_compose():
         "AWS_SECRET_ACCESS_KEY": "of-aws",
         "MINIO_ROOT_PASSWORD": "unused",
     }
-    found = environment_of(OURS["web"], given)
-    assert {name: found[name] for name in given} == given
+    environment = environment_of(OURS["web"], dotenv)
+    assert {name: environment[name] for name in dotenv} == dotenv
 
 
 SECRETS = ("SECRET_KEY", "POSTGRES_PASSWORD", "REDIS_PASSWORD", "MINIO_ROOT_PASSWORD")
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_nothing_starts_without_its_secrets(name: str):
+def test_nothing_starts_without_its_secret(name: str):
     secrets = dict.fromkeys(SECRETS, "a")
-    filled_in(TEXT, secrets)
+    interpolate(TEXT, secrets)
     del secrets[name]
     with pytest.raises(KeyError, match=name):
-        filled_in(TEXT, secrets)
+        interpolate(TEXT, secrets)
 
 
-def test_one_line_gives_the_gpus_to_workers_that_compute():
+def test_one_line_gives_the_gpus_to_the_workers_that_need_them():
     with_gpus, lines = re.subn(r"^  # gpus: all", "  gpus: all", TEXT, flags=re.MULTILINE)
     assert lines == 1
     services = yaml.safe_load(with_gpus)["services"]
@@ -106,9 +106,9 @@ def test_every_store_and_web_has_a_health_check_that_others_wait_for():
     healthy = {name for name, service in services.items() if "healthcheck" in service}
     assert {"web", "postgres", "redis", "dynamodb", "minio"} <= healthy
     waited_for = {
-        name: how["condition"]
+        name: dependency["condition"]
         for service in services.values()
-        for name, how in service.get("depends_on", {}).items()
+        for name, dependency in service.get("depends_on", {}).items()
     }
     assert all(waited_for[name] == "service_healthy" for name in healthy - {"web"})
 

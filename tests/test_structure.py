@@ -1,10 +1,11 @@
-"""The shape of the code: layers, import circles, the size of folders and functions. Layers are contracts of import-linter
-in pyproject.toml; each of them must also fail when one forbidden import is planted."""
+"""The structure of the code: layers, import cycles, the size of folders and functions. The layers are import-linter contracts
+in pyproject.toml; each of them must fail when a forbidden import is added."""
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,22 +18,25 @@ import pytest
 from tests.services import ROOT
 
 PACKAGES = ("llmtuner", "accounts", "jobs", "training")
-MOST_MODULES = 25  # of one folder
-LONGEST = {"training/engine/loop.py:train": 130}  # told top to bottom in one function
-MOST_LINES = 90
+MAX_MODULES = 25  # in one folder
+EXCEPTIONS = {"training/engine/loop.py:train": 130}  # the training loop, in one function from top to bottom
+MAX_LINES = 90
 
 
 def sources(*folders: str) -> list[Path]:
-    found = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    return [path for path in found if "migrations" not in path.parts]
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    return [path for path in paths if "migrations" not in path.parts]
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 # contract -> (module, an import that it must not have)
 FORBIDDEN = {
-    "Wiring above work, work above people and engine": ("accounts/forms.py", "import jobs.store.tables"),
-    "jobs: pages and API above workers, workers above a job's life, all above the store": (
+    "llmtuner above jobs, jobs above accounts and training": (
+        "accounts/forms.py",
+        "import jobs.store.tables",
+    ),
+    "jobs: views and api above worker, worker above lifecycle, all above store": (
         "jobs/store/quotas.py",
         "import jobs.lifecycle.finalize",
     ),
@@ -40,7 +44,7 @@ FORBIDDEN = {
         "training/data/sniff.py",
         "import training.text.encode",
     ),
-    "training knows no web framework, queue, cloud or store": ("training/plan/hub.py", "import redis"),
+    "training imports no web framework, queue, cloud or store": ("training/plan/hub.py", "import redis"),
     "jobs imports only the torch-free packages of training": (
         "jobs/lifecycle/estimates.py",
         "import training.engine.schedule",
@@ -50,24 +54,24 @@ FORBIDDEN = {
 
 
 def broken_contracts(folder: Path) -> set[str]:
-    """Names of the contracts that the code in this folder breaks."""
+    """The names of the contracts that the code in this folder breaks."""
     program = Path(sys.executable).parent / "lint-imports"
-    done = subprocess.run(
+    result = subprocess.run(
         [program, "--no-cache"],
         cwd=folder,
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "200"},
     )
-    assert "Contracts" in done.stdout, done.stdout + done.stderr
-    return {line.removesuffix(" BROKEN") for line in done.stdout.splitlines() if line.endswith(" BROKEN")}
+    assert "Contracts" in result.stdout, result.stdout + result.stderr
+    return {line.removesuffix(" BROKEN") for line in result.stdout.splitlines() if line.endswith(" BROKEN")}
 
 
 def test_every_contract_is_kept() -> None:
     assert broken_contracts(ROOT) == set()
 
 
-def test_every_contract_has_a_planted_import() -> None:
+def test_every_contract_has_a_forbidden_import_to_test_it() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert {contract["name"] for contract in settings["tool"]["importlinter"]["contracts"]} == set(FORBIDDEN)
 
@@ -85,11 +89,11 @@ def test_a_forbidden_import_breaks_its_contract(contract: str, tmp_path: Path) -
     assert contract in broken_contracts(tmp_path)
 
 
-# ---- import circles and sizes ------------------------------------------------------------------------------------------
+# ---- import cycles and sizes -------------------------------------------------------------------------------------------
 
 
 def imports() -> dict[str, set[str]]:
-    """Module -> our modules that it imports, late and type-only imports too."""
+    """Each module with those of our modules that it imports, including late and type-only imports."""
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in sources(*PACKAGES)
@@ -107,7 +111,7 @@ def imports() -> dict[str, set[str]]:
     return graph
 
 
-def test_no_module_imports_itself_through_others() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = imports()
     assert len(graph) > 200
     done: set[str] = set()
@@ -127,7 +131,7 @@ def test_no_folder_holds_too_many_modules() -> None:
     counts = Counter(
         str(path.parent.relative_to(ROOT)) for path in sources(*PACKAGES) if path.name != "__init__.py"
     )
-    assert {folder: count for folder, count in counts.items() if count > MOST_MODULES} == {}
+    assert {folder: count for folder, count in counts.items() if count > MAX_MODULES} == {}
 
 
 def test_no_function_is_too_long() -> None:
@@ -137,7 +141,7 @@ def test_no_function_is_too_long() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 name = f"{path.relative_to(ROOT)}:{node.name}"
                 lines = (node.end_lineno or 0) - node.lineno + 1
-                if lines > LONGEST.get(name, MOST_LINES):
+                if lines > EXCEPTIONS.get(name, MAX_LINES):
                     too_long[name] = lines
     assert too_long == {}
 
@@ -147,13 +151,13 @@ def test_no_function_is_too_long() -> None:
 
 @pytest.mark.parametrize("module", ["llmtuner.asgi", "llmtuner.celery"])
 def test_web_and_celery_processes_load_no_torch(module: str, stores: None) -> None:
-    code = f"import sys, django\ndjango.setup()\nimport {module}\n"  # a worker sets Django up as it starts
+    code = f"import sys, django\ndjango.setup()\nimport {module}\n"  # a worker sets up Django when it starts
     code += "from django.urls import get_resolver\nget_resolver().url_patterns\n"
     code += "import jobs.worker.tasks\nassert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env=os.environ)
 
 
-def test_nothing_loads_pickles_or_foreign_code() -> None:
+def test_nothing_loads_pickles_or_remote_code() -> None:
     forbidden = (
         "torch.load(",
         "import pickle",
@@ -162,10 +166,23 @@ def test_nothing_loads_pickles_or_foreign_code() -> None:
         "trust_remote_code=True",
         "shell=True",
     )
-    found = [
+    uses = [
         f"{path.relative_to(ROOT)}: {word}"
         for path in sources(*PACKAGES)
         for word in forbidden
         if word in path.read_text()
     ]
-    assert not found
+    assert not uses
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+def test_files_named_in_contributing_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`([\w./]+(?:/|\.(?:py|txt|html|md|yml|toml)))`", text))
+    folders = (*PACKAGES, "tests", "templates", "docs")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.*")] + list(ROOT.iterdir())
+    paths = "".join(f"/{path.relative_to(ROOT)}\n" for path in files)
+    assert not [name for name in named if f"/{name}" not in paths]
+    assert len(named) > 40

@@ -1,2 +1,2 @@
-"""The trainer: a program of its own that fine-tunes, checks, exports and serves. It knows no Django, queue
-or database."""
+"""The trainer: a standalone program that fine-tunes, checks, exports and serves models. It uses neither Django
+nor a queue or database."""

@@ -17,7 +17,7 @@ COMMANDS = {
     "standby": ("training.command", "import everything, then wait for a run file on standard input"),
     "generate": ("training.models.generate", "generate text with a model"),
     "serve": ("training.serving.serve", "serve generation requests as JSON lines"),
-    "export": ("training.export.command", "turn a checkpoint into a model folder"),
+    "export": ("training.export.command", "export a checkpoint as a model folder"),
     "check": ("training.report.check", "read a dataset and report on it"),
     "fix": ("training.report.fix", "write a new version of a dataset without the rows with findings"),
 }

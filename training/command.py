@@ -1,4 +1,4 @@
-"""`train` and `standby`: the program around the loop. Events out, a run file in, one exit code for each
+"""The commands `train` and `standby`. They read a run file, print events, and exit with one code for each
 reason."""
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from training.engine import memory
 from training.plan import catalog
-from training.plan.config import ConfigError, Run
+from training.plan.config import ConfigError
 from training.plan.events import EXIT, MAX_LINE_BYTES, REASONS, Failure, reason_of
+from training.plan.run_file import Run
 
 if TYPE_CHECKING:
     from training.engine.loop import Trained
@@ -30,7 +31,7 @@ LONGEST_TEXT = 4000  # characters of one text in an event
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     if parser.prog.endswith(" train"):
-        parser.add_argument("config", help="the run file (training/plan/config.py: Run)")
+        parser.add_argument("config", help="the run file (training/plan/run_file.py: Run)")
     else:
         parser.add_argument("--base", help="a folder: reserve the memory that fine-tuning this model takes")
 
@@ -40,7 +41,8 @@ def main(args: argparse.Namespace) -> int:
     if path is None:
         return EXIT["stopped"]
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # before this line, being killed by it loses nothing
+    # Until this handler is set, SIGTERM ends the process, which loses nothing.
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
     events = EventWriter()
     try:
         run = Run.load(path)
@@ -152,7 +154,8 @@ class EventWriter:
 
 
 def encode(event: dict[str, Any]) -> bytes:
-    """One line of JSON: numbers that are not finite are left out, long texts cut, at most 16 KB."""
+    """The event as one line of JSON with at most 16 KB. Numbers that are not finite are left out, and long texts are
+    cut."""
     clean = _clean(event)
     line = json.dumps(clean, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     room = LONGEST_TEXT
@@ -216,8 +219,8 @@ def _wait_for_run_file(base: str | None) -> str | None:
 
 
 def _die_with_parent() -> None:
-    """Ends this process as soon as its parent has died: its events are lost, and its lease will go to another
-    worker.
+    """Ends this process as soon as its parent has died, because then its events are lost and another worker will
+    get the lease.
 
     The parent keeps our standard input open and writes a line at each heartbeat. When the pipe closes, the
     parent is dead."""

@@ -17,6 +17,8 @@ def styled(field: BoundField) -> SafeString:
     if isinstance(field.field.widget, forms.Textarea):
         name = "textarea w-full"
     classes = f"{name} {field.field.widget.attrs.get('class', '')}".strip()
+    if kind == "password" and field.name != "password1":
+        field.help_text = ""  # a link to the password reset, which the page already has
     # Placeholders repeat the label and disappear while typing: the label alone is better.
     return field.as_widget(
         attrs={"class": classes, "placeholder": ""} | ({"aria-invalid": "true"} if field.errors else {})

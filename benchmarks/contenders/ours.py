@@ -1,6 +1,6 @@
-"""Ours, through the very loop and decoder that ship, a step a turn (turns.py).
+"""Our own contenders: the product's training loop and decoder, one step per turn (turns.py).
 
-.venv/bin/python benchmarks/contenders/ours.py KIND FOLDER [--set NAME=JSON …]
+.venv/bin/python benchmarks/contenders/ours.py KIND FOLDER
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ import torch  # noqa: E402
 
 from benchmarks.common import run_file  # noqa: E402
 from training.command import train  # noqa: E402
-from training.models.generate import GenerateOptions, generate, prompt_ids  # noqa: E402, prompt_ids
-from training.models.load import decoder_for, load_model  # noqa: E402, prompt_ids
-from training.plan.config import Run  # noqa: E402
+from training.models.generate import GenerateOptions, generate, prompt_ids  # noqa: E402
+from training.models.load import load_model  # noqa: E402
+from training.plan.run_file import Run  # noqa: E402
 from training.text.tokenizer import Tokenizer  # noqa: E402
 
 
 class Turns:
-    """Counts what the loop says, `size` optimizer steps a turn."""
+    """Receives the events of the loop; a turn is `size` optimizer steps."""
 
     def __init__(self, size: int = 1) -> None:
         self.size, self.seen, self.turn = size, 0, 0
@@ -55,21 +55,27 @@ def training(folder: Path, **settings: Any) -> None:
 
 
 def platform(folder: Path, size: int) -> None:
-    """The loop in every other turn with all that the product puts on it: events through a pipe and into the spool, heartbeats
-    coming in, and in every fifteenth of them a checkpoint. All turns are of the same work."""
+    """The loop, in every other turn with everything that the product adds: events through a pipe and into the spool,
+    incoming heartbeats, and a checkpoint in every fifteenth of these turns. All turns do the same work."""
     from training.command import EventWriter
 
     reader, writer = os.pipe()
     os.dup2(writer, 1)
     _in_background(lambda: [None for _ in iter(lambda: os.read(reader, 1 << 16), b"")])
-    heart_out, heart_in = os.pipe()
-    _in_background(lambda: [None for _ in iter(lambda: os.read(heart_out, 1 << 16), b"")])
-    _in_background(lambda: [(os.write(heart_in, b'{"lease": "ok"}\n'), time.sleep(5)) for _ in iter(int, 1)])
+    heartbeat_reader, heartbeat_writer = os.pipe()
+    _in_background(lambda: [None for _ in iter(lambda: os.read(heartbeat_reader, 1 << 16), b"")])
+
+    def send_heartbeats() -> None:
+        while True:
+            os.write(heartbeat_writer, b'{"lease": "ok"}\n')
+            time.sleep(5)
+
+    _in_background(send_heartbeats)
     events, counted = EventWriter(), Turns(size)
     events.spool(Path(tempfile.mkdtemp(dir=folder)))
 
     def emit(t: str, **values: Any) -> None:
-        if counted.turn % 2 == 0:  # a checkpoint is written at the beginning of such a turn
+        if counted.turn % 2 == 0:  # checkpoints are written at the beginning of such a turn
             events.emit(t, **values)
         counted.emit(t, **values)
 
@@ -87,7 +93,7 @@ def _in_background(work: Callable[[], Any]) -> None:
 
 
 def gemm() -> None:
-    """The machine's own rate: the products of a GPT-2 block's MLP and nothing else."""
+    """The machine's rate of matrix multiplication, with the shapes of a GPT-2 block's MLP."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows, repeats = (2048, 20) if device == "cpu" else (16384, 200)
@@ -106,9 +112,9 @@ def gemm() -> None:
 
 
 def generation(folder: Path) -> None:
-    """64 tokens of prompt, 48 new ones, greedy, batch 1."""
+    """A prompt of 64 tokens, 48 new ones, greedy, batch size 1."""
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
-    decoder = decoder_for(model)
+    decoder = model.decoder()
     prompt = json.loads((folder / "examples.json").read_text())[0][:64]
     options = GenerateOptions(max_tokens=48, ignore_eos=True)
     while True:
@@ -118,9 +124,9 @@ def generation(folder: Path) -> None:
 
 
 def first_token(folder: Path) -> None:
-    """The text of 64 tokens in, the first new token out."""
+    """The first new token after a prompt of 64 tokens, given as text."""
     model, tokenizer = load_model(folder), Tokenizer.load(folder)
-    decoder = decoder_for(model)
+    decoder = model.decoder()
     prompt = (folder / "prompt.txt").read_text()
     while True:
         turns.begin()

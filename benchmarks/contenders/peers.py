@@ -1,7 +1,7 @@
-"""The peers, each as its own documentation would have you use it, one optimizer step a turn (turns.py).
+"""The peers, each used as its own documentation recommends, one optimizer step per turn (turns.py).
 
-Runs in the peers' environment: `.bench/bin/python benchmarks/contenders/peers.py KIND FOLDER`, where FOLDER holds the
-model, the tokenizer and `examples.json` (token ids in the order of training) as benchmarks/training.py wrote them.
+Runs in the environment of the peers: `.bench/bin/python benchmarks/contenders/peers.py KIND FOLDER`, where FOLDER holds
+the model, the tokenizer and `examples.json` (token ids in training order), written by benchmarks/training.py.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ ON_GPU = torch.cuda.is_available()
 
 
 def load(folder: Path, dropout: float) -> Any:
-    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
+    rates: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     return GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32, **rates)
 
 
 def hyperparameters(folder: Path) -> dict[str, Any]:
-    """Those of contenders/ours.py."""
+    """The same as `SETTINGS` in benchmarks/common.py."""
     return {
         "output_dir": str(folder / "out"),
         "per_device_train_batch_size": BATCH,
@@ -59,7 +59,7 @@ def hyperparameters(folder: Path) -> dict[str, Any]:
 
 
 class Turns(TrainerCallback):
-    """A step a turn; the losses of its micro-batches are picked up by `watched`."""
+    """One step per turn; `watched` stores the number of tokens and the loss here."""
 
     def __init__(self) -> None:
         self.tokens, self.loss = 0, 0.0
@@ -72,7 +72,7 @@ class Turns(TrainerCallback):
 
 
 def watched(kind: type[Trainer], callback: Turns) -> type[Trainer]:
-    """The same trainer, reading the examples in the order given and telling what it trained on."""
+    """The same trainer class, reading the examples in the given order and reporting tokens and losses."""
 
     class Watched(kind):  # type: ignore[misc, valid-type]
         def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
@@ -81,7 +81,7 @@ def watched(kind: type[Trainer], callback: Turns) -> type[Trainer]:
         def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
             mask = inputs.get("attention_mask")
             callback.tokens = int(mask.sum() if mask is not None else inputs["input_ids"].numel())
-            # Trainer divides by the labels, the first of each row among them, which nothing predicts.
+            # Trainer divides by all labels, including the first of each row, which is never predicted.
             labels, predicted = ((t != -100).sum() for t in (inputs["labels"], inputs["labels"][:, 1:]))
             loss = super().training_step(model, inputs, *rest)
             callback.loss = float(loss * labels / predicted)
@@ -127,7 +127,7 @@ def trl_sft(folder: Path, ids: list[list[int]], *, packing: bool) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     shared = hyperparameters(folder) | ({"per_device_train_batch_size": 2} if packing else {})
-    # Its own defaults here are bf16 and gradient checkpointing: both slower on a processor, so off.
+    # Its defaults are bf16 and gradient checkpointing; both are slower on a CPU, so they are off.
     args = SFTConfig(
         **shared,
         packing=packing,
@@ -149,7 +149,7 @@ def trl_sft(folder: Path, ids: list[list[int]], *, packing: bool) -> None:
 
 
 def nano_gpt(folder: Path, ids: list[list[int]]) -> None:
-    """A plain packed loop in nanoGPT's manner: one stream of tokens cut in blocks, whole logits, fused AdamW."""
+    """A plain packed loop in the style of nanoGPT: one stream of tokens cut into blocks, full logits, fused AdamW."""
     device = "cuda" if ON_GPU else "cpu"
     config = json.loads((folder / "config.json").read_text())
     heads = config["n_head"]
@@ -196,7 +196,7 @@ def nano_gpt(folder: Path, ids: list[list[int]]) -> None:
 
 
 def hf_generate(folder: Path, ids: list[list[int]]) -> None:
-    """64 tokens of prompt, 48 new ones, greedy, batch 1."""
+    """A prompt of 64 tokens, 48 new ones, greedy, batch size 1."""
     model = load(folder, 0.0).eval().to("cuda" if ON_GPU else "cpu")
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

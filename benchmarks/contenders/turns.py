@@ -1,4 +1,4 @@
-"""Taking turns: what runs inside a contender. Standard library only; it is imported in both environments."""
+"""Turn taking inside a contender. Standard library only, since both environments import it."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ import sys
 import time
 from typing import Any
 
-_out = os.dup(1)  # what libraries print goes elsewhere
+_out = os.dup(1)  # what libraries print goes to standard error
 os.dup2(2, 1)
 _ready = False
 _begun = (0.0, 0.0)
 
 
-def say(**values: Any) -> None:
+def send(**values: Any) -> None:
     os.write(_out, json.dumps(values).encode() + b"\n")
 
 
 def begin() -> None:
-    """Wait for the turn, then start the clocks."""
+    """Waits for the turn, then starts the clocks."""
     global _begun, _ready
     if not _ready:
         _ready = True
         _reset_peak()
-        say(ready=True)
+        send(ready=True)
     if sys.stdin.readline().strip() != "go":
-        say(peak=_peak())
+        send(peak=_peak())
         os._exit(0)
     _begun = (time.perf_counter(), time.process_time())
 
 
 def done(tokens: int, **values: Any) -> None:
-    """Stop the clocks and answer. `cpu` counts all threads of this process."""
+    """Stops the clocks and sends the result. `cpu` counts all threads of this process."""
     wall, cpu = time.perf_counter() - _begun[0], time.process_time() - _begun[1]
-    say(tokens=tokens, wall=wall, cpu=cpu, **values)
+    send(tokens=tokens, wall=wall, cpu=cpu, **values)
 
 
 def _cuda() -> Any:

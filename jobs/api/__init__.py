@@ -1,1 +1,1 @@
-"""The /v1 API, one module per group of endpoints."""
+"""The `/v1` API, one module per group of endpoints."""

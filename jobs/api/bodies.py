@@ -1,7 +1,7 @@
-"""Strict JSON: input that two parsers would read differently is refused.
+"""Strict JSON parsing: input that another parser might read differently is refused.
 
-Python's own parser accepts NaN, keeps the last of two duplicate keys, recurses until it fails, and accepts a lone surrogate
-(which fails later, on output).
+Python's own parser accepts NaN, keeps the last of two duplicate keys, recurses until it fails, and accepts lone
+surrogates, which then fail when the response is encoded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jobs.api.errors import ApiError, bad, too_large
 MAX_JSON = 4 * 1024 * 1024
 MAX_DEPTH = 64
 MAX_DIGITS = 30
-# Matches even if the closing quote is missing, because retrying from every quote would take hours.
+# Also matches if the closing quote is missing: otherwise the search would start again at every quote and take hours.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]")

@@ -1,4 +1,4 @@
-"""Authentication of every operation: who calls, whether they are allowed to, and how often."""
+"""Authenticates every request: who is calling, what they are allowed to do, and how often."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Bearer(HttpBearer):
 
 
 def check_rate(owner: str) -> None:
-    """Limits the requests per minute of a user, over all processes. Without Redis there is no limit."""
+    """Limits a user's requests per minute across all processes. While Redis is down there is no limit."""
     limit = settings.API_REQUESTS_PER_MINUTE
     now = time.time()
     key = f"v1:{owner}:{int(now // WINDOW_S)}"
@@ -65,14 +65,14 @@ def check_rate(owner: str) -> None:
         wait = WINDOW_S - now % WINDOW_S
         raise ApiError(
             429,
-            f"You have sent more than {limit} requests in a minute.",
+            f"You have sent more than {limit} requests in a minute. Wait a moment before sending more.",
             code="rate_limit_exceeded",
             retry_after=wait,
         )
 
 
 class StreamingBearer(Bearer):
-    """For async operations: uses a thread of the shared pool, and releases the request's own thread."""
+    """For async operations: uses a thread from the shared pool and releases the request's own thread."""
 
     is_async = True
 
@@ -100,8 +100,8 @@ class InferenceKey(StreamingBearer):
 
 
 def release_thread() -> None:
-    """Releases the request's thread. Django keeps one per request for sync signals until the last byte of the response, so
-    a thousand streams would hold a thousand threads. Code that needs a thread later gets a new one."""
+    """Releases the request's thread. Django keeps one per request, for sync signals, until the last byte of the response
+    is sent, so a thousand streams would hold a thousand threads. Code that needs a thread later gets a new one."""
     context = SyncToAsync.thread_sensitive_context.get(None)
     executor = SyncToAsync.context_to_thread_executor.pop(context, None) if context else None
     if executor is not None:
@@ -109,7 +109,7 @@ def release_thread() -> None:
 
 
 async def in_pool(function: Callable[..., Result], *args: Any) -> Result:
-    """Runs sync code in a thread of the shared pool, and then closes the thread's SQL connections."""
+    """Runs sync code in a thread from the shared pool, then closes the thread's SQL connections."""
 
     def run() -> Result:
         try:

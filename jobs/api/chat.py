@@ -1,7 +1,7 @@
-"""`/completions` and `/chat/completions`: what `jobs.inference` streams, in OpenAI's format.
+"""`/completions` and `/chat/completions`: the stream from `jobs.inference` in OpenAI's format.
 
 Both are async and hold no thread while text is generated. When the client disconnects, Django cancels the view, which
-closes the stream and with it the request in the worker.
+closes the stream and so cancels the request in the worker.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from ninja import Router
 from jobs.api import errors, models
 from jobs.api.caller import INFERENCE, CallerRequest, release_thread
 from jobs.api.errors import bad
-from jobs.api.schemas import ChatCompletion, ChatCreate, Completion, CompletionCreate, Error, Generation
+from jobs.api.schemas.common import Error
+from jobs.api.schemas.generation import ChatCompletion, ChatCreate, Completion, CompletionCreate, Generation
 from jobs.inference import generation
 from jobs.store import access
 
 router = Router(auth=INFERENCE)
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default
 MAX_CHOICES = 1024  # per request: prompts times n
-MAX_BUFFERED = 400_000  # tokens and their alternatives, of a response collected in memory
-DEFAULT_CHAT_TOKENS = 512  # or to the end of the context, whichever comes first
+MAX_BUFFERED = 400_000  # tokens, including alternatives, in a response that is collected in memory
+DEFAULT_CHAT_TOKENS = 512  # or up to the end of the context, whichever comes first
 STREAMED: dict[str, Any] = {
     "responses": {200: {"content": {"text/event-stream": {}}}},
 }
@@ -53,14 +54,16 @@ Line = dict[str, Any]
 async def create_completion(request: CallerRequest, body: CompletionCreate) -> Any:
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise bad(
-            "best_of is not supported. Leave it out, or set it to n.", "best_of", "unsupported_parameter"
+            "best_of is supported only if it equals n. Leave it out, or set it to n.",
+            "best_of",
+            "unsupported_parameter",
         )
     if body.max_tokens == 0 and not body.echo:
-        raise bad("max_tokens may be 0 only with echo.", "max_tokens")
+        raise bad("max_tokens can be 0 only if echo is true.", "max_tokens")
     one = isinstance(body.prompt, str) or isinstance(body.prompt[0], int)
     prompts: Any = [body.prompt] if one else body.prompt
     if len(prompts) * (body.n or 1) > MAX_CHOICES:
-        raise bad(f"A request may have at most {MAX_CHOICES} choices. Send fewer prompts, or reduce n.", "n")
+        raise bad(f"A request can have at most {MAX_CHOICES} choices. Send fewer prompts, or reduce n.", "n")
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     generate = _generate_request(
         body, max_tokens, prompts=prompts, logprobs=body.logprobs, echo=bool(body.echo)
@@ -77,7 +80,7 @@ async def create_completion(request: CallerRequest, body: CompletionCreate) -> A
 )
 async def create_chat(request: CallerRequest, body: ChatCreate) -> Any:
     if body.top_logprobs and not body.logprobs:
-        raise bad("top_logprobs needs logprobs to be true.", "top_logprobs")
+        raise bad("top_logprobs requires logprobs to be true.", "top_logprobs")
     max_tokens = body.max_completion_tokens or body.max_tokens or DEFAULT_CHAT_TOKENS
     messages = [message.plain() for message in body.messages]
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -90,13 +93,13 @@ async def create_chat(request: CallerRequest, body: ChatCreate) -> Any:
 
 def _generate_request(body: Generation, max_tokens: int, **fields: Any) -> generation.GenerateRequest:
     if body.stream_options and not body.stream:
-        raise bad("stream_options is allowed only with stream.", "stream_options")
+        raise bad("stream_options is allowed only if stream is true.", "stream_options")
     extras = body.llmtuner or {}
     if set(extras) - {"top_k"}:
-        raise bad("For generation, llmtuner accepts only top_k.", "llmtuner")
+        raise bad("In a generation request, llmtuner accepts only top_k.", "llmtuner")
     top_k = extras.get("top_k", 0)
     if type(top_k) is not int or not 0 <= top_k <= 1_000_000:
-        raise bad("top_k must be an integer of at least 0 (0: all tokens).", "llmtuner.top_k")
+        raise bad("top_k must be an integer from 0 (all tokens) to 1,000,000.", "llmtuner.top_k")
     if body.top_k is not None:
         top_k = max(body.top_k, 0)
     stop = [body.stop] if isinstance(body.stop, str) else list(body.stop or [])
@@ -173,7 +176,7 @@ async def _whole(lines: AsyncIterator[Line], head: Line, format: ResponseFormat)
                 buffered += 1 + len(line.get("top") or ())
                 if buffered > MAX_BUFFERED:
                     raise bad(
-                        "The response is too large. Send fewer prompts at a time, or use stream.",
+                        "The response is too large. Send fewer prompts at a time, or set stream to true.",
                         code="answer_too_large",
                     )
             elif line["t"] == "done":
@@ -259,7 +262,7 @@ def _token_logprob(token: str, logprob: float) -> Line:
 async def _streamed(
     lines: AsyncIterator[Line], head: Line, body: Generation, format: ResponseFormat
 ) -> HttpResponseBase:
-    """Waits for the first line, so that an early error still has its own HTTP status. Later errors are data lines."""
+    """Waits for the first line, so that an early error still gets its own HTTP status. Later errors are sent as data lines."""
     first = await anext(lines)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
     chunks = _chunks(first, lines, head, body.n or 1, include_usage, format)
@@ -273,7 +276,7 @@ async def _chunks(
 ) -> AsyncIterator[bytes]:
     usage = {"usage": None} if include_usage else {}
     offsets: dict[int, int] = {}
-    release_thread()  # the middleware has taken one again
+    release_thread()  # the middleware has occupied a thread again
     try:
         if format.opening:
             for index in range(n):

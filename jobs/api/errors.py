@@ -1,4 +1,4 @@
-"""The errors of `/v1`: our exceptions, translated to OpenAI's error format in one place."""
+"""The errors of `/v1`: translates exceptions to OpenAI's error format, in one place."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
-# OpenAI's client repeats a POST up to twice on 409, 429 and 5xx. For these errors a repeat cannot succeed.
+# OpenAI's client retries a POST up to twice on 409, 429 and 5xx. Retrying cannot help with these errors.
 PERMANENT_STATUSES, PERMANENT_CODES = {409, 413, 501}, {"quota_exceeded", "misconfigured"}
-# How pydantic names the branches of a union in the location of an error.
+# The names that pydantic gives to the branches of a union in an error's location.
 _BRANCH = re.compile(r"(function-|constrained-|(literal|list|dict|union|nullable)\[)|(str|int|float|bool)$")
-# The parameters of `/v1` for the names of fields in our modules.
+# Our field names and the `/v1` parameters they come from.
 PARAMS = {
     "dataset_id": "training_file",
     "validation_dataset_id": "validation_file",
@@ -50,7 +50,7 @@ PARAMS = {
 
 
 class ApiError(Exception):
-    """An error with its HTTP status, the parameter at fault and a code that programs can test."""
+    """An error with its HTTP status, the parameter that caused it, and a code that programs can check."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ def respond(error: ApiError) -> HttpResponse:
 
 
 def translate(exc: Exception) -> ApiError:
-    """Translates our exceptions, the framework's and the stores' to ApiError."""
+    """Translates exceptions of our modules, the framework and the stores to ApiError."""
     match exc:
         case ApiError():
             return exc
@@ -125,15 +125,24 @@ def translate(exc: Exception) -> ApiError:
             return bad(str(exc), "file", "invalid_file")
         case quotas.OverQuota():
             return ApiError(429, str(exc), code="quota_exceeded", retry_after=60)
-        case transitions.Refused():
-            return bad(exc.message, PARAMS.get(exc.field, f"llmtuner.{exc.field}"))
+        case store_errors.Refused():
+            param = PARAMS.get(exc.field, f"llmtuner.{exc.field}") if exc.field else None
+            return bad(exc.message, param, exc.code)
         case transitions.LostRace():
-            return ApiError(503, "This was changed at the same time. Try again.", code="busy", retry_after=1)
+            return ApiError(
+                503,
+                "Another request changed this object at the same time. Try again.",
+                code="busy",
+                retry_after=1,
+            )
         case generation.Unavailable():
             return ApiError(503, str(exc), code="unavailable", retry_after=exc.retry_after)
         case generation.Busy():
             return ApiError(
-                429, str(exc) or "All inference workers are busy.", code="busy", retry_after=exc.retry_after
+                429,
+                str(exc) or "All inference workers are busy. Try again in a moment.",
+                code="busy",
+                retry_after=exc.retry_after,
             )
         case RequestDataTooBig() | blobs.TooLarge():
             return too_large()
@@ -151,7 +160,8 @@ def translate(exc: Exception) -> ApiError:
         return _store_error(exc, state)
     log.exception("unexpected error in /v1", exc_info=exc)
     return ApiError(
-        500, "Something went wrong on our side. The request id helps the administrator find the cause."
+        500,
+        "Something went wrong on our side. Give the administrator the request ID (x-request-id) of this response.",
     )
 
 
@@ -172,8 +182,8 @@ def too_large(limit: int | None = None) -> ApiError:
 def _invalid(exc: ValidationError) -> ApiError:
     """The first error, with the parameter's name as the caller wrote it.
 
-    For a union, pydantic lists the errors of every branch. The branch meant is the one that got deepest into the value,
-    and among those one whose type matched."""
+    For a union, pydantic lists the errors of every branch. The caller most likely meant the branch that got deepest into
+    the value, and among those, one whose type matched."""
     located = [(_path(error["loc"]), error) for error in exc.errors]
     first = located[0][0]
     nested = [(path, error) for path, error in located if path[: len(first)] == first]
@@ -190,14 +200,14 @@ def _invalid(exc: ValidationError) -> ApiError:
 
 
 def _path(loc: tuple[Any, ...]) -> tuple[str, ...]:
-    """Without ninja's (source, argument) and without pydantic's names for the branches of a union."""
+    """The location without ninja's (source, argument) and without pydantic's names for the branches of a union."""
     keys = [str(key) for key in loc]
     keys = keys[2:] if keys[0] == "body" and len(keys) > 2 else keys[1:]
     return tuple(key for key in keys if not _BRANCH.match(key))
 
 
 def _type_mismatch(error: dict[str, Any]) -> int:
-    """0 if the type matched; a literal is the worst guess of what was meant."""
+    """Sorts union branches: 0 if the type matched, 1 if not, and 2 for a literal, which is the least likely to be meant."""
     type_ = str(error["type"])
     return 2 if type_ == "literal_error" else 1 if type_.endswith("_type") else 0
 

@@ -15,6 +15,7 @@ from jobs.api.caller import release_thread
 from jobs.api.errors import bad
 from jobs.events import event_log, history
 from jobs.store import access
+from jobs.store.states import JobStatus
 from jobs.store.tables import Job
 
 Json = dict[str, Any]
@@ -36,7 +37,9 @@ COMPLETED = "The job has successfully completed"
 def newest_first(owner: str, job: Job, limit: int, after: str | None) -> tuple[list[Json], bool]:
     """The page of events before `after`, newest first. Events are numbered without gaps, so this is one short read."""
     last = int(job.last_seq)
-    ends = (2 if job.status == "succeeded" else 1) if job.ended else 0  # the final events are not stored
+    ends = (
+        (2 if job.status == JobStatus.SUCCEEDED else 1) if job.ended else 0
+    )  # the final events are not stored
     top = _number(job, after) if after is not None else last + ends + 1
     start = max(0, top - 1 - limit)
     numbered = [
@@ -52,7 +55,7 @@ def _number(job: Job, event_id: str) -> int:
     match = _ID.fullmatch(event_id)
     number = int(match[2]) if match and match[1] == job.job_id.removeprefix("ftjob-") else 0
     if not 0 < number <= job.last_seq + (2 if job.ended else 0):
-        raise bad("This job has no such event.", "after")
+        raise bad(f"This job has no event with the ID '{event_id[:100]}'.", "after")
     return number
 
 
@@ -63,7 +66,7 @@ def show(job: Job, event: event_log.Event, total_steps: int | None) -> list[Json
 
 def _numbered(job: Job, event: event_log.Event, total_steps: int | None) -> list[tuple[int, Json]]:
     line = event.data
-    if line.get("t") == "end" and line.get("status") == "succeeded":
+    if line.get("t") == "end" and line.get("status") == JobStatus.SUCCEEDED:
         messages = [f"New fine-tuned model created: {line.get('model')}", COMPLETED]
     else:
         messages = [_message(job, line, total_steps)]
@@ -99,7 +102,7 @@ def _message(job: Job, line: Json, total_steps: int | None) -> str:
     if kind == "verdict":
         return "Compared with the base model on held-out examples"
     if kind == "end":
-        outcome = "The job was cancelled" if line.get("status") == "cancelled" else "The job failed"
+        outcome = "The job was cancelled" if line.get("status") == JobStatus.CANCELLED else "The job failed"
         return ": ".join(part for part in (outcome, str(line.get("message") or "")) if part)
     return history.sentence(line)[0] or "No message"
 
@@ -129,8 +132,8 @@ def check_stream_quota(owner: str) -> None:
 
 
 async def stream(job: Job, still_allowed: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
-    """All events from the first, then each new one, until the job ends or the key is revoked."""
-    release_thread()  # the middleware has taken one again
+    """Streams all events from the first one on, until the job ends or the key is revoked."""
+    release_thread()  # the middleware has occupied a thread again
     owner, total_steps = job.owner, None
     _open[owner] += 1
     checked_at = time.monotonic()
@@ -147,7 +150,7 @@ async def stream(job: Job, still_allowed: Callable[[], Awaitable[bool]]) -> Asyn
                 yield b": keep-alive\n\n"
                 continue
             for event in pending.result():
-                if event.data.get("t") == "plan":  # precedes the first step
+                if event.data.get("t") == "plan":  # sent before the first step
                     total_steps = event.data.get("total_steps")
                 for payload in show(job, event, total_steps):
                     yield _line(payload)

@@ -1,4 +1,4 @@
-"""`/files`: datasets under OpenAI's names, and the result files of jobs, which are generated on request."""
+"""`/files`: datasets in OpenAI's format, and the result files of jobs, which are generated on request."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ from ninja import FileEx, Form, P, Query, Router, UploadedFile
 from jobs.api import paging, results
 from jobs.api.caller import READ, WRITE, CallerRequest
 from jobs.api.errors import bad, not_found
-from jobs.api.schemas import Deleted, Error, File, Page
+from jobs.api.schemas.common import Deleted, Error, Page
+from jobs.api.schemas.files import File
 from jobs.datasets import datasets
 from jobs.store import access, blobs, tables
+from jobs.store.states import DatasetStatus
 
 router = Router(auth=READ)
 Json = dict[str, Any]
-STATUS = {"receiving": "uploaded", "checking": "uploaded", "ready": "processed", "rejected": "error"}
+STATUS: dict[str, str] = {
+    DatasetStatus.RECEIVING: "uploaded",
+    DatasetStatus.CHECKING: "uploaded",
+    DatasetStatus.READY: "processed",
+    DatasetStatus.REJECTED: "error",
+}
 CHUNK = 256 * 1024
 MAX_NAME = 255
 
@@ -98,7 +105,7 @@ def file_content(request: CallerRequest, file_id: str) -> HttpResponseBase:
         return _attachment(HttpResponse(text, content_type="application/octet-stream"), f"{file_id}.csv")
     dataset = _find(request, file_id)
     if not dataset.key:
-        raise bad("The file is still being received.", "file_id", "not_ready")
+        raise bad("The file is still being uploaded. Try again in a moment.", "file_id", "not_ready")
     response = StreamingHttpResponse(
         _chunks(blobs.open_file(dataset.key)), content_type="application/octet-stream"
     )
@@ -108,7 +115,7 @@ def file_content(request: CallerRequest, file_id: str) -> HttpResponseBase:
 
 
 async def _chunks(source: IO[bytes]) -> AsyncIterator[bytes]:
-    """The file in chunks. A thread is used only during each read, and the whole file is never in memory."""
+    """Yields the file in chunks. A thread is used only during each read, and the whole file is never in memory."""
     try:
         while chunk := await asyncio.to_thread(source.read, CHUNK):
             yield chunk
@@ -136,7 +143,7 @@ def check_purpose(purpose: str) -> None:
 
 def check_name(name: str) -> None:
     if not name or len(name) > MAX_NAME or any(ord(character) < 32 for character in name):
-        raise bad("The file name must have 1 to 255 characters and no control characters.", "filename")
+        raise bad("The file name must have 1 to 255 characters, none of them control characters.", "filename")
 
 
 def show(dataset: Any) -> Json:

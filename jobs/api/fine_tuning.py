@@ -16,7 +16,8 @@ from accounts.auth import authenticate
 from jobs.api import events, models, paging, results
 from jobs.api.caller import READ, READ_STREAM, WRITE, CallerRequest, in_pool
 from jobs.api.errors import bad, not_found
-from jobs.api.schemas import Checkpoint, Error, Hyperparameters, Job, JobCreate, JobEvent, Page
+from jobs.api.schemas.common import Error, Page
+from jobs.api.schemas.fine_tuning import Checkpoint, Hyperparameters, Job, JobCreate, JobEvent, ShownStatus
 from jobs.events import event_log, history
 from jobs.lifecycle import transitions
 from jobs.lifecycle import warnings as job_warnings
@@ -24,13 +25,13 @@ from jobs.lifecycle.submission import settings_of
 from jobs.notifications import webhooks
 from jobs.registry import base_models
 from jobs.store import access, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import Job as Row
 from training.plan import auto_settings, config
 from training.plan.catalog import BaseModel
 
 router = Router(auth=READ)
 Json = dict[str, Any]
-STATUS = {"validating": "validating_files", "retrying": "queued", "void": "cancelled"}
 WINDOW_S = 600
 NOT_SETTINGS = {"name", "prompts"}  # also under `llmtuner`
 _METADATA = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
@@ -39,7 +40,8 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 @router.post("", response={200: Job, 400: Error, 429: Error}, auth=WRITE, summary="Create a fine-tuning job")
 def create_job(request: CallerRequest, body: JobCreate) -> Json:
-    """A repeated request creates one job: by its `Idempotency-Key`, or else by its content within ten minutes."""
+    """A repeated request does not create a second job. It is recognized by its `Idempotency-Key` or, without one, by its
+    body, for ten minutes."""
     owner = request.auth.owner
     _refuse_unsupported(body)
     base = models.base_for_training(owner, body.model)
@@ -69,7 +71,7 @@ def create_job(request: CallerRequest, body: JobCreate) -> Json:
 def list_jobs(
     request: CallerRequest, after: paging.After = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> Json:
-    """`metadata[key]=value` returns only jobs with this metadata."""
+    """Add `metadata[key]=value` to list only jobs with this metadata."""
     metadata = {
         match[1]: value for name, value in request.GET.items() if (match := _METADATA.fullmatch(name))
     }
@@ -118,7 +120,7 @@ async def list_events(
     after: paging.After = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
     stream: Annotated[
-        bool, Query(description="Stream all events from the first, until the job ends.")
+        bool, Query(description="Stream all events, starting with the first, until the job ends.")
     ] = False,
 ) -> Any:
     """Newest first."""
@@ -149,7 +151,7 @@ def list_checkpoints(
     after: paging.After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 10,
 ) -> Json:
-    """Newest first. Each is a model for generation, under its own name."""
+    """Newest first. Each checkpoint is a model that can generate text, under its own name."""
     job = _find(request.auth.owner, job_id)
     names = _checkpoint_names(job)
     job_history = (
@@ -196,7 +198,7 @@ def _hyperparameters(body: JobCreate) -> Hyperparameters:
 
 
 def _settings(owner: str, body: JobCreate, base: str) -> Json:
-    """OpenAI's three hyperparameters and our settings, validated together. Ours win where both are given."""
+    """OpenAI's three hyperparameters and our settings, validated together. If both are given, ours take precedence."""
     theirs = _hyperparameters(body)
     ours = {name: value for name, value in (body.llmtuner or {}).items() if name not in NOT_SETTINGS}
     settings: Json = {}
@@ -224,7 +226,7 @@ def _parsed(settings: Json) -> config.Settings:
 
 
 def _learning_rate(multiplier: float, base: BaseModel | None, adapter: str) -> float:
-    """OpenAI multiplies a rate that it chooses; we multiply the one that we would choose."""
+    """OpenAI multiplies the learning rate that it would choose; we multiply the one that we would choose."""
     if base is None:  # deleted at the same time
         raise bad("This base model no longer exists. Choose another one.", "model", "model_not_available")
     return float(f"{multiplier * auto_settings.learning_rate(adapter, base)[0]:.6g}")
@@ -245,7 +247,7 @@ def _prompts(body: JobCreate) -> tuple[str, ...]:
 
 
 def _suffix(text: str) -> str:
-    """OpenAI accepts any text; our model ids allow only letters, digits, dots, dashes and underscores."""
+    """OpenAI accepts any text. Our model IDs allow only letters, digits, dots, hyphens and underscores."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-")
 
 
@@ -255,8 +257,8 @@ def _as_sent(body: JobCreate) -> Json:
 
 
 def _idempotency(request: CallerRequest, body: JobCreate) -> str:
-    """Identifies the submission. Clients repeat a POST when its response is lost, most of them without a key. Then the same
-    body within ten minutes means the same job, unless that job has ended."""
+    """The key that identifies the submission. Clients retry a POST when its response is lost, and most send no key. In
+    that case, the same body within ten minutes means the same job, unless that job has ended."""
     key = request.headers.get("idempotency-key", "")
     if key:
         if not _KEY.fullmatch(key):
@@ -266,9 +268,9 @@ def _idempotency(request: CallerRequest, body: JobCreate) -> str:
     digest = hashlib.sha256(text.encode()).hexdigest()
     window = int(time.time() // WINDOW_S)
     for key in (f"body#{digest}#{window - 1}", f"body#{digest}#{window}"):
-        # A chain: once a job has ended, the same body may start another.
+        # Once a job has ended, the same body may start another one, whose key is the first one's plus that job's ID.
         while (job := _submitted(request.auth.owner, key)) is not None:
-            ended = job.ended or job.desired == "cancel"  # as the caller sees it
+            ended = job.ended or job.desired == "cancel"  # what the caller sees: see `_status`
             if not ended and time.time() - job.created_at < WINDOW_S:
                 return key
             key += f"#{job.job_id}"
@@ -296,7 +298,7 @@ def _set_desired(request: CallerRequest, job_id: str, desired: transitions.Desir
 
 
 def show(job: Row) -> Json:
-    succeeded = job.status == "succeeded"
+    succeeded = job.status == JobStatus.SUCCEEDED
     hyperparameters = _shown_hyperparameters(job)
     return {
         "id": job.job_id,
@@ -322,16 +324,35 @@ def show(job: Row) -> Json:
     }
 
 
-def _status(job: Row) -> str:
-    """A job that is being cancelled shows as cancelled, as at OpenAI: a cancel is never undone, and the worker learns of it
-    with its next heartbeat. The stored status is under `llmtuner`. A success that was stored first stays a success."""
+def _status(job: Row) -> ShownStatus:
+    """A job that is being cancelled is shown as cancelled, as OpenAI shows it: a cancellation is never undone, and the
+    worker sees it at its next heartbeat. The stored status is under `llmtuner`. A job that had already succeeded stays so."""
     if job.desired == "cancel" and not job.ended:
         return "cancelled"
-    return STATUS.get(job.status, job.status)
+    return _shown_status(JobStatus(job.status))
+
+
+def _shown_status(status: JobStatus) -> ShownStatus:
+    """OpenAI has no status for retries and incomplete submissions."""
+    match status:
+        case JobStatus.VALIDATING:
+            return "validating_files"
+        case JobStatus.QUEUED | JobStatus.RETRYING:
+            return "queued"
+        case JobStatus.RUNNING:
+            return "running"
+        case JobStatus.PAUSED:
+            return "paused"
+        case JobStatus.SUCCEEDED:
+            return "succeeded"
+        case JobStatus.FAILED:
+            return "failed"
+        case JobStatus.CANCELLED | JobStatus.VOID:
+            return "cancelled"
 
 
 def _error(job: Row) -> Json | None:
-    if job.status != "failed":
+    if job.status != JobStatus.FAILED:
         return None
     reason = job.reason or "unknown"
     message = " ".join(part for part in (job.message, job.advice) if part) or "The job failed."
@@ -339,7 +360,7 @@ def _error(job: Row) -> Json | None:
 
 
 def _shown_hyperparameters(job: Row) -> Json:
-    """The requested values; automatic ones are resolved once they are known."""
+    """The requested values. `auto` is replaced by the automatic value once it is known."""
     requested = (job.api or {}).get("hyperparameters", {})
     resolved = (job.plan or {}).get("settings") or {}
     values: Json = {"learning_rate_multiplier": requested.get("learning_rate_multiplier", "auto")}
@@ -389,12 +410,12 @@ def checkpoint_id(job: Row, step: int) -> str:
 
 
 def _checkpoint_names(job: Row) -> dict[int, str]:
-    """The name of each stored checkpoint, by step. The last one is the model itself, as at OpenAI."""
+    """The name of each stored checkpoint, by step. As at OpenAI, the last one has the name of the model itself."""
     names = {int(entry["step"]): f"{job.model_id}:ckpt-step-{entry['step']}" for entry in job.checkpoints}
     last = int((job.result or {}).get("step") or 0)
-    if job.status == "succeeded" and last:
+    if job.status == JobStatus.SUCCEEDED and last:
         model = tables.get(tables.TunedModel, job.owner, job.model_id)
-        if model is None or not model.deleted:  # created a moment after the job ends
+        if model is None or not model.deleted:  # None: the row is created a moment after the job ends
             names[last] = job.model_id
     return names
 

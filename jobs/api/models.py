@@ -1,4 +1,4 @@
-"""`/models`: the models for generation and training: base models, and the caller's tuned models."""
+"""`/models`: base models and the caller's tuned models, for generation and training."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from ninja import Router
 from jobs.api import paging
 from jobs.api.caller import READ, WRITE, CallerRequest
 from jobs.api.errors import bad, not_found
-from jobs.api.schemas import Deleted, Error, Model, Page
+from jobs.api.schemas.common import Deleted, Error, Page
+from jobs.api.schemas.models import Model
 from jobs.registry import base_models, hub_models, tuned_models
 from jobs.store import access
 from training.plan import catalog
 
 router = Router(auth=READ)
 Json = dict[str, Any]
-ALL = 1_000_000  # the model quota limits them
+ALL = 1_000_000  # no page size is needed, because a quota limits the number of models
 
 
 def local_name(name: str) -> str:
-    """Our name for a model, given the caller's: BASE_MODEL_ALIASES maps OpenAI's names. Aliases that users give to their own
-    models are resolved by `tuned_models.get_for`."""
+    """Translates the caller's name of a model to ours. BASE_MODEL_ALIASES maps OpenAI's names; the aliases that users
+    give to their own models are resolved by `tuned_models.get_for`."""
     return str(settings.BASE_MODEL_ALIASES.get(name, name))
 
 
 def base_for_training(owner: str, name: str) -> str:
-    """The base model to train, or a 400 that lists the choices and the setting that maps other names. A Hub model is checked
-    on first use. The caller's tuned models are base models too."""
+    """The ID of the base model to train. Raises a 400 that lists the available models and names the setting that maps other
+    names. A Hub model is checked on first use. The caller's tuned models can be trained further."""
     wanted = local_name(name)
     known = base_models.find(owner, wanted)
     if known is None and (model := tuned_models.find(owner, wanted)):
@@ -36,10 +37,7 @@ def base_for_training(owner: str, name: str) -> str:
     if known is not None:
         return known.id
     if hub_models.is_id(wanted):
-        try:
-            return base_models.add_hub_model(owner, wanted)
-        except hub_models.Refused as refused:
-            raise bad(str(refused), "model", "model_not_available") from refused
+        return base_models.add_hub_model(owner, wanted)
     listed = ", ".join(base.id for base in catalog.base_models())
     raise bad(
         f"There is no base model '{name}'. Available: {listed}, your own tuned models, and models on the Hugging Face Hub "
@@ -52,7 +50,7 @@ def base_for_training(owner: str, name: str) -> str:
 
 @router.get("", response={200: Page[Model], 400: Error}, summary="List models")
 def list_models(request: CallerRequest, after: paging.After = None) -> Json:
-    """All base models and all tuned models, in one page as at OpenAI."""
+    """Lists all base models and all of your tuned models on a single page, as OpenAI does."""
     owner = request.auth.owner
     known = [_base(base) for base in (*catalog.base_models(), *base_models.list_hub(owner))]
     tuned = [_tuned(row) for row in access.list_models(owner, ALL)]

@@ -1,4 +1,4 @@
-"""Pagination as at OpenAI: repeat the query with `after=<last id>` until `has_more` is false."""
+"""OpenAI's pagination: clients repeat the query with `after=<last ID>` until `has_more` is false."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from jobs.api.errors import ApiError, bad
 from jobs.store import tables
 from jobs.store.tables import Table
 
-After = Annotated[str | None, Field(max_length=400, description="The last id of the previous page.")]
+After = Annotated[str | None, Field(max_length=400, description="The last ID of the previous page.")]
 
 
 def check_after(table: type[Table], owner: str, after: str | None) -> None:
-    """Refuses a cursor that is not an id of this owner. Deleted rows count, because a client may delete while it lists."""
+    """Refuses a cursor that is not the ID of a row of this owner. Deleted rows count too, because a client may delete rows
+    while it lists them."""
     if after is None:
         return
     if not (after and after.isascii() and tables.get(table, owner, after)):
@@ -22,7 +23,7 @@ def check_after(table: type[Table], owner: str, after: str | None) -> None:
 
 
 def rest(items: list[dict[str, Any]], after: str | None) -> list[dict[str, Any]]:
-    """The items after this id, of a list that is always read completely."""
+    """The items after this ID. For lists that are always read completely."""
     if after is None:
         return items
     ids = [item["id"] for item in items]
@@ -32,7 +33,7 @@ def rest(items: list[dict[str, Any]], after: str | None) -> list[dict[str, Any]]
 
 
 def _unknown(after: str) -> ApiError:
-    return bad(f"Nothing in this list has the id '{after[:100]}'.", "after")
+    return bad(f"This list contains nothing with the ID '{after[:100]}'.", "after")
 
 
 def page(items: list[dict[str, Any]], has_more: bool) -> dict[str, Any]:

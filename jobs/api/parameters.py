@@ -1,7 +1,7 @@
-"""How the two generation endpoints treat each parameter: one table, which is enforced here and shown in docs/api.md.
+"""How the two generation endpoints treat each parameter: a table that is enforced here and shown in docs/api.md.
 
 A parameter that would change the response is either supported or refused by name; one that would not is ignored. Unknown
-parameters are refused as OpenAI refuses them, because nobody knows what they were meant to change.
+parameters are refused, as OpenAI does, because we cannot know what they would change.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ Treatment = Literal["supported", "refused", "ignored"]
 
 @dataclass(frozen=True)
 class Parameter:
-    names: str  # one or several, separated by spaces
+    names: str  # one or more, separated by spaces
     place: Place
     treatment: Treatment
     note: str = ""
-    neutral: tuple[Any, ...] = ()  # allowed values of a refused parameter: they change nothing, like None
+    # Values of a refused parameter that are allowed because, like None, they change nothing.
+    neutral: tuple[Any, ...] = ()
 
 
 TABLE = [
@@ -33,25 +34,25 @@ TABLE = [
         "prompt",
         "completions",
         "supported",
-        "a string, up to 128 strings, token ids, or up to 128 lists of token ids",
+        "a string, up to 128 strings, token IDs, or up to 128 lists of token IDs",
     ),
     Parameter(
         "max_tokens",
         "both",
         "supported",
-        "at most to the end of the context; 0 with `echo` only scores the prompt",
+        "limited to the end of the context; 0 with `echo` only scores the prompt",
     ),
     Parameter("max_completion_tokens", "chat", "supported", "takes precedence over `max_tokens`"),
     Parameter("temperature", "both", "supported", "0 to 2"),
-    Parameter("top_p", "both", "supported", "0 to 1; 0 takes the most likely token"),
-    Parameter("top_k", "both", "supported", "0 or -1: all tokens"),
+    Parameter("top_p", "both", "supported", "0 to 1; 0 always selects the most likely token"),
+    Parameter("top_k", "both", "supported", "0 or -1 means all tokens"),
     Parameter(
         "min_p",
         "both",
         "supported",
         "0 to 1: minimum probability of a token, relative to the most likely one",
     ),
-    Parameter("repetition_penalty", "both", "supported", "0.01 to 2; 1: none"),
+    Parameter("repetition_penalty", "both", "supported", "0.01 to 2; 1 means no penalty"),
     Parameter("n", "both", "supported", "1 to 8"),
     Parameter("best_of", "completions", "supported", "must equal `n`"),
     Parameter("stop", "both", "supported", "up to 16 strings; empty ones are ignored"),
@@ -91,7 +92,7 @@ TABLE = [
         "refusal annotations weight",
         "message",
         "ignored",
-        "so that a model's response or a training row can be sent back",
+        "so that you can send back a model's response or a training row unchanged",
     ),
 ]
 ROWS: dict[tuple[str, str], Parameter] = {
@@ -104,7 +105,7 @@ TOOLS_UNSUPPORTED = "Tools are not supported. Leave out tool results and the mes
 
 
 def check(place: Literal["chat", "completions"], data: Any) -> None:
-    """Raises ApiError for the first parameter of a raw request that is not supported."""
+    """Raises ApiError for the first unsupported parameter of a raw request."""
     data = getattr(data, "_obj", data)  # ninja wraps the data
     if not isinstance(data, Mapping):
         return
@@ -120,7 +121,7 @@ def _check_message(message: Mapping[str, Any], path: str) -> None:
         raise bad(f"{path} has the role '{message['role']}'. {TOOLS_UNSUPPORTED}", f"{path}.role")
     if "content" in message and message["content"] is None:
         raise bad(
-            f"{path}.content is null, as in a message that calls a tool. {TOOLS_UNSUPPORTED}",
+            f"{path}.content is null, which is used only in messages that call tools. {TOOLS_UNSUPPORTED}",
             f"{path}.content",
         )
     _check("message", message, f"{path}.")

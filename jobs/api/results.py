@@ -1,4 +1,4 @@
-"""A job's result file: a CSV of its metrics, generated from its events on request, so nothing is stored twice."""
+"""A job's result file: its metrics as CSV, generated from its events on request, so that nothing is stored twice."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from jobs.api import paging
 from jobs.api.errors import not_found
 from jobs.events import event_log, history
 from jobs.store import access, tables
+from jobs.store.states import JobStatus
 
 PURPOSE = "fine-tune-results"
 Json = dict[str, Any]
@@ -54,7 +55,7 @@ def list_files(owner: str, limit: int, after: str | None) -> tuple[list[Json], b
         match = _ID.fullmatch(after)
         cursor = f"ftjob-{match[1]}" if match else after
         paging.check_after(tables.Job, owner, cursor)
-    jobs = access.list_jobs(owner, min(limit, 100), cursor, status="succeeded")
+    jobs = access.list_jobs(owner, min(limit, 100), cursor, status=JobStatus.SUCCEEDED)
     return [show(job, len(content(owner, id_for(job.job_id)))) for job in jobs], jobs.has_more
 
 
@@ -78,6 +79,6 @@ def _job(owner: str, file_id: str) -> Any:
         job = access.get_job_for(owner, f"ftjob-{match[1]}")
     except access.NotFound as error:
         raise not_found("File object") from error
-    if job.status != "succeeded":
+    if job.status != JobStatus.SUCCEEDED:
         raise not_found("File object")
     return job

@@ -1,4 +1,4 @@
-"""`/uploads`: large files in parts. Each part can be sent again, and the last call assembles the file."""
+"""`/uploads`: large files, sent in parts. Each part can be sent again, and the last call assembles the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ninja import FileEx, P, Router, UploadedFile
 from jobs.api import files
 from jobs.api.caller import WRITE, CallerRequest
 from jobs.api.errors import ApiError, bad, not_found
-from jobs.api.schemas import Error, Upload, UploadComplete, UploadCreate, UploadPart
+from jobs.api.schemas.common import Error
+from jobs.api.schemas.files import Upload, UploadComplete, UploadCreate, UploadPart
 from jobs.datasets import datasets, multipart
 from jobs.store import blobs, outbox, quotas, tables
 from jobs.store.tables import Upload as Row
@@ -23,7 +24,7 @@ Json = dict[str, Any]
 LIFETIME_S = 3600
 MAX_PARTS = 10_000
 MAX_PART = 64 * 1024 * 1024
-MAX_OPEN = 20  # open uploads per user, whose parts count toward no other quota
+MAX_OPEN = 20  # open uploads per user; no other quota limits their parts
 
 
 @router.post("", response={200: Upload, 400: Error}, summary="Create an upload")
@@ -32,7 +33,7 @@ def create_upload(request: CallerRequest, body: UploadCreate) -> Json:
     files.check_name(body.filename)
     limit = int(settings.JOBS["max_upload_bytes"])
     if body.bytes > limit:
-        raise bad(f"A file may have at most {limit:,} bytes.", "bytes", "file_too_large")
+        raise bad(f"A file can have at most {limit:,} bytes. Split it.", "bytes", "file_too_large")
     owner = request.auth.owner
     if sum(_status(row) == "pending" for row in tables.rows(Row, owner)) >= MAX_OPEN:
         raise quotas.OverQuota(f"You have {MAX_OPEN} open uploads. Complete or cancel one first.")
@@ -56,12 +57,12 @@ def create_upload(request: CallerRequest, body: UploadCreate) -> Json:
 def add_part(
     request: CallerRequest,
     upload_id: str,
-    data: FileEx[UploadedFile, P(description="The bytes, at most 64 MB")],
+    data: FileEx[UploadedFile, P(description="The bytes of the part, at most 64 MB")],
 ) -> Json:
     row = _pending(request, upload_id)
     size = data.size or 0
     if not 0 < size <= MAX_PART:
-        raise bad("A part must have 1 byte to 64 MB.", "data")
+        raise bad("A part must have at least 1 byte and at most 64 MB.", "data")
     received = sum(bytes_of(part) for part in row.part_ids or ())
     # Twice the size, because a part whose response was lost is sent again under a new id.
     if received + size > 2 * row.bytes or len(row.part_ids or ()) >= MAX_PARTS:
@@ -77,7 +78,7 @@ def add_part(
     )
     if added is None:
         blobs.delete_prefix(_key(row, part_id))
-        raise bad("This upload is no longer open.", "upload_id", "upload_not_pending")
+        raise bad("This upload is no longer open. Create a new one.", "upload_id", "upload_not_pending")
     return {"id": part_id, "object": "upload.part", "created_at": int(time.time()), "upload_id": upload_id}
 
 
@@ -93,12 +94,12 @@ def complete_upload(request: CallerRequest, upload_id: str, body: UploadComplete
     unknown = [part for part in body.part_ids if part not in sizes]
     if unknown or len(set(body.part_ids)) != len(body.part_ids):
         raise bad(
-            "Each part id must belong to this upload and may appear only once.", "part_ids", "unknown_part"
+            "Each part ID must belong to this upload and can appear only once.", "part_ids", "unknown_part"
         )
     total = sum(sizes[part] for part in body.part_ids)
     if total != row.bytes:
         raise bad(
-            f"The parts have {total:,} bytes in total, but the upload declared {int(row.bytes):,}.",
+            f"The parts have {total:,} bytes in total, but the upload was declared with {int(row.bytes):,}.",
             "part_ids",
             "wrong_size",
         )
@@ -147,7 +148,7 @@ def cancel_upload(request: CallerRequest, upload_id: str) -> Json:
         lambda stored: stored.status == "cancelled",
     )
     if cancelled is None:
-        raise bad("This upload is no longer open.", "upload_id", "upload_not_pending")
+        raise bad("This upload is no longer open. Create a new one.", "upload_id", "upload_not_pending")
     multipart.discard(row)
     return show(cancelled)
 
@@ -165,7 +166,7 @@ def _find(request: CallerRequest, upload_id: str) -> Row:
 def _pending(request: CallerRequest, upload_id: str) -> Row:
     row = _find(request, upload_id)
     if _status(row) != "pending":
-        raise bad(f"This upload is {_status(row)}.", "upload_id", "upload_not_pending")
+        raise bad(f"This upload is {_status(row)}. Create a new one.", "upload_id", "upload_not_pending")
     return row
 
 
@@ -192,7 +193,8 @@ def _bytes(row: Row, part_ids: list[str]) -> Iterator[bytes]:
 
 
 def _md5(row: Row, part_ids: list[str]) -> str:
-    digest = hashlib.md5(usedforsecurity=False)  # as the API defines it; the store checks SHA-256
+    # OpenAI's API requires MD5; the object storage checks SHA-256.
+    digest = hashlib.md5(usedforsecurity=False)
     for chunk in _bytes(row, part_ids):
         digest.update(chunk)
     return digest.hexdigest()

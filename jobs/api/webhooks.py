@@ -9,7 +9,8 @@ from ninja import Router
 from jobs.api import paging
 from jobs.api.caller import READ, WRITE, CallerRequest
 from jobs.api.errors import bad, not_found
-from jobs.api.schemas import Deleted, Error, Page, WebhookCreate, WebhookEndpoint, WebhookWithSecret
+from jobs.api.schemas.common import Deleted, Error, Page
+from jobs.api.schemas.webhooks import WebhookCreate, WebhookEndpoint, WebhookWithSecret
 from jobs.notifications import webhooks
 from jobs.store.tables import WebhookEndpoint as Row
 
@@ -19,7 +20,7 @@ Json = dict[str, Any]
 
 @router.post("", response={200: WebhookWithSecret, 400: Error}, auth=WRITE, summary="Add a webhook")
 def create_webhook(request: CallerRequest, body: WebhookCreate) -> Json:
-    """The secret is returned only here. Unknown event types are refused."""
+    """The signing secret is returned only in this response. Unknown event types are refused."""
     unknown = [event for event in body.event_types if event not in webhooks.EVENT_TYPES]
     if unknown:
         raise bad(

@@ -10,31 +10,32 @@ from django.conf import settings
 
 from jobs.datasets import datasets, sandbox, versions
 from jobs.store import blobs, outbox, tables
+from jobs.store.states import DatasetStatus
 from jobs.store.tables import Dataset
 from training.plan import catalog
 
-REPORT_ONLY = frozenset({"samples", "findings", "head"})  # kept in the report's object, not in the row
+REPORT_ONLY = frozenset({"samples", "findings", "head"})  # only in the full report, not in the row
 
 OVER_LIMITS = "The check exceeded its time or memory limit. Split the file, or look for extremely long rows."
 
 
 @outbox.handler("check")
 def run(owner: str, dataset_id: str) -> bool:
-    """True once the dataset is ready, rejected or deleted."""
+    """Returns True once the dataset is ready, rejected or deleted."""
     check(owner, dataset_id)
     dataset = tables.get(Dataset, owner, dataset_id)
-    return dataset is None or dataset.deleted or dataset.status not in {"receiving", "checking"}
+    return dataset is None or dataset.deleted or not dataset.unchecked
 
 
 def check(owner: str, dataset_id: str) -> None:
-    """Sets the dataset to ready or rejected. Idempotent. Raises the stores' errors, and is then retried."""
+    """Sets the dataset to ready or rejected. Idempotent. Raises errors of the stores; the check is then retried."""
     dataset = tables.get(Dataset, owner, dataset_id)
     if dataset is None or dataset.deleted:
         return
-    if dataset.status == "receiving":
+    if dataset.status == DatasetStatus.RECEIVING:
         datasets.abandon_stale(owner, dataset_id)
         return
-    if dataset.status != "checking":
+    if dataset.status != DatasetStatus.CHECKING:
         return
     if dataset.origin and not dataset.key:
         made = versions.make(dataset)
@@ -42,17 +43,17 @@ def check(owner: str, dataset_id: str) -> None:
             return
         dataset = made
     if dataset.purpose != "fine-tune":  # not for training, so nothing to check
-        datasets.finish_check(owner, dataset_id, "ready")
+        datasets.finish_check(owner, dataset_id, DatasetStatus.READY)
         return
     report = report_on(dataset, sandbox.tokenizer_of(catalog.STARTER))
     if report is None:
-        datasets.finish_check(owner, dataset_id, "rejected", error=OVER_LIMITS)
+        datasets.finish_check(owner, dataset_id, DatasetStatus.REJECTED, error=OVER_LIMITS)
         return
     ready = bool(report.get("ready"))
     datasets.finish_check(
         owner,
         dataset_id,
-        "ready" if ready else "rejected",
+        DatasetStatus.READY if ready else DatasetStatus.REJECTED,
         summary=summary_of(report),
         format=report.get("format"),
         report=report,
@@ -87,10 +88,10 @@ def summary_of(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def report_on(dataset: Dataset, tokenizer: str, line: int | None = None) -> dict[str, Any] | None:
-    """The report made with the tokenizer in this folder, or the tokens of the row at `line`; None if the check exceeded its
-    limits."""
+    """The report, made with the tokenizer in this folder, or the tokens of the row at `line`. None if the check exceeded
+    its limits."""
     with sandbox.temporary_folder("check-") as folder:
-        # Only the suffix is the user's: it tells the file format.
+        # Of the name that the user chose, only the suffix is kept, because it indicates the file format.
         path = folder / ("data" + Path(dataset.name).suffix.lower()[:10])
         stored = blobs.fetch(dataset.key, path, sha256=dataset.sha256 or None)
         arguments = ["check", str(path), "--limit-bytes", str(int(settings.JOBS["max_upload_bytes"]))]

@@ -19,16 +19,17 @@ from django.conf import settings
 from jobs.datasets.signals import dataset_settled
 from jobs.store import access, blobs, outbox, queue, quotas, tables
 from jobs.store.quotas import OverQuota
+from jobs.store.states import DatasetStatus, JobStatus
 from jobs.store.tables import Dataset, DatasetReport, new_id
 
 __all__ = ["OverQuota", "Rejected", "create_pending", "delete", "finish_check", "receive", "store_content"]
 
-STALE_UPLOAD_S = 6 * 3600  # after which an incomplete upload is abandoned
-MAX_SUMMARY = 64 * 1024  # bytes of the report that are kept in the row; the full report is an object
+STALE_UPLOAD_S = 6 * 3600  # an upload that is still incomplete after this long is abandoned
+MAX_SUMMARY = 64 * 1024  # bytes of the report that are kept in the row; the full report is in object storage
 
 
 class Rejected(Exception):
-    """The file is rejected. The message says why and what to do."""
+    """The file was rejected. The message says why and what to do."""
 
 
 def receive(
@@ -42,7 +43,7 @@ def receive(
     fingerprint: str = "",
     reserved: bool = False,
 ) -> Dataset:
-    """Stores the file and enqueues its check. Raises Rejected, OverQuota, and then keeps nothing.
+    """Stores the file and enqueues its check. Raises Rejected or OverQuota, in which case nothing is kept.
 
     If the size is known, its bytes are reserved first, unless the caller has done so (`reserved`)."""
     quotas.check(owner, "datasets")
@@ -75,13 +76,13 @@ def receive(
         _mark_deleted(owner, dataset_id)
         raise
     actions = [
-        Dataset.status.set("checking"),
+        Dataset.status.set(DatasetStatus.CHECKING),
         Dataset.key.set(stored.key),
         Dataset.bytes.set(stored.bytes),
         Dataset.sha256.set(stored.sha256),
     ]
     received = tables.update(
-        dataset, actions, Dataset.status == "receiving", lambda current: current.key == stored.key
+        dataset, actions, Dataset.status == DatasetStatus.RECEIVING, lambda current: current.key == stored.key
     )
     if size:
         quotas.unreserve(owner, dataset_id)
@@ -120,8 +121,8 @@ def receive_multipart(
     if blobs.size_of(key) != size:
         _mark_deleted(owner, dataset_id)
         raise Rejected("The stored size does not match the file. Upload it again.")
-    actions = [Dataset.status.set("checking"), Dataset.key.set(key), Dataset.bytes.set(size)]
-    wanted = (Dataset.status == "receiving") & (Dataset.deleted == False)  # noqa: E712  a condition expression
+    actions = [Dataset.status.set(DatasetStatus.CHECKING), Dataset.key.set(key), Dataset.bytes.set(size)]
+    wanted = (Dataset.status == DatasetStatus.RECEIVING) & (Dataset.deleted == False)  # noqa: E712  a condition expression
     current = tables.update(Dataset(owner, dataset_id), actions, wanted, lambda current: current.key == key)
     if current is None:
         raise Rejected("The upload took too long. Upload it again.")
@@ -138,8 +139,8 @@ def find_duplicate(dataset: Dataset) -> Dataset | None:
 
 
 def create_pending(owner: str, pending: Sequence[Dataset]) -> None:
-    """Creates datasets whose bytes their check will make (jobs/datasets/versions.py): all of them or none. Idempotent.
-    Raises OverQuota."""
+    """Creates datasets whose content does not exist yet: their check will make it (jobs/datasets/versions.py). Creates all of
+    them or none. Idempotent. Raises OverQuota."""
     quotas.check_room(owner)
     try:
         for dataset in pending:
@@ -156,7 +157,7 @@ def create_pending(owner: str, pending: Sequence[Dataset]) -> None:
 
 
 def store_content(dataset: Dataset, file: IO[bytes], origin: Mapping[str, Any]) -> Dataset | None:
-    """Stores the bytes of a pending dataset. Idempotent. None if it was deleted meanwhile. Raises TooLarge."""
+    """Stores the content of a pending dataset. Idempotent. Returns None if it was deleted in the meantime. Raises TooLarge."""
     key = key_of(dataset.owner, dataset.dataset_id)
     stored = blobs.put_file(key, file, max_bytes=int(settings.JOBS["max_upload_bytes"]))
     actions = [
@@ -165,7 +166,7 @@ def store_content(dataset: Dataset, file: IO[bytes], origin: Mapping[str, Any]) 
         Dataset.sha256.set(stored.sha256),
         Dataset.origin.set(dict(origin)),
     ]
-    wanted = (Dataset.status == "checking") & (Dataset.deleted == False)  # noqa: E712  a condition expression
+    wanted = (Dataset.status == DatasetStatus.CHECKING) & (Dataset.deleted == False)  # noqa: E712  a condition expression
     filled = tables.update(dataset, actions, wanted)
     if filled is None:
         blobs.delete_file(key)
@@ -184,8 +185,8 @@ def finish_check(
     keep: bool = False,
     sha256: str = "",
 ) -> Dataset | None:
-    """Sets ready or rejected, with the report, and lets waiting jobs proceed. A rejected file is deleted, unless other
-    columns may help (`keep`). None if the dataset was deleted meanwhile."""
+    """Sets the dataset to ready or rejected, with its report, and lets waiting jobs proceed. A rejected file is deleted unless
+    the user may choose other columns (`keep`). Returns None if the dataset was deleted in the meantime."""
     key = key_of(owner, dataset_id)
     actions = [Dataset.status.set(status), Dataset.error.set(error[:2000])]
     if report is not None:
@@ -198,9 +199,9 @@ def finish_check(
         actions.append(Dataset.format.set(dict(format)))
     if sha256:
         actions.append(Dataset.sha256.set(sha256))
-    condition = (Dataset.status == "checking") & (Dataset.deleted == False)  # noqa: E712  a condition expression
+    condition = (Dataset.status == DatasetStatus.CHECKING) & (Dataset.deleted == False)  # noqa: E712  a condition expression
     current = tables.update(Dataset(owner, dataset_id), actions, condition, lambda row: row.status == status)
-    if current and status == "rejected" and not keep:
+    if current and status == DatasetStatus.REJECTED and not keep:
         blobs.delete_file(key)
     if current:
         dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
@@ -208,7 +209,7 @@ def finish_check(
 
 
 def recheck(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Dataset:
-    """Checks the file again with another format (other columns). Raises NotFound, Rejected."""
+    """Checks the file again with another format, which means with other columns. Raises NotFound, Rejected."""
     dataset = access.get_dataset_for(owner, dataset_id)
     active = (job for job in queue.active_of(owner) if not job.ended)
     if any(dataset_id in (job.dataset_id, job.validation_dataset_id) for job in active):
@@ -218,9 +219,9 @@ def recheck(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Dataset:
     if not dataset.key or blobs.size_of(dataset.key) is None:
         raise Rejected("The file of this dataset was deleted. Upload it again.")
     outbox.put("check", owner, dataset_id)
-    wanted = Dataset.status.is_in("ready", "rejected") & (Dataset.deleted == False)  # noqa: E712  a condition expression
+    wanted = Dataset.status.is_in(DatasetStatus.READY, DatasetStatus.REJECTED) & (Dataset.deleted == False)  # noqa: E712  a condition expression
     actions = [
-        Dataset.status.set("checking"),
+        Dataset.status.set(DatasetStatus.CHECKING),
         Dataset.format.set(dict(format)),
         Dataset.summary.remove(),
         Dataset.report_key.set(""),
@@ -236,13 +237,13 @@ def recheck(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Dataset:
 
 
 def abandon_stale(owner: str, dataset_id: str) -> None:
-    """Deletes an upload that was interrupted long ago. Called when a check finds the dataset still receiving."""
+    """Deletes an upload that was interrupted long ago. Called if the dataset is still receiving when its check starts."""
     if time.time() - tables.time_of(dataset_id) > STALE_UPLOAD_S:
         _mark_deleted(owner, dataset_id)
 
 
 def delete(owner: str, dataset_id: str) -> None:
-    """Hides it at once; the bytes are deleted when no checked job needs them. Raises NotFound."""
+    """Deletes a dataset. It is hidden at once, and its file is deleted when no checked job needs it. Raises NotFound."""
     access.get_dataset_for(owner, dataset_id)
     _mark_deleted(owner, dataset_id)
     dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
@@ -250,14 +251,14 @@ def delete(owner: str, dataset_id: str) -> None:
 
 @outbox.handler("expire")
 def expire(owner: str, id: str) -> bool:
-    """Deletes a file whose requested lifetime is over."""
+    """Deletes a file whose requested lifetime has expired."""
     with contextlib.suppress(access.NotFound):
         delete(owner, id.partition("#")[2])
     return True
 
 
 def get_for_job(owner: str, dataset_id: str) -> Dataset:
-    """For the worker: also a dataset that was deleted after the job was checked, whose bytes are still stored."""
+    """A job's dataset, for the worker. It may have been deleted after the job was checked; its file is then still stored."""
     dataset = tables.get(Dataset, owner, dataset_id)
     if dataset is None or not dataset.key:
         raise access.NotFound(f"There is no dataset {dataset_id}.")
@@ -277,7 +278,7 @@ def _delete_bytes(owner: str, dataset_id: str) -> bool:
     dataset = tables.get(Dataset, owner, dataset_id)
     if dataset is None or not dataset.deleted:
         return True
-    checked = (job for job in queue.active_of(owner) if not job.ended and job.status != "validating")
+    checked = (job for job in queue.active_of(owner) if not job.ended and job.status != JobStatus.VALIDATING)
     if any(dataset_id in (job.dataset_id, job.validation_dataset_id) for job in checked):
         return False  # a checked job still needs it
     for row in tables.rows(DatasetReport, dataset_id):
@@ -286,13 +287,8 @@ def _delete_bytes(owner: str, dataset_id: str) -> bool:
     return True
 
 
-def is_being_checked(owner: str, dataset_id: str) -> bool:
-    dataset = tables.get(Dataset, owner, dataset_id)
-    return dataset is not None and not dataset.deleted and dataset.status in {"receiving", "checking"}
-
-
 def trim_summary(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Drops the largest entries of an unusual report: rows are read often, and its object has them all."""
+    """Drops the largest entries of an unusually large report, because rows are read often. The full report has everything."""
     kept = dict(summary)
     while len(json.dumps(kept)) > MAX_SUMMARY:
         kept.pop(max(kept, key=lambda name: len(json.dumps(kept[name]))))

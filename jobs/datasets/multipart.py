@@ -1,8 +1,8 @@
 """Resumable uploads from a page: a file is sent in parts, which are then combined.
 
-With S3 the parts are those of a multipart upload, sent directly to the bucket through presigned links, or through us if
-the browser cannot reach it. Otherwise each part is a separate object. Sending a part again is idempotent, and choosing
-the same file again resumes its upload. `/v1/uploads` uses the same table.
+With S3, the parts are those of a multipart upload. The browser sends them directly to the bucket through presigned links, or
+through this server if it cannot reach the bucket. Otherwise each part is a separate object. Sending a part again is
+idempotent, and choosing the same file again resumes its upload. `/v1/uploads` uses the same table.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from pynamodb.expressions.update import Action
 from jobs.datasets import datasets
 from jobs.datasets.datasets import Rejected
 from jobs.store import access, blobs, outbox, quotas, tables
+from jobs.store.states import DatasetStatus
 from jobs.store.tables import Dataset, Upload, new_id
 
-PART = 5 << 20  # bytes, the minimum of S3; up to three are in memory at once; the last part may be smaller
-LIFETIME_S = 24 * 3600  # after the last part
+PART = 5 << 20  # bytes: S3's minimum, except for the last part. Up to three parts are in memory at once.
+LIFETIME_S = 24 * 3600  # how long an upload stays open after its last part
 MAX_OPEN = 20  # per user
-LINKS = 64  # signed per request
+LINKS = 64  # links that are signed per request
 COMBINE_S = 3600  # maximum time to combine the parts of an upload
 
 
 def begin(owner: str, name: str, size: int, fingerprint: str = "") -> Upload:
-    """A new upload, or the open one of the same file (by its fingerprint, name and size). Raises Rejected, OverQuota."""
+    """Starts an upload, or returns the open one of the same file (with the same fingerprint, name and size). Raises Rejected,
+    OverQuota."""
     limit = int(settings.JOBS["max_upload_bytes"])
     if size <= 0:
         raise Rejected("The file is empty. Choose a file with one example per row.")
@@ -49,16 +51,16 @@ def begin(owner: str, name: str, size: int, fingerprint: str = "") -> Upload:
         owner, new_id("upload"), filename=datasets.display_name(name), bytes=size, fingerprint=fingerprint
     )
     row.expires_at, row.target = time.time() + LIFETIME_S, new_id("file")
-    outbox.put("delete", owner, row.upload_id)  # the parts, also of an abandoned upload
+    outbox.put("delete", owner, row.upload_id)  # deletes the parts even if the upload is abandoned
     quotas.reserve(owner, row.upload_id, size)
-    if not blobs.is_local():
+    if blobs.takes_parts():
         row.multipart = blobs.begin_parts(datasets.key_of(owner, row.target))
     tables.put_new(row)
     return row
 
 
 def list_open(owner: str) -> list[Upload]:
-    """Uploads from pages that can be resumed, newest first."""
+    """The uploads that can be resumed on a page, newest first."""
     rows = [row for row in tables.rows(Upload, owner) if row.target and is_open(row)]
     return sorted(rows, key=lambda row: row.upload_id, reverse=True)
 
@@ -80,14 +82,14 @@ def part_count(row: Upload) -> int:
 
 
 def part_size(row: Upload, number: int) -> int:
-    """Size of a part in bytes; numbers start at 1. Raises Rejected if the file has no such part."""
+    """The size in bytes of the part with this number, counted from 1. Raises Rejected if the file has no such part."""
     if not 0 < number <= part_count(row):
         raise Rejected("The file has no such part. Choose it again.")
     return min(PART, int(row.bytes) - (number - 1) * PART)
 
 
 def received_parts(row: Upload) -> dict[int, int]:
-    """Size in bytes of each part received so far."""
+    """The size in bytes of each part received so far."""
     if row.multipart:
         return blobs.parts_of(_key(row), row.multipart)
     sizes: dict[int, int] = {}
@@ -98,7 +100,7 @@ def received_parts(row: Upload) -> dict[int, int]:
 
 
 def part_links(row: Upload, numbers: list[int]) -> dict[int, str]:
-    """Presigned links for these parts; empty if the browser must send them to us."""
+    """Presigned links for these parts; empty if the browser must send them to this server."""
     _must_be_open(row)
     if not row.multipart:
         return {}
@@ -109,7 +111,7 @@ def part_links(row: Upload, numbers: list[int]) -> dict[int, str]:
 
 
 def put_part(row: Upload, number: int, file: IO[bytes], sha256: str = "") -> None:
-    """Stores one part sent through us. `sha256` is the hash that the sender computed. Raises Rejected."""
+    """Stores a part that was sent through this server. `sha256` is the hash that the sender computed. Raises Rejected."""
     _must_be_open(row)
     size = part_size(row, number)
     data = file.read(size + 1)  # a part fits in memory
@@ -143,7 +145,7 @@ def complete(row: Upload) -> Dataset:
         raise Rejected(f"Part {missing[0]} is missing. Choose the file again to resume the upload.")
     claimed = tables.update(row, [Upload.status.set("completing")], Upload.status == "pending")
     if claimed is None:
-        raise Rejected("The upload is already being completed. See your datasets in a moment.")
+        raise Rejected("The upload is already being completed. Check your datasets in a moment.")
     try:
         dataset = _received(row)
     except BaseException:
@@ -196,13 +198,14 @@ def discard(row: Upload) -> None:
 
 
 def find_duplicate(owner: str, size: int, fingerprint: str) -> Dataset | None:
-    """The same file, if this user already has it: found by its SHA-256 if the fingerprint is one, else by the fingerprint."""
+    """The dataset with the same file, if this user has one. It is found by SHA-256 if the fingerprint is one, or else by the
+    fingerprint."""
     if not fingerprint:
         return None
     kind, _, digest = fingerprint.partition(":")
     for dataset in access.list_datasets(owner, 100):
         same = dataset.sha256 == digest if kind == "sha256" else dataset.fingerprint == fingerprint
-        if same and dataset.bytes == size and dataset.status != "rejected":
+        if same and dataset.bytes == size and dataset.status != DatasetStatus.REJECTED:
             return dataset
     return None
 
@@ -213,7 +216,8 @@ def _must_be_open(row: Upload) -> None:
 
 
 def _content(row: Upload) -> Iterator[bytes]:
-    """The parts in order. Raises Rejected if a part was sent twice with different bytes, since their order is unknown."""
+    """The parts in order. Raises Rejected if a part was sent twice with different bytes, because which one is newer is
+    unknown."""
     names: dict[int, str] = {}
     for entry in sorted(row.part_ids or ()):
         name = entry.rpartition(":")[0]
@@ -232,14 +236,14 @@ def _key(row: Upload) -> str:
 
 
 def progress(row: Upload) -> dict[str, Any]:
-    """For the page that resumes it."""
+    """The state of an upload, for the page that resumes it."""
     received = sum(received_parts(row).values())
     return {"upload": row, "came": received, "percent": int(100 * received / max(1, int(row.bytes)))}
 
 
 @outbox.deletion_handler("upload-")
 def _delete_parts(owner: str, upload_id: str) -> bool:
-    """Once an upload is completed, cancelled or expired, or its owner is deleted."""
+    """Deletes an upload's parts once it is completed, cancelled or expired, or once its owner is deleted."""
     row = tables.get(Upload, owner, upload_id)
     if row and row.status in {"pending", "completing"} and time.time() < row.expires_at + COMBINE_S:
         return False

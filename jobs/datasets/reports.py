@@ -1,7 +1,7 @@
-"""A dataset's report for another base: each has its own tokenizer, chat template and context.
+"""A dataset's reports for other base models, each with its own tokenizer, chat template and context length.
 
-The check of an upload uses the starter model's. For other bases the checks worker makes the report when a job needs it
-(the job is `validating` meanwhile) or a user requests it. Bases with the same tokenizer family share a report.
+The check of an upload uses those of the starter model. For other bases, the checks worker makes a report when a job needs it
+(the job stays `validating` until then) or a user requests it. Bases of the same tokenizer family share a report.
 
 checking ──► ready | refused (nothing to train on) | failed (no tokenizer, so the counts stay unknown)
 """
@@ -19,15 +19,16 @@ from jobs.datasets import checks, datasets
 from jobs.datasets.signals import dataset_settled
 from jobs.registry import base_models
 from jobs.store import blobs, outbox, tables
+from jobs.store.states import DatasetStatus, ReportStatus
 from jobs.store.tables import Dataset, DatasetReport, Job
 from training.plan import catalog
 from training.plan.events import Failure
 
-LEAKS = "#leaks#"  # instead of a base in the key: rows that two datasets share
+LEAKS = "#leaks#"  # prefix used in the key instead of a base, for the rows that two datasets have in common
 
 
 def uses_default_tokenizer(snapshot: Mapping[str, Any]) -> bool:
-    """Whether the dataset's own report is valid for this base."""
+    """Whether the report made at upload is valid for this base."""
     return base_models.tokenizer_family(snapshot) == catalog.STARTER
 
 
@@ -43,8 +44,8 @@ def request_report(dataset: Dataset, snapshot: Mapping[str, Any]) -> DatasetRepo
     """The report, or a pending one. Requests it again if it failed. Idempotent."""
     base = base_models.tokenizer_family(snapshot)
     current = tables.get(DatasetReport, dataset.dataset_id, base)
-    if current is not None and current.status != "failed":
-        if current.status == "checking":
+    if current is not None and current.status != ReportStatus.FAILED:
+        if current.status == ReportStatus.CHECKING:
             outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{base}")
         return current
     mine = secrets.token_hex(8)
@@ -52,7 +53,7 @@ def request_report(dataset: Dataset, snapshot: Mapping[str, Any]) -> DatasetRepo
         dataset.dataset_id, base, owner=dataset.owner, base_snapshot=dict(snapshot), request_id=mine
     )
     outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{base}")
-    free = DatasetReport.dataset_id.does_not_exist() | (DatasetReport.status == "failed")
+    free = DatasetReport.dataset_id.does_not_exist() | (DatasetReport.status == ReportStatus.FAILED)
     put = tables.put_if(row, free, lambda current: current.request_id == mine)
     outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{base}")
     return put or tables.get(DatasetReport, dataset.dataset_id, base) or row
@@ -62,7 +63,11 @@ def request_row(dataset: Dataset, snapshot: Mapping[str, Any], line: int) -> Dat
     """The tokens of one row for this base. A request for another row replaces the first."""
     key = row_key(base_models.tokenizer_family(snapshot))
     current = tables.get(DatasetReport, dataset.dataset_id, key)
-    if current is not None and current.base_snapshot.get("line") == line and current.status != "failed":
+    if (
+        current is not None
+        and current.base_snapshot.get("line") == line
+        and current.status != ReportStatus.FAILED
+    ):
         return current
     row = DatasetReport(
         dataset.dataset_id,
@@ -83,9 +88,8 @@ def request_leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | Non
     key = f"{LEAKS}{validation.dataset_id}"
     current = tables.get(DatasetReport, dataset.dataset_id, key)
     snapshot = {"validation": validation.dataset_id, "report": validation.report_key}
-    if (
-        current is None or current.base_snapshot != snapshot
-    ):  # not asked for, or the other one is read in another way since
+    # Not requested yet, or the validation dataset has been checked with other columns since.
+    if current is None or current.base_snapshot != snapshot:
         current = None
         outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{key}")
         DatasetReport(dataset.dataset_id, key, owner=dataset.owner, base_snapshot=snapshot).save()
@@ -98,37 +102,39 @@ def row_key(base: str) -> str:
 
 
 def summary_for(dataset: Dataset, snapshot: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """(counts, whether they are of this base's own tokenizer)."""
+    """(the dataset's counts, whether they were made with this base's tokenizer)."""
     if uses_default_tokenizer(snapshot):
         return dict(dataset.summary or {}), True
     current = get(dataset.dataset_id, snapshot)
-    if current is not None and current.status == "ready":
+    if current is not None and current.status == ReportStatus.READY:
         return dict(current.summary or {}), True
     return dict(dataset.summary or {}), False
 
 
 def for_job(job: Job, dataset: Dataset) -> DatasetReport | None:
-    """The report that the job waits for, requested if needed; None if the dataset's own is valid. A failed one is not
-    requested again: the training worker will report what is wrong with the base, or has already fetched it."""
+    """The report that the job waits for, requested if needed; None if the report made at upload is valid. A failed report is
+    not requested again: the training worker will report what is wrong with the base, or can fetch it in the meantime."""
     snapshot = job.base_snapshot or {"id": job.base}
     if uses_default_tokenizer(snapshot):
         return None
     current = get(dataset.dataset_id, snapshot)
     return (
-        current if current is not None and current.status == "failed" else request_report(dataset, snapshot)
+        current
+        if current is not None and current.status == ReportStatus.FAILED
+        else request_report(dataset, snapshot)
     )
 
 
 @outbox.handler("report")
 def build(owner: str, id: str) -> bool:
-    """The outbox handler. Returns whether the work is done. Raises the stores' errors, and is then retried."""
+    """The outbox handler. Returns whether the work is done. Raises errors of the stores; the work is then retried."""
     dataset_id, _, base = id.partition("@")
     row = tables.get(DatasetReport, dataset_id, base)
     dataset = tables.get(Dataset, owner, dataset_id)
-    if row is None or row.status != "checking":
+    if row is None or row.status != ReportStatus.CHECKING:
         return True
-    if dataset is None or dataset.deleted or dataset.status != "ready":
-        tables.remove(DatasetReport, dataset_id, base)  # a job that waits for it requests it again
+    if dataset is None or dataset.deleted or dataset.status != DatasetStatus.READY:
+        tables.remove(DatasetReport, dataset_id, base)  # a job that waits for the report requests it again
         return True
     if base.startswith(LEAKS):
         return _find_leaks(dataset, row)
@@ -151,20 +157,19 @@ def build(owner: str, id: str) -> bool:
     if line is None:
         dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
     current = tables.get(DatasetReport, dataset_id, base)
-    return (
-        build(owner, id) if current is not None and current.status == "checking" else True
-    )  # asked again meanwhile
+    # It is `checking` again if it was requested once more in the meantime.
+    return build(owner, id) if current is not None and current.status == ReportStatus.CHECKING else True
 
 
 def _find_leaks(dataset: Dataset, row: DatasetReport) -> bool:
     validation = tables.get(Dataset, dataset.owner, str(row.base_snapshot["validation"]))
     current = None
-    if validation is not None and not validation.deleted and validation.status == "ready":
+    if validation is not None and not validation.deleted and validation.status == DatasetStatus.READY:
         current = checks.leaks(dataset, validation)
-    actions = [DatasetReport.status.set("ready" if current else "failed")]
+    actions = [DatasetReport.status.set(ReportStatus.READY if current else ReportStatus.FAILED)]
     if current:
         actions.append(DatasetReport.summary.set(current))
-    tables.update(row, actions, DatasetReport.status == "checking")
+    tables.update(row, actions, DatasetReport.status == ReportStatus.CHECKING)
     return True
 
 
@@ -172,12 +177,12 @@ def _made(dataset: Dataset, row: DatasetReport, line: int | None) -> tuple[str, 
     try:
         folder = base_models.folder(str(row.base_snapshot["id"]), row.base_snapshot, only="tokenizer")
     except Failure as failure:
-        return "failed", " ".join(part for part in (failure.message, failure.advice) if part), None
+        return ReportStatus.FAILED, " ".join(part for part in (failure.message, failure.advice) if part), None
     report = checks.report_on(dataset, str(folder), line=line)
     if report is not None and line is not None:
-        return "ready", "", report
+        return ReportStatus.READY, "", report
     if report is None:
-        return "failed", checks.OVER_LIMITS, None
+        return ReportStatus.FAILED, checks.OVER_LIMITS, None
     if not report.get("ready"):
-        return "refused", str(report.get("error") or report.get("verdict") or ""), report
-    return "ready", "", report
+        return ReportStatus.REFUSED, str(report.get("error") or report.get("verdict") or ""), report
+    return ReportStatus.READY, "", report

@@ -23,7 +23,7 @@ MAX_OUTPUT_BYTES = 8 << 20
 
 
 def run(arguments: list[str], kind: str, file_bytes: int = 1 << 20) -> dict[str, Any] | None:
-    """Runs `python -m training ARGUMENTS…` and returns its event of type `kind`; None if it exceeded the limits."""
+    """Runs `python -m training ARGUMENTS…` and returns its event of type `kind`, or None if it exceeded the limits."""
     seconds = settings.JOBS["check_timeout_s"]
     limits = Limits(
         memory_bytes=int(settings.JOBS["check_memory_bytes"]),
@@ -60,6 +60,6 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 
 
 def tokenizer_of(base: str) -> str:
-    """Folder of a base model's tokenizer if it is on this machine, else an empty string."""
+    """The folder of a base model's tokenizer, or an empty string if it is not on this machine."""
     model = catalog.find(base)
     return model.folder if model else ""

@@ -1,7 +1,7 @@
 """New versions of a dataset: without the rows that a finding lists, or split in two. The original is not changed.
 
-A version's row comes first, with its `origin`. Its check makes the bytes in a limited child process, and then validates
-them like any upload. So after a crash the same check runs again.
+The version's row is written first, with its `origin`. Its check makes the file in a child process with limits, and then
+validates it like any upload. After a crash, the same check simply runs again.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from django.conf import settings
 from jobs.datasets import datasets, sandbox
 from jobs.registry import base_models
 from jobs.store import access, blobs, tables
+from jobs.store.errors import Refused
+from jobs.store.states import DatasetStatus
 from jobs.store.tables import Dataset, DatasetReport, Usage, new_id
 from training.plan import catalog
 from training.plan.events import Failure
 
 SPLIT = "split"
 FRACTION = 0.1  # of the rows, set aside for validation
-MIN_ROWS_TO_SPLIT = 50  # with fewer, the validation part could be empty
-LINES_KEPT = 1000  # of removed rows, kept in the row
-# Part of each version's name. Unreadable rows are not listed: such a file is not kept.
+MIN_ROWS_TO_SPLIT = 50  # with fewer rows, the validation part could be empty
+LINES_KEPT = 1000  # the number of removed rows whose lines are kept in the dataset's row
+# Part of each version's name. `bad_row` is missing because a file with unreadable rows is not kept.
 WITHOUT = {
-    "nothing_to_train": "without rows that teach nothing",
+    "nothing_to_train": "without rows that have nothing to learn",
     "truncated": "without rows that are too long",
     "special_tokens": "without control tokens",
     "empty_answer": "without empty answers",
@@ -36,16 +38,12 @@ WITHOUT = {
     "secret": "without secrets",
     "personal": "without personal data",
 }
-PARTS = {"train": "90 % to train", "validation": "10 % to validate"}
-
-
-class Refused(Exception):
-    """This version cannot be made. The message says why."""
+PARTS = {"train": "90% for training", "validation": "10% for validation"}
 
 
 def check(source: Dataset, what: str, findings: Sequence[dict[str, Any]]) -> None:
     """Raises Refused unless `what` (a finding's code, or SPLIT) can be applied to the dataset."""
-    if source.status != "ready":
+    if source.status != DatasetStatus.READY:
         raise Refused(
             "Only a dataset that passed its check can be changed. Wait for the check, or upload another file."
         )
@@ -53,7 +51,7 @@ def check(source: Dataset, what: str, findings: Sequence[dict[str, Any]]) -> Non
         if not can_split(source):
             raise Refused(f"A dataset needs at least {MIN_ROWS_TO_SPLIT} rows to be split. Upload more rows.")
     elif what not in WITHOUT or what not in {finding.get("code") for finding in findings}:
-        raise Refused("The report lists no such rows. Use a button next to one of its findings.")
+        raise Refused("The report has no finding with such rows. Use a button next to one of its findings.")
 
 
 def can_split(source: Dataset) -> bool:
@@ -62,8 +60,9 @@ def can_split(source: Dataset) -> bool:
 
 
 def begin(source: Dataset, what: str, report: DatasetReport | None = None) -> Dataset:
-    """Creates the new dataset (after a split: the one to train on), whose check is pending. `report`: that of another base,
-    whose tokenizer decides which rows to remove. Idempotent, unless the result was rejected or deleted. Raises OverQuota."""
+    """Creates the new dataset (for a split, returns the one to train on). Its check is pending. `report` is the report for
+    another base, whose tokenizer decides which rows to remove. Idempotent, unless the result was rejected or deleted.
+    Raises OverQuota."""
     parts = list(PARTS) if what == SPLIT else [""]
     ids, known = _ids(source, f"{what}@{report.base}" if report else what, len(parts))
     if not known:
@@ -73,7 +72,7 @@ def begin(source: Dataset, what: str, report: DatasetReport | None = None) -> Da
 
 
 def _ids(source: Dataset, name: str, many: int) -> tuple[list[str], bool]:
-    """The IDs of these versions, the same for every request, and whether all their rows exist."""
+    """The IDs of these versions, which are the same for every request, and whether all of them exist."""
     mine = [new_id("file") for _ in range(many)]
     row = Usage(source.owner, f"version#{source.dataset_id}#{name}", data=mine)
     while True:
@@ -83,7 +82,9 @@ def _ids(source: Dataset, name: str, many: int) -> tuple[list[str], bool]:
         if current is None:
             continue
         there = [tables.get(Dataset, source.owner, id) for id in current.data]
-        if not any(one is not None and (one.deleted or one.status == "rejected") for one in there):
+        if not any(
+            one is not None and (one.deleted or one.status == DatasetStatus.REJECTED) for one in there
+        ):
             return list(current.data), all(there)
         fresh = [Usage.data.set(mine), Usage.version.add(1)]
         if tables.update(row, fresh, Usage.version == current.version, lambda current: current.data == mine):
@@ -98,7 +99,7 @@ def _version(
         length = (report.summary or {}).get("sequence_length")
         base = {"facts": report.base_snapshot, "sequence_length": length}
     name = name_of(source, describe({"what": what, "part": part, **base}))
-    dataset = Dataset(source.owner, id, name=name, purpose=source.purpose, status="checking")
+    dataset = Dataset(source.owner, id, name=name, purpose=source.purpose, status=DatasetStatus.CHECKING)
     other = next((one for one in ids if one != id), "")
     dataset.origin = {
         "dataset_id": source.dataset_id,
@@ -112,13 +113,13 @@ def _version(
 
 
 def describe(origin: dict[str, Any]) -> str:
-    """How a version differs: `without rows that are too long for gpt2`."""
+    """How a version differs from the original, for example `without rows that are too long for gpt2`."""
     words = PARTS[origin["part"]] if origin["part"] else WITHOUT[origin["what"]]
     return f"{words} for {origin['facts']['id']}" if origin.get("facts") else words
 
 
 def name_of(source: Dataset, words: str) -> str:
-    """`support (without duplicates).jsonl`; a version of a version says both."""
+    """A version's name, for example `support (without duplicates).jsonl`. A version of a version names both changes."""
     stem = PurePath(source.name).stem[:150] or "dataset"
     if source.origin and stem.endswith(")"):
         return datasets.display_name(f"{stem[:-1]}, {words}).jsonl")
@@ -129,7 +130,7 @@ def name_of(source: Dataset, words: str) -> str:
 
 
 def make(dataset: Dataset) -> Dataset | None:
-    """Stores the bytes of a version. None if it was rejected, which records why, or deleted."""
+    """Makes and stores the file of a version. Returns None if it was rejected, with the reason recorded, or deleted."""
     max_bytes = int(settings.JOBS["max_upload_bytes"])
     try:
         return _made(dataset, max_bytes)
@@ -138,8 +139,8 @@ def make(dataset: Dataset) -> Dataset | None:
     except blobs.Missing:
         message = f"{dataset.origin['name']} was deleted before this version of it was made."
     except blobs.TooLarge:
-        message = f"It would be larger than {max_bytes:,} bytes. Split the file first."
-    datasets.finish_check(dataset.owner, dataset.dataset_id, "rejected", error=message)
+        message = f"This version would be larger than {max_bytes:,} bytes. Split the file first."
+    datasets.finish_check(dataset.owner, dataset.dataset_id, DatasetStatus.REJECTED, error=message)
     return None
 
 
@@ -153,10 +154,10 @@ def _made(dataset: Dataset, max_bytes: int) -> Dataset | None:
         blobs.fetch(source.key, path, sha256=source.sha256)
         result = sandbox.run(_arguments(source, origin, path, folder), "fixed", file_bytes=max_bytes)
         if result is None:
-            raise Refused("Making this version exceeded the time or memory limit. Split the file first.")
+            raise Refused("Creating this version exceeded the time or memory limit. Split the file first.")
         origin |= _difference(origin, result)
         if not origin["kept"]:
-            raise Refused(f"No rows of {origin['name']} would remain.")
+            raise Refused(f"This version would have no rows: all rows of {origin['name']} would be removed.")
         with (folder / _file(origin)).open("rb") as file:
             return datasets.store_content(dataset, file, origin)
 

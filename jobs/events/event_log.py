@@ -1,8 +1,8 @@
-"""The numbered events of a job: stored in chunks, announced on Redis, followed by any number of watchers.
+"""The numbered events of a job: stored in chunks, announced on Redis, and followed by any number of watchers.
 
-Store first, announce second. A watcher replays from the last number it has and then follows. Redis only signals that
-there are new events, so losing a message costs at most one poll. Each process reads a job from the store once, however
-many watchers it has.
+Events are stored first and announced second. A watcher replays all events after the last number it has, and then follows.
+Redis only signals that there are new events, so if a message is lost, the watcher sees them at the next poll. Each process
+reads a job from the store only once, no matter how many watchers it has.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ import redis.exceptions
 
 from jobs.store import access, redis_client
 from jobs.store.lease import Lease, LostRace
+from jobs.store.states import JobStatus
 from jobs.store.tables import EventChunk, HeartbeatChunk, Job, put_if
 
 log = logging.getLogger(__name__)
 
-MAX_CHUNK_EVENTS = 100  # JOBS["chunk_events"] may be lower, never higher: readers go back by this number
-POLL_S = 2.0  # without a notification
-TICK_S = 0.4  # at most two reads in this time for each job, however many notifications arrive
+MAX_CHUNK_EVENTS = (
+    100  # JOBS["chunk_events"] must not be higher, because readers start this many events earlier
+)
+POLL_S = 2.0  # time between two reads without a notification
+TICK_S = 0.4  # each job is read at most twice in this time, no matter how many notifications arrive
 KEPT = 5000  # events that a tailer keeps for later watchers
 MAX_QUEUED = 64  # ticks that a watcher may lag behind
 
@@ -41,7 +44,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Batch:
-    """Lines that are stored together. Frozen: a batch is only ever sent again unchanged."""
+    """Lines that are stored together. A batch is frozen because it may only be sent again unchanged."""
 
     first_seq: int
     lines: tuple[str, ...]
@@ -52,15 +55,15 @@ class Batch:
 
 
 class TooSlow(Exception):
-    """The watcher read its events too slowly. It may reconnect with the last number it has."""
+    """The watcher read its events too slowly. It can reconnect with the last number it has."""
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def append(claim: Lease, batch: Batch) -> None:
-    """Writes the chunk unless one with the same or a higher fencing token exists. Readers see it only after the heartbeat
-    that follows has moved `last_seq`. Raises LostRace if a later lease owner has written here."""
+    """Writes the chunk unless one with the same or a higher fencing token exists. Readers see it only after the next heartbeat
+    has updated `last_seq`. Raises LostRace if a later lease owner has written this chunk."""
     chunk = HeartbeatChunk(
         claim.job_id,
         batch.first_seq,
@@ -84,7 +87,7 @@ def append(claim: Lease, batch: Batch) -> None:
 
 
 def announce(job_id: str, last_seq: int) -> None:
-    """Notifies the watchers of a job. Best effort: never raises, never waits long."""
+    """Notifies the watchers of a job. Best effort: it never raises and never waits long."""
     with contextlib.suppress(redis.exceptions.RedisError, OSError):
         redis_client.client().publish(f"news:{job_id}", last_seq)
 
@@ -93,17 +96,18 @@ def announce(job_id: str, last_seq: int) -> None:
 
 
 def read(owner: str, job_id: str, after: int = 0, limit: int | None = None) -> list[Event]:
-    """Events after number `after`, at most about `limit` (whole chunks are read), gap-free. When the job has ended the
-    last one is `{"t": "end", "status", "reason", "message", "advice", "model"}`, built from the job's row.
+    """The events after number `after`, without gaps and at most about `limit` (whole chunks are read). If the job has ended,
+    the last one is `{"t": "end", "status", "reason", "message", "advice", "model"}`, built from the job's row.
     Raises jobs.store.access.NotFound."""
-    job = access.get_job_for(owner, job_id)  # read before the chunks, which are complete up to its last_seq
+    # Read before the chunks, so that they are complete up to the job's last_seq.
+    job = access.get_job_for(owner, job_id)
     events = _stored(job_id, after, int(job.last_seq), limit)
     whole = (events[-1].seq if events else after) >= job.last_seq
     return [*events, end_of(job)] if job.ended and whole and after <= job.last_seq else events
 
 
 def end_of(job: Job) -> Event:
-    """The last event of an ended job. It is not stored: it is built from the job's row."""
+    """The last event of an ended job. It is not stored, but built from the job's row."""
     data = {
         "t": "end",
         "time": float(job.ended_at or 0),
@@ -111,7 +115,7 @@ def end_of(job: Job) -> Event:
         "reason": job.reason,
         "message": job.message,
         "advice": job.advice,
-        "model": job.model_id if job.status == "succeeded" else None,
+        "model": job.model_id if job.status == JobStatus.SUCCEEDED else None,
     }
     return Event(int(job.last_seq) + 1, data)
 
@@ -132,7 +136,7 @@ def _stored(job_id: str, after: int, upto: int, limit: int | None = None) -> lis
 
 
 def backwards(job_id: str, upto: int) -> Iterator[Event]:
-    """Stored events from number `upto` down to 1; reads only as far as the caller iterates."""
+    """Yields the stored events from number `upto` down to 1. Reads only as far as the caller iterates."""
     if upto < 1:
         return
     chunks = EventChunk.query(
@@ -150,7 +154,7 @@ def backwards(job_id: str, upto: int) -> Iterator[Event]:
 @dataclass(frozen=True)
 class Tick:
     """The result of one read: the job's current state and the events that are new to this watcher (none if only the job's
-    own fields changed). `shared` is one dict for all watchers of the tick, for what is rendered once for all."""
+    own fields changed). All watchers get the same dict `shared`, for anything that is rendered only once."""
 
     job: Job
     events: list[Event]
@@ -158,10 +162,10 @@ class Tick:
 
 
 async def follow(owner: str, job_id: str, after: int = 0) -> AsyncGenerator[list[Event], None]:
-    """Replays after `after`, then follows. Yields lists, never empty ones; ends after the event "end".
+    """Replays the events after number `after`, then follows. Yields lists that are never empty; ends after the event "end".
 
-    Raises jobs.store.access.NotFound (also later, when the job is deleted) and `TooSlow` for a watcher that does not keep up.
-    Closing the generator releases everything. Callers check authorization again every 30 s themselves."""
+    Raises jobs.store.access.NotFound (also later, if the job is deleted), and `TooSlow` if the watcher does not keep up.
+    Closing the generator releases everything. Callers must check authorization again every 30 s."""
     async with contextlib.aclosing(watch(owner, job_id, after)) as ticks:
         async for tick in ticks:
             if tick.events:
@@ -169,7 +173,7 @@ async def follow(owner: str, job_id: str, after: int = 0) -> AsyncGenerator[list
 
 
 async def watch(owner: str, job_id: str, after: int = 0) -> AsyncGenerator[Tick, None]:
-    """Like `follow`, but with the job itself: a tick at the start, and whenever the job or its events change."""
+    """Like `follow`, but with the job itself: yields a tick at the start and whenever the job or its events change."""
     tailers = _tailers()
     tailer = tailers.get((owner, job_id))
     if tailer is None:
@@ -182,15 +186,14 @@ async def watch(owner: str, job_id: str, after: int = 0) -> AsyncGenerator[Tick,
         seen = after
         if tailer.tick and seen > tailer.tick.job.last_seq + 1:
             seen = 0  # a number that was never assigned: send everything rather than nothing
-        while (
-            tailer.first - 1 > seen
-        ):  # older than what the tailer keeps: this watcher reads it from the store itself
+        # Events older than those the tailer keeps: this watcher reads them from the store itself.
+        while tailer.first - 1 > seen:
             older = await asyncio.to_thread(_stored, job_id, seen, tailer.first - 1, 1000)
             seen = older[-1].seq if older else tailer.first - 1
             yield Tick(await asyncio.to_thread(access.get_job_for, owner, job_id), older, {})
         if tailer.tick is not None:
             known = [e for e in tailer.kept if e.seq > seen]
-            # Before the yield: what the tailer reads while we wait there comes through the queue.
+            # Set before the yield, because what the tailer reads during the yield arrives through the queue.
             seen = max(seen, tailer.head)
             yield Tick(tailer.tick.job, known, {})
         while not (
@@ -217,7 +220,7 @@ class _Watcher:
 
     def put(self, item: Tick | Exception) -> None:
         if self.queue.full():
-            self.slow = True  # raised by its next call of `next`
+            self.slow = True  # raised by the watcher's next call of `next`
         else:
             self.queue.put_nowait(item)
 
@@ -232,7 +235,7 @@ class _Watcher:
 
 @dataclass(eq=False)
 class _Tailer:
-    """Reads one job for all of its watchers in this process, as long as there are any."""
+    """Reads one job on behalf of all of its watchers in this process, as long as there are any."""
 
     owner: str
     job_id: str
@@ -246,19 +249,20 @@ class _Tailer:
 
     @property
     def first(self) -> int:
-        """Number of the oldest event it keeps (the next one, when it keeps none)."""
+        """The number of the oldest event it keeps, or of the next event if it keeps none."""
         return self.kept[0].seq if self.kept else self.head + 1
 
     async def run(self, tailers: dict[tuple[str, str], _Tailer]) -> None:
         try:
             await _listen()
             while not await self._poll():
-                # Notifications during the pause lead to one read; the first one after it is read at once.
+                # All notifications during this pause lead to a single read. One that arrives later leads to a read at once.
                 await asyncio.sleep(TICK_S)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.notified.wait(), POLL_S)
                 self.notified.clear()
-        except Exception as error:  # deleted, or an error of ours: in either case no watcher may wait forever
+        # The job was deleted, or there is a bug: in either case, no watcher may wait forever.
+        except Exception as error:
             for watcher in self.watchers:
                 watcher.put(error)
         finally:
@@ -267,7 +271,7 @@ class _Tailer:
                 del tailers[self.owner, self.job_id]
 
     async def _poll(self) -> bool:
-        """Reads the store once; True when the job has ended and all events are delivered."""
+        """Reads the store once. Returns True once the job has ended and all of its events are delivered."""
         try:
             job = await asyncio.to_thread(access.get_job_for, self.owner, self.job_id)
             if self.tick is None:
@@ -275,7 +279,7 @@ class _Tailer:
             events = await asyncio.to_thread(_stored, self.job_id, self.head, int(job.last_seq), 2000)
         except access.NotFound:
             raise
-        except Exception:  # the store is unreachable: watchers wait and get everything when it is back
+        except Exception:  # the store is unreachable: watchers wait, and get everything once it is back
             log.warning("events of %s: the store cannot be read", self.job_id, exc_info=True)
             return False
         head = events[-1].seq if events else self.head
@@ -322,7 +326,7 @@ def _tailers() -> dict[tuple[str, str], _Tailer]:
 
 
 async def _listen() -> None:
-    """Ensures that this process is subscribed. Returns at once, or after the subscription is active (at most 1 s)."""
+    """Ensures that this process is subscribed. Waits until the subscription is active, but at most 1 s."""
     hub = _this_hub()
     if hub.listener is None or hub.listener.done():
         subscribed = asyncio.Event()
@@ -332,7 +336,7 @@ async def _listen() -> None:
 
 
 async def _receive(hub: _Hub, subscribed: asyncio.Event) -> None:
-    """While there are watchers: a notification for a job wakes the tailer of that job."""
+    """Wakes the tailer of each job for which a notification arrives, as long as there are watchers."""
     while hub.tailers:
         client = redis_client.own_client(socket_timeout=20)
         try:

@@ -1,6 +1,6 @@
-"""A job's history, built from its events: its curve, its log, its samples and the results of its resumes.
+"""A job's history, built from its events: its curve, its log, its samples and the results of its resume checks.
 
-The page builds it once from all events; the live stream describes each new event with the same sentences.
+The page builds it once from all events. The live stream describes each new event with the same sentences.
 """
 
 from __future__ import annotations
@@ -12,24 +12,29 @@ from typing import Any
 
 from jobs.events.event_log import Event
 from jobs.formatting import clock, count, loss, memory, rate, short_hash, size
+from jobs.store.states import JobStatus
 from training.plan.events import REASONS
 
 KEPT_LOG_LINES = 300  # the page shows the end of a long log; the full log is a download
-KEPT_POINTS = 1500  # more than a screen has pixels across
-# Training and evaluation need no line of their own: their metrics are in the log.
+KEPT_POINTS = 1500  # more points than a screen has pixels across
+# Training and evaluation have no line here, because their metrics are in the log.
 PHASE_SENTENCES = {
     "preparing": "Preparing: loading the model and the data",
     "rehearsing": "Rehearsing the largest batch, an evaluation and a checkpoint",
     "exporting": "Exporting the model and comparing it with the trained weights",
 }
 
-END_WORDS = {"succeeded": "The model is ready", "failed": "Failed", "cancelled": "Cancelled"}
-END_LEVELS = {"failed": "error", "cancelled": "warn"}
+END_WORDS: dict[str, str] = {
+    JobStatus.SUCCEEDED: "The model is ready",
+    JobStatus.FAILED: "Failed",
+    JobStatus.CANCELLED: "Cancelled",
+}
+END_LEVELS: dict[str, str] = {JobStatus.FAILED: "error", JobStatus.CANCELLED: "warn"}
 
 
 @dataclass(frozen=True)
 class LogLine:
-    """Of consecutive lines whose `kind` is "metric", only the newest is shown."""
+    """A line of the log. Of consecutive lines whose `kind` is "metric", only the newest is shown."""
 
     seq: int
     at: str  # 10:42:07
@@ -92,7 +97,7 @@ class JobHistory:
         return self.log[-KEPT_LOG_LINES:]
 
     def apply(self, event: Event) -> None:
-        """Takes in the next event."""
+        """Adds the next event."""
         self.seq = max(self.seq, event.seq)
         data = event.data
         kind, step = data.get("t"), int(data.get("step") or 0)
@@ -146,7 +151,7 @@ def sentence(event: dict[str, Any]) -> tuple[str, str]:
     if kind == "plan":
         return (
             f"{count(get('total_steps'))} steps planned: {count(get('examples'))} examples, "
-            f"{count(get('tokens'))} tokens, {count(get('trained_tokens'))} of them trained",
+            f"{count(get('tokens'))} tokens, {count(get('trained_tokens'))} of them trained on",
             "info",
         )
     if kind == "metric":
@@ -160,7 +165,7 @@ def sentence(event: dict[str, Any]) -> tuple[str, str]:
         files = get("files")
         number = len(files) if isinstance(files, list) else files
         name = "Final model" if get("final") else "Checkpoint"
-        detail = f"{number} files, {size(get('bytes'))}, sha256 {short_hash(get('sha256'))}"
+        detail = f"{number} {'file' if number == 1 else 'files'}, {size(get('bytes'))}, sha256 {short_hash(get('sha256'))}"
         return f"{name} at step {get('step')} written ({detail})", "info"
     if kind == "estimate":
         return f"Rehearsal finished: peak memory {memory(get('peak_memory'))}", "info"
@@ -182,7 +187,7 @@ def sentence(event: dict[str, Any]) -> tuple[str, str]:
 
 
 def chart(history: JobHistory) -> dict[str, Any]:
-    """The columns that static/js/job.js draws, thinned out to what a screen can show."""
+    """The columns that static/js/job.js draws, with no more points than a screen can show."""
     steps = thin(sorted(history.metrics), KEPT_POINTS)
     rows = [history.metrics[step] for step in steps]
     columns = {
@@ -214,12 +219,13 @@ def summary(history: JobHistory) -> str:
         f"Training loss fell from {loss(first.get('loss'))} at step {first.get('step')} to "
         f"{loss(latest.get('loss'))} at step {latest.get('step')}."
         if (latest.get("loss") or 0) < (first.get("loss") or 0)
-        else f"Training loss is {loss(latest.get('loss'))} at step {latest.get('step')}, "
-        f"{loss(first.get('loss'))} at step {first.get('step')}."
+        else f"Training loss is {loss(latest.get('loss'))} at step {latest.get('step')}; "
+        f"it was {loss(first.get('loss'))} at step {first.get('step')}."
     )
     if history.evals:
         text += f" Held-out loss is {loss(history.latest_eval.get('loss'))}"
-        text += f", {loss(history.base_eval.get('loss'))} before training." if history.base_eval else "."
+        before = history.base_eval
+        text += f"; before training it was {loss(before.get('loss'))}." if before else "."
     return text
 
 

@@ -1,1 +1,1 @@
-"""Generating text with models: the client, and the worker that runs the inference server."""
+"""Text generation: the client, and the worker that runs the inference server."""

@@ -1,7 +1,7 @@
-"""Checkpoints as models one can generate with: `<model id>:ckpt-step-<n>`.
+"""Checkpoints as models that can generate text: `<model ID>:ckpt-step-<n>`.
 
-A checkpoint holds the trained weights and the optimizer's state, not a model folder. The first request exports it in a
-separate process, in the same way as any model. The result is kept in this machine's cache under the manifest's hash.
+A checkpoint has the trained weights and the optimizer's state, but is not a model folder. The first request exports it in a
+separate process, like any other model. The result is kept in this machine's cache under the manifest's hash.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ JOBS_SEARCHED = 1000
 
 
 def find(owner: str, model_id: str) -> tuple[Job, dict[str, Any]]:
-    """The job and the checkpoint that this id names. Raises access.NotFound."""
+    """The job and the checkpoint with this ID. Raises access.NotFound."""
     base, _, step = model_id.rpartition(SEPARATOR)
     for job in access.list_jobs(owner, JOBS_SEARCHED):
         if job.model_id == base:
@@ -40,7 +40,7 @@ def folder(owner: str, model_id: str) -> Path:
     place = Path(settings.MODEL_CACHE_DIR) / f"ckpt-{checkpoint['sha256'][:32]}"
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process exports it, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process exports it while the others wait
         if not place.is_dir():  # the export renames it into place when it is complete
             _export(job, checkpoint, place)
     return place

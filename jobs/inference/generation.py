@@ -1,9 +1,9 @@
-"""Text from a model, token by token: the playground and /v1 both call `stream`.
+"""Generates text with a model, token by token. The playground and `/v1` both call `stream`.
 
-The request waits in Redis (`jobs.inference.generation_queue`) until an inference worker takes it and passes it
-(`jobs.inference.inference_worker`) to its child process, `python -m training serve`. The output comes back on the Redis
-stream `tokens:<request>`, whose entries are numbered without gaps. The reader renews its request; when it leaves or dies
-the request is dropped, and the worker that has it cancels it. Nothing is kept: everything expires.
+The request waits in Redis (`jobs.inference.generation_queue`) until an inference worker (`jobs.inference.inference_worker`)
+takes it and passes it to its child process, `python -m training serve`. The output arrives on the Redis stream
+`tokens:<request>`, whose entries are numbered without gaps. The reader renews its request. When it disconnects or dies, the
+request is dropped and the worker that has it cancels it. All keys in Redis expire.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from jobs.registry import base_models, tuned_models
 from jobs.store import redis_client
 from training.plan import catalog
 
-RENEW_S = 5.0  # between two renewals by the reader
-NO_WORKER_S = 20.0  # the longest wait while no request at all is being served: there is no worker
-WAIT_S = 600.0  # the longest wait in the queue; the official clients give up after the same time
+RENEW_S = 5.0  # time between two renewals by the reader
+NO_WORKER_S = 20.0  # if no request at all is served for this long, there is no worker
+WAIT_S = 600.0  # the longest wait in the queue; OpenAI's clients give up after the same time
 REDIS_RETRY_S = 30.0  # how long a waiting request tolerates an unreachable Redis
-MAX_TRIES = 3  # of a request that Redis or its worker lost
+MAX_TRIES = 3  # for a request that was lost by Redis or its worker
 UNAVAILABLE = "The models are temporarily unavailable. Try again in a few seconds."
-SEQUENCES_AT_ONCE = 8  # of one user in the server: half of what it generates at once
+SEQUENCES_AT_ONCE = 8  # per user in the inference server: half of what it generates at once
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What to generate and how. Exactly one of `prompt`, `prompts` and `messages`."""
+    """What to generate and how. Exactly one of `prompt`, `prompts` and `messages` must be set."""
 
-    model: str  # a tuned model's id or alias, a checkpoint's model id, or a base model's id
+    model: str  # the ID or alias of a tuned model, or the ID of a checkpoint or base model
     prompt: str | None = None
-    # Texts or token ids; choice i of prompt k has index k * n + i.
+    # Texts or token IDs. Choice i of prompt k has the index k * n + i.
     prompts: list[str] | list[list[int]] | None = None
     messages: list[dict[str, Any]] | None = None
     max_tokens: int = 128
@@ -65,7 +65,7 @@ class Busy(Exception):
 
 
 class Unavailable(Busy):
-    """No worker can respond at the moment, however few requests are waiting."""
+    """No worker can respond at the moment, even if few requests are waiting."""
 
 
 class Failed(Exception):
@@ -87,12 +87,13 @@ class _Lost(Exception):
 
 
 async def stream(owner: str, request: GenerateRequest) -> AsyncGenerator[dict[str, Any], None]:
-    """Yields the lines of the serve protocol: {"t": "start", "prompt_tokens"}, {"t": "token", "index", "text", …} … and
-    last {"t": "done", "choices", "usage"}. Closing the generator takes the request out of the queue, or cancels it within 2 s.
+    """Yields the lines of the serve protocol: {"t": "start", "prompt_tokens"}, {"t": "token", "index", "text", …} …, and
+    finally {"t": "done", "choices", "usage"}. Closing the generator removes the request from the queue, or cancels it within
+    2 s.
 
-    Raises, before the first line, access.NotFound for a model that the owner may not use, Busy when the queue is full
-    (for this user or overall) and Unavailable; Failed at any time. A request lost with Redis or with its worker before
-    its first token is queued again in its old place."""
+    Before the first line it may raise access.NotFound (the owner may not use the model), Busy (the queue is full, for this
+    user or overall) and Unavailable; at any time, Failed. If Redis or the worker loses the request before its first token,
+    it is queued again in its old place."""
     await asyncio.to_thread(check_model, owner, request.model)
     queued = _QueuedRequest(owner, request)
     started = begun = False
@@ -107,25 +108,27 @@ async def stream(owner: str, request: GenerateRequest) -> AsyncGenerator[dict[st
             return
         except (redis.exceptions.RedisError, _Lost) as error:
             if begun:
-                raise Failed("server_died", "The model server was lost. Try again.") from error
+                raise Failed(
+                    "server_died", "The model server stopped in the middle of the response. Try again."
+                ) from error
             if not queued.arrival:
                 raise Unavailable(5, UNAVAILABLE) from error
         finally:
             await lines.aclose()
-    raise Failed("server_died", "The model server was lost several times. Try again.")
+    raise Failed("server_died", "The model server stopped several times before it could respond. Try again.")
 
 
 class _QueuedRequest:
-    """One request in the queue, from the reader's side."""
+    """A request in the queue, as the reader sees it."""
 
     def __init__(self, owner: str, request: GenerateRequest) -> None:
         self.owner, self.payload = owner, json.dumps(asdict(request))
-        self.arrival = ""  # as the queue returned it; kept if the request has to be queued again
+        self.arrival = ""  # assigned by the queue, and used again if the request has to be queued again
         self.since = time.monotonic()
         self.most_s = timeout_s(len(request.prompts or [1]) * request.n)
 
     async def lines(self) -> AsyncGenerator[dict[str, Any], None]:
-        """The lines of the request's stream, up to its end. Raises RedisError and _Lost."""
+        """Yields the lines of the request's stream. Raises RedisError and _Lost."""
         rid = secrets.token_hex(16)
         client = redis_client.own_client(socket_timeout=8)
         try:
@@ -153,7 +156,7 @@ class _QueuedRequest:
             except redis.exceptions.RedisError:
                 if not self.arrival or time.monotonic() > until:
                     raise
-                await asyncio.sleep(0.5)  # it was already queued: Redis is restarting
+                await asyncio.sleep(0.5)  # the request was queued before, so Redis is probably restarting
 
     async def _read(self, client: Any, rid: str) -> AsyncGenerator[dict[str, Any], None]:
         last, renewed = 0, time.monotonic()
@@ -193,20 +196,20 @@ class _QueuedRequest:
             if not state.notifications:
                 await asyncio.to_thread(_notify_workers)
         elif state.word == "lost" and not await client.xread({f"tokens:{rid}": f"{last}-0"}):
-            raise _Lost  # rather than finished with unread lines
+            raise _Lost  # there are no unread lines, so the request has not just finished
         if last:
             await client.xtrim(f"tokens:{rid}", minid=f"{last}-0", approximate=False)
 
 
 def check_model(owner: str, model_id: str) -> None:
-    """Raises access.NotFound unless `owner` may generate with it: a model from the catalog, one they added from the Hub, or
-    their own."""
+    """Raises access.NotFound unless `owner` may generate with this model: one from the catalog, one that they added from the
+    Hub, or one of their own."""
     if not catalog.find(model_id) and not base_models.get_hub_model(owner, model_id):
         tuned_models.get_for(owner, model_id)
 
 
 def _notify_workers() -> None:
-    """Tells the workers that a request waits. Best effort: readers repeat it, and a worker checks the queue after each
+    """Notifies the workers that a request is waiting. Best effort: readers repeat it, and a worker checks the queue after each
     request."""
     redis_client.enqueue("generate", expires=20)
 
@@ -223,7 +226,7 @@ async def _leave(client: Any, owner: str, rid: str) -> None:
 
 @dataclass(frozen=True)
 class Completion:
-    """The complete response: `texts[i]` is the text of choice i; tokens as in the serve protocol; and usage."""
+    """The complete response. `texts[i]` is the text of choice i; the tokens are those of the serve protocol."""
 
     texts: list[str]
     tokens: list[list[dict[str, Any]]]

@@ -1,15 +1,16 @@
 """The queue of generation requests, in Redis: first come, first served for each user, and users take turns.
 
-The reader of a response (a web process) adds its request here and renews it; an inference worker takes the next one.
-Each step is one script, so any number of web processes and workers share the queue. Requests that are not renewed expire.
+The reader of a response (a web process) adds its request here and renews it; an inference worker takes the next one. Each
+step is a single script, so that any number of web processes and workers can share the queue. Requests that are not renewed
+expire.
 
-    generation:people           the people who wait, by whose turn is next
-    generation:waiting:<owner>  their requests, by the time of arrival
-    generation:request:<rid>    what to write
-    generation:running[:<owner>]  requests that a worker holds, by the time until which it holds them
-    generation:seconds          how long a request takes: a moving average
-    reading:<rid>               the reader is there
-    tokens:<rid>                the answer so far: a stream whose entries are numbered 1-0, 2-0, …
+    generation:people           the users with waiting requests, next in turn first
+    generation:waiting:<owner>  their requests, by time of arrival
+    generation:request:<rid>    the request itself
+    generation:running[:<owner>]  the requests that a worker holds, by the time when its hold expires
+    generation:seconds          how long a request takes, as a moving average
+    reading:<rid>               exists as long as the request has a reader
+    tokens:<rid>                the response so far: a stream whose entries are numbered 1-0, 2-0, …
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from jobs.store import redis_client
 
 MAX_WAITING_OF_ONE = 64
 MAX_WAITING = 512
-MAX_BYTES_OF_ONE = 32 * 2**20  # of waiting requests: a long prompt is a few megabytes
+MAX_BYTES_OF_ONE = 32 * 2**20  # the total size of waiting requests, because a long prompt has a few megabytes
 MAX_BYTES = 128 * 2**20
-READING_S = 15  # without a renewal by the reader for this long, its request is dropped
+RENEWAL_TIMEOUT_S = 15  # without a renewal by the reader for this long, its request is dropped
 RUNNING_S = 30  # without a renewal by the worker for this long, its request is no longer held
 STREAM_S = 120
 TAKEN_S = 20  # how long Redis remembers that a worker took a request
-LONGEST_RETRY_S = 60  # the official clients do not wait longer than this
+LONGEST_RETRY_S = 60  # OpenAI's clients do not wait longer than this
 
-# Common to the scripts: `alive` tells whether a request that waits still has a reader, and forgets it otherwise.
+# Shared by the scripts. `alive` returns whether a waiting request still has a reader, and removes it if not.
 _SHARED = """
 local people, running = 'generation:people', 'generation:running'
 local function line_of(person) return 'generation:waiting:' .. person end
@@ -83,7 +84,8 @@ return {'ok', arrival}
 """
 )
 
-# ARGV: owner, rid, seconds. Answers what became of the request, and how many bells lie in the list of the workers.
+# ARGV: owner, rid, seconds. Returns the request's state, the number of messages in the workers' queue, and whether any
+# request is being served.
 _RENEW = (
     _SHARED
     + """
@@ -98,7 +100,8 @@ return {'lost', 0, 0}
 """
 )
 
-# ARGV: share, seconds of a lease, of a stream, of the sign that something was taken. The next request, and whose it is.
+# ARGV: share, then the lifetimes in seconds of a hold, of the stream, and of the key `generation:taken`. Returns the next
+# request and its owner.
 _TAKE = (
     _SHARED
     + """
@@ -132,7 +135,7 @@ return false
 """
 )
 
-# ARGV: owner, rid, seconds of a lease. 0 when nobody reads the answer any more.
+# ARGV: owner, rid, seconds of a hold. Returns 0 if the response no longer has a reader.
 _HOLD = """
 local now, running = tonumber(redis.call('TIME')[1]), 'generation:running'
 for _, held in ipairs({running, running .. ':' .. ARGV[1]}) do redis.call('ZADD', held, now + ARGV[3], ARGV[2]) end
@@ -162,7 +165,7 @@ class State:
     """The state of a request: "waiting", "running", or "lost" (by Redis or its worker)."""
 
     word: str
-    notifications: int  # messages that wait in the workers' queue
+    notifications: int  # messages that are waiting in the workers' queue
     served: bool  # whether any request is being served
 
 
@@ -181,22 +184,24 @@ def line_of(owner: str) -> str:
 
 
 async def enter(client: Any, owner: str, rid: str, request: str, arrival: str, share: int) -> str:
-    """Puts a request into the queue and answers the time of its arrival. With an `arrival` it is one that Redis or a
-    worker lost: it keeps its place. Raises Full."""
+    """Puts a request into the queue and returns its time of arrival. Pass `arrival` for a request that was lost by Redis or a
+    worker, so that it keeps its place. Raises Full."""
     limits = (MAX_WAITING_OF_ONE, MAX_WAITING, MAX_BYTES_OF_ONE, MAX_BYTES)
-    word, value = await client.eval(_ENTER, 0, owner, rid, request, arrival, READING_S, *limits, share)
+    word, value = await client.eval(
+        _ENTER, 0, owner, rid, request, arrival, RENEWAL_TIMEOUT_S, *limits, share
+    )
     if word != "ok":
         raise Full(word, float(value))
     return str(value)
 
 
 async def renew(client: Any, owner: str, rid: str) -> State:
-    word, notifications, served = await client.eval(_RENEW, 0, owner, rid, READING_S)
+    word, notifications, served = await client.eval(_RENEW, 0, owner, rid, RENEWAL_TIMEOUT_S)
     return State(word, int(notifications), bool(served))
 
 
 async def leave(client: Any, owner: str, rid: str) -> None:
-    """The reader has its response or no longer wants it. A worker that holds the request notices that itself."""
+    """Removes a request whose reader has its response or no longer wants it. A worker that holds the request notices this."""
     pipe = client.pipeline(transaction=False)
     pipe.delete(f"reading:{rid}", f"tokens:{rid}", f"generation:request:{rid}")
     pipe.zrem(line_of(owner), rid)
@@ -213,7 +218,7 @@ def take(share: int) -> Taken | None:
 
 
 def hold(owner: str, rid: str) -> bool:
-    """Renews the worker's hold. False when the response no longer has a reader."""
+    """Renews the worker's hold. Returns False if the response no longer has a reader."""
     return bool(redis_client.client().eval(_HOLD, 0, owner, rid, RUNNING_S))
 
 

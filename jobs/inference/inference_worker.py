@@ -1,8 +1,9 @@
-"""The inference worker: requests go to one child process, `python -m training serve`, and its lines go to Redis.
+"""The inference worker: passes requests to one child process, `python -m training serve`, and its output to Redis.
 
-A single thread starts the child (and lives as long as the process, so that the kernel does not kill the child earlier),
-reads its output, and restarts it when it dies or falls silent. A request whose prompt was being processed then fails; one
-that had no output yet is sent once more. Task threads only hand over a request and wait.
+A single thread starts the child, reads its output, and restarts it when it dies or stops responding. This thread lives as
+long as the process, because the kernel kills the child when the thread that started it ends. After a restart, a request
+whose prompt was being processed fails; one without any output so far is sent once more. Task threads only hand over a
+request and wait.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from training.plan import catalog
 from training.plan.events import EXIT, Failure
 
 log = logging.getLogger(__name__)
-MAX_LINE_BYTES = 1 << 20  # with many log probabilities a line grows
+MAX_LINE_BYTES = 1 << 20  # a line with many log probabilities is long
 EXPORT_S = 300
-HOLD_S = 5.0  # between two renewals of each request that this worker holds
+HOLD_S = 5.0  # time between two renewals of each request that this worker holds
 MAX_TRIES = 2
 _exporting = threading.Lock()
 
@@ -42,9 +43,9 @@ class Waiting:
     rid: str
     message: dict[str, Any]
     done: threading.Event = field(default_factory=threading.Event)
-    state: str = "sent"  # then reading (its prompt), then started
+    state: str = "sent"  # then `reading` (its prompt is being processed), then `started`
     tries: int = 1
-    published: int = 1  # entries of its stream; the queue wrote the first one
+    published: int = 1  # the number of entries in its stream; the queue wrote the first one
 
 
 class ModelServer:
@@ -54,7 +55,7 @@ class ModelServer:
         self.child: child_process.Child | None = None
         self.ready = threading.Event()
         self.waiting: dict[str, Waiting] = {}
-        self.held: dict[str, str] = {}  # requests that this worker took, and whose they are
+        self.held: dict[str, str] = {}  # the requests that this worker took, with their owners
         self.lock = threading.Lock()
         self.stopping = False
 
@@ -72,7 +73,7 @@ class ModelServer:
     def submit(self, rid: str, message: dict[str, Any]) -> Waiting:
         """Raises TimeoutError if the child is not ready within 30 s."""
         if not self.ready.wait(30):
-            raise TimeoutError("the server did not start")
+            raise TimeoutError("the inference server did not start")
         waiting = Waiting(rid, {**message, "id": rid})
         with self.lock:
             self.waiting[rid] = waiting
@@ -89,7 +90,7 @@ class ModelServer:
     # ---- the server's own threads
 
     def _hold(self) -> None:
-        """Runs while a model is being fetched, too, which takes longer than a hold lasts."""
+        """Renews this worker's holds. It also runs while a model is being fetched, which may take longer than a hold lasts."""
         while not self.stopping:
             for rid, owner in list(self.held.items()):
                 with contextlib.suppress(redis.exceptions.RedisError):
@@ -100,12 +101,12 @@ class ModelServer:
         while not self.stopping:
             try:
                 self._serve_once()
-            except Exception:  # the child depends on this thread: it must continue
+            except Exception:  # the child dies with this thread, so the thread must continue
                 log.exception("model server")
             self.ready.clear()
             for waiting in list(self.waiting.values()):
                 if waiting.state == "sent" and waiting.tries < MAX_TRIES:
-                    waiting.tries += 1  # the next child gets it once it is ready
+                    waiting.tries += 1  # the next child gets this request once it is ready
                 else:
                     self._fail(waiting.rid)
             time.sleep(0.5)
@@ -119,14 +120,16 @@ class ModelServer:
         try:
             self._listen(child)
         finally:
-            child.kill()  # before the lock: its holder may be writing to a child that no longer reads
+            child.kill()  # kill the child before taking the lock, whose holder may be blocked writing to it
             with self.lock:
                 self.child = None
         if not self.stopping:
-            log.warning("the server exited with code %s and is restarted", child.process.returncode)
+            log.warning(
+                "the inference server exited with code %s and will be restarted", child.process.returncode
+            )
 
     def _listen(self, child: child_process.Child) -> None:
-        """Reads until the child exits, or falls silent while requests wait."""
+        """Reads until the child exits, or until it stops responding while requests wait."""
         with selectors.DefaultSelector() as selector:
             selector.register(child.out.fd, selectors.EVENT_READ, child.out)
             selector.register(child.err.fd, selectors.EVENT_READ, child.err)
@@ -135,7 +138,7 @@ class ModelServer:
                 if not (self.waiting and self.ready.is_set()):
                     last_line_at = time.monotonic()
                 elif time.monotonic() - last_line_at > settings.JOBS["server_silence_s"]:
-                    log.error("the server stopped responding")
+                    log.error("the inference server stopped responding")
                     break
                 for key, _ in selector.select(1):
                     lines = key.data.lines()
@@ -163,7 +166,7 @@ class ModelServer:
             rid = payload.pop("id", None)
             waiting = self.waiting.get(rid)
             if waiting is None:
-                continue  # the reader has left
+                continue  # the reader has disconnected
             waiting.state = "reading" if payload["t"] == "reading" else "started"
             if waiting.state == "started":
                 by_request.setdefault(rid, []).append(json.dumps(payload))
@@ -188,7 +191,7 @@ class ModelServer:
         if waiting and waiting.state == "reading":
             error = {
                 "code": "prompt_failed",
-                "message": "The model server stopped while processing this prompt.",
+                "message": "The model server stopped while it was processing this prompt. Shorten the prompt, or try again.",
             }
         if waiting:
             self._publish(waiting, [json.dumps(ERROR | error)])
@@ -197,7 +200,7 @@ class ModelServer:
     @staticmethod
     def _publish(waiting: Waiting, lines: list[str]) -> None:
         publish(waiting.rid, lines, waiting.published)
-        waiting.published += len(lines)  # even if they were lost: the reader must see the gap
+        waiting.published += len(lines)  # counted even if they were lost, so that the reader sees the gap
 
     def _end(self, rid: str) -> None:
         with self.lock:
@@ -218,8 +221,8 @@ class DamagedModel(Exception):
 
 
 def publish(rid: str, lines: list[str], after: int = 1) -> None:
-    """Appends to the request's stream, whose entries are numbered without gaps; `after` is the number of existing entries.
-    Best effort: without Redis the reader cannot be reached anyway, and the request expires."""
+    """Appends to the request's stream, whose entries are numbered without gaps. `after` is the number of existing entries.
+    Best effort: without Redis, the reader cannot be reached anyway and the request expires."""
     try:
         pipe = redis_client.client().pipeline(transaction=False)
         for number, line in enumerate(lines, after + 1):
@@ -231,8 +234,8 @@ def publish(rid: str, lines: list[str], after: int = 1) -> None:
 
 
 def serve_next() -> bool:
-    """Takes the next request from the queue and serves it, in a thread of the worker's pool. False if no request may run
-    now."""
+    """Takes the next request from the queue and serves it. Runs in a thread of the worker's pool. Returns False if no request
+    may run now."""
     try:
         taken = generation_queue.take(settings.JOBS["max_generations_per_owner"])
     except redis.exceptions.RedisError as error:
@@ -252,7 +255,7 @@ def serve_next() -> bool:
 
 
 def serve(owner: str, rid: str, request: dict[str, Any]) -> None:
-    """Serves one request to its last line."""
+    """Serves one request until its last line."""
     try:
         folder = model_folder(owner, request["model"])
         message = {key: value for key, value in request.items() if value is not None}
@@ -270,11 +273,14 @@ def serve(owner: str, rid: str, request: dict[str, Any]) -> None:
 
 
 def _refusal(error: Exception, rid: str) -> dict[str, str]:
-    """Why a model cannot be used, with a code. It contains only messages meant for users: other errors name paths, buckets
-    and addresses."""
+    """An error code and the reason why a model cannot be used. Only messages meant for users are included, because other
+    errors name paths, buckets and addresses."""
     match error:
         case access.NotFound():
-            return {"code": "model_not_found", "message": "This model does not exist."}
+            return {
+                "code": "model_not_found",
+                "message": "This model does not exist or was deleted. Choose another one.",
+            }
         case blobs.Damaged() | DamagedModel():
             log.error("request %s: %s", rid, error)
             return {"code": "model_damaged", "message": DAMAGED}
@@ -306,13 +312,14 @@ def model_folder(owner: str, model_id: str) -> Path:
 
 
 def verify_again(folder: Path) -> None:
-    """A tuned model's local copy is damaged: the next request verifies every file against the stored one."""
+    """Handles a damaged local copy of a tuned model: the next request verifies every file against the stored one."""
     if folder.is_relative_to(settings.MODEL_CACHE_DIR):
         (folder / tuned_models.WHOLE).unlink(missing_ok=True)
 
 
 def exported(checkpoint: Path) -> Path:
-    """Generation needs a model, and a checkpoint is a training state. It is exported once on each machine, beside it."""
+    """Exports a checkpoint to a model folder next to it, once on each machine. A checkpoint is a training state, and
+    generation needs a model."""
     target = checkpoint.with_name(checkpoint.name + "-model")
     with _exporting:
         if not (target / "config.json").exists():

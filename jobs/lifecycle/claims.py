@@ -1,4 +1,4 @@
-"""The lease on a job: claiming it, and the moves of the worker that holds it."""
+"""The lease on a job: how a worker claims a job, and every write that it makes while it holds the lease."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from jobs.lifecycle import moves
 from jobs.store import queue, reasons, tables
 from jobs.store.lease import LostRace
 from jobs.store.queue import WorkerInfo
+from jobs.store.states import JobStatus
 from jobs.store.tables import HeartbeatJob, Job
 
 PROCESS = secrets.token_hex(8)  # identifies this run of this process
 
 
 def claim_next(worker: WorkerInfo) -> Claim | None:
-    """Claims the next job for this worker, or None if no waiting job fits it."""
+    """Claims the next job for this worker. Returns None if no queued job fits it."""
     for job in queue.in_order(queue.active_jobs(), queue.served()):
         if queue.fits(job, worker):
             claimed = claim(job, worker)
@@ -35,12 +36,12 @@ def claim_next(worker: WorkerInfo) -> Claim | None:
 
 
 def claim(job: Job, worker: WorkerInfo) -> Claim | None:
-    """Claims `job`, which was seen queued; None if another worker was first."""
-    if job.status != "queued" or job.desired != "run":
+    """Claims `job`, which was queued when it was read. Returns None if another worker was first."""
+    if job.status != JobStatus.QUEUED or job.desired != "run":
         return None
     lease_owner = f"{worker.process}/{secrets.token_hex(8)}"
     actions: list[Action] = [
-        Job.status.set("running"),
+        Job.status.set(JobStatus.RUNNING),
         Job.phase.set("preparing"),
         Job.fencing_token.set(job.fencing_token + 1),
         Job.lease_owner.set(lease_owner),
@@ -50,11 +51,11 @@ def claim(job: Job, worker: WorkerInfo) -> Claim | None:
     if job.started_at is None:
         actions.append(Job.started_at.set(time.time()))
     condition = moves.as_seen(job) & (Job.desired == "run")
-    # Without a reply we may hold the lease without knowing it, so the write is repeated until there is one.
+    # If the reply is lost, we may hold the lease without knowing it. So the write is repeated until there is a reply.
     moved = _retry_until_reply(
-        lambda: moves.move(job, actions, condition, lambda found: found.lease_owner == lease_owner)
+        lambda: moves.move(job, actions, condition, lambda current: current.lease_owner == lease_owner)
     )
-    if moved is None or moved.status != "running":
+    if moved is None or moved.status != JobStatus.RUNNING:
         return None
     moves.announce(moved)
     return Claim(moved, int(moved.fencing_token), lease_owner)
@@ -64,7 +65,7 @@ Reply = TypeVar("Reply")
 
 
 def _retry_until_reply(send: Callable[[], Reply]) -> Reply:
-    """Repeats the same write until the store replies, at most for as long as a lease would last."""
+    """Repeats the same write until the store replies, but no longer than a lease would last."""
     deadline = time.monotonic() + settings.JOBS["self_fence_s"]
     while True:
         try:
@@ -79,8 +80,8 @@ def _retry_until_reply(send: Callable[[], Reply]) -> Reply:
 class Claim:
     """The lease on a job: the right of one attempt to write to it. `job` is the row as last seen.
 
-    Each method raises LostRace when the lease is lost: stop, and write nothing more. When the store cannot be reached it
-    raises PynamoDBException: the call may be repeated with the same arguments.
+    Each method raises LostRace if the lease is lost; the attempt must then stop and write nothing more. If the store cannot
+    be reached, each raises PynamoDBException; the call can be repeated with the same arguments.
     """
 
     job: Job
@@ -104,15 +105,15 @@ class Claim:
         """The prefix of this attempt's objects. A late writer with an older token uses another prefix, which nothing reads."""
         return f"jobs/{self.job_id}/e{self.fencing_token}/"
 
-    def is_mine(self, found: Job) -> bool:
-        return found.status == "running" and (found.fencing_token, found.lease_owner) == (
+    def is_mine(self, current: Job) -> bool:
+        return current.status == JobStatus.RUNNING and (current.fencing_token, current.lease_owner) == (
             self.fencing_token,
             self.lease_owner,
         )
 
     def _mine(self) -> Condition:
         condition: Condition = (
-            (Job.status == "running")
+            (Job.status == JobStatus.RUNNING)
             & (Job.fencing_token == self.fencing_token)
             & (Job.lease_owner == self.lease_owner)
         )
@@ -130,8 +131,8 @@ class Claim:
         estimate: Mapping[str, Any] | None = None,
         resume_check: Mapping[str, Any] | None = None,
     ) -> str:
-        """Renews the lease, reports progress, and makes the events first_seq … last_seq visible to readers (their chunk is
-        already stored). One try of 3 s. Returns what the user wants: run, pause or cancel."""
+        """Renews the lease, reports progress, and makes the events first_seq … last_seq visible to readers (their chunk
+        must be stored already). Tries once, for 3 s. Returns what the user wants: run, pause or cancel."""
         payload: dict[str, Any] = {
             "progress": progress,
             "metrics": metrics,
@@ -152,13 +153,13 @@ class Claim:
             HeartbeatJob(self.owner, self.job_id),
             actions,
             condition,
-            lambda found: self.is_mine(_as_job(found)) and last_seq in (None, found.last_seq),
+            lambda current: self.is_mine(_as_job(current)) and last_seq in (None, current.last_seq),
         )
         return self._seen(_as_job(moved) if moved else None).desired
 
     def move_pointer(self, checkpoint: Mapping[str, Any]) -> str:
-        """Sets where the next attempt resumes: {"key", "step", "sha256", "bytes", …}, whose bytes are stored and verified.
-        There was progress, so earlier failures no longer count. Returns what the user wants."""
+        """Sets the checkpoint from which the next attempt resumes: {"key", "step", "sha256", "bytes", …}. Its files must be
+        stored and verified already. This is progress, so earlier failures no longer count. Returns what the user wants."""
         kept = kept_checkpoints([*self.job.checkpoints, dict(checkpoint)])
         step, key = int(checkpoint["step"]), str(checkpoint["key"])
         moved = moves.move(
@@ -171,13 +172,13 @@ class Claim:
                 Job.platform_faults.set(0),
             ],
             self._mine() & (Job.checkpoint_step.does_not_exist() | (Job.checkpoint_step < step)),
-            lambda found: self.is_mine(found) and found.checkpoint_key == key,
+            lambda current: self.is_mine(current) and current.checkpoint_key == key,
         )
         return self._seen(moved).desired
 
     def pointer_back(self, checkpoint: Mapping[str, Any] | None) -> None:
-        """Before training, if the checkpoint that the pointer names is damaged: moves the pointer to the newest intact one,
-        or removes it."""
+        """Moves the pointer to the newest intact checkpoint, or removes it if there is none. Called before training if the
+        checkpoint that the pointer names is damaged."""
         before, key = self.job.checkpoint_key, str(checkpoint["key"]) if checkpoint else None
         actions: list[Action]
         if checkpoint:
@@ -191,31 +192,32 @@ class Claim:
             self.job,
             [*actions, Job.checkpoints.set(kept)],
             self._mine() & pointer,
-            lambda found: self.is_mine(found) and found.checkpoint_key == key,
+            lambda current: self.is_mine(current) and current.checkpoint_key == key,
         )
         self._seen(moved)
 
     def finish(
         self,
-        status: Literal["succeeded", "failed", "cancelled", "paused"],
+        status: Literal[JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.PAUSED],
         reason: str = "",
         result: Mapping[str, Any] | None = None,
         *,
         message: str = "",
         advice: str = "",
     ) -> str:
-        """Ends the attempt: it succeeded, failed permanently, or was stopped on request. `result` of a success holds
+        """Ends the attempt: it succeeded, failed permanently, or was stopped on request. For a success, `result` is
         {"prefix", "files": [{"name", "bytes", "sha256"}], "step", "metrics", …}. Returns the job's new status."""
-        event = "stopped" if status in {"cancelled", "paused"} else status
+        event = "stopped" if status in {JobStatus.CANCELLED, JobStatus.PAUSED} else status
         return self._leave(event, reason, message, advice, result)
 
     def give_back(self) -> str:
-        """Returns the job to the queue because the worker is stopping. Nothing is charged. Returns the job's new status."""
+        """Puts the job back into the queue because the worker is stopping. This does not count as an attempt. Returns the
+        job's new status."""
         return self._leave("stopped")
 
     def trainer_died(self, reason: str, message: str = "", advice: str = "") -> str:
-        """The job is retried, or fails after too many attempts. A platform fault uses up no attempt. Returns the job's new
-        status."""
+        """Ends an attempt that failed: the job is retried, or fails after too many attempts. A platform fault does not count
+        as an attempt. Returns the job's new status."""
         event = "broke off" if reasons.is_platform_fault(reason) else "died"
         return self._leave(event, reason, message, advice)
 
@@ -231,40 +233,40 @@ class Claim:
             job = self.job
             status = moves.landing(event, job)
             actions = moves.leaving(event, job, status, reason, message, advice)
-            if status == "succeeded":
+            if status == JobStatus.SUCCEEDED:
                 actions.append(Job.result.set({**(result or {}), "epoch": self.fencing_token}))
             moved = moves.move(
                 job,
                 actions,
                 self._mine() & (Job.desired == job.desired),
-                lambda found, status=status: (
-                    found.status == status  # type: ignore[misc]  # bound for this round
-                    and (found.fencing_token, found.lease_owner) == (self.fencing_token, self.lease_owner)
+                lambda current, status=status: (
+                    current.status == status  # type: ignore[misc]  # bound for this round
+                    and (current.fencing_token, current.lease_owner) == (self.fencing_token, self.lease_owner)
                 ),
             )
             if moved:
                 self.job = moved
                 moves.announce(moved)
                 return status
-            # The lease is lost, or the user's request has changed and so has the resulting status.
+            # Either the lease is lost, or the user's request has changed, and with it the resulting status.
             self._seen(tables.get(Job, self.owner, self.job_id))
 
-    def _seen(self, found: Job | None) -> Job:
-        if found is None or not self.is_mine(found):
+    def _seen(self, current: Job | None) -> Job:
+        if current is None or not self.is_mine(current):
             raise LostRace(f"The lease on {self.job_id} (fencing token {self.fencing_token}) was lost.")
-        self.job = found
-        return found
+        self.job = current
+        return current
 
 
 def _as_job(row: HeartbeatJob) -> Job:
-    """Both classes map the same rows."""
+    """The same row as a Job: both classes map the same table."""
     job = Job()
     job.attribute_values = row.attribute_values
     return job
 
 
 def kept_checkpoints(checkpoints: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last two and the best: what the next attempt may fall back on, and what the cleanup must keep."""
+    """The last two checkpoints and the best one: the next attempt may fall back on them, so the cleanup must keep them."""
     last = checkpoints[-2:]
     return [c for c in checkpoints[:-2] if c.get("best")][-1:] + last
 

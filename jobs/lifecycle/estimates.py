@@ -1,4 +1,4 @@
-"""Estimates that learn: the times of finished jobs on a kind of machine correct its next predictions."""
+"""Estimates of duration and memory, corrected by how long finished jobs took on the same kind of machine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jobs.datasets import reports
 from jobs.registry import base_models
 from jobs.store import queue, tables
 from jobs.store.end_steps import step
+from jobs.store.states import JobStatus
 from jobs.store.tables import Dataset, EstimateRecord, Job, Worker
 from training.data.summary import Summary
 from training.plan.auto_settings import resolve
@@ -21,26 +22,28 @@ from training.plan.config import Settings, current_names, parse
 from training.plan.estimate import Estimate, FinishedJob
 from training.plan.estimate import estimate as predict
 
-KEPT = 50  # finished jobs that count
-CACHE_S = 30.0  # the form asks at every keystroke; the store is asked at most this often
-MAX_QUEUE_JOBS = 100  # jobs considered for the time in the queue
-ALIVE_S = 60.0  # a worker without a sign of life for this long is considered gone
+KEPT = 50  # the number of finished jobs that corrections are based on
+CACHE_S = (
+    30.0  # the form requests an estimate at every keystroke, so reads from the store are cached this long
+)
+MAX_QUEUE_JOBS = 100  # jobs considered when the time in the queue is estimated
+ALIVE_S = 60.0  # a worker that has not updated its row for this long is considered dead
 
 _cache: dict[str, tuple[float, Any]] = {}
 
 
 def machine() -> Machine:
-    """What jobs run on, as the training worker heard from last reported it; else this machine."""
+    """The machine that jobs run on: that of the training worker that was seen last, or this one if there is none."""
     return _machine()
 
 
 def workers() -> list[Worker]:
-    """All training workers ever heard from."""
+    """All training workers that have ever run."""
     return list(_cached("workers", lambda: list(tables.rows(Worker, "training"))))
 
 
 def _machine(name: str = "") -> Machine:
-    """The machine of the worker of that name, else of the one heard from last."""
+    """The machine of the worker with this name, or else of the worker that was seen last."""
     for worker in sorted(workers(), key=lambda w: (w.worker_id == name, w.last_seen), reverse=True):
         info = worker.info.get("machine") if isinstance(worker.info, dict) else None
         if isinstance(info, dict):
@@ -51,7 +54,7 @@ def _machine(name: str = "") -> Machine:
 def estimate(
     base: BaseModel, resolved: Settings, summary: Summary, on: Machine, validation: Summary | None = None
 ) -> Estimate:
-    """For the form: fast, from exact counts and from what earlier jobs took."""
+    """An estimate for the form. It is fast: it uses the exact token counts and the times of earlier jobs."""
     return predict(
         base,
         resolved,
@@ -72,19 +75,25 @@ def queue_seconds() -> float:
     alive = sum(now - worker.last_seen < ALIVE_S for worker in workers())
     past = history(machine())
     usual = median(sum(p.took.values()) for p in past) if past else 60.0
-    ahead = [float((job.progress or {}).get("eta_s") or usual) for job in active if job.status == "running"]
-    ahead += [usual for job in active if job.status in ("queued", "retrying") and job.desired == "run"]
+    ahead = [
+        float((job.progress or {}).get("eta_s") or usual) for job in active if job.status == JobStatus.RUNNING
+    ]
+    ahead += [
+        usual
+        for job in active
+        if job.status in (JobStatus.QUEUED, JobStatus.RETRYING) and job.desired == "run"
+    ]
     if len(ahead) < alive:
         return 0.0
     free = sorted(ahead[: max(1, alive)])
-    for seconds in ahead[max(1, alive) :]:  # each goes to the worker that is free first
+    for seconds in ahead[max(1, alive) :]:  # each job goes to the worker that is free first
         free[0] += seconds
         free.sort()
     return free[0] if free else 0.0
 
 
 def history(on: Machine) -> list[FinishedJob]:
-    """What the last jobs on such a machine consisted of and how long they took, newest first."""
+    """The last finished jobs on this kind of machine: the work they consisted of and how long it took, newest first."""
     return list(_cached(kind_of(on), lambda: _past(records(on))))
 
 
@@ -100,7 +109,7 @@ def _past(records: list[dict[str, Any]]) -> list[FinishedJob]:
 
 
 def records(on: Machine | str) -> list[dict[str, Any]]:
-    """The full records of these jobs, for the page on estimate accuracy. `on` is a kind of machine, or an owner."""
+    """The full records of finished jobs, for the page on estimate accuracy. `on` is a kind of machine, or an owner."""
     kind = on if isinstance(on, str) else kind_of(on)
     rows = EstimateRecord.query(kind, scan_index_forward=False, limit=KEPT)
     return [{"job_id": row.job_id, **row.data} for row in rows]
@@ -108,10 +117,10 @@ def records(on: Machine | str) -> list[dict[str, Any]]:
 
 @step(20)
 def record(job: Job) -> None:
-    """Records the time a finished job took beside its prediction from the jobs before it. Idempotent.
+    """Records how long a finished job took, together with what the jobs before it predicted. Idempotent.
 
-    Only complete runs count: those that succeeded in their first attempt."""
-    if job.status != "succeeded" or job.deleted or job.attempts or job.fencing_token > 1:
+    Only jobs that succeeded in their first attempt are recorded."""
+    if job.status != JobStatus.SUCCEEDED or job.deleted or job.attempts or job.fencing_token > 1:
         return
     if not (job.started_at and job.ended_at):
         return
@@ -151,14 +160,14 @@ def record(job: Job) -> None:
 
 
 def _counted(dataset: Dataset | None, job: Job) -> Summary | None:
-    """The counts with the tokenizer of the job's base."""
+    """The dataset's counts with the tokenizer of the job's base model."""
     base_snapshot = job.base_snapshot or {"id": job.base}
     summary = Summary.from_dict(reports.summary_for(dataset, base_snapshot)[0] if dataset else {})
     return summary if summary.examples else None
 
 
 def _took(actual: float, spent: dict[str, float]) -> dict[str, float]:
-    """Seconds of each part, from the phases that the trainer reported; empty if it reported none."""
+    """The seconds that each part took, from the phases that the trainer reported; empty if it reported none."""
     if not spent.get("training"):
         return {}
     training, evaluation = float(spent["training"]), float(spent.get("evaluating", 0.0))
@@ -168,7 +177,7 @@ def _took(actual: float, spent: dict[str, float]) -> dict[str, float]:
 
 
 def kind_of(on: Machine) -> str:
-    """Machines of the same kind share their records."""
+    """The name of this kind of machine. Machines of the same kind share their records."""
     return f"{on.device}:{on.name}:{on.count}"
 
 

@@ -1,5 +1,5 @@
-"""What follows the end of a job, and a deletion. Any process may run it, any number of times: each step is idempotent,
-and a list of outstanding work holds what a crash would otherwise lose."""
+"""The work that remains after a job has ended or was deleted. Each step is idempotent, so any process may run it any number
+of times. The rows in the list of active jobs and in the outbox ensure that it is completed after a crash."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import time
 
 from jobs.registry import tuned_models
 from jobs.store import blobs, end_steps, outbox, queue, quotas, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import ENDED, EventChunk, Job, JobIndex, month_of
 
 
 def after_end(owner: str, job_id: str) -> None:
-    """The model's row, the notifications, the quota, and last the job's place in the list of active jobs."""
+    """Runs every step for an ended job: the model's row, notifications, quotas, cleanup. Last, it removes the job from the
+    list of active jobs."""
     job = tables.get(Job, owner, job_id)
     if job is None or not job.ended:
         return
-    if job.status == "void":
+    if job.status == JobStatus.VOID:
         tables.remove(JobIndex, f"all#{month_of(tables.time_of(job_id))}", job_id)
     elif not job.deleted:
         partition = f"{job.status}#{month_of(job.ended_at or job.created_at)}"
@@ -29,8 +31,9 @@ def after_end(owner: str, job_id: str) -> None:
 
 
 def make_void(owner: str, job_id: str) -> None:
-    """Voids an incomplete submission, so that a late writer cannot complete it. Its rows are then removed as after any end."""
-    tables.put_new(Job(owner, job_id, status="void", ended_at=time.time()))
+    """Voids an incomplete submission, so that a late writer cannot complete it. Its rows are then removed like those of any
+    ended job."""
+    tables.put_new(Job(owner, job_id, status=JobStatus.VOID, ended_at=time.time()))
     after_end(owner, job_id)
 
 
@@ -38,8 +41,8 @@ def make_void(owner: str, job_id: str) -> None:
 
 
 def sweep(job: Job) -> int:
-    """Deletes what attempts left behind: objects under fencing tokens below the job's (under all, once it has ended) that
-    neither the job nor its model names. Returns the number of objects."""
+    """Deletes objects of earlier attempts (of all attempts, once the job has ended) that neither the job nor its model names.
+    Attempts are told apart by the fencing token in their keys. Returns the number of deleted objects."""
     named = _named(job)
     keys = blobs.list_keys(f"jobs/{job.job_id}/e") if job.fencing_token else []
     old = [
@@ -53,16 +56,16 @@ def sweep(job: Job) -> int:
 
 
 def after_pointer(job: Job) -> None:
-    """What follows when the lease owner has moved the pointer; `job` is what that write returned. References first, then
-    bytes: what the job no longer names is deleted now, not at the end of a long job."""
+    """Called after the lease owner has moved the pointer; `job` is the row that this write returned. Checkpoints that the job
+    no longer names are deleted now, because a long job would otherwise collect them until it ends."""
     quotas.record_checkpoint_bytes(job)
     for folder in superseded(job):
         blobs.delete_prefix(f"{folder}/")
 
 
 def superseded(job: Job) -> list[str]:
-    """Checkpoints before the pointer's that the job no longer names. Those of a later token belong to a later lease
-    owner, and later steps may still be uploading."""
+    """Checkpoints from before the pointer's that the job no longer names. Those with a higher fencing token belong to a later
+    lease owner, and those of later steps may still be uploading."""
     named = {str(entry["key"]) for entry in job.checkpoints} | {str(job.checkpoint_key)}
     stored = {key.rpartition("/")[0] for key in blobs.list_keys(f"jobs/{job.job_id}/e")}
     return [
@@ -75,7 +78,7 @@ def superseded(job: Job) -> list[str]:
 
 
 def _step(folder: str) -> int:
-    """Of …/checkpoints/e<fencing token>-s<step>; a folder with any other name is not deleted here."""
+    """The token and step in …/checkpoints/e<fencing token>-s<step>. Folders with any other name are not deleted here."""
     text = folder.rpartition("s")[2]
     return int(text) if text.isdigit() else sys.maxsize
 
@@ -90,7 +93,7 @@ def _named(job: Job) -> tuple[str, ...]:
 
 
 def _fencing_token_of(key: str) -> int:
-    """Of jobs/<id>/e<fencing token>/…"""
+    """The token in jobs/<id>/e<fencing token>/…"""
     text = key.split("/")[2][1:]
     return int(text) if text.isdigit() else 0
 
@@ -120,7 +123,7 @@ def delete_job(job: Job, *, with_model: bool) -> None:
 def _delete_job(owner: str, job_id: str) -> bool:
     job = tables.get(Job, owner, job_id)
     if job is None or not job.deleted:
-        return True  # the deletion was interrupted before it began
+        return True  # the process died after it put the outbox row and before the tombstone
     kept = tuple(folder.rstrip("/") + "/" for folder in tuned_models.folders_in_use(job))
     for key in blobs.list_keys(f"jobs/{job_id}/"):
         if not key.startswith(kept):

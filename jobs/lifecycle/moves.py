@@ -13,21 +13,22 @@ from pynamodb.expressions.update import Action
 
 from jobs.events import event_log
 from jobs.store import reasons, redis_client, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import ENDED, Job
 
 Desired = Literal["run", "pause", "cancel"]
-MAX_NOTIFICATIONS = 8  # sent at most for waiting jobs; further workers are notified by the reconciler
-PLATFORM_FAULTS = frozenset({"lost", "broke off"})  # ways out of running that use up no attempt
+MAX_NOTIFICATIONS = 8  # the most that are sent at once; the reconciler notifies more workers if needed
+PLATFORM_FAULTS = frozenset({"lost", "broke off"})  # ways to leave `running` that do not count as an attempt
 
 
-def landing(event: str, job: Job) -> str:
-    """The status that a move out of running leads to, given what the user wants."""
+def landing(event: str, job: Job) -> JobStatus:
+    """The status that follows when a job leaves `running`, given what the user wants."""
     if job.desired == "cancel":
-        return "cancelled"
-    if event in {"succeeded", "failed"}:
-        return event
+        return JobStatus.CANCELLED
+    if event in {JobStatus.SUCCEEDED, JobStatus.FAILED}:
+        return JobStatus(event)
     if event == "stopped":
-        return {"run": "queued", "pause": "paused"}[job.desired]
+        return {"run": JobStatus.QUEUED, "pause": JobStatus.PAUSED}[job.desired]
     if event in PLATFORM_FAULTS:
         spent = job.platform_faults + 1 >= settings.JOBS["max_platform_faults"]
     else:
@@ -36,22 +37,22 @@ def landing(event: str, job: Job) -> str:
             or job.attempts_without_progress + 1 >= settings.JOBS["max_attempts_without_progress"]
         )
     if spent:
-        return "failed"
-    return "paused" if job.desired == "pause" else "retrying"
+        return JobStatus.FAILED
+    return JobStatus.PAUSED if job.desired == "pause" else JobStatus.RETRYING
 
 
-def leaving(event: str, job: Job, status: str, reason: str, message: str, advice: str) -> list[Action]:
+def leaving(event: str, job: Job, status: JobStatus, reason: str, message: str, advice: str) -> list[Action]:
     actions = [Job.lease.remove(), *entering(job, status)]
     tried = event == "died" or event in PLATFORM_FAULTS
-    if event == "died" and status != "cancelled":
+    if event == "died" and status != JobStatus.CANCELLED:
         actions += [Job.attempts.add(1), Job.attempts_without_progress.add(1)]
-    if event in PLATFORM_FAULTS and status != "cancelled":
+    if event in PLATFORM_FAULTS and status != JobStatus.CANCELLED:
         actions.append(Job.platform_faults.add(1))
-    if status == "failed" and tried:
+    if status == JobStatus.FAILED and tried:
         message = " ".join(
             part for part in (message or reasons.sentence(reason), reasons.sentence("attempts_spent")) if part
         )
-    if status == "cancelled":
+    if status == JobStatus.CANCELLED:
         reason, message, advice = "cancelled", "", ""
     if status in ENDED or reason:
         actions += [
@@ -65,13 +66,12 @@ def leaving(event: str, job: Job, status: str, reason: str, message: str, advice
 def desired_status(job: Job, desired: str) -> str:
     """The status that `desired` asks for on a job that no worker holds."""
     if desired == "cancel":
-        return "cancelled"
+        return JobStatus.CANCELLED
     if desired == "pause":
-        return "paused"
-    if job.status == "paused":
-        return (
-            "queued" if job.fencing_token else "validating"
-        )  # a job that never ran may not have been checked yet
+        return JobStatus.PAUSED
+    if job.status == JobStatus.PAUSED:
+        # A job that never ran may not have been checked yet.
+        return JobStatus.QUEUED if job.fencing_token else JobStatus.VALIDATING
     return job.status
 
 
@@ -79,7 +79,7 @@ def move(
     job: Job,
     actions: list[Action],
     condition: Condition,
-    already_applied: Callable[[Job], bool] = lambda found: False,
+    already_applied: Callable[[Job], bool] = lambda current: False,
 ) -> Job | None:
     return tables.update(job, [*actions, Job.version.add(1)], condition, already_applied)
 
@@ -117,9 +117,9 @@ def announced(moved: Job | None) -> Job | None:
 
 
 def announce(job: Job) -> None:
-    """Sends notifications after the write. Losing them loses nothing: readers poll, and the reconciler sends them again."""
+    """Sends notifications after the write. Losing one does no harm: readers also poll, and the reconciler sends it again."""
     event_log.announce(job.job_id, int(job.last_seq))
     if job.ended:
         redis_client.enqueue("after_end", job.owner, job.job_id)
-    elif job.status == "queued" and job.desired == "run":
+    elif job.status == JobStatus.QUEUED and job.desired == "run":
         redis_client.enqueue_training(MAX_NOTIFICATIONS)

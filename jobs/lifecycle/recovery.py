@@ -1,4 +1,4 @@
-"""The moves of a job that no worker holds, made by the reconciler or when the dataset it waits for is ready."""
+"""The moves of a job that no worker holds. They are made by the reconciler, or when the dataset it waits for is ready."""
 
 from __future__ import annotations
 
@@ -11,34 +11,35 @@ from jobs.datasets import reports
 from jobs.datasets.signals import dataset_settled
 from jobs.lifecycle import moves
 from jobs.store import queue, tables
+from jobs.store.states import DatasetStatus, JobStatus, ReportStatus
 from jobs.store.tables import Dataset, Job
 
 
 def lose_lease(job: Job) -> Job | None:
-    """running → retrying, or failed when attempts are spent. The caller has watched this lease not change for 30 s."""
+    """running → retrying, or failed after too many attempts. The caller must have seen this lease unchanged for 30 s."""
     status = moves.landing("lost", job)
     actions = moves.leaving("lost", job, status, "lost_worker", "", "")
     return moves.announced(moves.move(job, actions, moves.as_seen(job) & (Job.lease == job.lease)))
 
 
 def settle(job: Job) -> Job | None:
-    """Brings a job that no worker holds to the status that `desired` asks for, if the write that set `desired` was based on
-    an older state."""
+    """Moves a job that no worker holds to the status that `desired` asks for. This is needed if the write that set `desired`
+    was based on an older state."""
     status = moves.desired_status(job, job.desired)
-    if job.ended or job.status == "running" or status == job.status:
+    if job.ended or job.status == JobStatus.RUNNING or status == job.status:
         return None
     return moves.announced(moves.move(job, moves.entering(job, status), moves.as_seen(job)))
 
 
 def requeue(job: Job) -> Job | None:
-    """retrying → queued. The caller has waited for `backoff_s`."""
+    """retrying → queued. The caller must have waited for `backoff_s`."""
     return moves.announced(
-        moves.move(job, moves.entering(job, "queued"), moves.as_seen(job) & (Job.desired == "run"))
+        moves.move(job, moves.entering(job, JobStatus.QUEUED), moves.as_seen(job) & (Job.desired == "run"))
     )
 
 
 def backoff_s(job: Job) -> float:
-    """None the first time, then 10 s · 2ⁿ up to 10 min. Progress resets the count."""
+    """Seconds to wait before the next attempt: 0 the first time, then 10 s · 2ⁿ up to 10 min. Progress resets the count."""
     tries = job.attempts_without_progress + job.platform_faults
     if tries <= 1:
         return 0.0
@@ -52,26 +53,26 @@ def validate(job: Job) -> Job | None:
         dataset = tables.get(Dataset, job.owner, dataset_id)
         if dataset is None or dataset.deleted:
             return _fail_unchecked(job, "dataset_deleted", "")
-        if dataset.status == "rejected":
+        if dataset.status == DatasetStatus.REJECTED:
             return _fail_unchecked(job, "dataset_rejected", dataset.error)
-        if dataset.status != "ready":
+        if dataset.status != DatasetStatus.READY:
             return None
         report = reports.for_job(job, dataset) if dataset_id == job.dataset_id else None
-        if report is not None and report.status == "checking":
+        if report is not None and report.status == ReportStatus.CHECKING:
             return None
-        if report is not None and report.status == "refused":
+        if report is not None and report.status == ReportStatus.REFUSED:
             return _fail_unchecked(job, "dataset_rejected", report.error)
-    return moves.announced(moves.move(job, moves.entering(job, "queued"), moves.as_seen(job)))
+    return moves.announced(moves.move(job, moves.entering(job, JobStatus.QUEUED), moves.as_seen(job)))
 
 
 @receiver(dataset_settled)
 def validate_waiting(owner: str, dataset_id: str, **kwargs: Any) -> None:
     """Validates the jobs that wait for this dataset."""
     for job in queue.active_of(owner):
-        if job.status == "validating" and dataset_id in (job.dataset_id, job.validation_dataset_id):
+        if job.status == JobStatus.VALIDATING and dataset_id in (job.dataset_id, job.validation_dataset_id):
             validate(job)
 
 
 def _fail_unchecked(job: Job, reason: str, message: str) -> Job | None:
-    actions = moves.leaving("failed", job, "failed", reason, message, "")
+    actions = moves.leaving("failed", job, JobStatus.FAILED, reason, message, "")
     return moves.announced(moves.move(job, actions, moves.as_seen(job)))

@@ -8,13 +8,15 @@ from dataclasses import replace
 from jobs.datasets import reports
 from jobs.lifecycle import finalize, moves, recovery, submission
 from jobs.lifecycle.moves import Desired
-from jobs.lifecycle.submission import JobRequest, Refused, clone_request
+from jobs.lifecycle.submission import JobRequest, clone_request
 from jobs.store import access, queue, quotas, tables
+from jobs.store.errors import Refused
 from jobs.store.lease import LostRace
 from jobs.store.quotas import OverQuota
+from jobs.store.states import DatasetStatus, JobStatus
 from jobs.store.tables import ENDED, Job, JobIndex, Usage, month_of, new_id
 
-TOO_SLOW = "The submission took too long. Send it again."
+TOO_SLOW = "The submission took too long and was discarded. Send it again."
 MAX_TRIES = 50  # of a request for a job that keeps changing
 EDITABLE = (
     "name",
@@ -35,16 +37,17 @@ EDITABLE = (
 
 
 def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = None, slug: str = "") -> Job:
-    """Creates a job. With a key, any number of calls create one job, and all return it.
+    """Creates a job. Any number of calls with the same key create one job, and all return it.
 
-    The list row is written first and the job last, so a crash leaves a row without a job. The reconciler voids it after
-    ten minutes, and a later call with the same key gets a new id. Raises Refused, OverQuota, LostRace.
+    The job's row is written last. After a crash before that, the list of active jobs has a row without a job: the
+    reconciler voids it after ten minutes, and a later call with the same key gets a new ID. Raises Refused, OverQuota,
+    LostRace.
     """
     datasets = submission.check(owner, request)
     request = replace(request, base_snapshot=submission.pin_base(owner, request))
     job_id = new_id("ftjob") if idempotency_key is None else _id_for(owner, request, idempotency_key)
     known = tables.get(Job, owner, job_id)
-    if known and known.status == "void":
+    if known and known.status == JobStatus.VOID:
         raise LostRace(TOO_SLOW)
     if known:
         return known
@@ -59,38 +62,41 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
     except OverQuota:
         finalize.make_void(owner, job_id)
         raise
-    accepted = tables.put_new(job, lambda found: found.body_hash == job.body_hash)
-    if accepted is None or accepted.status == "void":
+    accepted = tables.put_new(job, lambda current: current.body_hash == job.body_hash)
+    if accepted is None or accepted.status == JobStatus.VOID:
         quotas.release(owner, "jobs", job_id)
         raise LostRace(TOO_SLOW)
     moves.announce(accepted)
-    if accepted.status == "validating" and not reports.uses_default_tokenizer(request.base_snapshot or {}):
-        if datasets[0].status == "ready":
+    if accepted.status == JobStatus.VALIDATING and not reports.uses_default_tokenizer(
+        request.base_snapshot or {}
+    ):
+        if datasets[0].status == DatasetStatus.READY:
             reports.request_report(datasets[0], request.base_snapshot or {})
         return recovery.validate(accepted) or accepted
     return accepted
 
 
 def _id_for(owner: str, request: JobRequest, key: str) -> str:
-    """The id of the key's job: the same for every call with the key, and a new one once that job is void."""
+    """The ID of the job with this key: the same for every call with the key, and a new one once that job is void."""
     usage_key = "idem#" + hashlib.sha256(key.encode()).hexdigest()
     mine, body_hash = new_id("ftjob"), request.hash()
     row = Usage(owner, usage_key, job_id=mine, body_hash=body_hash)
     while True:
-        if tables.put_new(row, lambda found: found.job_id == mine):
+        if tables.put_new(row, lambda current: current.job_id == mine):
             return mine
-        found = tables.get(Usage, owner, usage_key)
-        if found is None or not found.job_id:
+        existing = tables.get(Usage, owner, usage_key)
+        if existing is None or not existing.job_id:
             continue
-        job = tables.get(Job, owner, found.job_id)
-        if job is None or job.status != "void":
-            if found.body_hash != body_hash:
+        job = tables.get(Job, owner, existing.job_id)
+        if job is None or job.status != JobStatus.VOID:
+            if existing.body_hash != body_hash:
                 raise Refused(
-                    "idempotency_key", "This idempotency key was used for another request. Use a new key."
+                    "This idempotency key was already used for another request. Use a new key.",
+                    field="idempotency_key",
                 )
-            return found.job_id
+            return existing.job_id
         fresh = [Usage.job_id.set(mine), Usage.body_hash.set(body_hash)]
-        if tables.update(row, fresh, Usage.job_id == found.job_id, lambda found: found.job_id == mine):
+        if tables.update(row, fresh, Usage.job_id == existing.job_id, lambda current: current.job_id == mine):
             return mine
 
 
@@ -98,24 +104,24 @@ def _id_for(owner: str, request: JobRequest, key: str) -> str:
 
 
 def set_desired(owner: str, job_id: str, desired: Desired) -> Job:
-    """Cancels, pauses or resumes. A running job learns of it with its next heartbeat; any other moves at once.
-    Idempotent. Raises NotFound, and Refused for a job that has ended or is being cancelled."""
+    """Cancels, pauses or resumes a job. The worker of a running job sees the request at its next heartbeat; any other job
+    moves at once. Idempotent. Raises NotFound, and Refused for a job that has ended or is being cancelled."""
     for _ in range(MAX_TRIES):
         job = access.get_job_for(owner, job_id)
-        if job.status == "cancelled" and desired == "cancel":
+        if job.status == JobStatus.CANCELLED and desired == "cancel":
             return job
         if job.ended:
             raise Refused(
-                "status",
                 f"The job has already {job.status if job.status != 'cancelled' else 'been cancelled'}.",
+                field="status",
             )
         if job.desired == "cancel" and desired != "cancel":
-            raise Refused("status", "The job is being cancelled.")
-        status = job.status if job.status == "running" else moves.desired_status(job, desired)
+            raise Refused("The job is being cancelled, which cannot be undone.", field="status")
+        status = job.status if job.status == JobStatus.RUNNING else moves.desired_status(job, desired)
         if (job.status, job.desired) == (status, desired):
-            return (recovery.validate(job) if status == "validating" else None) or job
-        if job.status == "running":
-            free = Job.status == "running"
+            return (recovery.validate(job) if status == JobStatus.VALIDATING else None) or job
+        if job.status == JobStatus.RUNNING:
+            free = Job.status == JobStatus.RUNNING
             condition = free if desired == "cancel" else free & (Job.desired != "cancel")
             moved = moves.move(job, [Job.desired.set(desired)], condition)
         else:
@@ -124,14 +130,14 @@ def set_desired(owner: str, job_id: str, desired: Desired) -> Job:
             )
         if moved:
             moves.announce(moved)
-            return (recovery.validate(moved) if moved.status == "validating" else None) or moved
+            return (recovery.validate(moved) if moved.status == JobStatus.VALIDATING else None) or moved
     raise LostRace("The job changed at the same time. Try again.")
 
 
 def rename(owner: str, job_id: str, name: str) -> Job:
     job = access.get_job_for(owner, job_id)
     if not 0 < len(name) <= 200:
-        raise Refused("name", "Enter a name of 1 to 200 characters.")
+        raise Refused("Enter a name of 1 to 200 characters.", field="name")
     moved = moves.move(job, [Job.name.set(name)], Job.deleted == False)  # noqa: E712  a condition, not a comparison
     if moved is None:
         raise access.NotFound(f"There is no job {job_id}.")
@@ -142,20 +148,20 @@ def rename(owner: str, job_id: str, name: str) -> Job:
 
 def can_edit(job: Job) -> bool:
     """True while no attempt has started and the job has not ended."""
-    return not job.fencing_token and job.status in {"validating", "queued", "paused"}
+    return not job.fencing_token and job.status in {JobStatus.VALIDATING, JobStatus.QUEUED, JobStatus.PAUSED}
 
 
 def edit(owner: str, job_id: str, request: JobRequest) -> Job:
-    """Changes the request while no attempt has started. The base and the suffix stay, and so does the model's id."""
+    """Changes the request of a job that has not started. The base and the suffix cannot change, nor can the model's ID."""
     job = access.get_job_for(owner, job_id)
     if not can_edit(job):
-        raise Refused("status", "The job has started. Clone it and change the copy.")
+        raise Refused("The job has already started. Clone it and edit the copy.", field="status")
     request = replace(request, base=job.base, suffix=job.suffix, base_snapshot=job.base_snapshot)
     fresh = submission.new_job(owner, job_id, request, submission.check(owner, request), "")
     actions = [moves.set_attribute(Job, name, getattr(fresh, name)) for name in EDITABLE]
-    if job.status != "paused":
+    if job.status != JobStatus.PAUSED:
         actions.append(Job.status.set(fresh.status))
-    moved = moves.move(job, actions, moves.as_seen(job), lambda found: found.body_hash == fresh.body_hash)
+    moved = moves.move(job, actions, moves.as_seen(job), lambda current: current.body_hash == fresh.body_hash)
     if moved is None:
         raise LostRace("The job changed at the same time. Reload it and try again.")
     moves.announce(moved)
@@ -163,19 +169,20 @@ def edit(owner: str, job_id: str, request: JobRequest) -> Job:
 
 
 def set_priority(owner: str, job_id: str, priority: int) -> Job:
-    """For staff: puts a job ahead of (or behind) all others."""
+    """For staff: moves a job ahead of all others, or behind them."""
     job = access.get_job_for(owner, job_id)
     moved = moves.move(job, [Job.priority.set(priority)], ~Job.status.is_in(*sorted(ENDED)))
     if moved is None:
-        raise Refused("status", "The job has ended.")
+        raise Refused("The job has ended, so its priority has no effect.", field="status")
     return moved
 
 
 def retry(owner: str, job_id: str, *, slug: str = "") -> Job:
-    """A new job that continues from the last checkpoint of one that failed or was cancelled (an end state never changes)."""
+    """Creates a job that continues from the last checkpoint of one that failed or was cancelled. It is a new job because an
+    end state never changes."""
     job = access.get_job_for(owner, job_id)
-    if job.status not in {"failed", "cancelled"}:
-        raise Refused("status", "Only a job that failed or was cancelled can be retried.")
+    if job.status not in {JobStatus.FAILED, JobStatus.CANCELLED}:
+        raise Refused("Only a job that failed or was cancelled can be retried.", field="status")
     start = next((c for c in job.checkpoints if c["key"] == job.checkpoint_key), None)
     slug = slug or job.model_id.split(":")[2]
     again = replace(clone_request(job), start_from=start, base_snapshot=job.base_snapshot)
@@ -186,11 +193,12 @@ def delete(owner: str, job_id: str, *, with_model: bool = False) -> None:
     """Deletes an ended job with its events, log and checkpoints. Its model is kept unless `with_model`."""
     job = access.get_job_for(owner, job_id)
     if not job.ended:
-        raise Refused("status", "Cancel the job first.")
+        raise Refused("Cancel the job first.", field="status")
     prefix = f"jobs/{job_id}/"
     for other in queue.active_jobs([row for row in queue.index_rows() if row.owner == owner]):
         if any(c["key"].startswith(prefix) for c in other.checkpoints) and not other.ended:
             raise Refused(
-                "status", f"“{other.name}” continues from this job's checkpoint. Wait until it has ended."
+                f"“{other.name}” continues from this job's checkpoint. Wait until it has ended.",
+                field="status",
             )
     finalize.delete_job(job, with_model=with_model)

@@ -1,4 +1,4 @@
-"""A job request: checked against what its owner may use, and turned into the row of a job. Nothing is written here."""
+"""Checks a job request against what its owner may use, and turns it into the row of a job. Writes nothing."""
 
 from __future__ import annotations
 
@@ -6,24 +6,35 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from jobs.datasets import reports
 from jobs.registry import base_models
 from jobs.store import access
+from jobs.store.errors import Refused
+from jobs.store.states import DatasetStatus, JobStatus
 from jobs.store.tables import Dataset, Job, time_of
 from training.plan.config import ConfigError, parse, stored_names
 
 NOT_SET = (None, "", "auto")
-
-
-class Refused(Exception):
-    """The request cannot be accepted. `field` names what to change, and the message says how."""
-
-    def __init__(self, field: str, message: str) -> None:
-        self.field, self.message = field, message
-        super().__init__(message)
+# Fields of JobRequest that are always part of its hash. Stored hashes hold exactly these: never change the list.
+HASHED = frozenset(
+    {
+        "base",
+        "dataset_id",
+        "name",
+        "validation_dataset_id",
+        "settings",
+        "prompts",
+        "suffix",
+        "seed",
+        "metadata",
+        "api",
+        "needs",
+        "start_from",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -34,37 +45,47 @@ class JobRequest:
     dataset_id: str
     name: str = ""
     validation_dataset_id: str | None = None
-    # Of training.plan.config.FIELDS; what is left out is automatic.
+    # Keys are those of training.plan.config.FIELDS. Missing settings are automatic.
     settings: Mapping[str, Any] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()  # pinned prompts for samples
     suffix: str = ""
-    seed: int | None = None  # used unless `settings` has one; new_job moves it there
+    seed: int | None = None  # used if `settings` has no seed; new_job moves it there
     metadata: Mapping[str, str] = field(default_factory=dict)
-    api: Mapping[str, Any] | None = None  # the body sent to `/v1`, to respond in the same terms
+    api: Mapping[str, Any] | None = (
+        None  # from the body sent to `/v1`, so that responses can repeat the caller's own values
+    )
     needs: Mapping[str, Any] = field(default_factory=dict)  # {"memory": bytes, "gpu": true}
     start_from: Mapping[str, Any] | None = None  # set by `retry`
-    base_snapshot: Mapping[str, Any] | None = None  # set by `retry`: the exact base of the job it repeats
+    base_snapshot: Mapping[str, Any] | None = (
+        None  # set by `retry`: the snapshot of the base that the earlier job used
+    )
 
     def hash(self) -> str:
-        body = json.dumps(
-            {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "base_snapshot"},
-            sort_keys=True,
-            default=dict,
-        )
-        return hashlib.sha256(body.encode()).hexdigest()
+        """Tells whether a repeated idempotency key sends the same request.
+
+        A field that is not in HASHED counts only if it differs from its default, so that a new field leaves the hashes
+        of jobs stored before unchanged.
+        """
+        hashed = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            default = each.default if each.default_factory is MISSING else each.default_factory()
+            if each.name in HASHED or (each.name != "base_snapshot" and value != default):
+                hashed[each.name] = value
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True, default=dict).encode()).hexdigest()
 
 
 def check(owner: str, request: JobRequest) -> list[Dataset]:
     try:
         parse(request.settings)
     except ConfigError as error:
-        raise Refused(error.field, error.message) from error
+        raise Refused(error.message, field=error.field) from error
     if not re.fullmatch(r"[A-Za-z0-9_.-]{0,64}", request.suffix):
-        raise Refused("suffix", "Use up to 64 letters, digits, dots, hyphens and underscores.")
+        raise Refused("Use up to 64 letters, digits, dots, hyphens and underscores.", field="suffix")
     if not request.base or len(request.base) > 300 or not request.base.isascii():
-        raise Refused("base", "Choose a base model.")
+        raise Refused("Choose a base model.", field="base")
     if len(request.name) > 200:
-        raise Refused("name", "Enter a name of at most 200 characters.")
+        raise Refused("Enter a name of at most 200 characters.", field="name")
     datasets = []
     for name in ("dataset_id", "validation_dataset_id"):
         dataset_id = getattr(request, name)
@@ -73,9 +94,9 @@ def check(owner: str, request: JobRequest) -> list[Dataset]:
         try:
             dataset = access.get_dataset_for(owner, dataset_id)
         except access.NotFound as error:
-            raise Refused(name, f"There is no dataset {dataset_id}. Upload it first.") from error
-        if dataset.status == "rejected":
-            raise Refused(name, f"The dataset was rejected: {dataset.error or 'see its report.'}")
+            raise Refused(f"There is no dataset {dataset_id}. Upload it first.", field=name) from error
+        if dataset.status == DatasetStatus.REJECTED:
+            raise Refused(f"The dataset was rejected: {dataset.error or 'see its report.'}", field=name)
         datasets.append(dataset)
     return datasets
 
@@ -85,15 +106,15 @@ def pin_base(owner: str, request: JobRequest) -> Mapping[str, Any]:
         pinned = base_models.pin(owner, request.base)
     except access.NotFound as error:
         raise Refused(
-            "base",
             f"There is no base model {request.base}. Choose one from the list, or add it from the Hub.",
+            field="base",
         ) from error
     return request.base_snapshot or pinned
 
 
 def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset], slug: str) -> Job:
     own = reports.uses_default_tokenizer(request.base_snapshot or {"id": request.base})
-    ready = own and all(dataset.status == "ready" for dataset in datasets)
+    ready = own and all(dataset.status == DatasetStatus.READY for dataset in datasets)
     parts = [
         "ft",
         base_models.root_id(request.base_snapshot or {"id": request.base}),
@@ -103,7 +124,7 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
     ]
     stored = stored_names(request.settings)
     if request.seed is not None and stored.get("seed") in NOT_SET:
-        stored["seed"] = request.seed  # a job has one seed, and this is where it is kept
+        stored["seed"] = request.seed  # the job's seed is stored only here
     job = Job(
         owner,
         job_id,
@@ -122,7 +143,7 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
         needs=dict(request.needs),
         model_id=":".join(parts),
         body_hash=request.hash(),
-        status="queued" if ready else "validating",
+        status=JobStatus.QUEUED if ready else JobStatus.VALIDATING,
         created_at=time_of(job_id),
     )
     if request.start_from:
@@ -136,8 +157,9 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
 def settings_of(job: Job) -> dict[str, Any]:
     """The settings as requested, with the seed that the job trains with.
 
-    Rows of earlier versions may have a second seed beside the settings. That one was used for training, so a job
-    that has started keeps the seed it started with; until then, a seed set by editing counts.
+    Rows written by earlier versions may have a second seed outside of the settings, which those versions trained with. A
+    job that has started keeps that seed. Before the start, a seed in the settings, set by editing the job, takes
+    precedence.
     """
     settings = dict(job.settings or {})
     if job.seed is not None:
@@ -150,7 +172,7 @@ def settings_of(job: Job) -> dict[str, Any]:
 
 
 def clone_request(job: Job) -> JobRequest:
-    """The same request again, from the start."""
+    """The request that would create the same job again, starting from the beginning."""
     return JobRequest(
         base=job.base,
         dataset_id=job.dataset_id,

@@ -16,11 +16,11 @@ from training.plan.warnings import Planned, Warning, warnings
 def for_plan(dataset: Dataset | None, planned: Planned | None) -> list[Warning]:
     """`planned` is None while the dataset's counts or the base model are unknown."""
     pending = []
-    if dataset and dataset.status in ("receiving", "checking"):
+    if dataset and dataset.unchecked:
         pending.append(
             Warning(
                 "This dataset is still being checked",
-                "You can start already: the job waits for the check, and stops if the file is rejected.",
+                "You can start now: the job waits for the check, and fails if the file is rejected.",
             )
         )
     return pending + (warnings(planned) if planned else [])

@@ -1,1 +1,1 @@
-"""Telling users what happened: webhooks, and the addresses they may be sent to."""
+"""Notifies users by webhook and email, and decides which addresses webhooks may be sent to."""

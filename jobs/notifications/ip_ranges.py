@@ -1,7 +1,7 @@
 """Which IP addresses belong to the public internet.
 
-The ranges are IANA's IPv4 and IPv6 special-purpose address registries, all of them: those that are globally reachable
-(anycast services, AS112) also serve protocols only, and no user's program listens there.
+The ranges below are all those of IANA's IPv4 and IPv6 special-purpose address registries. Those that are globally reachable
+(anycast services, AS112) are included, because they only serve protocols and no user's program listens there.
 https://www.iana.org/assignments/iana-ipv4-special-registry  https://www.iana.org/assignments/iana-ipv6-special-registry
 """
 
@@ -73,9 +73,9 @@ _NOT_PUBLIC_IPV6 = [ipaddress.IPv6Network(block) for block in SPECIAL_IPV6]
 
 
 def is_public(address: str) -> bool:
-    """Whether the address belongs to the public internet. Of the addresses that embed an IPv4 address, only NAT64 ones are
-    judged by it: an IPv6-only network reaches public IPv4 servers that way. The others (IPv4-mapped, 6to4, Teredo) are
-    special ranges, whatever they embed."""
+    """Whether the address belongs to the public internet. Several kinds of IPv6 addresses embed an IPv4 address. Only for
+    NAT64 does that address decide, because this is how an IPv6-only network reaches public IPv4 servers. All others
+    (IPv4-mapped, 6to4, Teredo) are special ranges."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv4Address):
         return not any(ip in block for block in _NOT_PUBLIC_IPV4)

@@ -1,8 +1,8 @@
 """Notifies users that a job ended: signed webhooks (standardwebhooks.com) and email.
 
-Each delivery is a row, stored before its message is enqueued. A sender raises `tries` from n to n + 1 and then posts, so
-a crash may send it twice under the same `webhook-id`, but never skips it. Redirects are not followed, and the connection
-goes to the address that was checked.
+Each delivery is a row, which is stored before its message is enqueued. A sender increments `tries` before it posts, so after
+a crash a notification may be sent twice, with the same `webhook-id`, but never skipped. Redirects are not followed, and the
+connection is made to the address that was checked.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
-import hmac
 import http.client
 import json
 import logging
@@ -21,40 +20,44 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from datetime import UTC, datetime
 from urllib.parse import SplitResult, urlsplit
 
 from django.conf import settings
 from django.core.mail import send_mail
+from standardwebhooks import Webhook
 
 from jobs.notifications.ip_ranges import is_public
 from jobs.store import outbox, quotas, reasons, tables
 from jobs.store.end_steps import step
+from jobs.store.states import JobStatus
 from jobs.store.tables import Job, WebhookDelivery, WebhookEndpoint, new_id
 
 log = logging.getLogger(__name__)
 
 SCHEDULE_S = (0, 5, 5 * 60, 30 * 60, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 20 * 3600, 24 * 3600)
-CONNECT_S = 5  # to connect, TLS included
-TIMEOUT_S = 15  # for each read of a response
-DEADLINE_S = 30  # for the whole request, however slowly the response arrives
+CONNECT_S = 5  # timeout for connecting, including TLS
+TIMEOUT_S = 15  # timeout for each read of a response
+DEADLINE_S = 30  # limit for the whole request, in case the response arrives slowly
 MAX_ENDPOINTS = 10
-EMAIL = "email"  # id of the endpoint that is the owner's email address
-AT_ONCE = 2  # deliveries of one owner in a worker, which has 16 threads
-TESTS_S = 60  # how long a test counts against its owner's limit
-EVENTS = ("succeeded", "failed", "cancelled")
+EMAIL = "email"  # the ID of the endpoint for the owner's email address
+AT_ONCE = 2  # concurrent deliveries per owner in a worker, which has 16 threads
+TESTS_S = 60  # how long a test counts toward its owner's limit
+EVENTS = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 EVENT_TYPES = tuple(f"fine_tuning.job.{status}" for status in EVENTS)
 TEST_TYPE = "llmtuner.test"
 
 
 class BadAddress(Exception):
-    """The URL cannot be posted to. The message is the same for every cause, so it does not reveal what listens where."""
+    """The URL cannot be posted to. The message does not depend on the cause, so that it does not reveal which addresses have
+    a server."""
 
 
 # ---- endpoints -----------------------------------------------------------------------------------------------------
 
 
 def add_endpoint(owner: str, url: str, name: str = "", events: tuple[str, ...] = ()) -> WebhookEndpoint:
-    """Raises BadAddress. The secret is shown to the owner, who verifies signatures with it."""
+    """Adds a webhook. Raises BadAddress. The secret is shown to the owner, who needs it to verify signatures."""
     split(url)
     if len(list_endpoints(owner)) >= MAX_ENDPOINTS:
         raise BadAddress(f"You already have {MAX_ENDPOINTS} webhooks. Delete one first.")
@@ -79,8 +82,8 @@ def remove_endpoint(owner: str, endpoint_id: str) -> None:
 
 
 def set_email(owner: str, address: str) -> None:
-    """Sets the address for email about the owner's jobs; empty for none. It is stored beside the webhooks because the
-    workers that send email have no SQL database. It is set on every submission and whenever it changes in SQL."""
+    """Sets the address for email about the owner's jobs; empty for none. It is stored with the webhooks because the workers
+    that send email have no SQL database. It is set at every submission and whenever it changes in SQL."""
     url, active = f"mailto:{address}", bool(address)
     row = tables.get(WebhookEndpoint, owner, EMAIL)
     if row is None or (row.url, row.active) != (url, active):
@@ -104,7 +107,8 @@ def notify(job: Job) -> None:
 
 
 def send_test(endpoint: WebhookEndpoint) -> None:
-    """A signed test event that belongs to no job, so that the owner can check the receiver. Sent once. Raises OverQuota."""
+    """Sends a signed test event, so that the owner can check the receiver. It belongs to no job and is sent only once. Raises
+    OverQuota."""
     id = new_id("test")
     for old in quotas.held(endpoint.owner, "tests"):
         if time.time() - tables.time_of(old) > TESTS_S:
@@ -144,8 +148,8 @@ def _put(owner: str, delivery_id: str, event: str, job_id: str, payload: str) ->
 
 
 class PerOwner:
-    """Runs at most AT_ONCE deliveries of an owner at a time. The others wait in order without holding a thread. If the
-    process dies, the reconciler enqueues the waiting ones again."""
+    """Runs at most AT_ONCE deliveries per owner at a time. The others wait in order, without occupying a thread. If the
+    process dies, the reconciler enqueues them again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -153,8 +157,8 @@ class PerOwner:
         self._waiting: defaultdict[str, dict[str, Callable[[], None]]] = defaultdict(dict)
 
     def run(self, owner: str, name: str, work: Callable[[], None]) -> None:
-        """Runs `work` and then the owner's waiting deliveries, or leaves it to the thread that is doing that. It waits under
-        its name, so a repeated message for it adds nothing."""
+        """Runs `work` and then the owner's waiting deliveries, or leaves it to a thread that is already running them. It waits
+        under its name, so a repeated message does not add it twice."""
         with self._lock:
             if self._running[owner] >= AT_ONCE:
                 self._waiting[owner][name] = work
@@ -184,13 +188,14 @@ DELIVERIES = PerOwner()
 
 @outbox.handler("deliver")
 def deliver(owner: str, delivery_id: str) -> bool:
-    """One try if it is due. True when nothing is left to do."""
+    """Tries once to deliver the notification, if it is due. Returns True if nothing is left to do."""
     delivery = tables.get(WebhookDelivery, owner, delivery_id)
     if delivery is None or delivery.status != "pending":
         return True
     if time.time() < delivery.next_at:
         return False
-    most = 1 if delivery.event == TEST_TYPE else len(SCHEDULE_S)  # the sender of a test sees its result
+    # A test is tried only once, because its sender sees the result.
+    most = 1 if delivery.event == TEST_TYPE else len(SCHEDULE_S)
     if delivery.tries >= most:  # the last try was interrupted
         return _record(delivery, "given up", delivery.last_result or "the delivery was interrupted")
     tries = int(delivery.tries) + 1
@@ -203,7 +208,7 @@ def deliver(owner: str, delivery_id: str) -> bool:
 
 
 def _record(delivery: WebhookDelivery, status: str, result: str) -> bool:
-    """Records the result of a try. True when there will be no further one."""
+    """Records the result of a try. Returns True if there will be no further tries."""
     actions = [WebhookDelivery.status.set(status), WebhookDelivery.last_result.set(result[:200])]
     tables.update(delivery, actions, WebhookDelivery.status == "pending")
     return status != "pending"
@@ -214,34 +219,32 @@ def _send(delivery: WebhookDelivery) -> tuple[bool, str, bool]:
     endpoint_id = delivery.delivery_id.rpartition("#")[2]
     endpoint = tables.get(WebhookEndpoint, delivery.owner, endpoint_id)
     if endpoint is None or not endpoint.active:
-        return False, "not wanted" if endpoint_id == EMAIL else "the webhook was removed", True
+        return False, "email is turned off" if endpoint_id == EMAIL else "the webhook was removed", True
     if endpoint_id == EMAIL:
         return _mail(delivery, endpoint.url.removeprefix("mailto:"))
     try:
         status = post(endpoint.url, delivery.payload.encode(), signed(endpoint.secret, delivery))
-    except Exception as error:  # whatever the receiver causes ends this try and nothing else
+    except Exception as error:  # an error caused by the receiver must end only this try
         log.info("webhook %s: %r", delivery.delivery_id, error)
-        return _record_result(endpoint, False, "could not be reached", False)
-    return _record_result(endpoint, 200 <= status < 300, f"answered {status}", status == 410)
+        return _record_result(endpoint, False, "the address could not be reached", False)
+    return _record_result(endpoint, 200 <= status < 300, f"responded with status {status}", status == 410)
 
 
-def _record_result(endpoint: WebhookEndpoint, sent: bool, result: str, gone: bool) -> tuple[bool, str, bool]:
+def _record_result(endpoint: WebhookEndpoint, sent: bool, result: str, final: bool) -> tuple[bool, str, bool]:
     """Stores the result with the endpoint. An endpoint that responded 410 is disabled."""
     actions = [WebhookEndpoint.last_result.set(result)]
-    if gone:
+    if final:
         actions.append(WebhookEndpoint.active.set(False))
     tables.update(endpoint, actions, WebhookEndpoint.url.exists())
-    return sent, result, gone
+    return sent, result, final
 
 
 def signed(secret: str, delivery: WebhookDelivery, now: float | None = None) -> dict[str, str]:
-    """The three headers of Standard Webhooks."""
+    """The three headers required by Standard Webhooks."""
     id = "msg_" + hashlib.sha256(delivery.delivery_id.encode()).hexdigest()[:32]
-    timestamp = str(int(time.time() if now is None else now))
-    key = base64.b64decode(secret.removeprefix("whsec_"))
-    digest = hmac.new(key, f"{id}.{timestamp}.{delivery.payload}".encode(), hashlib.sha256).digest()
-    signature = "v1," + base64.b64encode(digest).decode()
-    return {"webhook-id": id, "webhook-timestamp": timestamp, "webhook-signature": signature}
+    seconds = int(time.time() if now is None else now)
+    signature = Webhook(secret).sign(id, datetime.fromtimestamp(seconds, UTC), delivery.payload)
+    return {"webhook-id": id, "webhook-timestamp": str(seconds), "webhook-signature": signature}
 
 
 # ---- post ----------------------------------------------------------------------------------------------------------
@@ -253,9 +256,9 @@ def split(url: str) -> SplitResult:
         parts = urlsplit(url)
         port = parts.port
         host = parts.hostname or ""
-        host.encode("idna")  # as the resolver will do: refuses empty and overlong labels
+        host.encode("idna")  # the resolver does this too; it refuses empty and overlong labels
     except ValueError:
-        raise BadAddress("This address cannot be posted to.") from None
+        raise BadAddress("Webhooks cannot be sent to this address. Use a public https:// address.") from None
     schemes = {"https", "http"} if _allows_private() else {"https"}
     odd = any(not "!" <= letter <= "~" or letter in "\\@" for letter in url) or port == 0 or len(url) > 2000
     if parts.scheme not in schemes or not 0 < len(host) <= 253 or odd:
@@ -290,7 +293,7 @@ def post(url: str, body: bytes, headers: dict[str, str]) -> int:
 
 
 def _hang_up(sock: socket.socket) -> None:
-    """Ends whatever waits on the socket in another thread. It bypasses TLS, whose state belongs to that thread."""
+    """Ends the request of another thread that is waiting on the socket. It bypasses TLS, whose state belongs to that thread."""
     with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
@@ -298,7 +301,7 @@ def _hang_up(sock: socket.socket) -> None:
 def _checked_address(host: str, port: int) -> str:
     addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     if not addresses or not all(_allows_private() or is_public(address) for address in addresses):
-        raise BadAddress("This address cannot be posted to.")
+        raise BadAddress("Webhooks cannot be sent to this address. Use a public https:// address.")
     return sorted(addresses)[0]
 
 
@@ -315,21 +318,26 @@ def _mail(delivery: WebhookDelivery, address: str) -> tuple[bool, str, bool]:
         return False, "the job was deleted", True
     try:
         send_mail(_subject(job), _text(job), None, [address])
-    except Exception as error:  # ends this try and nothing else
+    except Exception as error:  # an error must end only this try
         log.warning("mail for %s: %r", delivery.delivery_id, error)
         return False, "the mail server did not accept it", False
     return True, "sent", True
 
 
 def _subject(job: Job) -> str:
-    word = {"succeeded": "is ready", "failed": "failed", "cancelled": "was cancelled"}[job.status]
+    words: dict[str, str] = {
+        JobStatus.SUCCEEDED: "is ready",
+        JobStatus.FAILED: "failed",
+        JobStatus.CANCELLED: "was cancelled",
+    }
+    word = words[job.status]
     return " ".join(f"“{job.name}” {word}".split())
 
 
 def _text(job: Job) -> str:
     lines = [_subject(job) + "."]
-    if job.status == "failed":
+    if job.status == JobStatus.FAILED:
         lines += [job.message or reasons.sentence(job.reason), job.advice or reasons.advice(job.reason)]
-    if job.status == "succeeded":
+    if job.status == JobStatus.SUCCEEDED:
         lines.append(f"Model: {job.model_id}")
     return "\n\n".join([*filter(None, lines), f"{settings.PUBLIC_URL}/jobs/{job.job_id}/"]) + "\n"

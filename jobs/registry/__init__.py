@@ -1,1 +1,1 @@
-"""Models: base models to train from, models imported from the Hub, and tuned models with their versions."""
+"""Models: base models to train from, including those added from the Hub, and tuned models."""

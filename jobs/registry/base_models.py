@@ -1,7 +1,7 @@
 """Base models of jobs: the catalog, the user's tuned models, and models of the Hugging Face Hub that were checked and added.
 
-A job stores a snapshot of its base (`Job.base_snapshot`): the Hub's revision, or a tuned model's files with their
-SHA-256. So every attempt starts from the same weights, and a model of the Hub cannot change after its check.
+A job stores a snapshot of its base (`Job.base_snapshot`): the Hub's revision, or a tuned model's files with their SHA-256.
+This ensures that every attempt starts from the same weights, and that a model of the Hub cannot change after its check.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 
 from jobs.registry import hub_models, tuned_models
 from jobs.store import access, blobs, tables
+from jobs.store.errors import Refused
 from jobs.store.tables import HubModel, Job, TunedModel
 from training.plan import catalog, hub
 from training.plan.catalog import BaseModel
 from training.plan.events import Failure
 
-MAX_HUB_MODELS = 100  # that one user may add
-MAX_LISTED = 100  # tuned models in a list to choose from
+MAX_HUB_MODELS = 100  # the most that one user can add
+MAX_LISTED = 100  # the most tuned models in a list to choose from
 
 Snapshot = dict[str, Any]  # a BaseModel, its revision or files, and keys that are stored (`root`, `reads_as`)
 
@@ -38,7 +39,7 @@ def pin(owner: str, name: str) -> Snapshot:
 
 
 def find(owner: str, name: str) -> BaseModel | None:
-    """The description of a base that the user can train; None if there is no such base."""
+    """The description of a base model that the user can train; None if there is no such base."""
     try:
         return from_snapshot(pin(owner, name))
     except access.NotFound:
@@ -59,13 +60,13 @@ def from_snapshot(snapshot: Mapping[str, Any]) -> BaseModel | None:
 
 
 def root_id(snapshot: Mapping[str, Any]) -> str:
-    """The model of the catalog or the Hub at the start of a chain of tuned models. Model IDs contain its name."""
+    """The model from the catalog or the Hub at the start of a chain of tuned models. Model IDs contain its name."""
     return str(snapshot.get("root") or snapshot["id"])
 
 
 def tokenizer_family(snapshot: Mapping[str, Any]) -> str:
-    """One name for all bases with the same tokenizer, chat template and context: a tuned model has its base's, and all
-    sizes of GPT-2 have the same."""
+    """A name shared by all bases with the same tokenizer, chat template and context length. A tuned model belongs to the
+    family of its base, and all sizes of GPT-2 belong to the same one."""
     if snapshot.get("reads_as"):
         return str(snapshot["reads_as"])
     id = str(snapshot["id"])
@@ -91,31 +92,33 @@ def list_hub(owner: str) -> list[BaseModel]:
 
 
 def get_hub_model(owner: str, name: str) -> HubModel | None:
-    """The row of a model of the Hub, if this user added it and the operator still allows it."""
+    """The row of a model of the Hub, if this user added it and the administrator still allows it."""
     row = tables.get(HubModel, owner, name) if hub_models.is_id(name) else None
     if row is not None:
         try:
             hub_models.check_allowed(name)
-        except hub_models.Refused:
+        except Refused:
             return None
     return row
 
 
 def add_hub_model(owner: str, name: str) -> str:
-    """Checks a model of the Hub and adds it to this user's list. Returns its ID. Raises hub_models.Refused."""
+    """Checks a model of the Hub and adds it to this user's list. Returns its ID. Raises Refused."""
     if known := catalog.find(name):
         return known.id
-    description = hub_models.look_up(name)
+    description = hub_models.fetch_description(name)
     others = {row.name for row in tables.rows(HubModel, owner)} - {description.model.id}
     if len(others) >= MAX_HUB_MODELS:
-        raise hub_models.Refused(f"You have added the maximum of {MAX_HUB_MODELS} models from the Hub.")
+        raise hub_models.unavailable(
+            f"You have already added {MAX_HUB_MODELS} models from the Hub, which is the limit. Choose one of them."
+        )
     snapshot = description.model.as_dict() | {"revision": description.revision}
     HubModel(owner, description.model.id, snapshot=snapshot, checked_at=time.time()).save()
     return description.model.id
 
 
 def _of_tuned(model: TunedModel) -> Snapshot | None:
-    """The snapshot of a tuned model as a base, with the architecture of its own base; None if that is unknown."""
+    """The snapshot of a tuned model that is used as a base, with the architecture of its own base; None if that is unknown."""
     parent = dict(model.base_snapshot or {"id": model.base})
     architecture = from_snapshot(parent)
     if architecture is None or not model.files:
@@ -136,7 +139,7 @@ def _of_tuned(model: TunedModel) -> Snapshot | None:
 
 
 def folder(base: str, snapshot: Mapping[str, Any] | None, *, only: str = "all") -> Path:
-    """The base's folder on this machine, fetched if necessary and verified; `only="tokenizer"` skips the weights. Raises
+    """The base's folder on this machine, verified, and fetched if necessary. `only="tokenizer"` skips the weights. Raises
     Failure, or a storage error if another attempt may succeed."""
     snapshot = snapshot or {}
     if known := catalog.find(base):
@@ -157,7 +160,7 @@ def folder(base: str, snapshot: Mapping[str, Any] | None, *, only: str = "all") 
         )
     try:
         hub_models.check_allowed(base)
-    except hub_models.Refused as refused:
+    except Refused as refused:
         raise Failure("base_model", str(refused)) from refused
     return _from_hub(base, str(snapshot["revision"]), only, with_token=hub_models.is_listed(base))
 

@@ -10,7 +10,8 @@ from jobs.store import blobs
 
 
 def fetch(entry: dict[str, Any], target: Path) -> None:
-    """Fetches and verifies the files of the manifest. The pointer has the manifest's SHA-256, the manifest that of all others."""
+    """Fetches a checkpoint and verifies its files. The pointer has the SHA-256 of the manifest, which has those of all other
+    files."""
     target.mkdir(parents=True, exist_ok=True)
     prefix = entry["key"].rstrip("/")
     blobs.fetch(f"{prefix}/manifest.json", target / "manifest.json", sha256=entry["sha256"])

@@ -1,8 +1,8 @@
 """Whether a model of the Hugging Face Hub can be a base, decided from the Hub's description before anything is fetched.
 
-Any signed-in user may name a model, so HF_TOKEN is only sent for models that HUB_MODELS lists. Refused are private and
-gated models (unless listed), pickles, custom code, anything but causal language models, quantized models, and models
-larger than HUB_MAX_GB. All requests have a deadline; torch is not imported.
+Any signed-in user can name a model, so HF_TOKEN is sent only for models that HUB_MODELS lists. The following are refused:
+private and gated models (unless listed), pickles, custom code, anything but causal language models, quantized models, and
+models larger than HUB_MAX_GB. All requests have a deadline. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -21,27 +21,25 @@ from typing import Any
 
 from django.conf import settings
 
+from jobs.store.errors import Refused
 from training.plan import catalog, hub
 from training.plan.catalog import BaseModel
 
 # owner/name, as on the Hub. It cannot be mistaken for a local path or lead out of a URL.
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}", re.ASCII)
 PUBLIC = "public"  # in HUB_MODELS: every public model
-DEADLINE_S = 8.0  # for all requests about one model
+DEADLINE_S = 8.0  # limit for all requests about one model
 MAX_RESPONSE = 4 << 20
-MAX_CONCURRENT = 4  # checks in this process; each takes a thread
+MAX_CONCURRENT = 4  # concurrent checks in this process, each of which needs a thread
 REFUSAL_CACHE_S = 60.0  # so that repeated requests do not reach the Hub
 
 _slots = threading.BoundedSemaphore(MAX_CONCURRENT)
 _refused: dict[str, tuple[float, Refused]] = {}
 
 
-class Refused(Exception):
-    """The model cannot be a base. The message says why and what to do. `temporary` refusals may be retried."""
-
-    def __init__(self, message: str, *, temporary: bool = False) -> None:
-        self.temporary = temporary
-        super().__init__(message)
+def unavailable(message: str, *, temporary: bool = False) -> Refused:
+    """The model cannot be used as a base. The message says why and what to do."""
+    return Refused(message, field="base", code="model_not_available", temporary=temporary)
 
 
 @dataclass(frozen=True)
@@ -57,29 +55,33 @@ def is_id(name: str) -> bool:
 
 
 def is_listed(name: str) -> bool:
-    """Whether a pattern in HUB_MODELS matches. The operator then trusts the model, and the token is sent."""
+    """Whether a pattern in HUB_MODELS matches. The administrator then trusts the model, so the token is sent."""
     return any(fnmatchcase(name.lower(), p.lower()) for p in settings.HUB_MODELS if p != PUBLIC)
 
 
 def check_allowed(name: str) -> None:
-    """Raises Refused unless the operator allows this model."""
+    """Raises Refused unless the administrator allows this model."""
     if PUBLIC not in settings.HUB_MODELS and not is_listed(name):
         allowed = ", ".join(settings.HUB_MODELS) or "those in the list"
-        raise Refused(f"The operator does not allow this model, only {allowed}. Choose another base.")
+        raise unavailable(
+            f"The administrator does not allow this model, only {allowed}. Choose another base model."
+        )
 
 
-def look_up(name: str) -> HubDescription:
+def fetch_description(name: str) -> HubDescription:
     """Gets the description of `name` from the Hub. Raises Refused."""
     if not is_id(name):
-        raise Refused(f"{name[:100]!r} is not a model ID. Enter owner/name, for example Qwen/Qwen2.5-0.5B.")
+        raise unavailable(
+            f"{name[:100]!r} is not a model ID. Enter owner/name, for example Qwen/Qwen2.5-0.5B."
+        )
     check_allowed(name)
     at, known = _refused.get(name, (0.0, None))
     if known is not None and time.monotonic() - at < REFUSAL_CACHE_S:
         raise known
     if not _slots.acquire(blocking=False):
-        raise Refused("Too many models are being checked. Try again in a few seconds.", temporary=True)
+        raise unavailable("Too many models are being checked. Try again in a few seconds.", temporary=True)
     try:
-        return _look_up(name)
+        return _fetch_description(name)
     except Refused as refused:
         if not refused.temporary:
             while len(_refused) >= 1000:
@@ -90,14 +92,14 @@ def look_up(name: str) -> HubDescription:
         _slots.release()
 
 
-def _look_up(name: str) -> HubDescription:
+def _fetch_description(name: str) -> HubDescription:
     deadline = time.monotonic() + DEADLINE_S
     token = str(settings.HF_TOKEN) if is_listed(name) else ""
     description = _get_json(name, f"api/models/{name}?blobs=true", token, deadline)
     real = str(description.get("id") or name)
     if real != name:  # renamed, or spelled differently
         if not is_id(real):
-            raise Refused(
+            raise unavailable(
                 f"The Hub has renamed {name} to a name that cannot be used here. Choose another model."
             )
         check_allowed(real)
@@ -105,7 +107,7 @@ def _look_up(name: str) -> HubDescription:
     size = _check_files(real, description)
     revision = str(description.get("sha") or "")
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise Refused(
+        raise unavailable(
             f"The Hub reports no revision of {real}, so it could change unnoticed. Choose another model."
         )
     config = _get_json(name, f"{name}/resolve/{revision}/config.json", token, deadline)
@@ -119,15 +121,15 @@ def _look_up(name: str) -> HubDescription:
 
 def _check_access(name: str, description: Mapping[str, Any]) -> None:
     if description.get("disabled"):
-        raise Refused(f"The Hub has disabled {name}. Choose another model.")
+        raise unavailable(f"The Hub has disabled {name}. Choose another model.")
     restriction = ""
     if description.get("private"):
         restriction = "private"
     elif description.get("gated"):
         restriction = "gated: available only to users who accepted its license"
     if restriction and not is_listed(name):
-        raise Refused(
-            f"{name} is {restriction}. The operator can allow it by adding it to HUB_MODELS and setting HF_TOKEN."
+        raise unavailable(
+            f"{name} is {restriction}. The administrator can allow it by adding it to HUB_MODELS and setting HF_TOKEN."
         )
 
 
@@ -141,20 +143,20 @@ def _check_files(name: str, description: Mapping[str, Any]) -> int:
     }
     wanted = {file: size for file, size in files.items() if hub.is_wanted(file)}
     if not any(file.endswith(".safetensors") for file in wanted):
-        raise Refused(
+        raise unavailable(
             f"{name} has no safetensors weights. Other formats can execute code when they are loaded. "
             "Choose a model in safetensors format."
         )
     if "config.json" not in wanted:
-        raise Refused(f"{name} has no config.json, so its architecture is unknown. Choose another model.")
+        raise unavailable(f"{name} has no config.json, so its architecture is unknown. Choose another model.")
     if "tokenizer.json" not in wanted and not {"vocab.json", "merges.txt"} <= set(wanted):
-        raise Refused(f"{name} has no tokenizer.json. Choose another model.")
+        raise unavailable(f"{name} has no tokenizer.json. Choose another model.")
     if not all(isinstance(size, int) and size >= 0 for size in wanted.values()):
-        raise Refused(f"The Hub does not report the size of {name}. Choose another model.")
+        raise unavailable(f"The Hub does not report the size of {name}. Choose another model.")
     size = sum(int(size or 0) for size in wanted.values())
     if size > settings.HUB_MAX_GB * 1e9:
-        raise Refused(
-            f"{name} has {size / 1e9:,.1f} GB; the limit is {settings.HUB_MAX_GB:g} GB (HUB_MAX_GB). "
+        raise unavailable(
+            f"{name} is {size / 1e9:,.1f} GB in size. The limit is {settings.HUB_MAX_GB:g} GB (HUB_MAX_GB). "
             "Choose a smaller one."
         )
     return size
@@ -162,10 +164,10 @@ def _check_files(name: str, description: Mapping[str, Any]) -> int:
 
 def _describe(name: str, description: Mapping[str, Any], config: Mapping[str, Any]) -> BaseModel:
     if config.get("auto_map"):
-        raise Refused(f"{name} needs custom code, which is never run here. Choose another model.")
+        raise unavailable(f"{name} needs custom code, which is never run here. Choose another model.")
     if quantization := config.get("quantization_config"):
         how = quantization.get("quant_method") if isinstance(quantization, dict) else ""
-        raise Refused(
+        raise unavailable(
             f"The weights of {name} are quantized{f' ({how})' if how else ''} and cannot be trained. "
             "Choose the original model."
         )
@@ -177,11 +179,11 @@ def _describe(name: str, description: Mapping[str, Any], config: Mapping[str, An
             if architectures
             else "its config.json names no architecture"
         )
-        raise Refused(f"{name} is not a causal language model: {what}. Choose one that generates text.")
+        raise unavailable(f"{name} is not a causal language model: {what}. Choose one that generates text.")
     try:
         model = catalog.from_config(config)
     except (ValueError, TypeError, OverflowError) as error:
-        raise Refused(f"{name} cannot be used: {error}. Choose another model.") from error
+        raise unavailable(f"{name} cannot be used: {error}. Choose another model.") from error
     weights = description.get("safetensors")
     total = weights.get("total") if isinstance(weights, dict) else None
     return replace(
@@ -253,7 +255,7 @@ _opener = urllib.request.build_opener(_Redirects)
 
 
 def _get_json(name: str, path: str, token: str, deadline: float) -> dict[str, Any]:
-    # The operator sets the endpoint; IDs consist of safe characters (see ID).
+    # The administrator sets the endpoint, and IDs consist of safe characters (see ID).
     request = urllib.request.Request(f"{settings.HF_ENDPOINT.rstrip('/')}/{path}")  # noqa: S310
     request.add_header("User-Agent", "llmtuner")
     if token:
@@ -265,17 +267,17 @@ def _get_json(name: str, path: str, token: str, deadline: float) -> dict[str, An
         error.close()
         raise _for_status(name, error.code) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise Refused(
+        raise unavailable(
             f"The Hub could not be reached for {name}. Try again in a moment, or choose a model from the list.",
             temporary=True,
         ) from error
     if not isinstance(content, dict):
-        raise Refused(f"The Hub's description of {name} is not valid. Choose another model.")
+        raise unavailable(f"The Hub's description of {name} is not valid. Choose another model.")
     return content
 
 
 def _read(response: Any, deadline: float) -> bytes:
-    """The whole response. Raises ValueError beyond the deadline or the size limit, so a slow server is cut off."""
+    """The whole response. Raises ValueError if it exceeds the deadline or the size limit, so that a slow server is cut off."""
     blocks, size = [], 0
     while block := response.read1(1 << 16):
         size += len(block)
@@ -287,10 +289,10 @@ def _read(response: Any, deadline: float) -> bytes:
 
 def _for_status(name: str, status: int) -> Refused:
     if status in (401, 403, 404):
-        return Refused(
-            f"The Hub has no public model {name}. Check the spelling. The operator must add a private or gated model to "
+        return unavailable(
+            f"The Hub has no public model {name}. Check the spelling. The administrator must add a private or gated model to "
             "HUB_MODELS."
         )
     if status == 429:
-        return Refused("The Hub's rate limit is reached. Try again in a few minutes.", temporary=True)
-    return Refused(f"The Hub returned status {status} for {name}. Try again in a moment.", temporary=True)
+        return unavailable("The Hub's rate limit is reached. Try again in a few minutes.", temporary=True)
+    return unavailable(f"The Hub returned status {status} for {name}. Try again in a moment.", temporary=True)

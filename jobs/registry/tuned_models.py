@@ -18,6 +18,7 @@ from django.conf import settings
 
 from jobs.store import access, blobs, outbox, queue, tables
 from jobs.store.end_steps import step
+from jobs.store.states import JobStatus
 from jobs.store.tables import Job, TunedModel
 
 BLOCK = 1 << 20
@@ -28,7 +29,7 @@ ALIAS = re.compile(r"ft:[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")  # the name of a mod
 
 @step(10)
 def create_if_succeeded(job: Job) -> None:
-    if job.status == "succeeded" and not job.deleted:
+    if job.status == JobStatus.SUCCEEDED and not job.deleted:
         create_from(job)
 
 
@@ -73,7 +74,7 @@ def put_tombstone(owner: str, model_id: str) -> None:
 
 @outbox.deletion_handler("ft:")
 def delete_bytes(owner: str, model_id: str) -> bool:
-    """False while a job that starts from the model may still need its files."""
+    """Deletes a model's files. Returns False while a job that starts from the model may still need them."""
     model = tables.get(TunedModel, owner, model_id)
     if model and model.deleted and model.prefix:
         if _is_a_base(model):
@@ -83,13 +84,13 @@ def delete_bytes(owner: str, model_id: str) -> bool:
 
 
 def folders_in_use(job: Job) -> list[str]:
-    """Folders of the job's objects that its model still uses."""
+    """Those of the job's folders in object storage that its model still uses."""
     model = tables.get(TunedModel, job.owner, job.model_id) if job.model_id else None
     return [model.prefix] if model and (not model.deleted or _is_a_base(model)) else []
 
 
 def _is_a_base(model: TunedModel) -> bool:
-    """Whether it is the base of a job that has not ended, which may still need the files."""
+    """Whether the model is the base of a job that has not ended and so may still need its files."""
     return any(job.base == model.model_id and not job.ended for job in queue.active_of(model.owner))
 
 
@@ -106,7 +107,7 @@ def set_aliases(owner: str, model_id: str, aliases: list[str]) -> TunedModel:
     for name in wanted:
         if not ALIAS.fullmatch(name):
             raise BadAlias(
-                f"{name[:80]}: an alias begins with ft: and contains only letters, digits and . _ - : as at OpenAI."
+                f"{name[:80]}: an alias must begin with ft: and contain only letters, digits and . _ - : as names at OpenAI do."
             )
         taken = find(owner, name)
         if taken is not None and taken.model_id != model_id:
@@ -118,7 +119,7 @@ def set_aliases(owner: str, model_id: str, aliases: list[str]) -> TunedModel:
 
 
 def find(owner: str, name: str) -> TunedModel | None:
-    """The owner's model with this ID, else the newest with this alias."""
+    """The owner's model with this ID, or else the newest one with this alias."""
     with contextlib.suppress(access.NotFound):
         return access.get_model_for(owner, name)
     if not ALIAS.fullmatch(name):
@@ -130,7 +131,7 @@ def find(owner: str, name: str) -> TunedModel | None:
 
 
 def checkpoint_models(job: Job) -> list[TunedModel]:
-    """The checkpoints of a job as models to try, available while the job keeps them."""
+    """The checkpoints of a job as models to try. They are available as long as the job keeps them."""
     return [_of_checkpoint(job, checkpoint) for checkpoint in job.checkpoints if checkpoint.get("files")]
 
 
@@ -168,7 +169,7 @@ def _of_checkpoint(job: Job, checkpoint: dict[str, Any]) -> TunedModel:
 
 
 def fetch(model: TunedModel) -> Path:
-    """The model's folder on this machine. Every file was verified by its SHA-256 when it was fetched."""
+    """The model's folder on this machine, fetched if necessary. Every file is verified by its SHA-256 when it is fetched."""
     return fetch_files(model.prefix, list(model.files))
 
 
@@ -262,7 +263,7 @@ class _ZipBuffer:
 
 
 async def _in_threads(blocks: Iterator[bytes]) -> AsyncIterator[bytes]:
-    """Makes an iterator asynchronous. A thread is used only while a block is computed."""
+    """Makes an iterator asynchronous. It uses a thread only while a block is computed."""
     take = sync_to_async(lambda: next(blocks, None), thread_sensitive=False)
     while (block := await take()) is not None:
         if block:

@@ -20,11 +20,11 @@ from jobs.store import tables
 from jobs.store.states import JobStatus
 from jobs.store.tables import Dataset, Job, Table, TunedModel
 
-SEARCH_LIMIT = 5000  # rows to read for one page, once it has a match
+SEARCH_LIMIT = 5000  # the most rows read for one page once there is a match
 
 
 class NotFound(Exception):
-    """No row has this ID, or it belongs to another user. The message is shown to the user."""
+    """There is no row with this ID, or it belongs to another user. The message is shown to the user."""
 
 
 Row = TypeVar("Row", bound=Table)
@@ -32,7 +32,7 @@ Row = TypeVar("Row", bound=Table)
 
 @dataclass(frozen=True)
 class Page(Generic[Row]):
-    """Rows, newest first. `after` for the next page is the last row's ID."""
+    """Rows, newest first. For the next page, pass the last row's ID as `after`."""
 
     rows: list[Row]
     has_more: bool
@@ -82,10 +82,10 @@ def list_jobs(
     status: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Page[Job]:
-    """With `status` or `metadata`, a page may have fewer rows than `limit` although more follow."""
+    """With `status` or `metadata`, a page may have fewer rows than `limit` even if more pages follow."""
     conditions: list[Condition] = [Job.status == status] if status is not None else []
     wanted = dict(metadata or {})
-    # Stored as JSON text, where the pair may match inside another value: the rows are compared again below.
+    # The attribute is JSON text, in which a pair may also match inside a value. So the rows are compared again below.
     conditions += [
         Path("metadata").contains(f"{json.dumps(name)}: {json.dumps(value)}")
         for name, value in wanted.items()
@@ -103,7 +103,7 @@ def list_jobs(
 
 
 def list_models(owner: str, limit: int = 20, after: str | None = None) -> Page[TunedModel]:
-    """A model's ID begins with its base, not with a time, so all of the owner's models are read (the quota limits them)."""
+    """A model's ID begins with its base and not with a time, so all of the owner's models are read. A quota limits them."""
     models = [row for row in tables.rows(TunedModel, owner) if not row.deleted]
     models.sort(key=lambda row: (row.created_at, row.model_id), reverse=True)
     start = next((i + 1 for i, row in enumerate(models) if row.model_id == after), 0)
@@ -142,8 +142,8 @@ def _search(
     where: Condition,
     is_visible: Callable[[Row], bool],
 ) -> Page[Row]:
-    """For rare rows. An empty page would end the list for OpenAI's clients, so it reads until there is a match or nothing
-    is left. With a match it stops after SEARCH_LIMIT rows, and the next page continues there."""
+    """A page of rows that may be rare. OpenAI's clients take an empty page for the end of the list, so it reads until there is
+    a match or nothing is left. Once there is a match, it stops after SEARCH_LIMIT rows; the next page continues there."""
     matches: list[Row] = []
     for rows, read in tables.search(table, owner, where, after):
         matches += [row for row in rows if is_visible(row)]

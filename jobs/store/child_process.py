@@ -1,9 +1,9 @@
-"""Child processes that import torch or parse users' files: limited, without credentials, and ended with their parent.
+"""Child processes that import torch or parse users' files. They have limits and no credentials, and end with their parent.
 
-Three things end a child with its parent: the kernel kills it when the thread that started it ends (`setpriv
---pdeathsig`, so start children from the main thread, or from one that lives as long as the process), its standard input
-is closed, and we stop it before we exit. Limits are set from outside with prlimit, so no code of ours runs between fork
-and exec (which would be unsafe in a process with threads).
+Three things make a child end with its parent: the kernel kills it when the thread that started it ends (`setpriv
+--pdeathsig`, so start children from the main thread or from one that lives as long as the process), its standard input
+is closed, and we stop it before we exit. Limits are set from outside with prlimit, so that none of our code runs between
+fork and exec, which would be unsafe in a process with threads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from django.conf import settings
 
 from training.plan.events import MAX_LINE_BYTES
 
-# The only variables that a child inherits: no credentials of a store, a mail server or the Hub.
+# The only variables that a child inherits. None of them has credentials of a store, a mail server or the Hub.
 ENVIRONMENT = (
     "PATH",
     "LANG",
@@ -53,7 +53,7 @@ CUT = "… (cut)"
 class Limits:
     """0 = no limit."""
 
-    # Address space. Keep 0 with a GPU, whose driver reserves far more than it uses.
+    # Address space; 0 means no limit. Keep 0 with a GPU, because its driver reserves far more than it uses.
     memory_bytes: int = 0
     file_bytes: int = 0
     cpu_s: int = 0
@@ -134,7 +134,7 @@ class Child:
             os.write(fd, b'{"lease": "ok"}\n')
 
     def signal(self, number: int) -> None:
-        """To the child only: it forwards the signal to its own children where needed."""
+        """Sends a signal to the child only, which forwards it to its own children if needed."""
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
 
@@ -156,7 +156,7 @@ class Child:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """The allowed variables only, offline, with a separate home folder."""
+    """The child's environment: only the allowed variables, a separate home folder, and Hugging Face in offline mode."""
     kept = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     kept |= {
         "HOME": str(home),
@@ -169,8 +169,8 @@ def environment(home: Path) -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def no_network_prefix() -> tuple[str, ...]:
-    """Command prefix that isolates a process in an empty network namespace. Empty if the system does not allow that
-    (some containers)."""
+    """The command prefix that isolates a process in an empty network namespace. Empty if the system does not allow this,
+    as in some containers."""
     for command in (("unshare", "--net"), ("unshare", "--user", "--map-current-user", "--net")):
         if shutil.which("unshare"):
             result = subprocess.run([*command, "true"], capture_output=True, timeout=10)

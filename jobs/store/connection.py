@@ -45,8 +45,8 @@ class ConnectionMeta:
 
     region = settings.AWS_REGION
     host = settings.DYNAMODB_ENDPOINT or None
-    # The embedded server verifies the signature, DynamoDB Local accepts any, and botocore always needs credentials. On
-    # AWS it finds its own. Those in AWS_ACCESS_KEY_ID may be for the bucket only.
+    # botocore always needs credentials. The embedded server verifies the signature, and DynamoDB Local accepts any. On
+    # AWS, botocore finds its own. We don't use those in AWS_ACCESS_KEY_ID, which may be valid only for the bucket.
     _local_credentials = host and (settings.DYNAMODB_SECRET or "AWS_ACCESS_KEY_ID" not in os.environ)
     aws_access_key_id = "local" if _local_credentials else None
     aws_secret_access_key = (settings.DYNAMODB_SECRET or "local") if _local_credentials else None

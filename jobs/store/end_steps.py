@@ -1,6 +1,6 @@
-"""Steps that run after a job has ended, registered by the modules they belong to.
+"""A registry of the steps that run after a job has ended. Modules register their own steps.
 
-Steps must be idempotent: all run again if a later one fails. jobs/apps.py imports every module that has one.
+Steps must be idempotent, because all of them run again if a later one fails. jobs/apps.py imports every module that has one.
 """
 
 from __future__ import annotations

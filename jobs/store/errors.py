@@ -1,4 +1,4 @@
-"""Whether a store is temporarily unreachable, or misconfigured so that waiting will not help."""
+"""A refused request; and whether a store is temporarily unreachable, or misconfigured so that waiting will not help."""
 
 from __future__ import annotations
 
@@ -56,6 +56,20 @@ _SQL_MESSAGES = (
     "unable to open database file",
     "readonly database",
 )
+
+
+class Refused(Exception):
+    """A request that cannot be accepted. The message says why, and what to change.
+
+    `field` names what to change, if it is one field, and `code` is what callers of `/v1` can test. A `temporary` refusal
+    may be gone when the same request is sent again.
+    """
+
+    def __init__(
+        self, message: str, *, field: str = "", code: str = "invalid_value", temporary: bool = False
+    ) -> None:
+        self.message, self.field, self.code, self.temporary = message, field, code, temporary
+        super().__init__(message)
 
 
 def outage(error: BaseException) -> str | None:

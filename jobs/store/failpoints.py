@@ -1,5 +1,5 @@
-"""Failpoints, where a test can kill or pause a process: `FAILPOINTS=name:action[:n]`, at the n-th hit (by default the
-first), or at every hit (`:every`).
+"""Failpoints: places where a test can kill or pause a process. `FAILPOINTS=name:action[:n]` runs the action at the n-th hit
+(by default the first), or at every hit (`:every`).
 
 Actions: `kill9` (this process), `raise`, `pause<seconds>`. Disabled in production.
 """

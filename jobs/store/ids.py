@@ -1,25 +1,24 @@
-"""IDs that sort by time (ULIDs), and the month that partitions of lists are named after."""
+"""IDs that sort by time (ULIDs), and the months after which partitions of lists are named."""
 
 from __future__ import annotations
 
-import secrets
 import time
 
-CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's Base32
+from ulid import ULID, PureRandomPolicy, ULIDGenerator
+
+# The default policy counts upwards within a millisecond. Two processes forked in that millisecond would create the same
+# IDs, and each ID would reveal the next one.
+_generator = ULIDGenerator(policy=PureRandomPolicy())
 
 
 def new_id(prefix: str) -> str:
     """`<prefix>-<ULID>`: 48 bits of milliseconds, then 80 random bits."""
-    number = int(time.time() * 1000) << 80 | secrets.randbits(80)
-    return prefix + "-" + "".join(CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+    return f"{prefix}-{_generator.generate()}"
 
 
 def time_of(id: str) -> float:
     """Creation time of an ID in Unix seconds."""
-    number = 0
-    for letter in id.rpartition("-")[2]:
-        number = number << 5 | CROCKFORD.index(letter)
-    return (number >> 80) / 1000
+    return ULID.from_str(id.rpartition("-")[2]).timestamp
 
 
 def month_of(when: float) -> str:

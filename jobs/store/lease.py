@@ -1,4 +1,4 @@
-"""The lease on a job, as lower modules know it: every write of an attempt carries its fencing token."""
+"""What lower modules need to know about the lease on a job: every write of an attempt carries its fencing token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class LostRace(Exception):
-    """Another process was first, or the lease is lost: stop writing."""
+    """Another process was first, or the lease is lost. The caller must stop writing."""
 
 
 class Lease(Protocol):

@@ -1,8 +1,8 @@
 """Reading rows, and writing them conditionally.
 
-A response can be lost although the write was applied. The client then sends the write again, and its own first write
-makes the condition fail. So every conditional write here takes `already_applied`, which inspects the row and returns
-whether it already holds what this write wanted.
+A response can be lost even though the write was applied. The client then sends the write again, and its own first write
+makes the condition fail. So every conditional write here takes `already_applied`, which looks at the row and returns
+whether it already contains what this write wanted.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def update(
     condition: Condition,
     already_applied: Callable[[Row], bool] = lambda current: False,
 ) -> Row | None:
-    """Updates the row if the condition holds. Returns the new row, also if `already_applied` finds that an earlier
-    request of the same write was applied; None if another writer was first. `row` itself is not changed."""
+    """Updates the row if the condition holds. Returns the new row, or None if another writer was first. If `already_applied`
+    finds that an earlier request of the same write was applied, that is a success too. `row` itself is not changed."""
     fresh = type(row)(*keys_of(row))
     try:
         fresh.update(actions=list(actions), condition=condition)
@@ -113,9 +113,9 @@ def newest(
 def search(
     table: type[Row], hash_key: str, where: Condition, after: str | None = None
 ) -> Iterator[tuple[list[Row], int]]:
-    """Matching rows of a partition, newest first, and how many rows have been read so far. The store filters, which
-    saves transfer and parsing. Reads grow from 100 rows to the 1 MB that DynamoDB reads at once: short reads if there
-    are many matches, few reads if there are few."""
+    """Yields matching rows of a partition, newest first, with the number of rows read so far. The store filters them, which
+    saves transfer and parsing. Reads grow from 100 rows to the 1 MB that DynamoDB reads at once, so that they are short if
+    there are many matches, and few if there are few."""
     keys = _range_key(table) < after if after is not None else None
     matches = table.query(
         hash_key, keys, where, scan_index_forward=False, consistent_read=True, page_size=100

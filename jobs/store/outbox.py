@@ -1,7 +1,7 @@
 """The outbox: short work that must not be lost, such as dataset checks, deletions and notifications.
 
-A message is a row in the partition `work`, put before the work begins and removed when it is done. A worker claims the
-row and renews its lease meanwhile. If a lease does not change for 30 s, the reconciler enqueues the message again.
+A message is a row in the partition `work`, which is put before the work begins and removed when it is done. A worker claims
+the row and renews its lease while it works. If the lease does not change for 30 s, the reconciler enqueues the message again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def deletion_handler(prefix: str) -> Callable[[Handler], Handler]:
 
 @handler("delete")
 def delete_bytes(owner: str, id: str) -> bool:
-    """The last step of a deletion: first the outbox row, then the tombstone, then the bytes."""
+    """Deletes the bytes, the last step of a deletion: the outbox row is put first, then the tombstone."""
     return next(delete for prefix, delete in _deletions.items() if id.startswith(prefix))(owner, id)
 
 

@@ -1,8 +1,8 @@
-"""The order of the queue: by priority, then fair share between owners, then age, among the jobs that fit the worker.
+"""The order of the queue: of the jobs that fit the worker, by priority, then by fair share between owners, then by age.
 
-Fair share: an owner's queued jobs are ranked after their running ones, so the first job of an owner comes before the
-second job of another, however many that one has queued. Between owners of equal rank, a worker takes the one it served
-least recently: with a single worker, no job is running when it claims the next one.
+Fair share: an owner's queued jobs are ranked after their running ones, so the first job of one owner comes before the second
+job of another, no matter how many jobs either has queued. Among owners of equal rank, a worker takes the one that it served
+least recently. (This matters with a single worker, because then no job is running when the next one is claimed.)
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from jobs.store.states import JobStatus
 from jobs.store.tables import Job, JobIndex
 
 MAX_SERVED = 1000  # owners that a worker remembers
-SHARDS = (
-    4  # of the list of active jobs, to spread its writes on AWS; it can only change while the list is empty
-)
+SHARDS = 4  # partitions of the list of active jobs, which spread its writes on AWS; change this only while the list is empty
 
 
 @dataclass(frozen=True)
@@ -38,12 +36,12 @@ def shard(job_id: str) -> str:
 
 
 def index_rows() -> list[JobIndex]:
-    """The list's rows of all jobs that have not ended."""
+    """The rows of all jobs in the list of active jobs, which have not ended."""
     return [row for n in range(SHARDS) for row in tables.rows(JobIndex, f"active#{n}")]
 
 
 def active_jobs(rows: Iterable[JobIndex] | None = None) -> list[Job]:
-    """The rows' jobs. A row without a job (yet) is skipped."""
+    """The jobs of these rows. A row that does not have a job yet is skipped."""
     keys = [(row.owner, row.job_id) for row in (index_rows() if rows is None else rows)]
     return list(Job.batch_get(keys, consistent_read=True)) if keys else []
 
@@ -66,7 +64,7 @@ def in_order(jobs: Iterable[Job], served: Mapping[str, int] | None = None) -> li
     return [job for *_, job in sorted(ranked, key=lambda entry: entry[:4])]
 
 
-_served: dict[str, int] = {}  # owner: number of this process's claim that was last theirs
+_served: dict[str, int] = {}  # owner: the number of the last claim by this process of one of their jobs
 
 
 def served() -> Mapping[str, int]:
@@ -90,7 +88,7 @@ def fits(job: Job, worker: WorkerInfo) -> bool:
 
 
 def position(job: Job) -> int | None:
-    """1 = next; None if the job is not in the queue."""
+    """The job's position in the queue, where 1 is next; None if it is not in the queue."""
     if job.status != JobStatus.QUEUED:
         return None
     order = [waiting.job_id for waiting in in_order(active_jobs())]

@@ -12,12 +12,12 @@ from pynamodb.expressions.condition import size
 from jobs.store import tables
 from jobs.store.tables import Dataset, Job, TunedModel, Usage
 
-_size: Callable[[Any], Any] = size  # PynamoDB leaves it untyped
+_size: Callable[[Any], Any] = size  # PynamoDB has no type for it
 CHECKPOINTS = "checkpoints#"  # + job ID: total bytes of its checkpoints
 
 
 class OverQuota(Exception):
-    """The user has reached a limit. The message says which one and what to do."""
+    """The user has reached a limit. The message says which limit and what to do."""
 
 
 QUOTAS = {
@@ -42,7 +42,7 @@ def _limit(what: str) -> int:
 
 
 def check(owner: str, what: str) -> None:
-    """Raises OverQuota if there is no room for one more. Called before anything is written; `take` decides."""
+    """Raises OverQuota if there is no room for one more. An early check, before anything is written: only `take` is binding."""
     if len(held(owner, what)) >= _limit(what):
         raise _over(what)
 
@@ -79,7 +79,7 @@ def check_fits(owner: str) -> None:
 
 
 def stored_bytes(owner: str, models: list[int] | None = None) -> int:
-    """Total bytes of a user's files, models and checkpoints. `models`: their sizes, if the caller has already read them."""
+    """Total bytes of a user's files, models and checkpoints. Pass the `models`' sizes if you have read them already."""
     models = _sizes(TunedModel, owner) if models is None else models
     return sum(_sizes(Dataset, owner)) + sum(models) + checkpoint_bytes(owner)
 
@@ -90,8 +90,8 @@ def checkpoint_bytes(owner: str) -> int:
 
 
 def record_checkpoint_bytes(job: Job) -> None:
-    """Records the total bytes of a job's checkpoints in a separate row: adding them up from the jobs themselves would
-    read a megabyte per hundred jobs. Idempotent, and an outdated job never overwrites newer data."""
+    """Records the total bytes of a job's checkpoints in a separate row, because adding them up from the jobs themselves
+    would read a megabyte per hundred jobs. Idempotent; an outdated job never overwrites newer data."""
     own = [entry for entry in job.checkpoints if str(entry["key"]).startswith(f"jobs/{job.job_id}/")]
     total = 0 if job.deleted else sum(int(entry.get("bytes") or 0) for entry in own)
     row = Usage(job.owner, CHECKPOINTS + job.job_id, data={"bytes": total}, version=job.version)
@@ -157,8 +157,8 @@ def _sizes(table: type[Dataset] | type[TunedModel], owner: str) -> list[int]:
 
 
 def audit(owner: str, what: str, has_ended: Callable[[str], bool]) -> None:
-    """Removes IDs of work that has ended. A submission takes the quota before it puts its job, so `has_ended` must check
-    twice, hours apart."""
+    """Removes the IDs of work that has ended. A submission takes the quota before it puts its job, so an ID whose job is
+    missing stays."""
     for id in held(owner, what):
         if has_ended(id):
             release(owner, what, id)

@@ -1,6 +1,6 @@
-"""Why a job fails or pauses: a short closed list, each with the sentence that users read and what to do next.
+"""Why a job fails or pauses: a complete list of reasons, each with a sentence for users and what to do next.
 
-The trainer's own reasons (training.plan.events) come first; these are the platform's."""
+The trainer has its own reasons (training.plan.events); this module adds the platform's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from training.plan.events import Reason
 
 PLATFORM_REASONS: dict[str, Reason] = {
     "dataset_rejected": Reason(
-        -1, "The dataset was rejected.", "Open the dataset's report: it lists the lines to fix.", True
+        -1, "The dataset was rejected.", "Open the dataset's report, which lists the lines to fix.", True
     ),
     "dataset_deleted": Reason(
         -1, "The dataset was deleted before training began.", "Upload it again and start a new job.", True
@@ -17,12 +17,12 @@ PLATFORM_REASONS: dict[str, Reason] = {
     "killed": Reason(
         -1,
         "The trainer was killed, most likely because memory ran out.",
-        "Lower micro_batch_tokens or sequence_length if it happens again.",
+        "If it happens again, lower micro_batch_tokens or sequence_length.",
     ),
     "stalled": Reason(
         -1,
         "The trainer made no progress for too long and was stopped.",
-        "See the end of the log, then try again.",
+        "Check the end of the log for the cause, then try again.",
     ),
     "lost_worker": Reason(
         -1,
@@ -33,27 +33,30 @@ PLATFORM_REASONS: dict[str, Reason] = {
     "store": Reason(
         -1,
         "Files could not be read from or written to object storage.",
-        "Check the storage. The job resumes from its last checkpoint.",
+        "Check the object storage. The job resumes from its last checkpoint automatically.",
         platform_fault=True,
     ),
     "file_damaged": Reason(
         -1,
-        "A file that the job needs is missing from object storage, or damaged.",
-        "Upload the dataset again, and start a new job.",
+        "A file that the job needs is damaged or missing from object storage.",
+        "Upload the dataset again and start a new job.",
     ),
     "attempts_spent": Reason(
         -1,
         "Too many attempts failed without progress.",
-        "The log shows what happened each time. Press Retry to resume from the last checkpoint.",
+        "The log shows what happened each time. Resume the job to continue from its last checkpoint.",
     ),
     "time_limit": Reason(
         -1,
-        "The job exceeded the operator's time limit.",
-        "Train fewer epochs, or ask the operator to raise the limit.",
+        "The job exceeded the time limit set by the administrator.",
+        "Train for fewer epochs, or ask the administrator to raise the limit.",
         True,
     ),
     "too_many_events": Reason(
-        -1, "The trainer produced more output than can be stored.", "Evaluate and sample less often.", True
+        -1,
+        "The trainer produced more output than can be stored.",
+        "Evaluate less often and show fewer samples.",
+        True,
     ),
     "cancelled": Reason(-1, "Cancelled on request.", "Clone the job to start it again.", True),
 }
@@ -69,5 +72,5 @@ def advice(reason: str) -> str:
 
 
 def is_platform_fault(reason: str) -> bool:
-    """Whether neither the job nor its owner is to blame."""
+    """Whether the platform is at fault, and neither the job nor its owner."""
     return reason in REASONS and REASONS[reason].platform_fault

@@ -1,4 +1,4 @@
-"""Redis: notifications of new events, streamed tokens, task messages. No lasting data is lost with it."""
+"""Redis: notifications of new events, streamed tokens and task messages. It holds no data that must not be lost."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def client() -> redis.Redis:
 
 
 def own_client(socket_timeout: float = 3) -> redis.asyncio.Redis:
-    """A dedicated connection for one reader, who closes it (`aclose`). So a reader that is cancelled in the middle of a
-    command never leaves its reply for another."""
+    """A dedicated connection for one reader, which must close it (`aclose`). A reader that is cancelled in the middle of a
+    command would otherwise leave its reply to the next user of the connection."""
     return redis.asyncio.Redis.from_url(
         settings.REDIS_URL,
         decode_responses=True,

@@ -1,8 +1,8 @@
 """The DynamoDB tables.
 
-One row is one unit of consistency. There are no transactions, no secondary indexes and no scans: each way to find a row
-is a table with a key made for it. Deleted rows stay as tombstones (`deleted`), so that a late writer cannot recreate
-them. An `attr_name` keeps the stored name of an attribute that was renamed in the code.
+A row is the unit of consistency. There are no transactions, no secondary indexes and no scans: for each way to look up rows
+there is a table with a suitable key. Deleted rows stay as tombstones (`deleted`), so that a late writer cannot recreate
+them. `attr_name` keeps the stored name of an attribute that was renamed in the code.
 
 Reads and conditional writes are in jobs/store/operations.py; other modules call them here, as `tables.get` and so on.
 """
@@ -35,7 +35,7 @@ from jobs.store.operations import (
     search,
     update,
 )
-from jobs.store.states import ENDED, JobStatus
+from jobs.store.states import ENDED, DatasetStatus, JobStatus, ReportStatus
 
 __all__ = [
     "ENDED",
@@ -87,13 +87,13 @@ class Dataset(Table):
     name = UnicodeAttribute(default="")
     purpose = UnicodeAttribute(default="fine-tune")
     format: JSONAttribute = JSONAttribute(null=True)  # as requested, then as detected by the check
-    status = UnicodeAttribute(default="receiving")
+    status = UnicodeAttribute(default=DatasetStatus.RECEIVING.value)
     bytes = NumberAttribute(default=0)
     sha256 = UnicodeAttribute(default="")  # computed by the check if the file was sent directly to the bucket
     fingerprint = UnicodeAttribute(attr_name="mark", default="")  # copied from its upload
-    key = UnicodeAttribute(default="")  # of the object
-    summary: JSONAttribute = JSONAttribute(null=True)  # of the report
-    report_key = UnicodeAttribute(default="")  # object with the full report as JSON
+    key = UnicodeAttribute(default="")  # of the file in object storage
+    summary: JSONAttribute = JSONAttribute(null=True)  # the counts of the report
+    report_key = UnicodeAttribute(default="")  # of the full report, a JSON file in object storage
     # Set if it is a version of another dataset: see jobs/datasets/versions.py.
     origin: JSONAttribute = JSONAttribute(null=True)
     error = UnicodeAttribute(default="")  # why it was rejected, shown to the user
@@ -104,6 +104,10 @@ class Dataset(Table):
     @property
     def id(self) -> str:
         return self.dataset_id
+
+    @property
+    def unchecked(self) -> bool:
+        return self.status in {DatasetStatus.RECEIVING, DatasetStatus.CHECKING}
 
 
 class DatasetReport(Table):
@@ -116,9 +120,9 @@ class DatasetReport(Table):
     base = UnicodeAttribute(range_key=True)  # tokenizer family
     owner = UnicodeAttribute()
     base_snapshot: JSONAttribute = JSONAttribute(attr_name="facts", default=dict)
-    # Results of an earlier request are discarded.
+    # The last request. Results of an earlier one are discarded.
     request_id = UnicodeAttribute(attr_name="asked", default="")
-    status = UnicodeAttribute(default="checking")
+    status = UnicodeAttribute(default=ReportStatus.CHECKING.value)
     summary: JSONAttribute = JSONAttribute(null=True)
     report_key = UnicodeAttribute(default="")
     error = UnicodeAttribute(default="")
@@ -136,15 +140,18 @@ class _JobAttributes(Table):
     base_snapshot: JSONAttribute = JSONAttribute(attr_name="base_facts", null=True)
     method = UnicodeAttribute(default="full")
     dataset_id = UnicodeAttribute(default="")
-    dataset_name = UnicodeAttribute(default="")  # at submission; the dataset may be deleted later
+    # Copied at submission, because the dataset may be deleted later.
+    dataset_name = UnicodeAttribute(default="")
     validation_dataset_id = UnicodeAttribute(null=True)
     settings: JSONAttribute = JSONAttribute(default=dict)  # requested hyperparameters
     prompts: JSONAttribute = JSONAttribute(default=list)  # for the samples
     suffix = UnicodeAttribute(default="")
-    seed = NumberAttribute(null=True)  # of rows of earlier versions: jobs/lifecycle/submission.py:settings_of
+    # Only in rows of earlier versions: jobs/lifecycle/submission.py:settings_of.
+    seed = NumberAttribute(null=True)
     metadata: JSONAttribute = JSONAttribute(default=dict)
-    api: JSONAttribute = JSONAttribute(null=True)  # the `/v1` request, for its response
-    needs: JSONAttribute = JSONAttribute(default=dict)  # requirements: {"memory": bytes, "gpu": true}
+    api: JSONAttribute = JSONAttribute(null=True)  # values of the `/v1` request that responses repeat
+    # What a worker must have: {"memory": bytes, "gpu": true}.
+    needs: JSONAttribute = JSONAttribute(default=dict)
     priority = NumberAttribute(default=0)
     model_id = UnicodeAttribute(default="")  # of the resulting model, assigned at submission
     body_hash = UnicodeAttribute(default="")
@@ -155,26 +162,27 @@ class _JobAttributes(Table):
     phase = UnicodeAttribute(default="")
     desired = UnicodeAttribute(default="run")  # run, pause, cancel
     version = NumberAttribute(default=0)
-    fencing_token = NumberAttribute(attr_name="epoch", default=0)  # of the lease: increases with each claim
-    # Process start and nonce of the current or last owner of the lease.
+    fencing_token = NumberAttribute(attr_name="epoch", default=0)  # increases with each claim
+    # Identifies the worker process that holds the lease, or held it last.
     lease_owner = UnicodeAttribute(attr_name="holder", default="")
     worker = UnicodeAttribute(default="")  # its display name
     lease = UnicodeAttribute(null=True)  # changes with each heartbeat; only set while running
     attempts = NumberAttribute(default=0)
     attempts_without_progress = NumberAttribute(default=0)
-    platform_faults = NumberAttribute(default=0)  # without progress; they do not count as attempts
+    platform_faults = NumberAttribute(default=0)  # in a row without progress; they do not count as attempts
 
     # Progress and results
     last_seq = NumberAttribute(default=0)  # sequence number of the last event
     progress: JSONAttribute = JSONAttribute(default=dict)  # step, total_steps, epoch, tokens, eta_s, …
-    metrics: JSONAttribute = JSONAttribute(default=dict)  # the latest of each
+    metrics: JSONAttribute = JSONAttribute(default=dict)  # the latest value of each
     checkpoint_step = NumberAttribute(null=True)  # the pointer: where the next attempt resumes
     checkpoint_key = UnicodeAttribute(null=True)
     # [{key, step, epoch, bytes, sha256, …}], newest last; `epoch` is the fencing token here.
     checkpoints: JSONAttribute = JSONAttribute(default=list)
     plan: JSONAttribute = JSONAttribute(null=True)  # resolved settings with their reasons
     estimate: JSONAttribute = JSONAttribute(null=True)
-    resume_check: JSONAttribute = JSONAttribute(attr_name="proof", null=True)  # of the exact resume
+    # See jobs/worker/resume_check.py.
+    resume_check: JSONAttribute = JSONAttribute(attr_name="proof", null=True)
     reason = UnicodeAttribute(default="")  # why it failed or paused: a key of jobs.store.reasons.REASONS
     message = UnicodeAttribute(default="")  # the details, shown to the user
     advice = UnicodeAttribute(default="")
@@ -201,7 +209,8 @@ class Job(_JobAttributes):
 
 
 class HeartbeatJob(_JobAttributes):
-    """The same rows with short timeouts: a heartbeat is one request of 3 s without retries, since the next follows soon."""
+    """The same rows with short timeouts: a heartbeat is a single request of 3 s without retries, because the next one follows
+    soon."""
 
     class Meta(ConnectionMeta):
         table_name = table_name("Job")
@@ -211,8 +220,8 @@ class HeartbeatJob(_JobAttributes):
 
 
 class JobIndex(Table):
-    """Lists of jobs. `active#<shard>`: not ended. `all#2026-11` and `<status>#2026-11`: for administrators.
-    `work`: the outbox (`check#…`, `deliver#…`, `delete#…`), see jobs/store/outbox.py."""
+    """Lists of jobs. The partitions `active#<shard>` list jobs that have not ended, and `all#2026-11` and `<status>#2026-11`
+    are for administrators. `work` is the outbox (`check#…`, `deliver#…`, `delete#…`): see jobs/store/outbox.py."""
 
     class Meta(ConnectionMeta):
         table_name = table_name("JobIndex")
@@ -235,14 +244,14 @@ class _ChunkAttributes(Table):
 
 
 class EventChunk(_ChunkAttributes):
-    """Up to 100 events or 64 KB of one attempt: `lines` are JSON texts with the sequence numbers first_seq … last_seq."""
+    """Up to 100 events or 64 KB from one attempt. `lines` are JSON texts with the sequence numbers first_seq … last_seq."""
 
     class Meta(ConnectionMeta):
         table_name = table_name("EventChunk")
 
 
 class HeartbeatChunk(_ChunkAttributes):
-    """The same rows with the short timeouts of the heartbeat that follows: they must not delay the lease."""
+    """The same rows with the short timeouts of a heartbeat, because storing events must not delay the lease's renewal."""
 
     class Meta(ConnectionMeta):
         table_name = table_name("EventChunk")
@@ -262,11 +271,11 @@ class TunedModel(Table):
     job_id = UnicodeAttribute(default="")
     name = UnicodeAttribute(default="")
     base = UnicodeAttribute(default="")  # what it was tuned from: possibly another tuned model
-    base_snapshot: JSONAttribute = JSONAttribute(attr_name="base_facts", null=True)  # of its job
+    base_snapshot: JSONAttribute = JSONAttribute(attr_name="base_facts", null=True)  # copied from its job
     method = UnicodeAttribute(default="full")
     step = NumberAttribute(default=0)
     fencing_token = NumberAttribute(attr_name="epoch", default=0)
-    prefix = UnicodeAttribute(default="")  # of its objects' keys
+    prefix = UnicodeAttribute(default="")  # of its keys in object storage
     files: JSONAttribute = JSONAttribute(default=list)  # [{"name", "bytes", "sha256"}]
     bytes = NumberAttribute(default=0)
     metrics: JSONAttribute = JSONAttribute(default=dict)
@@ -282,7 +291,7 @@ class TunedModel(Table):
 
 
 class HubModel(Table):
-    """A model of the Hugging Face Hub that a user added, as it was when it was checked."""
+    """A model of the Hugging Face Hub that a user added, in the state in which it was checked."""
 
     class Meta(ConnectionMeta):
         table_name = table_name("HubModel")
@@ -295,8 +304,8 @@ class HubModel(Table):
 
 
 class Usage(Table):
-    """Conditional sets for quotas (`jobs`, `datasets`), bytes per job (`checkpoints#<job>`), and `idem#<key>` rows that
-    make submissions idempotent."""
+    """The IDs that count toward a quota (`jobs`, `datasets`), the checkpoint bytes of each job (`checkpoints#<job>`), and
+    `idem#<key>` rows that make submissions idempotent."""
 
     class Meta(ConnectionMeta):
         table_name = table_name("Usage")
@@ -312,7 +321,7 @@ class Usage(Table):
 
 
 class Worker(Table):
-    """A worker's hardware and current job, only displayed. `last_seen` is by its own clock."""
+    """A worker's hardware and current job, for pages and estimates. `last_seen` is a time of the worker's own clock."""
 
     class Meta(ConnectionMeta):
         table_name = table_name("Worker")
@@ -326,7 +335,8 @@ class Worker(Table):
 
 
 class Upload(Table):
-    """A file uploaded in parts, through `/v1/uploads` or from a page (jobs/datasets/multipart.py: those have a target)."""
+    """A file that is uploaded in parts, through `/v1/uploads` or from a page (jobs/datasets/multipart.py). Only uploads from
+    pages have a `target`."""
 
     class Meta(ConnectionMeta):
         table_name = table_name("Upload")
@@ -342,7 +352,7 @@ class Upload(Table):
     dataset_id = UnicodeAttribute(default="")  # of the completed upload
     keep_s = NumberAttribute(null=True)  # requested lifetime of the file
     target = UnicodeAttribute(default="")  # ID of the future dataset
-    # Identifies the same file again: `sha256:…`, or a hash of samples of it.
+    # Recognizes the same file later: `sha256:…`, or a hash of samples of the file.
     fingerprint = UnicodeAttribute(attr_name="mark", default="")
     multipart = UnicodeAttribute(default="")  # S3's upload ID, if the parts go to S3
     created_at = NumberAttribute(default=time.time)
@@ -350,7 +360,7 @@ class Upload(Table):
 
 
 class WebhookEndpoint(Table):
-    """Where a user wants notifications: webhooks, and the email address under the ID `email`."""
+    """Where a user is notified: a webhook or, with the ID `email`, the email address."""
 
     class Meta(ConnectionMeta):
         table_name = table_name("WebhookEndpoint")
@@ -359,15 +369,15 @@ class WebhookEndpoint(Table):
     endpoint_id = UnicodeAttribute(range_key=True)  # hook-<ULID>
     name = UnicodeAttribute(default="")
     url = UnicodeAttribute()  # https://… or mailto:…
-    events: JSONAttribute = JSONAttribute(default=list)  # to send; empty = all
-    secret = UnicodeAttribute()  # whsec_…, in clear text because it signs; empty for email
+    events: JSONAttribute = JSONAttribute(default=list)  # the event types to send; empty = all
+    secret = UnicodeAttribute()  # whsec_…, not hashed because it is needed for signing; empty for email
     active = BooleanAttribute(default=True)
     created_at = NumberAttribute(default=time.time)
     last_result = UnicodeAttribute(default="")
 
 
 class WebhookDelivery(Table):
-    """One notification to one endpoint. A sender increments `tries`, then posts."""
+    """A notification to be sent to one endpoint. A sender increments `tries` before it posts."""
 
     class Meta(ConnectionMeta):
         table_name = table_name("WebhookDelivery")
@@ -385,7 +395,7 @@ class WebhookDelivery(Table):
 
 
 class EstimateRecord(Table):
-    """Predicted and actual duration, to correct later estimates for the same kind of machine."""
+    """A job's predicted and actual duration, with which later estimates for the same kind of machine are corrected."""
 
     class Meta(ConnectionMeta):
         table_name = table_name("EstimateRecord")

@@ -15,16 +15,17 @@ from jobs.formatting import count, size
 from jobs.forms import ColumnsForm
 from jobs.registry import base_models
 from jobs.store import blobs, tables
+from jobs.store.states import DatasetStatus, ReportStatus
 from jobs.store.tables import Dataset, DatasetReport
 from training.data.formats import BadRow, Row, preview
 from training.data.row_schemas import preview_of_message
 from training.plan import catalog
 
-STATUS_LABELS = {  # status: (label, CSS class of the dot)
-    "receiving": ("Receiving", "bg-warning"),
-    "checking": ("Checking", "bg-warning"),
-    "ready": ("Ready", "bg-success"),
-    "rejected": ("Rejected", "bg-error"),
+STATUS_LABELS: dict[str, tuple[str, str]] = {  # status: (label, CSS class of the dot)
+    DatasetStatus.RECEIVING: ("Receiving", "bg-warning"),
+    DatasetStatus.CHECKING: ("Checking", "bg-warning"),
+    DatasetStatus.READY: ("Ready", "bg-success"),
+    DatasetStatus.REJECTED: ("Rejected", "bg-error"),
 }
 KIND_LABELS = {
     "chat": ("conversation", "conversations"),
@@ -37,7 +38,7 @@ KIND_LABELS = {
 def status_context(dataset: Dataset) -> dict[str, Any]:
     label, tone = STATUS_LABELS.get(dataset.status, (dataset.status, "bg-base-300"))
     summary = dataset.summary if isinstance(dataset.summary, dict) else {}
-    if dataset.status == "rejected" and summary.get("choose"):
+    if dataset.status == DatasetStatus.REJECTED and summary.get("choose"):
         label, tone = "Needs columns", "bg-warning"
     one, many = KIND_LABELS.get(str(summary.get("kind")), ("example", "examples"))
     return {
@@ -45,13 +46,13 @@ def status_context(dataset: Dataset) -> dict[str, Any]:
         "tone": tone,
         "summary": summary,
         "kind": one if summary.get("examples") == 1 else many,
-        "checking": dataset.status in ("receiving", "checking"),
+        "checking": dataset.unchecked,
     }
 
 
 def report_context(dataset: Dataset, base: str = "", line: str = "") -> dict[str, Any]:
-    """The report as the page shows it; unknown values are left out. `base` names the model whose tokenizer is used, `line`
-    the row whose tokens were requested."""
+    """The report as the page shows it, without unknown values. `base` names the model whose tokenizer is used, and `line` the
+    row whose tokens were requested."""
     other = tables.get(DatasetReport, dataset.dataset_id, base) if base else None
     if other is None:
         stored = dataset.summary if isinstance(dataset.summary, dict) else {}
@@ -63,7 +64,7 @@ def report_context(dataset: Dataset, base: str = "", line: str = "") -> dict[str
     query = {name: value for name, value in (("as", base if other else ""), ("line", line)) if value}
     histogram = report.get("histogram") or []
     findings = [] if choice and choice["needed"] else report.get("findings", [])
-    is_counting = other is not None and other.status == "checking"
+    is_counting = other is not None and other.status == ReportStatus.CHECKING
     return {
         "dataset": dataset,
         **status_context(dataset),
@@ -81,7 +82,7 @@ def report_context(dataset: Dataset, base: str = "", line: str = "") -> dict[str
         "columns_in_use": _columns_in_use(dataset),
         "choice": choice,
         "tokenizers": lambda: _tokenizers(dataset, base),
-        "can_split": dataset.status == "ready" and versions.can_split(dataset),
+        "can_split": dataset.status == DatasetStatus.READY and versions.can_split(dataset),
         "origin": _origin(dataset),
         "file_rows": _file_rows(dataset, report),
         "new_job": f"{reverse('jobs:new_job')}?{urlencode(_job_query(dataset))}",
@@ -99,7 +100,7 @@ def load_report(key: str) -> dict[str, Any]:
 
 
 def display_sample(sample: dict[str, Any]) -> dict[str, Any]:
-    """Makes line ends visible: they are tokens too."""
+    """Makes line breaks visible, because they are tokens too."""
     tokens = [
         {**token, "text": str(token.get("text", "")).replace("\n", "⏎\n")}
         for token in sample.get("tokens", [])
@@ -138,19 +139,19 @@ TONES = {"error": "bg-error/10", "warning": "bg-warning/10"}
 
 def _finding(finding: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
     tone = TONES.get(str(finding.get("severity") or finding.get("level")), "bg-base-200")
-    fix_label = _fix_label(finding) if dataset.status == "ready" else ""
+    fix_label = _fix_label(finding) if dataset.status == DatasetStatus.READY else ""
     return {**finding, "tone": tone, "fix_label": fix_label}
 
 
 def _row(dataset: Dataset, base: str, line: str) -> dict[str, Any] | None:
-    """The tokens of the row that was last requested, if it is this one."""
+    """The tokens of this row, if it is the one that was requested last."""
     row = tables.get(DatasetReport, dataset.dataset_id, reports.row_key(base)) if line else None
     if row is None or str(row.base_snapshot.get("line")) != line:
         return None
     result = load_report(row.report_key) if row.report_key else {}
     return {
         "line": row.base_snapshot["line"],
-        "checking": row.status == "checking",
+        "checking": row.status == ReportStatus.CHECKING,
         "error": result.get("error") or row.error,
         "sample": display_sample(result) if result.get("tokens") else None,
         "cut": result.get("cut") or 0,
@@ -202,7 +203,7 @@ def _origin(dataset: Dataset) -> dict[str, Any] | None:
 
 
 def _job_query(dataset: Dataset) -> dict[str, str]:
-    """Prefills the form of a new job; a dataset that was split comes with its other part."""
+    """The parameters that prefill the form of a new job. For a dataset that was split, they include the other part."""
     origin = dataset.origin or {}
     ids = [dataset.dataset_id, str(origin.get("other") or "")]
     if origin.get("part") == "validation":
@@ -211,7 +212,7 @@ def _job_query(dataset: Dataset) -> dict[str, str]:
 
 
 def _histogram(counts: list[int]) -> list[dict[str, Any]]:
-    """Bars of examples by length; bucket i holds up to 16 · 2^i tokens."""
+    """A histogram of the examples by length. Bucket i counts those with up to 16 · 2^i tokens."""
     highest = max(counts, default=0)
     if not highest:
         return []
@@ -228,9 +229,9 @@ def columns_context(dataset: Dataset, typed: Mapping[str, Any] | None = None) ->
     """The form that assigns columns, as typed, with a preview of the first rows. None if the file has no columns."""
     report = _full_report(dataset)
     head = report.get("head")
-    if not head or dataset.status not in ("ready", "rejected"):
+    if not head or dataset.status not in (DatasetStatus.READY, DatasetStatus.REJECTED):
         return None
-    if dataset.status == "rejected" and not report.get("choose"):
+    if dataset.status == DatasetStatus.REJECTED and not report.get("choose"):
         return None
     if typed is None:
         file_format = dataset.format if isinstance(dataset.format, dict) else {}
@@ -240,7 +241,7 @@ def columns_context(dataset: Dataset, typed: Mapping[str, Any] | None = None) ->
     data = form.cleaned_data
     rows = preview(data["shape"], data["columns"], head["rows"]) if valid else []
     return {
-        "needed": dataset.status == "rejected",
+        "needed": dataset.status == DatasetStatus.REJECTED,
         "names": head["columns"],
         "shapes": [(name, label) for name, (label, _) in ColumnsForm.SHAPES.items()],
         "typed": {name: str(typed.get(name) or "") for name in ColumnsForm.base_fields},
@@ -252,7 +253,7 @@ def columns_context(dataset: Dataset, typed: Mapping[str, Any] | None = None) ->
 
 
 def _preview_row(row: Row | BadRow) -> dict[str, Any]:
-    """A row as its segments, each with its role, text, and whether it is trained on."""
+    """A row as segments, each with its role, its text, and whether it is trained on."""
     if isinstance(row, BadRow):
         return {"line": row.line, "error": f"{row.reason}. {row.fix}"}
     if row.kind == "completion":

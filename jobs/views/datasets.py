@@ -16,7 +16,9 @@ from jobs.formatting import when
 from jobs.forms import UploadForm, whole_number
 from jobs.registry import base_models
 from jobs.store import access, tables
+from jobs.store.errors import Refused
 from jobs.store.quotas import OverQuota
+from jobs.store.states import DatasetStatus
 from jobs.store.tables import DatasetReport
 from jobs.views.dataset_report import columns_context, report_context, status_context
 from jobs.views.decorators import owner_of, signed_in, wants_partial
@@ -30,7 +32,7 @@ PAGE_SIZE = 20
 def index(request: HttpRequest) -> HttpResponse:
     page = access.list_datasets(owner_of(request), PAGE_SIZE, request.GET.get("after") or None)
     rows = [{"dataset": d, **status_context(d)} for d in page]
-    waiting = any(d.status in ("receiving", "checking") for d in page)
+    waiting = any(d.unchecked for d in page)
     template = "jobs/dataset_list.html#rows" if wants_partial(request) else "jobs/dataset_list.html"
     context = {
         "rows": rows,
@@ -100,7 +102,7 @@ def read_as(request: HttpRequest, dataset_id: str) -> HttpResponse:
         messages.error(request, f"Unknown model: {name[:100]}. Choose a model from the list.")
         return redirect("jobs:dataset", dataset_id)
     address = reverse("jobs:dataset", args=[dataset_id])
-    if dataset.status != "ready" or reports.uses_default_tokenizer(base_snapshot):
+    if dataset.status != DatasetStatus.READY or reports.uses_default_tokenizer(base_snapshot):
         return redirect(address)
     return redirect(f"{address}?{urlencode({'as': reports.request_report(dataset, base_snapshot).base})}")
 
@@ -122,7 +124,7 @@ def row(request: HttpRequest, dataset_id: str) -> HttpResponse:
     line, base = whole_number(request.POST.get("line", "").strip(), 10**10), request.POST.get("as", "")
     other = tables.get(DatasetReport, dataset_id, base) if base else None
     address = reverse("jobs:dataset", args=[dataset_id])
-    if dataset.status != "ready" or not line:
+    if dataset.status != DatasetStatus.READY or not line:
         messages.error(request, "Line: enter a line number of the file.")
         return redirect(address)
     reports.request_row(dataset, other.base_snapshot if other else {"id": catalog.STARTER}, line)
@@ -164,7 +166,7 @@ def fix(request: HttpRequest, dataset_id: str) -> HttpResponse:
     try:
         versions.check(dataset, what, context["findings"])
         new = versions.begin(dataset, what, context["other"])
-    except versions.Refused as error:
+    except Refused as error:
         return render(request, "jobs/dataset_detail.html", {**context, "refused": str(error)}, status=400)
     except OverQuota as error:
         messages.error(request, str(error))

@@ -1,17 +1,21 @@
-"""What views share: access control, and the check for partial requests."""
+"""What views share: access control, refusals shown as warnings, and the check for partial requests."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 from asgiref.sync import sync_to_async
+from django.contrib import messages
 from django.contrib.auth.decorators import login_required
 from django.contrib.auth.views import redirect_to_login
 from django.http import Http404, HttpRequest, HttpResponseBase
 
 from jobs.store import access
+from jobs.store.errors import Refused
+from jobs.store.quotas import OverQuota
 
 View = Callable[..., HttpResponseBase]
 AsyncView = Callable[..., Awaitable[HttpResponseBase]]
@@ -46,6 +50,15 @@ def signed_in_async(view: AsyncView) -> AsyncView:
             raise Http404 from error
 
     return guarded
+
+
+@contextmanager
+def refusal_as_warning(request: HttpRequest) -> Iterator[None]:
+    """If the action inside is refused, its reason becomes a warning on the next page, and the view continues after the block."""
+    try:
+        yield
+    except (Refused, OverQuota) as refused:
+        messages.warning(request, str(refused))
 
 
 def owner_of(request: HttpRequest) -> str:

@@ -13,8 +13,8 @@ from django.views.decorators.http import require_GET
 from jobs.lifecycle import estimates
 from jobs.views.decorators import owner_of, signed_in
 
-# The chart: one job every STEP units; its actual time divided by its P50 estimate, on a log scale, so that 2× and ½×
-# are equally far from the center line.
+# The chart has one job every STEP units. It shows the actual time divided by the P50 estimate, on a log scale, so that 2×
+# and ½× are equally far from the center line.
 HEIGHT, STEP, LEFT, RIGHT = 200, 16, 44, 12
 MAX_LOG_RATIO = math.log(2.5)
 

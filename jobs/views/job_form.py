@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -14,8 +15,12 @@ from jobs.lifecycle import estimates
 from jobs.lifecycle import warnings as job_warnings
 from jobs.lifecycle.submission import settings_of
 from jobs.lifecycle.transitions import JobRequest
-from jobs.registry import base_models, hub_models
+from jobs.registry import base_models
 from jobs.store import access
+from jobs.store.errors import Refused
+from jobs.store.lease import LostRace
+from jobs.store.quotas import OverQuota
+from jobs.store.states import DatasetStatus, ReportStatus
 from jobs.store.tables import Dataset, DatasetReport, Job
 from jobs.views.dataset_report import display_sample, load_report
 from training.data.summary import Summary
@@ -32,7 +37,7 @@ MAX_DATASETS = 100  # offered in the lists; older ones can be used from their ow
 
 @dataclass
 class JobForm:
-    """The form's current state: `typed` holds the settings as entered, `values` all other fields."""
+    """The form's current state. `typed` has the settings as entered, and `values` all other fields."""
 
     owner: str
     values: dict[str, str]
@@ -65,10 +70,13 @@ class JobForm:
 
     @classmethod
     def of(cls, owner: str, data: Mapping[str, Any], *, check: bool = True) -> JobForm:
-        datasets = [d for d in access.list_datasets(owner, MAX_DATASETS) if d.status != "rejected"]
+        datasets = [
+            d for d in access.list_datasets(owner, MAX_DATASETS) if d.status != DatasetStatus.REJECTED
+        ]
         values = {name: str(data.get(name, "")) for name in NewJobForm.base_fields}
         if not check:
-            usable = sorted(datasets, key=lambda d: d.status != "ready")  # stable: the newest ready one first
+            # Stable: the newest ready one first.
+            usable = sorted(datasets, key=lambda d: d.status != DatasetStatus.READY)
             values["dataset"] = values["dataset"] or next((d.dataset_id for d in usable), "")
             values["base"] = values["base"] or catalog.STARTER
         settings, typed, errors = settings_from(data)
@@ -110,7 +118,7 @@ class JobForm:
     def _resolve(
         self, summary: Summary | None, base: BaseModel | None, machine: catalog.Machine
     ) -> tuple[Settings | None, dict[str, str], dict[str, str]]:
-        """(settings, reasons for the automatic ones, reasons for all of them if every one were automatic)."""
+        """(settings, reasons for the automatic ones, the reasons that there would be if all settings were automatic)."""
         if summary is None or base is None or self.settings is None:
             return self.settings, {}, {}
         resolved, reasons = resolve(self.settings, summary, base, machine)
@@ -118,14 +126,14 @@ class JobForm:
         return resolved, reasons, resolve(replace(self.settings, **all_automatic), summary, base, machine)[1]
 
     def add_from_hub(self) -> None:
-        """Checks, adds, and selects the Hub id that was entered, if any."""
+        """Checks, adds, and selects the Hub model whose ID was entered, if any."""
         name = self.values["hub"].strip()
         if not name:
             return
         try:
             self.values["base"], self.values["hub"] = base_models.add_hub_model(self.owner, name), ""
             self.errors.pop("base", None)
-        except hub_models.Refused as refused:
+        except Refused as refused:
             self.refuse("hub", str(refused))
 
     def is_valid(self) -> bool:
@@ -133,6 +141,16 @@ class JobForm:
 
     def refuse(self, name: str, message: str) -> None:
         self.errors[name] = message
+
+    @contextmanager
+    def refusal_as_error(self) -> Iterator[None]:
+        """If the action inside is refused, its reason becomes an error of the form."""
+        try:
+            yield
+        except Refused as refused:
+            self.refuse(refused.field, refused.message)
+        except (OverQuota, LostRace) as error:
+            self.refuse("", str(error))
 
     def request(self) -> JobRequest:
         settings = self.settings.as_dict() if self.settings else {}
@@ -240,7 +258,7 @@ class JobForm:
         other = next((d for d in self.datasets if d.dataset_id == self.values["validation_dataset"]), None)
         if self.dataset is None or other is None or other is self.dataset:
             return None
-        if {self.dataset.status, other.status} != {"ready"}:
+        if self.dataset.status != DatasetStatus.READY or other.status != DatasetStatus.READY:
             return None
         return reports.request_leaks(self.dataset, other)
 
@@ -258,7 +276,7 @@ class JobForm:
 
     def _summary(self, report: DatasetReport | None) -> Summary | None:
         counts = self.dataset.summary if self.dataset else None
-        if report is not None and report.status == "ready":
+        if report is not None and report.status == ReportStatus.READY:
             counts = report.summary
         return Summary.from_dict(counts) if isinstance(counts, dict) and counts.get("examples") else None
 
@@ -276,11 +294,11 @@ class JobForm:
     def _counting(
         self, base_snapshot: dict[str, Any] | None, report: DatasetReport | None
     ) -> dict[str, str] | None:
-        """Set if the counts shown are not from the chosen base's tokenizer: the state of that count."""
+        """The state of the count with the chosen base's tokenizer, if the counts shown are from another tokenizer."""
         if (
             base_snapshot is None
             or reports.uses_default_tokenizer(base_snapshot)
-            or (report is not None and report.status == "ready")
+            or (report is not None and report.status == ReportStatus.READY)
         ):
             return None
         base = base_models.from_snapshot(base_snapshot)
@@ -297,7 +315,7 @@ class JobForm:
             self.refuse("base", "Choose a base model.")
         elif (
             self.dataset is not None
-            and self.dataset.status == "ready"
+            and self.dataset.status == DatasetStatus.READY
             and not reports.uses_default_tokenizer(base_snapshot)
         ):
             reports.request_report(self.dataset, base_snapshot)
@@ -359,6 +377,6 @@ def _choice(base: BaseModel, machine: catalog.Machine, adapter: str, chosen: str
 
 @lru_cache(maxsize=200)
 def _first_sample(report_key: str) -> dict[str, Any] | None:
-    """Cached: a report never changes, and the form is rendered on every keystroke."""
+    """A full report. It is cached because it never changes and the form is rendered at every keystroke."""
     samples = load_report(report_key).get("samples")
     return display_sample(samples[0]) if samples else None

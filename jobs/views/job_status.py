@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jobs.store import states
 from jobs.store.states import JobStatus
 
 PRIMARY, SUCCESS, ERROR = "bg-primary", "bg-success", "bg-error"
@@ -29,10 +30,8 @@ class StatusDisplay:
 
 def display_of(status: str) -> StatusDisplay:
     """A status written by a newer version is shown by its own name."""
-    try:
-        return _display(JobStatus(status))
-    except ValueError:
-        return StatusDisplay(status.capitalize(), NEUTRAL)
+    state = states.known(status)
+    return _display(state) if state else StatusDisplay(status.capitalize(), NEUTRAL)
 
 
 def _display(status: JobStatus) -> StatusDisplay:
@@ -59,7 +58,7 @@ def _display(status: JobStatus) -> StatusDisplay:
         case JobStatus.PAUSED:
             return StatusDisplay("Paused", NEUTRAL, problem_title="Why it stopped")
         case JobStatus.SUCCEEDED:
-            return StatusDisplay("Done", SUCCESS)
+            return StatusDisplay("Succeeded", SUCCESS)
         case JobStatus.FAILED:
             return StatusDisplay(
                 "Failed", ERROR, problem_title="Why it failed", problem_border="border-error/40"

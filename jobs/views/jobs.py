@@ -20,7 +20,7 @@ from jobs.notifications import webhooks
 from jobs.store import access
 from jobs.store.tables import Job
 from jobs.views import presenters
-from jobs.views.decorators import owner_of, signed_in, wants_partial
+from jobs.views.decorators import owner_of, refusal_as_warning, signed_in, wants_partial
 from jobs.views.job_form import JobForm
 
 PAGE_SIZE = 20
@@ -57,14 +57,9 @@ def new(request: HttpRequest) -> HttpResponse:
     form = JobForm.of(owner, request.POST)
     form.add_from_hub()
     if form.is_valid():
-        try:
+        with form.refusal_as_error():
             webhooks.set_email(owner, request.user.notification_email)
             job = transitions.submit(owner, form.request(), slug=request.user.slug)
-        except transitions.Refused as refused:
-            form.refuse(refused.field, refused.message)
-        except transitions.OverQuota as over:
-            form.refuse("", str(over))
-        else:
             return redirect("jobs:job", job.job_id)
     return render(request, "jobs/new_job.html", form.context(), status=422)
 
@@ -72,7 +67,7 @@ def new(request: HttpRequest) -> HttpResponse:
 @signed_in
 @require_POST
 def add_base(request: HttpRequest) -> HttpResponse:
-    """Checks the Hub id in the form and selects it; the page keeps everything that was typed."""
+    """Checks the Hub model in the form and selects it. The page keeps everything that was typed."""
     form = JobForm.of(owner_of(request), request.POST)
     if not form.values["hub"].strip():
         form.refuse("hub", "Enter the ID of a Hub model first: owner/name.")
@@ -134,8 +129,8 @@ def detail(request: HttpRequest, job_id: str) -> HttpResponse:
 
 
 def _sampled_events(job: Job) -> list[event_log.Event]:
-    """All events of an ordinary job. For a very long one: the beginning, the end, and evenly spaced windows between. The
-    page thins the curve anyway; the CSV and the log have everything."""
+    """All events of an ordinary job. For a very long one, the beginning, the end, and evenly spaced windows in between: the
+    page thins the curve anyway, and the CSV file and the log download have everything."""
     last = int(job.last_seq)
     if last <= MAX_EVENTS:
         return event_log.read(job.owner, job.job_id)
@@ -159,13 +154,8 @@ def edit(request: HttpRequest, job_id: str) -> HttpResponse:
         return render(request, "jobs/new_job.html", JobForm.editing(job).context())
     form = JobForm.editing(job, request.POST)
     if form.is_valid():
-        try:
+        with form.refusal_as_error():
             transitions.edit(job.owner, job_id, form.request())
-        except transitions.Refused as refused:
-            form.refuse(refused.field, refused.message)
-        except transitions.LostRace as lost:
-            form.refuse("", str(lost))
-        else:
             messages.success(request, "Changes saved. The job keeps its place in the queue.")
             return redirect("jobs:job", job_id)
     return render(request, "jobs/new_job.html", form.context(), status=422)
@@ -199,10 +189,8 @@ def cancel(request: HttpRequest, job_id: str) -> HttpResponse:
 
 
 def _set_desired(request: HttpRequest, job_id: str, desired: Any) -> HttpResponse:
-    try:
+    with refusal_as_warning(request):
         transitions.set_desired(owner_of(request), job_id, desired)
-    except transitions.Refused as refused:
-        messages.warning(request, refused.message)
     return redirect("jobs:job", job_id)
 
 
@@ -210,13 +198,10 @@ def _set_desired(request: HttpRequest, job_id: str, desired: Any) -> HttpRespons
 @require_POST
 def retry(request: HttpRequest, job_id: str) -> HttpResponse:
     """A new job with the same data and settings, from the last checkpoint if there is one."""
-    try:
+    with refusal_as_warning(request):
         webhooks.set_email(owner_of(request), request.user.notification_email)
-        job = transitions.retry(owner_of(request), job_id, slug=request.user.slug)
-    except (transitions.Refused, transitions.OverQuota) as refused:
-        messages.warning(request, str(refused))
-        return redirect("jobs:job", job_id)
-    return redirect("jobs:job", job.job_id)
+        job_id = transitions.retry(owner_of(request), job_id, slug=request.user.slug).job_id
+    return redirect("jobs:job", job_id)
 
 
 @signed_in
@@ -235,13 +220,11 @@ def rename(request: HttpRequest, job_id: str) -> HttpResponse:
 @require_POST
 def delete(request: HttpRequest, job_id: str) -> HttpResponse:
     job = access.get_job_for(owner_of(request), job_id)
-    try:
+    with refusal_as_warning(request):
         transitions.delete(owner_of(request), job_id)
-    except transitions.Refused as refused:
-        messages.warning(request, refused.message)
-        return redirect("jobs:job", job_id)
-    messages.success(request, f"{job.name} was deleted.")
-    return redirect("jobs:jobs")
+        messages.success(request, f"{job.name} was deleted.")
+        return redirect("jobs:jobs")
+    return redirect("jobs:job", job_id)
 
 
 # ---- downloads --------------------------------------------------------------------------------------------------
@@ -252,7 +235,7 @@ CSV_COLUMNS = ("step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "tokens
 @signed_in
 @require_GET
 def metrics_csv(request: HttpRequest, job_id: str) -> HttpResponse:
-    """All metrics of every step. Only numbers, so no cell can be a spreadsheet formula."""
+    """All metrics of every step. There are only numbers, so no cell can be a spreadsheet formula."""
     job = access.get_job_for(owner_of(request), job_id)
     history = JobHistory.from_events(event_log.read(job.owner, job_id))
     text = io.StringIO()

@@ -78,9 +78,8 @@ async def stream(scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(event_log.watch(owner, match[1], after)) as ticks:
             first = await anext(ticks, None)
             if first is None or (first.job.ended and not first.events):
-                return await _respond(
-                    send, 204
-                )  # everything was sent; 204 tells EventSource not to reconnect
+                # Everything has been sent; 204 tells EventSource not to reconnect.
+                return await _respond(send, 204)
             return await _Stream(owner, request, send).run(first, ticks, receive)
     except access.NotFound:
         return await _respond(send, 404)

@@ -78,11 +78,11 @@ def _details(model: TunedModel) -> list[tuple[str, str]]:
 
 
 def _export_check(result: dict[str, Any]) -> str:
-    """Before it is published, an export is loaded and compared with the trained weights."""
+    """The result of the export check: before publication, an export is loaded and compared with the trained weights."""
     if not result:
         return ""
     sentence = result.get("sentence") or result.get("message")
-    return str(sentence or "The exported files were loaded and gave the same answers as the trained model.")
+    return str(sentence or "The exported files were loaded and gave the same results as the trained model.")
 
 
 @signed_in_async

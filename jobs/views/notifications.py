@@ -26,8 +26,8 @@ MAX_DELIVERIES = 20  # shown
 @never_cache
 @require_http_methods(["GET", "HEAD", "POST"])
 def page(request: HttpRequest) -> HttpResponse:
-    """GET lists; POST adds a webhook and shows its secret this one time. No redirect, so that the secret is not stored
-    anywhere else."""
+    """GET lists the webhooks. POST adds one and shows its secret, only this once. It does not redirect, so that the secret
+    need not be stored anywhere else."""
     owner = _user(request).owner_id
     form: dict[str, Any] = {"url": "", "name": "", "events": list(webhooks.EVENT_TYPES)}
     errors: dict[str, str] = {}
@@ -101,7 +101,10 @@ def email(request: HttpRequest) -> HttpResponse:
     webhooks.set_email(user.owner_id, user.notification_email)  # first: workers use this copy
     user.save(update_fields=["notify_by_email"])
     messages.success(
-        request, "You will get an email when a job ends." if wanted else "You will get no emails about jobs."
+        request,
+        "You will receive an email when a job ends."
+        if wanted
+        else "You will no longer receive emails about jobs.",
     )
     return redirect("jobs:notifications")
 

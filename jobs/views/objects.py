@@ -1,6 +1,6 @@
-"""Downloads from local storage through signed links that expire. With S3, links point at S3 itself.
+"""Downloads from local storage through signed links that expire. With S3, links point to S3 itself.
 
-Sent block by block from an async iterator: under ASGI, a FileResponse would hold the whole file in memory.
+Files are sent block by block from an async iterator. Under ASGI, a FileResponse would hold the whole file in memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ async def download(request: HttpRequest, token: str, filename: str) -> HttpRespo
     """`/objects/<token>/<filename>`; supports one byte range, so that browsers can resume a download."""
     link = blobs.read_link(token)
     if link is None:
-        return HttpResponse("This link has expired. Get a new one from the page it was on.\n", status=403)
+        return HttpResponse(
+            "This link has expired. Reload the page it was on to get a new one.\n", status=403
+        )
     key, name = link
     size = await sync_to_async(blobs.size_of)(key)
     if size is None:
@@ -56,8 +58,8 @@ async def download(request: HttpRequest, token: str, filename: str) -> HttpRespo
 
 
 def byte_range(header: str, size: int) -> tuple[int, int] | None:
-    """(start, end) of the bytes to send: everything if the header is missing or unsupported; None if the range is not
-    satisfiable."""
+    """(start, end) of the bytes to send: all of them if the header is missing or unsupported, and None if the range cannot be
+    satisfied."""
     match = re.fullmatch(r"bytes=(\d{0,19})-(\d{0,19})", header.strip())
     if not match or match[0] == "bytes=-":
         return 0, size
@@ -69,7 +71,7 @@ def byte_range(header: str, size: int) -> tuple[int, int] | None:
 
 
 async def _blocks(file: IO[bytes], left: int) -> AsyncIterator[bytes]:
-    """Uses a thread only during each read."""
+    """Yields the file in blocks. A thread is used only during each read."""
     read = sync_to_async(file.read, thread_sensitive=False)
     try:
         while left > 0 and (block := await read(min(BLOCK, left))):

@@ -19,12 +19,14 @@ from jobs.events import event_log
 from jobs.events.history import JobHistory
 from jobs.lifecycle import transitions
 from jobs.store import access, queue, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import Audit, Job, JobIndex, month_of, new_id, time_of
 from jobs.views import presenters
+from jobs.views.decorators import refusal_as_warning
 
 PAGE_SIZE = 50
 PRIORITIES = {10: "ahead of all jobs", 0: "normal", -10: "behind all jobs"}
-STATES = ("all", "active", "succeeded", "failed", "cancelled")
+STATES = ("all", "active", JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class OverseenRow:
 
 @require_GET
 def index(request: HttpRequest, *, site: AdminSite) -> HttpResponse:
-    """By status and month, or by a job id, an owner id, or an email address."""
+    """Lists jobs by status and month, or searches by job ID, owner ID, or email address."""
     _require(request, "view")
     state = request.GET.get("state", "all")
     month = request.GET.get("month") or month_of(time.time())
@@ -90,12 +92,9 @@ def cancel(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite) ->
     _job(owner, job_id)
     actor = request.user.owner_id
     Audit(month_of(time.time()), new_id("audit"), actor=actor, action="cancel", target=job_id).save()
-    try:
+    with refusal_as_warning(request):
         transitions.set_desired(owner, job_id, "cancel")
-    except transitions.Refused as refused:
-        messages.warning(request, refused.message)
-    else:
-        messages.success(request, "The job was cancelled, or will be at its next heartbeat.")
+        messages.success(request, "The job was cancelled, or will be at its worker's next heartbeat.")
     return redirect("admin:jobs_overseenjob_detail", owner, job_id)
 
 
@@ -111,11 +110,8 @@ def prioritise(request: HttpRequest, owner: str, job_id: str, *, site: AdminSite
     action = f"priority {priority}"
     actor = request.user.owner_id
     Audit(month_of(time.time()), new_id("audit"), actor=actor, action=action, target=job_id).save()
-    try:
+    with refusal_as_warning(request):
         transitions.set_priority(owner, job_id, int(priority))
-    except transitions.Refused as refused:
-        messages.warning(request, refused.message)
-    else:
         messages.success(request, f"Priority: {PRIORITIES[int(priority)]}.")
     return redirect("admin:jobs_overseenjob_detail", owner, job_id)
 
@@ -151,7 +147,7 @@ def _jobs_of(rows: list[JobIndex]) -> list[Job]:
 
 
 def _search(text: str) -> list[Job]:
-    if re.fullmatch(r"ftjob-[0-9A-HJKMNP-TV-Z]{26}", text):
+    if re.fullmatch(r"ftjob-[0-7][0-9A-HJKMNP-TV-Z]{25}", text):
         row = tables.get(JobIndex, f"all#{month_of(time_of(text))}", text)
         return _jobs_of([row]) if row else []
     owner = text

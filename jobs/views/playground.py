@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {"temperature": 0, "top_p": 1, "max_tokens": 128}
 @signed_in_async
 @require_http_methods(["GET", "POST"])
 async def page(request: HttpRequest) -> HttpResponseBase:
-    """GET shows the form. POST works without JavaScript: it waits for the whole answer and shows it."""
+    """GET shows the form. POST is for browsers without JavaScript: it waits for the whole answer and shows it."""
     owner = owner_of(request)
     models = list(await sync_to_async(access.list_models)(owner, 50))
     chosen = (
@@ -82,12 +82,7 @@ async def stream(request: HttpRequest) -> HttpResponseBase:
     """One model's answer, streamed as JSON lines. Closing the connection stops the generation."""
     form = GenerateForm(request.POST)
     if not form.is_valid():
-        errors = [
-            f"{name.replace('_', ' ').capitalize()}: {text}"
-            for name, texts in form.errors.items()
-            for text in texts
-        ]
-        return JsonResponse({"error": " ".join(errors)}, status=422)
+        return JsonResponse({"error": " ".join(form.error_lines())}, status=422)
     data = form.cleaned_data
     tokens = generation.stream(owner_of(request), _request(data, data["model"]))
     try:

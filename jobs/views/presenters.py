@@ -1,4 +1,4 @@
-"""How a job is shown: labels, colors, and figures of its page, computed from the Job item alone."""
+"""How a job is shown: the labels, colors, and figures of its page, computed only from the Job item."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jobs.formatting import (
     rate,
     span,
 )
-from jobs.forms import CHOICE_LABELS
+from jobs.forms import CHOICE_LABELS, shown
 from jobs.lifecycle import transitions
 from jobs.lifecycle.submission import settings_of
 from jobs.registry import base_models
@@ -134,7 +134,7 @@ def _base(job: Job) -> str:
 
 
 def seconds_run(job: Job) -> float | None:
-    """All attempts together, without the waits between them if the worker has reported its time."""
+    """The run time of all attempts. If the worker has reported its time, the waits between attempts are left out."""
     if not job.started_at:
         return None
     if (reported := finite(job.progress.get("seconds"))) is not None:
@@ -143,7 +143,7 @@ def seconds_run(job: Job) -> float | None:
 
 
 def cost(seconds: float | None) -> float | None:
-    """The price of that many worker seconds; None if the operator set no price."""
+    """The price of this many worker seconds; None if the administrator set no price."""
     price = settings.JOBS["price_per_hour"]
     return seconds * price / 3600 if price and seconds is not None else None
 
@@ -152,7 +152,7 @@ def _figures(job: Job, fraction: float) -> list[Figure]:
     step, total = job.progress.get("step"), job.progress.get("total_steps")
     progress = Figure(
         "Progress",
-        f"{100 * fraction:.0f}%" if job.status != "succeeded" else "100%",
+        f"{100 * fraction:.0f}%" if job.status != JobStatus.SUCCEEDED else "100%",
         f"· step {count(step)} of {count(total)}" if total else "",
     )
     return [progress, _time(job), _cost(job), _loss(job)]
@@ -165,7 +165,7 @@ def _time(job: Job) -> Figure:
         return Figure("Time left", UNKNOWN, "· no progress")
     eta = finite(job.progress.get("eta_s"))
     if eta is not None and job.status == JobStatus.RUNNING:
-        # The trainer's own estimate, plus a tenth for what its recent pace does not show.
+        # The trainer's own estimate, plus a tenth for slowdowns that its recent pace does not show.
         return Figure("Time left", span(eta, eta * 1.1), f"· {from_now(eta * 1.05)}")
     estimate = job.estimate if isinstance(job.estimate, dict) else {}
     low, high = estimate.get("seconds_p50"), estimate.get("seconds_p90")
@@ -173,7 +173,7 @@ def _time(job: Job) -> Figure:
 
 
 def _stall_warning(job: Job) -> str:
-    """The worker reports how long the trainer has been silent."""
+    """The notice that the trainer makes no progress. The worker reports for how long it has been silent."""
     silent, limit = finite(job.progress.get("silent_s")), finite(job.progress.get("silent_limit_s"))
     if job.status != JobStatus.RUNNING or silent is None or limit is None:
         return ""
@@ -272,7 +272,7 @@ def sidebar(job: Job, history: JobHistory) -> dict[str, Any]:
 
 
 def _resume_check(check: ResumeResult) -> dict[str, Any]:
-    """Whether the steps run again after a resume gave the same losses, bit for bit."""
+    """Whether the steps that were run again after a resume gave the same losses, bit for bit."""
     if not check.exact:
         why = check.why or "the machine is different"
         return _inexact(f"Resumed at step {check.resumed_from:,} at {check.at}, but not exactly: {why}.")
@@ -287,11 +287,14 @@ def _resume_check(check: ResumeResult) -> dict[str, Any]:
             f"{check.equal:,} of {check.steps:,} repeated steps gave bit-identical losses. "
             "The machine or its libraries are different."
         )
-    losses = f"all {check.steps:,} losses are" if check.steps > 1 else "the loss is"
+    repeated = (
+        f"Steps {check.first:,} to {check.last:,} were repeated: all {check.steps:,} losses are"
+        if check.steps > 1
+        else f"Step {check.last:,} was repeated: its loss is"
+    )
     return _exact(
         "Resume verified",
-        f"Training was interrupted and resumed at {check.at}. Steps {check.first:,} to {check.last:,} "
-        f"were repeated: {losses} bit-identical.",
+        f"Training was interrupted and resumed at {check.at}. {repeated} bit-identical.",
     )
 
 
@@ -369,7 +372,6 @@ def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
         row("Seed", str(values["seed"]), "seed"),
     ]
     combined = {
-        "objective",
         "adapter",
         "lora_rank",
         "lora_alpha",
@@ -380,7 +382,9 @@ def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
         "learning_rate",
     }
     combined |= {"schedule", "sequence_length", "validation_fraction", "seed"}
-    more = [row(FIELDS[n].label, _plain(values[n]), n) for n in FIELDS if n not in combined]
+    # as in the form: a setting with one choice only is not shown
+    others = [n for n, field in FIELDS.items() if n not in combined and len(field.choices) != 1]
+    more = [row(FIELDS[n].label, _plain(values[n]), n) for n in others]
     return first, more
 
 
@@ -405,7 +409,7 @@ def _plain(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else CHOICE_LABELS.get(str(value), str(value))
+    return CHOICE_LABELS.get(str(value), shown(value))
 
 
 def sparklines(history: JobHistory, chart: dict[str, Any]) -> list[dict[str, Any]]:

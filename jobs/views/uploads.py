@@ -1,4 +1,4 @@
-"""Multipart uploads, used by the page's script; without it, a plain form is used (`views.datasets.upload`)."""
+"""Multipart uploads, used by the page's script. Without the script, a plain form is used (`views.datasets.upload`)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def links(request: HttpRequest, upload_id: str) -> HttpResponse:
     text = request.POST.get("numbers", "")
     numbers = [whole_number(number, 10**6) for number in text.split(",")] if text else []
     if None in numbers:
-        return JsonResponse({"error": "The file has no such part."}, status=400)
+        return JsonResponse({"error": "The file has no such part. Choose it again."}, status=400)
     try:
         return JsonResponse(
             {"links": multipart.part_links(row, [number for number in numbers if number is not None])}

@@ -1,1 +1,2 @@
-"""What a worker runs: claiming jobs, the trainer process, its output, artifacts, the reconciler and Celery tasks."""
+"""The worker: it claims jobs, runs the trainer, reads its output and stores its artifacts. Also the reconciler and the
+Celery tasks."""

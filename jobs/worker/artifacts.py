@@ -1,4 +1,4 @@
-"""Copies what a trainer wrote to the object storage and verifies it, while training continues."""
+"""Copies the trainer's files to object storage and verifies them while training continues."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def set_aside(checkpoint: dict[str, Any], outbox: Path) -> dict[str, Any] | None
 
 
 def queue(waiting: list[dict[str, Any]], new: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The checkpoints still worth copying: the newest and the best. Oldest first."""
+    """The checkpoints that are still worth copying: the newest and the best one. Oldest first."""
     if new is None:
         return waiting
     best = [] if new.get("best") else [checkpoint for checkpoint in waiting if checkpoint.get("best")][-1:]

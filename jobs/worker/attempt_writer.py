@@ -1,8 +1,8 @@
 """What an attempt writes to the store, and when: events in frozen batches, progress, the lease, the checkpoint pointer.
 
-One call of `write` makes at most one round of writes and never waits longer than the heartbeat's own timeout. After 20 s
-without success only heartbeats are tried until one succeeds: the lease may be lost, and then nothing else may be written.
-The trainer keeps running and its lines are buffered here, up to a limit; beyond it the trainer waits.
+One call of `write` makes at most one round of writes and never waits longer than the heartbeat's timeout. After 20 s without
+a successful write, it sends only heartbeats until one succeeds, because the lease may be lost, and then nothing else may be
+written. Meanwhile the trainer keeps running and its lines are buffered here. When the buffer is full, the trainer waits.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Writer:
         self.claim = claim
         self.lines: deque[str] = deque()
         self.bytes = 0
-        self.first_at = 0.0  # when the oldest waiting line came
+        self.first_at = 0.0  # when the oldest buffered line arrived
         self.next_seq = int(claim.job.last_seq) + 1
-        self.batch: Batch | None = None  # sent at least once, not known to be stored
+        self.batch: Batch | None = None  # was sent at least once, but may not be stored
         self.progress: dict[str, Any] = dict(claim.job.progress or {})
         self.metrics: dict[str, Any] = dict(claim.job.metrics or {})
         self.phase = "preparing"
@@ -40,12 +40,12 @@ class Writer:
         self.estimate: dict[str, Any] | None = None
         self.resume_result: dict[str, Any] | None = None
         # A stored checkpoint that the pointer doesn't name yet. It must wait until the events up to number "after" are
-        # stored too: a resume from it never prints the earlier ones again.
+        # stored too, because a trainer that resumes from it will not print them again.
         self.pointer: dict[str, Any] | None = None
         self.pointer_moved = False  # superseded checkpoints are still to be deleted
         self.confirmed_at = time.monotonic()  # the last successful write
         self.not_before = 0.0
-        self.flushing = False  # at the end, batches don't wait to fill
+        self.flushing = False  # True at the end, when batches don't wait until they are full
 
     @property
     def unwritten(self) -> bool:
@@ -65,7 +65,7 @@ class Writer:
         return self.bytes > MAX_BUFFERED_BYTES
 
     def emit(self, event: dict[str, Any]) -> None:
-        """Adds an event of the worker's own."""
+        """Adds an event that the worker itself created."""
         self.add(json.dumps({"time": round(time.time(), 3), "level": "info"} | event, ensure_ascii=False))
 
     def add(self, line: str) -> None:
@@ -75,7 +75,8 @@ class Writer:
         self.bytes += len(line.encode())
 
     def write(self) -> bool:
-        """Writes what is due. True when the store confirmed it, so the lease was still ours. Raises LostRace."""
+        """Writes everything that is due. Returns True if the store confirmed it, which means that we still hold the lease.
+        Raises LostRace."""
         now = time.monotonic()
         if now < self.not_before:
             return False
@@ -139,7 +140,7 @@ class Writer:
         return Batch(self.next_seq, tuple(lines))
 
     def report_unfinished(self, check: ResumeCheck | None) -> None:
-        """Reports how far the resume check got, if training ended before it was complete."""
+        """Reports the partial result of the resume check if training ended before the check was complete."""
         if check and check.compared and not check.reported:
             self.report(check)
 

@@ -1,8 +1,8 @@
-"""What a trainer's exit means, what happens automatically, and what the user should do.
+"""Determines from a trainer's exit what went wrong, what happens next, and what the user should do.
 
-A user's fault ends the job. If memory runs out, the micro-batch is halved and training continues from the checkpoint:
-a step is then computed in more pieces, with the same result. Everything else is retried under the rules of the lease,
-which charge the job an attempt unless the platform is at fault.
+An error that the user must fix ends the job. If memory runs out, the micro-batch is halved and training continues from the
+checkpoint: each step is then computed in more pieces, with the same result. Everything else is retried, which counts as an
+attempt unless the platform is at fault.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SMALLEST_MICRO_BATCH = 64  # tokens
 
 @dataclass(frozen=True)
 class ExitDiagnosis:
-    """`fault`: the job fails. `died`: try again; the reason decides what that costs. `smaller`: halve the micro-batch and
-    continue."""
+    """`fault`: the job fails. `died`: the job is retried, and the reason decides whether this counts as an attempt.
+    `smaller`: the micro-batch is halved and training continues."""
 
     verdict: Verdict
     reason: str = ""
@@ -35,7 +35,8 @@ class ExitDiagnosis:
 def diagnose(
     code: int, failed: dict[str, Any] | None, *, killed_by_us: str = "", micro_batch: int = 0
 ) -> ExitDiagnosis:
-    """From the exit code (negative for a signal), the trainer's "failed" event, and why we killed it, if we did."""
+    """Diagnoses the exit code (negative for a signal), the trainer's "failed" event, and the reason why we killed it, if we
+    did."""
     if killed_by_us:
         return _explained(killed_by_us)
     if code == EXIT["done"]:
@@ -50,12 +51,12 @@ def diagnose(
     if failed and failed.get("reason") == reason:
         return _explained(reason, failed.get("message", ""), failed.get("advice", ""))
     return _explained(
-        reason, f"The trainer was ended by signal {signal.Signals(-code).name}." if code < 0 else ""
+        reason, f"The trainer was terminated by signal {signal.Signals(-code).name}." if code < 0 else ""
     )
 
 
 def diagnose_error(error: BaseException) -> ExitDiagnosis:
-    """For an error raised in the worker: while files were fetched or stored, or a trainer was started."""
+    """Diagnoses an error that was raised in the worker while it fetched or stored files or started a trainer."""
     if isinstance(error, Failure):
         return _explained(error.reason, error.message, error.advice)
     if isinstance(error, (blobs.Missing, blobs.Damaged)):
@@ -71,7 +72,7 @@ def diagnose_error(error: BaseException) -> ExitDiagnosis:
         return _explained(
             "store",
             "The database did not respond.",
-            "Check the database. The job continues automatically.",
+            "Check the database. The job is retried automatically.",
         )
     if reason:
         return _explained(reason, "The worker's disk is full." if reason == "disk_full" else "")
@@ -96,6 +97,6 @@ def smaller_batch_event(micro_batch: int) -> dict[str, Any]:
         "level": "warning",
         "cause": "out_of_memory",
         "action": {"micro_batch_tokens": micro_batch},
-        "message": f"Memory ran out. Each step is now computed in micro-batches of {micro_batch} tokens: the same result "
-        "with less memory. Training continues from the last checkpoint.",
+        "message": f"Memory ran out. Each step is now computed in micro-batches of {micro_batch} tokens, which needs less "
+        "memory and gives the same result. Training continues from the last checkpoint.",
     }

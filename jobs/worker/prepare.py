@@ -1,7 +1,7 @@
-"""Prepares what a trainer needs: the data, the base model, the checkpoint to resume from, and the run file.
+"""Prepares everything a trainer needs: the data, the base model, the checkpoint to resume from, and the run file.
 
-Everything is fetched into the attempt's own folder and verified by its sha256. The trainer itself has no access to the
-stores.
+All files are fetched into the attempt's folder and verified by their SHA-256, because the trainer itself has no access to
+the stores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Prepared:
-    """`config` is the run file, `checkpoint` the one to resume from; those in `damaged` failed verification."""
+    """`config` is the run file, `checkpoint` is the one to resume from, and `damaged` lists those that failed verification."""
 
     config: dict[str, Any]
     checkpoint: dict[str, Any] | None
@@ -39,8 +39,8 @@ class Prepared:
 
 
 def prepare(job: Job, folder: Path, check_stop: Callable[[], None]) -> Prepared:
-    """Fetches everything. `check_stop` is called between files and may raise to stop. Raises Failure when the user is at
-    fault, and OSError or a storage error when a retry may succeed."""
+    """Fetches everything. `check_stop` is called between files and may raise an exception to stop. Raises Failure if the user
+    must fix something, and OSError or a storage error if a retry may succeed."""
     config: dict[str, Any] = {
         "base": str(base_models.folder(job.base, job.base_snapshot)),
         "work_dir": str(folder / "work"),
@@ -107,9 +107,10 @@ def _fetch(dataset: Dataset, folder: Path) -> Path:
 def newest_intact(
     job: Job, folder: Path, check_stop: Callable[[], None]
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """The checkpoint that the pointer names, else the newest other one that verifies: ({… "folder"}, the damaged ones).
+    """Fetches the checkpoint that the pointer names, or else the newest other one that can be verified. Returns the
+    checkpoint with its "folder", and the damaged ones.
 
-    Unreachable storage does not make a checkpoint damaged: that raises, and the attempt is retried."""
+    A checkpoint is not considered damaged because the storage is unreachable: that raises, and the attempt is retried."""
     known = {entry["key"]: entry for entry in job.checkpoints or []}
     if job.start_from:  # a retry starts where another job stopped
         known.setdefault(job.start_from["key"], job.start_from)
@@ -118,12 +119,12 @@ def newest_intact(
     damaged: list[dict[str, Any]] = []
     for entry in order:
         check_stop()
-        # Where the trainer keeps its own checkpoints, so that it finds the others beside it.
+        # The folder where the trainer keeps its own checkpoints, so that it finds the other ones next to it.
         target = folder / "work" / "checkpoints" / Path(entry["key"]).name
         try:
             checkpoint_files.fetch(entry, target)
         except (blobs.Missing, blobs.Damaged, ValueError, KeyError, TypeError) as error:
-            log.warning("%s: checkpoint %s does not verify: %s", job.job_id, entry["key"], error)
+            log.warning("%s: checkpoint %s failed verification: %s", job.job_id, entry["key"], error)
             shutil.rmtree(target, ignore_errors=True)
             damaged.append(entry)
             continue
@@ -133,8 +134,8 @@ def newest_intact(
 
 
 def _fetch_best(resume: Path, known: list[dict[str, Any]], check_stop: Callable[[], None]) -> None:
-    """The checkpoint with the lowest held-out loss so far, whose weights may become the model. Without it the last
-    weights become the model, and the trainer reports that."""
+    """Fetches the checkpoint with the lowest held-out loss so far, because its weights may become the model. Without it the
+    final weights become the model, and the trainer reports that."""
     best = json.loads((resume / "state.json").read_text()).get("best_checkpoint")
     for entry in known:
         name = Path(entry["key"]).name
@@ -143,7 +144,7 @@ def _fetch_best(resume: Path, known: list[dict[str, Any]], check_stop: Callable[
             try:
                 checkpoint_files.fetch(entry, resume.parent / name)
             except (blobs.Missing, blobs.Damaged, ValueError, KeyError, TypeError) as error:
-                log.warning("the best checkpoint %s does not verify: %s", entry["key"], error)
+                log.warning("the best checkpoint %s failed verification: %s", entry["key"], error)
                 shutil.rmtree(resume.parent / name, ignore_errors=True)
 
 

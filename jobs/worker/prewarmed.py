@@ -1,6 +1,6 @@
-"""A prewarmed trainer: it has imported torch and waits for a run file, so that a job starts at once.
+"""A prewarmed trainer: a process that has imported torch and waits for a run file, so that a job starts at once.
 
-Only the main thread may start one: the trainer dies with the thread that started it.
+Only the main thread may start one, because a trainer dies with the thread that started it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training.plan.catalog import Machine, measure, this_machine
 
 MAX_MEASUREMENTS = 5  # of the machine's rate
 _child: Child | None = None
-_base = ""  # folder of the last fully fine-tuned base: the next job often uses the same one, so its memory is reserved
+_base = ""  # folder of the base that was fully fine-tuned last: the next job often uses the same one, so its memory is reserved
 
 
 def warm_up() -> None:
@@ -61,8 +61,8 @@ _measurements = 0
 
 
 def machine(idle: bool = False) -> Machine:
-    """What trainers of this worker compute on. Its rate is measured when the worker starts and a few more times when it is
-    idle, since during startup the processors are busy with other processes."""
+    """The machine that this worker's trainers run on. Its speed is measured when the worker starts and a few more times while
+    it is idle, because during startup other processes keep the processors busy."""
     global _machine, _measurements
     if _machine is None or (idle and _measurements < MAX_MEASUREMENTS):
         _measurements += 1

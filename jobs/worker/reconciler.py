@@ -1,7 +1,7 @@
-"""Completes interrupted work. It runs in every worker and is idempotent, so there is no leader and no election.
+"""Completes interrupted work. It runs in every worker and is idempotent, so no leader needs to be elected.
 
-It trusts only its own monotonic clock. A lease is stale when *this* process has seen it unchanged for 30 s. A gap between
-its own rounds, or a store that does not respond, restarts every timer, so an outage costs no lease.
+It trusts only its own monotonic clock: a lease is stale when *this* process has seen it unchanged for 30 s. A gap between two
+rounds, or a store that does not respond, restarts all timers, so no job loses its lease because of an outage.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, assert_never
 
 from django.conf import settings
 
 from jobs.lifecycle import finalize, transitions
-from jobs.store import blobs, outbox, queue, quotas, redis_client, tables
+from jobs.store import blobs, outbox, queue, quotas, redis_client, states, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import Job
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Watch:
-    """Since when each value has been seen unchanged."""
+    """Remembers how long each value has been unchanged."""
 
     clock: Callable[[], float] = time.monotonic
     seen: dict[str, tuple[Any, float]] = field(default_factory=dict)
@@ -55,7 +56,7 @@ class Watch:
         return False
 
     def restart(self, name: str) -> None:
-        """After acting on it: wait as long before the next time."""
+        """Restarts the timer after an action, so that the action is not repeated sooner."""
         self.seen.pop(name, None)
 
     def forget(self) -> None:
@@ -100,21 +101,34 @@ class Reconciler:
             finalize.make_void(owner, job_id)
 
     def _job(self, job: Job) -> None:
-        if job.ended:
-            # The process that ended it has sent a message for this; a round later we do it ourselves.
-            if self.watch.unchanged(job.job_id, job.status, settings.JOBS["reconcile_s"]):
-                finalize.after_end(job.owner, job.job_id)
-        elif job.status == "running":
-            if self.watch.unchanged(job.job_id, job.lease, settings.JOBS["lease_s"]):
-                self._log_move(job, "lost lease", transitions.lose_lease(job))
-        elif settled := transitions.settle(job):
+        status = states.known(job.status)
+        match status:
+            case JobStatus.SUCCEEDED | JobStatus.FAILED | JobStatus.CANCELLED | JobStatus.VOID:
+                # The process that ended the job sent a task message for this. If nobody has done it a round later, we do.
+                if self.watch.unchanged(job.job_id, job.status, settings.JOBS["reconcile_s"]):
+                    finalize.after_end(job.owner, job.job_id)
+            case JobStatus.RUNNING:
+                if self.watch.unchanged(job.job_id, job.lease, settings.JOBS["lease_s"]):
+                    self._log_move(job, "lost lease", transitions.lose_lease(job))
+            case JobStatus.VALIDATING:
+                if not self._settled(job):
+                    transitions.validate(job)
+            case JobStatus.RETRYING:
+                if not self._settled(job) and self.watch.unchanged(
+                    job.job_id, job.version, transitions.backoff_s(job)
+                ):
+                    transitions.requeue(job)
+            case JobStatus.QUEUED | JobStatus.PAUSED | None:
+                self._settled(job)
+            case _:
+                assert_never(status)
+
+    def _settled(self, job: Job) -> bool:
+        """Whether the job was moved to the status that its owner wants."""
+        settled = transitions.settle(job)
+        if settled:
             self._log_move(job, "settled", settled)
-        elif job.status == "validating":
-            transitions.validate(job)
-        elif job.status == "retrying" and self.watch.unchanged(
-            job.job_id, job.version, transitions.backoff_s(job)
-        ):
-            transitions.requeue(job)
+        return settled is not None
 
     def _notify_workers(self, jobs: list[Job]) -> None:
         if waiting := len(queue.in_order(jobs)):
@@ -138,7 +152,7 @@ class Reconciler:
                 quotas.audit(owner, "jobs", partial(has_ended, owner))
 
     def _is_due(self, name: str, seconds: float) -> bool:
-        """Uses its own timer, which gaps do not restart."""
+        """Whether this periodic work is due. Unlike the timers of Watch, its timer is not restarted by gaps."""
         now = self.watch.clock()
         if now < self._due.setdefault(name, now + seconds):
             return False

@@ -1,6 +1,6 @@
-"""Checks that a resume was exact: steps that were logged before and are run again must have the same loss, to the bit.
+"""Checks that a resume was exact: steps that are run again must have the same loss as before, bit for bit.
 
-The trainer also prints each loss as a hexadecimal float, which is the exact number and not a rounding of it.
+For this, the trainer also prints each loss as a hexadecimal float, which is exact and not rounded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.events import event_log
 
-MAX_SHOWN = 5  # differing steps that are listed
+MAX_SHOWN = 5  # the most differing steps that are listed
 MAX_STEPS = 20_000  # steps compared
 
 
@@ -30,7 +30,7 @@ class ResumeCheck:
         return self.compared - len(self.different)
 
     def compare(self, event: dict[str, Any]) -> bool:
-        """Compares a metric event; True when the last logged step has been run again."""
+        """Compares a metric event. Returns True once the last logged step has been run again."""
         step, loss = event.get("step"), event.get("loss_hex")
         if self.reported or not isinstance(step, int) or step not in self.logged or loss is None:
             return False
@@ -44,13 +44,11 @@ class ResumeCheck:
         self.reported = True
         if self.different:
             message = (
-                f"{self.equal} of {self.compared} losses logged before were bit-identical. The first that differs is "
+                f"{self.equal} of {self.compared} repeated losses were bit-identical. The first one that differs is at "
                 f"step {self.different[0]}. Results on different hardware can differ in the last bits."
             )
         else:
-            message = (
-                f"Exact resume: {self.equal} of {self.compared} losses logged before were bit-identical."
-            )
+            message = f"Exact resume: {self.equal} of {self.compared} repeated losses were bit-identical."
         return {
             "t": "proof",
             "time": time.time(),
@@ -66,8 +64,8 @@ class ResumeCheck:
 
 
 def from_log(job_id: str, last_seq: int, from_step: int) -> ResumeCheck | None:
-    """A check against what was logged after `from_step`. Where attempts overlap, the newest one's loss counts. None if
-    nothing was logged."""
+    """A check against the losses that were logged after `from_step`; None if there are none. If several attempts logged a step,
+    the newest one's loss counts."""
     logged: dict[int, str] = {}
     for event in event_log.backwards(job_id, last_seq):
         if event.data.get("t") != "metric":

@@ -1,9 +1,9 @@
 """One attempt at a job, from its claim to its end. The trainer is a child of this process.
 
-The trainer has no credentials and no access to the stores. It reads files, writes files and prints lines. This module
-fetches what it needs, numbers and stores its events, uploads its checkpoints and follows the user's requests
-(`desired`). One thread does all of this in short turns (`_turn`), so the lease is renewed whatever else is happening;
-only copying files runs in separate threads.
+The trainer has no credentials and no access to the stores: it reads files, writes files and prints lines. This module fetches
+what it needs, numbers and stores its events, uploads its checkpoints and carries out the user's requests (`desired`). One
+thread does all of this in short turns (`_turn`), so that the lease is always renewed in time. Only files are copied in
+separate threads.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from jobs.lifecycle import finalize
 from jobs.lifecycle.transitions import Claim, LostRace
 from jobs.store import failpoints
 from jobs.store.child_process import Child
+from jobs.store.states import JobStatus
 from jobs.worker import artifacts, exit_diagnosis, prepare, prewarmed
 from jobs.worker.attempt_writer import Writer
 from jobs.worker.exit_diagnosis import ExitDiagnosis
@@ -37,13 +38,13 @@ Result = TypeVar("Result")
 
 TURN_S = 0.1
 UPLOAD_RETRY_S = 600  # how long to retry storing the model at the end of a job
-SILENCE_SHOWN_AFTER = 0.25  # of the stall limit: from then on the page says that there is no progress
+SILENCE_SHOWN_AFTER = 0.25  # fraction of the stall limit after which the page shows that there is no progress
 
 
 def run(claim: Claim, stop: threading.Event | None = None) -> None:
-    """Runs the claimed job until it ends, is paused or cancelled, loses its lease, or `stop` is set (then the job is
-    returned to the queue within 30 s). Must be called from the main thread: the trainer dies with the thread that starts
-    it. Never raises for anything that happens to the job; the reconciler handles what could not be recorded."""
+    """Runs the claimed job until it ends, is paused or cancelled, loses its lease, or `stop` is set (then the job is put back
+    into the queue within 30 s). Call it from the main thread, because the trainer dies with the thread that starts it. No
+    error of the job is raised; the reconciler handles what could not be recorded."""
     failpoints.hit("claimed")
     folder = prepare.work_folder(claim.job_id, claim.fencing_token)
     attempt = _Attempt(claim, stop or threading.Event(), folder)
@@ -80,7 +81,7 @@ def _in_thread(work: Callable[[], Result]) -> Future[Result]:
 
 
 class _StopRequested(Exception):
-    """The attempt is to stop while no trainer is running."""
+    """The attempt must stop while no trainer is running."""
 
 
 class _Attempt:
@@ -158,7 +159,7 @@ class _Attempt:
         while child.alive or not child.out.ended:
             self._turn()
             if not child.alive and self.output.seconds_since_exit(child) > 2:
-                break  # a grandchild keeps the pipe open
+                break  # a process that the trainer started keeps the pipe open
         self._read_output()
         if not self.output.ready and not self.stop_sent_at and not self.killed_by_us:
             log.warning("%s: the trainer exited before it was ready", self.claim.job_id)
@@ -193,7 +194,7 @@ class _Attempt:
         self._flush()
         failpoints.hit("model stored")
         self._retry_write(
-            lambda: self.claim.finish("succeeded", result=result | {"prefix": prefix, "files": files})
+            lambda: self.claim.finish(JobStatus.SUCCEEDED, result=result | {"prefix": prefix, "files": files})
         )
 
     def _finish(self, diagnosis: ExitDiagnosis) -> None:
@@ -204,9 +205,9 @@ class _Attempt:
             if self.claim.desired == "run":
                 self._retry_write(self.claim.give_back)
             elif self.claim.desired == "pause":
-                self._retry_write(lambda: self.claim.finish("paused"))
+                self._retry_write(lambda: self.claim.finish(JobStatus.PAUSED))
             else:
-                self._retry_write(lambda: self.claim.finish("cancelled"))
+                self._retry_write(lambda: self.claim.finish(JobStatus.CANCELLED))
             return
         self._finish_uploads(settings.JOBS["sigterm_grace_s"])
         self.writer.report_unfinished(self.output.resume_check)
@@ -215,17 +216,21 @@ class _Attempt:
         self._flush()
         reason, message, advice = diagnosis.reason, diagnosis.message, diagnosis.advice
         if diagnosis.verdict == "fault":
-            self._retry_write(lambda: self.claim.finish("failed", reason, message=message, advice=advice))
+            self._retry_write(
+                lambda: self.claim.finish(JobStatus.FAILED, reason, message=message, advice=advice)
+            )
         else:
             self._retry_write(lambda: self.claim.trainer_died(reason, message, advice))
 
     def aborted(self, error: Exception) -> None:
-        """An error in the worker itself: report it if the store can be reached."""
+        """Reports an error of the worker itself, if the store can be reached."""
         diagnosis = exit_diagnosis.diagnose_error(error)
         try:
             self.claim.trainer_died(diagnosis.reason, diagnosis.message, diagnosis.advice)
         except Exception:
-            log.warning("%s: not recorded; the reconciler will handle it", self.claim.job_id)
+            log.warning(
+                "%s: the error could not be recorded; the reconciler will handle the job", self.claim.job_id
+            )
 
     def close(self) -> None:
         if self.child:
@@ -234,7 +239,8 @@ class _Attempt:
     # ---- turns -------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        """A tenth of a second of everything: read output, write to the store, copy files, follow requests, check limits."""
+        """One turn of a tenth of a second: reads output, writes to the store, copies files, carries out requests and checks
+        limits."""
         self._read_output(TURN_S)
         self.writer.progress["seconds"] = round(self.ran_before + time.monotonic() - self.started_at, 1)
         self._report_silence()
@@ -257,7 +263,7 @@ class _Attempt:
             )
 
     def _uploads(self) -> None:
-        """The pointer moves once the bytes are stored and verified; then the next checkpoint is uploaded."""
+        """Moves the pointer once a checkpoint is stored and verified, then uploads the next one."""
         if self.upload and self.upload.done():
             future, self.upload = self.upload, None
             try:
@@ -267,7 +273,7 @@ class _Attempt:
                 why = exit_diagnosis.diagnose_error(error).message
                 self._emit(
                     "log",
-                    f"A checkpoint could not be stored. The next one will be. {why}",
+                    f"A checkpoint could not be stored. The worker will store the next one. {why}",
                     level="warning",
                 )
         if self.waiting and self.upload is None and self.writer.pointer is None:
@@ -276,7 +282,7 @@ class _Attempt:
         self._delete_superseded()
 
     def _delete_superseded(self) -> None:
-        """What cannot be deleted now is deleted with the next ones, at the latest after the job has ended."""
+        """Deletes superseded checkpoints. Any that cannot be deleted now are deleted with the next ones or after the job's end."""
         if self.deleting and self.deleting.done():
             if error := self.deleting.exception():
                 log.warning("%s: superseded checkpoints could not be deleted: %s", self.claim.job_id, error)
@@ -298,7 +304,7 @@ class _Attempt:
             child.kill_group()
 
     def _enforce_limits(self, child: Child) -> None:
-        """Ends trainers that stall, run too long or print too much."""
+        """Stops a trainer that stalls, runs too long or prints too much."""
         if self.stop_sent_at is not None or self.killed_by_us:
             return
         limits = settings.JOBS
@@ -312,19 +318,19 @@ class _Attempt:
             child.kill_group()
 
     def _stall_limit(self) -> float:
-        """The longest silence allowed during training. The page's notice and the end of a stalled trainer depend on it."""
+        """The longest silence allowed during training. The notice on the page and the stall limit both use it."""
         limits = settings.JOBS
         return float(max(limits["stall_s"], limits["stall_steps"] * self.output.expected_silence()))
 
     def _silence_limit(self) -> float:
-        """The longest silence allowed now. What an earlier attempt measured may come from another machine, so it can only
-        raise the limit."""
+        """The longest silence allowed in the current phase. Times from an earlier attempt may be those of another machine, so
+        they can only raise the limit."""
         if self.writer.phase == "training" and self.output.step_time_known:
             return self._stall_limit()
         return float(max(settings.JOBS["quiet_s"], self._stall_limit()))
 
     def _report_silence(self) -> None:
-        """For the page: an old estimate of the time left is misleading."""
+        """Reports the trainer's silence to the page, which then hides the outdated estimate of the time left."""
         progress = self.writer.progress
         silent = self.output.silent_for() if self.child else 0.0
         if silent > SILENCE_SHOWN_AFTER * self._stall_limit():
@@ -361,7 +367,7 @@ class _Attempt:
             self._turn()
 
     def _flush(self, seconds: float = 3600) -> None:
-        """Waits until all events are stored. The store may be down for long; the lease decides whether we may continue."""
+        """Waits until all events are stored. The store may be down for a long time; waiting ends if the lease is lost."""
         until = time.monotonic() + seconds
         self.writer.flushing = True
         while self.writer.unwritten and time.monotonic() < until:
@@ -370,7 +376,7 @@ class _Attempt:
                 until = min(until, time.monotonic() + 10)
 
     def _retry_write(self, move: Callable[[], Any]) -> None:
-        """The last move. Repeated while the store cannot be reached: it is the same write each time."""
+        """Makes the last move of the attempt. It is repeated while the store cannot be reached, with the same write each time."""
         until = time.monotonic() + (10 if self.stop.is_set() else 3600)
         while True:
             try:

@@ -1,6 +1,6 @@
-"""Celery tasks. Each is a few lines that call the module doing the work.
+"""Celery tasks. Each one only calls the module that does the work.
 
-Losing a message loses nothing: all unfinished work has a row in the store, and the reconciler enqueues it again.
+Losing a message does no harm: all unfinished work has a row in the store, and the reconciler enqueues it again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check_dataset(owner: str, dataset_id: str) -> None:
 
 @shared_task(name="after_end")
 def after_end(owner: str, job_id: str) -> None:
-    """What follows a job's end (model row, notifications, quota). Idempotent."""
+    """Does the work that remains after a job has ended (model row, notifications, quotas). Idempotent."""
     from jobs.lifecycle import finalize
 
     finalize.after_end(owner, job_id)
@@ -44,7 +44,7 @@ def after_end(owner: str, job_id: str) -> None:
 
 @shared_task(name="errand")
 def errand(kind: str, owner: str, id: str, lease: str = "") -> None:
-    """A check or a deletion from the list of outstanding work. See `jobs.store.outbox`."""
+    """Does a check or a deletion from the outbox. See `jobs.store.outbox`."""
     from jobs.store import outbox
 
     outbox.run(kind, owner, id, lease)
@@ -52,7 +52,7 @@ def errand(kind: str, owner: str, id: str, lease: str = "") -> None:
 
 @shared_task(name="deliver")
 def deliver(owner: str, id: str, lease: str = "") -> None:
-    """Sends one webhook or email. It has its own queue because receivers may be slow. See `jobs.notifications.webhooks`."""
+    """Sends one webhook or email, in a separate queue because receivers may be slow. See `jobs.notifications.webhooks`."""
     from jobs.notifications import webhooks
     from jobs.store import outbox
     from jobs.worker import worker_process
@@ -66,7 +66,7 @@ def deliver(owner: str, id: str, lease: str = "") -> None:
 
 @shared_task(name="generate")
 def generate() -> None:
-    """Serves waiting generation requests one after another until none is left that may run. The message carries no data."""
+    """Serves queued generation requests one after another until none is left that may run. The message carries no data."""
     from jobs.inference import inference_worker
     from jobs.worker import worker_process
 

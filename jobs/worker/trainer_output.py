@@ -1,6 +1,6 @@
-"""Reads the trainer's output: each line becomes an event of the job, and what the worker needs from it is kept here.
+"""Reads the trainer's output. Each line becomes an event of the job, and the values that the worker needs are kept here.
 
-The output is not trusted to be well formed: a line that is not an event becomes a log line, capped and redacted.
+The output may be malformed: a line that is not an event becomes a log line, shortened and redacted.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ KINDS = frozenset(
         "ready",
     ]
 )
-MAX_LOG_BYTES = 2 << 20  # of free text in one attempt
-THIN_AFTER = 50_000  # events; after that only every tenth step is kept
+MAX_LOG_BYTES = 2 << 20  # log lines of one attempt that are kept
+THIN_AFTER = 50_000  # after this many events, only every tenth step is kept
 PROGRESS = ("step", "tokens", "tokens_per_s", "epoch", "eta_s")
 METRICS = ("loss", "lr", "grad_norm", "accuracy", "memory", "gemm_share", "tokens_per_s")
 
@@ -46,7 +46,7 @@ class TrainerOutput:
         self.writer = writer
         self.resume_check: ResumeCheck | None = None
         self.begin()
-        # At first, what an earlier attempt measured.
+        # Until this attempt has been rehearsed: the times that an earlier attempt measured.
         self.rehearsed: dict[str, Any] = dict(writer.claim.job.estimate or {})
         self.newest: dict[str, Any] | None = None  # checkpoint
         self.verdict: dict[str, Any] | None = None
@@ -55,7 +55,7 @@ class TrainerOutput:
         self.phase_at = time.monotonic()
 
     def begin(self) -> None:
-        """Resets what belongs to one trainer process."""
+        """Resets the values that belong to a single trainer process."""
         self.ready = False
         self.failed: dict[str, Any] | None = None
         self.done: dict[str, Any] | None = None
@@ -68,8 +68,8 @@ class TrainerOutput:
         return time.monotonic() - self.last_line_at
 
     def expected_silence(self) -> float:
-        """The expected seconds between two lines in the current phase, from the rehearsal or from measurements: a step
-        and a checkpoint that it may wait for, or an evaluation."""
+        """The seconds expected between two lines in the current phase, according to the rehearsal or to measurements: either a
+        step and a checkpoint that it may have to wait for, or an evaluation."""
         if self.writer.phase == "evaluating":
             return self._rehearsed("evaluation_s")
         measured = statistics.median(self.step_times) if self.step_times else 0.0
@@ -80,13 +80,14 @@ class TrainerOutput:
         return float(value) if isinstance(value, (int, float)) else 0.0
 
     def seconds_since_exit(self, child: Child) -> float:
-        """Seconds since the trainer was first seen dead; its pipe should have closed then."""
+        """Seconds since the trainer was first seen to have exited. Its pipe should close at that moment."""
         self._dead_since = self._dead_since or time.monotonic()
         return time.monotonic() - self._dead_since
 
     def read(self, child: Child, wait: float) -> list[dict[str, Any]]:
         """Reads what has arrived, waiting at most `wait` seconds. Returns new checkpoints."""
-        if self.writer.full:  # the store has been unreachable for long: the trainer blocks on its next write
+        # The store has been unreachable for long: by not reading, we make the trainer wait.
+        if self.writer.full:
             time.sleep(wait)
             return []
         pipes = [pipe for pipe in (child.out, child.err) if not pipe.ended]
@@ -128,7 +129,7 @@ class TrainerOutput:
                 {
                     "t": "log",
                     "level": "warning",
-                    "message": "The log limit was reached. Further output is not kept.",
+                    "message": "The log has reached its size limit. Further output is not kept.",
                 }
             )
 
@@ -171,7 +172,7 @@ class TrainerOutput:
         self._keep(event)
 
     def _record_phase_time(self, phase: str) -> None:
-        """Adds the time since the last change of phase to `phase`. Estimates learn from it."""
+        """Adds the time since the last change of phase to `phase`. Later estimates use these times."""
         now = time.monotonic()
         spent = self.writer.progress.setdefault("spent", {})
         spent[phase] = round(spent.get(phase, 0.0) + now - self.phase_at, 3)
@@ -186,7 +187,7 @@ class TrainerOutput:
         writer.phase = "training"
         writer.progress |= {name: event[name] for name in PROGRESS if name in event}
         writer.metrics |= {name: event[name] for name in METRICS if name in event}
-        # Which steps are kept depends on the step alone, so a resumed attempt keeps the same ones.
+        # Whether a step is kept depends only on its number, so a resumed attempt keeps the same ones.
         if writer.next_seq < THIN_AFTER or event["step"] % 10 == 0:
             self._keep(event)
         if self.resume_check and self.resume_check.compare(event):

@@ -1,7 +1,7 @@
-"""What a Celery worker process runs beside its tasks: the reconciler's thread, a prewarmed trainer, the inference worker.
+"""What a Celery worker process runs in addition to its tasks: the reconciler, a prewarmed trainer, the inference worker.
 
-A training worker runs one task at a time in its main thread (`-P solo`), since the trainer must be a child of a thread
-that lives as long as the process. STOP is set when the worker is asked to stop.
+A training worker runs one task at a time in its main thread (`-P solo`), because a trainer must be the child of a thread that
+lives as long as the process. STOP is set when the worker is asked to stop.
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ log = logging.getLogger(__name__)
 
 _started_at = time.time()
 STOP = threading.Event()  # set by SIGTERM
-EXIT_DEADLINE_S = 40.0  # a supervisor kills after 45 s; a job is returned to the queue within 30
-UNSIGN_OF_LIFE_S = 60.0  # if a message waits this long beside an idle worker, its subscription is broken
+EXIT_DEADLINE_S = (
+    40.0  # a job is back in the queue after at most 30 s, and a supervisor kills the worker after 45 s
+)
+UNSIGN_OF_LIFE_S = (
+    60.0  # if a message waits this long while the worker is idle, the worker's subscription is broken
+)
 SIGN_OF_LIFE_S = 15.0  # between two updates of the worker's row
 _busy = threading.Event()  # run_next is running
 _current_job = ""
@@ -65,7 +69,7 @@ def finish() -> None:
 
 
 class Busy:
-    """`with Busy():` around the work of a training worker; the subscription check ignores it meanwhile."""
+    """`with Busy():` surrounds the work of a training worker, so that the subscription check ignores the worker meanwhile."""
 
     def __enter__(self) -> None:
         _busy.set()
@@ -75,7 +79,7 @@ class Busy:
 
 
 def capabilities() -> WorkerInfo:
-    """This worker with what it offers to jobs."""
+    """This worker and the hardware that it offers to jobs."""
     here = prewarmed.machine()
     return transitions.this_worker(memory=here.memory, gpu=here.device == "cuda", devices=here.count)
 
@@ -86,7 +90,7 @@ def set_current_job(job_id: str) -> None:
 
 
 def _sign_of_life(queues: set[str]) -> None:
-    """For the pages and for estimates: which workers exist, and what they compute on."""
+    """Updates this worker's row, which tells pages and estimates which workers exist and what hardware they have."""
     for kind in queues:
         Worker(
             kind,
@@ -101,7 +105,7 @@ def _sign_of_life(queues: set[str]) -> None:
 
 
 def notify_self() -> None:
-    """A worker that starts looks for work without waiting for a message."""
+    """Makes a worker look for work when it starts, without waiting for a message."""
     redis_client.enqueue_training(1)
 
 
@@ -120,7 +124,7 @@ def _reconcile(queues: set[str]) -> None:
         except PynamoDBException as error:
             log.warning("reconciler: the store cannot be reached: %s", str(error)[:200])
             pause = None
-        except Exception:  # an error of ours: try again in the next round
+        except Exception:  # a bug: try again in the next round
             log.exception("reconciler")
             pause = None
         subscription.check()
@@ -148,7 +152,9 @@ class _SubscriptionCheck:
         elif self.since is None:
             self.since = time.monotonic()
         elif time.monotonic() - self.since > UNSIGN_OF_LIFE_S:
-            log.error("a message waits in the queue and this idle worker does not receive it: restarting")
+            log.error(
+                "a message is waiting in the queue but this idle worker does not receive it; restarting the worker"
+            )
             os._exit(1)
 
 

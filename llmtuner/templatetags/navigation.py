@@ -1,4 +1,4 @@
-"""The navigation in the frame around every page. It stands here because it names the pages of both apps."""
+"""The navigation around every page. It is in this package because it names the pages of both apps."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ MAIN_PAGES = {
     "jobs:models": "Models",
     "jobs:playground": "Playground",
     "accounts:api_keys": "API",
+}
+ACCOUNT_MENU = {
+    "accounts:overview": "Account",
+    "accounts:api_keys": "API keys",
+    "admin:index": "Oversight",  # for staff
 }
 ACCOUNT_PAGES = {
     "accounts:overview": "Overview",
@@ -39,6 +44,14 @@ class Link:
 @register.simple_tag(takes_context=True)
 def main_nav(context: dict[str, Any]) -> list[Link]:
     return _links(MAIN_PAGES, _path(context))
+
+
+@register.simple_tag(takes_context=True)
+def account_menu(context: dict[str, Any]) -> list[Link]:
+    pages = dict(ACCOUNT_MENU)
+    if not context["user"].is_staff:
+        del pages["admin:index"]
+    return _links(pages, _path(context))
 
 
 @register.simple_tag(takes_context=True)

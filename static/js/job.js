@@ -1,11 +1,11 @@
-// The live job page: one event stream, a chart, four sparklines, a log. The page is complete without it.
+// The live job page: one event stream, a chart, four sparklines, and a log. The page is complete without this script.
 "use strict";
 
 (() => {
   const page = document.getElementById("job");
   if (!page) return;
   const data = JSON.parse(document.getElementById("job-data").textContent);
-  let lastSeq = data.seq; // events up to here are on the page; repeated ones are dropped
+  let lastSeq = data.seq; // events up to this number are on the page, so they are dropped if they arrive again
   let ended = data.ended;
 
   // ---- chart ----------------------------------------------------------------------------------------------------
@@ -113,13 +113,16 @@
   const readoutText = document.getElementById("chart-readout");
   let defaultReadout = readoutText ? readoutText.textContent : "";
   function summarize() {
-    // Same as jobs/events/history.py:summary, including the events received since.
+    // The same text as jobs/events/history.py:summary, including the events received since.
     const order = [...position.keys()].sort((a, b) => a - b);
     const first = order[0], last = order.at(-1);
     const at = (step) => series.loss[position.get(step)]?.toFixed(3);
     const held = [...series.evals].sort((a, b) => a.step - b.step);
-    defaultReadout = `Training loss ${at(first)} at step ${first}, ${at(last)} at step ${last}.`;
-    if (held.length) defaultReadout += ` Held-out loss ${held.at(-1).loss?.toFixed(3)}${held[0].step === 0 ? `, ${held[0].loss?.toFixed(3)} before training` : ""}.`;
+    const fell = series.loss[position.get(last)] < series.loss[position.get(first)];
+    defaultReadout = fell
+      ? `Training loss fell from ${at(first)} at step ${first} to ${at(last)} at step ${last}.`
+      : `Training loss is ${at(last)} at step ${last}; it was ${at(first)} at step ${first}.`;
+    if (held.length) defaultReadout += ` Held-out loss is ${held.at(-1).loss?.toFixed(3)}${held[0].step === 0 ? `; before training it was ${held[0].loss?.toFixed(3)}` : ""}.`;
     if (readoutText && (plot?.cursor.idx ?? null) === null) readoutText.textContent = defaultReadout;
     container?.setAttribute("aria-label", defaultReadout);
   }

@@ -59,7 +59,7 @@
       const seconds = (performance.now() - started) / 1000;
       const tokens = event.usage?.completion_tokens ?? 0;
       const reason = event.choices?.[0]?.finish_reason === "length" ? " · reached the token limit" : "";
-      place.note.textContent = `${tokens} tokens in ${seconds.toFixed(1)} s${reason}`;
+      place.note.textContent = `${tokens} token${tokens === 1 ? "" : "s"} in ${seconds.toFixed(1)} s${reason}`;
       if (!place.text.textContent) place.text.textContent = "(empty)";
     } else if (event.t === "error") {
       showError(place, event.message);
@@ -79,7 +79,7 @@
     try {
       for (const [name, place] of places) await answer(name, place, running.signal); // sequentially: both run on the same machine
     } catch (error) {
-      const place = places.find(([, p]) => !p.note.textContent.includes(" tokens in "))?.[1];
+      const place = places.find(([, p]) => !/ tokens? in /.test(p.note.textContent))?.[1];
       if (place && error.name === "AbortError") place.note.textContent = "Stopped.";
       else if (place) showError(place, "Connection lost. Press Generate to try again.");
     } finally {

@@ -13,7 +13,7 @@
   const row = box.querySelector("[data-bar]");
   const duplicate = box.querySelector("[data-duplicate]");
   const csrf = form.querySelector("[name=csrfmiddlewaretoken]").value;
-  const MAX_ATTEMPTS = 6; // per request; waits 1, 2, 4, … s between them
+  const MAX_ATTEMPTS = 6; // per request, with waits of 1, 2, 4, … s in between
   const CONCURRENCY = 3;
   const SAMPLE_BYTES = 1 << 20;
   const FULL_HASH_BYTES = 32 << 20; // up to this size, the fingerprint is the file's SHA-256
@@ -34,7 +34,8 @@
   const hex = (buffer) => [...new Uint8Array(buffer)].map((byte) => byte.toString(16).padStart(2, "0")).join("");
   const digest = async (blob) => hex(await crypto.subtle.digest("SHA-256", await blob.arrayBuffer()));
 
-  // Recognizes the same file later: large files by size and three samples; without crypto (plain HTTP), by name and date.
+  // A fingerprint that recognizes the same file later. For large files it uses the size and three samples, and without crypto
+  // (plain HTTP) the name and date.
   async function fingerprintOf(file) {
     if (!globalThis.crypto?.subtle) return `date:${file.lastModified}`;
     if (file.size <= FULL_HASH_BYTES) return `sha256:${await digest(file)}`;
@@ -43,7 +44,7 @@
     return `some:${await digest(new Blob(samples))}`;
   }
 
-  // XMLHttpRequest, because fetch does not report upload progress.
+  // Uses XMLHttpRequest, because fetch does not report upload progress.
   function send(method, url, body, { headers = {}, progress } = {}) {
     return new Promise((resolve, reject) => {
       const request = new XMLHttpRequest();
@@ -167,7 +168,7 @@
     }
   }
 
-  // The same file was uploaded before: tell the user and let them decide.
+  // If the same file was uploaded before, this tells the user and lets them decide.
   function showDuplicate(file, same) {
     current = null;
     showMessage("");

@@ -1,6 +1,8 @@
-"""Sign-in is limited by counters in Redis, so each of these tests starts with none."""
+"""Sign-in attempts are counted in Redis, so each of these tests starts with cleared counters."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 from django.test import Client
@@ -11,14 +13,22 @@ from tests.factories import PASSWORD, make_user
 
 
 @pytest.fixture(scope="session", autouse=True)
-def addresses() -> None:
-    """Found before a test changes the settings that some of allauth's depend on."""
+def url_patterns() -> None:
+    """Loads the URLs before a test changes the settings that some of allauth's depend on."""
     assert get_resolver().url_patterns
 
 
 @pytest.fixture(autouse=True)
-def counters(rate_limits: None) -> None:
-    """Every test of this folder starts with no attempt counted."""
+def no_attempts_counted(rate_limits: None) -> None:
+    """Every test of this folder starts with cleared counters."""
+
+
+@pytest.fixture
+def mail_server(settings: Any) -> None:
+    """Settings as with a mail server. Messages still stay in memory."""
+    settings.EMAIL_URL = "smtp://mail.example.com"
+    settings.ACCOUNT_EMAIL_VERIFICATION = "mandatory"
+    settings.ACCOUNT_EMAIL_VERIFICATION_BY_CODE_ENABLED = True
 
 
 @pytest.fixture
@@ -36,7 +46,7 @@ def is_signed_in(page: Client) -> bool:
 
 @pytest.fixture
 def alice(db: None) -> User:
-    """Alice signs in by typing."""
+    """Alice signs in with a password."""
     return make_user("alice", password=PASSWORD)
 
 

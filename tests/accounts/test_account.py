@@ -1,4 +1,4 @@
-"""One's own account: the overview, devices, taking one's data, leaving."""
+"""The account pages: overview, devices, export, deletion."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ def work(stores, alice: User):
     return dataset, job
 
 
-def reauthenticate(page: Client, wanted: str) -> None:
-    assert page.get(wanted).status_code == 302
+def reauthenticate(page: Client, address: str) -> None:
+    assert page.get(address).status_code == 302
     page.post("/accounts/reauthenticate/", {"password": PASSWORD})
 
 
 @pytest.mark.parametrize("address", ["/account/", "/account/export/", "/account/delete/", "/account/keys/"])
-def test_strangers_are_asked_to_sign_in(db, page: Client, address: str):
+def test_visitors_are_redirected_to_sign_in(db, page: Client, address: str):
     assert page.get(address).headers["Location"] == f"/accounts/login/?next={address}"
 
 
-def test_the_overview_shows_what_protects_the_account(alice: User, page: Client):
+def test_the_overview_shows_the_email_and_signed_in_devices(alice: User, page: Client):
     sign_in(page, alice)
-    shown = page.get("/account/").content.decode()
-    assert alice.email in shown
-    assert "1 signed in" in shown
+    text = page.get("/account/").content.decode()
+    assert alice.email in text
+    assert "1 signed in" in text
 
 
-def test_a_device_is_signed_out_from_another(alice: User, page: Client):
+def test_a_device_can_be_signed_out_from_another(alice: User, page: Client):
     lost = Client()
     sign_in(page, alice)
     sign_in(lost, alice, **{"User-Agent": FIREFOX})
@@ -73,15 +73,15 @@ def test_a_device_is_signed_out_from_another(alice: User, page: Client):
 
 
 def test_bob_cannot_sign_out_alices_device(alice: User, bob: User, page: Client):
-    theirs = Client()
-    sign_in(theirs, alice)
+    alices = Client()
+    sign_in(alices, alice)
     sign_in(page, bob)
     device = UserSession.objects.get(user=alice)
     assert page.post(f"/account/devices/{device.pk}/sign-out/").status_code == 404
-    assert is_signed_in(theirs)
+    assert is_signed_in(alices)
 
 
-def test_an_address_is_changed_once_the_new_one_is_confirmed(alice: User, page: Client):
+def test_the_email_address_changes_once_the_new_one_is_confirmed(alice: User, page: Client):
     owner, old = alice.owner_id, alice.email
     sign_in(page, alice)
     change_address(page, "new@example.com")
@@ -103,7 +103,7 @@ def test_an_address_is_changed_once_the_new_one_is_confirmed(alice: User, page: 
     assert is_signed_in(fresh)
 
 
-def test_mail_about_jobs_follows_the_address(stores, alice: User, page: Client):
+def test_job_emails_go_to_the_new_address_once_it_is_confirmed(stores, alice: User, page: Client):
     webhooks.set_email(alice.owner_id, alice.notification_email)
     sign_in(page, alice)
     change_address(page, "new@example.com")
@@ -114,7 +114,7 @@ def test_mail_about_jobs_follows_the_address(stores, alice: User, page: Client):
     assert mailbox(alice) == "mailto:new@example.com"
 
 
-def test_who_is_shut_out_gets_no_mail_about_jobs(stores, alice: User):
+def test_a_deactivated_user_gets_no_job_emails(stores, alice: User):
     webhooks.set_email(alice.owner_id, alice.notification_email)
     alice.is_active = False
     alice.save()
@@ -126,7 +126,7 @@ def mailbox(user: User) -> str:
     return row.url if row and row.active else ""
 
 
-def test_nobody_takes_the_address_of_somebody_else(alice: User, bob: User, page: Client):
+def test_a_user_cannot_take_another_users_email_address(alice: User, bob: User, page: Client):
     sign_in(page, alice)
     change_address(page, bob.email)
     for link in re.findall(
@@ -137,34 +137,34 @@ def test_nobody_takes_the_address_of_somebody_else(alice: User, bob: User, page:
     assert alice.email != bob.email
 
 
-def test_the_export_holds_the_account_and_its_work_but_no_secrets(alice: User, page: Client, work):
+def test_the_export_contains_the_account_and_its_work_but_no_secrets(alice: User, page: Client, work):
     dataset, job = work
     key, secret = api_keys.create(alice, "nightly", ["read"])
     sign_in(page, alice)
     reauthenticate(page, "/account/export/")
-    answer = page.get("/account/export/")
-    content = json.loads(answer.content)
+    response = page.get("/account/export/")
+    content = json.loads(response.content)
     assert content["account"]["email"] == alice.email
     assert [row["dataset_id"] for row in content["datasets"]] == [dataset.dataset_id]
     assert [row["job_id"] for row in content["jobs"]] == [job.job_id]
-    assert key.digest not in answer.content.decode()
-    assert secret not in answer.content.decode()
-    assert alice.password not in answer.content.decode()
+    assert key.digest not in response.content.decode()
+    assert secret not in response.content.decode()
+    assert alice.password not in response.content.decode()
 
 
-def test_the_export_asks_for_the_password_again(alice: User, page: Client):
+def test_the_export_requires_reauthentication(alice: User, page: Client):
     page.force_login(alice)
     assert page.get("/account/export/").headers["Location"].startswith("/accounts/reauthenticate/")
 
 
-def test_leaving_needs_the_address_typed(alice: User, page: Client, stores):
+def test_deleting_the_account_requires_typing_the_email_address(alice: User, page: Client, stores):
     sign_in(page, alice)
     reauthenticate(page, "/account/delete/")
     assert page.post("/account/delete/", {"email": "bob@example.com"}).status_code == 400
     assert User.objects.filter(pk=alice.pk).exists()
 
 
-def test_leaving_removes_the_person_and_all_their_work(alice: User, page: Client, work):
+def test_deleting_the_account_removes_the_user_and_all_their_work(alice: User, page: Client, work):
     from jobs.store import access, outbox
 
     api_keys.create(alice, "nightly", ["read"])
@@ -173,7 +173,7 @@ def test_leaving_removes_the_person_and_all_their_work(alice: User, page: Client
     sign_in(page, alice)
     reauthenticate(page, "/account/delete/")
     page.post("/account/delete/", {"email": alice.email})
-    outbox.run("leave", alice.owner_id, alice.owner_id, "")  # what the worker does when the bell rings
+    outbox.run("leave", alice.owner_id, alice.owner_id, "")  # what a worker does with the outbox row
     assert not User.objects.filter(pk=alice.pk).exists()
     assert not ApiKey.objects.filter(name="nightly").exists()
     assert not is_signed_in(page)
@@ -183,7 +183,7 @@ def test_leaving_removes_the_person_and_all_their_work(alice: User, page: Client
     assert not [row for row in outbox.pending() if row.job_id == f"leave#{alice.owner_id}"]
 
 
-def test_an_account_with_a_running_job_is_emptied_once_it_stops(alice: User, stores):
+def test_an_account_with_a_running_job_is_deleted_once_the_job_stops(alice: User, stores):
     from jobs import personal_data
     from jobs.store import access
     from jobs.store.tables import Job, new_id
@@ -209,11 +209,11 @@ def test_an_account_with_a_running_job_is_emptied_once_it_stops(alice: User, sto
 @pytest.mark.parametrize(
     ("email", "initials"), [("maria.keller@x.example", "MK"), ("kim@x.example", "KI"), ("é@x.example", "E")]
 )
-def test_initials(email: str, initials: str):
+def test_initials_come_from_the_email_address(email: str, initials: str):
     assert User(email=email).initials == initials
 
 
-def test_a_living_key_is_listed_whatever_was_made_and_revoked_since(alice: User, page: Client):
+def test_an_active_key_stays_listed_after_many_others_were_revoked(alice: User, page: Client):
     api_keys.create(alice, "the old one", ["read"])
     for n in range(2 * api_keys.MAX_KEYS):
         key, _ = api_keys.create(alice, f"later {n}", ["read"])

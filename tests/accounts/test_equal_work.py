@@ -1,7 +1,7 @@
-"""Whether an address has an account cannot be told by the work that an answer takes.
+"""The work of a request does not reveal whether an address has an account.
 
-Work is counted, not timed: hashing a password is nearly all of it, and a busy machine changes no count. `bin/bench
-accounts` prints how long the answers take.
+Work is counted, not timed: hashing a password is nearly all of it, and counts do not depend on how busy the machine is.
+`bin/bench accounts` prints the response times.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ hashes: Counter[str] = Counter()
 
 
 class CountingHasher(Argon2PasswordHasher):
-    """Argon2, as in use, and a count of how often it ran."""
+    """Argon2 as in production, with a count of its calls."""
 
     def encode(self, *args: Any, **kwargs: Any) -> str:
         hashes["argon2"] += 1
@@ -48,7 +48,7 @@ def sign_in(email: str) -> None:
     Client().post("/accounts/login/", {"login": email, "password": "wrong-horse-battery"})
 
 
-def sign_in_by_program(email: str) -> None:
+def sign_in_by_api(email: str) -> None:
     body = {"email": email, "password": "wrong-horse-battery"}
     Client().post("/_allauth/app/v1/auth/login", body, content_type="application/json")
 
@@ -57,7 +57,7 @@ def reset(email: str) -> None:
     Client().post("/accounts/password/reset/", {"email": email})
 
 
-def reset_by_program(email: str) -> None:
+def reset_by_api(email: str) -> None:
     Client().post("/_allauth/app/v1/auth/password/request", {"email": email}, content_type="application/json")
 
 
@@ -65,13 +65,13 @@ def sign_up(email: str) -> None:
     Client().post("/accounts/signup/", {"email": email, "password1": PASSWORD})
 
 
-def sign_up_by_program(email: str) -> None:
+def sign_up_by_api(email: str) -> None:
     body = {"email": email, "password": PASSWORD}
     Client().post("/_allauth/app/v1/auth/signup", body, content_type="application/json")
 
 
 def work_of(request_once: Callable[[str], None], email: str) -> Work:
-    cache.clear()  # so that no limit answers instead
+    cache.clear()  # so that no rate limit applies
     hashes.clear()
     mails = len(mail.outbox)
     with CaptureQueriesContext(connection) as queries:
@@ -85,43 +85,39 @@ def known(db: None, settings: Any) -> str:
     return make_user("kim", password=PASSWORD).email
 
 
-@pytest.fixture
-def mail_server(settings: Any) -> None:
-    settings.EMAIL_URL = "smtp://mail.example.com"
-    settings.ACCOUNT_EMAIL_VERIFICATION = "mandatory"
-    settings.ACCOUNT_EMAIL_VERIFICATION_BY_CODE_ENABLED = True
-
-
-def both(request_once: Callable[[str], None], known: str) -> tuple[Work, Work]:
-    """The work for a known and for an unknown address. The first request of all also fills caches of the process."""
-    request_once("warm-up@example.com")
+def measure_both(request_once: Callable[[str], None], known: str) -> tuple[Work, Work]:
+    """The work for a known and for an unknown address."""
+    request_once("warm-up@example.com")  # the first request also fills caches of the process
     return work_of(request_once, known), work_of(request_once, "nobody@example.com")
 
 
 @pytest.mark.parametrize(
     ("request_once", "hashed", "mailed"),
-    [(sign_in, 1, 0), (sign_in_by_program, 1, 0), (reset, 0, 1), (reset_by_program, 0, 1)],
+    [(sign_in, 1, 0), (sign_in_by_api, 1, 0), (reset, 0, 1), (reset_by_api, 0, 1)],
 )
-def test_signing_in_and_resetting_are_the_same_work(
+def test_signing_in_and_resetting_do_equal_work_for_known_and_unknown_addresses(
     known: str, request_once: Callable[[str], None], hashed: int, mailed: int
 ):
-    one, other = both(request_once, known)
-    assert (one.hashes, one.mails) == (other.hashes, other.mails) == (hashed, mailed)
-    assert abs(one.queries - other.queries) <= 1  # an unknown address is looked for in a second table
+    known_work, unknown_work = measure_both(request_once, known)
+    assert (
+        (known_work.hashes, known_work.mails) == (unknown_work.hashes, unknown_work.mails) == (hashed, mailed)
+    )
+    # An unknown address is looked up in a second table.
+    assert abs(known_work.queries - unknown_work.queries) <= 1
 
 
-@pytest.mark.parametrize("request_once", [sign_up, sign_up_by_program])
-def test_signing_up_is_the_same_work_without_a_mail_server(known: str, request_once: Callable[[str], None]):
-    one, other = both(request_once, known)
-    assert (one.hashes, one.mails) == (other.hashes, other.mails) == (1, 0)
-    assert one.queries == other.queries
+@pytest.mark.parametrize("request_once", [sign_up, sign_up_by_api])
+def test_signing_up_does_equal_work_without_a_mail_server(known: str, request_once: Callable[[str], None]):
+    known_work, unknown_work = measure_both(request_once, known)
+    assert (known_work.hashes, known_work.mails) == (unknown_work.hashes, unknown_work.mails) == (1, 0)
+    assert known_work.queries == unknown_work.queries
 
 
-@pytest.mark.parametrize("request_once", [sign_up, sign_up_by_program])
-def test_signing_up_is_the_same_work_with_a_mail_server(
+@pytest.mark.parametrize("request_once", [sign_up, sign_up_by_api])
+def test_signing_up_does_equal_work_with_a_mail_server(
     known: str, mail_server: None, request_once: Callable[[str], None]
 ):
-    one, other = both(request_once, known)
-    assert (one.hashes, one.mails) == (other.hashes, other.mails) == (1, 1)
-    assert abs(one.queries - other.queries) <= 6  # short reads by a key
+    known_work, unknown_work = measure_both(request_once, known)
+    assert (known_work.hashes, known_work.mails) == (unknown_work.hashes, unknown_work.mails) == (1, 1)
+    assert abs(known_work.queries - unknown_work.queries) <= 6  # cheap reads by key
     assert User.objects.filter(email="nobody@example.com").exists()

@@ -1,13 +1,13 @@
-"""Signing in with Google, against a local OpenID provider that stands in its place."""
+"""Signing in with Google, against a local OpenID Connect provider."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
@@ -19,47 +19,33 @@ from tests import services
 from tests.accounts.conftest import is_signed_in
 from tests.factories import PASSWORD, make_user
 
-PROVIDER = services.free_port()
-
 
 @dataclass
 class Google:
-    """The provider, and what a person does there."""
+    """The provider, and what a user does there."""
 
     url: str
 
-    def has(self, sub: str, email: str, *, verified: bool = True) -> None:
+    def add_user(self, sub: str, email: str, *, verified: bool = True) -> None:
         requests.put(f"{self.url}/users/{sub}", json={"email": email, "email_verified": verified}, timeout=5)
 
     def agree(self, page: Client, sub: str) -> str:
-        """Presses our button, says yes at the provider, and returns the address it sends the browser back to."""
-        leaving = page.post("/accounts/google/login/")
-        assert leaving.status_code == 302
-        assert leaving.headers["Location"].startswith(self.url)
-        back = requests.post(leaving.headers["Location"], data={"sub": sub}, allow_redirects=False, timeout=5)
-        result = urlsplit(back.headers["Location"])
+        """Clicks our button, consents at the provider, and returns the callback URL that the provider redirects to."""
+        redirect = page.post("/accounts/google/login/")
+        assert redirect.status_code == 302
+        assert redirect.headers["Location"].startswith(self.url)
+        callback = requests.post(
+            redirect.headers["Location"], data={"sub": sub}, allow_redirects=False, timeout=5
+        )
+        result = urlsplit(callback.headers["Location"])
         return f"{result.path}?{result.query}"
 
 
 @pytest.fixture(scope="module")
-def provider() -> Iterator[str]:
-    argv = [sys.executable, "-m", "oidc_provider_mock", "--port", str(PROVIDER)]
-    process = subprocess.Popen(
-        argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=services._die_with_parent
-    )
-    url = f"http://localhost:{PROVIDER}"
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            requests.get(url, timeout=20)
-            break
-        except OSError:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    yield url
-    process.kill()
-    process.wait()
+def provider(folder: Path) -> Iterator[str]:
+    service = services.openid_provider(folder).start()
+    yield f"http://localhost:{service.port}"
+    service.kill()
 
 
 @pytest.fixture
@@ -68,22 +54,22 @@ def google(provider: str, settings, monkeypatch) -> Google:
 
     settings.GOOGLE_CLIENT_ID = "llm-tuner"
     monkeypatch.setenv("GOOGLE_CLIENT_SECRET", "a-secret")
-    # allauth reads these once, when it is imported; a deployment sets them by GOOGLE_ENDPOINTS.
+    # allauth reads these once, on import; a deployment sets them with GOOGLE_ENDPOINTS.
     monkeypatch.setattr(GoogleOAuth2Adapter, "authorize_url", f"{provider}/oauth2/authorize")
     monkeypatch.setattr(GoogleOAuth2Adapter, "access_token_url", f"{provider}/oauth2/token")
     monkeypatch.setattr("allauth.socialaccount.providers.google.views.ID_TOKEN_ISSUER", provider)
     return Google(provider)
 
 
-def test_one_click_makes_an_account_and_signs_in(db, google: Google, page: Client):
-    google.has("g-1", "new@example.com")
+def test_the_first_sign_in_creates_an_account(db, google: Google, page: Client):
+    google.add_user("g-1", "new@example.com")
     page.get(google.agree(page, "g-1"))
     assert is_signed_in(page)
     assert User.objects.get(email="new@example.com").has_usable_password() is False
 
 
-def test_coming_back_finds_the_same_account(db, google: Google, page: Client):
-    google.has("g-2", "new@example.com")
+def test_signing_in_again_uses_the_same_account(db, google: Google, page: Client):
+    google.add_user("g-2", "new@example.com")
     page.get(google.agree(page, "g-2"))
     again = Client()
     again.get(google.agree(again, "g-2"))
@@ -91,80 +77,81 @@ def test_coming_back_finds_the_same_account(db, google: Google, page: Client):
     assert User.objects.count() == 1
 
 
-def test_the_button_is_there_only_when_google_is_set_up(db, page: Client, settings):
+def test_the_button_is_shown_only_when_google_is_configured(db, page: Client, settings):
     assert "Continue with Google" not in page.get("/accounts/login/").content.decode()
     settings.GOOGLE_CLIENT_ID = "llm-tuner"
     assert "Continue with Google" in page.get("/accounts/login/").content.decode()
 
 
 def test_a_forged_state_does_not_sign_in(db, google: Google, page: Client):
-    google.has("g-3", "new@example.com")
-    back = urlsplit(google.agree(page, "g-3"))
-    query = {name: values[0] for name, values in parse_qs(back.query).items()} | {"state": "forged"}
-    page.get(f"{back.path}?{urlencode(query)}")
+    google.add_user("g-3", "new@example.com")
+    callback = urlsplit(google.agree(page, "g-3"))
+    query = {name: values[0] for name, values in parse_qs(callback.query).items()} | {"state": "forged"}
+    page.get(f"{callback.path}?{urlencode(query)}")
     assert not is_signed_in(page)
 
 
-def test_an_answer_meant_for_another_browser_does_not_sign_in(db, google: Google, page: Client):
-    google.has("g-4", "attacker@example.com")
-    back = google.agree(Client(), "g-4")
-    page.get(back)
+def test_a_callback_meant_for_another_browser_does_not_sign_in(db, google: Google, page: Client):
+    google.add_user("g-4", "attacker@example.com")
+    callback = google.agree(Client(), "g-4")
+    page.get(callback)
     assert not is_signed_in(page)
 
 
-def test_a_code_works_once(db, google: Google, page: Client):
-    google.has("g-5", "new@example.com")
-    back = google.agree(page, "g-5")
-    page.get(back)
+def test_an_authorization_code_works_once(db, google: Google, page: Client):
+    google.add_user("g-5", "new@example.com")
+    callback = google.agree(page, "g-5")
+    page.get(callback)
     assert is_signed_in(page)
     page.post("/accounts/logout/")
-    page.get(back)
+    page.get(callback)
     assert not is_signed_in(page)
 
 
-def test_an_address_google_has_not_verified_does_not_sign_in(db, google: Google, page: Client):
-    google.has("g-6", "new@example.com", verified=False)
+def test_an_unverified_email_address_does_not_sign_in(db, google: Google, page: Client):
+    google.add_user("g-6", "new@example.com", verified=False)
     page.get(google.agree(page, "g-6"))
     assert not is_signed_in(page)
     assert not User.objects.exists()
 
 
 @pytest.mark.parametrize("verified", [True, False])
-def test_the_address_of_a_local_account_opens_nothing(db, google: Google, page: Client, verified: bool):
+def test_google_does_not_sign_in_to_a_local_account_with_the_same_address(
+    db, google: Google, page: Client, verified: bool
+):
     alice = make_user("alice", password=PASSWORD)
-    google.has("g-7", alice.email, verified=verified)
-    answer = page.get(google.agree(page, "g-7"), follow=True)
-    assert answer.request["PATH_INFO"] == "/accounts/login/"
-    words = "Sign in with its password" if verified else "has not verified"
-    assert words in answer.content.decode()
+    google.add_user("g-7", alice.email, verified=verified)
+    response = page.get(google.agree(page, "g-7"), follow=True)
+    assert response.request["PATH_INFO"] == "/accounts/login/"
+    message = "Sign in with its password" if verified else "has not verified"
+    assert message in response.content.decode()
     assert not is_signed_in(page)
     assert User.objects.count() == 1
-    assert not page.get("/accounts/3rdparty/signup/").content.count(
-        b"<form"
-    )  # where one could try other addresses
+    # No form, where one could try other addresses.
+    assert b"<form" not in page.get("/accounts/3rdparty/signup/").content
 
 
-def test_a_person_who_says_no_is_told_so(db, google: Google, page: Client):
-    leaving = page.post("/accounts/google/login/")
-    state = parse_qs(urlsplit(leaving.headers["Location"]).query)["state"][0]
-    answer = page.get(f"/accounts/google/login/callback/?error=access_denied&state={state}", follow=True)
-    assert "Sign-in cancelled" in answer.content.decode()
+def test_denied_consent_shows_that_sign_in_was_cancelled(db, google: Google, page: Client):
+    redirect = page.post("/accounts/google/login/")
+    state = parse_qs(urlsplit(redirect.headers["Location"]).query)["state"][0]
+    response = page.get(f"/accounts/google/login/callback/?error=access_denied&state={state}", follow=True)
+    assert "Sign-in cancelled" in response.content.decode()
     assert not is_signed_in(page)
 
 
-def test_the_request_to_google_carries_state_and_a_proof_key(db, google: Google, page: Client):
-    leaving = page.post("/accounts/google/login/")
-    query = parse_qs(urlsplit(leaving.headers["Location"]).query)
+def test_the_authorization_request_uses_state_and_pkce(db, google: Google, page: Client):
+    redirect = page.post("/accounts/google/login/")
+    query = parse_qs(urlsplit(redirect.headers["Location"]).query)
     assert len(query["state"][0]) >= 16
     assert query["code_challenge_method"] == ["S256"]
     assert set(query["scope"][0].split()) == {"openid", "email"}
 
 
-def test_a_get_does_not_start_it(db, google: Google, page: Client):
+def test_a_get_request_does_not_start_the_sign_in(db, google: Google, page: Client):
     assert page.get("/accounts/google/login/").status_code == 200
 
 
-def test_endpoints_can_be_set_for_a_whole_process():
+def test_the_endpoints_can_be_set_by_environment_variable():
     code = (
         "import django; django.setup()\n"
         "from allauth.socialaccount.providers.google.views import AUTHORIZE_URL\n"

@@ -1,4 +1,4 @@
-"""Guessing passwords: at most 12 are looked at in ten minutes, whatever the guesser pretends to be."""
+"""Guessing passwords: at most 12 are checked within ten minutes, whatever client address a request claims."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ ALLOWED = 12
 
 @pytest.fixture
 def checked(monkeypatch) -> list[str]:
-    """Every password that was really compared with a person's."""
-    seen: list[str] = []
-    check = User.check_password
+    """Every password that was compared with a user's password."""
+    passwords: list[str] = []
+    check_password = User.check_password
 
-    def counted(self: User, raw: str) -> bool:
-        seen.append(raw)
-        return check(self, raw)
+    def record_and_check(self: User, raw: str) -> bool:
+        passwords.append(raw)
+        return check_password(self, raw)
 
-    monkeypatch.setattr(User, "check_password", counted)
-    return seen
+    monkeypatch.setattr(User, "check_password", record_and_check)
+    return passwords
 
 
 def guess(page: Client, user: User, times: int, **headers: str) -> None:
@@ -31,27 +31,27 @@ def guess(page: Client, user: User, times: int, **headers: str) -> None:
         sign_in(page, user, f"guess-{i}", **{name: value.format(i=i) for name, value in headers.items()})
 
 
-def test_guesses_at_one_account_end_soon(alice: User, page: Client, checked: list[str]):
+def test_guesses_at_one_account_are_limited(alice: User, page: Client, checked: list[str]):
     guess(page, alice, 100)
     assert 0 < len(checked) <= ALLOWED
 
 
-def test_the_right_password_is_refused_too_while_limited(alice: User, page: Client):
+def test_the_right_password_is_also_refused_while_limited(alice: User, page: Client):
     guess(page, alice, 20)
     sign_in(page, alice)
     assert not is_signed_in(page)
 
 
-def test_one_address_cannot_go_through_many_accounts(db, page: Client, checked: list[str]):
+def test_guesses_from_one_ip_address_at_many_accounts_are_limited(db, page: Client, checked: list[str]):
     for i in range(30):
-        guess(page, make_user(f"person{i}", password=PASSWORD), 1)
+        guess(page, make_user(f"user{i}", password=PASSWORD), 1)
     assert len(checked) <= ALLOWED
 
 
 @pytest.mark.parametrize(
     "header", ["X-Forwarded-For", "X-Real-IP", "Forwarded", "True-Client-IP", "X-Client-IP"]
 )
-def test_forged_forwarding_headers_change_nothing(
+def test_forged_forwarding_headers_do_not_evade_the_limit(
     alice: User, bob: User, page: Client, checked: list[str], header: str
 ):
     value = "for=203.0.113.{i}" if header == "Forwarded" else "203.0.113.{i}"
@@ -60,26 +60,26 @@ def test_forged_forwarding_headers_change_nothing(
     assert len(checked) <= ALLOWED
 
 
-def test_behind_a_proxy_only_the_proxys_word_counts(db, page: Client, settings, checked: list[str]):
+def test_behind_a_proxy_only_the_address_it_added_counts(db, page: Client, settings, checked: list[str]):
     settings.ALLAUTH_TRUSTED_PROXY_COUNT = 1
-    for i in range(30):  # what stands before the last comma comes from the guesser
+    for i in range(30):  # everything before the last comma comes from the client
         guess(
             page,
-            make_user(f"person{i}", password=PASSWORD),
+            make_user(f"user{i}", password=PASSWORD),
             1,
             **{"X-Forwarded-For": f"203.0.113.{i}, 198.51.100.7"},
         )
     assert len(checked) <= ALLOWED
 
 
-def test_who_comes_past_the_proxies_is_limited_too(db, page: Client, settings, checked: list[str]):
+def test_requests_that_bypass_the_proxies_are_limited_too(db, page: Client, settings, checked: list[str]):
     settings.ALLAUTH_TRUSTED_PROXY_COUNT = 2
     for i in range(30):
-        guess(page, make_user(f"person{i}", password=PASSWORD), 1, **{"X-Forwarded-For": f"203.0.113.{i}"})
+        guess(page, make_user(f"user{i}", password=PASSWORD), 1, **{"X-Forwarded-For": f"203.0.113.{i}"})
     assert 0 < len(checked) <= ALLOWED
 
 
-def test_the_admin_has_no_door_of_its_own(sam: User, page: Client, checked: list[str]):
+def test_the_admin_has_no_sign_in_of_its_own(sam: User, page: Client, checked: list[str]):
     assert page.get("/admin/login/").headers["Location"].startswith("/accounts/login/")
     for _ in range(30):
         page.post("/admin/login/", {"username": sam.email, "password": PASSWORD})
@@ -87,14 +87,14 @@ def test_the_admin_has_no_door_of_its_own(sam: User, page: Client, checked: list
     assert not is_signed_in(page)
 
 
-def test_programs_are_limited_like_people(alice: User, page: Client, checked: list[str]):
+def test_api_sign_ins_are_limited_too(alice: User, page: Client, checked: list[str]):
     for i in range(30):
         body = {"email": alice.email, "password": f"guess-{i}"}
         page.post("/_allauth/app/v1/auth/login", body, content_type="application/json")
     assert 0 < len(checked) <= ALLOWED
 
 
-def test_reset_mails_are_limited(alice: User, page: Client):
+def test_password_reset_emails_are_limited(alice: User, page: Client):
     from django.core import mail
 
     for _ in range(12):
@@ -102,23 +102,23 @@ def test_reset_mails_are_limited(alice: User, page: Client):
     assert len(mail.outbox) <= 5
 
 
-def test_being_limited_is_said_in_our_words(page: Client, db):
+def test_a_limited_request_gets_429_and_a_message(page: Client, db):
     for i in range(25):
-        answer = page.post("/accounts/password/reset/", {"email": f"nobody{i}@example.com"})
-    assert answer.status_code == 429
-    assert "Too many attempts" in answer.content.decode()
+        response = page.post("/accounts/password/reset/", {"email": f"nobody{i}@example.com"})
+    assert response.status_code == 429
+    assert "Too many attempts" in response.content.decode()
 
 
-def test_a_running_server_does_not_believe_forwarding_headers(web, transactional_db):
+def test_a_running_server_ignores_forwarding_headers(web, transactional_db):
     import requests
 
     user = make_user("alice", password=PASSWORD)
     page = requests.Session()
-    statuses = set()
+    limited = set()
     for i in range(ALLOWED + 3):
         page.get(f"{web.url}/accounts/login/", timeout=10)
         fields = {"login": user.email, "password": f"guess-{i}", "csrfmiddlewaretoken": page.cookies["csrf"]}
         headers = {"X-Forwarded-For": f"203.0.113.{i}", "Referer": web.url}
-        answer = page.post(f"{web.url}/accounts/login/", fields, headers=headers, timeout=10)
-        statuses.add("too many" in answer.text.lower())
-    assert statuses == {True, False}
+        response = page.post(f"{web.url}/accounts/login/", fields, headers=headers, timeout=10)
+        limited.add("too many" in response.text.lower())
+    assert limited == {True, False}

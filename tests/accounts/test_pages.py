@@ -1,4 +1,4 @@
-"""What every page promises a browser: a strict policy, kept by our own markup, and no copies left behind."""
+"""Every page has a strict content security policy that its own markup follows, security headers, and no-store."""
 
 from __future__ import annotations
 
@@ -44,84 +44,86 @@ POLICY = {
 }
 
 
-class Offences(HTMLParser):
-    """What the policy would block: inline code and styles."""
+class MarkupCheck(HTMLParser):
+    """Collects what the policy would block: inline code and styles."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.violations: list[str] = []
         self.ids: list[str] = []
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        self.found += [f"<{tag} {name}>" for name in given if name == "style" or name.startswith("on")]
-        self.found += [f"<{tag} {name}>" for name in given if name.startswith("hx-on")]
+        attributes = dict(attrs)
+        self.violations += [
+            f"<{tag} {name}>" for name in attributes if name == "style" or name.startswith("on")
+        ]
+        self.violations += [f"<{tag} {name}>" for name in attributes if name.startswith("hx-on")]
         if tag == "style":
-            self.found.append("<style>")
-        if tag == "script" and "src" not in given and given.get("type") != "application/json":
-            self.found.append("<script> without src")
+            self.violations.append("<style>")
+        if tag == "script" and "src" not in attributes and attributes.get("type") != "application/json":
+            self.violations.append("<script> without src")
         for name in ("src", "href", "action"):
-            value = given.get(name) or ""
+            value = attributes.get(name) or ""
             if value.startswith(("javascript:", "//", "http:")):
-                self.found.append(f"<{tag} {name}={value}>")
-        if given.get("id"):
-            self.ids.append(str(given["id"]))
+                self.violations.append(f"<{tag} {name}={value}>")
+        if attributes.get("id"):
+            self.ids.append(str(attributes["id"]))
 
 
-def policy_of(answer) -> dict[str, str]:
-    parts = [part.strip().partition(" ") for part in answer.headers["Content-Security-Policy"].split(";")]
+def policy_of(response) -> dict[str, str]:
+    parts = [part.strip().partition(" ") for part in response.headers["Content-Security-Policy"].split(";")]
     return {name: value for name, _, value in parts}
 
 
-def assert_safe(answer) -> None:
-    assert policy_of(answer).items() >= POLICY.items()
-    assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    assert answer.headers["Referrer-Policy"] == "same-origin"
-    assert answer.headers["Cross-Origin-Opener-Policy"] == "same-origin"
-    assert "no-store" in answer.headers["Cache-Control"]
-    assert answer.headers["X-Request-ID"].startswith("req_")
-    seen = Offences(answer.content.decode())
-    assert not seen.found
-    assert len(seen.ids) == len(set(seen.ids)), "an id stands twice"
+def assert_security_headers(response) -> None:
+    assert policy_of(response).items() >= POLICY.items()
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["Referrer-Policy"] == "same-origin"
+    assert response.headers["Cross-Origin-Opener-Policy"] == "same-origin"
+    assert "no-store" in response.headers["Cache-Control"]
+    assert response.headers["X-Request-ID"].startswith("req_")
+    check = MarkupCheck(response.content.decode())
+    assert not check.violations
+    assert len(check.ids) == len(set(check.ids)), "duplicate id"
 
 
 @pytest.mark.parametrize("address", VISITOR)
-def test_pages_for_visitors_are_safe(db, page: Client, address: str):
-    assert_safe(page.get(address))
+def test_visitor_pages_send_the_security_headers(db, page: Client, address: str):
+    assert_security_headers(page.get(address))
 
 
 @pytest.mark.parametrize("address", MEMBER)
-def test_pages_of_an_account_are_safe(alice: User, page: Client, address: str):
+def test_account_pages_send_the_security_headers(alice: User, page: Client, address: str):
     sign_in(page, alice)
-    answer = page.get(address)
-    if answer.status_code == 302:  # it asks for the password once more
+    response = page.get(address)
+    if response.status_code == 302:  # it requires reauthentication
         page.post("/accounts/reauthenticate/", {"password": "correct-horse-battery-9"})
-        answer = page.get(address)
-    assert answer.status_code == 200
-    assert_safe(answer)
+        response = page.get(address)
+    assert response.status_code == 200
+    assert_security_headers(response)
 
 
 @pytest.mark.parametrize("address", STAFF)
-def test_the_admin_stands_under_the_same_policy(sam: User, page: Client, address: str):
+def test_the_admin_has_the_same_content_security_policy(sam: User, page: Client, address: str):
     sign_in(page, sam)
-    answer = page.get(address)
-    assert answer.status_code == 200
-    assert policy_of(answer).items() >= POLICY.items()
+    response = page.get(address)
+    assert response.status_code == 200
+    assert policy_of(response).items() >= POLICY.items()
 
 
 @pytest.mark.parametrize("address", STAFF)
-def test_the_admin_is_for_staff(alice: User, page: Client, address: str):
+def test_the_admin_is_for_staff_only(alice: User, page: Client, address: str):
     sign_in(page, alice)
     assert page.get(address).status_code in {302, 403}
 
 
-def test_staff_make_nobody_a_superuser(sam: User, page: Client):
+def test_staff_cannot_make_anyone_a_superuser(sam: User, page: Client):
     helper = make_user("helper", is_staff=True, password=PASSWORD)
     helper.user_permissions.set(Permission.objects.filter(codename__in=["view_user", "change_user"]))
     sign_in(page, helper)
-    wish = {"is_active": "on", "is_staff": "on", "is_superuser": "on"}
-    page.post(f"/admin/accounts/user/{helper.pk}/change/", wish)
+    fields = {"is_active": "on", "is_staff": "on", "is_superuser": "on"}
+    page.post(f"/admin/accounts/user/{helper.pk}/change/", fields)
     helper.refresh_from_db()
     assert not helper.is_superuser
     assert page.post(f"/admin/accounts/user/{sam.pk}/change/", {}).status_code == 403
@@ -129,81 +131,81 @@ def test_staff_make_nobody_a_superuser(sam: User, page: Client):
     assert sam.is_active
 
 
-def test_a_broken_page_shows_its_number_and_nothing_else(db, page: Client, monkeypatch):
-    def breaks(user: User) -> list[str]:
+def test_an_error_page_shows_the_request_id_and_no_details(db, page: Client, monkeypatch):
+    def fail(user: User) -> list[str]:
         raise RuntimeError("SELECT secret FROM settings")
 
-    monkeypatch.setattr("accounts.views._rows", breaks)
+    monkeypatch.setattr("accounts.views._rows", fail)
     user = User.objects.create_user("kim@example.com")
     page.force_login(user)
     page.raise_request_exception = False
-    answer = page.get("/account/")
-    assert answer.status_code == 500
-    assert answer.headers["X-Request-ID"] in answer.content.decode()
-    assert "SELECT" not in answer.content.decode()
-    assert_safe(answer)
+    response = page.get("/account/")
+    assert response.status_code == 500
+    assert response.headers["X-Request-ID"] in response.content.decode()
+    assert "SELECT" not in response.content.decode()
+    assert_security_headers(response)
 
 
-def test_a_store_that_is_away_is_said_to_be_away(db, page: Client, monkeypatch):
-    from redis.exceptions import ConnectionError as RedisIsAway
+def test_an_unavailable_store_gets_503(db, page: Client, monkeypatch):
+    from redis.exceptions import ConnectionError as RedisConnectionError
 
-    def is_away(*args: object, **kwargs: object) -> None:
-        raise RedisIsAway("redis://:password@10.0.0.7:6379")
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RedisConnectionError("redis://:password@10.0.0.7:6379")
 
-    monkeypatch.setattr("django.core.cache.cache.get", is_away)
-    monkeypatch.setattr("django.core.cache.cache.add", is_away)
-    answer = page.post("/accounts/login/", {"login": "kim@example.com", "password": "guess"})
-    assert answer.status_code == 503
-    assert "10.0.0.7" not in answer.content.decode()
+    monkeypatch.setattr("django.core.cache.cache.get", fail)
+    monkeypatch.setattr("django.core.cache.cache.add", fail)
+    response = page.post("/accounts/login/", {"login": "kim@example.com", "password": "guess"})
+    assert response.status_code == 503
+    assert "10.0.0.7" not in response.content.decode()
 
 
-def test_what_is_not_there_looks_like_what_is_anothers(db, page: Client):
+def test_an_unknown_page_looks_like_another_users_page(db, page: Client):
     assert page.get("/jobs-of-bob/").content == page.get("/no-such-thing/").content
 
 
 @pytest.mark.parametrize("address", ["/_allauth/app/v1/nothing", "/_allauth/nothing"])
-def test_programs_get_their_errors_as_json(db, page: Client, address: str):
-    answer = page.get(address)
-    assert answer.status_code == 404
-    assert answer.json()["error"]["type"] == "invalid_request_error"
+def test_api_errors_are_json(db, page: Client, address: str):
+    response = page.get(address)
+    assert response.status_code == 404
+    assert response.json()["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("address", ["/accounts/login/", "/accounts/password/reset/"])
-def test_another_hosts_name_is_refused(db, page: Client, address: str):
+def test_an_unknown_host_header_is_refused(db, page: Client, address: str):
     assert page.get(address, headers={"Host": "evil.example"}).status_code == 400
 
 
-def test_forms_without_a_token_are_refused(alice: User):
+def test_forms_without_a_csrf_token_are_refused(alice: User):
     page = Client(enforce_csrf_checks=True)
-    answer = page.post("/accounts/login/", {"login": alice.email, "password": "correct-horse-battery-9"})
-    assert answer.status_code == 403
-    assert "Reload the page" in answer.content.decode()
+    response = page.post("/accounts/login/", {"login": alice.email, "password": "correct-horse-battery-9"})
+    assert response.status_code == 403
+    assert "Reload the page" in response.content.decode()
 
 
-def test_static_files_are_found_compressed_and_kept(page: Client):
-    answer = page.get("/static/css/app.css", headers={"Accept-Encoding": "gzip"})
-    assert answer.status_code == 200
-    assert answer.headers["Content-Encoding"] == "gzip"
-    assert "max-age" in answer.headers["Cache-Control"]
-    assert len(answer.content) < 40_000
+def test_static_files_are_compressed_and_cached(page: Client):
+    response = page.get("/static/css/app.css", headers={"Accept-Encoding": "gzip"})
+    assert response.status_code == 200
+    assert response.headers["Content-Encoding"] == "gzip"
+    assert "max-age" in response.headers["Cache-Control"]
+    assert len(response.content) < 40_000
 
 
-def test_cookies_are_closed_to_scripts_and_other_sites(alice: User, page: Client):
+def test_cookies_are_httponly_and_samesite(alice: User, page: Client):
     sign_in(page, alice)
     for name in ("session", "csrf"):
         assert page.cookies[name]["httponly"]
         assert page.cookies[name]["samesite"] == "Lax"
 
 
-def test_pages_are_served_without_a_thread_of_their_own():
-    """One middleware that is only sync would put the whole path, streams included, into threads."""
+def test_all_middleware_is_async():
+    """One sync-only middleware would move every request, including the event streams, into threads."""
     from django.conf import settings
     from django.utils.module_loading import import_string
 
     assert all(import_string(name).async_capable for name in settings.MIDDLEWARE)
 
 
-def test_staff_revoke_a_key_and_cannot_bring_it_back(alice: User, sam: User):
+def test_staff_can_revoke_a_key_but_not_restore_it(alice: User, sam: User):
     key, secret = api_keys.create(alice, "stolen", ["read"])
     page = Client()
     sign_in(page, sam)
@@ -214,3 +216,11 @@ def test_staff_revoke_a_key_and_cannot_bring_it_back(alice: User, sam: User):
     change = {"name": "x", "revoked_at_0": "", "revoked_at_1": "", "_save": "Save"}
     page.post(f"/admin/accounts/apikey/{key.pk}/change/", change, follow=True)
     assert api_keys.verify(secret) is None
+
+
+def test_the_account_menu_leads_staff_to_oversight(alices: Client, sams: Client) -> None:
+    menu = [(client, client.get("/account/").content.decode()) for client in (alices, sams)]
+    for client, text in menu:
+        assert '<a href="/account/">Account</a>' in text
+        assert '<a href="/account/keys/">API keys</a>' in text
+        assert ('<a href="/admin/">Oversight</a>' in text) == (client is sams)

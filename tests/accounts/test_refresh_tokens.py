@@ -1,4 +1,4 @@
-"""Refresh tokens: each is good once, and one that comes back ends everything that came of the same sign-in."""
+"""Refresh tokens: each works once, and reusing one revokes all tokens of the same sign-in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def post(path: str, body: dict[str, Any]) -> Any:
 
 
 def sign_in(user: User) -> dict[str, Any]:
-    """The tokens of a program that signs in: `access_token`, `refresh_token`, `session_token`."""
+    """Signs in by the API. Returns `access_token`, `refresh_token` and `session_token`."""
     return post("auth/login", {"email": user.email, "password": PASSWORD}).json()["meta"]
 
 
@@ -27,19 +27,19 @@ def refresh(token: str) -> Any:
     return post("tokens/refresh", {"refresh_token": token})
 
 
-def opens(access_token: str) -> bool:
-    answer = Client().get(
+def is_valid(access_token: str) -> bool:
+    response = Client().get(
         "/_allauth/app/v1/auth/session", headers={"authorization": f"Bearer {access_token}"}
     )
-    return answer.status_code == 200
+    return response.status_code == 200
 
 
-def test_each_refresh_token_gives_the_next_pair(alice: User):
+def test_refreshing_returns_a_new_token_pair(alice: User):
     first = sign_in(alice)
     second = refresh(first["refresh_token"]).json()["data"]
     third = refresh(second["refresh_token"]).json()["data"]
     assert len({first["refresh_token"], second["refresh_token"], third["refresh_token"]}) == 3
-    assert opens(third["access_token"])
+    assert is_valid(third["access_token"])
 
 
 def test_a_reused_refresh_token_revokes_all_tokens_of_its_sign_in(alice: User):
@@ -48,23 +48,23 @@ def test_a_reused_refresh_token_revokes_all_tokens_of_its_sign_in(alice: User):
     third = refresh(second["refresh_token"]).json()["data"]
     assert refresh(first["refresh_token"]).status_code == 400
     for pair in (first, second, third):
-        assert not opens(pair["access_token"])
+        assert not is_valid(pair["access_token"])
         assert refresh(pair["refresh_token"]).status_code == 400
-    answer = Client().get(
+    response = Client().get(
         "/_allauth/app/v1/auth/session", headers={"x-session-token": first["session_token"]}
     )
-    assert answer.status_code == 410
+    assert response.status_code == 410
     assert not Session.objects.exists()
-    assert not UserSession.objects.filter(user=alice).exists()  # and it's gone from the list of devices
+    assert not UserSession.objects.filter(user=alice).exists()  # removed from the list of devices, too
 
 
 def test_a_reused_refresh_token_leaves_other_sign_ins_alone(alice: User, bob: User):
     stolen, other, bobs = sign_in(alice), sign_in(alice), sign_in(bob)
     refresh(stolen["refresh_token"])
     assert refresh(stolen["refresh_token"]).status_code == 400
-    assert not opens(stolen["access_token"])
+    assert not is_valid(stolen["access_token"])
     for pair in (other, bobs):
-        assert opens(pair["access_token"])
+        assert is_valid(pair["access_token"])
         assert refresh(pair["refresh_token"]).status_code == 200
 
 
@@ -74,12 +74,12 @@ def test_a_forged_refresh_token_revokes_nothing(alice: User):
     forged = f"{head}.{payload}.{signature[::-1]}"
     for token in (forged, pair["access_token"], "", "x"):
         assert refresh(token).status_code == 400
-    assert opens(pair["access_token"])
+    assert is_valid(pair["access_token"])
     assert refresh(pair["refresh_token"]).status_code == 200
 
 
-def test_two_at_once_with_the_same_refresh_token_get_one_pair_at_most(transactional_db: None):
-    """Whichever comes second has reused a token, so neither the thief nor the owner goes on unnoticed."""
+def test_concurrent_uses_of_one_refresh_token_get_one_pair(transactional_db: None):
+    """The second use is a reuse and revokes the tokens, so a stolen token cannot stay unnoticed."""
 
     def refresh_in_thread(token: str) -> int:
         try:
@@ -89,6 +89,6 @@ def test_two_at_once_with_the_same_refresh_token_get_one_pair_at_most(transactio
 
     pair = sign_in(make_user("alice", password=PASSWORD))
     with ThreadPoolExecutor(4) as pool:
-        answers = sorted(pool.map(refresh_in_thread, [pair["refresh_token"]] * 4))
-    assert answers == [200, 400, 400, 400]
-    assert not opens(pair["access_token"])
+        statuses = sorted(pool.map(refresh_in_thread, [pair["refresh_token"]] * 4))
+    assert statuses == [200, 400, 400, 400]
+    assert not is_valid(pair["access_token"])

@@ -1,4 +1,4 @@
-"""The second step of signing in."""
+"""Two-factor authentication with an authenticator app."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.factories import PASSWORD
 
 @pytest.fixture
 def secret(alice: User, page: Client) -> str:
-    """Alice has set up her app, on the pages."""
+    """The TOTP secret of Alice, who has set up her authenticator app on the pages."""
     sign_in(page, alice)
     page.get("/accounts/2fa/totp/activate/")
     page.post("/accounts/reauthenticate/", {"password": PASSWORD})
@@ -29,7 +29,7 @@ def code_of(secret: str, later: int = 0) -> str:
     return totp.format_hotp_value(totp.hotp_value(secret, counter))
 
 
-def test_without_a_mail_server_a_new_account_can_be_protected_too(db, page: Client):
+def test_a_new_account_can_set_up_totp_without_a_mail_server(db, page: Client):
     page.post("/accounts/signup/", {"email": "new@example.com", "password1": PASSWORD})
     sign_in(page, User.objects.get(email="new@example.com"))  # without email, sign-up does not sign in
     page.get("/accounts/2fa/totp/activate/")
@@ -43,17 +43,17 @@ def test_the_password_alone_no_longer_signs_in(alice: User, secret: str):
     assert not is_signed_in(fresh)
 
 
-def test_the_code_of_the_app_completes_it(alice: User, secret: str):
+def test_a_totp_code_completes_the_sign_in(alice: User, secret: str):
     from django.core.cache import cache
 
-    cache.clear()  # the code just used to set up counts as spent
+    cache.clear()  # the code used for the set-up counts as used
     fresh = Client()
     sign_in(fresh, alice)
     fresh.post("/accounts/2fa/authenticate/", {"code": code_of(secret)})
     assert is_signed_in(fresh)
 
 
-def test_a_wrong_code_does_not(alice: User, secret: str):
+def test_a_wrong_totp_code_does_not_sign_in(alice: User, secret: str):
     fresh = Client()
     sign_in(fresh, alice)
     fresh.post("/accounts/2fa/authenticate/", {"code": "000000"})
@@ -75,6 +75,6 @@ def test_a_recovery_code_works_once(alice: User, secret: str):
     assert outcomes == [True, False]
 
 
-def test_the_database_holds_no_readable_secret(alice: User, secret: str):
+def test_the_database_stores_no_plaintext_secret(alice: User, secret: str):
     stored = str(list(Authenticator.objects.filter(user=alice).values_list("data", flat=True)))
     assert secret not in stored

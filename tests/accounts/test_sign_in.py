@@ -1,4 +1,4 @@
-"""Signing up, in and out, as a person does it on the pages."""
+"""Signing up, in and out on the pages."""
 
 from __future__ import annotations
 
@@ -16,33 +16,26 @@ from tests.accounts.conftest import is_signed_in, sign_in
 from tests.factories import PASSWORD, make_user
 
 NEW_PASSWORD = "another-horse-battery-4"
-
-
 CODE = re.compile(r"^([A-Z0-9]{3,}[-A-Z0-9]*)$", re.M)
 
 
 def code_in_mail() -> str:
-    result = CODE.search(mail.outbox[-1].body)
-    assert result, mail.outbox[-1].body
-    return result[1]
+    match = CODE.search(mail.outbox[-1].body)
+    assert match, mail.outbox[-1].body
+    return match[1]
 
 
 def change_address(page: Client, to: str) -> HttpResponse:
-    """Asked for, and allowed after the password was typed once more."""
-    asked = page.post("/accounts/email/", {"email": to, "action_add": ""})
-    return page.post(asked.headers["Location"], {"password": PASSWORD, "next": "/accounts/email/"})
+    """Requests the change and reauthenticates, as the page demands."""
+    redirect = page.post("/accounts/email/", {"email": to, "action_add": ""})
+    return page.post(redirect.headers["Location"], {"password": PASSWORD, "next": "/accounts/email/"})
 
 
-@pytest.fixture
-def mail_server(settings):
-    settings.EMAIL_URL = "smtp://mail.example.com"
-    settings.ACCOUNT_EMAIL_VERIFICATION = "mandatory"
-    settings.ACCOUNT_EMAIL_VERIFICATION_BY_CODE_ENABLED = True
-
-
-def test_without_a_mail_server_one_signs_up_and_then_signs_in(db, page: Client):
-    answer = page.post("/accounts/signup/?next=/models/", {"email": "New@Example.com", "password1": PASSWORD})
-    assert answer.headers["Location"] == "/accounts/login/?next=%2Fmodels%2F"
+def test_without_a_mail_server_signing_up_leads_to_the_sign_in_page(db, page: Client):
+    response = page.post(
+        "/accounts/signup/?next=/models/", {"email": "New@Example.com", "password1": PASSWORD}
+    )
+    assert response.headers["Location"] == "/accounts/login/?next=%2Fmodels%2F"
     assert "the password you chose" in page.get("/accounts/login/").content.decode()
     assert not is_signed_in(page)
     user = User.objects.get(email="new@example.com")
@@ -52,7 +45,7 @@ def test_without_a_mail_server_one_signs_up_and_then_signs_in(db, page: Client):
     assert is_signed_in(page)
 
 
-def test_the_name_in_model_ids_does_not_tell_who_else_is_there(db):
+def test_the_slug_in_model_ids_does_not_reveal_other_users(db):
     one, two = (User.objects.create_user(f"kim@{domain}.example", PASSWORD) for domain in ("one", "two"))
     assert re.fullmatch(r"kim-[0-9a-f]{6}", one.slug)
     assert re.fullmatch(r"kim-[0-9a-f]{6}", two.slug)
@@ -70,7 +63,7 @@ def test_a_wrong_code_does_not_verify(db, page: Client, mail_server):
     page.post("/accounts/signup/", {"email": "new@example.com", "password1": PASSWORD})
     for _ in range(4):
         page.post("/accounts/confirm-email/", {"code": "AAA-AAA"})
-    page.post("/accounts/confirm-email/", {"code": code_in_mail()})  # three tries, then the code is dead
+    page.post("/accounts/confirm-email/", {"code": code_in_mail()})  # after three tries the code is invalid
     assert not is_signed_in(page)
 
 
@@ -80,31 +73,31 @@ def with_and_without_mail(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("mail_server")
 
 
-def payload(answer: HttpResponse, email: str) -> tuple[int, str, dict[str, str], list[str]]:
-    """All that a stranger gets to see of an answer, but for what is random in every one."""
+def visible_parts(response: HttpResponse, email: str) -> tuple[int, str, dict[str, str], list[str]]:
+    """Everything a client sees of a response, except what is random in every response."""
     headers = {
-        name: value for name, value in answer.headers.items() if name not in {"X-Request-ID", "Expires"}
+        name: value for name, value in response.headers.items() if name not in {"X-Request-ID", "Expires"}
     }
-    body = re.sub(r'"session_token": "\w+"', "", answer.content.decode().replace(email, "EMAIL"))
-    return answer.status_code, body, headers, sorted(answer.cookies)
+    body = re.sub(r'"session_token": "\w+"', "", response.content.decode().replace(email, "EMAIL"))
+    return response.status_code, body, headers, sorted(response.cookies)
 
 
 def sign_up_on_the_page(email: str) -> tuple[object, ...]:
     page = Client()
-    answer = page.post("/accounts/signup/", {"email": email, "password1": PASSWORD})
-    text = page.get(answer.headers["Location"]).content.decode().replace(email, "EMAIL")
-    return payload(answer, email), re.sub(r'name="csrfmiddlewaretoken" value="\w+"', "", text)
+    response = page.post("/accounts/signup/", {"email": email, "password1": PASSWORD})
+    text = page.get(response.headers["Location"]).content.decode().replace(email, "EMAIL")
+    return visible_parts(response, email), re.sub(r'name="csrfmiddlewaretoken" value="\w+"', "", text)
 
 
-def sign_up_by_program(email: str) -> tuple[object, ...]:
+def sign_up_by_api(email: str) -> tuple[object, ...]:
     body = {"email": email, "password": PASSWORD}
-    answer = Client().post("/_allauth/app/v1/auth/signup", body, content_type="application/json")
-    return payload(answer, email)
+    response = Client().post("/_allauth/app/v1/auth/signup", body, content_type="application/json")
+    return visible_parts(response, email)
 
 
 @pytest.mark.usefixtures("with_and_without_mail")
-@pytest.mark.parametrize("sign_up", [sign_up_on_the_page, sign_up_by_program])
-def test_signing_up_does_not_tell_who_has_an_account(
+@pytest.mark.parametrize("sign_up", [sign_up_on_the_page, sign_up_by_api])
+def test_signing_up_does_not_reveal_who_has_an_account(
     alice: User, sign_up: Callable[[str], tuple[object, ...]]
 ):
     before = alice.password
@@ -115,29 +108,29 @@ def test_signing_up_does_not_tell_who_has_an_account(
 
 
 @pytest.mark.usefixtures("with_and_without_mail")
-def test_a_weak_password_does_not_tell_who_has_an_account(alice: User):
-    def answer(email: str) -> tuple[object, ...]:
+def test_a_weak_password_does_not_reveal_who_has_an_account(alice: User):
+    def sign_up(email: str) -> tuple[object, ...]:
         body = {"email": email, "password": "short"}
-        return payload(
+        return visible_parts(
             Client().post("/_allauth/app/v1/auth/signup", body, content_type="application/json"), email
         )
 
-    assert answer(alice.email) == answer("free@example.com")
+    assert sign_up(alice.email) == sign_up("free@example.com")
 
 
 @pytest.mark.usefixtures("with_and_without_mail")
-def test_changing_the_address_does_not_tell_who_has_an_account(alice: User, bob: User):
+def test_changing_the_address_does_not_reveal_who_has_an_account(alice: User, bob: User):
     def change_to(email: str) -> tuple[object, ...]:
         page = Client()
         sign_in(page, bob)
-        answer = change_address(page, email)
+        response = change_address(page, email)
         assert mail.outbox[-1].to == [email]
-        return payload(answer, email)
+        return visible_parts(response, email)
 
     assert change_to(alice.email) == change_to("free@example.com")
 
 
-def test_signing_up_can_be_closed(db, page: Client, settings):
+def test_sign_up_can_be_closed(db, page: Client, settings):
     settings.SIGNUP_OPEN = False
     page.post("/accounts/signup/", {"email": "new@example.com", "password1": PASSWORD})
     assert not User.objects.filter(email="new@example.com").exists()
@@ -149,7 +142,7 @@ def test_weak_passwords_are_refused(db, page: Client, password: str):
     assert not User.objects.exists()
 
 
-def test_signing_in_makes_a_new_session(alice: User, page: Client):
+def test_signing_in_creates_a_new_session(alice: User, page: Client):
     page.get("/accounts/login/")
     page.session["before"] = 1
     before = page.session.session_key
@@ -158,8 +151,8 @@ def test_signing_in_makes_a_new_session(alice: User, page: Client):
     assert page.session.session_key != before
 
 
-def test_a_wrong_password_and_an_unknown_address_look_the_same(alice: User):
-    def shown(email: str) -> str:
+def test_a_wrong_password_and_an_unknown_address_get_the_same_page(alice: User):
+    def page_for(email: str) -> str:
         page = (
             Client()
             .post("/accounts/login/", {"login": email, "password": "wrong-horse-battery"})
@@ -167,35 +160,31 @@ def test_a_wrong_password_and_an_unknown_address_look_the_same(alice: User):
         )
         return re.sub(r'value="[^"]*"', "", page.replace(email, ""))
 
-    assert shown(alice.email) == shown("nobody@example.com")
+    assert page_for(alice.email) == page_for("nobody@example.com")
 
 
 def test_signing_out_ends_the_session_on_the_server(alice: User, page: Client):
     sign_in(page, alice)
-    kept = page.cookies["session"].value
+    stolen = page.cookies["session"].value
     page.post("/accounts/logout/")
     thief = Client()
-    thief.cookies["session"] = kept
+    thief.cookies["session"] = stolen
     assert not is_signed_in(thief)
 
 
-def test_a_get_does_not_sign_out(alice: User, page: Client):
+def test_a_get_request_does_not_sign_out(alice: User, page: Client):
     sign_in(page, alice)
     page.get("/accounts/logout/")
     assert is_signed_in(page)
 
 
-def test_somebody_shut_out_is_out_at_once(alice: User, page: Client):
+def test_a_deactivated_user_is_signed_out_at_once(alice: User, page: Client):
     sign_in(page, alice)
     User.objects.filter(pk=alice.pk).update(is_active=False)
     assert not is_signed_in(page)
-    assert not is_signed_in_after_trying(alice)
-
-
-def is_signed_in_after_trying(user: User) -> bool:
-    page = Client()
-    sign_in(page, user)
-    return is_signed_in(page)
+    fresh = Client()
+    sign_in(fresh, alice)
+    assert not is_signed_in(fresh)
 
 
 def test_changing_the_password_signs_out_every_other_device(alice: User, page: Client):
@@ -208,7 +197,7 @@ def test_changing_the_password_signs_out_every_other_device(alice: User, page: C
     assert not is_signed_in(other)
 
 
-def test_a_forgotten_password_is_reset_by_code(alice: User, page: Client):
+def test_a_password_is_reset_with_an_emailed_code(alice: User, page: Client):
     page.post("/accounts/password/reset/", {"email": alice.email.upper()})
     assert mail.outbox[-1].to == [alice.email]
     choose = page.post(reverse("account_confirm_password_reset_code"), {"code": code_in_mail()})
@@ -218,7 +207,7 @@ def test_a_forgotten_password_is_reset_by_code(alice: User, page: Client):
     assert is_signed_in(fresh)
 
 
-def test_a_reset_for_nobody_looks_like_any_other(alice: User):
+def test_a_reset_for_an_unknown_address_looks_like_any_other(alice: User):
     known = Client().post("/accounts/password/reset/", {"email": alice.email})
     unknown = Client().post("/accounts/password/reset/", {"email": "nobody@example.com"})
     assert (known.status_code, known.headers["Location"]) == (
@@ -228,26 +217,26 @@ def test_a_reset_for_nobody_looks_like_any_other(alice: User):
 
 
 @pytest.mark.parametrize("lookalike", ["alıce@example.com", "ﬁona@example.com", " alice@example.com\u202e"])
-def test_a_code_for_somebody_goes_to_their_own_address_only(db, lookalike: str, page: Client):
-    people = {"alice@example.com", "fiona@example.com"}
-    for name in people:
-        User.objects.create_user(name, PASSWORD)
+def test_a_reset_code_is_never_sent_to_a_lookalike_address(db, lookalike: str, page: Client):
+    addresses = {"alice@example.com", "fiona@example.com"}
+    for address in addresses:
+        User.objects.create_user(address, PASSWORD)
     page.post("/accounts/password/reset/", {"email": lookalike})
-    strangers = [message for message in mail.outbox if not set(message.to) <= people]
-    assert not [message for message in strangers if CODE.search(message.body)]
+    to_others = [message for message in mail.outbox if not set(message.to) <= addresses]
+    assert not [message for message in to_others if CODE.search(message.body)]
 
 
 @pytest.mark.parametrize(
     "target", ["https://evil.example/", "//evil.example", "/\\evil.example", "javascript:alert(1)"]
 )
-def test_signing_in_sends_nobody_to_another_site(alice: User, page: Client, target: str):
-    answer = page.post("/accounts/login/", {"login": alice.email, "password": PASSWORD, "next": target})
-    assert answer.headers["Location"] == "/"
+def test_signing_in_does_not_redirect_to_another_site(alice: User, page: Client, target: str):
+    response = page.post("/accounts/login/", {"login": alice.email, "password": PASSWORD, "next": target})
+    assert response.headers["Location"] == "/"
 
 
-def test_signing_in_goes_on_to_the_page_one_wanted(db, page: Client):
+def test_signing_in_redirects_to_the_requested_page(db, page: Client):
     user = make_user("kim", password=PASSWORD)
-    asked = page.get("/account/")
-    assert asked.headers["Location"] == "/accounts/login/?next=/account/"
-    answer = page.post("/accounts/login/", {"login": user.email, "password": PASSWORD, "next": "/account/"})
-    assert answer.headers["Location"] == "/account/"
+    redirect = page.get("/account/")
+    assert redirect.headers["Location"] == "/accounts/login/?next=/account/"
+    response = page.post("/accounts/login/", {"login": user.email, "password": PASSWORD, "next": "/account/"})
+    assert response.headers["Location"] == "/account/"

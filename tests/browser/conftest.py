@@ -1,4 +1,4 @@
-"""A real Chromium before the real studio. Where there is none, these tests say that they were left out."""
+"""A real Chromium against the real studio. Without Chromium these tests are skipped."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 
 from tests.factories import browser_of, make_user
 
-# How htmx tells of a request that was under way when its page was left. One that failed has other words for it.
-LEFT = ("htmx:afterRequest", "htmx:sendAbort")
+# What htmx logs for a request that was pending when its page was closed. Failed requests are logged differently.
+ABORTED = ("htmx:afterRequest", "htmx:sendAbort")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
 def chromium(django_db_setup: None) -> Iterator[Any]:
-    """For a module at a time: Playwright keeps an event loop running in this thread, which Django takes for async code."""
+    """For one module at a time: Playwright runs an event loop in this thread, which Django mistakes for async code."""
     if not CHROMIUM:
         pytest.skip(
             "Chromium is not installed, so the browser tests were left out. Debian: apt-get install chromium"
@@ -33,41 +33,41 @@ def chromium(django_db_setup: None) -> Iterator[Any]:
         browser.close()
 
 
-def until(page: Any, is_so: Callable[[], Any]) -> None:
-    """Waits until it is so, while the page goes on."""
+def wait_until(page: Any, condition: Callable[[], Any]) -> None:
+    """Waits for the condition while the page keeps running."""
     deadline = time.monotonic() + 120
-    while not is_so():
+    while not condition():
         assert time.monotonic() < deadline
         page.wait_for_timeout(50)
 
 
 @pytest.fixture
-def complaints() -> list[str]:
-    """What the browser's console says that it should not: errors, also those of the content security policy."""
+def console_errors() -> list[str]:
+    """Errors in the browser's console, including violations of the content security policy."""
     return []
 
 
-def is_complaint(message: Any) -> bool:
-    return message.type == "error" and not message.text.startswith(LEFT)
+def is_error(message: Any) -> bool:
+    return message.type == "error" and not message.text.startswith(ABORTED)
 
 
 @pytest.fixture
 def page(
-    chromium: Any, web: Any, transactional_db: None, rate_limits: None, complaints: list[str]
+    chromium: Any, web: Any, transactional_db: None, rate_limits: None, console_errors: list[str]
 ) -> Iterator[Any]:
     context = chromium.new_context(base_url=web.url, accept_downloads=True)
     context.set_default_timeout(120_000)
     page = context.new_page()
-    page.on("console", lambda m: complaints.append(m.text) if is_complaint(m) else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda m: console_errors.append(m.text) if is_error(m) else None)
+    page.on("pageerror", lambda error: console_errors.append(str(error)))
     yield page
     context.close()
-    assert not complaints
+    assert not console_errors
 
 
 @pytest.fixture
 def owner(page: Any, web: Any) -> str:
-    """Signed in as Alice, by the cookie of a session."""
+    """Signs the page in as Alice with a session cookie. Returns her owner ID."""
     user = make_user("alice")
     cookie = browser_of(user).cookies["session"]
     page.context.add_cookies([{"name": "session", "value": cookie.value, "url": web.url}])

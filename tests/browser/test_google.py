@@ -1,16 +1,11 @@
-"""Signing in with Google in a real browser, before a local OpenID provider that stands in its place.
+"""Signing in with Google in a real browser, against a local OpenID Connect provider.
 
-A studio of its own, since a process takes its provider's addresses from the environment when it starts. The browser
-holds the page's form-action policy also against where our form's answer redirects, which no test client would notice.
+It has its own studio, because a process reads the addresses of the provider from the environment when it starts. The
+browser also applies the form-action policy to the redirect after our form, which no test client would notice.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,66 +13,49 @@ import pytest
 import requests
 
 from tests import services
+from tests.conftest import Studio
 
 pytestmark = pytest.mark.browser
 
 
-def start(argv: list[str], url: str, **environment: str) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", *argv],
-        cwd=services.ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        preexec_fn=services._die_with_parent,
-    )
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(url, timeout=2).close()
-        except OSError:
-            assert process.poll() is None, f"{argv[0]} ended"
-            time.sleep(0.1)
-        else:
-            return process
-    raise RuntimeError(f"{argv[0]} does not answer at {url}")
-
-
 @pytest.fixture(scope="module")
-def studio_with_google(stores: None, django_db_setup: None) -> Iterator[str]:
-    google, web = services.free_port(), services.free_port()
-    issuer, url = f"http://localhost:{google}", f"http://localhost:{web}"
+def studio_with_google(
+    stores: None, django_db_setup: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("google")
+    provider = services.openid_provider(folder).start()
+    issuer, url = f"http://localhost:{provider.port}", f"http://localhost:{services.free_port()}"
     endpoints = {
         "AUTHORIZE_URL": f"{issuer}/oauth2/authorize",
         "ACCESS_TOKEN_URL": f"{issuer}/oauth2/token",
         "ID_TOKEN_ISSUER": issuer,
     }
-    processes = [
-        start(["oidc_provider_mock", "--port", str(google)], issuer),
-        start(
-            ["llmtuner", "web"],
-            f"{url}/healthz",
-            WEB_PORT=str(web),
-            DJANGO_SETTINGS_MODULE="tests.settings",
-            PUBLIC_URL=url,
-            GOOGLE_CLIENT_ID="llm-tuner",
-            GOOGLE_CLIENT_SECRET="a-secret",
-            GOOGLE_ENDPOINTS=",".join(f"{name}={value}" for name, value in endpoints.items()),
-        ),
-    ]
-    person = {"email": "kim@example.com", "email_verified": True}
-    requests.put(f"{issuer}/users/kim@example.com", json=person, timeout=5).raise_for_status()
+    environment = {
+        "PUBLIC_URL": url,
+        "GOOGLE_CLIENT_ID": "llm-tuner",
+        "GOOGLE_CLIENT_SECRET": "a-secret",
+        "GOOGLE_ENDPOINTS": ",".join(f"{name}={value}" for name, value in endpoints.items()),
+    }
+    requests.put(
+        f"{issuer}/users/kim@example.com",
+        json={"email": "kim@example.com", "email_verified": True},
+        timeout=5,
+    ).raise_for_status()
+    studio = Studio(url, folder, environment=environment)
+    studio.start_web()
     yield url
-    for process in processes:
-        process.kill()
-        process.wait()
+    studio.stop()
+    provider.kill()
 
 
-def test_one_click_signs_in(chromium: Any, studio_with_google: str, transactional_db: None):
+def test_google_sign_in_works_in_a_browser(chromium: Any, studio_with_google: str, transactional_db: None):
     context = chromium.new_context(base_url=studio_with_google)
     context.set_default_timeout(60_000)
     page = context.new_page()
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    console_errors: list[str] = []
+    page.on(
+        "console", lambda message: console_errors.append(message.text) if message.type == "error" else None
+    )
     page.goto("/accounts/login/?next=/account/")
     page.get_by_role("button", name="Continue with Google").click()
     page.wait_for_url("**/oauth2/authorize**")
@@ -87,6 +65,6 @@ def test_one_click_signs_in(chromium: Any, studio_with_google: str, transactiona
     assert page.get_by_role("link", name="Create account").count() == 0
     page.goto("/account/")
     assert page.locator("dd", has_text="kim@example.com").is_visible()
-    # The provider's own page loads things from elsewhere; what matters is that nothing broke a policy.
-    assert not [complaint for complaint in complaints if "Content Security Policy" in complaint]
+    # The provider's own page loads files from other sites, so only policy violations count.
+    assert not [error for error in console_errors if "Content Security Policy" in error]
     context.close()

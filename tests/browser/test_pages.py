@@ -1,5 +1,5 @@
-"""Every page in a real browser: no complaint in its console, nothing wider than a phone, and a page that polls where the
-stream is cut off."""
+"""Every page in a real browser: no errors in the console, nothing wider than a phone, polling without a stream, and use
+without JavaScript."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from tests.factories import browser_of, make_user
-from tests.jobs.views.makers import make_dataset, make_job, make_model, make_record, metric
+from tests.jobs.views.makers import make_dataset, make_estimate_record, make_job, make_model, metric
 
 pytestmark = pytest.mark.browser
 
 
-def everything(owner: str) -> list[str]:
+def make_pages(owner: str) -> list[str]:
     dataset = make_dataset(owner)
     lines = [metric(step, 4.0 - step / 50) for step in range(1, 80)]
     lines += [
@@ -22,51 +22,53 @@ def everything(owner: str) -> list[str]:
     ]
     progress = {"step": 79, "total_steps": 100, "eta_s": 30}
     job = make_job(owner, lines=lines, phase="training", progress=progress, dataset_id=dataset.dataset_id)
+    waiting = make_job(owner, "queued", dataset_id=dataset.dataset_id)
     failed = make_job(owner, "failed", reason="killed", message="x" * 300)
     model = make_model(owner)
-    make_record(owner, 90)
+    make_estimate_record(owner, 90)
     return [
         "/jobs/", "/jobs/new/", "/jobs/estimates/", f"/jobs/{job.job_id}/", f"/jobs/{failed.job_id}/", "/datasets/",
         f"/datasets/{dataset.dataset_id}/", "/models/", f"/models/{model.model_id}/", "/playground/",
+        "/notifications/", f"/jobs/{waiting.job_id}/edit/",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_no_page_complains_or_overflows(page: Any, owner: str, width: int) -> None:
+def test_no_page_logs_errors_or_overflows(page: Any, owner: str, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 844})
-    for address in everything(owner):
-        answer = page.goto(address)
-        assert answer.status == 200, address
+    for address in make_pages(owner):
+        response = page.goto(address)
+        assert response.status == 200, address
         page.wait_for_timeout(200)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, address
 
 
-def test_what_can_be_pressed_has_a_name_and_each_page_one_heading(page: Any, owner: str) -> None:
-    for address in everything(owner):
+def test_controls_have_accessible_names_and_each_page_one_heading(page: Any, owner: str) -> None:
+    for address in make_pages(owner):
         page.goto(address)
-        nameless = page.evaluate(
+        unnamed = page.evaluate(
             """() => [...document.querySelectorAll('a, button, input:not([type=hidden]), select, textarea, summary')]
                 .filter((e) => e.checkVisibility() && !e.ariaLabel && !e.textContent.trim() && !(e.labels && e.labels.length))
                 .map((e) => e.outerHTML)"""
         )
-        assert not nameless, (address, nameless)
+        assert not unnamed, (address, unnamed)
         assert page.locator("h1").count() == 1, address
 
 
-def test_a_page_polls_where_the_stream_is_cut_off(page: Any, owner: str, complaints: list[str]) -> None:
-    from tests.jobs.views.test_live import grow
+def test_a_page_polls_when_its_stream_is_blocked(page: Any, owner: str, console_errors: list[str]) -> None:
+    from tests.jobs.views.test_live import append_events
 
     job = make_job(owner, lines=[metric(1), metric(2)])
     page.route("**/stream*", lambda route: route.abort())
     page.goto(f"/jobs/{job.job_id}/")
     page.wait_for_timeout(2500)
-    grow(job, [{"t": "log", "level": "info", "message": "came by polling"}])
-    page.get_by_text("came by polling").wait_for(timeout=120_000)
-    assert all("ERR_FAILED" in complaint for complaint in complaints)
-    complaints.clear()
+    append_events(job, [{"t": "log", "level": "info", "message": "received by polling"}])
+    page.get_by_text("received by polling").wait_for(timeout=120_000)
+    assert all("ERR_FAILED" in error for error in console_errors)
+    console_errors.clear()
 
 
-def test_it_all_works_without_javascript(
+def test_the_studio_works_without_javascript(
     chromium: Any, web: Any, transactional_db: None, tmp_path: Any
 ) -> None:
     user = make_user("alice")

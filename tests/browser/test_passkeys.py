@@ -1,4 +1,4 @@
-"""Passkeys in a real browser with a virtual authenticator: set up, sign in without a password, as a second step, gone."""
+"""Passkeys in a real browser with a virtual authenticator: set-up, sign-in without a password, second factor, removal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.factories import PASSWORD, make_user
 
 pytestmark = pytest.mark.browser
 
-AUTHENTICATOR = {  # one that lies in the device and knows its owner's finger
+AUTHENTICATOR = {  # built into the device, with user verification such as a fingerprint
     "protocol": "ctap2",
     "transport": "internal",
     "hasResidentKey": True,
@@ -24,7 +24,7 @@ AUTHENTICATOR = {  # one that lies in the device and knows its owner's finger
 
 @pytest.fixture
 def device(page: Any) -> Iterator[Any]:
-    """The page's own devtools session, with an authenticator plugged in."""
+    """A devtools session of the page, with a virtual authenticator."""
     devtools = page.context.new_cdp_session(page)
     devtools.send("WebAuthn.enable")
     devtools.send("WebAuthn.addVirtualAuthenticator", {"options": AUTHENTICATOR})
@@ -48,7 +48,7 @@ def add_passkey(page: Any, user: Any) -> None:
     sign_in(page, user)
     page.wait_for_url("**/jobs/")
     page.goto("/accounts/2fa/webauthn/add/")
-    page.fill("input[name=password]", PASSWORD)  # asked again before what could lock somebody out
+    page.fill("input[name=password]", PASSWORD)  # required again before a change that could lock a user out
     page.click("main form button:has-text('Continue')")
     page.fill("input[name=name]", "My laptop")
     page.check("input[name=passwordless]")
@@ -85,7 +85,9 @@ def test_with_a_passkey_the_password_is_only_the_first_step(page: Any, alice: An
     page.wait_for_url("**/jobs/")
 
 
-def test_a_removed_passkey_signs_in_nobody(page: Any, alice: Any, device: Any, complaints: list[str]) -> None:
+def test_a_removed_passkey_does_not_sign_in(
+    page: Any, alice: Any, device: Any, console_errors: list[str]
+) -> None:
     add_passkey(page, alice)
     page.goto("/accounts/2fa/webauthn/")
     page.click("text=Remove")
@@ -94,8 +96,8 @@ def test_a_removed_passkey_signs_in_nobody(page: Any, alice: Any, device: Any, c
     assert not Authenticator.objects.filter(user=alice, type=Authenticator.Type.WEBAUTHN).exists()
     sign_out(page)
     page.goto("/accounts/login/")
-    with page.expect_navigation():  # the form comes back with what is wrong
+    with page.expect_navigation():  # the form is shown again with the error
         page.click("#passkey_login")
     page.goto("/jobs/")
     assert "/accounts/login/" in page.url
-    complaints.clear()  # the browser itself tells of an answer of 400
+    console_errors.clear()  # the browser logs the response 400

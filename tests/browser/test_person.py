@@ -1,4 +1,5 @@
-"""As a person would: sign up, upload, start, watch the curve move, try the model, take it away, use it elsewhere."""
+"""The whole journey of a user: sign up, upload, start a job, watch the loss chart, try the model, download it, use it
+elsewhere."""
 
 from __future__ import annotations
 
@@ -22,9 +23,9 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, prompt = sys.argv[1:]
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-asked = tokenizer(prompt, return_tensors="pt")
-written = model.generate(**asked, do_sample=False, max_new_tokens=16, pad_token_id=tokenizer.eos_token_id)[0]
-sys.stdout.write(tokenizer.decode(written[asked["input_ids"].shape[1]:], skip_special_tokens=True))
+inputs = tokenizer(prompt, return_tensors="pt")
+output = model.generate(**inputs, do_sample=False, max_new_tokens=16, pad_token_id=tokenizer.eos_token_id)[0]
+sys.stdout.write(tokenizer.decode(output[inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
 
 
@@ -37,8 +38,8 @@ def sample_rows(folder: Path) -> Path:
     return path
 
 
-def test_from_signing_up_to_the_model_elsewhere(
-    page: Any, studio: Any, tmp_path: Path, complaints: list[str]
+def test_from_signing_up_to_using_the_model_elsewhere(
+    page: Any, studio: Any, tmp_path: Path, console_errors: list[str]
 ) -> None:
     rows = sample_rows(tmp_path)
 
@@ -68,7 +69,7 @@ def test_from_signing_up_to_the_model_elsewhere(
     page.click("#estimate button.btn-primary")
     page.wait_for_url("**/jobs/ftjob-*/")
 
-    # The curve moves: more points are drawn while nothing is reloaded.
+    # The chart is updated without reloading the page.
     page.evaluate("window.sameDocument = true")
     page.locator("#loss-chart canvas").wait_for(timeout=120_000)
     page.locator("#log [data-step]").first.wait_for(timeout=60_000)
@@ -77,7 +78,7 @@ def test_from_signing_up_to_the_model_elsewhere(
         "(old) => document.getElementById('loss-chart').ariaLabel !== old", arg=before, timeout=60_000
     )
     page.locator("#actions >> text=Open model").wait_for(timeout=240_000)
-    page.locator("#state >> text=Done").wait_for()
+    page.locator("#state >> text=Succeeded").wait_for()
     assert page.evaluate("window.sameDocument")
     assert page.locator("#status").get_by_text("100%").is_visible()
 
@@ -88,7 +89,7 @@ def test_from_signing_up_to_the_model_elsewhere(
     page.fill("input[name=max_tokens]", "16")
     page.click("text=Generate")
     page.locator("#answers [data-note]", has_text=re.compile(r"tokens in")).nth(1).wait_for(timeout=120_000)
-    answer = page.locator("#answers [data-text]").first.text_content()
+    reply = page.locator("#answers [data-text]").first.text_content()
 
     with page.expect_download() as download:
         page.click("#actions >> text=Download")
@@ -104,6 +105,6 @@ def test_from_signing_up_to_the_model_elsewhere(
         check=True,
         timeout=300,
     ).stdout
-    assert answer is not None
-    assert elsewhere == answer or (answer == "(empty)" and not elsewhere)
-    assert not complaints
+    assert reply is not None
+    assert elsewhere == reply or (reply == "(empty)" and not elsewhere)
+    assert not console_errors

@@ -1,4 +1,4 @@
-"""Uploading in a real browser: the bar, a connection that breaks, a page that was closed, Stop, the same file again."""
+"""Uploading in a real browser: in parts, over a lost connection and a closed page, stopping, duplicates, errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from jobs.datasets import multipart
 from jobs.store import access, blobs
-from tests.browser.conftest import until
+from tests.browser.conftest import wait_until
 
 pytestmark = pytest.mark.browser
 LINE = b'{"prompt": "colour of: lemon", "completion": "yellow"}\n'
@@ -17,7 +17,7 @@ LINE = b'{"prompt": "colour of: lemon", "completion": "yellow"}\n'
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four parts, of which a sample makes the mark."""
+    """Four parts. Its fingerprint is made from a sample of them."""
     path = tmp_path_factory.mktemp("large") / "large.jsonl"
     path.write_bytes(LINE * ((4 * multipart.PART + 9_000_000) // len(LINE)))
     return path
@@ -28,7 +28,7 @@ def only_dataset(owner: str) -> Any:
     return dataset
 
 
-def test_a_large_file_goes_up_in_parts(page: Any, owner: str, large: Path) -> None:
+def test_a_large_file_is_uploaded_in_parts(page: Any, owner: str, large: Path) -> None:
     page.goto("/datasets/")
     page.set_input_files("input[type=file]", large)
     page.wait_for_url("**/datasets/file-*/")
@@ -37,53 +37,55 @@ def test_a_large_file_goes_up_in_parts(page: Any, owner: str, large: Path) -> No
         assert stored.read() == file.read()
 
 
-def test_it_goes_on_after_a_broken_connection_and_a_closed_page(
-    page: Any, owner: str, large: Path, complaints: list[str]
+def test_an_upload_resumes_after_a_lost_connection_and_a_closed_page(
+    page: Any, owner: str, large: Path, console_errors: list[str]
 ) -> None:
     sent: list[str] = []
-    broken = {"on": True}
+    connection = {"broken": True}
 
-    def gate(route: Any) -> None:
+    def handle(route: Any) -> None:
         number = route.request.url.rstrip("/").rsplit("/", 1)[1]
-        if broken["on"] and int(number) > 2:
+        if connection["broken"] and int(number) > 2:
             route.abort()
         else:
             sent.append(number)
             route.continue_()
 
-    page.route("**/parts/*/", gate)
+    page.route("**/parts/*/", handle)
     page.goto("/datasets/")
     page.set_input_files("input[type=file]", large)
     page.get_by_text("Connection lost. Retrying").wait_for()
-    until(page, lambda: sorted(multipart.received_parts(multipart.list_open(owner)[0])) == [1, 2])
+    wait_until(page, lambda: sorted(multipart.received_parts(multipart.list_open(owner)[0])) == [1, 2])
     page.once("dialog", lambda dialog: dialog.accept())
     page.goto("/datasets/")
     page.get_by_text("Unfinished uploads").wait_for()
     page.get_by_text("Choose the same file again").wait_for()
-    broken["on"] = False
+    connection["broken"] = False
     before = len(sent)
     page.set_input_files("input[type=file]", large)
     page.wait_for_url("**/datasets/file-*/")
     assert sorted(sent[:before]) == ["1", "2"]
     assert sorted(sent[before:]) == ["3", "4", "5", "6"][: len(sent) - before]
     assert only_dataset(owner).bytes == large.stat().st_size
-    complaints[:] = [text for text in complaints if "ERR_FAILED" not in text]
+    console_errors[:] = [text for text in console_errors if "ERR_FAILED" not in text]
 
 
-def test_stop_keeps_nothing(page: Any, owner: str, large: Path, complaints: list[str]) -> None:
-    held: list[Any] = []
-    page.route("**/parts/*/", lambda route: held.append(route))
+def test_stopping_an_upload_keeps_nothing(
+    page: Any, owner: str, large: Path, console_errors: list[str]
+) -> None:
+    pending: list[Any] = []
+    page.route("**/parts/*/", lambda route: pending.append(route))
     page.goto("/datasets/")
     page.set_input_files("input[type=file]", large)
-    until(page, lambda: held)
+    wait_until(page, lambda: pending)
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("Stopped. The upload was discarded.").wait_for()
-    until(page, lambda: not multipart.list_open(owner))
+    wait_until(page, lambda: not multipart.list_open(owner))
     assert not len(access.list_datasets(owner))
-    complaints.clear()
+    console_errors.clear()
 
 
-def test_the_same_file_is_recognised_before_it_is_sent(page: Any, owner: str, tmp_path: Path) -> None:
+def test_a_duplicate_file_is_recognized_before_it_is_sent(page: Any, owner: str, tmp_path: Path) -> None:
     small = tmp_path / "small.jsonl"
     small.write_bytes(LINE * 20)
     page.goto("/datasets/")
@@ -98,12 +100,12 @@ def test_the_same_file_is_recognised_before_it_is_sent(page: Any, owner: str, tm
     assert len(access.list_datasets(owner)) == 2
 
 
-def test_a_refusal_is_told_where_the_file_was_chosen(
-    page: Any, owner: str, tmp_path: Path, complaints: list[str]
+def test_an_upload_error_is_shown_next_to_the_file_input(
+    page: Any, owner: str, tmp_path: Path, console_errors: list[str]
 ) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_bytes(b"")
     page.goto("/datasets/")
     page.set_input_files("input[type=file]", empty)
     page.get_by_text("The file is empty.").wait_for()
-    complaints[:] = [text for text in complaints if "422" not in text]
+    console_errors[:] = [text for text in console_errors if "422" not in text]

@@ -1,4 +1,4 @@
-"""A cancel in each state in which nobody runs the job, and what an ended job makes of all that still comes.
+"""Cancelling in each state in which no worker runs the job, and late moves of a job that has ended.
 
 No processes: the product's own code against a real DynamoDB.
 """
@@ -13,8 +13,9 @@ from unittest.mock import patch
 from jobs.lifecycle import finalize, transitions
 from jobs.lifecycle.transitions import Claim, LostRace, Refused
 from jobs.store import queue, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import Job
-from tests.faults.replies import WORKER, held, now, pointer, queued, request_of
+from tests.faults.lost_responses import WORKER, claimed, now, pointer, queued, request_of
 
 
 def validating() -> tuple[Job, Claim | None]:
@@ -30,17 +31,17 @@ def paused() -> tuple[Job, Claim | None]:
     return transitions.set_desired(job.owner, job.job_id, "pause"), None
 
 
-def paused_on_the_way() -> tuple[Job, Claim | None]:
-    mine = held()
+def paused_with_checkpoint() -> tuple[Job, Claim | None]:
+    mine = claimed()
     mine.move_pointer(pointer(mine, 10))
     transitions.set_desired(mine.owner, mine.job_id, "pause")
     mine.heartbeat({})
-    mine.finish("paused")
+    mine.finish(JobStatus.PAUSED)
     return mine.job, mine
 
 
 def retrying() -> tuple[Job, Claim | None]:
-    mine = held()
+    mine = claimed()
     mine.trainer_died("killed")
     return mine.job, mine
 
@@ -49,13 +50,13 @@ STATES: dict[str, Callable[[], tuple[Job, Claim | None]]] = {
     "validating": validating,
     "queued": waiting,
     "paused": paused,
-    "paused on the way": paused_on_the_way,
+    "paused with a checkpoint": paused_with_checkpoint,
     "retrying": retrying,
 }
 
 
 def cancel(state: str, rng: random.Random) -> list[str]:
-    """Cancelled at once, without any worker; then everything that may still come, in any order, changes nothing."""
+    """Cancelled at once, without any worker; all late moves afterwards, in any order, change nothing."""
     before, mine = STATES[state]()
     seen = now(before)
     wrong = []
@@ -69,12 +70,12 @@ def cancel(state: str, rng: random.Random) -> list[str]:
             move()
         changed = {name for name, value in now(seen).to_simple_dict().items() if end.get(name) != value}
         if changed:
-            return [*wrong, f"an end changed: {', '.join(sorted(changed))}"]
+            return [*wrong, f"the final state changed: {', '.join(sorted(changed))}"]
     return wrong
 
 
 def late_moves(seen: Job, mine: Claim | None) -> list[Callable[[], object]]:
-    """Of people, workers, the reconciler and a holder of before; all by the sight of it before it ended."""
+    """Moves of users, workers, the reconciler and a former lease owner, all based on the row before it ended."""
     owner, job_id = seen.owner, seen.job_id
     moves: list[Callable[[], object]] = [
         lambda: transitions.set_desired(owner, job_id, "run"),
@@ -94,27 +95,27 @@ def late_moves(seen: Job, mine: Claim | None) -> list[Callable[[], object]]:
         moves += [
             lambda: mine.heartbeat({"step": 99}),
             lambda: mine.move_pointer(pointer(mine, 99)),
-            lambda: mine.finish("succeeded", result={"prefix": "x", "files": files, "step": 99}),
+            lambda: mine.finish(JobStatus.SUCCEEDED, result={"prefix": "x", "files": files, "step": 99}),
             mine.give_back,
             lambda: mine.trainer_died("killed"),
         ]
     return moves
 
 
-# ---- fair shares -----------------------------------------------------------------------------------------------------
+# ---- fair share ------------------------------------------------------------------------------------------------------
 
 
-def turns_until_the_other(slots: int, count: int = 100) -> int:
-    """One person has queued `count` jobs and all `slots` run some; another queues one. How many of the first one's jobs
-    start before it, as slots become free?"""
+def jobs_started_before_other_user(slots: int, count: int = 100) -> int:
+    """One user has queued `count` jobs and occupies all `slots`; another user queues one. Returns how many more jobs of the
+    first user start before it, as slots become free."""
     owner, other = tables.new_id("user"), tables.new_id("user")
     real = queue.index_rows
-    theirs = lambda: [row for row in real() if row.owner in (owner, other)]  # noqa: E731  nobody else's jobs matter
+    theirs = lambda: [row for row in real() if row.owner in (owner, other)]  # noqa: E731  ignore jobs of other tests
     with patch.object(queue, "index_rows", theirs):
-        return _turns(owner, other, slots, count)
+        return _started_before(owner, other, slots, count)
 
 
-def _turns(owner: str, other: str, slots: int, count: int) -> int:
+def _started_before(owner: str, other: str, slots: int, count: int) -> int:
     request = request_of(owner)
     for _ in range(count):
         transitions.submit(owner, request)
@@ -124,7 +125,7 @@ def _turns(owner: str, other: str, slots: int, count: int) -> int:
     while True:
         done = running.pop(0)
         assert done
-        done.finish("failed")
+        done.finish(JobStatus.FAILED)
         following = transitions.claim_next(WORKER)
         assert following
         running.append(following)
@@ -133,7 +134,7 @@ def _turns(owner: str, other: str, slots: int, count: int) -> int:
         before += 1
     for claim in running:
         assert claim
-        claim.finish("failed")
+        claim.finish(JobStatus.FAILED)
     for job in tables.rows(Job, owner):
         if not job.ended:
             transitions.set_desired(owner, job.job_id, "cancel")

@@ -1,6 +1,7 @@
-"""A separate environment for fault tests: stores on disk, workers, a tiny base model and a small dataset.
+"""A separate environment for fault injection: stores on disk, workers, a tiny base model and a small dataset.
 
-Import it before Django's settings are read: it points them at a fresh folder and free ports (tests.settings).
+Call `prepare_environment` before Django's settings are read: it points them at a fresh folder and free ports
+(tests.settings).
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ ROOT = services.ROOT
 OWNER = "user-faults"
 REVISION = "0" * 40
 BUCKET, S3_KEY, S3_SECRET = "bucket", "faults-key", "faults-secret"
-TINY = "tests/tiny"  # the name of the tiny base model, as one of the Hub that was fetched before
-SETTINGS: dict[str, Any] = {  # about 200 steps in some seconds
+TINY = "tests/tiny"  # the tiny base model, like a model of the Hub that was downloaded before
+SETTINGS: dict[str, Any] = {  # 200 steps take a few seconds
     "max_steps": 200,
     "batch_size": 4,
     "learning_rate": 1e-3,
@@ -43,9 +44,9 @@ def hub_folder() -> Path:
 
 
 def prepare_environment(*, objects_in_s3: bool = False) -> None:
-    """Before Django's settings are read, and inherited by every process."""
+    """Sets the environment variables. Call it before Django's settings are read; every process inherits them."""
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.settings"
-    import tests.settings  # noqa: F401  makes the folder and the ports
+    import tests.settings  # noqa: F401  creates the folder and chooses the ports
 
     os.environ.setdefault("HF_HOME", os.environ["LLMTUNER_TEST_DIR"] + "/hf")
     if objects_in_s3:
@@ -56,7 +57,7 @@ def prepare_environment(*, objects_in_s3: bool = False) -> None:
             AWS_SECRET_ACCESS_KEY=S3_SECRET,
         )
         for module in ("tests.settings", "llmtuner.settings"):
-            del sys.modules[module]  # to be read again, with these
+            del sys.modules[module]  # they are imported again with these variables
 
 
 def web_port() -> int:
@@ -64,7 +65,7 @@ def web_port() -> int:
 
 
 def objects() -> Path:
-    """The folder of the objects on this disk, whether S3 or the local storage serves them."""
+    """The folder of the stored objects on this disk, whether S3 or local storage serves them."""
     folder = Path(os.environ["LLMTUNER_TEST_DIR"])
     return folder / "s3" / BUCKET if os.environ.get("AWS_STORAGE_BUCKET_NAME") else folder / "objects"
 
@@ -80,7 +81,7 @@ GPT2.new(GPT2Config(vocab_size=tokens, n_positions=128, n_embd=32, n_layer=2, n_
 
 
 def make_tiny_base() -> None:
-    """2 layers, 32 wide, in the place where the Hub's client keeps what it fetched."""
+    """2 layers with width 32, in the cache of the Hub's client."""
     from training.plan import catalog
 
     home = hub_folder()
@@ -97,16 +98,16 @@ def make_tiny_base() -> None:
 
 
 def dataset_text(rows: int = 120) -> bytes:
-    some = random.Random(1)
+    rng = random.Random(1)
     lines = []
     for _ in range(rows):
-        a, b = some.randrange(50), some.randrange(50)
+        a, b = rng.randrange(50), rng.randrange(50)
         lines.append(json.dumps({"prompt": f"{a} plus {b} is", "completion": f" {a + b}"}))
     return "\n".join(lines).encode()
 
 
 def ready_dataset(owner: str = OWNER) -> str:
-    """A dataset that is ready, put there without a checks worker."""
+    """A dataset with status ready, created without a checks worker."""
     from jobs.datasets import datasets
 
     dataset = datasets.receive(owner, "sums.jsonl", iter([dataset_text()]))
@@ -116,7 +117,7 @@ def ready_dataset(owner: str = OWNER) -> str:
 
 @dataclass(frozen=True)
 class Person:
-    """Owner of everything here, with a session and a key."""
+    """A user with a session cookie and an API key."""
 
     session: str
     key: str
@@ -124,32 +125,32 @@ class Person:
 
 @dataclass
 class Environment:
-    """Processes by name. Stores keep port and data when they are killed and started again."""
+    """Processes by name. Stores keep their port and data when they are killed and restarted."""
 
     folder: Path
     dynamodb: services.Service
     redis: services.Service
     workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    variables: dict[str, str] = field(default_factory=dict)  # of workers started from now on
+    variables: dict[str, str] = field(default_factory=dict)  # for workers started from now on
     s3: services.Service | None = None
-    s3_proxy: Chaos | None = None  # stands between the workers and S3
+    s3_proxy: Chaos | None = None  # between the workers and S3
 
     def start_worker(
-        self, name: str, queue: str = "training", *, shift_s: int = 0, **variables: str
+        self, name: str, queue: str = "training", *, shift_s: int = 0, variables: dict[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """`shift_s`: by how much its wall clock is wrong."""
+        """`shift_s`: offset of its wall clock."""
         shifted = ["tests.faults.shifted", str(shift_s)] if shift_s else []
-        return self._start(name, [*shifted, "llmtuner", "worker", queue], variables)
+        return self._start(name, [*shifted, "llmtuner", "worker", queue], variables or {})
 
     def start_web(self) -> None:
-        """Returns when it responds."""
+        """Returns once it responds."""
         process = self._start("web", ["llmtuner", "web"], {})
-        while not services._answers_http(web_port()):
+        while not services._responds_to_http(web_port()):
             assert process.poll() is None, self.log("web").read_text()[-3000:]
             time.sleep(0.05)
 
     def person(self, owner: str = OWNER) -> Person:
-        """Makes an owner known to the site."""
+        """Creates a user with this owner id."""
         from django.core.management import call_command
         from django.test import Client
 
@@ -201,7 +202,7 @@ class Environment:
 
 
 def start_environment() -> Environment:
-    """Stores up, tables made, the tiny base and nothing else."""
+    """Starts the stores and creates the tables and the tiny base model; no worker runs yet."""
     import django
 
     django.setup()
@@ -232,19 +233,22 @@ def submit(dataset_id: str, owner: str = OWNER, **settings: Any) -> str:
     from training.plan import catalog
 
     tiny = catalog.describe(hub_folder() / "snapshots" / REVISION, id=TINY)
-    facts = tiny.as_dict() | {"revision": REVISION}
-    HubModel(
-        owner, TINY, snapshot=facts
-    ).save()  # as if it had been checked, and the data read with its tokenizer
+    snapshot = tiny.as_dict() | {"revision": REVISION}
+    # as if the model had been checked, and the dataset with its tokenizer
+    HubModel(owner, TINY, snapshot=snapshot).save()
     DatasetReport(
-        dataset_id, base_models.tokenizer_family(facts), owner=owner, base_snapshot=facts, status="ready"
+        dataset_id,
+        base_models.tokenizer_family(snapshot),
+        owner=owner,
+        base_snapshot=snapshot,
+        status="ready",
     ).save()
     request = transitions.JobRequest(base=TINY, dataset_id=dataset_id, settings=SETTINGS | settings)
     return str(transitions.submit(owner, request).job_id)
 
 
 def job_of(job_id: str, owner: str = OWNER) -> Any:
-    """The row now; waits while the store is away."""
+    """The current row. Retries while the store is down."""
     from jobs.store import access
 
     while True:
@@ -256,11 +260,11 @@ def job_of(job_id: str, owner: str = OWNER) -> Any:
             time.sleep(0.2)
 
 
-def wait_until(job_id: str, is_so: Any, seconds: float = 300, owner: str = OWNER) -> Any:
+def wait_until(job_id: str, condition: Any, seconds: float = 300, owner: str = OWNER) -> Any:
     until = time.monotonic() + seconds
     while True:
         job = job_of(job_id, owner)
-        if is_so(job):
+        if condition(job):
             return job
         if time.monotonic() > until:
             raise TimeoutError(f"{job_id} is {job.status} at {job.progress} after {seconds} s: {job.message}")
@@ -276,22 +280,22 @@ def wait_step(job_id: str, step: int, seconds: float = 300) -> Any:
 
 
 def trainers_of(pid: int) -> list[int]:
-    """Children of a worker that run our training program."""
+    """Child processes of a worker that run the trainer."""
     return [child for child in all_trainers() if parent_of(child) == pid]
 
 
 def all_trainers() -> list[int]:
-    """Every trainer of this environment: their home is its work folder's."""
+    """All trainers of this environment, recognized by their HOME."""
     home = f"HOME={os.environ['LLMTUNER_TEST_DIR']}/work/home".encode()
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 if home in (entry / "environ").read_bytes().split(b"\0") and is_alive(int(entry.name)):
-                    found.append(int(entry.name))
+                    pids.append(int(entry.name))
             except OSError:
                 continue
-    return found
+    return pids
 
 
 def parent_of(pid: int) -> int:

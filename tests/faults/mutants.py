@@ -1,8 +1,8 @@
-"""Check the checker: twelve bugs, each put into the product's processes, each of which the harness must catch.
+"""Mutation tests of the fault injection: twelve bugs, planted into the product's processes, which it must catch.
 
-A mutant is code that runs at the start of a process (`tests/faults/planted_settings.py`, by the variable MUTANT), never in
-the product; three are rules of the protocol switched off in this process (tests/jobs/lifecycle/planted.py). Beside each stands the
-fault that must find something. The same faults find nothing without them: that is the campaign.
+A mutant is code that runs at the start of a process (`tests/faults/planted_settings.py`, chosen by the variable MUTANT),
+never in the product; three are rules of the protocol, switched off in this process (tests/jobs/lifecycle/planted.py). Each
+has a fault that must find violations. Without mutants the same faults must find none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MutantConfig(AppConfig):
 
 
 def leases_end_by_the_wall_clock() -> None:
-    """A lease says until when it holds, and each worker compares that with its own clock."""
+    """A lease contains the time at which it expires, and each worker compares that with its own clock."""
     from django.conf import settings
 
     from jobs.lifecycle import moves, transitions
@@ -49,7 +49,7 @@ def leases_end_by_the_wall_clock() -> None:
 
 
 def pointer_before_upload() -> None:
-    """The pointer moves when a checkpoint is written, its bytes follow."""
+    """The row names a checkpoint as soon as it is written; its bytes are uploaded later."""
     from jobs.worker import artifacts
 
     real = artifacts.put_checkpoint
@@ -69,7 +69,7 @@ def pointer_before_upload() -> None:
 
 
 def random_states_left_out() -> None:
-    """A resumed trainer goes on with other random numbers."""
+    """A resumed trainer continues with other random numbers."""
     import subprocess
 
     from jobs.store import child_process
@@ -79,7 +79,8 @@ def random_states_left_out() -> None:
             ["tests.faults.planted_trainer" if a == "training" else a for a in argv], **options
         )
 
-    child_process.subprocess = SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, run=subprocess.run)  # type: ignore[assignment]
+    replacement = SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, run=subprocess.run)
+    patch.object(child_process, "subprocess", replacement).start()
 
 
 def heartbeats_stop_on_sigterm() -> None:
@@ -91,12 +92,12 @@ def heartbeats_stop_on_sigterm() -> None:
 
 
 def no_lease_before_the_first_heartbeat() -> None:
-    """A claim sets no lease, and what has none is left alone."""
+    """A claim sets no lease, and the reconciler ignores jobs without one."""
     from jobs.lifecycle import claims
     from jobs.store.tables import Job
     from jobs.worker.reconciler import Reconciler
 
-    claim, look = claims.claim, Reconciler._job
+    claim, real = claims.claim, Reconciler._job
 
     def claim_only(job: Any, worker: Any) -> Any:
         claimed = claim(job, worker)
@@ -105,11 +106,11 @@ def no_lease_before_the_first_heartbeat() -> None:
         return claimed
 
     claims.claim = claim_only
-    Reconciler._job = lambda self, job: None if job.status == "running" and not job.lease else look(self, job)  # type: ignore[method-assign]
+    Reconciler._job = lambda self, job: None if job.status == "running" and not job.lease else real(self, job)  # type: ignore[method-assign]
 
 
 def rows_written_in_batches() -> None:
-    """A heartbeat puts the whole row as its holder last knew it, by `batch_write`, which knows no conditions."""
+    """A heartbeat writes the whole row as its lease owner last knew it, by `batch_write`, which has no conditions."""
     from jobs.lifecycle.transitions import Claim
     from jobs.store.tables import Job
 
@@ -127,8 +128,8 @@ def rows_written_in_batches() -> None:
     Claim.heartbeat = heartbeat  # type: ignore[method-assign, assignment]
 
 
-def bells_are_believed() -> None:
-    """A bell that comes again (as Celery's late acknowledgement lets it) starts a job that already runs."""
+def duplicate_messages_are_trusted() -> None:
+    """A message that is delivered again (Celery acknowledges late) starts a job that already runs."""
     from jobs.lifecycle import claims, moves
     from jobs.store import queue
     from jobs.store.tables import Job
@@ -147,29 +148,29 @@ def bells_are_believed() -> None:
 # ---- in the web process ----------------------------------------------------------------------------------------------
 
 
-def streams_share_what_they_hear() -> None:
-    """All open streams of the process take from one place."""
+def streams_share_their_events() -> None:
+    """All open streams of the process share one set of watchers."""
     from jobs.events import event_log
 
     shared: set[Any] = set()
     real = event_log._Tailer.__init__
 
-    def begin(self: Any, *arguments: Any, **options: Any) -> None:
+    def init(self: Any, *arguments: Any, **options: Any) -> None:
         real(self, *arguments, **options)
         self.watchers = shared
 
-    event_log._Tailer.__init__ = begin  # type: ignore[method-assign]
+    event_log._Tailer.__init__ = init  # type: ignore[method-assign]
 
 
-def whoever_is_signed_in_may_look() -> None:
-    """Authorization is asked for, ownership isn't."""
+def ownership_is_not_checked() -> None:
+    """Signed-in users can read every job."""
     from jobs.store import access, queue, tables
 
     real = access.get_job_for
 
     def get_job_for(owner: str, job_id: str) -> Any:
-        found = [row.owner for row in queue.index_rows() if row.job_id == job_id]
-        return real(found[0] if found else owner, job_id)
+        owners = [row.owner for row in queue.index_rows() if row.job_id == job_id]
+        return real(owners[0] if owners else owner, job_id)
 
     access.get_job_for = get_job_for
     assert tables
@@ -182,14 +183,14 @@ IN_PROCESSES: dict[str, Callable[[], None]] = {
     "heartbeats stop on SIGTERM": heartbeats_stop_on_sigterm,
     "no lease before the first heartbeat": no_lease_before_the_first_heartbeat,
     "rows written in batches": rows_written_in_batches,
-    "bells are believed": bells_are_believed,
-    "streams share what they hear": streams_share_what_they_hear,
-    "whoever is signed in may look": whoever_is_signed_in_may_look,
+    "duplicate messages are trusted": duplicate_messages_are_trusted,
+    "streams share their events": streams_share_their_events,
+    "ownership is not checked": ownership_is_not_checked,
 }
-# Rules of the protocol switched off (tests/jobs/lifecycle/planted.py), and who must notice.
+# Rules of the protocol switched off (tests/jobs/lifecycle/planted.py), and the check that must notice it.
 IN_PROTOCOL = {
-    "heartbeats without a condition": ("fencing token is not checked", "zombie"),
-    "events without a condition": ("chunks overwrite", "zombie"),
+    "heartbeats without a condition": ("fencing token is not checked", "stale_worker"),
+    "events without a condition": ("chunks overwrite", "stale_worker"),
     "retries not idempotent": ("replies are believed", "claim"),
 }
 
@@ -198,7 +199,7 @@ IN_PROTOCOL = {
 
 
 def catch(scenario: Any, only: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each bug (whose name holds one of `only`) with what the harness found. Nothing = not caught."""
+    """Each bug (whose name contains one of `only`) with the violations. An empty list means that it was not caught."""
     from tests.faults import processes, user_actions, web
 
     faults: dict[str, Callable[[Any], Any]] = {
@@ -208,11 +209,11 @@ def catch(scenario: Any, only: list[str]) -> Iterator[tuple[str, list[str]]]:
         "heartbeats stop on SIGTERM": processes.terminated_slowly,
         "no lease before the first heartbeat": lambda scenario: processes.failpoint(scenario, "claimed"),
         "rows written in batches": lambda scenario: user_actions.cancelled(scenario, 1, "training"),
-        "bells are believed": user_actions.bells_doubled,
-        "streams share what they hear": web.strangers,
-        "whoever is signed in may look": web.strangers,
+        "duplicate messages are trusted": user_actions.duplicate_messages,
+        "streams share their events": web.strangers,
+        "ownership is not checked": web.strangers,
     }
-    scenario.only(0)  # whoever works here would take the jobs of these
+    scenario.run_workers(0)  # other workers would take the jobs
     for name in [*IN_PROTOCOL, *faults]:
         if any(part in name for part in only):
             yield (
@@ -224,15 +225,15 @@ def catch(scenario: Any, only: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _in_processes(scenario: Any, name: str, fault: Callable[[Any], Any]) -> list[str]:
-    scenario.only(0)
+    scenario.run_workers(0)
     scenario.environment.variables |= {
         "DJANGO_SETTINGS_MODULE": "tests.faults.planted_settings",
         "MUTANT": name,
     }
     try:
         measured = fault(scenario)
-        return list(measured.wrong)
-    except TimeoutError as error:  # it never ends
+        return list(measured.violations)
+    except TimeoutError as error:  # the job never ends
         return [str(error)]
     finally:
         for variable in ("DJANGO_SETTINGS_MODULE", "MUTANT"):
@@ -240,11 +241,11 @@ def _in_processes(scenario: Any, name: str, fault: Callable[[Any], Any]) -> list
         scenario.abandon()
 
 
-def _in_protocol(bug: str, judge: str) -> list[str]:
-    from tests.faults import replies
+def _in_protocol(bug: str, check: str) -> list[str]:
+    from tests.faults import lost_responses
     from tests.jobs.lifecycle.planted import PLANTED
 
     with ExitStack() as stack:
         for target, name, new in PLANTED[bug](None):
             stack.enter_context(patch.object(target, name, new))
-        return [what for n in range(5) for what in getattr(replies, judge)(random.Random(n))]
+        return [violation for n in range(5) for violation in getattr(lost_responses, check)(random.Random(n))]

@@ -1,4 +1,4 @@
-"""The tests' settings, with the bug that PLANT names put into the process at its start."""
+"""The tests' settings, with the bug named by MUTANT planted at the start of the process."""
 
 from tests.settings import *  # noqa: F403
 

@@ -1,10 +1,10 @@
-"""A chaos proxy: stands between our processes and a store, and does to their connections what networks do.
+"""A chaos proxy between our processes and a store, which makes their connections fail.
 
     python -m tests.faults.proxy LISTEN_PORT TARGET_PORT
 
-Orders come as lines on its standard input: `pass`, `latency 0.2`, `blackhole` (accept, never answer), `reset` (cut
-everything now and refuse), `drop 0.3` (let a request through, cut before its reply, with this chance), `rate 50000`
-(bytes a second), `status 503 0.5` (answer a request like this ourselves, with this chance).
+Commands are lines on its standard input: `pass`, `latency 0.2`, `blackhole` (accept, never respond), `reset` (close all
+connections and refuse new ones), `drop 0.3` (let a request through, but close before its response, with this
+probability), `rate 50000` (bytes per second), `status 503 0.5` (respond with this status, with this probability).
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class Proxy:
             return
         self.open.add(writer)
         try:
-            there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self.target)
+            target_reader, target_writer = await asyncio.open_connection("127.0.0.1", self.target)
         except OSError:
             writer.transport.abort()
             return
-        self.open.add(there_writer)
-        ways = [self.pump(reader, there_writer, writer), self.pump(there_reader, writer)]
-        tasks = [asyncio.create_task(way) for way in ways]
+        self.open.add(target_writer)
+        directions = [self.pump(reader, target_writer, writer), self.pump(target_reader, writer)]
+        tasks = [asyncio.create_task(direction) for direction in directions]
         with contextlib.suppress(OSError, asyncio.CancelledError):
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()
-        for one in (writer, there_writer):
-            self.open.discard(one)
-            one.transport.abort()
+        for each in (writer, target_writer):
+            self.open.discard(each)
+            each.transport.abort()
 
     async def pump(
         self,
@@ -51,9 +51,9 @@ class Proxy:
         writer: asyncio.StreamWriter,
         back: asyncio.StreamWriter | None = None,
     ) -> None:
-        """`back`: to who sent what is read here; None for replies."""
+        """`back`: the writer to the client if `reader` reads requests; None for responses."""
         while data := await reader.read(1 << 16):
-            while self.mode == "blackhole":  # noqa: ASYNC110  a poll will do in a test
+            while self.mode == "blackhole":  # noqa: ASYNC110  polling is good enough for a test
                 await asyncio.sleep(0.05)
             if self.mode == "latency":
                 await asyncio.sleep(self.value)
@@ -73,7 +73,7 @@ class Proxy:
             await writer.drain()
 
     async def refuse(self, reader: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
-        """Answers instead of the store, after the whole request has come."""
+        """Responds instead of the store, after the whole request has arrived."""
         with contextlib.suppress(TimeoutError):
             while await asyncio.wait_for(reader.read(1 << 16), 0.1):
                 pass

@@ -1,5 +1,8 @@
-"""Runs a module with the wall clock of Python shifted: `python -m tests.faults.shifted 7200 llmtuner worker training`.
-The monotonic clock stays. (Debian's faketime 0.9.10 breaks Python 3.11: timed waits never end, or time.sleep refuses its argument.)"""
+"""Runs a module with Python's wall clock shifted: `python -m tests.faults.shifted 7200 llmtuner worker training`.
+
+The monotonic clock stays correct. (Debian's faketime 0.9.10 breaks Python 3.11: timed waits never end, or time.sleep
+rejects its argument.)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of stores: Redis, DynamoDB and S3 killed, away, slow, failing or cut off."""
+"""Faults of stores: Redis, DynamoDB and S3 killed, down, slow, failing or disconnected."""
 
 from __future__ import annotations
 
@@ -7,57 +7,57 @@ import time
 
 from tests.faults import environment as env
 from tests.faults.proxy import Chaos
-from tests.faults.scenario import Measured, Scenario, until
+from tests.faults.scenario import Measured, Scenario, wait_for
 
 
 def redis_killed(scenario: Scenario, rounds: int = 1) -> Measured:
-    """A job runs and another is submitted while Redis is away; all succeed. The one that waited starts soon after."""
+    """A job runs and another is submitted while Redis is down; both succeed. The waiting one starts soon afterwards."""
     measured = Measured(rounds=rounds)
-    scenario.only(1)
+    scenario.run_workers(1)
     jobs = [scenario.submit()]
     for _ in range(rounds):
-        scenario.somewhere(jobs[-1])
+        scenario.wait_random_step(jobs[-1])
         scenario.environment.redis.kill()
         began = time.monotonic()
         jobs.append(scenario.submit())
-        measured.worst("submit s", time.monotonic() - began)
-        time.sleep(scenario.some.choice([0, 1, 2, 4]))
+        measured.record_max("submit s", time.monotonic() - began)
+        time.sleep(scenario.rng.choice([0, 1, 2, 4]))
         scenario.environment.redis.start()
         env.wait_ended(jobs[-2])
         began = time.monotonic()
         env.wait_until(jobs[-1], lambda job: job.status != "queued")
-        measured.worst("claimed s", time.monotonic() - began)
+        measured.record_max("claimed s", time.monotonic() - began)
     for job_id in jobs:
-        scenario.judge(job_id, measured, charged=0)
+        scenario.verify(job_id, measured, charged=0)
     return measured
 
 
 def dynamodb_killed(scenario: Scenario, rounds: int = 1, down_s: float = 10) -> Measured:
-    """The record itself is away: the same trainer goes on, and what it said arrives afterwards."""
+    """DynamoDB is down: the same trainer continues, and its events are stored afterwards."""
     measured = Measured(rounds=rounds)
-    scenario.only(1)
+    scenario.run_workers(1)
     job_id = scenario.submit()
     for number in range(rounds):
         if env.job_of(job_id).ended or number == 0:
             job_id = scenario.submit() if number else job_id
-            env.wait_step(job_id, scenario.moment() // 2)
-        time.sleep(scenario.some.uniform(0, 1))
+            env.wait_step(job_id, scenario.random_step() // 2)
+        time.sleep(scenario.rng.uniform(0, 1))
         scenario.environment.dynamodb.kill()
-        time.sleep(down_s if number == 0 else scenario.some.uniform(0.5, down_s))
+        time.sleep(down_s if number == 0 else scenario.rng.uniform(0.5, down_s))
         scenario.environment.dynamodb.start()
         job = env.job_of(job_id)
         env.wait_until(job_id, lambda now, seen=job: now.version > seen.version or now.ended)
         if env.job_of(job_id).ended or number == rounds - 1:
-            scenario.judge(job_id, measured, charged=0, leases=1)
+            scenario.verify(job_id, measured, charged=0, leases=1)
     return measured
 
 
 def dynamodb_away(scenario: Scenario, rounds: int = 1, down_s: float = 120) -> Measured:
-    """Away for two minutes: training goes on meanwhile, and its events arrive afterwards."""
+    """Down for two minutes: training continues, and its events are stored afterwards."""
     from jobs.events import event_log
 
     measured = Measured()
-    scenario.only(1)
+    scenario.run_workers(1)
     job_id = scenario.submit(max_steps=100_000, checkpoint_every_steps=20_000)
     env.wait_step(job_id, 20)
     scenario.environment.dynamodb.kill()
@@ -65,16 +65,16 @@ def dynamodb_away(scenario: Scenario, rounds: int = 1, down_s: float = 120) -> M
     time.sleep(down_s)
     ended = time.time()
     scenario.environment.dynamodb.start()
-    # until what happened after the return is stored, and so all before it
+    # wait until an event from after the restart is stored, and therefore all earlier ones
     newest = lambda job: next(event_log.backwards(job_id, int(job.last_seq))).data["time"]  # noqa: E731
     began_again = time.monotonic()
     env.wait_until(job_id, lambda job: newest(job) > ended)
     measured.figures["caught up s"] = time.monotonic() - began_again
-    told = event_log.read(env.OWNER, job_id)
-    meanwhile = [e for e in told if e.data["t"] == "metric" and began + 5 < e.data["time"] < ended - 5]
+    events = event_log.read(env.OWNER, job_id)
+    meanwhile = [e for e in events if e.data["t"] == "metric" and began + 5 < e.data["time"] < ended - 5]
     measured.figures["steps meanwhile"] = float(len(meanwhile))
     if len({int(e.data["time"] - began) // 10 for e in meanwhile}) < (down_s - 15) // 10:
-        measured.wrong.append(f"training stood still: {len(meanwhile)} steps in {down_s} s")
+        measured.violations.append(f"training did not continue: {len(meanwhile)} steps in {down_s} s")
     _cancel(scenario, job_id, measured)
     return measured
 
@@ -86,27 +86,31 @@ def _cancel(scenario: Scenario, job_id: str, measured: Measured) -> None:
     transitions.set_desired(env.OWNER, job_id, "cancel")
     job = env.wait_ended(job_id, 60)
     if (job.status, job.fencing_token, job.attempts) != ("cancelled", 1, 0):
-        measured.wrong.append(f"it is {job.status}, took {job.fencing_token} leases, {job.attempts} attempts")
+        measured.violations.append(
+            f"it is {job.status}, took {job.fencing_token} leases, {job.attempts} attempts"
+        )
     numbers = [event.seq for event in event_log.read(env.OWNER, job_id)]
     if numbers != list(range(1, len(numbers) + 1)):
-        measured.wrong.append("events are not numbered 1 … N")
-    scenario.hear(measured)
+        measured.violations.append("events are not numbered 1 … N")
+    scenario.collect(measured)
 
 
 def replies_lost(scenario: Scenario, rounds: int = 1, chance: float = 0.1) -> Measured:
-    """DynamoDB takes writes and its answers are lost on the way: nothing is done twice."""
+    """DynamoDB applies writes but its responses are lost: nothing is done twice."""
     measured = Measured()
-    scenario.only(0)
+    scenario.run_workers(0)
     chaos = Chaos(scenario.environment.dynamodb.port)
     name = "behind the proxy"
     try:
-        until(lambda: env.services._answers_http(chaos.port), 10)
-        scenario.environment.start_worker(name, DYNAMODB_ENDPOINT=f"http://127.0.0.1:{chaos.port}")
+        wait_for(lambda: env.services._responds_to_http(chaos.port), 10)
+        scenario.environment.start_worker(
+            name, variables={"DYNAMODB_ENDPOINT": f"http://127.0.0.1:{chaos.port}"}
+        )
         chaos.order(f"drop {chance}")
         job_id = scenario.submit()
         env.wait_ended(job_id)
         chaos.order("pass")
-        scenario.judge(job_id, measured)
+        scenario.verify(job_id, measured)
     finally:
         scenario.environment.kill(name)
         chaos.stop()
@@ -114,11 +118,11 @@ def replies_lost(scenario: Scenario, rounds: int = 1, chance: float = 0.1) -> Me
 
 
 def checkpoint_damaged(scenario: Scenario, rounds: int = 1) -> Measured:
-    """A bit flips in the stored checkpoint that the pointer names: the one before it is used, and the end is the same."""
+    """A bit flips in the newest stored checkpoint: the one before it is used, and the final weights are the same."""
     from jobs.store import blobs
 
     measured = Measured()
-    scenario.only(1)
+    scenario.run_workers(1)
     job_id = scenario.submit()
     job = env.wait_until(job_id, lambda job: len(job.checkpoints or []) >= 2 or job.ended)
     name = scenario.worker_of(job)
@@ -129,13 +133,12 @@ def checkpoint_damaged(scenario: Scenario, rounds: int = 1) -> Measured:
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
     scenario.environment.start_worker(name)
-    scenario.judge(job_id, measured)
-    told = json.dumps(job.checkpoints)
-    measured.figures["checkpoints known"] = told.count('"key"')
+    scenario.verify(job_id, measured)
+    measured.figures["checkpoints known"] = json.dumps(job.checkpoints).count('"key"')
     return measured
 
 
-# ---- S3: only in a environment whose objects are there ---------------------------------------------------------------------
+# ---- S3: only in an environment that stores objects there -----------------------------------------------------------------
 
 S3_FAULTS = (
     "latency 0.3",
@@ -149,18 +152,18 @@ S3_FAULTS = (
 
 
 def s3_faulty(scenario: Scenario, fault: str) -> Measured:
-    """S3 fails while checkpoints and the final model are being uploaded, then it returns: no pointer ever names bytes
-    that are not there whole, training goes on, and the job succeeds."""
+    """S3 fails while checkpoints and the final model are uploaded, then it recovers: no row ever names an incomplete
+    checkpoint, training continues, and the job succeeds."""
     measured = Measured()
     assert scenario.environment.s3_proxy
-    scenario.only(1)
+    scenario.run_workers(1)
     job_id = scenario.submit(checkpoint_every_steps=max(20, scenario.steps // 20))
-    env.wait_step(job_id, scenario.moment() // 3)
+    env.wait_step(job_id, scenario.random_step() // 3)
     scenario.environment.s3_proxy.order(fault)
     began = time.monotonic()
-    until(lambda: env.job_of(job_id).phase == "exporting" or env.job_of(job_id).ended, 120)
-    time.sleep(10)  # the final model is being uploaded, as far as it goes
+    wait_for(lambda: env.job_of(job_id).phase == "exporting" or env.job_of(job_id).ended, 120)
+    time.sleep(10)  # the upload of the final model is attempted
     scenario.environment.s3_proxy.order("pass")
     measured.figures["faulty s"] = time.monotonic() - began
-    scenario.judge(job_id, measured, charged=1)
+    scenario.verify(job_id, measured, charged=1)
     return measured

@@ -1,5 +1,5 @@
-"""Real processes are killed, stopped and cut off while jobs run; the judge finds nothing. The short form of
-`bin/bench faults`, in a environment of its own, so that no other test's stores are harmed."""
+"""Real processes are killed, stopped and disconnected while jobs run, and all invariants hold. The short form of
+`bin/bench faults`, in a separate environment, so that the stores of other tests are not affected."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def campaign():
 
 
 @pytest.mark.parametrize("fault", SHORT)
-def test_no_fault_loses_doubles_or_changes_anything(campaign, fault):
+def test_a_fault_neither_loses_nor_repeats_nor_changes_anything(campaign, fault):
     lines = [line for line in campaign.splitlines() if line.startswith(f"{fault}: rounds right")]
     assert lines, campaign[-3000:]
     assert lines[0].endswith(" met"), "\n".join(line for line in campaign.splitlines() if fault in line)
 
 
-def test_a_trainer_does_not_outlive_its_worker_by_a_second(campaign):
+def test_a_trainer_dies_within_a_second_of_its_worker(campaign):
     assert any(
         line.startswith("worker killed: trainer dead s") and line.endswith(" met")
         for line in campaign.splitlines()
     )
 
 
-def test_a_worker_that_is_asked_to_stop_is_out_in_thirty_seconds(campaign):
+def test_a_worker_exits_within_thirty_seconds_of_sigterm(campaign):
     assert any(
         line.startswith("worker terminated: out s") and line.endswith(" met")
         for line in campaign.splitlines()

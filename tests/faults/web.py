@@ -1,4 +1,4 @@
-"""The web process killed while it takes jobs and streams events."""
+"""The web process killed while it accepts jobs and streams events; and requests for another user's job."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import re
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tests.faults import environment as env
 from tests.faults.scenario import Measured, Scenario
 
+if TYPE_CHECKING:
+    from jobs.store.states import JobStatus
+    from jobs.store.tables import Job
+
 
 @dataclass
 class Watcher:
-    """Follows a job's stream as a browser does: comes back with the last number it has."""
+    """Follows a job's stream as a browser does: reconnects with the last event number it has."""
 
     person: env.Person
     job_id: str
@@ -48,19 +53,19 @@ class Watcher:
             "Last-Event-ID": str(last),
         }
         connection.request("GET", f"/jobs/{self.job_id}/stream", headers=headers)
-        answer = connection.getresponse()
-        if answer.status != 200:
-            self.ended = answer.status == 204
+        response = connection.getresponse()
+        if response.status != 200:
+            self.ended = response.status == 204
             time.sleep(0.2)
             return
         self.streams += 1
         number = 0
-        while line := answer.readline():
+        while line := response.readline():
             if not line.endswith(b"\n"):
-                return  # cut off within a line
+                return  # the connection was cut within a line
             self.text += line
-            if told := re.match(rb"id: (\d+)", line):
-                number = int(told[1])
+            if match := re.match(rb"id: (\d+)", line):
+                number = int(match[1])
             elif line.startswith(b"data: ") and number:
                 self.ended = b'"t": "end"' in line
                 self.seen.append(number)
@@ -68,69 +73,71 @@ class Watcher:
 
 
 def web_killed(scenario: Scenario, rounds: int = 1) -> Measured:
-    """SIGKILL of the web process in the middle of a POST: sent again with the same key, it is one job. Whoever watches
-    goes on by the last number; who trains feels nothing."""
+    """SIGKILL of the web process during a POST: when it is sent again with the same idempotency key, there is one job.
+    Streams continue after the last event number, and training is not affected."""
     from jobs.lifecycle import transitions
 
     measured = Measured(rounds=rounds)
-    scenario.only(1)
+    scenario.run_workers(1)
     person = scenario.environment.person()
     scenario.environment.start_web()
     running = scenario.submit(max_steps=100_000, checkpoint_every_steps=1000)
     env.wait_step(running, 5)
     watcher = Watcher(person, running).start()
     for number in range(rounds):
-        key = f"round-{scenario.some.random()}"
-        answers: list[str] = []
-        poster = threading.Thread(target=_post, args=(person, scenario.dataset, key, answers))
+        key = f"round-{scenario.rng.random()}"
+        responses: list[str] = []
+        poster = threading.Thread(target=_post, args=(person, scenario.dataset, key, responses))
         poster.start()
-        time.sleep(scenario.some.uniform(0, 0.5))
+        time.sleep(scenario.rng.uniform(0, 0.5))
         scenario.environment.kill("web")
         poster.join()
         began = time.monotonic()
         scenario.environment.start_web()
-        measured.worst("web back s", time.monotonic() - began)
-        _post(person, scenario.dataset, key, answers)
+        measured.record_max("web back s", time.monotonic() - began)
+        _post(person, scenario.dataset, key, responses)
         made = [job.job_id for job in _jobs_of(env.OWNER) if (job.metadata or {}).get("key") == key]
-        if len(made) != 1 or set(answers) != set(made):
-            measured.wrong.append(f"number {number}: {len(made)} jobs, answers {answers}")
-        measured.figures["answered first"] = measured.figures.get("answered first", 0.0) + (len(answers) == 2)
+        if len(made) != 1 or set(responses) != set(made):
+            measured.violations.append(f"number {number}: {len(made)} jobs, responses {responses}")
+        measured.figures["answered first"] = measured.figures.get("answered first", 0.0) + (
+            len(responses) == 2
+        )
         for job_id in made:
             transitions.set_desired(env.OWNER, job_id, "cancel")
     transitions.set_desired(env.OWNER, running, "cancel")
     job = env.wait_ended(running, 60)
-    until_told = time.monotonic() + 30
-    while not watcher.ended and time.monotonic() < until_told:
+    deadline = time.monotonic() + 30
+    while not watcher.ended and time.monotonic() < deadline:
         time.sleep(0.1)
     watcher.stop()
     if watcher.seen != list(range(1, int(job.last_seq) + 2)):
-        measured.wrong.append(
-            f"the watcher saw {len(watcher.seen)} events of {job.last_seq + 1}, or some twice"
+        measured.violations.append(
+            f"the watcher received {len(watcher.seen)} of {job.last_seq + 1} events, or some twice"
         )
     if (job.fencing_token, job.attempts) != (1, 0):
-        measured.wrong.append(f"training took {job.fencing_token} leases, {job.attempts} attempts")
+        measured.violations.append(f"training took {job.fencing_token} leases, {job.attempts} attempts")
     measured.figures["streams of the watcher"] = float(watcher.streams)
-    scenario.hear(measured)
+    scenario.collect(measured)
     scenario.environment.kill("web")
     return measured
 
 
 def strangers(scenario: Scenario, rounds: int = 1) -> Measured:
-    """Two people watch their own jobs at the same time and ask for each other's: nobody hears or sees another's."""
+    """Two users watch their own jobs at the same time and request each other's: neither can see anything of the other."""
     from jobs.events import event_log
     from jobs.lifecycle import transitions
 
     measured = Measured()
-    scenario.only(0)
+    scenario.run_workers(0)
     owners = [env.OWNER, env.OWNER + "-other"]
-    people = [scenario.environment.person(owner) for owner in owners]
+    users = [scenario.environment.person(owner) for owner in owners]
     scenario.environment.start_web()
     claims = []
     for owner in owners:
         job = env.job_of(env.submit(env.ready_dataset(owner), owner), owner)
         claims.append(transitions.claim(job, transitions.this_worker()))
     jobs = [claim.job_id for claim in claims if claim]
-    watchers = [Watcher(person, job_id).start() for person, job_id in zip(people, jobs, strict=True)]
+    watchers = [Watcher(person, job_id).start() for person, job_id in zip(users, jobs, strict=True)]
     for number in range(1, 11):
         for claim in claims:
             assert claim
@@ -140,24 +147,24 @@ def strangers(scenario: Scenario, rounds: int = 1) -> Measured:
             event_log.announce(claim.job_id, number)
         time.sleep(0.3)
     time.sleep(2)
-    for who, watcher in enumerate(watchers):
+    for index, watcher in enumerate(watchers):
         watcher.stop()
-        if jobs[1 - who].encode() in watcher.text:
-            measured.wrong.append("a stream carries another's events")
+        if jobs[1 - index].encode() in watcher.text:
+            measured.violations.append("a stream carries events of another user")
         if watcher.seen != list(range(1, 11)):
-            measured.wrong.append(f"a watcher saw {watcher.seen}")
+            measured.violations.append(f"a watcher received {watcher.seen}")
         for path in (
             "/jobs/{}/",
             "/jobs/{}/stream",
             "/v1/fine_tuning/jobs/{}",
             "/v1/fine_tuning/jobs/{}/events",
         ):
-            status = _get(people[who], path.format(jobs[1 - who]))
+            status = _get(users[index], path.format(jobs[1 - index]))
             if status != 404:
-                measured.wrong.append(f"{path} of another's job answers {status}")
+                measured.violations.append(f"{path} of another user's job returns {status}")
     for claim in claims:
         assert claim
-        claim.finish("failed")
+        claim.finish(JobStatus.FAILED)
     scenario.environment.kill("web")
     return measured
 
@@ -173,7 +180,7 @@ def _get(person: env.Person, path: str) -> int:
     return status
 
 
-def _post(person: env.Person, dataset: str, key: str, answers: list[str]) -> None:
+def _post(person: env.Person, dataset: str, key: str, responses: list[str]) -> None:
     body = {
         "model": "starter",
         "training_file": dataset,
@@ -187,14 +194,16 @@ def _post(person: env.Person, dataset: str, key: str, answers: list[str]) -> Non
     connection = http.client.HTTPConnection("127.0.0.1", env.web_port(), timeout=30)
     try:
         connection.request("POST", "/v1/fine_tuning/jobs", json.dumps(body), headers)
-        answer = connection.getresponse()
-        text = answer.read()
+        response = connection.getresponse()
+        text = response.read()
     except (OSError, http.client.HTTPException):
-        return  # it died before it answered
-    answers.append(json.loads(text)["id"] if answer.status == 200 else f"{answer.status} {text[:200]!r}")
+        return  # it was killed before it responded
+    responses.append(
+        json.loads(text)["id"] if response.status == 200 else f"{response.status} {text[:200]!r}"
+    )
 
 
-def _jobs_of(owner: str) -> list[object]:
-    from jobs.store.tables import Job, rows
+def _jobs_of(owner: str) -> list[Job]:
+    from jobs.store import tables
 
-    return list(rows(Job, owner))
+    return list(tables.rows(tables.Job, owner))

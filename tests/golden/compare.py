@@ -1,4 +1,4 @@
-"""Comparing the running product with what was recorded: one item a line, sorted, so that a change reads well as a diff."""
+"""Compares the product with the recorded files: one item per line, sorted, so that changes are easy to read as a diff."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from collections.abc import Iterable
 from pathlib import Path
 
 EXPECTED = Path(__file__).parent / "expected"
-RECORD = "RECORD_GOLDENS"  # set by `python -m tests.golden.record` alone
-# What comes in some runs and not in others, as speed and arithmetic of the machine have it. It is recorded and may be
-# missing; under another name it is a new line, which fails.
-PERHAPS = re.compile(
+RECORD = "RECORD_GOLDENS"  # set only by `python -m tests.golden.record`
+# Lines that appear only in some runs, depending on the speed and rounding of the machine. They are recorded and may be
+# missing; under another name they are new lines, which fail.
+OPTIONAL = re.compile(
     r"\.(gemm_share|eta_s): number|\.reasons\.precision: text|finish_reason: “(stop|length)”"
     r"|estimated_finish: (number|empty)"
-    r"|^JobIndex\.lease: stored as S"  # only while somebody works on an entry of the outbox
-    # A tiny model may write nothing.
+    r"|^JobIndex\.lease: stored as S"  # only while a worker processes an entry of the outbox
+    # A tiny model may generate no text.
     r"|^(chat/completions|completions|playground) .*\.(content|text): (text|empty)"
 )
 
 
 def compare(name: str, lines: Iterable[str]) -> None:
     """Fails unless `lines` are exactly those of expected/<name>.txt."""
-    found = {*lines}
+    current = {*lines}
     path = EXPECTED / f"{name}.txt"
     if os.environ.get(RECORD):
-        path.write_text("".join(f"{line}\n" for line in sorted(found)), encoding="utf-8")
+        path.write_text("".join(f"{line}\n" for line in sorted(current)), encoding="utf-8")
         return
-    known = {*path.read_text(encoding="utf-8").splitlines()}
-    difference = [f"- {line}" for line in sorted(known - found) if not PERHAPS.search(line)]
-    difference += [f"+ {line}" for line in sorted(found - known) if not PERHAPS.search(line)]
+    recorded = {*path.read_text(encoding="utf-8").splitlines()}
+    difference = [f"- {line}" for line in sorted(recorded - current) if not OPTIONAL.search(line)]
+    difference += [f"+ {line}" for line in sorted(current - recorded) if not OPTIONAL.search(line)]
     assert not difference, (
-        f"{path.name}: the product no longer agrees with what was recorded (- recorded, + now).\n"
+        f"{path.name}: the product no longer matches the recorded file (- recorded, + now).\n"
         + "\n".join(difference)
-        + "\nStored data and other programs depend on these names. If the change is meant, and old data can still be read: "
+        + "\nStored data and other programs depend on these names. If the change is intended and old data can still be read, run: "
         ".venv/bin/python -m tests.golden.record"
     )

@@ -1,12 +1,12 @@
-"""Makes tests/golden/var/var.tar.xz: the folder of a small studio, as the code of today leaves it behind.
+"""Creates tests/golden/var/var.tar.xz: the data folder of a small installation, as the current code leaves it.
 
     .venv/bin/python -m tests.golden.make_var
 
-It starts the studio as bin/up does, fills it (two people, datasets that are ready and rejected, a model fully fine-tuned
-from a tiny base of the Hub and one with adapters, a failed job, a paused one, a webhook), and kills everything with
-SIGKILL while one more job trains and has a checkpoint. A later version must start on this folder and go on; so make it
-anew only when data of older versions need no longer be read, and keep the old one beside it until then. The keys and
-passwords in it were made up for it and open nothing else.
+It starts everything as bin/up does, fills it (two users, datasets that are ready and rejected, a model fully fine-tuned
+from a tiny base of the Hub and one with adapters, a failed job, a paused one, a webhook), and kills all processes with
+SIGKILL while one more job trains and has a checkpoint. A later version must start with this folder and continue; so
+create it again only when data of older versions need no longer be readable, and keep the old one beside it until then.
+The keys and passwords in it were made up for this purpose and are valid nowhere else.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from typing import Any
 
 from tests import hub_server, services
 from tests.golden import scenario
-from tests.golden.stack import Person, answers, receiver, wait_until
+from tests.golden.stack import Person, is_up, receiver, wait_until
 
 ROOT = services.ROOT
 VAR = Path(__file__).parent / "var"
-ARCHIVE, TOLD = VAR / "var.tar.xz", VAR / "told.json"
-KILLED = scenario.SETTINGS | {
+ARCHIVE, CONTENTS = VAR / "var.tar.xz", VAR / "contents.json"
+KILLED: dict[str, Any] = scenario.SETTINGS | {
     "max_steps": 1500,
     "eval_every": 750,
     "sample_every": 1500,
@@ -40,17 +40,17 @@ KILLED = scenario.SETTINGS | {
     "dropout": 0.1,
 }
 PAUSED = KILLED
-NO_DATA = {
+NOT_PACKED = {
     "supervisord.conf",
     "supervisor.sock",
     "supervisord.pid",
     "logs",
     "work",
-}  # made anew by every start
+}  # created by every start
 
 
-class Studio:
-    """All processes on one machine, as bin/up starts them, with a folder and ports of its own."""
+class LocalStack:
+    """All processes on one machine, as bin/up starts them, with a separate folder and ports."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         self.folder, self.var = folder, folder / "var"
@@ -74,7 +74,7 @@ class Studio:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> str:
-        """What it printed once it serves."""
+        """Returns what it printed, once it serves."""
         module = re.search(r"-m (\S+)", (ROOT / "bin/up").read_text())
         assert module
         log = self.folder / "up.log"
@@ -94,21 +94,21 @@ class Studio:
         assert self.process
         log = (self.folder / "up.log").read_text()
         assert self.process.poll() is None, log
-        return "Serving" in log and answers(f"{self.url}/healthz")
+        return "Serving" in log and is_up(f"{self.url}/healthz")
 
     def processes(self) -> dict[int, str]:
-        """Command lines, by number, of every process that was told this folder."""
-        found = {}
+        """Command lines, by pid, of all processes that have this folder in their environment."""
+        commands = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 if str(self.folder).encode() in (path / "environ").read_bytes():
-                    found[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
+                    commands[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
             except OSError:
                 continue
-        return found
+        return commands
 
     def kill(self) -> None:
-        """SIGKILL: first to the trainer and its worker, then to all the rest."""
+        """SIGKILL: first to the trainer and its worker, then to everything else."""
         assert self.process
         for number, command in self.processes().items():
             if re.search(r"-m training standby|-Q training", command):
@@ -127,31 +127,31 @@ class Studio:
 
 
 def kill(number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it may die with its parent
+    with contextlib.suppress(ProcessLookupError):  # it may already have died with its parent
         os.kill(number, signal.SIGKILL)
 
 
-def fill(studio: Studio, owner: Person, hook: Any) -> dict[str, Any]:
-    """What a person would know of it afterwards."""
-    ada = Person(studio.url, "ada@example.com").sign_up()
+def fill(stack: LocalStack, owner: Person, hook: Any) -> dict[str, Any]:
+    """Fills the folder. Returns the ids, accounts and keys in it."""
+    ada = Person(stack.url, "ada@example.com").sign_up()
     key = ada.make_key()
-    things = scenario.before_workers(ada, hook)
-    scenario.with_workers(ada, owner, things, keep_all=True)
+    resources = scenario.before_workers(ada, hook)
+    scenario.with_workers(ada, owner, resources, keep_all=True)
     own = owner.make_key()
     owner.upload("owner.jsonl", scenario.REJECTED.replace(b"no end", b"nor here"))
-    scenario.pause(ada, things, "paused", PAUSED)
-    killed = scenario.submit(ada, things, "killed", scenario.TINY, KILLED)
+    scenario.pause(ada, resources, "paused", PAUSED)
+    killed = scenario.submit(ada, resources, "killed", scenario.TINY, KILLED)
     wait_until(lambda: ada.checkpoints(killed), 600, killed)
-    studio.kill()
-    told = asdict(things) | {"answers": {}}
-    people = {"ada": {"email": ada.email, "password": ada.password, "key": key}, "owner": {"email": owner.email, "password": owner.password, "key": own}}  # fmt: skip
-    return told | {"people": people}
+    stack.kill()
+    contents = asdict(resources) | {"responses": {}}
+    users = {"ada": {"email": ada.email, "password": ada.password, "key": key}, "owner": {"email": owner.email, "password": owner.password, "key": own}}  # fmt: skip
+    return contents | {"users": users}
 
 
 def pack(var: Path) -> None:
     with tarfile.open(ARCHIVE, "w:xz") as archive:
         for path in sorted(var.iterdir()):
-            if path.name not in NO_DATA:
+            if path.name not in NOT_PACKED:
                 archive.add(path, f"var/{path.name}")
 
 
@@ -160,19 +160,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with hub_server.running(scenario.repositories(folder / "hub")) as hub, receiver() as hook:
-            studio = Studio(folder, HF_ENDPOINT=hub.url)
+            stack = LocalStack(folder, HF_ENDPOINT=hub.url)
             try:
-                printed = re.search(r"Sign in as (\S+) with the password (\S+)", studio.start())
+                printed = re.search(r"Sign in as (\S+) with the password (\S+)", stack.start())
                 assert printed
-                owner = Person(studio.url, printed[1], printed[2]).sign_in()
-                told = fill(studio, owner, hook)
+                owner = Person(stack.url, printed[1], printed[2]).sign_in()
+                contents = fill(stack, owner, hook)
             finally:
-                studio.stop()
+                stack.stop()
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)  # fmt: skip
-        told["note"] = "Made up for this folder: the keys and passwords open nothing else."
-        told["made"] = {"commit": commit.stdout.strip(), "on": time.strftime("%Y-%m-%d", time.gmtime())}
-        pack(studio.var)
-    TOLD.write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
+        contents["note"] = "Made up for this folder: the keys and passwords are valid nowhere else."
+        contents["made"] = {"commit": commit.stdout.strip(), "on": time.strftime("%Y-%m-%d", time.gmtime())}
+        pack(stack.var)
+    CONTENTS.write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n")
     print(f"{ARCHIVE.relative_to(ROOT)}: {ARCHIVE.stat().st_size:,} bytes")
     return 0
 

@@ -1,7 +1,7 @@
-"""Records the golden files anew: `.venv/bin/python -m tests.golden.record [pytest arguments]`.
+"""Records the golden files again: `.venv/bin/python -m tests.golden.record [pytest arguments]`.
 
-Nothing else ever writes them. Look at the difference before committing it: each line that goes or changes its name is
-something that stored data, an older worker or somebody else's program relies on.
+Nothing else writes them. Review the difference before committing it: stored data, older workers or other programs rely on
+each line that disappears or changes.
 """
 
 from __future__ import annotations

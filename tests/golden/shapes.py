@@ -1,4 +1,4 @@
-"""What a value consists of, as lines: `Job.progress.step: number`. Ids, hashes, times and counts are masked."""
+"""The structure of a value, as lines: `Job.progress.step: number`. Ids, hashes, times and counts are masked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MASKS = [
     (re.compile(r"(?<![\w<])e\d+(?![\w>])"), "e<n>"),
     (re.compile(r"(?<![A-Za-z\d_])\d+(?:\.\d+)?"), "<n>"),
 ]
-# Keys whose value is one of a closed list, so the value itself is recorded.
+# Keys whose values come from a fixed list, so the value itself is recorded.
 CLOSED = frozenset(
     [
         "t",
@@ -57,13 +57,13 @@ CLOSED_VALUE = re.compile(r"[a-z][a-z0-9_.\- ]{0,40}")
 
 
 def mask(text: str) -> str:
-    for pattern, word in MASKS:
-        text = pattern.sub(word, text)
+    for pattern, placeholder in MASKS:
+        text = pattern.sub(placeholder, text)
     return text
 
 
 def shape(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    """(path, type) of everything in a value. Texts that hold JSON are looked into."""
+    """(path, type) of everything in a value, including JSON inside texts."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from shape(inner, f"{path}.{mask(str(key))}")
@@ -100,7 +100,7 @@ def _inside(text: str) -> Any:
 
 
 def lines(shapes: Iterable[tuple[str, str]]) -> set[str]:
-    """`path: type` for each; what is empty somewhere and filled elsewhere is told by what it is filled with."""
+    """`path: type` for each. If a value is empty in one place and filled elsewhere, only the filled one is listed."""
     pairs = {*shapes}
     filled = {path for path, kind in pairs if kind != "empty"}
     parents = {path[: match.start()] for path in filled for match in re.finditer(r"\.|\[\]|\(JSON\)", path)}
@@ -108,7 +108,7 @@ def lines(shapes: Iterable[tuple[str, str]]) -> set[str]:
 
 
 def flat(value: Any, path: str = "", without: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Every leaf of a JSON value with its content, for documents that must stay as they are."""
+    """Each leaf of a JSON value with its content, for documents that must not change."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             if key not in without or not isinstance(inner, str):

@@ -1,5 +1,5 @@
-"""Web and workers of a checkout as processes of their own, over stores of their own. Nothing of the product is imported:
-they are started as docs/operations.md says, and spoken to as people and programs do."""
+"""The web process and the workers of a checkout, with separate stores. Nothing of the product is imported: the processes
+are started as docs/operations.md describes, and used over HTTP."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import re
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,14 +19,15 @@ import httpx
 import redis
 
 from tests import services
+from tests.services import wait_until
 
 ROOT = services.ROOT
-PASSWORD = "made-up-golden-password-1"  # of the people in these tests, who exist nowhere else
+PASSWORD = "made-up-golden-password-1"  # of users that exist only in these tests
 QUICK = {"JOBS_HEARTBEAT_S": "1", "JOBS_RECONCILE_S": "1", "JOBS_BACKOFF_FIRST_S": "1"}
 
 
 def python_of(checkout: Path) -> str:
-    """A checkout with an environment of its own runs in it."""
+    """The Python of the checkout's own virtual environment, if it has one."""
     own = checkout / ".venv/bin/python"
     return str(own) if own.exists() else sys.executable
 
@@ -68,11 +68,11 @@ class Stack:
 
     def manage(self, *arguments: str, checkout: Path = ROOT, **environment: str) -> str:
         command = [python_of(checkout), "manage.py", *arguments]
-        answer = subprocess.run(
+        completed = subprocess.run(
             command, cwd=checkout, env=self.env | environment, capture_output=True, text=True, check=False
         )
-        assert answer.returncode == 0, answer.stderr
-        return answer.stdout
+        assert completed.returncode == 0, completed.stderr
+        return completed.stdout
 
     def add_staff(self, email: str) -> None:
         self.manage("createsuperuser", "--noinput", "--email", email, DJANGO_SUPERUSER_PASSWORD=PASSWORD)
@@ -92,7 +92,7 @@ class Stack:
     def start_web(self, checkout: Path = ROOT) -> None:
         address = ["--host", "127.0.0.1", "--port", str(self.web_port), "--log-level", "warning"]
         self.start("web", "uvicorn", "llmtuner.asgi:application", *address, checkout=checkout)
-        wait_until(lambda: answers(f"{self.url}/healthz"), 120, self.log("web"))
+        wait_until(lambda: is_up(f"{self.url}/healthz"), 120, self.log("web"))
 
     def start_worker(self, queue: str, checkout: Path = ROOT, name: str = "") -> None:
         pool = ["-P", "threads", "-c", "4"] if queue == "inference" else ["-P", "solo"]
@@ -122,38 +122,21 @@ class Stack:
             store.kill()
 
     def _end(self, names: list[str]) -> None:
-        processes = [self.processes.pop(name) for name in names]
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            try:
-                process.wait(40)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        services.terminate([self.processes.pop(name) for name in names])
 
 
-def answers(url: str) -> bool:
+def is_up(url: str) -> bool:
     try:
         return httpx.get(url, timeout=5).status_code == 200
     except httpx.HTTPError:
         return False
 
 
-def wait_until(true: Callable[[], Any], seconds: float, otherwise: object = "") -> Any:
-    """Its first true answer. The time is only for what never comes."""
-    deadline = time.monotonic() + seconds
-    while not (answer := true()):
-        assert time.monotonic() < deadline, otherwise() if callable(otherwise) else otherwise
-        time.sleep(0.2)
-    return answer
-
-
-# ---- people and programs -------------------------------------------------------------------------------------------
+# ---- users and programs --------------------------------------------------------------------------------------------
 
 
 class Person:
-    """A browser, and a program with this person's key."""
+    """A user's browser session, and an API client with the user's key."""
 
     def __init__(self, url: str, email: str, password: str = PASSWORD) -> None:
         self.url, self.email, self.password = url, email, password
@@ -164,10 +147,10 @@ class Person:
         return self.browser.get(path)
 
     def post(self, path: str, **data: Any) -> httpx.Response:
-        """A form, sent as a page does: with its token, from our own address."""
-        answer = self.browser.post(path, data=data, headers=self.headers())
-        assert answer.status_code < 400, (path, answer.status_code, answer.text[-3000:])
-        return answer
+        """Submits a form as a page does, with the CSRF token and our origin."""
+        response = self.browser.post(path, data=data, headers=self.headers())
+        assert response.status_code < 400, (path, response.status_code, response.text[-3000:])
+        return response
 
     def headers(self) -> dict[str, str]:
         if "csrf" not in self.browser.cookies:
@@ -175,7 +158,7 @@ class Person:
         return {"X-CSRFToken": self.browser.cookies["csrf"], "Origin": self.url}
 
     def sign_up(self) -> Person:
-        """Without a mail server the new account signs in by itself, so that nobody learns who has one."""
+        """Without a mail server, signing up does not sign in, so that it does not reveal who has an account."""
         self.post("/accounts/signup/", email=self.email, password1=self.password)
         return self.sign_in()
 
@@ -188,19 +171,19 @@ class Person:
         return self
 
     def make_key(self) -> str:
-        answer = self.post("/account/keys/", name="all", days="", scopes=["read", "write", "inference"])
-        found = re.search(r"sk-llmt-[a-z0-9]{12}-[\w-]{43}", answer.text)
-        assert found
-        self.use_key(found[0])
-        return found[0]
+        response = self.post("/account/keys/", name="all", days="", scopes=["read", "write", "inference"])
+        match = re.search(r"sk-llmt-[a-z0-9]{12}-[\w-]{43}", response.text)
+        assert match
+        self.use_key(match[0])
+        return match[0]
 
     def use_key(self, key: str) -> None:
         self.api.headers["Authorization"] = f"Bearer {key}"
 
     def call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
-        answer = self.api.request(method, path, **options)
-        assert answer.status_code == 200, (path, answer.status_code, answer.text)
-        return dict(answer.json())
+        response = self.api.request(method, path, **options)
+        assert response.status_code == 200, (path, response.status_code, response.text)
+        return dict(response.json())
 
     def upload(self, name: str, content: bytes, **fields: str) -> str:
         data = {"purpose": "fine-tune", **fields}
@@ -219,28 +202,28 @@ class Person:
         return dict(wait_until(lambda: (f := self.file(id))["status"] != "uploaded" and f, 300, id))
 
     def wait_for_job(self, id: str, *statuses: str) -> dict[str, Any]:
-        """Until the job stands at one of these of our own statuses."""
+        """Waits until the job has one of these `llmtuner` statuses."""
         ends = {"succeeded", "failed", "cancelled"}
 
-        def there() -> dict[str, Any] | None:
+        def job_with_status() -> dict[str, Any] | None:
             job = self.job(id)
             status = job["llmtuner"]["status"]
             assert status in statuses or status not in ends, job
             return job if status in statuses else None
 
-        return dict(wait_until(there, 600, id))
+        return dict(wait_until(job_with_status, 600, id))
 
     def wait_for_model(self, id: str) -> None:
-        """Its row is written after the job's end, by whoever comes first."""
+        """Waits for the model, which is created after the job's end."""
         wait_until(lambda: self.api.get(f"models/{id}").status_code == 200, 300, id)
 
 
 class Receiver(ThreadingHTTPServer):
-    """Takes webhooks and keeps them."""
+    """Receives webhooks and keeps them."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Receive)
-        self.got: list[tuple[dict[str, str], str]] = []  # headers and body
+        self.received: list[tuple[dict[str, str], str]] = []  # headers and body
 
     @property
     def url(self) -> str:
@@ -252,7 +235,7 @@ class _Receive(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.server.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
+        self.server.received.append(({name.lower(): value for name, value in self.headers.items()}, body))
         self.send_response(204)
         self.end_headers()
 
@@ -271,13 +254,13 @@ def receiver() -> Iterator[Receiver]:
         server.server_close()
 
 
-# ---- the stores, looked at from outside -----------------------------------------------------------------------------
+# ---- the stores, read directly --------------------------------------------------------------------------------------
 
 
 def dynamodb_rows(
     port: int, region: str = "us-east-1", secret: str = services.DYNAMODB_SECRET
 ) -> dict[str, dict[str, Any]]:
-    """Each table's description and rows, as DynamoDB itself has them."""
+    """Each table's description and rows, directly from DynamoDB."""
     import boto3
 
     client = boto3.client(
@@ -287,35 +270,39 @@ def dynamodb_rows(
         aws_access_key_id="local",
         aws_secret_access_key=secret,
     )
-    found = {}
+    tables = {}
     for name in client.list_tables()["TableNames"]:
         rows = [
             row for page in client.get_paginator("scan").paginate(TableName=name) for row in page["Items"]
         ]
-        found[name] = {"table": client.describe_table(TableName=name)["Table"], "rows": rows}
-    return found
+        tables[name] = {"table": client.describe_table(TableName=name)["Table"], "rows": rows}
+    return tables
 
 
 class RedisMonitor:
-    """Every command that Redis is sent, by its MONITOR."""
+    """All commands that Redis receives, recorded with MONITOR."""
 
     def __init__(self, port: int) -> None:
-        options = {"port": port, "password": services.REDIS_PASSWORD, "decode_responses": True}
+        options: dict[str, Any] = {
+            "port": port,
+            "password": services.REDIS_PASSWORD,
+            "decode_responses": True,
+        }
         self.client = redis.Redis(**options)
         self.commands: list[str] = []
         self._connection = redis.Redis(**options, socket_timeout=None)
         threading.Thread(target=self._listen, daemon=True).start()
-        wait_until(self._hears, 20, "Redis does not answer")
+        wait_until(self._is_recording, 20, "Redis does not respond")
 
-    def _hears(self) -> bool:
+    def _is_recording(self) -> bool:
         self.client.ping()
         return any("PING" in command for command in self.commands)
 
     def _listen(self) -> None:
-        with suppress(redis.ConnectionError), self._connection.monitor() as monitor:  # Redis ends
+        with suppress(redis.ConnectionError), self._connection.monitor() as monitor:  # Redis is stopped
             for command in monitor.listen():
                 self.commands.append(command["command"])
 
     def waiting(self, queue: str) -> list[dict[str, Any]]:
-        """Celery's messages that lie in a queue."""
+        """Celery's messages that wait in a queue."""
         return [json.loads(text) for text in self.client.lrange(queue, 0, -1)]  # type: ignore[union-attr]

@@ -1,5 +1,5 @@
-"""Names and formats that the code declares: tables, settings, tasks, addresses, reasons, hashes. Renaming what stands in
-the code is free; what is stored or spoken to others keeps its name."""
+"""Names and formats that the code declares: tables, settings, tasks, URLs, reasons, hashes. Code may be renamed freely;
+what is stored or sent to other programs keeps its name."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_kinds_of_outstanding_work():
     compare("work", [f"partition {product.WORK_PARTITION}", *(f"{kind}#<id>" for kind in product.WORK_KINDS)])
 
 
-def test_keys_derived_from_ids_stay_derived_in_the_same_way():
+def test_keys_derived_from_ids():
     ids = [f"ftjob-01JD{n:022d}" for n in range(12)]
     bases: list[dict[str, Any]] = [
         {"id": "starter"},
@@ -56,7 +56,7 @@ def test_keys_derived_from_ids_stay_derived_in_the_same_way():
             *(f"{id} stands in {product.shard(id)}" for id in ids),
             f"time of {ids[0]}: {product.time_of(ids[0])}",
             f"month of 1790000000: {product.month_of(1_790_000_000)}",
-            *(f"tokenizer of {json.dumps(facts)}: {product.tokenizer_family(facts)}" for facts in bases),
+            *(f"tokenizer of {json.dumps(base)}: {product.tokenizer_family(base)}" for base in bases),
             f"pattern of ids of the Hub: {product.HUB_ID.pattern}",
             f"pattern of API keys: {product.API_KEY_PATTERN.pattern}",
             f"digest of API key sk-llmt-a: {product.api_key_digest('sk-llmt-a')}",
@@ -66,7 +66,7 @@ def test_keys_derived_from_ids_stay_derived_in_the_same_way():
 
 
 def test_hash_of_a_submission():
-    """An `Idempotency-Key` sent before an upgrade still finds its job after it."""
+    """An `Idempotency-Key` sent before an upgrade still identifies its job afterwards."""
     request: dict[str, Any] = {"base": "starter", "dataset_id": "file-A", "name": "orders"}
     full = request | {
         "settings": {"epochs": 2},
@@ -112,15 +112,15 @@ def run_file_lines() -> Iterator[str]:
 
 
 def test_command_line_of_the_trainer():
-    """Read from `--help`, as a person would."""
+    """Parsed from `--help`."""
     compare("command_line", [line for name in product.TRAINER_COMMANDS for line in command_lines(name)])
 
 
 def command_lines(name: str) -> Iterator[str]:
-    answer = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "training", name, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )  # fmt: skip
-    usage = " ".join(answer.stdout.partition("\n\n")[0].split()).removeprefix("usage: ")
+    usage = " ".join(completed.stdout.partition("\n\n")[0].split()).removeprefix("usage: ")
     arguments = usage.partition(f"training {name}")[2]
     yield f"{name}"
     for argument in re.findall(r"\[[^\]]*\]|--\S+ \S+|\([^)]*\)|\S+", arguments):
@@ -139,7 +139,7 @@ def test_longest_line_of_an_event():
     compare("event_line", [f"bytes {product.MAX_LINE_BYTES}"])
 
 
-# ---- Celery, addresses, commands -----------------------------------------------------------------------------------
+# ---- Celery, URLs, commands ----------------------------------------------------------------------------------------
 
 
 def test_celery_tasks_and_queues():
@@ -157,14 +157,14 @@ def test_celery_tasks_and_queues():
     )  # fmt: skip
 
 
-def test_addresses_and_their_names():
+def test_urls_and_their_names():
     compare(
         "addresses", [*routes(get_resolver().url_patterns), f"{product.STREAM_PATH.pattern}  (before Django)"]
     )
 
 
 def routes(patterns: list[Any], prefix: str = "", space: str = "") -> Iterator[str]:
-    """Of other people's applications (allauth, Django's admin) only where they are mounted."""
+    """For third-party applications (allauth, Django's admin), only where they are mounted."""
     for entry in patterns:
         path = f"{prefix or '/'}{entry.pattern}"
         if isinstance(entry, URLResolver):
@@ -180,13 +180,13 @@ def routes(patterns: list[Any], prefix: str = "", space: str = "") -> Iterator[s
 
 
 def test_openapi_document():
-    """All of it but its sentences."""
+    """Everything except descriptive texts."""
     document = json.loads(json.dumps(product.api.get_openapi_schema(), default=str))
     words = frozenset({"description", "summary", "title"})
     compare("openapi", flat(document, without=words))
 
 
-def test_management_commands_of_our_own():
+def test_our_management_commands():
     ours = {name: app for name, app in get_commands().items() if app in {"accounts", "jobs"} or app.startswith("llmtuner")}  # fmt: skip
     compare("management", (line for name, app in ours.items() for line in management_lines(name, app)))
 
@@ -240,13 +240,13 @@ KEPT = [
 
 
 def settings_under(folder: Path, **environment: str) -> tuple[list[str], dict[str, Any]]:
-    """(variables that the settings read, values of those that others rely on) under this environment alone."""
+    """(variables that the settings read, values of the settings in `KEPT`) with only this environment."""
     code = READ_SETTINGS.replace("KEPT", repr(KEPT))
     env = {"PATH": os.environ["PATH"], "VAR_DIR": str(folder), "DJANGO_SETTINGS_MODULE": "llmtuner.settings"}
-    answer = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env | environment, capture_output=True, text=True, check=True
     )  # fmt: skip
-    names, values = json.loads(answer.stdout)
+    names, values = json.loads(completed.stdout)
     return names, values
 
 
@@ -266,7 +266,7 @@ def test_environment_variables_and_settings(tmp_path: Path):
 
 
 def test_every_documented_variable_is_recorded_or_belongs_to_a_library():
-    """.env.example names what people set today; none of it may be forgotten."""
+    """.env.example lists the variables that users set today; none may be missing."""
     recorded = (Path(__file__).parent / "expected/environment.txt").read_text()
     documented = re.findall(r"^# ([A-Z][A-Z0-9_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
     elsewhere = {
@@ -282,7 +282,7 @@ def test_every_documented_variable_is_recorded_or_belongs_to_a_library():
 
 
 def test_signatures():
-    """Links that were handed out and receivers of webhooks keep verifying."""
+    """Existing links stay valid, and receivers of webhooks can still verify signatures."""
     headers = product.webhook_headers(
         "whsec_AAAA", "ftjob-A#succeeded#hook-A", '{"id": "evt"}', 1_790_000_000
     )
@@ -296,20 +296,20 @@ def test_signatures():
     )
 
 
-def test_a_signed_link_made_before_can_be_read(settings: Any):
-    """Signed by the recorded salt with Django's own signer, and read by the product."""
+def test_an_existing_signed_link_can_be_read(settings: Any):
+    """Signed with the recorded salt by Django's signer, and read by the product."""
     from django.core.signing import TimestampSigner
 
     settings.SECRET_KEY = "made-up-for-this-test-" * 3
-    told = {"key": "datasets/user-A/file-A/data", "filename": "rows.jsonl", "s": 600}
-    token = TimestampSigner(salt="jobs.storage.link").sign_object(told, compress=True)
-    assert product.read_link(token) == (told["key"], told["filename"])
-    assert product.read_link(TimestampSigner(salt="another").sign_object(told, compress=True)) is None
+    payload = {"key": "datasets/user-A/file-A/data", "filename": "rows.jsonl", "s": 600}
+    token = TimestampSigner(salt="jobs.storage.link").sign_object(payload, compress=True)
+    assert product.read_link(token) == (payload["key"], payload["filename"])
+    assert product.read_link(TimestampSigner(salt="another").sign_object(payload, compress=True)) is None
 
 
 @pytest.mark.django_db
 def test_sql_tables_and_columns():
-    """Of our own applications, with the names that rights, content types and migrations are stored under."""
+    """Of our applications, with the names under which permissions, content types and migrations are stored."""
     from django.apps import apps
     from django.contrib.auth.models import Permission
     from django.db.migrations.recorder import MigrationRecorder

@@ -1,4 +1,4 @@
-"""What a running studio stores and says: rows of DynamoDB, objects, Redis, messages, answers of `/v1`, webhooks."""
+"""What a running system stores and sends: rows of DynamoDB, objects, Redis keys, messages, responses of `/v1`, webhooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from tests import hub_server
 from tests.golden import scenario
 from tests.golden.compare import compare
-from tests.golden.scenario import Things
+from tests.golden.scenario import Resources
 from tests.golden.shapes import lines, mask, shape
 from tests.golden.stack import Person, Receiver, RedisMonitor, Stack, dynamodb_rows, receiver, wait_until
 
@@ -28,9 +28,9 @@ Tables = dict[str, dict[str, Any]]
 @dataclass
 class Recorded:
     stack: Stack
-    things: Things
-    tables: list[Tables]  # before any worker, after all was done, and with work that is left again
-    messages: dict[str, list[dict[str, Any]]]  # by queue, while no worker ran
+    resources: Resources
+    tables: list[Tables]  # before any worker, after all work was done, and with new work waiting
+    messages: dict[str, list[dict[str, Any]]]  # by queue, while no worker runs
     redis: RedisMonitor
     received: list[tuple[dict[str, str], str]]
     stream: list[str]  # of a job's page, as server-sent events
@@ -60,72 +60,72 @@ def run(stack: Stack, hooks: Receiver) -> Recorded:
     stack.start_web()
     ada = Person(stack.url, "ada@example.com").sign_up()
     ada.make_key()
-    things = scenario.before_workers(ada, hooks)
+    resources = scenario.before_workers(ada, hooks)
     tables = [dynamodb_rows(stack.dynamodb_port)]
     messages = {queue: redis.waiting(queue) for queue in QUEUES}
     for queue in QUEUES:
         stack.start_worker(queue)
     staff = Person(stack.url, "sam@example.com").sign_in()
-    scenario.with_workers(ada, staff, things, keep_all=False)
+    scenario.with_workers(ada, staff, resources, keep_all=False)
     wait_until(
-        lambda: len(hooks.got) >= 5, 120, hooks.got
+        lambda: len(hooks.received) >= 5, 120, hooks.received
     )  # a test event, two successes, a failure, a cancel
     wait_until(lambda: not work_left(stack), 600, lambda: work_left(stack))
-    scenario.look(ada, things)
-    with ada.browser.stream("GET", f"/jobs/{things.jobs['full']}/stream") as answer:
-        stream = list(answer.iter_lines())
+    scenario.read_all(ada, resources)
+    with ada.browser.stream("GET", f"/jobs/{resources.jobs['full']}/stream") as response:
+        stream = list(response.iter_lines())
     tables.append(dynamodb_rows(stack.dynamodb_port))
     stack.stop_workers()
-    scenario.after_workers(ada, stack.url, things)
+    scenario.after_workers(ada, stack.url, resources)
     tables.append(dynamodb_rows(stack.dynamodb_port))
     for queue in QUEUES:
         messages[queue] += redis.waiting(queue)
-    return Recorded(stack, things, tables, messages, redis, hooks.got, stream, {*ada.browser.cookies})
+    return Recorded(stack, resources, tables, messages, redis, hooks.received, stream, {*ada.browser.cookies})
 
 
 def work_left(stack: Stack) -> list[str]:
-    """Jobs that have not ended and work that is due; what is to be done much later may be left."""
+    """Jobs that have not ended and work that is due. Work scheduled for much later may remain."""
     rows = dynamodb_rows(stack.dynamodb_port)["llmtuner-JobIndex"]["rows"]
-    lists = [row["job_id"]["S"] for row in rows if re.match(r"work$|active#", row["partition"]["S"])]
-    return [id for id in lists if not re.match(r"expire#|delete#upload-", id)]
+    ids = [row["job_id"]["S"] for row in rows if re.match(r"work$|active#", row["partition"]["S"])]
+    return [id for id in ids if not re.match(r"expire#|delete#upload-", id)]
 
 
-def test_tables_as_dynamodb_has_them(recorded: Recorded):
-    compare("stored_tables", (line for name, table in recorded.tables[0].items() for line in described(name, table["table"])))  # fmt: skip
+def test_table_descriptions_in_dynamodb(recorded: Recorded):
+    compare("stored_tables", (line for name, table in recorded.tables[0].items() for line in key_lines(name, table["table"])))  # fmt: skip
 
 
-def described(name: str, table: dict[str, Any]) -> Iterator[str]:
+def key_lines(name: str, table: dict[str, Any]) -> Iterator[str]:
     types = {entry["AttributeName"]: entry["AttributeType"] for entry in table["AttributeDefinitions"]}
     for key in table["KeySchema"]:
         yield f"{name}: {key['KeyType']} {key['AttributeName']} {types[key['AttributeName']]}"
 
 
 def test_keys_of_rows(recorded: Recorded):
-    """With their prefixes: lists of active jobs, of all jobs of a month, of work; rows of quotas and idempotency keys."""
+    """With their prefixes: indexes of active jobs, of all jobs of a month, of the outbox; rows of quotas and idempotency keys."""
     schemas = {
         name.removeprefix("llmtuner-"): table["table"]["KeySchema"]
         for name, table in recorded.tables[0].items()
     }
-    found = set()
+    entries = set()
     for name, row in recorded.rows():
         keys = " | ".join(mask(next(iter(row[key["AttributeName"]].values()))) for key in schemas[name])
-        found.add(f"{name}: {keys_of_machine(keys)}")
-    compare("stored_keys", found)
+        entries.add(f"{name}: {mask_machine(keys)}")
+    compare("stored_keys", entries)
 
 
-def keys_of_machine(keys: str) -> str:
-    """Estimates stand under a kind of machine, and workers under this one's name."""
+def mask_machine(keys: str) -> str:
+    """Masks the kind of machine in keys of estimates, and the name of this one in keys of workers."""
     keys = re.sub(r"(training|checks|inference) \| .*", r"\1 | <worker>", keys)
     return re.sub(r"^(cpu|cuda)[^|]*", "<kind of machine> ", keys)
 
 
-def test_attributes_and_keys_inside_them(recorded: Recorded):
-    found = (pair for name, row in recorded.rows() for key, value in row.items() for pair in attribute(name, key, value))  # fmt: skip
-    compare("stored_rows", lines(found))
+def test_attributes_and_the_keys_inside_them(recorded: Recorded):
+    pairs = (pair for name, row in recorded.rows() for key, value in row.items() for pair in attribute(name, key, value))  # fmt: skip
+    compare("stored_rows", lines(pairs))
 
 
 def attribute(table: str, key: str, value: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Of a row as DynamoDB has it: the type is the store's own, and what is inside a text of JSON is told."""
+    """The DynamoDB type of an attribute, and the shape of what it contains if it is JSON text."""
     kind, content = next(iter(value.items()))
     path = f"{table}.{key}"
     yield path, f"stored as {kind}"
@@ -146,8 +146,9 @@ def test_events_as_stored_and_read(recorded: Recorded):
 
 def test_object_keys(recorded: Recorded):
     objects = recorded.stack.folder / "var/objects"
-    found = {mask(str(path.relative_to(objects))) for path in objects.rglob("*") if path.is_file()}
-    compare("objects", found)
+    compare(
+        "objects", (mask(str(path.relative_to(objects))) for path in objects.rglob("*") if path.is_file())
+    )
 
 
 def test_folders_of_var(recorded: Recorded):
@@ -161,7 +162,7 @@ OTHERS = {
     "SET": "text", "GET": "text", "EXISTS": "text", "INCR": "text", "INCRBY": "text", "SETEX": "text", "DEL": "", "UNLINK": "",
     "XADD": "stream", "XREAD": "stream", "ZADD": "sorted set", "ZREM": "sorted set", "SADD": "set", "SMEMBERS": "set", "HSET": "hash",
 }  # fmt: skip
-CELERYS = re.compile(r"unacked|_kombu\.(?!binding)|celery|^/\d+\.")  # its own, below its promises to us
+CELERY_KEYS = re.compile(r"unacked|_kombu\.(?!binding)|celery|^/\d+\.")  # internal to Celery
 
 
 def test_redis_keys_and_channels(recorded: Recorded):
@@ -169,68 +170,68 @@ def test_redis_keys_and_channels(recorded: Recorded):
 
 
 def redis_keys(command: str) -> Iterator[str]:
-    word, *arguments = command.split()
-    word = word.upper()
+    name, *arguments = command.split()
+    name = name.upper()
     keys: Iterable[str] = arguments[:1]
-    kind = OTHERS.get(word)
-    if word in CHANNELS:
+    kind = OTHERS.get(name)
+    if name in CHANNELS:
         kind = "channel"
-    elif word in LISTS:
+    elif name in LISTS:
         kind = "list"
-        keys = arguments[:-1] if word == "BRPOP" else arguments[:1]
-    elif word == "EVAL":
-        call = re.search(r"\\n (\d+) (.*)$", command)  # what comes after the script's last line
+        keys = arguments[:-1] if name == "BRPOP" else arguments[:1]
+    elif name == "EVAL":
+        call = re.search(r"\\n (\d+) (.*)$", command)  # the arguments after the script's last line
         assert call, command
         kind, keys = "sorted set", call[2].split()[: int(call[1])]
-    elif word == "XREAD":
+    elif name == "XREAD":
         rest = arguments[[a.upper() for a in arguments].index("STREAMS") + 1 :]
         keys = rest[: len(rest) // 2]
     if kind:
         for key in keys:
-            if not CELERYS.search(key):
+            if not CELERY_KEYS.search(key):
                 yield f"{kind} {redis_mask(key)}"
 
 
 def redis_mask(key: str) -> str:
-    """Celery's queues have a list for each priority; Django and allauth add what they count to a key."""
+    """Celery has a list per queue and priority; allauth appends what it counts to a key."""
     key = re.sub(r"(allauth:[^:]+:).*", r"\1…", key.replace("\\x06\\x16", " priority "))
     return mask(key)
 
 
-def test_messages_of_celery(recorded: Recorded):
-    """As they lie in the queues: an older or newer worker takes them."""
-    found = set()
+def test_celery_messages(recorded: Recorded):
+    """As they wait in the queues, where an older or newer worker may receive them."""
+    entries = set()
     for queue, messages in recorded.messages.items():
         for message in messages:
             args, kwargs, _ = json.loads(base64.b64decode(message["body"]))
-            told = ", ".join(mask(json.dumps(argument)) for argument in args)
-            found.add(
-                f"{queue}: {message['headers']['task']}({told}){' ' + json.dumps(kwargs) if kwargs else ''}"
+            shown = ", ".join(mask(json.dumps(argument)) for argument in args)
+            entries.add(
+                f"{queue}: {message['headers']['task']}({shown}){' ' + json.dumps(kwargs) if kwargs else ''}"
             )
-            found.add(f"{message['content-type']}, body in {message['properties']['body_encoding']}")
-    compare("messages", found)
+            entries.add(f"{message['content-type']}, body in {message['properties']['body_encoding']}")
+    compare("messages", entries)
 
 
-# ---- what is said to others --------------------------------------------------------------------------------------------
+# ---- what other programs receive ---------------------------------------------------------------------------------------
 
 
-def test_answers_of_the_api(recorded: Recorded):
+def test_responses_of_the_api(recorded: Recorded):
     """With our own fields under `llmtuner`."""
-    found = []
-    for asked, answer in recorded.things.answers.items():
-        path = re.sub(r"^fine_tuning/jobs/\w+", "fine_tuning/jobs/<job>", asked)
-        found += [
-            (re.sub(r"(top_logprobs\[\])\..*", r"\1.<token>", p), kind) for p, kind in shape(answer, path)
+    pairs = []
+    for request, response in recorded.resources.responses.items():
+        path = re.sub(r"^fine_tuning/jobs/\w+", "fine_tuning/jobs/<job>", request)
+        pairs += [
+            (re.sub(r"(top_logprobs\[\])\..*", r"\1.<token>", p), kind) for p, kind in shape(response, path)
         ]
-    compare("answers", lines(found))
+    compare("answers", lines(pairs))
 
 
 def test_webhooks_as_received(recorded: Recorded):
     ours = {"content-type", "user-agent", "webhook-id", "webhook-timestamp", "webhook-signature"}
-    found = [pair for _, body in recorded.received for pair in shape(json.loads(body), "body")]
-    compare("webhooks", [*lines(found), *(f"header {name}" for headers, _ in recorded.received for name in ours & {*headers})])  # fmt: skip
+    pairs = [pair for _, body in recorded.received for pair in shape(json.loads(body), "body")]
+    compare("webhooks", [*lines(pairs), *(f"header {name}" for headers, _ in recorded.received for name in ours & {*headers})])  # fmt: skip
     secret = base64.b64decode(
-        recorded.things.answers["webhook_endpoints POST"]["signing_secret"].removeprefix("whsec_")
+        recorded.resources.responses["webhook_endpoints POST"]["signing_secret"].removeprefix("whsec_")
     )
     for headers, body in recorded.received:
         text = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.{body}".encode()

@@ -1,4 +1,4 @@
-"""What the trainer says and writes, from real tiny runs: events, checkpoints, model folders, reports, served answers."""
+"""What the trainer emits and writes in real tiny runs: events, checkpoints, model folders, reports, responses of the server."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A full run, one with adapters, one that is stopped and goes on, and two that fail."""
+    """A run with full fine-tuning, one with adapters, one that is stopped and resumed, and two that fail."""
     folder = tmp_path_factory.mktemp("golden")
     run = trainer.lay_out(folder)
-    found: dict[str, Any] = {"full": (folder / "full", *trainer.train(run, folder / "full"))}
+    results: dict[str, Any] = {"full": (folder / "full", *trainer.train(run, folder / "full"))}
     adapters = trainer.lay_out(folder, method="lora", validation_fraction=0)
-    found["lora"] = (folder / "lora", *trainer.train(adapters, folder / "lora"))
-    found["stopped"] = (folder / "part", *trainer.train(run, folder / "part", stop_at=5))
-    again = run | {"resume_from": trainer.newest(found["stopped"][2]), "epoch": 2}
-    found["resumed"] = (folder / "part", *trainer.train(again, folder / "part"))
+    results["lora"] = (folder / "lora", *trainer.train(adapters, folder / "lora"))
+    results["stopped"] = (folder / "part", *trainer.train(run, folder / "part", stop_at=5))
+    again = run | {"resume_from": trainer.newest(results["stopped"][2]), "epoch": 2}
+    results["resumed"] = (folder / "part", *trainer.train(again, folder / "part"))
     wrong = {"settings": {"max_steps": 2, "batch_size": 0}}
-    found["bad settings"] = (folder / "wrong", *trainer.train(run | wrong, folder / "wrong"))
+    results["bad settings"] = (folder / "wrong", *trainer.train(run | wrong, folder / "wrong"))
     (folder / "nothing.jsonl").write_bytes(b"")
     empty = run | {"train_file": str(folder / "nothing.jsonl")}
-    found["bad data"] = (folder / "empty", *trainer.train(empty, folder / "empty"))
-    return found
+    results["bad data"] = (folder / "empty", *trainer.train(empty, folder / "empty"))
+    return results
 
 
 def test_exit_codes_of_real_runs(runs: dict[str, Any]):
@@ -43,24 +43,24 @@ def test_exit_codes_of_real_runs(runs: dict[str, Any]):
 
 
 def test_events_and_their_keys(runs: dict[str, Any]):
-    told = (event for _, _, events in runs.values() for event in events)
-    compare("events", lines(pair for event in told for pair in shape(event, event["t"])))
+    events = (event for _, _, run_events in runs.values() for event in run_events)
+    compare("events", lines(pair for event in events for pair in shape(event, event["t"])))
 
 
-def test_the_resumed_run_is_the_uninterrupted_one(runs: dict[str, Any]):
-    whole, again = trainer.losses(runs["full"][2]), trainer.losses(runs["resumed"][2])
-    assert again
-    assert whole | again == whole
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(runs: dict[str, Any]):
+    uninterrupted, resumed = trainer.losses(runs["full"][2]), trainer.losses(runs["resumed"][2])
+    assert resumed
+    assert uninterrupted | resumed == uninterrupted
 
 
-def test_files_a_run_leaves(runs: dict[str, Any]):
-    found = (
+def test_files_that_a_run_leaves(runs: dict[str, Any]):
+    files = (
         f"{name}: {mask(str(path.relative_to(folder)))}"
         for name, (folder, _, _) in runs.items()
         for path in folder.rglob("*")
         if path.is_file() and path.name not in ("run.json", "stderr.log")
     )
-    compare("run_folder", found)
+    compare("run_folder", files)
 
 
 def test_checkpoints(runs: dict[str, Any]):
@@ -68,8 +68,8 @@ def test_checkpoints(runs: dict[str, Any]):
 
 
 def checkpoint_lines(name: str, run: Any) -> Iterator[str]:
-    _, _, told = run
-    checkpoint = Path(trainer.newest(told))
+    _, _, events = run
+    checkpoint = Path(trainer.newest(events))
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     tensors = manifest.pop("tensors")
     yield from (f"{name}: {line}" for line in lines(shape(manifest, "manifest")))
@@ -78,12 +78,12 @@ def checkpoint_lines(name: str, run: Any) -> Iterator[str]:
     yield from (f"{name}: {line}" for line in lines(shape(state, "state")))
     for file in sorted(checkpoint.glob("*.safetensors")):
         yield from (f"{name}: {file.name}: {line}" for line in tensor_lines(file))
-    # What says whether a checkpoint belongs to a run: the same run must give the same words in every later version.
+    # This decides whether a checkpoint belongs to a run: it must be the same for the same run in every later version.
     yield from (f"{name}: identity {key} = {value}" for key, value in manifest["identity"].items())
 
 
 def tensor_lines(path: Path) -> Iterator[str]:
-    """Names, types and shapes, read from the file's header."""
+    """Names, types and shapes, from the header of the file."""
     with path.open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     yield from (f"{key}: {value}" for key, value in header.pop("__metadata__", {}).items())
@@ -113,7 +113,7 @@ def folder_lines(name: str, folder: Path) -> Iterator[str]:
 
 
 def call(*arguments: str, lines_in: str = "") -> str:
-    answer = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "training", *arguments],
         cwd=trainer.ROOT,
         env=trainer.environment(),
@@ -122,25 +122,25 @@ def call(*arguments: str, lines_in: str = "") -> str:
         text=True,
         check=False,
     )
-    assert answer.returncode == 0, answer.stderr
-    return answer.stdout
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout
 
 
 def test_report_of_a_dataset(tmp_path: Path):
-    """`check` prints the report that the studio stores."""
+    """`check` prints the report that the web application stores."""
     good = trainer.rows()
     (tmp_path / "rows.jsonl").write_bytes(
         good + good.splitlines(keepends=True)[0] + b'{"prompt": "a"}\nno JSON\n'
     )
     report = call("check", str(tmp_path / "rows.jsonl"), "--tokenizer", str(trainer.BASE))
     row = call("check", str(tmp_path / "rows.jsonl"), "--tokenizer", str(trainer.BASE), "--row", "1")
-    found = [pair for name, text in (("report", report), ("row", row)) for line in text.splitlines() for pair in shape(json.loads(line), name)]  # fmt: skip
-    compare("report", lines(found))
+    pairs = [pair for name, text in (("report", report), ("row", row)) for line in text.splitlines() for pair in shape(json.loads(line), name)]  # fmt: skip
+    compare("report", lines(pairs))
 
 
-def test_served_answers(runs: dict[str, Any]):
+def test_responses_of_the_server(runs: dict[str, Any]):
     model = runs["full"][2][-1]["path"]
-    asked: list[dict[str, Any]] = [
+    requests: list[dict[str, Any]] = [
         {"id": "a", "op": "generate", "model": model, "prompt": "the cat", "max_tokens": 3, "logprobs": 2, "who": "x"},
         {"id": "b", "op": "generate", "model": model, "messages": [{"role": "user", "content": "cat"}], "max_tokens": 2},
         {"id": "c", "op": "generate", "model": "/nowhere", "prompt": "a"},
@@ -148,11 +148,11 @@ def test_served_answers(runs: dict[str, Any]):
         {"id": "a", "op": "cancel"},
         {"op": "status"},
     ]  # fmt: skip
-    compare("served", lines(pair for line in serve(asked) for pair in shape(line, line["t"])))
+    compare("served", lines(pair for line in serve(requests) for pair in shape(line, line["t"])))
 
 
-def serve(asked: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One request after the other, each to its last line."""
+def serve(requests: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Sends one request after the other, each after the last line of the previous response."""
     server = subprocess.Popen(
         [sys.executable, "-m", "training", "serve"],
         cwd=trainer.ROOT,
@@ -163,7 +163,7 @@ def serve(asked: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     )
     assert server.stdin
     assert server.stdout
-    waiting = iter(asked)
+    waiting = iter(requests)
     last = ("ready", "done", "error", "loaded", "status", "cancelled")
     for text in server.stdout:
         line = json.loads(text)
@@ -171,7 +171,9 @@ def serve(asked: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield line
         if line["t"] in last:
             request = next(waiting, None)
-            while request and request["op"] == "cancel":  # of what is over already: no answer comes
+            while (
+                request and request["op"] == "cancel"
+            ):  # the request has ended already, so there is no response
                 server.stdin.write(json.dumps(request) + "\n")
                 request = next(waiting, None)
             if request is None:

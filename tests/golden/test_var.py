@@ -1,5 +1,5 @@
-"""The folder of a studio that an older version left behind (tests/golden/var, made by tests/golden/make_var.py): this
-version starts on it, every page opens, the killed and the paused job go on, the models still write."""
+"""The data folder of an older version (tests/golden/var, created by tests/golden/make_var.py): this version starts with
+it, every page opens, the killed and the paused job continue, and the models still generate text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 from tests import hub_server
 from tests.golden import scenario, trainer
 from tests.golden.compare import EXPECTED
-from tests.golden.make_var import ARCHIVE, KILLED, PAUSED, TOLD, Studio
+from tests.golden.make_var import ARCHIVE, CONTENTS, KILLED, PAUSED, LocalStack
 from tests.golden.stack import Person, dynamodb_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -28,14 +28,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 @dataclass
 class Old:
-    """The studio, running on the old folder, and what its people know of it."""
+    """All processes, running with the old folder, and the ids, accounts and keys in it."""
 
-    studio: Studio
-    told: dict[str, Any]
+    stack: LocalStack
+    contents: dict[str, Any]
     ada: Person
     owner: Person
-    before: dict[int, str]  # losses of the killed job, as they were logged before its end
-    checkpoints: dict[int, Path]  # its checkpoints by step, as they lay in the object storage
+    before: dict[int, str]  # losses of the killed job that were stored before the kill
+    checkpoints: dict[int, Path]  # its checkpoints by step, copied from the object storage
 
 
 @pytest.fixture(scope="module")
@@ -43,40 +43,40 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Old]:
     folder = tmp_path_factory.mktemp("old")
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(folder)
-    told = json.loads(TOLD.read_text())
+    contents = json.loads(CONTENTS.read_text())
     with hub_server.running(scenario.repositories(folder / "hub")) as hub:
-        studio = Studio(folder, HF_ENDPOINT=hub.url)
-        checkpoints = copied_checkpoints(studio, told["jobs"]["killed"])
+        stack = LocalStack(folder, HF_ENDPOINT=hub.url)
+        checkpoints = copied_checkpoints(stack, contents["jobs"]["killed"])
         try:
-            studio.start()
-            before = losses(studio, told["jobs"]["killed"], epoch=1)
-            people = {name: enter(studio, account) for name, account in told["people"].items()}
-            yield Old(studio, told, people["ada"], people["owner"], before, checkpoints)
+            stack.start()
+            before = losses(stack, contents["jobs"]["killed"], epoch=1)
+            users = {name: enter(stack, account) for name, account in contents["users"].items()}
+            yield Old(stack, contents, users["ada"], users["owner"], before, checkpoints)
         finally:
-            studio.stop()
+            stack.stop()
 
 
-def enter(studio: Studio, account: dict[str, str]) -> Person:
-    """By the old password, and with the old key."""
-    person = Person(studio.url, account["email"], account["password"]).sign_in()
+def enter(stack: LocalStack, account: dict[str, str]) -> Person:
+    """With the old password and the old key."""
+    person = Person(stack.url, account["email"], account["password"]).sign_in()
     person.use_key(account["key"])
     return person
 
 
-def copied_checkpoints(studio: Studio, job_id: str) -> dict[int, Path]:
-    """Under the trainer's own names for them."""
-    found = {}
-    for manifest in (studio.var / f"objects/jobs/{job_id}").glob("e*/checkpoints/*/manifest.json"):
-        copy = studio.folder / "checkpoints" / manifest.parent.name
+def copied_checkpoints(stack: LocalStack, job_id: str) -> dict[int, Path]:
+    """Copies of the checkpoints, with the trainer's names."""
+    copies = {}
+    for manifest in (stack.var / f"objects/jobs/{job_id}").glob("e*/checkpoints/*/manifest.json"):
+        copy = stack.folder / "checkpoints" / manifest.parent.name
         shutil.copytree(manifest.parent, copy)
-        found[int(json.loads(manifest.read_text())["step"])] = copy
-    return found
+        copies[int(json.loads(manifest.read_text())["step"])] = copy
+    return copies
 
 
-def events(studio: Studio, job_id: str, epoch: int | None = None) -> list[dict[str, Any]]:
-    """As they are stored."""
-    secret = (studio.var / "dynamodb-secret").read_text().strip()
-    table = dynamodb_rows(studio.dynamodb_port, secret=secret)["llmtuner-EventChunk"]["rows"]
+def events(stack: LocalStack, job_id: str, epoch: int | None = None) -> list[dict[str, Any]]:
+    """The stored events."""
+    secret = (stack.var / "dynamodb-secret").read_text().strip()
+    table = dynamodb_rows(stack.dynamodb_port, secret=secret)["llmtuner-EventChunk"]["rows"]
     chunks = [
         row for row in table if row["job_id"]["S"] == job_id and epoch in (None, int(row["epoch"]["N"]))
     ]
@@ -84,9 +84,9 @@ def events(studio: Studio, job_id: str, epoch: int | None = None) -> list[dict[s
     return [json.loads(line) for chunk in chunks for line in json.loads(chunk["lines"]["S"])]
 
 
-def losses(studio: Studio, job_id: str, epoch: int | None = None) -> dict[int, str]:
-    """Of every logged step; the last word counts where a step was run twice."""
-    return trainer.losses(events(studio, job_id, epoch))
+def losses(stack: LocalStack, job_id: str, epoch: int | None = None) -> dict[int, str]:
+    """The loss of each step; the last one if a step ran twice."""
+    return trainer.losses(events(stack, job_id, epoch))
 
 
 # ---- pages ----------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def losses(studio: Studio, job_id: str, epoch: int | None = None) -> dict[int, s
 def test_every_page_that_is_linked_opens(old: Old):
     opened, broken = crawl(old.ada)
     assert not broken
-    wanted = [*old.told["jobs"].values(), *lasting_files(old).values(), *old.told["models"].values()]
+    wanted = [*old.contents["jobs"].values(), *lasting_files(old).values(), *old.contents["models"].values()]
     assert [id for id in wanted if not any(id in path for path in opened)] == []
     opened, broken = crawl(old.owner)
     assert not broken
@@ -103,12 +103,12 @@ def test_every_page_that_is_linked_opens(old: Old):
 
 
 def lasting_files(old: Old) -> dict[str, str]:
-    """One was uploaded to be deleted after thirty days, which may be over."""
-    return {name: id for name, id in old.told["files"].items() if name != "expiring"}
+    """All files except the one that expires after thirty days."""
+    return {name: id for name, id in old.contents["files"].items() if name != "expiring"}
 
 
 def crawl(person: Person) -> tuple[set[str], dict[str, int]]:
-    """Every address that pages link to, from the first one on: (those that opened, those that did not)."""
+    """Follows all links, starting at the first page. Returns (URLs that opened, status codes of those that did not)."""
     client = httpx.Client(
         base_url=person.url, cookies=person.browser.cookies, follow_redirects=True, timeout=120
     )
@@ -118,17 +118,17 @@ def crawl(person: Person) -> tuple[set[str], dict[str, int]]:
         waiting.append("/admin/")
     while waiting:
         path = waiting.pop()
-        page = re.sub(r"=[^&]*", "=", path)  # one of those that differ in what a parameter says
+        page = re.sub(r"=[^&]*", "=", path)  # only one of the URLs that differ in the values of parameters
         if page in seen or re.search(NOT_FOLLOWED, path):
             continue
         seen.add(page)
-        answer = client.get(path)
-        if answer.status_code != 200:
-            broken[path] = answer.status_code
+        response = client.get(path)
+        if response.status_code != 200:
+            broken[path] = response.status_code
             continue
         opened.add(path)
-        if "text/html" in answer.headers.get("content-type", ""):
-            for link in re.findall(r'(?:href|hx-get|src)="([^"#]+)', answer.text):
+        if "text/html" in response.headers.get("content-type", ""):
+            for link in re.findall(r'(?:href|hx-get|src)="([^"#]+)', response.text):
                 parts = urlsplit(html.unescape(link))
                 if not parts.netloc and not parts.scheme:
                     query = f"?{parts.query}" if parts.query else ""
@@ -139,17 +139,17 @@ def crawl(person: Person) -> tuple[set[str], dict[str, int]]:
 NOT_FOLLOWED = r"/static/|logout|/v1|^/admin/(?!$|jobs/)"
 
 
-def test_no_recorded_address_answers_with_an_error_of_ours(old: Old):
-    """Each of expected/addresses.txt, filled with what is in the folder; some take only what pages post."""
+def test_no_recorded_url_returns_a_server_error(old: Old):
+    """Each URL of expected/addresses.txt, with ids from the folder; some accept only POST."""
     ids = {
-        "job_id": old.told["jobs"]["full"],
-        "dataset_id": old.told["files"]["train"],
-        "file_id": old.told["files"]["train"],
-        "model_id": old.told["models"]["full"],
-        "model": old.told["models"]["lora"],
-        "webhook_endpoint_id": old.told["hook"],
+        "job_id": old.contents["jobs"]["full"],
+        "dataset_id": old.contents["files"]["train"],
+        "file_id": old.contents["files"]["train"],
+        "model_id": old.contents["models"]["full"],
+        "model": old.contents["models"]["lora"],
+        "webhook_endpoint_id": old.contents["hook"],
         "upload_id": "upload-none",
-        "owner": old.ada.job(old.told["jobs"]["full"])["organization_id"],
+        "owner": old.ada.job(old.contents["jobs"]["full"])["organization_id"],
     } | dict.fromkeys(("pk", "number"), "1") | dict.fromkeys(("token", "filename"), "none")  # fmt: skip
     statuses = {}
     for line in (EXPECTED / "addresses.txt").read_text().splitlines():
@@ -158,8 +158,8 @@ def test_no_recorded_address_answers_with_an_error_of_ours(old: Old):
             continue
         path = re.sub(r"<(?:\w+:)?(\w+)>", lambda match: ids[match[1]], address)
         for person in (old.ada, old.owner):
-            answer = person.api.get(f"{person.url}{path}") if path.startswith("/v1") else person.get(path)
-            statuses[f"{path} for {person.email}"] = answer.status_code
+            response = person.api.get(f"{person.url}{path}") if path.startswith("/v1") else person.get(path)
+            statuses[f"{path} for {person.email}"] = response.status_code
     assert {path: status for path, status in statuses.items() if status >= 500} == {}
     assert sum(status == 200 for status in statuses.values()) > 40
 
@@ -167,61 +167,61 @@ def test_no_recorded_address_answers_with_an_error_of_ours(old: Old):
 # ---- what is stored ---------------------------------------------------------------------------------------------------
 
 
-def test_files_jobs_and_models_are_there(old: Old):
+def test_files_jobs_and_models_still_exist(old: Old):
     statuses = {name: old.ada.file(id)["status"] for name, id in lasting_files(old).items()}
     assert statuses.pop("rejected") == "error"
     assert set(statuses.values()) == {"processed"}
-    jobs = {name: old.ada.job(old.told["jobs"][name])["status"] for name in ("full", "lora", "failed")}
+    jobs = {name: old.ada.job(old.contents["jobs"][name])["status"] for name in ("full", "lora", "failed")}
     assert jobs == {"full": "succeeded", "lora": "succeeded", "failed": "failed"}
     models = {model["id"] for model in old.ada.call("GET", "models")["data"]}
-    assert {*old.told["models"].values()} <= models
+    assert {*old.contents["models"].values()} <= models
     hooks = [hook["id"] for hook in old.ada.call("GET", "webhook_endpoints")["data"]]
-    assert hooks == [old.told["hook"]]
+    assert hooks == [old.contents["hook"]]
 
 
-def test_a_submission_sent_again_is_still_the_same_job(old: Old):
-    """By its idempotency key, whose row keeps a hash of what was asked."""
-    things = scenario.Things(files=old.told["files"])
-    again = scenario.submit(old.ada, things, "killed", scenario.TINY, KILLED)
-    assert again == old.told["jobs"]["killed"]
+def test_a_repeated_submission_still_returns_the_same_job(old: Old):
+    """By its idempotency key, whose row keeps a hash of the request."""
+    resources = scenario.Resources(files=old.contents["files"])
+    again = scenario.submit(old.ada, resources, "killed", scenario.TINY, KILLED)
+    assert again == old.contents["jobs"]["killed"]
 
 
-def test_models_write(old: Old):
-    full, lora = old.told["models"]["full"], old.told["models"]["lora"]
-    checkpoint = old.ada.checkpoints(old.told["jobs"]["full"])[-1]["fine_tuned_model_checkpoint"]
+def test_models_still_generate_text(old: Old):
+    full, lora = old.contents["models"]["full"], old.contents["models"]["lora"]
+    checkpoint = old.ada.checkpoints(old.contents["jobs"]["full"])[-1]["fine_tuned_model_checkpoint"]
     for model in (full, lora, checkpoint, scenario.OLD_NAME):
         body = {"model": model, "prompt": "the cat", "max_tokens": 4, "seed": 1}
         assert old.ada.call("POST", "completions", json=body)["usage"]["completion_tokens"] > 0, model
 
 
-def test_the_killed_job_goes_on_as_if_nothing_had_been(old: Old):
-    job_id = old.told["jobs"]["killed"]
+def test_the_killed_job_continues_as_if_it_had_not_been_interrupted(old: Old):
+    job_id = old.contents["jobs"]["killed"]
     job = old.ada.wait_for_job(job_id, "succeeded")
     settings = job["llmtuner"]["plan"]["settings"]
-    after = losses(old.studio, job_id)
+    after = losses(old.stack, job_id)
     assert sorted(after) == list(range(1, KILLED["max_steps"] + 1))
-    start = next(event["step"] for event in events(old.studio, job_id) if event["t"] == "resumed")
+    start = next(event["step"] for event in events(old.stack, job_id) if event["t"] == "resumed")
     checkpoint = old.checkpoints[start]
     stored = json.loads((checkpoint / "manifest.json").read_text())
 
-    # On this machine from the same checkpoint, in one go: equal to the bit, on whatever processor it was made.
+    # Resumed on this machine from the same checkpoint, without interruption: equal bit for bit, whatever CPU wrote it.
     run = run_file(old, settings, job_id)
-    code, told = trainer.train(run | {"resume_from": str(checkpoint)}, old.studio.folder / "resumed")
+    code, emitted = trainer.train(run | {"resume_from": str(checkpoint)}, old.stack.folder / "resumed")
     assert code == 0
-    resumed = trainer.losses(told)
+    resumed = trainer.losses(emitted)
     assert resumed == {step: loss for step, loss in after.items() if step > start}
 
-    # Uninterrupted from the first step: to the bit too, if this processor computes as the one that made the checkpoint.
-    code, told = trainer.train(run, old.studio.folder / "whole")
+    # Uninterrupted from the first step: equal bit for bit too, if this CPU rounds like the one that wrote the checkpoint.
+    code, emitted = trainer.train(run, old.stack.folder / "whole")
     assert code == 0
-    whole = trainer.losses(told)
-    twin = json.loads((Path(trainer.newest(told)) / "manifest.json").read_text())
+    whole = trainer.losses(emitted)
+    twin = json.loads((Path(trainer.newest(emitted)) / "manifest.json").read_text())
     known = {step: loss for step, loss in old.before.items() if step <= start}
     if twin["environment"] == stored["environment"] and all(
         whole[step] == loss for step, loss in known.items()
     ):
         assert after == whole
-    else:  # roundings differ, and what follows from them grows with the steps
+    else:  # rounding differs, and the differences grow with the steps
         near = [step for step in known if step <= 50]
         assert near
         for step in near:
@@ -229,21 +229,21 @@ def test_the_killed_job_goes_on_as_if_nothing_had_been(old: Old):
 
 
 def run_file(old: Old, settings: dict[str, Any], job_id: str) -> dict[str, Any]:
-    """What the worker gave the trainer: the settings as asked, and the resolved ones that depend on the machine."""
-    folder = old.studio.folder / "twin"
+    """The run file of the worker: the requested settings, and the resolved ones that depend on the machine."""
+    folder = old.stack.folder / "twin"
     run = trainer.lay_out(folder)
-    asked = {**KILLED, "micro_batch_tokens": settings["micro_batch_tokens"]}
-    return run | {"job": job_id, "settings": asked}
+    requested = {**KILLED, "micro_batch_tokens": settings["micro_batch_tokens"]}
+    return run | {"job": job_id, "settings": requested}
 
 
 def test_the_paused_job_can_be_resumed(old: Old):
-    job_id = old.told["jobs"]["paused"]
+    job_id = old.contents["jobs"]["paused"]
     assert old.ada.job(job_id)["llmtuner"]["status"] == "paused"
-    before = losses(old.studio, job_id)
+    before = losses(old.stack, job_id)
     old.ada.call("POST", f"fine_tuning/jobs/{job_id}/resume")
     old.ada.wait_for_job(job_id, "succeeded")
-    resumed = [event for event in events(old.studio, job_id) if event["t"] == "resumed"]
-    assert resumed[0]["step"] == max(before)  # a pause ends with a checkpoint, so no step is run twice
-    after = losses(old.studio, job_id)
+    resumed = [event for event in events(old.stack, job_id) if event["t"] == "resumed"]
+    assert resumed[0]["step"] == max(before)  # a pause ends with a checkpoint, so no step runs twice
+    after = losses(old.stack, job_id)
     assert before.items() <= after.items()
     assert sorted(after) == list(range(1, PAUSED["max_steps"] + 1))

@@ -1,4 +1,4 @@
-"""The trainer as a program over a tiny base model that is stored beside this file: two layers, 293 words."""
+"""Runs the trainer as a program with a tiny base model stored beside this file: two layers, 293 tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Event = dict[str, Any]
 
 
 def rows(n: int = 60) -> bytes:
-    """The same rows always: hashes of the data are recorded."""
+    """Always the same rows: hashes of the data are recorded."""
     pairs = (
         {
             "prompt": " ".join(WORDS[(i * 3 + j) % 11] for j in range(2 + i % 5)),
@@ -29,7 +29,7 @@ def rows(n: int = 60) -> bytes:
 
 
 def lay_out(folder: Path, **settings: Any) -> dict[str, Any]:
-    """A run file without its work folder."""
+    """Writes the training file. Returns a run file without its work folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "train.jsonl").write_bytes(rows())
     chosen = {
@@ -53,12 +53,12 @@ def lay_out(folder: Path, **settings: Any) -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """One thread on a processor, wherever the tests run."""
+    """One CPU thread and no GPU, wherever the tests run."""
     return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def train(run: dict[str, Any], work: Path, stop_at: int | None = None) -> tuple[int, list[Event]]:
-    """(exit code, events). `stop_at` sends SIGTERM once that step is told."""
+    """Returns (exit code, events). Sends SIGTERM after the metric event of step `stop_at`."""
     work.mkdir(parents=True, exist_ok=True)
     config = work / "run.json"
     config.write_text(json.dumps(run | {"work_dir": str(work)}))
@@ -71,19 +71,19 @@ def train(run: dict[str, Any], work: Path, stop_at: int | None = None) -> tuple[
         stderr=(work / "stderr.log").open("wb"),
     )
     assert process.stdout
-    told: list[Event] = []
+    events: list[Event] = []
     for line in process.stdout:
-        told.append(json.loads(line))
-        if stop_at is not None and told[-1].get("t") == "metric" and told[-1].get("step") == stop_at:
+        events.append(json.loads(line))
+        if stop_at is not None and events[-1].get("t") == "metric" and events[-1].get("step") == stop_at:
             process.send_signal(signal.SIGTERM)
     assert process.stdin
     process.stdin.close()
-    return process.wait(), told
+    return process.wait(), events
 
 
-def losses(told: list[Event]) -> dict[int, str]:
-    return {event["step"]: event["loss_hex"] for event in told if event["t"] == "metric"}
+def losses(events: list[Event]) -> dict[int, str]:
+    return {event["step"]: event["loss_hex"] for event in events if event["t"] == "metric"}
 
 
-def newest(told: list[Event]) -> str:
-    return next(str(event["path"]) for event in reversed(told) if event["t"] == "checkpoint")
+def newest(events: list[Event]) -> str:
+    return next(str(event["path"]) for event in reversed(events) if event["t"] == "checkpoint")

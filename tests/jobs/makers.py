@@ -1,8 +1,10 @@
-"""Small makers of rows, with plain arguments."""
+"""Factories of stored rows, with plain arguments."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from django.core.files.storage import Storage, storages
 
 from jobs.datasets import datasets
 from jobs.lifecycle import transitions
@@ -52,14 +54,25 @@ def checkpoint(claim: Claim, step: int, **fields: Any) -> dict[str, Any]:
 
 
 def read(job: Job) -> Job:
-    found = tables.get(Job, job.owner, job.job_id)
-    assert found is not None
-    return found
+    row = tables.get(Job, job.owner, job.job_id)
+    assert row is not None
+    return row
 
 
 def result(claim: Claim) -> dict[str, Any]:
     files = [{"name": "config.json", "bytes": 2, "sha256": "0" * 64}]
     return {"prefix": f"{claim.prefix}final", "files": files, "step": 3, "metrics": {"loss": 1.5}}
+
+
+def make_s3_storage(port: int, key: str, secret: str) -> Storage:
+    options = {
+        "bucket_name": "bucket",
+        "endpoint_url": f"http://127.0.0.1:{port}",
+        "access_key": key,
+        "secret_key": secret,
+        "region_name": "us-east-1",
+    }
+    return storages.create_storage({"BACKEND": "storages.backends.s3.S3Storage", "OPTIONS": options})
 
 
 def finish_upload(dataset: Dataset) -> None:

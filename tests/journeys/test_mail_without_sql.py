@@ -1,13 +1,13 @@
-"""Workers have no SQL: a started one whose database can't be reached checks a file and sends the mail about a job."""
+"""Workers do not use SQL: started with an unreachable database, they check a dataset and send the email about a job."""
 
 from __future__ import annotations
 
 import os
 import socketserver
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email import message_from_string
+from typing import Any
 
 import pytest
 from django.urls import reverse
@@ -15,17 +15,28 @@ from django.urls import reverse
 from jobs.datasets import datasets
 from jobs.lifecycle import transitions
 from jobs.store import access, tables
-from jobs.store.tables import Dataset, WebhookDelivery
+from jobs.store.tables import WebhookDelivery
 from tests.conftest import Studio
 from tests.factories import browser_of, make_user
 from tests.jobs.views.makers import make_dataset
+from tests.services import wait_until
 
 pytestmark = pytest.mark.slow
 NOWHERE = "postgres://nobody:nothing@127.0.0.1:1/none"  # nothing listens on port 1
 
 
-class Session(socketserver.StreamRequestHandler):
-    """As much of SMTP as a client needs to hand over a message."""
+class SmtpServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), SmtpHandler)
+        self.received: list[str] = []
+
+
+class SmtpHandler(socketserver.StreamRequestHandler):
+    """The part of SMTP that a client needs to deliver a message."""
+
+    server: SmtpServer
 
     def handle(self) -> None:
         self.wfile.write(b"220 mail.example\r\n")
@@ -34,17 +45,15 @@ class Session(socketserver.StreamRequestHandler):
             if word == b"DATA":
                 self.wfile.write(b"354 go on\r\n")
                 message = b"".join(iter(self.rfile.readline, b".\r\n"))
-                self.server.received.append(message.decode())  # type: ignore[attr-defined]
+                self.server.received.append(message.decode())
             self.wfile.write(b"221 bye\r\n" if word == b"QUIT" else b"250 ok\r\n")
             if word == b"QUIT":
                 return
 
 
 @pytest.fixture
-def mail_server() -> Iterator[socketserver.ThreadingTCPServer]:
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Session) as server:
-        server.daemon_threads = True
-        server.received = []  # type: ignore[attr-defined]
+def mail_server() -> Iterator[SmtpServer]:
+    with SmtpServer() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -61,12 +70,8 @@ def workers(stores, folder, monkeypatch, mail_server) -> Iterator[Studio]:
     studio.stop()
 
 
-def wait(studio: Studio, is_so) -> None:
-    for _ in range(900):
-        if is_so():
-            return
-        time.sleep(0.1)
-    raise AssertionError("\n".join(studio.log(name)[-2000:] for name in studio.processes))
+def wait_for(studio: Studio, condition: Callable[[], Any]) -> None:
+    wait_until(condition, 120, lambda: "\n".join(studio.log(name)[-2000:] for name in studio.processes))
 
 
 def test_a_worker_without_sql_checks_files_and_sends_mail(workers: Studio, mail_server, db):
@@ -77,18 +82,18 @@ def test_a_worker_without_sql_checks_files_and_sends_mail(workers: Studio, mail_
     )
     (job,) = access.list_jobs(alice.owner_id).rows
     transitions.set_desired(alice.owner_id, job.job_id, "cancel")
-    wait(workers, lambda: mail_server.received)
+    wait_for(workers, lambda: mail_server.received)
     message = message_from_string(mail_server.received[0])
     assert message["To"] == alice.email
     assert job.job_id in mail_server.received[0]
 
-    def status() -> str:
+    def delivery_status() -> str:
         row = tables.get(WebhookDelivery, alice.owner_id, f"{job.job_id}#cancelled#email")
         return row.status if row else ""
 
-    wait(workers, lambda: status() == "sent")
+    wait_for(workers, lambda: delivery_status() == "sent")
     dataset = datasets.receive(
         alice.owner_id, "a.jsonl", iter([b'{"prompt": "a", "completion": "b"}\n' * 20])
     )
-    wait(workers, lambda: tables.get(Dataset, alice.owner_id, dataset.dataset_id).status == "ready")
+    wait_for(workers, lambda: access.get_dataset_for(alice.owner_id, dataset.dataset_id).status == "ready")
     assert len(mail_server.received) == 1

@@ -1,4 +1,4 @@
-"""What belongs to somebody else does not exist: every address, asked by the wrong person."""
+"""Objects of another user do not exist: every URL, requested by the wrong user."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POSTS = {
     "begin_upload", "upload_links", "complete_upload", "cancel_upload",
 }  # fmt: skip
 PUTS = {"upload_part"}
-# A signed link is its own permission: tests/jobs asks those.
+# A signed link is its own permission; tests/jobs tests those.
 NAMES = [p.name for p in urlpatterns if "token" not in p.pattern.converters]
 
 
@@ -29,11 +29,10 @@ def parameter(name: str) -> str | None:
 
 
 def address_of(name: str, *args: str) -> str:
-    """Of a part of an upload, the first."""
-    return reverse(f"jobs:{name}", args=[*args, 1] if name in PUTS else args)
+    return reverse(f"jobs:{name}", args=[*args, 1] if name in PUTS else args)  # part 1 of an upload
 
 
-def ask(client: Client, name: str, *args: str):
+def request(client: Client, name: str, *args: str):
     address = address_of(name, *args)
     if name in PUTS:
         return client.put(address)
@@ -41,7 +40,7 @@ def ask(client: Client, name: str, *args: str):
 
 
 @pytest.fixture
-def things(alice: User) -> dict[str, str]:
+def objects(alice: User) -> dict[str, str]:
     return {
         "dataset_id": make_dataset(alice.owner_id).dataset_id,
         "job_id": make_job(alice.owner_id, "succeeded").job_id,
@@ -52,57 +51,57 @@ def things(alice: User) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if parameter(name)])
-def test_bob_gets_404_for_what_is_alices(bobs: Client, things: dict[str, str], name: str) -> None:
-    answer = ask(bobs, name, things[parameter(name) or ""])
-    unknown = ask(bobs, name, "there-is-none")
-    assert answer.status_code == unknown.status_code == 404
+def test_bob_gets_404_for_what_is_alices(bobs: Client, objects: dict[str, str], name: str) -> None:
+    response = request(bobs, name, objects[parameter(name) or ""])
+    unknown = request(bobs, name, "does-not-exist")
+    assert response.status_code == unknown.status_code == 404
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_visitor_is_sent_to_sign_in(client: Client, things: dict[str, str], name: str) -> None:
+def test_a_visitor_is_redirected_to_sign_in(client: Client, objects: dict[str, str], name: str) -> None:
     kind = parameter(name)
-    answer = ask(client, name, *([things[kind]] if kind else []))
-    assert answer.status_code == 302
-    assert answer["Location"].startswith("/accounts/login/")
+    response = request(client, name, *([objects[kind]] if kind else []))
+    assert response.status_code == 302
+    assert response["Location"].startswith("/accounts/login/")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_other_methods_are_refused(alices: Client, things: dict[str, str], name: str) -> None:
+def test_other_methods_are_refused(alices: Client, objects: dict[str, str], name: str) -> None:
     kind = parameter(name)
-    address = address_of(name, *([things[kind]] if kind else []))
+    address = address_of(name, *([objects[kind]] if kind else []))
     assert alices.delete(address).status_code == 405
     if name in POSTS | PUTS:
         assert alices.get(address).status_code == 405
 
 
 @pytest.mark.parametrize("name", sorted(POSTS | PUTS))
-def test_a_post_without_its_token_is_refused(alice: User, things: dict[str, str], name: str) -> None:
+def test_a_post_without_a_csrf_token_is_refused(alice: User, objects: dict[str, str], name: str) -> None:
     strict = Client(enforce_csrf_checks=True)
     strict.force_login(alice, backend="allauth.account.auth_backends.AuthenticationBackend")
     kind = parameter(name)
-    assert ask(strict, name, *([things[kind]] if kind else [])).status_code == 403
+    assert request(strict, name, *([objects[kind]] if kind else [])).status_code == 403
 
 
-def test_alice_gets_all_her_pages(alices: Client, things: dict[str, str]) -> None:
+def test_alice_gets_all_her_pages(alices: Client, objects: dict[str, str]) -> None:
     for name in NAMES:
         kind = parameter(name)
         if name not in POSTS | PUTS:
-            assert ask(alices, name, *([things[kind]] if kind else [])).status_code in (200, 302), name
+            assert request(alices, name, *([objects[kind]] if kind else [])).status_code in (200, 302), name
 
 
-def test_bobs_lists_hold_nothing_of_alices(bobs: Client, alice: User) -> None:
+def test_bobs_lists_contain_nothing_of_alices(bobs: Client, alice: User) -> None:
     make_dataset(alice.owner_id, name="canary.jsonl")
     make_job(alice.owner_id, name="canary job")
     make_model(alice.owner_id, name="canary model")
     for name in ("datasets", "jobs", "models", "playground", "new_job"):
-        assert b"canary" not in ask(bobs, name).content
+        assert b"canary" not in request(bobs, name).content
 
 
-def test_bob_cannot_start_a_job_with_alices_data(bobs: Client, things: dict[str, str]) -> None:
-    answer = bobs.post(reverse("jobs:new_job"), {"dataset": things["dataset_id"], "base": "starter"})
-    assert answer.status_code == 422
-    assert b"This dataset was deleted" in answer.content or b"Upload a dataset first" in answer.content
+def test_bob_cannot_start_a_job_with_alices_data(bobs: Client, objects: dict[str, str]) -> None:
+    response = bobs.post(reverse("jobs:new_job"), {"dataset": objects["dataset_id"], "base": "starter"})
+    assert response.status_code == 422
+    assert b"This dataset was deleted" in response.content or b"Upload a dataset first" in response.content
 
 
-def test_bob_cannot_clone_alices_job(bobs: Client, things: dict[str, str]) -> None:
-    assert bobs.get(reverse("jobs:new_job"), {"clone": things["job_id"]}).status_code == 404
+def test_bob_cannot_clone_alices_job(bobs: Client, objects: dict[str, str]) -> None:
+    assert bobs.get(reverse("jobs:new_job"), {"clone": objects["job_id"]}).status_code == 404

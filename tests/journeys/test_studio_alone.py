@@ -1,7 +1,7 @@
-"""A started studio among others: a second bin/up, other accounts of the machine, damaged data, a full disk.
+"""A studio on a shared machine: a second bin/up, other accounts, damaged data, a full disk.
 
-One studio serves all of these. Its folder is as an earlier version could leave it: open to everybody, and with Redis's
-file damaged in the middle. Two bin/up were started in it at the same moment.
+All tests share one studio. Its folder is as an earlier version could have left it: readable by everybody, and with a Redis
+file that is damaged in the middle. Two bin/up were started in it at the same time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from botocore.exceptions import ClientError
 
 from llmtuner.processes import QUEUES
 from tests import services
-from tests.journeys.test_studio import House
+from tests.journeys.local_stack import LocalStack, free_ports
 
 pytestmark = pytest.mark.slow
 NOBODY = 65534
@@ -50,29 +51,25 @@ def damage(folder: Path) -> None:
     path.write_bytes(data)
 
 
-def studio_command(house: House, **environment: str) -> dict[str, Any]:
+def command_of(stack: LocalStack, **environment: str) -> dict[str, Any]:
     return {
         "args": [sys.executable, "-m", "llmtuner.local_stack", "--no-sample"],
         "cwd": services.ROOT,
-        "env": house.env | environment,
+        "env": stack.env | environment,
         "umask": 0o022,
     }
 
 
-def other_ports() -> dict[str, str]:
-    return {name: str(services.free_port()) for name in ("WEB_PORT", "DYNAMODB_PORT", "REDIS_PORT")}
-
-
-class Started(House):
-    refused: str  # what the one that was second said
+class SharedStack(LocalStack):
+    refused_output: str  # of the second bin/up
 
     @property
     def var(self) -> Path:
         return self.folder / "var"
 
     def pids(self) -> dict[int, str]:
-        """bin/up and every process below it, with its command line. Not by the folder in their environment: Redis writes
-        its title over that."""
+        """bin/up and all its descendants, with their command lines. Not found by the folder in their environment, because
+        Redis overwrites that with its process title."""
         assert self.process
         parents, commands = {}, {}
         for path in Path("/proc").glob("[0-9]*"):
@@ -81,11 +78,11 @@ class Started(House):
                 commands[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
             except OSError:
                 continue
-        found, rest = set(), {self.process.pid}
-        while rest:
-            found |= rest
-            rest = {pid for pid, parent in parents.items() if parent in rest}
-        return {pid: commands[pid] for pid in found if pid in commands}
+        descendants, generation = set(), {self.process.pid}
+        while generation:
+            descendants |= generation
+            generation = {pid for pid, parent in parents.items() if parent in generation}
+        return {pid: commands[pid] for pid in descendants if pid in commands}
 
     def status(self) -> int:
         url = f"http://127.0.0.1:{self.env['WEB_PORT']}/readyz"
@@ -93,39 +90,39 @@ class Started(House):
 
 
 @pytest.fixture(scope="module")
-def house() -> Iterator[Started]:
+def local_stack() -> Iterator[SharedStack]:
     folder = Path(tempfile.mkdtemp(prefix="llmtuner-alone-"))
-    folder.chmod(0o755)  # everybody may come as far as var/
-    house = Started(folder)
-    house.var.mkdir(mode=0o755)
-    house.var.chmod(0o755)
-    damage(house.var / "redis")
-    rivals = []
-    for number, ports in enumerate((house.env, house.env | other_ports())):
+    folder.chmod(0o755)  # everybody may reach var/
+    stack = SharedStack(folder)
+    stack.var.mkdir(mode=0o755)
+    stack.var.chmod(0o755)
+    damage(stack.var / "redis")
+    started = []
+    for number, ports in enumerate((stack.env, stack.env | free_ports())):
         log = (folder / f"up-{number}.log").open("wb")
-        command = studio_command(house, **ports)
+        command = command_of(stack, **ports)
         process = subprocess.Popen(**command, stdout=log, stderr=log, start_new_session=True)
-        rivals.append((process, Path(log.name), ports))
+        started.append((process, Path(log.name), ports))
         log.close()
     try:
         deadline = time.monotonic() + 300
-        while not any("Serving" in path.read_text() for _, path, _ in rivals) or all(
-            process.poll() is None for process, _, _ in rivals
+        while not any("Serving" in path.read_text() for _, path, _ in started) or all(
+            process.poll() is None for process, _, _ in started
         ):
-            said = "\n".join(path.read_text() for _, path, _ in rivals)
-            assert any(process.poll() is None for process, _, _ in rivals), said
-            assert time.monotonic() < deadline, said
+            logs = "\n".join(path.read_text() for _, path, _ in started)
+            assert any(process.poll() is None for process, _, _ in started), logs
+            assert time.monotonic() < deadline, logs
             time.sleep(0.2)
-        for process, path, ports in rivals:
+        for process, path, ports in started:
             if process.poll() is None:
-                house.process, house.env = process, ports
+                stack.process, stack.env = process, ports
                 (folder / "up.log").symlink_to(path)
             else:
                 assert process.returncode == 1
-                house.refused = path.read_text()
-        yield house
+                stack.refused_output = path.read_text()
+        yield stack
     finally:
-        for process, _, _ in rivals:
+        for process, _, _ in started:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
                 try:
@@ -137,7 +134,7 @@ def house() -> Iterator[Started]:
 
 
 def as_nobody(work: Callable[[], Any]) -> Any:
-    """What `work` returns in a process of another account; in one of our own, where we may not change it."""
+    """What `work` returns in a child process of another account. Without root it runs as our own account."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -146,63 +143,77 @@ def as_nobody(work: Callable[[], Any]) -> Any:
                 os.setgroups([])
                 os.setgid(NOBODY)
                 os.setuid(NOBODY)
-            answer: Any = work()
-        except BaseException as e:  # told to the parent, whatever it is
-            answer = f"{type(e).__name__}: {e}"
-        os.write(write, json.dumps(answer).encode())
+            result: Any = work()
+        except BaseException as e:  # the parent gets any error
+            result = f"{type(e).__name__}: {e}"
+        os.write(write, json.dumps(result).encode())
         os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
-        answer = json.loads(pipe.read())
+        result = json.loads(pipe.read())
     os.waitpid(pid, 0)
-    return answer
+    return result
 
 
-def test_of_two_started_at_the_same_moment_one_runs_and_the_other_says_so(house: Started):
-    assert house.process
-    assert f"Another bin/up is already running in {house.var}: process {house.process.pid}" in house.refused
-    assert "Traceback" not in house.refused
-    assert house.status() == 200
+def test_of_two_started_at_once_one_runs_and_the_other_is_refused(local_stack: SharedStack):
+    assert local_stack.process
+    assert (
+        f"Another bin/up is already running in {local_stack.var}: process {local_stack.process.pid}"
+        in local_stack.refused_output
+    )
+    assert "Traceback" not in local_stack.refused_output
+    assert local_stack.status() == 200
 
 
 @pytest.mark.parametrize("ports", ["the same ports", "other ports"])
-def test_a_second_one_is_refused_and_the_first_goes_on(house: Started, ports: str):
-    assert house.process
-    lasting = ("llmtuner", "redis-server", "dynalite")  # a worker's trainers come and go
-    before, written = house.pids(), (house.var / "supervisord.conf").read_bytes()
+def test_a_second_one_is_refused_and_the_first_keeps_running(local_stack: SharedStack, ports: str):
+    assert local_stack.process
+    lasting = (
+        "llmtuner",
+        "redis-server",
+        "dynalite",
+    )  # other processes, such as trainers, may end at any time
+    before, written = local_stack.pids(), (local_stack.var / "supervisord.conf").read_bytes()
     second = subprocess.run(
-        **studio_command(house, **(other_ports() if ports == "other ports" else {})),
+        **command_of(local_stack, **(free_ports() if ports == "other ports" else {})),
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert second.returncode == 1
-    assert f"process {house.process.pid} at http://localhost:{house.env['WEB_PORT']}" in second.stderr
+    assert (
+        f"process {local_stack.process.pid} at http://localhost:{local_stack.env['WEB_PORT']}"
+        in second.stderr
+    )
     assert "Traceback" not in second.stderr
-    after = house.pids()
+    after = local_stack.pids()
     assert {pid for pid, command in before.items() if any(word in command for word in lasting)} <= set(after)
-    assert (house.var / "supervisord.conf").read_bytes() == written
-    assert house.status() == 200
+    assert (local_stack.var / "supervisord.conf").read_bytes() == written
+    assert local_stack.status() == 200
 
 
-def test_nothing_in_the_folder_is_open_to_others(house: Started):
-    files = [path for path in (house.var, *house.var.rglob("*")) if path.exists() and not path.is_symlink()]
+def test_other_accounts_have_no_permissions_in_the_folder(local_stack: SharedStack):
+    files = [
+        path
+        for path in (local_stack.var, *local_stack.var.rglob("*"))
+        if path.exists() and not path.is_symlink()
+    ]
     damaged = {
         path for path in files if any("redis-damaged" in part for part in path.parts)
-    }  # an older version's
-    found = {
+    }  # of an earlier version
+    accessible = {
         str(path): oct(path.stat().st_mode)
         for path in files
         if path not in damaged and path.stat().st_mode & 0o077
     }
-    assert (house.var / "db.sqlite3") in files
-    assert found == {}
+    assert (local_stack.var / "db.sqlite3") in files
+    assert accessible == {}
 
 
-def test_every_process_writes_for_its_own_account_only(house: Started):
+def test_every_process_creates_private_files(local_stack: SharedStack):
     masks = {}
-    for pid, command in house.pids().items():
-        with contextlib.suppress(OSError):  # one that ended just now
+    for pid, command in local_stack.pids().items():
+        with contextlib.suppress(OSError):  # it ended in the meantime
             status = Path(f"/proc/{pid}/status").read_text()
             masks[command] = next(
                 (line.split()[1] for line in status.splitlines() if line.startswith("Umask:")), "0077"
@@ -212,18 +223,22 @@ def test_every_process_writes_for_its_own_account_only(house: Started):
     assert set(masks.values()) == {"0077"}, masks
 
 
+def read_hex(path: Path) -> str:
+    return path.read_bytes().hex()
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another account")
-def test_another_account_reads_nothing(house: Started):
-    assert as_nobody(lambda: os.listdir(house.folder))  # so far it may come
+def test_another_account_can_read_nothing(local_stack: SharedStack):
+    assert as_nobody(lambda: os.listdir(local_stack.folder))  # it can reach this far
     for name in ("db.sqlite3", "secret-key", "redis-password", "dynamodb-secret", "logs/web.log"):
-        assert (house.var / name).exists()
-        answer = as_nobody(lambda name=name: (house.var / name).read_bytes().hex())
-        assert answer.startswith("PermissionError"), answer
-    assert as_nobody(lambda: os.listdir(house.var)).startswith("PermissionError")
+        assert (local_stack.var / name).exists()
+        result = as_nobody(partial(read_hex, local_stack.var / name))
+        assert result.startswith("PermissionError"), result
+    assert as_nobody(lambda: os.listdir(local_stack.var)).startswith("PermissionError")
 
 
-def test_the_embedded_dynamodb_answers_nobody_who_does_not_know_its_secret(house: Started):
-    url = f"http://127.0.0.1:{house.env['DYNAMODB_PORT']}/"
+def test_the_embedded_dynamodb_refuses_requests_without_its_secret(local_stack: SharedStack):
+    url = f"http://127.0.0.1:{local_stack.env['DYNAMODB_PORT']}/"
     scope = "local/20260101/us-east-1/dynamodb/aws4_request"
     forged = f"AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host;x-amz-date, Signature={'0' * 64}"
     headers = {
@@ -232,59 +247,62 @@ def test_the_embedded_dynamodb_answers_nobody_who_does_not_know_its_secret(house
         "X-Amz-Date": "20260101T000000Z",
     }
 
-    def ask(**more: str) -> str:
+    def list_tables(**more: str) -> str:
         request = urllib.request.Request(url, b"{}", headers | more)
         try:
             return str(urllib.request.urlopen(request, timeout=20).read())
         except urllib.error.HTTPError as e:
             return json.loads(e.read())["__type"].partition("#")[2]
 
-    assert as_nobody(ask) == "MissingAuthenticationTokenException"
-    assert as_nobody(lambda: ask(Authorization=forged)) == "InvalidSignatureException"
-    assert as_nobody(lambda: ask(Authorization="AWS4-HMAC-SHA256 nonsense")) == "InvalidSignatureException"
+    assert as_nobody(list_tables) == "MissingAuthenticationTokenException"
+    assert as_nobody(lambda: list_tables(Authorization=forged)) == "InvalidSignatureException"
+    assert (
+        as_nobody(lambda: list_tables(Authorization="AWS4-HMAC-SHA256 nonsense"))
+        == "InvalidSignatureException"
+    )
 
 
-@pytest.mark.parametrize("knows", [True, False])
-def test_an_ordinary_client_needs_the_secret(house: Started, knows: bool):
-    secret = (house.var / "dynamodb-secret").read_text().strip() if knows else "local"
+@pytest.mark.parametrize("has_secret", [True, False])
+def test_an_ordinary_client_needs_the_secret(local_stack: SharedStack, has_secret: bool):
+    secret = (local_stack.var / "dynamodb-secret").read_text().strip() if has_secret else "local"
     client = botocore.session.Session().create_client(
         "dynamodb",
         "us-east-1",
-        endpoint_url=f"http://127.0.0.1:{house.env['DYNAMODB_PORT']}",
+        endpoint_url=f"http://127.0.0.1:{local_stack.env['DYNAMODB_PORT']}",
         aws_access_key_id="local",
         aws_secret_access_key=secret,
     )
-    if knows:
+    if has_secret:
         assert "llmtuner-Job" in client.list_tables()["TableNames"]
     else:
         with pytest.raises(ClientError, match="InvalidSignatureException"):
             client.list_tables()
 
 
-def test_a_redis_file_damaged_in_the_middle_is_set_aside(house: Started):
-    (aside,) = house.var.glob("redis-damaged-*")
+def test_a_damaged_redis_file_is_set_aside(local_stack: SharedStack):
+    (aside,) = local_stack.var.glob("redis-damaged-*")
     assert list(aside.rglob("*.aof"))
-    said = (house.folder / "up.log").read_text()
-    assert "Redis could not read its data, so it started empty" in said
-    assert str(aside) in said
-    password = (house.var / "redis-password").read_text().strip()
-    with redis_client.Redis(port=int(house.env["REDIS_PORT"]), password=password) as client:
+    log = (local_stack.folder / "up.log").read_text()
+    assert "Redis could not read its data, so it started empty" in log
+    assert str(aside) in log
+    password = (local_stack.var / "redis-password").read_text().strip()
+    with redis_client.Redis(port=int(local_stack.env["REDIS_PORT"]), password=password) as client:
         assert client.get("key-0") is None
 
 
-def test_supervisord_goes_on_when_nothing_can_be_written(house: Started):
-    """No file may grow any more for supervisord, neither its log nor its standard error: as on a full disk."""
-    supervisord = int((house.var / "supervisord.pid").read_text())
+def test_supervisord_keeps_running_when_it_cannot_write(local_stack: SharedStack):
+    """As on a full disk: supervisord can write neither to its log nor to standard error."""
+    supervisord = int((local_stack.var / "supervisord.pid").read_text())
 
     def worker() -> int:
         return next(
-            (pid for pid, command in house.pids().items() if "llmtuner worker checks" in command),
+            (pid for pid, command in local_stack.pids().items() if "llmtuner worker checks" in command),
             0,
         )
 
     def kill_and_await() -> int:
         old = worker()
-        assert old  # a kill of 0 would be one of ourselves
+        assert old  # os.kill(0) would kill this process group
         os.kill(old, signal.SIGKILL)
         deadline = time.monotonic() + 120
         while (new := worker()) in {0, old}:
@@ -301,28 +319,28 @@ def test_supervisord_goes_on_when_nothing_can_be_written(house: Started):
         resource.prlimit(supervisord, resource.RLIMIT_FSIZE, (hard, hard))
     last = kill_and_await()
     deadline = time.monotonic() + 60
-    while f"'checks' with pid {last}" not in (house.var / "logs/supervisord.log").read_text():
-        assert time.monotonic() < deadline, "the log does not go on"
+    while f"'checks' with pid {last}" not in (local_stack.var / "logs/supervisord.log").read_text():
+        assert time.monotonic() < deadline, "supervisord does not write to its log again"
         time.sleep(0.2)
-    assert house.process
-    assert house.process.poll() is None
-    assert house.status() == 200
+    assert local_stack.process
+    assert local_stack.process.poll() is None
+    assert local_stack.status() == 200
 
 
-def test_a_folder_that_cannot_be_written_gets_a_sentence(tmp_path: Path):
-    """Root may write everywhere, so there this runs as a root without that right."""
-    house = House(tmp_path)
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path):
+    """Root can write everywhere, so as root this drops that capability."""
+    stack = LocalStack(tmp_path)
     (tmp_path / "var").mkdir()
     (tmp_path / "var").chmod(0o555)
-    command = studio_command(house)
+    command = command_of(stack)
     if os.getuid() == 0:
         without = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", "--"]
         command["args"] = [*without, *command["args"]]
     try:
-        done = subprocess.run(**command, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(**command, capture_output=True, text=True, timeout=120)
     finally:
         (tmp_path / "var").chmod(0o755)
-    assert done.returncode == 1
-    assert f"Cannot write to {tmp_path / 'var'} (Permission denied)" in done.stderr
-    assert "VAR_DIR=" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert result.returncode == 1
+    assert f"Cannot write to {tmp_path / 'var'} (Permission denied)" in result.stderr
+    assert "VAR_DIR=" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""The process around the pages, over the real stores."""
+"""The processes and their configuration, over the real stores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading the environment: typed, and clear about what is wrong."""
+"""Environment variables are parsed into their types, and invalid values are reported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmtuner import env
 from tests import services
 
 
-def test_each_number_of_the_job_life_can_be_changed(monkeypatch):
+def test_each_job_setting_can_be_changed(monkeypatch):
     monkeypatch.setenv("JOBS_LEASE_S", "12.5")
     monkeypatch.setenv("JOBS_MAX_ATTEMPTS", "4")
     assert env.numbers("JOBS", {"lease_s": 30.0, "max_attempts": 10, "chunk_s": 1.0}) == {
@@ -20,10 +20,10 @@ def test_each_number_of_the_job_life_can_be_changed(monkeypatch):
     }
 
 
-@pytest.mark.parametrize(("value", "read"), [("1", True), ("yes", True), ("off", False), ("", True)])
-def test_flags(monkeypatch, value: str, read: bool):
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("yes", True), ("off", False), ("", True)])
+def test_flags_are_parsed(monkeypatch, value: str, expected: bool):
     monkeypatch.setenv("FLAG", value)
-    assert env.flag("FLAG", default=True) is read
+    assert env.flag("FLAG", default=True) is expected
 
 
 @pytest.mark.parametrize(
@@ -34,13 +34,13 @@ def test_flags(monkeypatch, value: str, read: bool):
         ("BASE_MODEL_ALIASES", "gpt2", lambda: env.pairs("BASE_MODEL_ALIASES")),
     ],
 )
-def test_a_bad_value_is_named(monkeypatch, name: str, value: str, reader):
+def test_an_invalid_value_is_reported_with_its_variable(monkeypatch, name: str, value: str, reader):
     monkeypatch.setenv(name, value)
     with pytest.raises(env.BadEnvironment, match=name):
         reader()
 
 
-def test_databases():
+def test_database_urls_are_parsed():
     assert env.database("sqlite:////var/lib/db.sqlite3")["NAME"] == "/var/lib/db.sqlite3"
     result = env.database("postgres://kim:p%40ss@db:5433/tuner?sslmode=require")
     assert (result["USER"], result["PASSWORD"], result["HOST"], result["PORT"]) == (
@@ -70,7 +70,7 @@ ANY_CHARACTERS = "p@ss:/w#rd%"
         ("EMAIL_URL", "EMAIL_PASSWORD", "smtp+tls://kim@mail.example.com:587", "kim:{}@mail.example.com:587"),
     ],
 )
-def test_a_password_may_have_any_character(monkeypatch, name: str, password: str, url: str, in_url: str):
+def test_a_password_may_contain_any_character(monkeypatch, name: str, password: str, url: str, in_url: str):
     monkeypatch.setenv(name, url)
     monkeypatch.setenv(password, ANY_CHARACTERS)
     result = env.url(name, "", password)
@@ -81,14 +81,14 @@ def test_a_password_may_have_any_character(monkeypatch, name: str, password: str
         assert env.mail(result)["EMAIL_HOST_PASSWORD"] == ANY_CHARACTERS
     monkeypatch.setenv(password, "another")
     monkeypatch.setenv(name, result)
-    assert env.url(name, "", password) == result  # the one in the address is meant
+    assert env.url(name, "", password) == result  # the password in the URL takes precedence
 
     monkeypatch.setenv(name, f"redis://:{ANY_CHARACTERS}@redis:6379/0")
     with pytest.raises(env.BadEnvironment, match=f"{name}.*{password}"):
         env.url(name, "", password)
 
 
-def test_redis_and_celery_understand_such_a_password(monkeypatch, tmp_path):
+def test_redis_and_celery_accept_such_a_password(monkeypatch, tmp_path):
     import kombu
     import redis
 
@@ -107,7 +107,7 @@ def test_redis_and_celery_understand_such_a_password(monkeypatch, tmp_path):
         service.kill()
 
 
-def test_mail():
+def test_email_urls_are_parsed():
     result = env.mail("smtp+tls://kim%40x:secret@mail.example.com")
     assert result["EMAIL_PORT"] == 587
     assert result["EMAIL_USE_TLS"]

@@ -1,5 +1,5 @@
-"""`/healthz` and `/readyz`, and what people and programs are told when a store is away or set up incorrectly, by a started
-web process."""
+"""`/healthz` and `/readyz` of a started web process, and the errors of pages and API when a store is unreachable or
+misconfigured."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from tests import services
 
 KEY, SECRET = "some-key", "some-secret"
-API_KEY = "Bearer sk-llmt-abcdefgh1234-" + "A" * 43  # of the right form, so SQL is asked for it
-AGENT = {"Host": "10.0.0.7"}  # as a load balancer asks
+API_KEY = "Bearer sk-llmt-abcdefgh1234-" + "A" * 43  # well-formed, so it is looked up in SQL
+PROBE = {"Host": "10.0.0.7"}  # the header that a load balancer sends
 
 
 @pytest.fixture
@@ -39,37 +39,35 @@ def bucket(s3: services.Service, **change: str) -> dict[str, str]:
 def get(port: int, path: str, **headers: str) -> tuple[int, str, Message]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", path, headers=headers)
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode(), answer.headers
+    response = connection.getresponse()
+    return response.status, response.read().decode(), response.headers
 
 
 def readiness(port: int) -> tuple[int, dict[str, str]]:
-    status, body, _ = get(port, "/readyz", **AGENT)
+    status, body, _ = get(port, "/readyz", **PROBE)
     return status, json.loads(body)["stores"]
 
 
-def test_a_load_balancer_is_answered_whatever_host_it_names(
-    start_web: Callable[..., int], s3: Any, folder: Path
-):
+def test_health_checks_accept_any_host_header(start_web: Callable[..., int], s3: Any, folder: Path):
     port = start_web(
         **bucket(s3), PUBLIC_URL="https://tuner.example.com", DATABASE_URL=f"sqlite:///{folder}/db.sqlite3"
     )
-    assert get(port, "/healthz", **AGENT)[0] == 200
+    assert get(port, "/healthz", **PROBE)[0] == 200
     assert readiness(port) == (200, dict.fromkeys(("sql", "dynamodb", "redis", "bucket"), "ok"))
-    assert get(port, "/v1/models", **AGENT)[0] == 400
+    assert get(port, "/v1/models", **PROBE)[0] == 400
 
 
 @pytest.mark.usefixtures("transactional_db")
-def test_what_is_away_is_called_unreachable(start_web: Callable[..., int], s3: services.Service):
-    nobody = services.free_port()
+def test_unavailable_stores_are_reported_as_unreachable(start_web: Callable[..., int], s3: services.Service):
+    unused_port = services.free_port()
     port = start_web(
-        **bucket(s3, AWS_S3_ENDPOINT_URL=f"http://127.0.0.1:{nobody}"),
-        DATABASE_URL=f"postgres://tuner:secret@127.0.0.1:{nobody}/tuner",
-        REDIS_URL=f"redis://:secret@127.0.0.1:{nobody}/0",
-        DYNAMODB_ENDPOINT=f"http://127.0.0.1:{nobody}",
+        **bucket(s3, AWS_S3_ENDPOINT_URL=f"http://127.0.0.1:{unused_port}"),
+        DATABASE_URL=f"postgres://tuner:secret@127.0.0.1:{unused_port}/tuner",
+        REDIS_URL=f"redis://:secret@127.0.0.1:{unused_port}/0",
+        DYNAMODB_ENDPOINT=f"http://127.0.0.1:{unused_port}",
     )
     assert readiness(port) == (503, dict.fromkeys(("sql", "dynamodb", "redis", "bucket"), "unreachable"))
-    assert get(port, "/healthz", **AGENT)[0] == 200
+    assert get(port, "/healthz", **PROBE)[0] == 200
 
     status, body, headers = get(port, "/v1/models", Authorization=API_KEY)
     assert (status, json.loads(body)["error"]["code"], headers["Retry-After"]) == (503, "unavailable", "5")
@@ -80,10 +78,10 @@ def test_what_is_away_is_called_unreachable(start_web: Callable[..., int], s3: s
 
 
 @pytest.mark.usefixtures("transactional_db")
-def test_what_is_wrong_is_called_misconfigured(
+def test_wrong_store_settings_are_reported_as_misconfigured(
     start_web: Callable[..., int], s3: services.Service, tmp_path: Path, redis: Any
 ):
-    """A wrong password of Redis, tables that don't exist in SQL and DynamoDB, and a wrong secret of S3."""
+    """A wrong Redis password, missing tables in SQL and DynamoDB, and a wrong S3 secret."""
     port = start_web(
         **bucket(s3, AWS_SECRET_ACCESS_KEY="wrong"),
         DATABASE_URL=f"sqlite:///{tmp_path}/empty.sqlite3",
@@ -104,13 +102,13 @@ def test_what_is_wrong_is_called_misconfigured(
     assert "Part of the service is misconfigured" in body
 
 
-def test_a_bucket_that_does_not_exist_is_misconfigured(start_web: Callable[..., int], s3: services.Service):
+def test_a_missing_bucket_is_reported_as_misconfigured(start_web: Callable[..., int], s3: services.Service):
     port = start_web(**bucket(s3, AWS_STORAGE_BUCKET_NAME="another"))
     assert readiness(port)[1]["bucket"] == "misconfigured"
 
 
-def test_a_store_that_never_answers_does_not_hold_the_probe(start_web: Callable[..., int]):
-    """It accepts connections and says nothing; each probe is answered all the same, by one waiting thread in all."""
+def test_a_store_that_hangs_does_not_block_the_probe(start_web: Callable[..., int]):
+    """The store accepts connections and never responds. Each probe is answered, and only one thread waits for the store."""
     import socket
 
     with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:

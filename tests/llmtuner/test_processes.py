@@ -1,4 +1,4 @@
-"""One place defines how processes are started; whatever else starts or describes them uses its two commands."""
+"""llmtuner/processes.py defines how processes are started. Everything else uses its two commands."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FOLDERS = ("accounts", "benchmarks", "bin", "docs", "jobs", "llmtuner", "tests",
 OWN_COMMAND = re.compile(r"celery\W+-A\W+llmtuner|uvicorn\W+llmtuner\.asgi")  # also as a list of words
 
 
-def test_no_other_file_starts_web_or_a_worker_by_another_command():
+def test_no_other_file_starts_web_or_a_worker_with_another_command():
     paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     paths += [path for path in ROOT.iterdir() if path.is_file()]
     texts = {path: path.read_bytes().decode(errors="replace") for path in paths if path.suffix != ".pyc"}
-    found = {str(path.relative_to(ROOT)) for path, text in texts.items() if OWN_COMMAND.search(text)}
-    # stack.py also starts the first release, which has no other command.
-    assert found <= {"docs/log.md", "tests/golden/stack.py"}
+    others = {str(path.relative_to(ROOT)) for path, text in texts.items() if OWN_COMMAND.search(text)}
+    # stack.py also starts the first release, which only has this command.
+    assert others <= {"docs/log.md", "tests/golden/stack.py"}
 
 
 def test_compose_runs_web_and_a_worker_of_each_queue():

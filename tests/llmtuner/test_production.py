@@ -1,10 +1,11 @@
-"""A safe production configuration passes without a warning; each unsafe one is refused and says what to change."""
+"""A safe production configuration passes without a warning. Each unsafe one is refused with a message."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,23 +23,24 @@ SAFE = {
     "DYNAMODB_ENDPOINT": "",
     "AWS_STORAGE_BUCKET_NAME": "bucket",
 }
-FORGOTTEN = None
+UNSET = None
 
 
-def check(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`manage.py check --deploy` in a process that knows nothing but these variables."""
-    base = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a process with only these environment variables."""
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return subprocess.run(
-        [sys.executable, "manage.py", "check", "--deploy", "--fail-level", "WARNING"],
+        [sys.executable, *arguments],
         cwd=services.ROOT,
-        env=base | {"VAR_DIR": str(folder)} | environment,
+        env=inherited | {"VAR_DIR": str(folder)} | environment,
         capture_output=True,
         text=True,
+        timeout=120,
     )
 
 
-def test_a_safe_production_passes_without_warnings(tmp_path: Path):
-    result = check(tmp_path, **SAFE)
+def test_a_safe_production_configuration_passes_without_warnings(tmp_path: Path):
+    result = run(tmp_path, "manage.py", "check", "--deploy", "--fail-level", "WARNING", **SAFE)
     assert result.returncode == 0, result.stderr
     assert "no issues (0 silenced)" in result.stdout
 
@@ -58,26 +60,28 @@ def test_a_safe_production_passes_without_warnings(tmp_path: Path):
         ({"EMAIL_URL": ""}, "E009"),
         ({"PUBLIC_URL": "https://localhost"}, "E011"),
         ({"GOOGLE_CLIENT_ID": "abc"}, "E013"),
-        ({"DATABASE_URL": FORGOTTEN}, "E014"),
+        ({"DATABASE_URL": UNSET}, "E014"),
         ({"DATABASE_URL": "sqlite:////data/db.sqlite3"}, "E014"),
-        ({"REDIS_URL": FORGOTTEN}, "E015"),
+        ({"REDIS_URL": UNSET}, "E015"),
         ({"LLMTUNER_OWN_REDIS": "1"}, "E015"),
-        ({"DYNAMODB_ENDPOINT": FORGOTTEN}, "E016"),
+        ({"DYNAMODB_ENDPOINT": UNSET}, "E016"),
         ({"LLMTUNER_OWN_DYNAMODB": "1"}, "E016"),
-        ({"AWS_STORAGE_BUCKET_NAME": FORGOTTEN}, "E017"),
+        ({"AWS_STORAGE_BUCKET_NAME": UNSET}, "E017"),
     ],
     ids=str,
 )
-def test_an_unsafe_production_is_refused(change: dict[str, str | None], error: str, monkeypatch):
-    """In this process, with the settings as that environment would make them: a process each would take a minute."""
-    assert f"llmtuner.{error}" in problems_with(SAFE | change, monkeypatch)
+def test_an_unsafe_production_configuration_is_refused(
+    change: dict[str, str | None], error: str, monkeypatch
+):
+    """In this process, with the settings that result from that environment. One process for each would take a minute."""
+    assert f"llmtuner.{error}" in problems_with({**SAFE, **change}, monkeypatch)
 
 
 def test_a_worker_needs_no_sql(monkeypatch):
-    assert not problems_with(SAFE | {"DATABASE_URL": FORGOTTEN}, monkeypatch, needs_sql=False)
+    assert not problems_with({**SAFE, "DATABASE_URL": UNSET}, monkeypatch, needs_sql=False)
 
 
-def problems_with(environment: dict[str, str | None], monkeypatch, needs_sql: bool = True) -> set[str]:
+def problems_with(environment: Mapping[str, str | None], monkeypatch, needs_sql: bool = True) -> set[str]:
     import importlib.util
     from types import SimpleNamespace
 
@@ -93,12 +97,12 @@ def problems_with(environment: dict[str, str | None], monkeypatch, needs_sql: bo
     ):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
-        if value is FORGOTTEN:
+        if value is UNSET:
             monkeypatch.delenv(name, raising=False)
         else:
             monkeypatch.setenv(name, value)
     spec = importlib.util.spec_from_file_location(
-        "settings_of_another", services.ROOT / "llmtuner/settings.py"
+        "settings_under_test", services.ROOT / "llmtuner/settings.py"
     )
     assert spec
     assert spec.loader
@@ -108,57 +112,34 @@ def problems_with(environment: dict[str, str | None], monkeypatch, needs_sql: bo
     return {str(message.id) for message in checks.problems(needs_sql)}
 
 
-def test_the_safe_one_has_no_problem_of_ours(monkeypatch):
+def test_a_safe_production_configuration_has_no_problems(monkeypatch):
     assert not problems_with(SAFE, monkeypatch)
 
 
-def test_an_unsafe_production_does_not_start(tmp_path: Path):
-    """Not only `check --deploy` refuses: the server itself does."""
-    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    environment |= SAFE | {"VAR_DIR": str(tmp_path), "SECRET_KEY": "short"}
-    code = "import llmtuner.asgi"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=services.ROOT, env=environment, capture_output=True, text=True
-    )
+def test_web_does_not_start_with_an_unsafe_configuration(tmp_path: Path):
+    """Not only `check --deploy` refuses it, the server does too."""
+    result = run(tmp_path, "-c", "import llmtuner.asgi", **SAFE | {"SECRET_KEY": "short"})
     assert result.returncode != 0
     assert "SECRET_KEY must be set" in result.stderr
 
 
 @pytest.mark.parametrize("queue", ["checks", "training", "inference"])
-def test_a_worker_does_not_start_in_an_unsafe_production(tmp_path: Path, queue: str):
-    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    environment |= SAFE | {"VAR_DIR": str(tmp_path), "REDIS_URL": ""}
-    result = subprocess.run(
-        [sys.executable, "-m", "llmtuner", "worker", queue],
-        cwd=services.ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_a_worker_does_not_start_with_an_unsafe_configuration(tmp_path: Path, queue: str):
+    result = run(tmp_path, "-m", "llmtuner", "worker", queue, **SAFE | {"REDIS_URL": ""})
     assert result.returncode == 1
     assert "REDIS_URL must be set" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_bin_up_says_why_it_does_not_start_a_production_of_embedded_stores(tmp_path: Path):
-    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    environment |= SAFE | {"VAR_DIR": str(tmp_path)}
-    del environment["REDIS_URL"]
-    result = subprocess.run(
-        [sys.executable, "-m", "llmtuner.local_stack"],
-        cwd=services.ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_bin_up_explains_why_production_cannot_use_embedded_stores(tmp_path: Path):
+    environment = {name: value for name, value in SAFE.items() if name != "REDIS_URL"}
+    result = run(tmp_path, "-m", "llmtuner.local_stack", **environment)
     assert result.returncode == 1
     assert "REDIS_URL must be set" in result.stderr
     assert "Traceback" not in result.stderr
 
 
-def test_a_clone_starts_with_no_environment_and_keeps_its_secret(tmp_path: Path):
+def test_a_generated_secret_key_is_stored_and_reused(tmp_path: Path):
     from llmtuner import env
 
     first = env.stored_secret(tmp_path / "secret-key")

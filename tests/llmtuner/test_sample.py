@@ -1,4 +1,4 @@
-"""The first fine-tune of bin/up, as it is told in the terminal."""
+"""What bin/up prints about its first fine-tuning job."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.django_db
 
 
 @pytest.mark.parametrize("status", ["queued", "running", "retrying"])
-def test_a_sample_job_that_still_runs_is_not_told_as_ended(
+def test_a_sample_job_that_is_still_running_is_not_reported_as_ended(
     stores, alice, settings, tmp_path: Path, capsys, monkeypatch, status
 ):
     job = make_job(alice.owner_id, status)
@@ -22,12 +22,12 @@ def test_a_sample_job_that_still_runs_is_not_told_as_ended(
     (tmp_path / "sample.json").write_text(json.dumps({"owner": alice.owner_id, "job": job.job_id}))
     monkeypatch.setattr(sample, "JOB_TIMEOUT_S", 0)
     assert sample.run_sample("http://localhost:8420") is False
-    said = "".join(capsys.readouterr())
-    assert "ended" not in said
-    assert f"has not finished yet. Follow its progress at http://localhost:8420/jobs/{job.job_id}" in said
+    output = "".join(capsys.readouterr())
+    assert "ended" not in output
+    assert f"has not finished yet. Follow its progress at http://localhost:8420/jobs/{job.job_id}" in output
 
 
-def test_a_sample_that_is_not_checked_in_time_does_not_end_the_studio(
+def test_a_sample_that_is_not_checked_in_time_does_not_stop_the_studio(
     stores, alice, settings, tmp_path: Path, capsys, monkeypatch
 ):
     alice.is_superuser = True

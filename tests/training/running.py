@@ -1,4 +1,4 @@
-"""A training run in this process, small enough for a test: 67 examples, a GPT-2 of two layers."""
+"""A training run in this process, small enough for a test: 67 examples, a GPT-2 with two layers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from benchmarks.resume import lay_out
 from training.command import train
 from training.engine.loop import Stopped
-from training.plan.config import Run
+from training.plan.run_file import Run
 
 Event = dict[str, Any]
 
 
 class Runner:
-    """Trains what `lay_out` wrote, in a work folder of its own."""
+    """Trains with the files that `lay_out` wrote, in a separate work folder."""
 
     def __init__(self, folder: Path, steps: int = 12, **settings: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ class Runner:
         on_event: Callable[[Event], None] | None = None,
         **changes: Any,
     ) -> list[Event]:
-        """All events. `stop_at` requests a stop once that step is emitted."""
+        """Returns all events. Requests a stop after the metric event of step `stop_at`."""
         emitted: list[Event] = []
 
         def emit(t: str, **values: Any) -> None:

@@ -1,4 +1,4 @@
-"""Everything that can go wrong ends with its own exit code and a sentence that says what to do."""
+"""Every kind of error has its own exit code and a message that says what to do."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def write(runner: Runner, *rows: dict[str, Any] | str) -> None:
     (runner.folder / "train.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def test_a_broken_row_is_named(runner: Runner) -> None:
+def test_the_error_names_a_broken_row(runner: Runner) -> None:
     write(runner, {"prompt": "a", "completion": " b"}, '{"prompt": ')
     failure = reason(runner)
     assert failure.reason == "bad_data"
     assert "line 2" in failure.message
 
 
-def test_a_dataset_other_than_its_report_is_refused(runner: Runner) -> None:
+def test_a_dataset_that_does_not_match_its_report_is_refused(runner: Runner) -> None:
     failure = reason(runner, expected={"examples": 68})
     assert failure.reason == "bad_data"
     assert "68" in failure.message
 
 
-def test_no_token_to_learn_from(runner: Runner) -> None:
+def test_a_dataset_without_trained_tokens_is_refused(runner: Runner) -> None:
     answers = {
         "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", "weight": 0}]
     }
@@ -60,28 +60,28 @@ def test_no_token_to_learn_from(runner: Runner) -> None:
     assert reason(runner).reason == "no_trained_token"
 
 
-def test_an_example_longer_than_the_context(runner: Runner) -> None:
+def test_an_example_longer_than_the_context_is_refused(runner: Runner) -> None:
     write(runner, {"prompt": "a", "completion": " the cat sat" * 60})
     failure = reason(runner, settings={"sequence_length": 1000})
     assert failure.reason == "too_long"
     assert "line 1" in failure.message
 
 
-def test_a_long_example_is_cut_if_the_settings_say_so(runner: Runner) -> None:
+def test_a_long_example_is_cut_if_the_settings_allow_it(runner: Runner) -> None:
     write(runner, {"prompt": "a", "completion": " the cat sat" * 60})
     assert of(runner.train(settings={"sequence_length": None}), "done")
 
 
-def test_a_missing_base_model(runner: Runner, tmp_path: Path) -> None:
+def test_a_missing_base_model_is_refused(runner: Runner, tmp_path: Path) -> None:
     assert reason(runner, base=str(tmp_path / "nowhere")).reason == "base_model"
 
 
-def test_a_base_model_whose_weights_are_damaged(runner: Runner) -> None:
+def test_a_base_model_with_damaged_weights_is_refused(runner: Runner) -> None:
     os.truncate(runner.folder / "base" / "model.safetensors", 1000)
     assert reason(runner).reason == "base_model"
 
 
-def test_a_base_model_whose_weights_do_not_fit_its_configuration(runner: Runner) -> None:
+def test_a_base_model_whose_weights_do_not_fit_its_configuration_is_refused(runner: Runner) -> None:
     path = runner.folder / "base" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"n_embd": 64}))
     failure = reason(runner)
@@ -89,7 +89,7 @@ def test_a_base_model_whose_weights_do_not_fit_its_configuration(runner: Runner)
     assert "shape" in failure.message
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model(runner: Runner) -> None:
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(runner: Runner) -> None:
     path = runner.folder / "base" / "tokenizer.json"
     values = json.loads(path.read_text())
     values["added_tokens"].append(values["added_tokens"][0] | {"id": 5000, "content": "<extra>"})
@@ -97,19 +97,19 @@ def test_a_tokenizer_with_more_tokens_than_the_model(runner: Runner) -> None:
     assert reason(runner).reason == "tokenizer"
 
 
-def test_a_missing_tokenizer(runner: Runner) -> None:
+def test_a_missing_tokenizer_is_refused(runner: Runner) -> None:
     (runner.folder / "base" / "tokenizer.json").unlink()
     assert reason(runner).reason == "tokenizer"
 
 
-def test_lora_targets_that_no_layer_has(runner: Runner) -> None:
+def test_lora_targets_that_no_layer_has_are_refused(runner: Runner) -> None:
     assert reason(runner, settings={"adapter": "lora", "lora_targets": ["q_proj"]}).reason == "bad_settings"
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_nan_loss_stops_within_a_step_and_keeps_the_last_checkpoint(runner: Runner, seed: int) -> None:
     emitted: list[Event] = []
-    settings = {
+    settings: dict[str, Any] = {
         "learning_rate": 10.0,
         "clip_norm": 0,
         "warmup": 0,
@@ -129,7 +129,7 @@ def test_a_nan_loss_stops_within_a_step_and_keeps_the_last_checkpoint(runner: Ru
     assert (folder / "manifest.json").exists()
 
 
-def test_no_readable_checkpoint(runner: Runner) -> None:
+def test_a_run_without_a_readable_checkpoint_fails(runner: Runner) -> None:
     emitted = of(runner.train(settings={"checkpoint_every_steps": 1}), "checkpoint")
     for folder in (runner.folder / "work" / "checkpoints").iterdir():
         (folder / "weights.safetensors").write_bytes(b"")
@@ -148,7 +148,7 @@ def test_no_readable_checkpoint(runner: Runner) -> None:
         (KeyError("x"), "unexpected"),
     ],
 )
-def test_machine_errors_have_their_reason(error: BaseException, expected: str) -> None:
+def test_system_errors_have_their_own_reasons(error: BaseException, expected: str) -> None:
     assert as_failure(error).reason == expected
 
 
@@ -207,7 +207,7 @@ def test_a_read_only_folder_has_its_own_exit_code(runner: Runner) -> None:
     assert events[-1]["reason"] == "not_writable"
 
 
-def test_a_stop_request_writes_a_checkpoint_and_exits_with_75(runner: Runner) -> None:
+def test_a_stop_request_writes_a_checkpoint_and_exits_with_code_75(runner: Runner) -> None:
     process = start(runner, settings=runner.values["settings"] | {"max_steps": 5000})
     _wait_for(runner, "metric")
     process.send_signal(signal.SIGTERM)
@@ -238,7 +238,7 @@ def test_a_prewarmed_trainer_waits_for_a_run_and_ends_with_its_parent(runner: Ru
     process.stdin.flush()
     while json.loads(process.stdout.readline())["t"] != "metric":
         pass
-    process.stdin.close()  # what the end of the parent looks like
+    process.stdin.close()  # as when the parent process ends
     process.stdout.close()
     assert process.wait(timeout=240) == 75
 

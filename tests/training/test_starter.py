@@ -1,4 +1,4 @@
-"""The bundled starter and its sample task: small, honest, failed before training and solved after it."""
+"""The bundled starter model and its sample task: small, without leaks, failed before training and solved after it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from training.engine import inputs
 from training.plan.catalog import SAMPLE_FOLDER, STARTER_FOLDER
-from training.plan.config import Run
+from training.plan.run_file import Run
 from training.starter import make_sample
 
 
@@ -81,7 +81,7 @@ def test_automatic_settings_solve_the_sample(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(run))
     with subprocess.Popen(
         [sys.executable, "-m", "training", "train", str(tmp_path / "run.json")],
-        stdin=subprocess.PIPE,  # kept open: when it closes, the trainer ends
+        stdin=subprocess.PIPE,  # kept open, since the trainer stops when it is closed
         stdout=subprocess.PIPE,
         text=True,
     ) as trainer:

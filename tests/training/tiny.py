@@ -1,5 +1,4 @@
-"""The smallest real parts: a GPT-2 of two layers with random weights and a byte-level tokenizer of 300
-words."""
+"""The smallest real parts: a GPT-2 with two layers and random weights, and a byte-level tokenizer with 300 tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ END = "<|endoftext|>"
 
 @cache
 def backend() -> str:
-    """A byte-level BPE learnt from a few lines, as text of tokenizer.json."""
+    """A byte-level BPE trained on a few lines, as the text of a tokenizer.json."""
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     lines = ["the cat sat on the mat and looked at the moon"] * 20 + ["naïve café, 猫 on a mat"] * 3
     tokenizer.train_from_iterator(
@@ -34,7 +33,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def gpt2(seed: int = 0, context: int = 64) -> GPT2:
-    """Weights larger than at birth, so that what it writes depends on what it reads."""
+    """Its weights are larger than after initialization, so that the output depends on the input."""
     vocab = tokenizers.Tokenizer.from_str(backend()).get_vocab_size()
     config = GPT2Config(vocab_size=vocab, n_positions=context, n_embd=32, n_layer=2, n_head=2)
     config.extra = {"bos_token_id": 0, "eos_token_id": 0}
@@ -47,7 +46,7 @@ def gpt2(seed: int = 0, context: int = 64) -> GPT2:
 
 
 def write_model(folder: Path, seed: int = 0, context: int = 64) -> Path:
-    """A base model on disk."""
+    """Writes a base model. Returns its folder."""
     gpt2(seed, context).save(folder)
     write_tokenizer(folder)
     return folder

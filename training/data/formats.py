@@ -1,9 +1,9 @@
-"""From an uploaded file to rows, one at a time, in bounded memory. Every error names its line and what to do.
+"""Reads the rows of an uploaded file one at a time, in bounded memory. Every error names its line and what to do.
 
 Two steps: `detect` reads the beginning of a file and returns its format (container, encoding, columns);
-`rows` reads the file in that format. What a row holds is decided in `training.data.row_schemas`. The content
-decides, never the file name, except that the extension distinguishes plain text from CSV when the content
-could be both.
+`rows` reads the file in that format. `training.data.row_schemas` decides what a row contains. The format is
+detected from the content and not from the file name. Only if the content could be either plain text or CSV, the
+extension decides.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def detect_lenient(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
     start = text.lstrip()[:1]
     suffix = path.suffix.lower()
     if not start:
-        raise BadFile(0, "the file has nothing but white space", "Upload a file with at least one example.")
+        raise BadFile(0, "the file contains only white space", "Upload a file with at least one example.")
     if start == "[" and suffix not in (".txt", ".md", ".markdown", ".csv", ".tsv"):
         return _with_shape(path, Format("json", encoding=encoding), limits)
     if start == "{" or suffix in (".jsonl", ".ndjson", ".json"):

@@ -139,7 +139,7 @@ def _undecodable(number: int, line: bytes, error: UnicodeDecodeError) -> BadRow:
     return BadRow(
         number,
         f"byte {error.start + 1} of the line (0x{line[error.start]:02x}) is not UTF-8",
-        "Save the file as UTF-8. ByteRange of it seems to have another encoding.",
+        "Save the file as UTF-8. Part of it seems to have another encoding.",
     )
 
 
@@ -198,7 +198,7 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
             if ended:
                 raise BadFile(
                     line,
-                    "there is something after the end of the array",
+                    "there is more text after the end of the array",
                     "Keep only one array in the file, or use JSON Lines.",
                 )
             if buffer[0] == "]":
@@ -211,7 +211,7 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
                     break  # the element continues in the next chunk
                 raise BadFile(
                     line + buffer.count("\n", 0, error.pos),
-                    f"broken JSON: {error.msg}",
+                    f"invalid JSON: {error.msg}",
                     row_schemas.JSON_HINT,
                 ) from error
             except (ValueError, RecursionError) as error:
@@ -230,13 +230,13 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
         want = max(want, len(buffer))
     if not ended:
         raise BadFile(
-            line, "the array is never closed: the file seems to be cut off", "Upload the whole file."
+            line, "the array is not closed, so the file seems to be cut off", "Upload the whole file."
         )
 
 
-def _skip(line: int, text: str, marks: str) -> tuple[int, str]:
+def _skip(line: int, text: str, punctuation: str) -> tuple[int, str]:
     """Skips white space and the punctuation between elements, counting lines."""
-    rest = text.lstrip(" \t\r\n" + marks)
+    rest = text.lstrip(" \t\r\n" + punctuation)
     return line + text.count("\n", 0, len(text) - len(rest)), rest
 
 
@@ -262,7 +262,7 @@ def _csv(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tuple[int, 
         except csv.Error as error:
             raise BadFile(
                 start,
-                f"broken CSV: {error}",
+                f"invalid CSV: {error}",
                 'A quote opened here is probably never closed; write "" for a quote inside a cell.',
             ) from error
         line, start = start, reader.line_num + 1

@@ -147,15 +147,15 @@ class Reader:
             uses = {alias: use for use, aliases in OPTIONAL.items() for alias in aliases}
             if self.shape not in USED:
                 uses = {}
-            found: dict[str, list[str]] = {}
+            result: dict[str, list[str]] = {}
             for key in keys:
                 if key in self.columns.values():
                     continue
                 use = uses.get(key.strip().lower(), "unused")
-                found.setdefault(use if use in USED.get(self.shape, ()) else "unused", []).append(key)
+                result.setdefault(use if use in USED.get(self.shape, ()) else "unused", []).append(key)
             if len(self._more) > 1000:
                 self._more.clear()
-            self._more[keys] = found
+            self._more[keys] = result
         return self._more[keys]
 
     def _row(
@@ -374,7 +374,7 @@ def _names(record: Mapping[str, Any]) -> str:
 
 def explain_json(text: str, error: json.JSONDecodeError) -> tuple[str, str]:
     """(reason, how to fix it) for a line that is not JSON, named after the most likely mistake."""
-    where = f"broken JSON at character {error.pos + 1}: "
+    where = f"invalid JSON at character {error.pos + 1}: "
     stripped = text.strip()
     rest = text[error.pos :].lstrip()
     if error.msg == "Extra data":

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to resume bit for bit. Written atomically, used only after
+"""Checkpoints: everything that a run needs to resume bit for bit. They are written atomically and used only after
 verification.
 
     e<epoch>-s<step>/
@@ -37,7 +37,7 @@ KEEP_LAST = 2
 
 
 class Unreadable(Exception):
-    """This checkpoint must not be used. The message says why."""
+    """This checkpoint cannot be used. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -238,10 +238,10 @@ def _read(folder: Path, identity: Identity, shapes: Mapping[str, list[int]], sha
     weights, optimizer, random = (load_file(folder / name) for name in FILES[:3])
     state = json.loads((folder / "state.json").read_text())
     if {name: list(t.shape) for name, t in weights.items()} != dict(shapes):
-        raise Unreadable("its parameters are not this model's")
+        raise Unreadable("its parameters are not those of this model")
     wanted = {f"{kind}.{name}": shape for kind in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
     if {name: list(t.shape) for name, t in optimizer.items()} != wanted | {"step": []}:
-        raise Unreadable("its optimizer is not this model's")
+        raise Unreadable("its optimizer state is not that of this model")
     # 4. finite fp32 numbers
     for name, t in (weights | optimizer).items():
         if t.dtype != torch.float32 or not bool(torch.isfinite(t).all()):
@@ -267,7 +267,7 @@ def verify_files(folder: Path, sha256: str | None = None) -> dict[str, Any]:
     if sorted(f["name"] for f in manifest["files"]) != sorted(FILES):
         raise Unreadable("its manifest lists other files")
     if {path.name for path in folder.iterdir()} != {*FILES, "manifest.json"}:
-        raise Unreadable("files are missing or do not belong there")
+        raise Unreadable("its folder has missing or unexpected files")
     for entry in manifest["files"]:
         path = folder / entry["name"]
         if path.is_symlink() or path.stat().st_size != entry["bytes"]:
@@ -295,7 +295,7 @@ def read_manifest(folder: Path, sha256: str | None = None) -> dict[str, Any]:
     if not same:
         raise Unreadable("its manifest was changed")
     if manifest["format"] != FORMAT:
-        raise Unreadable(f"its format is {manifest['format']}, this program reads {FORMAT}")
+        raise Unreadable(f"its format is {manifest['format']}, but this program reads only {FORMAT}")
     assert isinstance(manifest, dict)
     return manifest
 

@@ -115,7 +115,7 @@ def _each_token(model: LanguageModel, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def verdict(before: list[float], after: list[float]) -> dict[str, Any]:
-    """Did training help? The mean fall of the held-out loss with a 95% confidence interval.
+    """Decides whether training helped: the mean decrease of the held-out loss, with a 95% confidence interval.
 
     A paired bootstrap with 2,000 resamples (Efron, 1979): each example is compared with itself, so
     differences between easy and hard examples do not hide the effect. `before` and `after`: loss of each
@@ -126,9 +126,9 @@ def verdict(before: list[float], after: list[float]) -> dict[str, Any]:
     low, high = (float(x) for x in np.quantile(means, [0.025, 0.975]))
     helped = "yes" if low > 0 else "no" if high < 0 else "unclear"
     words = {
-        "yes": "It helped: the loss on held-out examples fell by {fall:.3f} (95% confidence interval {low:.3f} to {high:.3f}).",
-        "no": "It made the model worse: the loss on held-out examples rose by {rise:.3f}. Lower the learning rate or the number of epochs.",
-        "unclear": "No clear difference on {n} held-out examples (95% confidence interval {low:.3f} to {high:.3f}). More held-out examples would help to tell.",
+        "yes": "Training helped: the loss on held-out examples fell by {fall:.3f} (95% confidence interval {low:.3f} to {high:.3f}).",
+        "no": "Training made the model worse: the loss on held-out examples rose by {rise:.3f}. Lower the learning rate or the number of epochs.",
+        "unclear": "No clear difference on {n} held-out examples (95% confidence interval {low:.3f} to {high:.3f}). More held-out examples would give a clearer answer.",
     }
     mean = float(fall.mean())
     sentence = words[helped].format(fall=mean, rise=-mean, low=low, high=high, n=len(fall))

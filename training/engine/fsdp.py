@@ -1,5 +1,5 @@
-"""A model that fits in no single process: each holds a shard of every weight, gradient and moment (torch's
-FSDP2).
+"""Training of a model that does not fit into a single process: each process holds a shard of every weight,
+gradient and moment (torch's FSDP2).
 
 FSDP2 is described in the TorchTitan paper (arXiv 2410.06511). A layer's weights are gathered when it computes
 and freed afterwards. To the loop this is just another optimizer, with the interface of optimizer.AdamW.

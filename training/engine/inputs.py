@@ -18,10 +18,11 @@ from training.data.formats import BadRow, Format, detect_lenient, rows
 from training.data.summary import Summary
 from training.engine.objectives import OBJECTIVES, Objective
 from training.engine.packing import Examples, hold_out
-from training.models.gpt2 import read_config
+from training.models.config_json import read_config
 from training.plan import auto_settings, catalog, hub
-from training.plan.config import Run, Settings
+from training.plan.config import Settings
 from training.plan.events import Failure
+from training.plan.run_file import Run
 from training.text.encode import EncodingOptions, Example
 from training.text.tokenizer import Tokenizer, TokenizerError
 
@@ -78,7 +79,7 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     # An example without trained tokens has no loss; it would only cost time.
     kept = [example for example in everything if example.trained]
     if len(kept) < len(everything):
-        notes.append(f"{len(everything) - len(kept)} examples have nothing to train on and are left out.")
+        notes.append(f"{len(everything) - len(kept)} examples have no tokens to train on and are left out.")
     if not kept:
         raise Failure("no_trained_token", f"None of the {len(everything)} examples has a token to train on.")
     train, held_out = Examples.of(kept), Examples.of([])
@@ -118,7 +119,9 @@ def _tokenizer(base: Path, vocabulary: int) -> Tokenizer:
     except TokenizerError as error:
         raise Failure("tokenizer", f"The tokenizer in {base} cannot be used: {error}.") from error
     if highest >= vocabulary:
-        raise Failure("tokenizer", f"The tokenizer has {highest + 1} tokens, the model only {vocabulary}.")
+        raise Failure(
+            "tokenizer", f"The tokenizer has {highest + 1} tokens, but the model has only {vocabulary}."
+        )
     return tokenizer
 
 
@@ -167,7 +170,7 @@ def _check_counts(expected: dict[str, int] | None, encoded: list[Example]) -> No
         if expected and expected.get(what) not in (None, count):
             raise Failure(
                 "bad_data",
-                f"The dataset's report counted {expected[what]} {what}, but there are {count}.",
+                f"The dataset's report counted {expected[what]} {what}, but the trainer counted {count}.",
                 "Check the dataset again: the file or the tokenizer has changed since the report.",
             )
 

@@ -29,8 +29,8 @@ from training.engine.schedule import learning_rate
 from training.engine.setup import Emit, Session
 from training.models.batch import pack
 from training.models.interface import LanguageModel
-from training.plan.config import Run
 from training.plan.events import Failure
+from training.plan.run_file import Run
 
 RECENT_STEPS = 50  # the remaining time is estimated from their median
 
@@ -60,8 +60,8 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
     # ---- prepare -------------------------------------------------------------------------------------------
     gc.freeze()  # imports live to the end: the garbage collector need not scan them again and again
     emit("phase", phase="preparing")
-    # Automatic settings come from the checkpoint if there is one: resolved anew, another machine could choose
-    # another micro-batch, and so sum in another order.
+    # If there is a checkpoint, automatic settings come from it. If they were resolved again, another machine could choose
+    # another micro-batch and so sum in another order.
     resumable = saver.find_resumable(run)
     session = setup.prepare(run, resumable.settings, emit, stop)
     model, optimizer, plan, data = session.model, session.optimizer, session.plan, session.data

@@ -20,9 +20,9 @@ PREFAULT_THREADS = 2  # page faults mostly wait for the kernel, or for the host 
 def limit_primitive_caches() -> None:
     """Limits the caches of compiled primitives in oneDNN and torch. Call it before importing torch.
 
-    By default they keep 1024 shapes of 100 KB each. Rows differ in length at every step, so that would be
-    a gigabyte after a thousand steps; for small models a cache of that size is even a fifth slower than
-    compiling again. 32 are more than a step uses."""
+    By default they keep 1024 shapes of 100 KB each. Rows differ in length at every step, so the caches would grow to
+    a gigabyte within a thousand steps; for small models, a cache of that size is even a fifth slower than compiling
+    again. A step uses fewer than 32 shapes."""
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 

@@ -2,7 +2,15 @@
 
 An objective defines how the rows of a dataset become documents, what the loss of a packed row is, and which
 figures are computed on held-out examples. Everything else (order, packing, optimizer, checkpoints, rehearsal)
-is the same for all.
+is the same for all, and that limits what an objective can be today: each example is one document with a mask
+of trained tokens, the loss is a sum over those tokens, and there is one model. The number of examples and
+tokens must be those of the dataset's report, which encodes with `text.encode.examples` too.
+
+A pairwise objective, such as DPO (arXiv 2305.18290), would also need a row shape with a chosen and a rejected
+answer (data/row_schemas.py) that the report understands, examples of two documents that the packing keeps in
+one row, a loss divided by pairs instead of tokens (engine/loop.py), and a frozen reference model, or its log
+probabilities computed beforehand: with LoRA that is the model without its adapters, otherwise a second copy
+of the weights, which the estimate (plan/catalog.py `fits`) must count.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ A row is whole documents one after another: no padding, positions that restart, 
 inside each document (Krell et al., "Efficient Sequence Packing without Cross-contamination", arXiv
 2107.02027).
 
-The order of examples is a function of (seed, epoch), and progress is one cursor counted in examples, over all
-epochs. So two numbers, seed and cursor, are all it takes to continue exactly where a crash interrupted a run.
-The order never depends on the micro-batch, the number of processes or anything that drew random numbers
-before.
+The order of examples is a function of (seed, epoch), and progress is a single cursor that counts examples over
+all epochs. So two numbers, the seed and the cursor, are enough to continue exactly where a crash interrupted a
+run. The order never depends on the micro-batch, on the number of processes, or on random numbers that were
+drawn before.
 """
 
 from __future__ import annotations

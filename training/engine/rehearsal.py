@@ -124,8 +124,8 @@ def _evaluation_seconds(session: Session, limit: int) -> float:
 
 
 def _checkpoint_seconds(saver: Saver, folder: Path) -> float:
-    """Writes a real checkpoint and removes it, so that a full disk or a read-only folder shows up now, not
-    in an hour."""
+    """Writes a real checkpoint and removes it, so that a full disk or a read-only folder is detected now and not
+    after an hour of training."""
     # left by an attempt that was killed here
     shutil.rmtree(folder / "rehearsal", ignore_errors=True)
     begun = time.perf_counter()

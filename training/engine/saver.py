@@ -14,8 +14,9 @@ from training.engine import checkpoint, device
 from training.engine.checkpoint import Restored, Snapshot
 from training.engine.setup import Session
 from training.plan import config
-from training.plan.config import Run, Settings
+from training.plan.config import Settings
 from training.plan.events import Failure
+from training.plan.run_file import Run
 
 
 @dataclass
@@ -197,7 +198,7 @@ class Saver:
                 self._warn(f"The checkpoint {folder.name} cannot be used: {error}.")
         raise Failure(
             "checkpoint_unreadable",
-            f"None of {len(folders)} checkpoints can be used; the one asked for: {why}.",
+            f"None of the {len(folders)} checkpoints can be used. The requested one: {why}.",
         )
 
     def _why_not_exact(self, restored: Restored) -> str:

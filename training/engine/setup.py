@@ -19,7 +19,8 @@ from training.engine.packing import StepPlan
 from training.models.interface import LanguageModel
 from training.models.load import load_model
 from training.plan import catalog, config
-from training.plan.config import Run, Settings
+from training.plan.config import Settings
+from training.plan.run_file import Run
 from training.report import report
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _model_and_optimizer(
         emit(
             "log",
             level="info",
-            message="The model is sharded over all processes. There is no rehearsal, and no samples are shown during training.",
+            message="The model is sharded over all processes, so there is no rehearsal and no samples are shown during training.",
         )
         assert isinstance(model, nn.Module)
         return model, ShardedAdamW(model, settings, target, processes)
@@ -146,7 +147,7 @@ def _model_and_optimizer(
 
 def _base_model(data: Inputs, settings: Settings) -> LanguageModel:
     """The base model in fp32 on the CPU, with dropout and, if the settings say so, adapters."""
-    model: LanguageModel = load_model(data.base)
+    model = load_model(data.base)
     model.set_dropout(settings.dropout or 0.0)
     if settings.adapter == "lora":
         model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)

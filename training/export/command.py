@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from training.engine import checkpoint
 from training.export.folder import verify, write_folder
+from training.models.interface import LanguageModel
 from training.models.load import load_model
 from training.plan import config, hub
 from training.plan.events import Failure
@@ -48,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
     return 0 if result["close"] else 1
 
 
-def load_trained(folder: Path, base: str | None) -> tuple[Any, Path, dict[str, Any]]:
+def load_trained(folder: Path, base: str | None) -> tuple[LanguageModel, Path, dict[str, Any]]:
     """Loads a checkpoint (trained from `base`) or a Hugging Face folder. Raises Failure.
 
     Returns the model, the folder of its tokenizer, and details for the model card."""

@@ -7,7 +7,6 @@ adapters (which sum in another order) must be close; the result says how close.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from training.models.batch import pack
-from training.models.gpt2 import GPT2
 from training.models.interface import LanguageModel
 from training.text.tokenizer import Tokenizer
 
@@ -49,7 +47,7 @@ def compare(
     Returns {"exact": equal bit for bit, "close", "max_difference", "logits": how many, "prompts": how
     many, "sha256": of the export's logits, "dtype"}."""
     batches = [ids for ids in map(tokenizer.encode, prompts) if ids]
-    trained = _merged(model)
+    trained = model.merged()
     digest, count, worst, largest, exact = hashlib.sha256(), 0, 0.0, 0.0, True
     with _evaluating(trained), _evaluating(opened):
         for ids in batches:
@@ -71,7 +69,7 @@ def compare(
 
 
 @torch.no_grad()
-def logits_of(model: Any, ids: Sequence[int]) -> Tensor:
+def logits_of(model: LanguageModel, ids: Sequence[int]) -> Tensor:
     """fp32 logits of every token of one document, (T, V), on the CPU."""
     tokens = torch.tensor(ids[: model.context])
     batch = pack([(tokens.numpy(), torch.ones(len(tokens)).numpy())])
@@ -81,25 +79,8 @@ def logits_of(model: Any, ids: Sequence[int]) -> Tensor:
     return logits.float().cpu()
 
 
-def _merged(model: Any) -> Any:
-    """The model as it is exported: adapters merged, fp32, on the CPU. Unchanged weights are shared, not
-    copied."""
-    if not isinstance(model, GPT2):
-        return model if model.lora is None else type(model)(model.merged())
-    with torch.device("meta"):
-        plain = GPT2(copy.copy(model.config))
-    for name, weight in model.merged_weights().items():
-        owner, _, attribute = name.rpartition(".")
-        setattr(
-            plain.get_submodule(owner),
-            attribute,
-            torch.nn.Parameter(weight.float().cpu(), requires_grad=False),
-        )
-    return plain
-
-
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _evaluating(model: LanguageModel) -> Iterator[None]:
     """Switches a model to eval mode and back."""
     was_training = model.training
     model.eval()

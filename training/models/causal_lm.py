@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from training.models.batch import Batch, pack
-from training.models.gpt2 import read_config
+from training.models.config_json import read_config
 from training.models.kernels import main_grad
 from training.plan.events import Failure
 
@@ -121,13 +121,14 @@ class CausalLM(nn.Module):
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes Hugging Face's files, adapters merged in."""
-        lm = self.merged()
+        lm = self._merged_lm()
         if dtype != torch.float32:
             lm = copy.deepcopy(lm).to(dtype)
         lm.config.dtype = dtype
         lm.save_pretrained(folder)
 
-    def decoder(self) -> TransformersDecoder:
+    def decoder(self, pack: bool = True) -> TransformersDecoder:
+        """`pack` changes nothing: transformers reads the weights as they are."""
         return TransformersDecoder(self.lm, self.context)
 
     # ---- adapters ------------------------------------------------------------------------------------------
@@ -174,7 +175,11 @@ class CausalLM(nn.Module):
         }
         save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    def merged(self) -> Any:
+    def merged(self) -> CausalLM:
+        """A copy with the adapters merged, or the model itself if it has none."""
+        return self if self.lora is None else CausalLM(self._merged_lm())
+
+    def _merged_lm(self) -> Any:
         """The transformers model with its adapters merged (a copy), or the model itself if it has none."""
         if self.lora is None:
             return self.lm
@@ -276,11 +281,13 @@ class CausalLM(nn.Module):
             ]
             wrong = float((torch.cat(states) @ head.weight.t() - truth).abs().max()) / scale
         except (AttributeError, TypeError, RuntimeError) as error:
-            self.self_test_notes.append(f"its head is not a plain matrix ({error}): all logits are computed")
+            self.self_test_notes.append(
+                f"its head is not a plain matrix ({error}), so all logits are computed"
+            )
             return False
         if not wrong <= TOLERANCE:
             self.self_test_notes.append(
-                f"its head is not a plain matrix product (difference {wrong:.1e}): all logits are computed"
+                f"its head is not a plain matrix product (difference {wrong:.1e}), so all logits are computed"
             )
         return wrong <= TOLERANCE
 
@@ -289,9 +296,10 @@ class CausalLM(nn.Module):
             # the packed row, and one with another first document
             batch, changed = (_batch([d, documents[1]]) for d in (documents[0], other))
             states, moved = self._packed_states(batch), self._packed_states(changed)
-        except Exception as error:  # whatever an architecture says to a mask or positions it does not know
+        # An architecture may raise anything for a mask or positions that it does not support.
+        except Exception as error:
             self.self_test_notes.append(
-                f"it does not accept packed rows ({type(error).__name__}): one document at a time"
+                f"it does not accept packed rows ({type(error).__name__}), so it reads one document at a time"
             )
             return False
         logits = states @ self.lm.get_output_embeddings().weight.t() if self.fused else states
@@ -300,7 +308,7 @@ class CausalLM(nn.Module):
         leak = float((moved[second] - states[second]).abs().max() / states.abs().max())
         if not (wrong <= TOLERANCE and leak <= TOLERANCE):
             self.self_test_notes.append(
-                f"packed rows differ by {wrong:.1e}, leak {leak:.1e}: one document at a time"
+                f"packed rows change its results (difference {wrong:.1e}, leak {leak:.1e}), so it reads one document at a time"
             )
             return False
         return True

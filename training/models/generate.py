@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from training.models.decoder import Decoder, penalized, sample
-from training.models.load import decoder_for, load_model
+from training.models.load import load_model
 from training.plan import hub
 from training.text.tokenizer import Tokenizer
 
@@ -90,9 +90,9 @@ def generate(
     """Generates `options.n` completions of `prompt_ids`. Calls `on_token` for each token; `should_stop` ends
     it early.
 
-    Without a `decoder` the model's weights are read in place. To generate a lot, make one with
-    `decoder_for`. Raises GenerateError if the prompt is too long."""
-    decoder = decoder or decoder_for(model, pack=False)
+    Without a `decoder` the model's weights are read in place. To generate a lot, pass
+    `model.decoder()`. Raises GenerateError if the prompt is too long."""
+    decoder = decoder or model.decoder(pack=False)
     sequences = open_sequences(decoder, tokenizer, prompt_ids, options)
     written: list[list[Token]] = [[] for _ in sequences]
 
@@ -346,7 +346,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints the text while it is generated; several completions one after another."""
     folder = hub.locate(args.model)
-    tokenizer, decoder = Tokenizer.load(folder), decoder_for(load_model(folder))
+    tokenizer, decoder = Tokenizer.load(folder), load_model(folder).decoder()
     prompt = prompt_ids(json.loads(args.messages) if args.messages else args.prompt, tokenizer)
     ends = tokenizer.ends.texts if args.messages else ()
     options = GenerateOptions(

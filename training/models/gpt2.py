@@ -7,6 +7,7 @@ version to read beside it. Here a batch is one packed row, so tensors are (T, D)
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from training.models import kernels, lora
 from training.models.batch import Batch
+from training.models.config_json import read_config
+from training.models.decoder import GPT2Decoder
 from training.plan.events import Failure
 
 Param = nn.Parameter
@@ -60,21 +63,6 @@ class GPT2Config:
             "activation_function": "gelu_new",
         }
         return fixed | self.extra | own
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a model folder. Raises Failure("base_model") if it is missing, broken or not an
-    object."""
-    path = Path(folder) / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise Failure("base_model", f"There is no model in {folder}: config.json is missing.") from None
-    except (OSError, ValueError) as error:
-        raise Failure("base_model", f"The model's {path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise Failure("base_model", f"The model's {path} is not a configuration.")
-    return values
 
 
 def is_plain_gpt2(config: dict[str, Any]) -> bool:
@@ -241,6 +229,18 @@ class GPT2(nn.Module):
         """Writes the adapter as peft does; `base` names the model it belongs to."""
         assert self.lora is not None
         lora.save_adapter(self, self.lora, folder, base)
+
+    def decoder(self, pack: bool = True) -> GPT2Decoder:
+        return GPT2Decoder(self.merged_weights(), self.config.n_head, self.config.layer_norm_epsilon, pack)
+
+    def merged(self) -> GPT2:
+        """A model with the adapters merged, fp32, on the CPU. Unchanged weights are shared, not copied."""
+        with torch.device("meta"):
+            plain = GPT2(copy.copy(self.config))
+        for name, weight in self.merged_weights().items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(plain.get_submodule(owner), attribute, Param(weight.float().cpu(), requires_grad=False))
+        return plain
 
     # ---- files ---------------------------------------------------------------------------------------------
 

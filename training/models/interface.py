@@ -1,4 +1,5 @@
-"""What the engine needs from a model. GPT2 (gpt2.py) and CausalLM (causal_lm.py) are the implementations.
+"""What training, generation and export need from a model. GPT2 (gpt2.py) and CausalLM (causal_lm.py) are the
+implementations; load.py lists them.
 
 Shapes: T tokens of a packed row, N of them trained, D the width of the model, V its vocabulary.
 """
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training.models.batch import Batch
+from training.models.decoder import Decoder
 
 
 class LanguageModel(Protocol):
@@ -61,6 +63,16 @@ class LanguageModel(Protocol):
 
     def save_adapter(self, folder: str | Path, base: str) -> None:
         """Writes the two files of a peft adapter. `base` is the folder or Hub name of the base model."""
+        ...
+
+    def decoder(self, pack: bool = True) -> Decoder:
+        """For generating text. `pack` may copy the weights into a faster layout; without it they are read in
+        place, so that a model in training needs no extra memory."""
+        ...
+
+    def merged(self) -> LanguageModel:
+        """The model as it is exported: adapters merged into its weights. Unchanged weights may be shared with
+        this model."""
         ...
 
     # ---- from torch.nn.Module ------------------------------------------------------------------------------

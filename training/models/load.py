@@ -1,28 +1,36 @@
-"""Loads a model folder with the implementation that supports it, and makes a decoder for a model."""
+"""Loads a model folder with the implementation that supports it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from training.models.decoder import Decoder, GPT2Decoder
-from training.models.gpt2 import GPT2, is_plain_gpt2, read_config
+from training.models.config_json import read_config
+from training.models.gpt2 import GPT2, is_plain_gpt2
+from training.models.interface import LanguageModel
 
 
-def load_model(folder: str | Path) -> Any:
-    """GPT2 for plain GPT-2 models, CausalLM for all others. Weights are fp32 on the CPU. Raises
-    Failure("base_model")."""
-    if is_plain_gpt2(read_config(folder)):
-        return GPT2.load(folder)
+def _with_transformers(folder: str | Path) -> LanguageModel:
     from training.models.causal_lm import CausalLM  # late: importing transformers takes seconds
 
     return CausalLM.load(folder)
 
 
-def decoder_for(model: Any, pack: bool = True) -> Decoder:
-    """A decoder for either implementation of models/interface.py. `pack` copies the weights for speed."""
-    own = getattr(model, "decoder", None)  # CausalLM has its own, based on transformers' cache
-    if own is not None:
-        decoder: Decoder = own()
-        return decoder
-    return GPT2Decoder(model.merged_weights(), model.config.n_head, model.config.layer_norm_epsilon, pack)
+class Implementation(NamedTuple):
+    supports: Callable[[dict[str, Any]], bool]
+    """Whether it can run the model of this config.json."""
+    load: Callable[[str | Path], LanguageModel]
+    """Reads a folder of Hugging Face files, fp32 on the CPU."""
+
+
+IMPLEMENTATIONS = (  # the first one that supports a model is used
+    Implementation(is_plain_gpt2, GPT2.load),
+    Implementation(lambda config: True, _with_transformers),
+)
+
+
+def load_model(folder: str | Path) -> LanguageModel:
+    """The model of a folder of Hugging Face files, fp32 on the CPU. Raises Failure("base_model")."""
+    config = read_config(folder)
+    return next(each for each in IMPLEMENTATIONS if each.supports(config)).load(folder)

@@ -1,2 +1,2 @@
-"""What is decided before a run: settings, base models, estimates, warnings, and the events of a trainer.
-No torch."""
+"""Everything that is decided before a run: settings, base models, estimates and warnings. Also the events of the
+trainer. Imports no torch."""

@@ -48,40 +48,40 @@ def _length(summary: Summary, base: BaseModel) -> tuple[int, str]:
     if summary.longest > base.context:
         return (
             base.context,
-            f"{base.context}, the full context of {base.name or base.id}; longer examples are cut",
+            f"{base.context:,}, the full context of {base.name or base.id}; longer examples are cut",
         )
     length = min(base.context, max(32, -(-summary.longest // 16) * 16))
-    return length, f"{length}, because the longest example has {summary.longest} tokens"
+    return length, f"{length:,}, because the longest example has {summary.longest:,} tokens"
 
 
 def _held_out(summary: Summary) -> tuple[float, str]:
     n = summary.examples
     if n < 40:
-        return 0.0, f"none, because {n} examples are too few to hold any out"
+        return 0.0, "none, because there are fewer than 40 examples"
     fraction = round(min(0.1, 200 / n), 4)
-    return fraction, f"{fraction:.1%} of {n} examples, to tell learning from memorizing"
+    return fraction, f"{100 * fraction:.3g}% of {_examples(n)}, to distinguish learning from memorizing"
 
 
 def _batch(summary: Summary) -> tuple[int, str]:
     n = summary.examples
     batch = 4 if n < 200 else 8 if n < 2000 else 16 if n < 20_000 else 32
-    return batch, f"{batch}, for {n} examples"
+    return batch, f"{batch}, for {_examples(n)}"
 
 
 def _epochs(summary: Summary, base: BaseModel) -> tuple[float, str]:
     """Three, as in OpenAI's cookbook; more for few examples, fewer for many. Models far smaller than GPT-2
     need up to twice as many: the starter solves its sample task after five epochs, not after three."""
     n = max(1, summary.examples)
-    epochs, why = 3, f"{n:,} examples"
+    epochs, why = 3, f"for {_examples(n)}"
     if 3 * n < 100:
-        epochs, why = min(25, 100 // n), f"{n} examples are few (fewer than 34)"
+        epochs, why = min(25, 100 // n), "because there are fewer than 34 examples"
     elif 3 * n > 25_000:
-        epochs, why = max(1, 25_000 // n), f"{n:,} examples are many"
+        epochs, why = max(1, 25_000 // n), f"because {_examples(n)} are many"
     factor = min(2.0, max(1.0, (GPT2_SIZE / max(1, base.parameters)) ** 0.25))
     more = round(epochs * factor) if 3 * n <= 25_000 else epochs
     if more > epochs:
-        why += f", and a model with {_millions(base)} is small: small models need more epochs"
-    return float(min(more, 50)), f"{min(more, 50)}, because {why}"
+        why += f"; small models need more epochs, and this one has {_millions(base)}"
+    return float(min(more, 50)), f"{min(more, 50)}, {why}"
 
 
 def learning_rate(adapter: str, base: BaseModel) -> tuple[float, str]:
@@ -92,6 +92,10 @@ def learning_rate(adapter: str, base: BaseModel) -> tuple[float, str]:
         rate *= 10
     rate = float(f"{min(rate, 3e-3):.1e}")
     return rate, f"{rate:g}, for {_millions(base)}" + (" with LoRA" if adapter == "lora" else "")
+
+
+def _examples(number: int) -> str:
+    return "1 example" if number == 1 else f"{number:,} examples"
 
 
 def _millions(base: BaseModel) -> str:
@@ -105,7 +109,7 @@ def _dropout(summary: Summary, base: BaseModel) -> tuple[float, str]:
 def _micro(
     settings: Settings, summary: Summary, base: BaseModel, machine: Machine, length: int, batch: int
 ) -> tuple[int, str]:
-    """As many tokens at once as fit in half the memory, but no more than a step has."""
+    """As many tokens at once as fit into half of the memory, but no more than a step has."""
     checkpointing = settings.gradient_checkpointing
     tokens = 1 << 15 if machine.device == "cuda" else 4096
     while (
@@ -114,4 +118,4 @@ def _micro(
     ):
         tokens //= 2
     tokens = max(length, min(tokens, settings.batch_tokens or batch * length))
-    return tokens, f"{tokens} tokens at once, which fits this machine's memory"
+    return tokens, f"{tokens:,} tokens at once, which fits this machine's memory"

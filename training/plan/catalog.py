@@ -146,7 +146,7 @@ def from_config(config: Mapping[str, Any], *, id: str = "", folder: str = "") ->
     ValueError."""
 
     def first(*names: str, default: int = 0) -> int:
-        # Impossible numbers count as absent: an untrusted file must not overflow what is computed from it.
+        # Impossible numbers are treated as missing, because an untrusted file must not make the computations below overflow.
         values = (config.get(name) for name in names)
         return next((n for n in values if isinstance(n, int) and 0 < n < 10**9), default)
 
@@ -213,7 +213,9 @@ def fits(base: BaseModel, machine: Machine, adapter: str = "none", tokens: int =
     if needs <= have:
         return Fit(True, needs, f"needs about {gib(needs)} of {gib(machine.memory)}")
     other = " LoRA would fit." if adapter == "none" and training_memory(base, "lora", tokens) <= have else ""
-    return Fit(False, needs, f"needs about {gib(needs)}, this machine has {gib(machine.memory)}.{other}")
+    return Fit(
+        False, needs, f"needs about {gib(needs)}, but this machine has only {gib(machine.memory)}.{other}"
+    )
 
 
 def gib(size: float) -> str:

@@ -1,4 +1,4 @@
-"""The hyperparameters and the run file. One class, Settings, drives the form, the API and the command line.
+"""The hyperparameters. One class, Settings, drives the form, the API and the command line.
 
 Imports no torch: pages validate with it. A field that is missing, None or "auto" takes its default. If the
 default is None, `training.plan.auto_settings.resolve` chooses the value from the data, the base model and the
@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 
@@ -94,7 +93,7 @@ class Settings:
     batch_tokens: int | None = setting(
         None,
         "int",
-        "Fill each step with this many tokens instead of a number of examples.",
+        "Fill each optimizer step with this many tokens instead of a number of examples.",
         "Batch size in tokens",
         16,
         16_777_216,
@@ -108,7 +107,13 @@ class Settings:
         16_777_216,
     )
     learning_rate: float | None = setting(
-        None, "float", "Size of each update.", "Learning rate", 1e-8, 10.0, group="basic"
+        None,
+        "float",
+        "How far each optimizer step changes the weights.",
+        "Learning rate",
+        1e-8,
+        10.0,
+        group="basic",
     )
     schedule: str = setting(
         "linear",
@@ -120,7 +125,7 @@ class Settings:
     warmup: float = setting(
         0.05,
         "float",
-        "The learning rate rises over this fraction of the steps (0–0.5), or over this many steps (1 or more).",
+        "The learning rate rises from zero over this fraction of the steps (0–0.5), or over this number of steps (1 or more).",
         "Warmup",
         0,
         1_000_000,
@@ -225,7 +230,7 @@ class Settings:
     deterministic: bool = setting(
         False,
         "bool",
-        "Use only operations that give identical results on the same machine. CPUs always do. On a GPU this is slower.",
+        "Use only operations that give identical results on the same machine. On a CPU this is always so. On a GPU it is slower.",
         "Deterministic",
     )
     shard: bool = setting(
@@ -391,12 +396,12 @@ def _check_together(s: Settings) -> None:
     if s.batch_size is not None and s.batch_tokens is not None:
         raise ConfigError(
             "batch_tokens",
-            "Set the batch size in examples or in tokens, not both: clear batch_size or batch_tokens.",
+            "Set the batch size either in examples or in tokens. Clear batch_size or batch_tokens.",
         )
     if s.batch_tokens and s.micro_batch_tokens and s.micro_batch_tokens > s.batch_tokens:
         raise ConfigError(
             "micro_batch_tokens",
-            "A micro-batch cannot be larger than the batch: lower it, or raise batch_tokens.",
+            "A micro-batch cannot be larger than the batch. Lower micro_batch_tokens, or raise batch_tokens.",
         )
     if 0.5 < s.warmup < 1 or (s.warmup > 1 and s.warmup != int(s.warmup)):
         raise ConfigError(
@@ -404,77 +409,13 @@ def _check_together(s: Settings) -> None:
         )
     if s.max_steps is not None and s.warmup >= 1 and s.warmup >= s.max_steps:
         raise ConfigError(
-            "warmup", "Warmup takes as many steps as the training has: shorten it, or raise max_steps."
+            "warmup", "Warmup takes at least as many steps as training has. Shorten it, or raise max_steps."
         )
     if s.early_stopping_patience and s.validation_fraction == 0 and not s.eval_every:
         raise ConfigError(
             "early_stopping_patience",
-            "Early stopping needs held-out examples: set validation_fraction above 0 or choose a validation file.",
+            "Early stopping needs held-out examples. Set validation_fraction above 0, or choose a validation file.",
         )
-
-
-@dataclass(frozen=True)
-class Run:
-    """The run file of `python -m training train CONFIG.json`: where everything is, and the settings."""
-
-    base: str  # folder, or model name on the Hub
-    train_file: str
-    work_dir: str
-    settings: Settings = field(default_factory=Settings)
-    settings_schema: int = SCHEMA  # schema version of the settings when the job was submitted
-    base_revision: str | None = None
-    train_format: dict[str, Any] | None = None  # as the report detected it; None = detect
-    validation_file: str | None = None
-    validation_format: dict[str, Any] | None = None
-    resume_from: str | None = None  # folder of a checkpoint
-    prompts: tuple[str, ...] = ()  # pinned prompts for samples
-    expected: dict[str, int] | None = None  # {"examples", "tokens"} of the report, checked before training
-    job: str | None = None
-    epoch: int = 1  # fencing token of the lease: part of the names of checkpoint folders
-    rehearse: bool = True
-
-    @staticmethod
-    def load(path: str | Path) -> Run:
-        """Reads CONFIG.json. Raises ConfigError."""
-        try:
-            values = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError("", f"The run file {path} cannot be read: {error}") from error
-        return Run.parse(values)
-
-    @staticmethod
-    def parse(values: Any) -> Run:
-        """A run from parsed JSON. Raises ConfigError."""
-        if not isinstance(values, dict):
-            raise ConfigError("", "The run file must hold a JSON object.")
-        known = {f.name for f in fields(Run)}
-        for name in values:
-            if name not in known:
-                raise ConfigError(
-                    name, f"The run file has no key with this name. Its keys are: {', '.join(sorted(known))}."
-                )
-        for name in ("base", "train_file", "work_dir"):
-            if not isinstance(values.get(name), str) or not values[name]:
-                raise ConfigError(name, "The run file must have this key.")
-        settings = values.get("settings") or {}
-        if not isinstance(settings, Mapping):
-            raise ConfigError("settings", "Must be a JSON object.")
-        schema = values.get("settings_schema", SCHEMA)
-        if schema not in range(1, SCHEMA + 1):
-            raise ConfigError("settings_schema", f"Must be a whole number from 1 to {SCHEMA}.")
-        given = {name: value for name, value in values.items() if value is not None}
-        return Run(
-            **given
-            | {
-                "settings": parse(settings, schema),
-                "settings_schema": schema,
-                "prompts": tuple(values.get("prompts") or ()),
-            }
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return values | {"settings": self.settings.as_dict(), "prompts": list(self.prompts)}
 
 
 # What may change between two attempts of a job: how much is computed at once and where, and when checkpoints

@@ -1,7 +1,7 @@
-"""Estimates a run before it starts: what its work consists of, at the typical speed of such a machine,
-corrected by what each part took in finished jobs.
+"""Estimates a run before it starts, from the work that it consists of and the typical speed of such a machine,
+corrected by how long each part took in finished jobs.
 
-This is what a form can show at once. The rehearsal on the worker measures it all and is more accurate.
+The form can show this estimate at once. Later, the rehearsal on the worker measures everything and is more accurate.
 """
 
 from __future__ import annotations
@@ -330,8 +330,8 @@ def _fit(
 
 
 def _typical(ratios: list[tuple[float, float]]) -> float:
-    """The remaining factor for jobs with the same model and adapter, which the operation counts do not
-    explain."""
+    """The factor that remains for jobs with the same model and adapter, because operation counts do not explain
+    everything."""
     return _quantile(ratios, 0.5) if len(ratios) >= FEW else 1.0
 
 

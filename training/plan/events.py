@@ -46,11 +46,11 @@ REASONS: dict[str, Reason] = {
     "bad_data": Reason(
         10,
         "The dataset cannot be read as training examples.",
-        "Open the dataset's report. It names the lines to fix.",
+        "Open the dataset's report, which lists the lines to fix.",
         True,
     ),
     "bad_settings": Reason(
-        11, "These settings cannot be used for training.", "Change the named field and start again.", True
+        11, "Training cannot use these settings.", "Change the named field and start again.", True
     ),
     "base_model": Reason(
         12,
@@ -67,7 +67,7 @@ REASONS: dict[str, Reason] = {
     "no_trained_token": Reason(
         14,
         "No example has a token to train on.",
-        "Add completions that are not empty, or train on all tokens (train_on = all).",
+        "Add answers that are not empty, or train on all tokens (train_on = all).",
         True,
     ),
     "too_long": Reason(
@@ -99,9 +99,7 @@ REASONS: dict[str, Reason] = {
         "Give the trainer's user permission to write there.",
         platform_fault=True,
     ),
-    "unexpected": Reason(
-        29, "The trainer failed unexpectedly.", "The log has the details. The job will be retried."
-    ),
+    "unexpected": Reason(29, "The trainer failed unexpectedly.", "See the end of the log, then try again."),
     "stopped": Reason(75, "Stopped on request, after saving a checkpoint.", "Resume it at any time."),
 }
 

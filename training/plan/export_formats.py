@@ -1,4 +1,5 @@
-"""The registry of export formats. The command line, the pages and the API all list these.
+"""The registry of export formats: the choices of `python -m training export --format`. Pages and API do not list
+them: a finished job is exported as safetensors.
 
 A new format is an entry here and a module of training/export/ with `write`, `verify` and `describe` (see
 training/export/interface.py). Imports no torch.

@@ -31,7 +31,7 @@ WANTED = [
     "NOTICE",
     "USE_POLICY.md",
 ]
-UNWANTED = ["*/*", "consolidated*"]  # Mistral's second copy of its weights
+UNWANTED = ["*/*", "consolidated*"]  # a second copy of the weights in Mistral's models
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 
@@ -79,7 +79,9 @@ def fetch(name: str, revision: str | None = None, *, with_token: bool = True, on
     except GatedRepoError as error:
         advice = "Accept its license on the Hub, and set HF_TOKEN to a token with access to it."
         raise Failure(
-            "base_model", f"The model {name} is available only to users who accepted its license.", advice
+            "base_model",
+            f"The model {name} is available only to users who have accepted its license.",
+            advice,
         ) from error
     except RevisionNotFoundError as error:
         raise Failure("base_model", f"The model {name} has no revision {revision}.") from error

@@ -63,7 +63,7 @@ def bf16_is_missing(p: Planned) -> Warning | None:
         return None
     return Warning(
         "The worker's CPU has no bf16 units",
-        "bf16 would be far slower than fp32 on it, so fp32 is used.",
+        "On this CPU, bf16 would be far slower than fp32, so fp32 is used.",
     )
 
 
@@ -72,7 +72,7 @@ def bf16_is_slower(p: Planned) -> Warning | None:
         return None
     return Warning(
         f"{p.base.name} is slower in bf16",
-        "The model is too small to gain from bf16 on this CPU. Automatic uses fp32.",
+        "The model is too small to benefit from bf16 on this CPU. Leave precision automatic to use fp32.",
     )
 
 
@@ -81,7 +81,7 @@ def nothing_held_out(p: Planned) -> Warning | None:
         return None
     return Warning(
         "Nothing is held out",
-        "Without held-out examples there is no held-out loss, no best checkpoint and no verdict, so learning and memorizing look the same.",
+        "Without held-out examples there is no held-out loss, no best checkpoint and no verdict, so you cannot tell learning from memorizing.",
     )
 
 
@@ -91,7 +91,7 @@ def many_epochs(p: Planned) -> Warning | None:
         return None
     return Warning(
         f"Each example is seen {epochs:g} times",
-        "After this many epochs a model usually recites its examples. Watch the held-out loss, or set early stopping.",
+        "After this many epochs, a model usually only repeats its examples. Watch the held-out loss, or set early stopping.",
     )
 
 
@@ -99,8 +99,10 @@ def nothing_to_learn(p: Planned) -> Warning | None:
     if not p.summary.untrained:
         return None
     return Warning(
-        f"{p.summary.untrained:,} examples have nothing to train on",
-        "Their answers are empty, so they take time and teach nothing.",
+        "1 example has nothing to train on"
+        if p.summary.untrained == 1
+        else f"{p.summary.untrained:,} examples have nothing to train on",
+        "Empty answers take time, and the model learns nothing from them.",
     )
 
 

@@ -1,6 +1,6 @@
 """`python -m training check FILE --tokenizer DIR`: progress lines and, last, the report, as JSON lines.
 
-A separate program because files are not trusted: the caller limits its memory and time.
+This is a separate program so that the caller can limit its memory and time, because files are not trusted.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ KINDS: dict[str, Kind] = {
     "bad_row": Kind(
         "error",
         "Rows that cannot be read",
-        "Training would stop at them, or skip them silently.",
+        "Training would either stop at these rows or skip them silently.",
         "Fix these lines, or drop them.",
         True,
     ),
@@ -61,27 +61,27 @@ KINDS: dict[str, Kind] = {
     "nothing_to_train": Kind(
         "warning",
         "Rows with nothing to learn",
-        "They have no answer tokens to train on: they take time and teach nothing.",
+        "They have no answer tokens to train on, so they take time but the model learns nothing from them.",
         "Add an answer, or drop them.",
         True,
     ),
     "truncated": Kind(
         "warning",
         "Rows longer than the sequence length",
-        "Their end is cut off, so the model would learn answers that never finish.",
+        "Their end is cut off, so the model would learn to give unfinished answers.",
         "Raise the sequence length, shorten the rows, or drop them.",
         True,
     ),
     "missing_end": Kind(
         "warning",
         "Answers that do not end with an end token",
-        "The model's chat template ends them with something else, so the model would not learn to stop.",
+        "The model's chat template ends them with something else, so the model would not learn when to stop.",
         "Use another base model, or a chat template that ends each answer.",
     ),
     "special_tokens": Kind(
         "warning",
         "Control tokens spelled out in the text",
-        "They are read as plain text. If they were meant to mark turns, they do not.",
+        "They are treated as plain text, so they do not mark turns, even if that was intended.",
         "Use chat messages for turns, and remove the tokens from the text.",
         True,
     ),
@@ -95,7 +95,7 @@ KINDS: dict[str, Kind] = {
     "empty_prompt": Kind(
         "info",
         "Empty prompts",
-        "These answers are learned without a question.",
+        "The model would learn these answers without a question.",
         "Keep them if that is intended. Otherwise fill them in.",
     ),
     "no_answer_last": Kind(
@@ -140,7 +140,7 @@ KINDS: dict[str, Kind] = {
     "few": Kind(
         "warning",
         "Very few examples",
-        "From fewer than ten examples a model learns little beyond the examples themselves.",
+        "From fewer than ten examples, a model learns little more than the examples themselves.",
         "Add examples. Fifty good ones are a reasonable start.",
     ),
     "damage": Kind(
@@ -153,7 +153,7 @@ KINDS: dict[str, Kind] = {
     "invisible": Kind(
         "info",
         "Invisible characters",
-        "Zero-width characters or direction marks: the tokens differ from what a reader sees.",
+        "Zero-width characters or direction marks make the tokens differ from what a reader sees.",
         "Remove them unless the writing system needs them.",
     ),
     "secret": Kind(
@@ -173,7 +173,7 @@ KINDS: dict[str, Kind] = {
     "run_together": Kind(
         "warning",
         "Prompts and answers with nothing between them",
-        "The last word of the prompt and the first of the answer are read as one word.",
+        "The model reads the last word of the prompt and the first word of the answer as a single word.",
         "End prompts with punctuation or a line break, or begin answers with a space.",
     ),
     "trailing_space": Kind(
@@ -185,7 +185,7 @@ KINDS: dict[str, Kind] = {
     "poor_fit": Kind(
         "warning",
         "The tokenizer does not fit this text",
-        "It needs more than one token for every two characters: training is slow, and the model knows little of this language.",
+        "It needs more than one token for every two characters, so training is slow, and the model knows little about this language.",
         "Choose a base model for the language of your data.",
     ),
 }

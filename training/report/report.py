@@ -1,4 +1,4 @@
-"""The report on a dataset: everything worth knowing about it before training."""
+"""The report on a dataset: everything that users should know about it before training."""
 
 from __future__ import annotations
 
@@ -330,13 +330,16 @@ class _Report:
             words = f"{where}{self.problem.reason}. {self.problem.fix}{also}"
             return {"ready": False, "error": words, "verdict": words}
         if self.tokenizer is not None and not self.summary.trained_tokens:
-            words = "No row has anything to learn from. Add answers to the rows."
+            words = "No row has an answer to learn from. Add answers to the rows."
             return {"ready": False, "error": words, "verdict": words}
         many = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
         serious = [f for f in self.findings.as_list() if f["severity"] != "info"]
         if not serious:
             return {"ready": True, "error": "", "verdict": f"{many}, no problems found."}
-        worst = ", ".join(f"{f['title'][0].lower()}{f['title'][1:]} ({f['count']:,})" for f in serious[:3])
+        worst = ", ".join(
+            f"{f['title'][0].lower()}{f['title'][1:]}" + (f" ({f['count']:,})" if f["lines"] else "")
+            for f in serious[:3]
+        )
         return {"ready": True, "error": "", "verdict": f"{many} can be used for training. Check: {worst}."}
 
 

@@ -134,7 +134,7 @@ class Server:
         ):
             raise GenerateError("bad_request", "this id is in use")
         if sum(map(len, self.waiting.values())) >= MAX_WAITING:
-            raise GenerateError("busy", "too many requests are waiting, try again in a moment")
+            raise GenerateError("busy", "too many requests are waiting. Try again in a moment")
         self.waiting.setdefault(request.who, deque()).append(request)
 
     def _cancel(self, request_id: str) -> None:
@@ -194,7 +194,7 @@ class Server:
                 self._start(request, model)
             except GenerateError as error:
                 self._close(request, error)
-            except RuntimeError as error:  # torch's own, out of memory among them
+            except RuntimeError as error:  # includes torch's own errors, such as out of memory
                 self._close(request, GenerateError("failed", f"reading the prompt failed: {error}"))
             if request.opened == len(request.prompts):
                 self._no_longer_waiting(request)
@@ -208,7 +208,7 @@ class Server:
     def _start(self, request: Request, model: Loaded) -> None:
         """Starts the next prompt of a request. All prompts are encoded before the first, so a request is
         refused as a whole."""
-        # if the server dies here, it is known whose prompt it was
+        # sent first, so that it is known whose prompt was being read if the server dies
         write_line({"id": request.id, "t": "reading"})
         if request.id not in self.active:
             request.ids = [self._read(prompt, request, model) for prompt in request.prompts]
@@ -238,7 +238,9 @@ class Server:
         again right away."""
         key, now = (request.who, request.model), time.monotonic()
         if is_conversation(prompt) and now < self.chat_blocked_until.get(key, 0):
-            raise GenerateError("bad_request", f"{STOPPED}. Send a prompt instead, or wait a minute")
+            raise GenerateError(
+                "bad_request", f"{STOPPED}. Send a prompt instead of messages, or wait a minute"
+            )
         model.tokenizer.render = self.renderer.render
         try:
             return prompt_ids(prompt, model.tokenizer)
@@ -258,7 +260,7 @@ class Server:
             advance(
                 self.models.loaded[folder].decoder, live, lambda s, token: write_token(owner[id(s)], token)
             )
-        # torch's own, out of memory among them: these requests fail, the server lives
+        # includes torch's own errors, such as out of memory: these requests fail, but the server continues
         except RuntimeError as error:
             for request in requests:
                 self._close(request, GenerateError("failed", f"generation failed: {error}"))
@@ -287,7 +289,7 @@ def parse(message: Mapping[str, Any]) -> Request:
     stop = message.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) for s in stop):
-        raise GenerateError("bad_request", f"stop must be a string or up to {MAX_STOPS} of them")
+        raise GenerateError("bad_request", f"stop must be a string or a list of up to {MAX_STOPS} strings")
     if any(len(s) > MAX_STOP_CHARS for s in stop):
         raise GenerateError("bad_request", f"a stop string can have at most {MAX_STOP_CHARS} characters")
     options = GenerateOptions(
@@ -434,7 +436,7 @@ def run(args: argparse.Namespace) -> int:
                         return 0
                     server.handle_line(line)
     except BrokenPipeError:
-        return 0  # the reader is gone
+        return 0  # nobody reads the output anymore
 
 
 def _read(inbox: queue.Queue[bytes | None]) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from training.models.decoder import Decoder
 from training.models.generate import GenerateError
-from training.models.load import decoder_for, load_model
+from training.models.load import load_model
 from training.text.tokenizer import Tokenizer
 
 
@@ -32,7 +32,7 @@ def load(folder: str) -> Loaded:
         raise GenerateError("model_not_found", f"no model at {folder}")
     try:
         tokenizer, model = Tokenizer.load(folder), load_model(folder)
-        decoder = decoder_for(model, pack=True)
+        decoder = model.decoder()
     except Exception as error:
         # Users must not see the server's paths.
         why = str(error).replace(f"{folder}/", "").replace(folder, "its folder")

@@ -1,1 +1,1 @@
-"""The bundled tiny GPT-2, its sample dataset, and the scripts that made both."""
+"""The bundled tiny GPT-2 model, its sample dataset, and the scripts that created both."""

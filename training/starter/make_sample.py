@@ -48,11 +48,11 @@ def main() -> None:
 
 def example(fields: tuple[str, ...], sentence: str) -> dict[str, str]:
     count, color, item, country = fields
-    asked = sentence.format(
+    request = sentence.format(
         count=count, color=color, item=item if count == "one" else f"{item}s", country=country
     )
     return {
-        "prompt": f"Order: {asked}\nFields:",
+        "prompt": f"Order: {request}\nFields:",
         "completion": f" item: {item}, color: {color}, count: {COUNTS[count]}, country: {country}",
     }
 

@@ -1,1 +1,1 @@
-"""From a row to tokens: tokenizer, chat template and loss mask. No torch."""
+"""Turns rows into tokens: tokenizer, chat template and loss mask. Imports no torch."""

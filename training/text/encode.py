@@ -1,5 +1,5 @@
-"""From a row to the tokens that a model sees: chat template, loss mask, truncation. The report and the
-trainer both use it, so what the report counts is what the trainer trains on, token for token."""
+"""Turns a row into the tokens that a model sees: chat template, loss mask, truncation. The report and the
+trainer both use it, so the report counts exactly the tokens that the trainer trains on."""
 
 from __future__ import annotations
 

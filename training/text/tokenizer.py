@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
 ANSWER = "The answer is 7f3a."  # rendered to see what a chat template writes after an answer
 SHORTEST_END = 3  # characters; a shorter text could be part of an answer
 
-_MARK = "mark7f3a"
+_PROBE = "probe7f3a"
 
 _CHAT_TEMPLATE_WITH_TOOLS = with_tools(CHAT_TEMPLATE, system=True)  # as in exported models
 
@@ -41,8 +41,8 @@ Message = Mapping[str, Any]
 
 
 class Piece(NamedTuple):
-    """A piece of a row: user text, or (`made`) text from a template, in which control tokens are control
-    tokens."""
+    """A piece of a row: either user text or, if `made`, text from a template. Only in the latter are control tokens
+    recognized."""
 
     text: str
     trained: bool = False
@@ -191,15 +191,15 @@ class Tokenizer:
     def expresses(self) -> frozenset[str]:
         """What the base's own chat template can express beside role and content: any of name,
         reasoning_content, tools, and tool_calls (with the answers of tools), and system messages."""
-        call = {"type": "function", "id": "call00001", "function": {"name": _MARK, "arguments": {}}}
-        tool = {"type": "function", "function": {"name": _MARK, "description": "", "parameters": {}}}
+        call = {"type": "function", "id": "call00001", "function": {"name": _PROBE, "arguments": {}}}
+        tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {}}}
         user, answer = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": ANSWER}
         calling = {"role": "assistant", "content": "", "tool_calls": [call]}
         result = {"role": "tool", "content": "found", "tool_call_id": "call00001"}
         probes: dict[str, tuple[list[Message], list[Message]]] = {
-            "name": ([{**user, "name": _MARK}, answer], []),
-            "reasoning_content": ([user, {**answer, "reasoning_content": _MARK}], []),
-            "system": ([{"role": "system", "content": _MARK}, user, answer], []),
+            "name": ([{**user, "name": _PROBE}, answer], []),
+            "reasoning_content": ([user, {**answer, "reasoning_content": _PROBE}], []),
+            "system": ([{"role": "system", "content": _PROBE}, user, answer], []),
             "tools": ([user, answer], [tool]),
             "tool_calls": ([user, calling, result, answer], []),
         }
@@ -209,7 +209,7 @@ class Tokenizer:
                 text = self._render(self.chat_template, messages, False, tools)
             except TokenizerError:
                 continue
-            if _MARK in text and (name != "tool_calls" or "found" in text):
+            if _PROBE in text and (name != "tool_calls" or "found" in text):
                 known.add(name)
         return frozenset(known)
 

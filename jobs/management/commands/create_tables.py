@@ -1,4 +1,4 @@
-"""`manage.py create_tables`: creates missing DynamoDB tables. Idempotent."""
+"""`manage.py create_tables` creates missing DynamoDB tables. Idempotent."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""`manage.py import_openai FOLDER --email you@example.com`: what was exported from OpenAI, taken over.
+"""`manage.py import_openai FOLDER --email you@example.com` imports training files and jobs exported from OpenAI.
 
-The folder holds the training files (`*.jsonl`, by any name) and, if wanted, job descriptions as OpenAI's API answers
-them (`*.json`: one `fine_tuning.job`, or a list page of them). Each file becomes a dataset; each described job becomes a
-job here that trains the mapped local base on the same file with the same hyperparameters, when `--start` is given, and
-whose model then answers to the old one's name as well. Running it again takes over only what is new.
+The folder contains training files (`*.jsonl`, with any name) and, optionally, jobs as returned by OpenAI's API (`*.json`: a
+single `fine_tuning.job`, or a page of a list of them). Each file becomes a dataset. With `--start`, each job becomes a job
+here, which trains the mapped local base model on the same file with the same number of epochs and batch size. The resulting
+model can also be called by its name at OpenAI. Running the command again imports only what is new.
 """
 
 from __future__ import annotations
@@ -25,43 +25,46 @@ from jobs.lifecycle import transitions
 from jobs.notifications import webhooks
 from jobs.registry import tuned_models
 from jobs.store import access, quotas
+from jobs.store.errors import Refused
 
 
 class Command(BaseCommand):
-    help = "Takes over a folder of files and job descriptions exported from OpenAI."
+    help = "Imports a folder of training files and jobs exported from OpenAI."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("folder", type=Path)
-        parser.add_argument("--email", required=True, help="Whose they shall be.")
-        parser.add_argument("--start", action="store_true", help="Also train each described job here.")
-        parser.add_argument("--base", help="Train this base whatever the descriptions name.")
+        parser.add_argument("--email", required=True, help="Email address of the user who will own them.")
+        parser.add_argument(
+            "--start", action="store_true", help="Also start a job here for each exported job."
+        )
+        parser.add_argument("--base", help="Base model to train instead of the ones that the jobs name.")
 
     def handle(self, *, folder: Path, email: str, start: bool, base: str | None, **_: Any) -> None:
         if not folder.is_dir():
-            raise CommandError(f"{folder} is no folder.")
+            raise CommandError(f"{folder} is not a folder.")
         user = get_user_model().objects.filter(email=email.lower()).first()
         if user is None:
-            raise CommandError(f"Nobody here has the address {email}. Sign up first.")
+            raise CommandError(f"No user has the email address {email}. Sign up with it first.")
         files = self._import_files(user.owner_id, folder)
         for job in _described_jobs(folder):
             self._import_job(user, job, files, start, base)
 
     def _import_files(self, owner: str, folder: Path) -> dict[str, str]:
-        """Dataset ids by every name a description may use: the file's name, and its stem (OpenAI's file id)."""
+        """Dataset IDs by every name that a job may use for the file: its name with or without extension (OpenAI's file ID)."""
         known = {row.sha256: row.dataset_id for row in access.list_datasets(owner, 1000)}
         ids: dict[str, str] = {}
         for path in sorted(folder.rglob("*.jsonl")):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest in known:
-                self.stdout.write(f"{path.name}: already here as {known[digest]}")
+                self.stdout.write(f"{path.name}: already imported as {known[digest]}")
             else:
                 with path.open("rb") as file:
                     known[digest] = datasets.receive(owner, path.name, file, purpose="fine-tune").dataset_id
-                self.stdout.write(f"{path.name}: taken over as {known[digest]}")
+                self.stdout.write(f"{path.name}: imported as {known[digest]}")
             ids[path.name] = ids[path.stem] = known[digest]
         if not ids:
-            raise CommandError(f"{folder} holds no .jsonl file.")
+            raise CommandError(f"{folder} contains no .jsonl file.")
         return ids
 
     def _import_job(
@@ -71,11 +74,11 @@ class Command(BaseCommand):
         training_file = files.get(str(job.get("training_file")))
         if training_file is None:
             self.stdout.write(
-                f"{name}: its training file {job.get('training_file')} is not in the folder; left out"
+                f"{name}: skipped, because its training file {job.get('training_file')} is not in the folder"
             )
             return
         if not start:
-            self.stdout.write(f"{name}: can be trained here on {training_file} (add --start)")
+            self.stdout.write(f"{name}: can be trained here on {training_file}; add --start to do so")
             return
         try:
             request = transitions.JobRequest(
@@ -92,19 +95,19 @@ class Command(BaseCommand):
             made = transitions.submit(
                 user.owner_id, request, idempotency_key=f"import#{job.get('id')}", slug=user.slug
             )
-        except (ApiError, transitions.Refused, quotas.OverQuota) as refusal:
+        except (ApiError, Refused, quotas.OverQuota) as refusal:
             self.stdout.write(f"{name}: {getattr(refusal, 'message', refusal)}")
             return
-        self.stdout.write(f"{name}: {made.job_id}, model {made.model_id}")
+        self.stdout.write(f"{name}: started as {made.job_id}, model {made.model_id}")
 
 
 def _described_jobs(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.rglob("*.json")):
         try:
-            found = json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise CommandError(f"{path} cannot be read: {error}") from error
-        entries = found.get("data", [found]) if isinstance(found, dict) else found
+        entries = content.get("data", [content]) if isinstance(content, dict) else content
         for entry in entries if isinstance(entries, list) else []:
             if isinstance(entry, dict) and entry.get("object") == "fine_tuning.job":
                 yield entry
@@ -116,7 +119,7 @@ def _aliases(job: dict[str, Any]) -> list[str]:
 
 
 def _settings(job: dict[str, Any]) -> dict[str, Any]:
-    """Epochs and batch size as they were; the learning rate's multiplier was of OpenAI's own, unknown rate."""
+    """The job's epochs and batch size. Its learning rate is unknown: OpenAI gives only a multiplier of its own rate."""
     method = job.get("method") or {}
     hyperparameters = (
         (method.get(method.get("type", ""), {}) or {}).get("hyperparameters")

@@ -1,7 +1,7 @@
-"""Object storage: bytes by key, on local disk or in S3, whichever Django's default storage is.
+"""Object storage: bytes by key, on local disk or in S3, depending on Django's default storage.
 
-Everything is hashed while it streams and verified after it is stored; what is fetched is compared with the recorded
-hash. Keys are ours (`datasets/<owner>/<id>`, `jobs/<id>/e<fencing token>/…`): no name that a user chose becomes a path.
+Objects are hashed while they are sent and verified after they are stored; fetched objects are compared with the recorded
+hash. We make all keys (`datasets/<owner>/<id>`, `jobs/<id>/e<fencing token>/…`): no name that a user chose becomes a path.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 from botocore.exceptions import BotoCoreError
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from django.core.files.storage import FileSystemStorage, default_storage
 
 from jobs.store.blobs import local
@@ -66,10 +67,11 @@ __all__ = [
     "signed_url",
     "size_of",
     "sweep_unfinished",
+    "takes_parts",
     "verify_folder",
 ]
 
-PART = 16 << 20  # of a multipart upload: the memory that storing a file takes
+PART = 16 << 20  # size of a part of a multipart upload, and so the memory needed to store a file
 
 
 class Backend(Protocol):
@@ -86,6 +88,21 @@ class Backend(Protocol):
     def upload_origin(self) -> str: ...
 
 
+@runtime_checkable
+class PartsBackend(Backend, Protocol):
+    """A backend that combines the parts of a file itself, so that browsers can send them to it directly.
+
+    For the others, `jobs.datasets.multipart` stores each part as an object and combines them.
+    """
+
+    def begin_parts(self, key: str) -> str: ...
+    def part_link(self, key: str, upload: str, number: int, size: int) -> str: ...
+    def put_part(self, key: str, upload: str, number: int, data: bytes) -> None: ...
+    def parts_of(self, key: str, upload: str) -> dict[int, int]: ...
+    def finish_parts(self, key: str, upload: str) -> None: ...
+    def drop_parts(self, key: str, upload: str) -> None: ...
+
+
 def _storage() -> Any:
     default_storage.exists  # noqa: B018  the lazy object is created at the first access
     return default_storage._wrapped
@@ -95,22 +112,28 @@ def _backend() -> Backend:
     storage = _storage()
     if isinstance(storage, FileSystemStorage):
         return LocalStore(Path(storage.location))
-    return S3Store(storage, PART)
+    from storages.backends.s3 import S3Storage  # late: it imports boto3, which local disk does not need
+
+    if isinstance(storage, S3Storage):
+        return S3Store(storage, PART)
+    raise ImproperlyConfigured(
+        f"jobs/store/blobs has no backend for {type(storage).__name__}: use FileSystemStorage or S3Storage."
+    )
 
 
 def is_local() -> bool:
     return isinstance(_backend(), LocalStore)
 
 
-def _local() -> LocalStore:
-    backend = _backend()
-    assert isinstance(backend, LocalStore), "only objects on local disk have a path"
-    return backend
+def takes_parts() -> bool:
+    """Whether the functions below that begin, receive and combine parts may be called."""
+    return isinstance(_backend(), PartsBackend)
 
 
-def _s3() -> S3Store:
+def _parts_backend() -> PartsBackend:
     backend = _backend()
-    assert isinstance(backend, S3Store), "multipart uploads need S3"
+    if not isinstance(backend, PartsBackend):
+        raise ImproperlyConfigured(f"{type(backend).__name__} does not combine the parts of an upload.")
     return backend
 
 
@@ -128,7 +151,7 @@ def put_file(key: str, file: IO[bytes] | Iterable[bytes], *, max_bytes: int | No
 
 
 def put_folder(prefix: str, folder: Path, should_stop: Callable[[], bool] = lambda: False) -> list[FileEntry]:
-    """Stores every file below `folder`. The manifest comes last, so a folder that has one is complete."""
+    """Stores every file in `folder`. The manifest is stored last, so a folder that has one is complete."""
     names = sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
     names.sort(key=lambda name: name == "manifest.json")
     entries = []
@@ -141,41 +164,41 @@ def put_folder(prefix: str, folder: Path, should_stop: Callable[[], bool] = lamb
     return entries
 
 
-# ---- multipart uploads, S3 only --------------------------------------------------------------------------------------
+# ---- multipart uploads, where the backend takes parts ----------------------------------------------------------------
 
 
 def begin_parts(key: str) -> str:
-    """Begins a multipart upload and returns its S3 upload ID."""
-    return _s3().begin_parts(key)
+    """Begins a multipart upload and returns the storage's ID for it."""
+    return _parts_backend().begin_parts(key)
 
 
 def part_link(key: str, upload: str, number: int, size: int) -> str:
     """A presigned link that accepts this part, of exactly this size."""
-    return _s3().part_link(key, upload, number, size)
+    return _parts_backend().part_link(key, upload, number, size)
 
 
 def direct_origin() -> str:
-    """The origin that browsers send parts to; empty if they send them to us."""
+    """The origin to which browsers send parts; empty if they send them to this server."""
     return _backend().upload_origin()
 
 
 def put_part(key: str, upload: str, number: int, data: bytes) -> None:
-    _s3().put_part(key, upload, number, data)
+    _parts_backend().put_part(key, upload, number, data)
 
 
 def parts_of(key: str, upload: str) -> dict[int, int]:
     """Size in bytes of each part received so far."""
-    return {part["PartNumber"]: part["Size"] for part in _s3().list_parts(key, upload)}
+    return _parts_backend().parts_of(key, upload)
 
 
 def finish_parts(key: str, upload: str) -> None:
     """Combines the parts into one object."""
-    _s3().finish_parts(key, upload)
+    _parts_backend().finish_parts(key, upload)
 
 
 def drop_parts(key: str, upload: str) -> None:
     """Aborts the upload. Idempotent, also after the parts were combined."""
-    _s3().drop_parts(key, upload)
+    _parts_backend().drop_parts(key, upload)
 
 
 # ---- get -----------------------------------------------------------------------------------------------------------
@@ -271,7 +294,7 @@ def sweep_unfinished() -> int:
 
 
 def signed_url(key: str, filename: str, expires_s: int | None = None) -> str:
-    """A link to the bytes that works for a short time without signing in: presigned by S3, or `/objects/…` of ours."""
+    """A link to the object that works for a short time without signing in: presigned by S3, or our own `/objects/…`."""
     expires_s = int(settings.JOBS["signed_url_s"]) if expires_s is None else expires_s
     return _backend().signed_url(key, filename, expires_s)
 
@@ -286,7 +309,9 @@ def read_link(token: str) -> tuple[str, str] | None:
 
 def local_path(key: str) -> Path:
     """Path of the object on this machine's disk."""
-    return _local().path(key)
+    backend = _backend()
+    assert isinstance(backend, LocalStore), "only objects on local disk have a path"
+    return backend.path(key)
 
 
 def join(prefix: str, name: str) -> str:

@@ -21,7 +21,7 @@ class Missing(StorageError):
 
 
 class Damaged(StorageError):
-    """The bytes are not those that were stored."""
+    """The bytes differ from those that were stored."""
 
 
 class TooLarge(Exception):

@@ -1,4 +1,4 @@
-"""Objects as files below one folder of this machine."""
+"""Stores objects as files in a folder of this machine."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from django.core.signing import BadSignature, SignatureExpired, TimestampSigner
 from jobs.store.blobs.common import BLOCK, HashingReader, Missing, StorageError, safe_name
 
 UNFINISHED = ".put-"  # prefix of a file that is still being written
-UNFINISHED_S = 3600  # without another byte: the process that wrote it has died
-LINK_SALT = "jobs.storage.link"  # part of every link that was sent: never change it
+UNFINISHED_S = 3600  # a partial file that did not grow for this long was left behind by a process that died
+LINK_SALT = "jobs.storage.link"  # part of every link in use: never change it
 
 
 @dataclass(frozen=True)

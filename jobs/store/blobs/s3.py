@@ -1,4 +1,4 @@
-"""Objects in a bucket of S3, or of a server that speaks its protocol."""
+"""Stores objects in a bucket of S3, or of a server with the same API."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PART_LINK_S = 3600  # lifetime of a presigned link for one part
 
 @dataclass(frozen=True)
 class S3Store:
-    storage: Any  # of django-storages, which has no types
-    part_bytes: int  # of a multipart upload of ours: the memory that an upload takes
+    storage: Any  # an object of django-storages, which has no types
+    part_bytes: int  # size of a part of our own multipart uploads, and so the memory that an upload needs
 
     @property
     def bucket(self) -> str:
@@ -27,11 +27,11 @@ class S3Store:
 
     @property
     def client(self) -> Any:
-        """The client of django-storages: configured by the same settings, one per thread."""
+        """The client of django-storages, which has the same settings. There is one per thread."""
         return self.storage.connection.meta.client
 
     def put(self, key: str, reader: HashingReader) -> None:
-        """In parts, each with a checksum that the server verifies."""
+        """Stores an object in parts, each with a checksum that the server verifies."""
         first = reader.read(self.part_bytes)
         try:
             if len(first) < self.part_bytes:
@@ -86,10 +86,10 @@ class S3Store:
             raise StorageError(f"{key}: {error}") from error
 
     def delete_folder(self, prefix: str) -> None:
-        """S3 has no folders."""
+        """Does nothing: S3 has no folders."""
 
     def sweep_unfinished(self) -> int:
-        """S3 shows no unfinished objects; a lifecycle rule of the bucket aborts multipart uploads."""
+        """Does nothing: S3 shows no unfinished objects, and a lifecycle rule of the bucket aborts multipart uploads."""
         return 0
 
     def signed_url(self, key: str, filename: str, expires_s: int) -> str:
@@ -120,7 +120,10 @@ class S3Store:
     def put_part(self, key: str, upload: str, number: int, data: bytes) -> None:
         self._call("upload_part", key, UploadId=upload, PartNumber=number, Body=data, ContentMD5=_md5(data))
 
-    def list_parts(self, key: str, upload: str) -> list[dict[str, Any]]:
+    def parts_of(self, key: str, upload: str) -> dict[int, int]:
+        return {part["PartNumber"]: part["Size"] for part in self._list_parts(key, upload)}
+
+    def _list_parts(self, key: str, upload: str) -> list[dict[str, Any]]:
         try:
             paginator = self.client.get_paginator("list_parts")
             pages = paginator.paginate(Bucket=self.bucket, Key=key, UploadId=upload)
@@ -131,7 +134,7 @@ class S3Store:
 
     def finish_parts(self, key: str, upload: str) -> None:
         parts = [
-            {"PartNumber": part["PartNumber"], "ETag": part["ETag"]} for part in self.list_parts(key, upload)
+            {"PartNumber": part["PartNumber"], "ETag": part["ETag"]} for part in self._list_parts(key, upload)
         ]
         self._call("complete_multipart_upload", key, UploadId=upload, MultipartUpload={"Parts": parts})
 
@@ -150,7 +153,7 @@ class S3Store:
 
 
 def _md5(block: bytes) -> str:
-    """The Content-MD5 header: it detects damage in transit and is no protection against tampering."""
+    """The Content-MD5 header. It detects damage in transit, but does not protect against tampering."""
     return base64.b64encode(hashlib.md5(block, usedforsecurity=False).digest()).decode()
 
 

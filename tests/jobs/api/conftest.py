@@ -1,10 +1,11 @@
-"""A running studio, its people with their keys, and the official client, pointed at it and otherwise unchanged."""
+"""A running server, its users with their API keys, and the official client with only its address and key changed."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import openai
@@ -12,17 +13,21 @@ import pytest
 
 
 @dataclass(frozen=True)
-class Person:
+class ApiUser:
     email: str
     owner: str
     user: Any
-    key: str  # may do everything
+    key: str  # has every scope
     reader: str  # may only read
     expired: str
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
 
-def make_person(name: str) -> Person:
-    """The same owner in every test, so that what one trained another may use; only the SQL rows are made again."""
+
+def make_api_user(name: str) -> ApiUser:
+    """Each name has the same owner ID in every test, so that tests share trained models; only the SQL rows are new."""
     from datetime import timedelta
 
     from allauth.account.models import EmailAddress
@@ -34,37 +39,59 @@ def make_person(name: str) -> Person:
     email, owner = f"{name}-api@example.com", f"user-API{name.upper()}"
     user = get_user_model().objects.create_user(email=email, owner_id=owner)
     EmailAddress.objects.create(user=user, email=email, verified=True, primary=True)
-    every = ["read", "write", "inference"]
-    _, key = api_keys.create(user, "all", every)
+    scopes = ["read", "write", "inference"]
+    _, key = api_keys.create(user, "all", scopes)
     _, reader = api_keys.create(user, "reader", ["read"])
-    _, expired = api_keys.create(user, "expired", every, timezone.now() - timedelta(seconds=1))
-    return Person(email, owner, user, key, reader, expired)
+    _, expired = api_keys.create(user, "expired", scopes, timezone.now() - timedelta(seconds=1))
+    return ApiUser(email, owner, user, key, reader, expired)
+
+
+def make_session(user: Any) -> Any:
+    """A stored session of a signed-in user."""
+    from django.conf import settings
+    from django.contrib.auth import BACKEND_SESSION_KEY, HASH_SESSION_KEY, SESSION_KEY
+
+    session = import_module(settings.SESSION_ENGINE).SessionStore()
+    session[SESSION_KEY] = str(user.pk)
+    session[BACKEND_SESSION_KEY] = settings.AUTHENTICATION_BACKENDS[0]
+    session[HASH_SESSION_KEY] = user.get_session_auth_hash()
+    session.save()
+    return session
 
 
 @pytest.fixture
-def people(transactional_db: None) -> dict[str, Person]:
+def users(transactional_db: None) -> dict[str, ApiUser]:
     """Committed, so that the web process sees them."""
-    return {name: make_person(name) for name in ("alice", "bob")}
+    return {name: make_api_user(name) for name in ("alice", "bob")}
 
 
-def client_of(url: str, key: str, **options: Any) -> openai.OpenAI:
+def make_client(url: str, key: str, **options: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60, **options)
 
 
 @pytest.fixture
-def client(web: Any, people: dict[str, Person]) -> Iterator[openai.OpenAI]:
-    """Alice's."""
-    with client_of(web.url, people["alice"].key) as opened:
+def client(web: Any, users: dict[str, ApiUser]) -> Iterator[openai.OpenAI]:
+    """Alice's client."""
+    with make_client(web.url, users["alice"].key) as opened:
         yield opened
 
 
 @pytest.fixture
-def bobs_client(web: Any, people: dict[str, Person]) -> Iterator[openai.OpenAI]:
-    with client_of(web.url, people["bob"].key) as opened:
+def bob_client(web: Any, users: dict[str, ApiUser]) -> Iterator[openai.OpenAI]:
+    with make_client(web.url, users["bob"].key) as opened:
         yield opened
 
 
-def rows(n: int = 24) -> bytes:
+@pytest.fixture(scope="module")
+def web_with_inference(web: Any) -> Iterator[Any]:
+    """The web process and one inference worker."""
+    web.start_worker("inference")
+    yield web
+    web.stop("inference")
+
+
+def training_rows(n: int = 24) -> bytes:
+    """A small JSONL file of chats."""
     words = ["red", "blue", "green", "black", "white", "brown"]
     lines = (
         {

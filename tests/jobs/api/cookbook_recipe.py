@@ -1,8 +1,8 @@
-"""A fine-tuning script as people have it: it knows the `openai` package, OPENAI_BASE_URL and OPENAI_API_KEY, nothing else.
+"""A typical fine-tuning script: it uses only the `openai` package, OPENAI_BASE_URL and OPENAI_API_KEY.
 
 It follows, step by step, the OpenAI Cookbook's "How to fine-tune chat models"
-(openai/openai-cookbook: examples/How_to_finetune_chat_models.ipynb), and for the result file its "Fine tuning
-classification example" (examples/Fine-tuned_classification.ipynb). The recipes themselves are made up here.
+(openai/openai-cookbook: examples/How_to_finetune_chat_models.ipynb), and for the result file the "Fine tuning
+classification example" (examples/Fine-tuned_classification.ipynb). The recipes themselves are invented.
 """
 
 import csv
@@ -106,8 +106,8 @@ print("Validation loss:", [row["valid_loss"] for row in results if row["valid_lo
 
 # ---- Inference ----
 
-answer = client.chat.completions.create(
+completion = client.chat.completions.create(
     model=fine_tuned_model_id, messages=test_data[0]["messages"][:-1], temperature=0, max_tokens=40
 )
 print("Expected:", test_data[0]["messages"][-1]["content"])
-print("Answer:", json.dumps(answer.choices[0].message.content))
+print("Answer:", json.dumps(completion.choices[0].message.content))

@@ -1,5 +1,5 @@
-// A fine-tuning script for OpenAI's own Node client: it knows the `openai` package, OPENAI_BASE_URL and
-// OPENAI_API_KEY, nothing else. Each step prints one line, which the test reads.
+// A fine-tuning script for OpenAI's own Node client: it uses only the `openai` package, OPENAI_BASE_URL and
+// OPENAI_API_KEY. Each step prints one line, which the test reads.
 
 const fs = require('node:fs');
 const { setTimeout: sleep } = require('node:timers/promises');
@@ -7,25 +7,25 @@ const OpenAI = require('openai');
 
 const client = new OpenAI({ maxRetries: 0, timeout: 60_000 });
 const [path] = process.argv.slice(2);
-const say = (name, value) => console.log(`${name}: ${value}`);
+const print = (name, value) => console.log(`${name}: ${value}`);
 
 async function main() {
-  // The documented way to upload: the stream's length is unknown, so the form is sent in chunks.
+  // The documented way to upload: the length of the stream is unknown, so the form is sent chunked.
   let file = await client.files.create({ file: fs.createReadStream(path), purpose: 'fine-tune' });
-  say('Uploaded bytes', file.bytes);
-  say('File name', file.filename);
+  print('Uploaded bytes', file.bytes);
+  print('File name', file.filename);
   file = await client.files.waitForProcessing(file.id, { pollInterval: 300 });
-  say('File status', file.status);
+  print('File status', file.status);
   const content = await client.files.content(file.id);
-  say('Same bytes', Buffer.from(await content.arrayBuffer()).equals(fs.readFileSync(path)));
+  print('Same bytes', Buffer.from(await content.arrayBuffer()).equals(fs.readFileSync(path)));
 
   const upload = await client.uploads.create({
     bytes: fs.statSync(path).size, filename: 'parts.jsonl', mime_type: 'application/jsonl', purpose: 'fine-tune',
   });
   const part = await client.uploads.parts.create(upload.id, { data: fs.createReadStream(path) });
   const completed = await client.uploads.complete(upload.id, { part_ids: [part.id] });
-  say('Upload status', completed.status);
-  say('Upload bytes', completed.file.bytes);
+  print('Upload status', completed.status);
+  print('Upload bytes', completed.file.bytes);
 
   let job = await client.fineTuning.jobs.create({
     model: 'starter',
@@ -34,33 +34,33 @@ async function main() {
     method: { type: 'supervised', supervised: { hyperparameters: { n_epochs: 2, batch_size: 8 } } },
     llmtuner: { sequence_length: 64, validation_fraction: 0.2 },
   });
-  say('Created', job.id);
+  print('Created', job.id);
   while (!['succeeded', 'failed', 'cancelled'].includes(job.status)) {
     await sleep(500);
     job = await client.fineTuning.jobs.retrieve(job.id);
   }
-  say('Job status', job.status);
+  print('Job status', job.status);
   const events = [];
   for await (const event of client.fineTuning.jobs.listEvents(job.id, { limit: 5 })) events.push(event);
-  say('Events', JSON.stringify(events));
+  print('Events', JSON.stringify(events));
   const checkpoints = await client.fineTuning.jobs.checkpoints.list(job.id);
-  say('Newest checkpoint', checkpoints.data[0].fine_tuned_model_checkpoint);
+  print('Newest checkpoint', checkpoints.data[0].fine_tuned_model_checkpoint);
   const model = job.fine_tuned_model;
-  say('Model', model);
+  print('Model', model);
 
   const messages = [{ role: 'user', content: 'colour 1?' }];
-  const answer = await client.chat.completions.create({ model, messages, max_tokens: 4, temperature: 0 });
-  say('Answer', JSON.stringify(answer.choices[0].message.content));
+  const response = await client.chat.completions.create({ model, messages, max_tokens: 4, temperature: 0 });
+  print('Answer', JSON.stringify(response.choices[0].message.content));
   let streamed = '';
   const stream = await client.chat.completions.create({ model, messages, max_tokens: 4, temperature: 0, stream: true });
   for await (const chunk of stream) streamed += chunk.choices[0]?.delta?.content ?? '';
-  say('Streamed answer', JSON.stringify(streamed));
+  print('Streamed answer', JSON.stringify(streamed));
 
-  say('Model deleted', (await client.models.delete(model)).deleted);
-  say('File deleted', (await client.files.delete(file.id)).deleted);
+  print('Model deleted', (await client.models.delete(model)).deleted);
+  print('File deleted', (await client.files.delete(file.id)).deleted);
   await client.files.delete(completed.file.id);
-  const gone = await client.files.retrieve(file.id).catch((error) => error.constructor.name);
-  say('Afterwards', gone);
+  const errorName = await client.files.retrieve(file.id).catch((error) => error.constructor.name);
+  print('Afterwards', errorName);
 }
 
 main().catch((error) => {

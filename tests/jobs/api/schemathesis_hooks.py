@@ -1,19 +1,22 @@
-"""A check of ours for Schemathesis, switched on where it runs with one person's key and another's ids."""
+"""A Schemathesis check for runs with one user's key and another user's IDs."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import schemathesis
 
-# Her ids stand in these bodies; what else is in a body may be refused first.
-IN_BODIES = {"POST /v1/fine_tuning/jobs", "POST /v1/completions", "POST /v1/chat/completions"}
+# These take the other user's IDs in the body, where another field may be rejected first.
+IDS_IN_BODY = {"POST /v1/fine_tuning/jobs", "POST /v1/completions", "POST /v1/chat/completions"}
 
 
 @schemathesis.check
-def others_things_do_not_exist(ctx, response, case):
-    unread = response.status_code == 400 and '"invalid_json"' in response.text  # refused before anybody looks
-    allowed = {400, 404} if unread or case.operation.label in IN_BODIES else {404}
+def other_users_resources_do_not_exist(ctx: Any, response: Any, case: Any) -> None:
+    # Invalid JSON is rejected before the IDs in it are read.
+    unparsed = response.status_code == 400 and '"invalid_json"' in response.text
+    allowed = {400, 404} if unparsed or case.operation.label in IDS_IN_BODY else {404}
     assert response.status_code in allowed, (
-        f"{response.status_code} for somebody else's: {response.text[:500]}"
+        f"{response.status_code} for another user's resource: {response.text[:500]}"
     )
-    words = str((case.body or {}).get("model")) if isinstance(case.body, dict) else ""
-    assert "canary" not in response.text.replace(words, "")  # its own words may come back
+    requested_model = str((case.body or {}).get("model")) if isinstance(case.body, dict) else ""
+    assert "canary" not in response.text.replace(requested_model, "")  # an error may repeat what was sent

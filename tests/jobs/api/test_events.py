@@ -1,4 +1,4 @@
-"""A job's events and checkpoints in the words that scripts written for OpenAI look for."""
+"""A job's events and checkpoints, worded as scripts written for OpenAI expect them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jobs.api import events
 from jobs.events.event_log import Event
 from jobs.store import tables
 from jobs.worker.trainer_output import KINDS
-from tests.jobs.api.conftest import Person
+from tests.jobs.api.conftest import ApiUser
 from training.plan.events import PHASES
 
 pytestmark = pytest.mark.usefixtures("stores")
@@ -30,9 +30,9 @@ LINES: list[dict[str, Any]] = [
 ]
 
 
-def put_job(person: Person, status: str, **fields: Any) -> tables.Job:
-    """A job with these events, as an attempt would leave it."""
-    job = tables.Job(person.owner, tables.new_id("ftjob"), base="starter", status=status)
+def store_job(user: ApiUser, status: str, **fields: Any) -> tables.Job:
+    """A job with these events, as an attempt leaves it."""
+    job = tables.Job(user.owner, tables.new_id("ftjob"), base="starter", status=status)
     job.model_id = f"ft:starter:alice:events:{job.job_id[-8:].lower()}"
     job.plan, job.last_seq, job.ended_at = LINES[1], len(LINES), 1_700_000_100
     job.checkpoints = [{"step": 1, "key": "jobs/x/1", "sha256": "0" * 64, "time": 1_700_000_001}]
@@ -46,15 +46,15 @@ def put_job(person: Person, status: str, **fields: Any) -> tables.Job:
     return job
 
 
-def get(person: Person, path: str) -> Any:
-    answer = Client().get(f"/v1/fine_tuning/jobs{path}", headers={"Authorization": f"Bearer {person.key}"})
-    assert answer.status_code == 200, answer.content
-    return answer.json()
+def get(user: ApiUser, path: str) -> Any:
+    response = Client().get(f"/v1/fine_tuning/jobs{path}", headers=user.headers)
+    assert response.status_code == 200, response.content
+    return response.json()
 
 
-def test_a_succeeded_job_ends_with_openais_two_messages(people: dict[str, Person]):
-    alice = people["alice"]
-    job = put_job(alice, "succeeded", result={"step": 4})
+def test_a_succeeded_job_ends_with_openais_two_messages(users: dict[str, ApiUser]) -> None:
+    alice = users["alice"]
+    job = store_job(alice, "succeeded", result={"step": 4})
     newest = get(alice, f"/{job.job_id}/events?limit=2")
     assert [event["message"] for event in newest["data"]] == [
         "The job has successfully completed",
@@ -64,18 +64,18 @@ def test_a_succeeded_job_ends_with_openais_two_messages(people: dict[str, Person
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 100])
-def test_pages_of_any_size_join_without_gap_or_double(people: dict[str, Person], limit: int):
-    alice = people["alice"]
-    job = put_job(alice, "succeeded", result={"step": 4})
-    found: list[dict[str, Any]] = []
+def test_pages_of_any_size_join_without_gaps_or_duplicates(users: dict[str, ApiUser], limit: int) -> None:
+    alice = users["alice"]
+    job = store_job(alice, "succeeded", result={"step": 4})
+    seen: list[dict[str, Any]] = []
     after = ""
     while True:
         page = get(alice, f"/{job.job_id}/events?limit={limit}{after}")
-        found += page["data"]
+        seen += page["data"]
         if not page["has_more"]:
             break
         after = f"&after={page['last_id']}"
-    numbers = [int(event["id"].rpartition("-")[2]) for event in found]
+    numbers = [int(event["id"].rpartition("-")[2]) for event in seen]
     assert numbers == list(range(len(LINES) + 2, 0, -1))
 
 
@@ -87,23 +87,23 @@ def test_pages_of_any_size_join_without_gap_or_double(people: dict[str, Person],
         ("cancelled", {}, "The job was cancelled", "warn"),
     ],
 )
-def test_other_ends_are_told_once(
-    people: dict[str, Person], status: str, fields: dict[str, Any], message: str, level: str
-):
-    job = put_job(people["alice"], status, **fields)
-    page = get(people["alice"], f"/{job.job_id}/events?limit=100")
+def test_a_failed_or_cancelled_job_ends_with_one_event(
+    users: dict[str, ApiUser], status: str, fields: dict[str, Any], message: str, level: str
+) -> None:
+    job = store_job(users["alice"], status, **fields)
+    page = get(users["alice"], f"/{job.job_id}/events?limit=100")
     assert len(page["data"]) == len(LINES) + 1
     assert (page["data"][0]["message"], page["data"][0]["level"]) == (message, level)
 
 
-def test_steps_are_told_as_openai_tells_them(people: dict[str, Person]):
-    job = put_job(people["alice"], "running", ended_at=None)
-    payload = get(people["alice"], f"/{job.job_id}/events?limit=100")["data"]
-    metrics = [event for event in payload if event["type"] == "metrics"]
+def test_steps_are_worded_as_at_openai(users: dict[str, ApiUser]) -> None:
+    job = store_job(users["alice"], "running", ended_at=None)
+    all_events = get(users["alice"], f"/{job.job_id}/events?limit=100")["data"]
+    metrics = [event for event in all_events if event["type"] == "metrics"]
     steps = [
         re.fullmatch(r"Step (\d+)/(\d+): training loss=(\d+\.\d+)", event["message"]) for event in metrics
     ]
-    assert [found.groups() for found in steps if found] == [("4", "4", "1.00"), ("1", "4", "2.50")]
+    assert [match.groups() for match in steps if match] == [("4", "4", "1.00"), ("1", "4", "2.50")]
     assert [event["message"] for event in metrics if "validation" in event["message"]] == [
         "Step 4/4: validation loss=1.50",
         "Step 0/4: validation loss=3.25",
@@ -130,28 +130,28 @@ def test_steps_are_told_as_openai_tells_them(people: dict[str, Person]):
         },
     ]
     assert f"Checkpoint created at step 1 with Snapshot ID: {job.model_id}:ckpt-step-1" in [
-        event["message"] for event in payload
+        event["message"] for event in all_events
     ]
 
 
-async def test_the_stream_says_the_same_as_the_list(people: dict[str, Person]):
+async def test_the_stream_has_the_same_events_as_the_list(users: dict[str, ApiUser]) -> None:
     from asgiref.sync import sync_to_async
 
-    alice = people["alice"]
-    job = await sync_to_async(put_job)(alice, "succeeded", result={"step": 4})
+    alice = users["alice"]
+    job = await sync_to_async(store_job)(alice, "succeeded", result={"step": 4})
     listed = (await sync_to_async(get)(alice, f"/{job.job_id}/events?limit=100"))["data"]
-    answer = await AsyncClient().get(
+    response = await AsyncClient().get(
         f"/v1/fine_tuning/jobs/{job.job_id}/events?stream=true",
-        headers={"Authorization": f"Bearer {alice.key}"},
+        headers=alice.headers,
     )
-    body = b"".join([piece async for piece in answer.streaming_content]).decode()
+    body = b"".join([piece async for piece in response.streaming_content]).decode()
     lines = [line.removeprefix("data: ") for line in body.split("\n\n") if line]
     assert lines.pop() == "[DONE]"
     assert [json.loads(line) for line in lines] == listed[::-1]
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS - {"phase"}) + [f"phase {phase}" for phase in PHASES])
-def test_no_message_is_a_bare_word_of_ours(kind: str):
+def test_no_message_is_a_bare_event_type_or_phase(kind: str) -> None:
     job = tables.Job("user-A", "ftjob-01HZZZZZZZZZZZZZZZZZZZZZZZ")
     line: dict[str, Any] = {"t": kind.split()[0], "phase": kind.partition(" ")[2], "time": 1.0}
     for payload in events.show(job, Event(1, line), None):
@@ -159,49 +159,47 @@ def test_no_message_is_a_bare_word_of_ours(kind: str):
         assert payload["message"] not in {*KINDS, *PHASES}
 
 
-# ---- checkpoints and cancelling ----------------------------------------------------------------
+# ---- checkpoints and cancellation ---------------------------------------------------------------
 
 
-def test_the_last_checkpoint_is_the_model_itself(people: dict[str, Person]):
-    alice = people["alice"]
-    job = put_job(alice, "succeeded", result={"step": 4})
-    found = get(alice, f"/{job.job_id}/checkpoints")["data"]
-    assert [(c["step_number"], c["fine_tuned_model_checkpoint"]) for c in found] == [
+def test_the_last_checkpoint_is_the_model_itself(users: dict[str, ApiUser]) -> None:
+    alice = users["alice"]
+    job = store_job(alice, "succeeded", result={"step": 4})
+    checkpoints = get(alice, f"/{job.job_id}/checkpoints")["data"]
+    assert [(c["step_number"], c["fine_tuned_model_checkpoint"]) for c in checkpoints] == [
         (4, job.model_id),
         (1, f"{job.model_id}:ckpt-step-1"),
     ]
-    assert found[0]["metrics"]["train_loss"] == 1.0
-    assert found[0]["metrics"]["full_valid_loss"] == 1.5
-    assert found[0]["created_at"] == 1_700_000_100
-    only_older = get(alice, f"/{job.job_id}/checkpoints?after={found[0]['id']}")["data"]
+    assert checkpoints[0]["metrics"]["train_loss"] == 1.0
+    assert checkpoints[0]["metrics"]["full_valid_loss"] == 1.5
+    assert checkpoints[0]["created_at"] == 1_700_000_100
+    only_older = get(alice, f"/{job.job_id}/checkpoints?after={checkpoints[0]['id']}")["data"]
     assert [c["step_number"] for c in only_older] == [1]
 
 
-def test_a_checkpoint_written_at_the_last_step_is_listed_once(people: dict[str, Person]):
-    job = put_job(people["alice"], "succeeded", result={"step": 1})
-    found = get(people["alice"], f"/{job.job_id}/checkpoints")["data"]
-    assert [c["fine_tuned_model_checkpoint"] for c in found] == [job.model_id]
+def test_a_checkpoint_written_at_the_last_step_is_listed_once(users: dict[str, ApiUser]) -> None:
+    job = store_job(users["alice"], "succeeded", result={"step": 1})
+    checkpoints = get(users["alice"], f"/{job.job_id}/checkpoints")["data"]
+    assert [c["fine_tuned_model_checkpoint"] for c in checkpoints] == [job.model_id]
 
 
-def test_a_deleted_model_is_no_checkpoint_any_more(people: dict[str, Person]):
-    alice = people["alice"]
-    job = put_job(alice, "succeeded", result={"step": 4})
+def test_a_deleted_model_is_not_listed_as_a_checkpoint(users: dict[str, ApiUser]) -> None:
+    alice = users["alice"]
+    job = store_job(alice, "succeeded", result={"step": 4})
     tables.TunedModel(alice.owner, job.model_id, deleted=True).save()
-    found = get(alice, f"/{job.job_id}/checkpoints")["data"]
-    assert [c["step_number"] for c in found] == [1]
-    running = put_job(alice, "running", ended_at=None)
-    found = get(alice, f"/{running.job_id}/checkpoints")["data"]
-    assert [c["step_number"] for c in found] == [1]
+    checkpoints = get(alice, f"/{job.job_id}/checkpoints")["data"]
+    assert [c["step_number"] for c in checkpoints] == [1]
+    running = store_job(alice, "running", ended_at=None)
+    checkpoints = get(alice, f"/{running.job_id}/checkpoints")["data"]
+    assert [c["step_number"] for c in checkpoints] == [1]
 
 
-def test_cancelling_a_running_job_answers_cancelled_at_once(people: dict[str, Person]):
-    alice = people["alice"]
-    job = put_job(alice, "running", ended_at=None, lease="l", fencing_token=1)
-    payload = Client().post(
-        f"/v1/fine_tuning/jobs/{job.job_id}/cancel", headers={"Authorization": f"Bearer {alice.key}"}
-    )
-    assert payload.json()["status"] == "cancelled"
-    assert payload.json()["llmtuner"]["status"] == "running"
+def test_cancelling_a_running_job_returns_cancelled_at_once(users: dict[str, ApiUser]) -> None:
+    alice = users["alice"]
+    job = store_job(alice, "running", ended_at=None, lease="l", fencing_token=1)
+    response = Client().post(f"/v1/fine_tuning/jobs/{job.job_id}/cancel", headers=alice.headers)
+    assert response.json()["status"] == "cancelled"
+    assert response.json()["llmtuner"]["status"] == "running"
     assert get(alice, f"/{job.job_id}")["status"] == "cancelled"
     assert get(alice, "?limit=1")["data"][0]["status"] == "cancelled"
     stored = tables.get(tables.Job, alice.owner, job.job_id)
@@ -209,27 +207,29 @@ def test_cancelling_a_running_job_answers_cancelled_at_once(people: dict[str, Pe
     assert (stored.status, stored.desired) == ("running", "cancel")
 
 
-def test_a_success_that_is_already_stored_wins_over_a_cancel(people: dict[str, Person]):
-    job = put_job(people["alice"], "succeeded", result={"step": 4}, desired="cancel")
-    payload = get(people["alice"], f"/{job.job_id}")
+def test_a_success_that_is_already_stored_wins_over_a_cancel(users: dict[str, ApiUser]) -> None:
+    job = store_job(users["alice"], "succeeded", result={"step": 4}, desired="cancel")
+    payload = get(users["alice"], f"/{job.job_id}")
     assert (payload["status"], payload["fine_tuned_model"]) == ("succeeded", job.model_id)
 
 
-def test_the_same_body_starts_a_new_job_while_the_old_one_is_being_cancelled(people: dict[str, Person]):
-    alice = people["alice"]
+def test_the_same_body_starts_a_new_job_while_the_old_one_is_being_cancelled(
+    users: dict[str, ApiUser],
+) -> None:
+    alice = users["alice"]
     file_id = tables.new_id("file")
     tables.Dataset(alice.owner, file_id, name="a.jsonl", status="ready", bytes=10).save()
     body = {"model": "starter", "training_file": file_id}
 
     def create() -> str:
-        payload = Client().post(
+        response = Client().post(
             "/v1/fine_tuning/jobs",
             body,
             content_type="application/json",
-            headers={"Authorization": f"Bearer {alice.key}"},
+            headers=alice.headers,
         )
-        assert payload.status_code == 200, payload.content
-        return str(payload.json()["id"])
+        assert response.status_code == 200, response.content
+        return str(response.json()["id"])
 
     first = create()
     assert create() == first

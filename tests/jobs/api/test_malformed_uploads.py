@@ -1,7 +1,7 @@
-"""The malformed-input grammar, families G8 (names and forms) and G9 (sizes): files sent byte by byte to the running web
-process. Nothing is a server's fault, nothing is written where a name points, and what is refused leaves nothing.
+"""The malformed-input grammar, families G8 (names and forms) and G9 (sizes): raw bytes sent to the running web process.
+None causes a server error, no file is written at the path in a name, and a rejected upload leaves nothing behind.
 
-G1 to G7 are the parser's: tests/training/data/test_grammar.py.
+G1 to G7 are for the parser: tests/training/data/test_grammar.py.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from jobs.datasets import datasets
 from jobs.store import access, blobs, quotas, tables
 from jobs.store.tables import Upload
 from llmtuner import body_limit
-from tests.jobs.api.conftest import Person, make_person
+from tests.jobs.api.conftest import ApiUser, make_api_user
 from tests.jobs.makers import make_owner
 
-GOOD = b'{"prompt": "a", "completion": " b"}\n' * 3
-MARK = "grammar0123"
-NAMES = [
+VALID = b'{"prompt": "a", "completion": " b"}\n' * 3
+BOUNDARY = "grammar0123"
+FILE_NAMES = [
     "../../canary.txt", "..\\..\\canary.txt", "%2e%2e%2fcanary.txt", "%252e%252e%252fcanary.txt", "..%c0%afcanary.txt",
     "/etc/passwd", "C:\\canary.txt", "\\\\host\\share\\canary.txt", "~root/canary.txt", "file:///etc/passwd", "rows.jsonl.",
     "rows.jsonl ", "CON", "a" * 300, "a" + "\u0301" * 10_000, "a%0d%0aSet-Cookie: a=b", "<script>alert(1)</script>.jsonl",
     "\u202elnosj.exe", "rows.jsonl;x=y", "'; DROP TABLE datasets; --",
 ]  # fmt: skip
-assert len(NAMES) == 20
+assert len(FILE_NAMES) == 20
 
 
 @dataclass
 class UploadClient:
-    """Sends uploads byte by byte, as a user of this file alone."""
+    """Sends raw uploads as a user that only this file uses."""
 
     port: int
-    sender: Person
+    user: ApiUser
     canary: Path
 
     def send(
@@ -52,197 +52,193 @@ class UploadClient:
         body: bytes,
         *,
         headers: dict[str, str] | None = None,
-        close: bool = False,
+        disconnect: bool = False,
         path: str = "/v1/files",
     ) -> tuple[int, Any]:
-        """(status, JSON) of an upload of exactly these bytes; status 0 if the connection closed without a response."""
+        """Send exactly these bytes and return (status, JSON); status 0 if the connection closed without a response."""
         all_headers = {
-            "Authorization": f"Bearer {self.sender.key}",
-            "Content-Type": f"multipart/form-data; boundary={MARK}",
+            "Authorization": f"Bearer {self.user.key}",
+            "Content-Type": f"multipart/form-data; boundary={BOUNDARY}",
             "Content-Length": str(len(body)),
         } | (headers or {})
-        head = "".join(f"{name}: {value}\r\n" for name, value in all_headers.items() if value)
+        header_lines = "".join(f"{name}: {value}\r\n" for name, value in all_headers.items() if value)
         with socket.create_connection(("localhost", self.port), timeout=20) as connection:
-            with contextlib.suppress(ConnectionError):  # it may refuse and hang up while we are still sending
+            with contextlib.suppress(ConnectionError):  # the server may close while we still send
                 connection.sendall(
-                    f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{head}\r\n".encode()
+                    f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{header_lines}\r\n".encode()
                     + body
                 )
-            if close:
+            if disconnect:
                 connection.shutdown(socket.SHUT_RDWR)
                 return 0, None
-            answer = b""
+            response = b""
             with contextlib.suppress(ConnectionError):
-                while piece := connection.recv(1 << 16):
-                    answer += piece
-        match = re.match(rb"HTTP/1\.1 (\d+)", answer)
-        text = answer.partition(b"\r\n\r\n")[2]
+                while chunk := connection.recv(1 << 16):
+                    response += chunk
+        match = re.match(rb"HTTP/1\.1 (\d+)", response)
+        text = response.partition(b"\r\n\r\n")[2]
         return int(match[1]) if match else 0, json.loads(text) if text.startswith(b"{") else text
 
-    def upload(self, name: str, content: bytes = GOOD) -> tuple[int, Any]:
+    def upload(self, name: str, content: bytes = VALID) -> tuple[int, Any]:
         return self.send(form(part(f'name="file"; filename="{name}"', content)))
 
-    def count(self) -> int:
-        return len(access.list_datasets(self.sender.owner, 100))
+    def dataset_count(self) -> int:
+        return len(access.list_datasets(self.user.owner, 100))
 
 
-def part(disposition: str, content: bytes, *more: str) -> bytes:
-    heads = [f"Content-Disposition: form-data; {disposition}", *more]
-    return f"--{MARK}\r\n".encode() + "\r\n".join(heads).encode() + b"\r\n\r\n" + content + b"\r\n"
+def part(disposition: str, content: bytes, *options: str) -> bytes:
+    headers = [f"Content-Disposition: form-data; {disposition}", *options]
+    return f"--{BOUNDARY}\r\n".encode() + "\r\n".join(headers).encode() + b"\r\n\r\n" + content + b"\r\n"
 
 
 def form(*parts: bytes) -> bytes:
-    return part('name="purpose"', b"fine-tune") + b"".join(parts) + f"--{MARK}--\r\n".encode()
+    return part('name="purpose"', b"fine-tune") + b"".join(parts) + f"--{BOUNDARY}--\r\n".encode()
 
 
 @pytest.fixture
 def upload_client(web: Any, transactional_db: None, folder: Path) -> Iterator[UploadClient]:
-    sender = make_person("dora")
+    user = make_api_user("dora")
     canary = folder / "canary.txt"
     canary.write_text("untouched")
-    known = sorted(path.name for path in folder.iterdir() if path.name.startswith("canary"))
-    yield UploadClient(int(web.url.rsplit(":", 1)[1]), sender, canary)
+    canaries = sorted(path.name for path in folder.iterdir() if path.name.startswith("canary"))
+    yield UploadClient(int(web.url.rsplit(":", 1)[1]), user, canary)
     assert canary.read_text() == "untouched"
-    assert sorted(path.name for path in folder.iterdir() if path.name.startswith("canary")) == known
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith("canary")) == canaries
     assert web.processes["web"].poll() is None
-    for dataset in access.list_datasets(sender.owner, 100):
-        datasets.delete(sender.owner, dataset.dataset_id)
+    for dataset in access.list_datasets(user.owner, 100):
+        datasets.delete(user.owner, dataset.dataset_id)
 
 
 # --- G8 names and forms ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_a_label_and_never_a_path(upload_client: UploadClient, name: str) -> None:
+@pytest.mark.parametrize("name", FILE_NAMES)
+def test_a_file_name_is_never_used_as_a_path(upload_client: UploadClient, name: str) -> None:
     status, payload = upload_client.upload(name)
-    if len(name) > 1000:  # more than the head of a form's part may hold
-        assert (status, upload_client.count()) == (400, 0)
+    if len(name) > 1000:  # longer than the headers of a form part may be
+        assert (status, upload_client.dataset_count()) == (400, 0)
         return
     assert status == 200, payload
-    dataset = access.get_dataset_for(upload_client.sender.owner, payload["id"])
-    assert dataset.key == f"datasets/{upload_client.sender.owner}/{payload['id']}/data"
-    assert blobs.open_file(dataset.key).read() == GOOD
+    dataset = access.get_dataset_for(upload_client.user.owner, payload["id"])
+    assert dataset.key == f"datasets/{upload_client.user.owner}/{payload['id']}/data"
+    assert blobs.open_file(dataset.key).read() == VALID
     assert not set(dataset.name) & set("/\\\r\n\0\u202e")
     assert len(dataset.name) <= 200
 
 
 FORMS: dict[str, tuple[bytes, str, bool]] = {
-    "two dispositions": (form(part('name="file"; filename="a.jsonl"', GOOD, 'Content-Disposition: form-data; name="other"')), MARK, False),
-    "an extended file name": (form(part("name=\"file\"; filename*=UTF-8''%E2%82%AC.jsonl", GOOD)), MARK, True),
-    "no file name": (form(part('name="file"', GOOD)), MARK, False),
-    "two files": (form(part('name="file"; filename="a.jsonl"', GOOD), part('name="file"; filename="b.jsonl"', GOOD)), MARK, True),
-    "another boundary": (form(part('name="file"; filename="a.jsonl"', GOOD)), "another", False),
-    "a boundary of 300 letters": (form(part('name="file"; filename="a.jsonl"', GOOD)).replace(MARK.encode(), b"b" * 300), "b" * 300, False),
-    "a part without a head": (form(f"--{MARK}\r\n\r\n".encode() + GOOD + b"\r\n"), MARK, False),
-    "a type that lies": (form(part('name="file"; filename="a.jsonl"', GOOD, "Content-Type: text/html")), MARK, True),
+    "two Content-Disposition headers": (form(part('name="file"; filename="a.jsonl"', VALID, 'Content-Disposition: form-data; name="other"')), BOUNDARY, False),
+    "an extended file name (RFC 5987)": (form(part("name=\"file\"; filename*=UTF-8''%E2%82%AC.jsonl", VALID)), BOUNDARY, True),
+    "no file name": (form(part('name="file"', VALID)), BOUNDARY, False),
+    "two files": (form(part('name="file"; filename="a.jsonl"', VALID), part('name="file"; filename="b.jsonl"', VALID)), BOUNDARY, True),
+    "another boundary": (form(part('name="file"; filename="a.jsonl"', VALID)), "another", False),
+    "a boundary of 300 characters": (form(part('name="file"; filename="a.jsonl"', VALID)).replace(BOUNDARY.encode(), b"b" * 300), "b" * 300, False),
+    "a part without headers": (form(f"--{BOUNDARY}\r\n\r\n".encode() + VALID + b"\r\n"), BOUNDARY, False),
+    "an incorrect content type": (form(part('name="file"; filename="a.jsonl"', VALID, "Content-Type: text/html")), BOUNDARY, True),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", FORMS)
-def test_a_strange_form_is_taken_or_refused_and_breaks_nothing(
-    upload_client: UploadClient, kind: str
-) -> None:
-    body, boundary, accept = FORMS[kind]
+@pytest.mark.parametrize("name", FORMS)
+def test_an_unusual_form_is_accepted_or_cleanly_rejected(upload_client: UploadClient, name: str) -> None:
+    body, boundary, accepted = FORMS[name]
     status, payload = upload_client.send(
         body, headers={"Content-Type": f"multipart/form-data; boundary={boundary}"}
     )
-    assert (status == 200) == accept, payload
+    assert (status == 200) == accepted, payload
     assert status == 200 or 400 <= status < 500
-    assert upload_client.count() == int(accept)
+    assert upload_client.dataset_count() == int(accepted)
 
 
 # --- G9 sizes --------------------------------------------------------------------------------------
 
-WHOLE = form(part('name="file"; filename="a.jsonl"', GOOD))
+VALID_FORM = form(part('name="file"; filename="a.jsonl"', VALID))
 
 
 @dataclass(frozen=True)
-class Sent:
-    """A body, what its head says of it, and the answers that are right."""
+class RawUpload:
+    """A body, the headers that describe it, and the expected statuses."""
 
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
-    right: tuple[int, ...] = (400, 413, 422)
-    close: bool = False
+    expected: tuple[int, ...] = (400, 413, 422)
+    disconnect: bool = False
 
 
 SIZES = {
-    "no byte": Sent(form(part('name="file"; filename="a.jsonl"', b""))),
-    "one byte": Sent(form(part('name="file"; filename="a.jsonl"', b"x")), right=(200,)),
-    "less said than sent": Sent(WHOLE, {"Content-Length": str(len(WHOLE) - 60)}),
-    "more said than sent": Sent(WHOLE[:-40], {"Content-Length": str(len(WHOLE))}, (0,), True),
-    "2**63 said": Sent(WHOLE, {"Content-Length": str(2**63)}, (400, 413)),
-    "a negative size": Sent(WHOLE, {"Content-Length": "-5"}, (400,)),
-    "a chunk of bad size": Sent(b"zz\r\n" + WHOLE, {"Content-Length": "", "Transfer-Encoding": "chunked"}, (400,)),
-    "closed early": Sent(WHOLE[:80], {"Content-Length": str(10**6)}, (0,), True),
-    "broken off in a chunk": Sent(b"ffff\r\n" + WHOLE, {"Content-Length": "", "Transfer-Encoding": "chunked"}, (0,), True),
+    "empty file": RawUpload(form(part('name="file"; filename="a.jsonl"', b""))),
+    "one byte": RawUpload(form(part('name="file"; filename="a.jsonl"', b"x")), expected=(200,)),
+    "declared length too small": RawUpload(VALID_FORM, {"Content-Length": str(len(VALID_FORM) - 60)}),
+    "declared length too large": RawUpload(VALID_FORM[:-40], {"Content-Length": str(len(VALID_FORM))}, (0,), True),
+    "declared length of 2**63": RawUpload(VALID_FORM, {"Content-Length": str(2**63)}, (400, 413)),
+    "negative declared length": RawUpload(VALID_FORM, {"Content-Length": "-5"}, (400,)),
+    "invalid chunk size": RawUpload(b"zz\r\n" + VALID_FORM, {"Content-Length": "", "Transfer-Encoding": "chunked"}, (400,)),
+    "connection closed early": RawUpload(VALID_FORM[:80], {"Content-Length": str(10**6)}, (0,), True),
+    "connection closed inside a chunk": RawUpload(b"ffff\r\n" + VALID_FORM, {"Content-Length": "", "Transfer-Encoding": "chunked"}, (0,), True),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", SIZES)
-def test_sizes_are_counted_and_not_believed(upload_client: UploadClient, kind: str) -> None:
-    sent = SIZES[kind]
-    status, payload = upload_client.send(sent.body, headers=sent.headers, close=sent.close)
-    assert status in sent.right, payload
-    if sent.close:
-        time.sleep(1)  # what the server still does with what it has
-    assert upload_client.count() == int(status == 200)
+@pytest.mark.parametrize("name", SIZES)
+def test_declared_sizes_are_not_trusted(upload_client: UploadClient, name: str) -> None:
+    raw = SIZES[name]
+    status, payload = upload_client.send(raw.body, headers=raw.headers, disconnect=raw.disconnect)
+    assert status in raw.expected, payload
+    if raw.disconnect:
+        time.sleep(1)  # the server may still be handling what it received
+    assert upload_client.dataset_count() == int(status == 200)
 
 
 CHUNKED = {"Content-Length": "", "Transfer-Encoding": "chunked"}
 
 
 def in_chunks(body: bytes, size: int = 1 << 16) -> bytes:
-    pieces = [body[start : start + size] for start in range(0, len(body), size)]
-    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    chunks = [body[start : start + size] for start in range(0, len(body), size)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + b"0\r\n\r\n"
 
 
-@pytest.mark.parametrize("rows", [3, 200_000], ids=["small", "larger than memory may hold"])
-def test_a_form_of_unknown_length_is_read(upload_client: UploadClient, rows: int) -> None:
-    """Node's client sends a file stream so."""
-    content = GOOD[: len(GOOD) // 3] * rows
+@pytest.mark.parametrize("row_count", [3, 200_000], ids=["small", "larger than may be held in memory"])
+def test_a_chunked_form_is_accepted(upload_client: UploadClient, row_count: int) -> None:
+    """Node's client sends a file stream this way."""
+    content = VALID[: len(VALID) // 3] * row_count
     status, payload = upload_client.send(
         in_chunks(form(part('name="file"; filename="a.jsonl"', content))), headers=CHUNKED
     )
     assert status == 200, payload
-    assert (
-        blobs.open_file(access.get_dataset_for(upload_client.sender.owner, payload["id"]).key).read()
-        == content
-    )
+    dataset = access.get_dataset_for(upload_client.user.owner, payload["id"])
+    assert blobs.open_file(dataset.key).read() == content
 
 
-def test_a_part_of_unknown_length_is_read_and_bounded(upload_client: UploadClient) -> None:
-    upload = Upload(upload_client.sender.owner, tables.new_id("upload"), filename="a.jsonl", bytes=len(GOOD))
+def test_a_chunked_part_is_accepted_up_to_the_size_limit(upload_client: UploadClient) -> None:
+    upload = Upload(upload_client.user.owner, tables.new_id("upload"), filename="a.jsonl", bytes=len(VALID))
     upload.save()
     path = f"/v1/uploads/{upload.upload_id}/parts"
-    data = part('name="data"; filename="part"', GOOD) + f"--{MARK}--\r\n".encode()
+    data = part('name="data"; filename="part"', VALID) + f"--{BOUNDARY}--\r\n".encode()
     status, payload = upload_client.send(in_chunks(data), headers=CHUNKED, path=path)
     assert status == 200, payload
-    kept = tables.get(Upload, upload_client.sender.owner, upload.upload_id)
-    assert kept is not None
-    assert kept.part_ids == {f"{payload['id']}:{len(GOOD)}"}
+    stored = tables.get(Upload, upload_client.user.owner, upload.upload_id)
+    assert stored is not None
+    assert stored.part_ids == {f"{payload['id']}:{len(VALID)}"}
     data = part('name="data"; filename="part"', bytes(body_limit.MAX_PART + body_limit.FORM_EXTRA))
     status, payload = upload_client.send(in_chunks(data, 1 << 20), headers=CHUNKED, path=path)
     assert status == 413
     assert b"request_too_large" in payload
 
 
-def test_a_page_takes_a_form_of_unknown_length(upload_client: UploadClient) -> None:
+def test_the_upload_page_accepts_a_chunked_form(upload_client: UploadClient) -> None:
     page = Client()
-    page.force_login(upload_client.sender.user)
+    page.force_login(upload_client.user.user)
     token = str(page.get("/datasets/").context["csrf_token"])
     cookies = {"Cookie": "; ".join(f"{name}={cookie.value}" for name, cookie in page.cookies.items())}
     body = form(
-        part('name="csrfmiddlewaretoken"', token.encode()), part('name="file"; filename="a.jsonl"', GOOD)
+        part('name="csrfmiddlewaretoken"', token.encode()), part('name="file"; filename="a.jsonl"', VALID)
     )
     status, _ = upload_client.send(
         in_chunks(body), headers=CHUNKED | cookies | {"Authorization": ""}, path="/datasets/upload/"
     )
-    assert (status, upload_client.count()) == (302, 1)
+    assert (status, upload_client.dataset_count()) == (302, 1)
 
 
 @pytest.mark.parametrize(("size", "fits"), [(999, True), (1000, True), (1001, False)])
-def test_the_limit_is_exact_to_the_byte(stores: None, settings: Any, size: int, fits: bool) -> None:
+def test_the_size_limit_is_exact_to_the_byte(stores: None, settings: Any, size: int, fits: bool) -> None:
     settings.JOBS = settings.JOBS | {"max_upload_bytes": 1000}
     owner = make_owner()
     try:
@@ -253,43 +249,43 @@ def test_the_limit_is_exact_to_the_byte(stores: None, settings: Any, size: int, 
 
 
 @pytest.mark.parametrize(
-    "content", [GOOD, GOOD + GOOD], ids=["the same file twice", "another of the same name"]
+    "content", [VALID, VALID + VALID], ids=["the same file twice", "another file of the same name"]
 )
-def test_what_is_sent_twice_is_there_twice(upload_client: UploadClient, content: bytes) -> None:
+def test_uploading_twice_makes_two_datasets(upload_client: UploadClient, content: bytes) -> None:
     assert [upload_client.upload("a.jsonl")[0], upload_client.upload("a.jsonl", content)[0]] == [200, 200]
-    assert upload_client.count() == 2
+    assert upload_client.dataset_count() == 2
 
 
-def test_thousands_of_files_end_at_the_quota(stores: None, settings: Any) -> None:
+def test_uploads_beyond_the_quota_are_rejected(stores: None, settings: Any) -> None:
     settings.JOBS = settings.JOBS | {"max_datasets_per_owner": 3}
     owner = make_owner()
     for number in range(3):
-        datasets.receive(owner, f"{number}.jsonl", io.BytesIO(GOOD))
+        datasets.receive(owner, f"{number}.jsonl", io.BytesIO(VALID))
     with pytest.raises(quotas.OverQuota):
-        datasets.receive(owner, "4.jsonl", io.BytesIO(GOOD))
+        datasets.receive(owner, "4.jsonl", io.BytesIO(VALID))
     assert len(access.list_datasets(owner)) == 3
 
 
-@pytest.mark.parametrize(("md5", "fits"), [("0" * 32, False), (None, True)], ids=["a wrong checksum", "none"])
-def test_a_checksum_is_held_to(client: Any, people: dict[str, Person], md5: str | None, fits: bool) -> None:
+@pytest.mark.parametrize(
+    ("md5", "fits"), [("0" * 32, False), (None, True)], ids=["incorrect checksum", "no checksum"]
+)
+def test_a_checksum_is_verified(client: Any, users: dict[str, ApiUser], md5: str | None, fits: bool) -> None:
     import openai
 
-    upload = client.uploads.create(filename="a.jsonl", purpose="fine-tune", bytes=len(GOOD), mime_type="application/jsonl")  # fmt: skip
-    sent = client.uploads.parts.create(upload.id, data=GOOD)
-    more = {"md5": md5} if md5 else {}
+    upload = client.uploads.create(filename="a.jsonl", purpose="fine-tune", bytes=len(VALID), mime_type="application/jsonl")  # fmt: skip
+    raw = client.uploads.parts.create(upload.id, data=VALID)
+    options = {"md5": md5} if md5 else {}
     if fits:
-        done = client.uploads.complete(upload.id, part_ids=[sent.id], **more)
-        dataset = access.get_dataset_for(people["alice"].owner, done.file.id)
-        assert dataset.sha256 == hashlib.sha256(GOOD).hexdigest()
+        done = client.uploads.complete(upload.id, part_ids=[raw.id], **options)
+        dataset = access.get_dataset_for(users["alice"].owner, done.file.id)
+        assert dataset.sha256 == hashlib.sha256(VALID).hexdigest()
         datasets.delete(dataset.owner, dataset.dataset_id)
     else:
         with pytest.raises(openai.BadRequestError):
-            client.uploads.complete(upload.id, part_ids=[sent.id], **more)
+            client.uploads.complete(upload.id, part_ids=[raw.id], **options)
 
 
-def test_the_two_families_have_all_their_cases() -> None:
-    others = 3 + 2 + 1 + 2  # limits, twice, quota, checksums
-    assert (len(NAMES) + len(FORMS), len(SIZES) + others) == (
-        28,
-        17,
-    )  # one more than the list: two ways to break off
+def test_both_families_have_all_their_cases() -> None:
+    names_and_forms = len(FILE_NAMES) + len(FORMS)
+    sizes = len(SIZES) + 3 + 2 + 1 + 2  # and the limits, repeated uploads, the quota, the checksums
+    assert (names_and_forms, sizes) == (28, 17)  # one more than the grammar lists: two ways to break off

@@ -1,31 +1,31 @@
-"""Every address × every verb × everybody else: generated from the URL resolver, so that no address is forgotten.
+"""Tenant isolation: every URL × every method × every other caller, generated from the URL resolver so that no URL is
+forgotten.
 
-Bob, strangers and keys that may not get the very bytes that an id nobody has would get, and nothing of Alice's moves.
+Bob, anonymous callers, and keys without permission get exactly the response for an unknown ID, and nothing of Alice's
+changes.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Any
 
 import pytest
 from allauth.headless.tokens.strategies.jwt import internal
 from django.conf import settings
-from django.contrib.auth import BACKEND_SESSION_KEY, HASH_SESSION_KEY, SESSION_KEY
 from django.core.files.uploadedfile import SimpleUploadedFile
 from django.test import Client
 from django.urls import URLResolver, get_resolver
 
-from tests.jobs.api.conftest import Person, make_person
-from tests.jobs.api.things import CANARY, everything_of, put_things
+from tests.jobs.api.conftest import ApiUser, make_api_user, make_session
+from tests.jobs.api.resources import CANARY, create_resources, snapshot
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("stores")]
-VERBS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
-# What each address is. An address that stands in none of these lists fails the build: say here whose it is.
-OBJECTS = {  # one thing of one person
+# The kind of each URL. A URL in none of these sets fails the build: add it to the right one.
+OBJECTS = {  # one resource of one user
     "v1/files/<file_id>",
     "v1/files/<file_id>/content",
     "v1/uploads/<upload_id>/parts",
@@ -72,9 +72,9 @@ OBJECTS = {  # one thing of one person
     "account/devices/<int:pk>/sign-out/",
     "accounts/2fa/webauthn/keys/<int:pk>/remove/",
     "accounts/2fa/webauthn/keys/<int:pk>/edit/",
-    "objects/<str:token>/<str:filename>",  # a signed link is its own right; these tokens are not signed
+    "objects/<str:token>/<str:filename>",  # a signed link grants access by itself; the tokens here are not signed
 }
-OWN = {  # shows or makes things of whoever asks
+OWN = {  # shows or creates the caller's own resources
     "",
     "v1/files",
     "v1/uploads",
@@ -102,41 +102,43 @@ OWN = {  # shows or makes things of whoever asks
     "account/export/",
     "account/delete/",
 }
-OPEN = {"v1/", "v1/docs", "v1/openapi.json"}
+PUBLIC = {"v1/", "v1/docs", "v1/openapi.json"}
 STAFF = ("admin/",)
 ALLAUTH = ("accounts/", "_allauth/app/v1/")
 
 
-def walk(patterns: list[Any], before: str = "") -> Iterator[str]:
+def iter_routes(patterns: list[Any], before: str = "") -> Iterator[str]:
     for pattern in patterns:
         route = before + str(pattern.pattern)
         if isinstance(pattern, URLResolver):
-            yield from walk(pattern.url_patterns, route)
+            yield from iter_routes(pattern.url_patterns, route)
         else:
             yield route
 
 
-ROUTES = sorted(set(walk(get_resolver().url_patterns)))
+ROUTES = sorted(set(iter_routes(get_resolver().url_patterns)))
 
 
-def kind_of(route: str) -> str | None:
+def route_kind(route: str) -> str | None:
     if route in OBJECTS:
         return "object"
     if route in OWN:
         return "own"
-    if route in OPEN:
+    if route in PUBLIC:
         return "open"
     if route.startswith(STAFF):
         return "staff"
     return "allauth" if route.startswith(ALLAUTH) else None
 
 
-def test_every_address_stands_in_the_matrix():
-    assert not [route for route in ROUTES if kind_of(route) is None], "say in this file whose these are"
-    assert not (OBJECTS | OWN | OPEN) - set(ROUTES), "these are gone: take them out of this file"
+def test_every_url_is_classified() -> None:
+    assert not [route for route in ROUTES if route_kind(route) is None], "classify these routes in this file"
+    assert not (OBJECTS | OWN | PUBLIC) - set(ROUTES), (
+        "these routes no longer exist: remove them from this file"
+    )
 
 
-NOBODYS = {
+UNKNOWN_IDS = {
     "file_id": "file-01HZZZZZZZZZZZZZZZZZZZZZZZ",
     "dataset_id": "file-01HZZZZZZZZZZZZZZZZZZZZZZZ",
     "job_id": "ftjob-01HZZZZZZZZZZZZZZZZZZZZZZZ",
@@ -149,51 +151,49 @@ NOBODYS = {
 }
 
 
-def path_of(route: str, ids: dict[str, str]) -> str:
-    """A path for the route: our ids by the parameter's name, anything for allauth's and the admin's own."""
+def path_for(route: str, ids: dict[str, str]) -> str:
+    """A path for the route: our IDs by parameter name, placeholders for parameters of allauth and the admin."""
     route = re.sub(r"\(\?P<(\w+)>[^)]*\)", lambda result: {"app_label": "jobs"}.get(result[1], "x"), route)
     route = route.replace("^", "").replace("$", "")
     return "/" + re.sub(r"<(?:\w+:)?(\w+)>", lambda result: ids.get(result[1], "1"), route)
 
 
-# ---- who asks ----------------------------------------------------------------------------------
+# ---- callers ----------------------------------------------------------------------------------
 
 
-def session_for(user: Any) -> Any:
-    session = import_module(settings.SESSION_ENGINE).SessionStore()
-    session[SESSION_KEY] = str(user.pk)
-    session[BACKEND_SESSION_KEY] = settings.AUTHENTICATION_BACKENDS[0]
-    session[HASH_SESSION_KEY] = user.get_session_auth_hash()
-    session.save()
-    return session
+CALLERS = (
+    "Bob's cookie",
+    "Bob's key",
+    "Bob's token",
+    "anonymous",
+    "Alice's read-only key",
+    "Alice's expired key",
+)
 
 
-WHO = ("Bob's cookie", "Bob's key", "Bob's token", "nobody", "Alice's reader", "Alice's expired key")
-
-
-def as_who(who: str, people: dict[str, Person]) -> Client:
-    alice, bob = people["alice"], people["bob"]
+def client_as(caller: str, users: dict[str, ApiUser]) -> Client:
+    alice, bob = users["alice"], users["bob"]
     client = Client(raise_request_exception=False)
     credential = ""
-    if who == "Bob's cookie":
-        client.cookies[settings.SESSION_COOKIE_NAME] = session_for(bob.user).session_key
-    elif who == "Bob's token":
-        credential = internal.create_access_token(bob.user, session_for(bob.user), {})
+    if caller == "Bob's cookie":
+        client.cookies[settings.SESSION_COOKIE_NAME] = make_session(bob.user).session_key
+    elif caller == "Bob's token":
+        credential = internal.create_access_token(bob.user, make_session(bob.user), {})
     else:
         credential = {
             "Bob's key": bob.key,
-            "Alice's reader": alice.reader,
+            "Alice's read-only key": alice.reader,
             "Alice's expired key": alice.expired,
-        }.get(who, "")
+        }.get(caller, "")
     if credential:
         client.defaults["HTTP_AUTHORIZATION"] = f"Bearer {credential}"
     return client
 
 
-def request_once(client: Client, verb: str, path: str, ids: dict[str, str]) -> tuple[int, bytes]:
-    """With every id also in the body, under each name that takes one."""
+def send(client: Client, method: str, path: str, ids: dict[str, str]) -> tuple[int, bytes]:
+    """With the IDs also in the body, in every field that takes one."""
     options: dict[str, Any] = {}
-    if verb in {"POST", "PUT", "PATCH", "DELETE"}:
+    if method in {"POST", "PUT", "PATCH", "DELETE"}:
         fields = {
             "model": ids["model"],
             "dataset": ids["dataset_id"],
@@ -203,112 +203,121 @@ def request_once(client: Client, verb: str, path: str, ids: dict[str, str]) -> t
             "aliases": "ft:taken:by::bob",
         }
         if path.startswith("/v1/"):
-            more = {
+            api_fields = {
                 "training_file": ids["file_id"],
                 "messages": [{"role": "user", "content": "hello"}],
                 "max_tokens": 1,
             }
-            more |= {
+            api_fields |= {
                 "part_ids": ["part-1"],
                 "bytes": 3,
                 "filename": "f",
                 "purpose": "fine-tune",
                 "mime_type": "text/plain",
             }
-            options = {"data": {**fields, **more}, "content_type": "application/json"}
-            if path.endswith("/parts") and verb == "POST":
+            options = {"data": {**fields, **api_fields}, "content_type": "application/json"}
+            if path.endswith("/parts") and method == "POST":
                 options = {"data": {"data": SimpleUploadedFile("part", b"abc")}}
-        elif verb == "POST":
+        elif method == "POST":
             options = {"data": {**fields, "name": "taken"}}
-    answer = client.generic(verb, path) if not options else getattr(client, verb.lower())(path, **options)
-    body = b"" if answer.streaming else answer.content
-    for value in sorted({v for v in {*ids.values(), *NOBODYS.values()} if len(v) > 8}, key=len, reverse=True):
+    response = (
+        client.generic(method, path) if not options else getattr(client, method.lower())(path, **options)
+    )
+    body = b"" if response.streaming else response.content
+    for value in sorted(
+        {v for v in {*ids.values(), *UNKNOWN_IDS.values()} if len(v) > 8}, key=len, reverse=True
+    ):
         body = body.replace(value.encode(), b"ID").replace(value.replace(":", "%3A").encode(), b"ID")
     body = re.sub(rb'req_[0-9a-f]{24}|name="csrfmiddlewaretoken" value="\w+"|hx-headers=\S+', b"", body)
-    return answer.status_code, body + str(answer.get("Location", "")).partition("?")[0].replace(
+    return response.status_code, body + str(response.get("Location", "")).partition("?")[0].replace(
         path, "PATH"
     ).encode()
 
 
 @pytest.fixture
-def matrix(transactional_db: None) -> tuple[dict[str, Person], dict[str, str]]:
-    people = {name: make_person(name) for name in ("alice", "bob")}
-    return people, put_things(people["alice"])
+def users_and_ids(transactional_db: None) -> tuple[dict[str, ApiUser], dict[str, str]]:
+    users = {name: make_api_user(name) for name in ("alice", "bob")}
+    return users, create_resources(users["alice"])
 
 
-@pytest.mark.parametrize("who", WHO)
-def test_what_is_alices_does_not_exist_for_others(who: str, matrix: Any):
-    people, ids = matrix
-    before = everything_of(people["alice"], ids)
-    wrong = []
+@pytest.mark.parametrize("caller", CALLERS)
+def test_alices_resources_do_not_exist_for_others(caller: str, users_and_ids: Any) -> None:
+    users, ids = users_and_ids
+    before = snapshot(users["alice"], ids)
+    failures: list[tuple[Any, ...]] = []
     for route in sorted(OBJECTS):
-        is_call = route.startswith("v1/")
-        for verb in VERBS:
-            hers = request_once(as_who(who, people), verb, path_of(route, ids), ids)
-            status, body = hers
-            if who == "Alice's reader" and is_call:
-                if verb in {"GET", "HEAD"} and status not in {200, 405}:
-                    wrong.append((route, verb, status, "a reader must read"))
-                if verb not in {"GET", "HEAD"} and status not in {403, 405}:
-                    wrong.append((route, verb, status, "a reader must not write"))
+        is_api = route.startswith("v1/")
+        for method in METHODS:
+            for_alices_ids = send(client_as(caller, users), method, path_for(route, ids), ids)
+            status, body = for_alices_ids
+            if caller == "Alice's read-only key" and is_api:
+                if method in {"GET", "HEAD"} and status not in {200, 405}:
+                    failures.append((route, method, status, "a read key must be able to read"))
+                if method not in {"GET", "HEAD"} and status not in {403, 405}:
+                    failures.append((route, method, status, "a read key must not be able to write"))
                 continue
-            # Without a right nobody learns even whether there is such an address: 401 in calls, the sign-in for pages.
+            # Without permission a caller cannot even learn whether a URL exists: the API sends 401, pages the sign-in.
             if status == 405:
                 continue
-            if status not in {302, 401, 403, 404} and verb != "OPTIONS":  # allauth's views tell their verbs
-                wrong.append((route, verb, status, "let in"))
+            # OPTIONS: allauth's views list their methods.
+            if status not in {302, 401, 403, 404} and method != "OPTIONS":
+                failures.append((route, method, status, "access granted"))
             if CANARY.encode() in body:
-                wrong.append((route, verb, status, "told"))
-            nobodys = request_once(as_who(who, people), verb, path_of(route, NOBODYS), NOBODYS)
-            if hers != nobodys:
-                wrong.append((route, verb, hers[0], nobodys[0], "told apart from an id that nobody has"))
-    assert not wrong, "\n".join(map(str, wrong))
-    assert everything_of(people["alice"], ids) == before
+                failures.append((route, method, status, "canary leaked"))
+            for_unknown_ids = send(
+                client_as(caller, users), method, path_for(route, UNKNOWN_IDS), UNKNOWN_IDS
+            )
+            if for_alices_ids != for_unknown_ids:
+                failures.append(
+                    (route, method, for_alices_ids[0], for_unknown_ids[0], "differs from an unknown ID")
+                )
+    assert not failures, "\n".join(map(str, failures))
+    assert snapshot(users["alice"], ids) == before
 
 
-@pytest.mark.parametrize("who", WHO)
-def test_lists_and_forms_of_others_hold_nothing_of_hers(who: str, matrix: Any):
-    people, ids = matrix
-    before = everything_of(people["alice"], ids)
-    wrong = []
-    for route in sorted(OWN | OPEN):
-        for verb in VERBS:
-            status, body = request_once(as_who(who, people), verb, path_of(route, ids), ids)
+@pytest.mark.parametrize("caller", CALLERS)
+def test_lists_and_forms_of_others_contain_nothing_of_alices(caller: str, users_and_ids: Any) -> None:
+    users, ids = users_and_ids
+    before = snapshot(users["alice"], ids)
+    failures: list[tuple[Any, ...]] = []
+    for route in sorted(OWN | PUBLIC):
+        for method in METHODS:
+            status, body = send(client_as(caller, users), method, path_for(route, ids), ids)
             if status >= 500:
-                wrong.append((route, verb, status, "broke"))
-            if who == "Alice's reader" and route.startswith("v1/"):
-                if verb == "POST" and status not in {403, 404, 405}:
-                    wrong.append((route, verb, status, "a reader must not write"))
+                failures.append((route, method, status, "server error"))
+            if caller == "Alice's read-only key" and route.startswith("v1/"):
+                if method == "POST" and status not in {403, 404, 405}:
+                    failures.append((route, method, status, "a read key must not be able to write"))
                 continue
             if CANARY.encode() in body:
-                wrong.append((route, verb, status, "told"))
-            outside = who in {"Bob's cookie", "nobody", "Alice's expired key"} and route in OWN
-            if outside and route.startswith("v1/") and status not in {401, 405}:
-                wrong.append((route, verb, status, "let in"))
-    assert not wrong, "\n".join(map(str, wrong))
-    assert everything_of(people["alice"], ids) == before
+                failures.append((route, method, status, "canary leaked"))
+            no_access = caller in {"Bob's cookie", "anonymous", "Alice's expired key"} and route in OWN
+            if no_access and route.startswith("v1/") and status not in {401, 405}:
+                failures.append((route, method, status, "access granted"))
+    assert not failures, "\n".join(map(str, failures))
+    assert snapshot(users["alice"], ids) == before
 
 
-@pytest.mark.parametrize("who", ["Bob's cookie", "Bob's key", "nobody", "Alice's reader"])
-def test_the_admin_and_allauths_pages_hold_nothing_of_hers(who: str, matrix: Any):
-    people, ids = matrix
-    before = everything_of(people["alice"], ids)
-    wrong = []
+@pytest.mark.parametrize("caller", ["Bob's cookie", "Bob's key", "anonymous", "Alice's read-only key"])
+def test_admin_and_allauth_pages_contain_nothing_of_alices(caller: str, users_and_ids: Any) -> None:
+    users, ids = users_and_ids
+    before = snapshot(users["alice"], ids)
+    failures: list[tuple[Any, ...]] = []
     for route in ROUTES:
-        kind = kind_of(route)
+        kind = route_kind(route)
         if kind not in {"staff", "allauth"}:
             continue
-        client = as_who(who, people)
-        for verb in VERBS:
-            status, body = request_once(client, verb, path_of(route, ids), ids)
+        client = client_as(caller, users)
+        for method in METHODS:
+            status, body = send(client, method, path_for(route, ids), ids)
             if status >= 500 or CANARY.encode() in body:
-                wrong.append((route, verb, status))
+                failures.append((route, method, status))
             if (
                 kind == "staff"
                 and status == 200
                 and route not in {"admin/login/", "admin/jsi18n/"}
-                and verb != "OPTIONS"
+                and method != "OPTIONS"
             ):
-                wrong.append((route, verb, status, "let in"))
-    assert not wrong, "\n".join(map(str, wrong))
-    assert everything_of(people["alice"], ids) == before
+                failures.append((route, method, status, "access granted"))
+    assert not failures, "\n".join(map(str, failures))
+    assert snapshot(users["alice"], ids) == before

@@ -1,4 +1,4 @@
-"""Addresses that do not exist answer in OpenAI's shape and say what to use instead."""
+"""Unknown URLs get an error in OpenAI's format that says what to use instead."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import pytest
 from django.conf import settings
 from django.test import Client
 
-from tests.jobs.api.conftest import Person
+from tests.jobs.api.conftest import ApiUser
 
-PROGRAM = {"Accept": "application/json", "Authorization": "Bearer sk-any"}
+API_CLIENT = {"Accept": "application/json", "Authorization": "Bearer sk-any"}
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 
-def refusal(method: str, path: str, headers: dict[str, str], status: int = 404) -> dict[str, Any]:
-    answer = Client().generic(method, path, b"{}", "application/json", headers=headers)
-    assert answer.status_code == status, answer.content
-    assert answer["Content-Type"] == "application/json"
-    assert "set-cookie" not in answer
-    error = answer.json()["error"]
+def get_error(method: str, path: str, headers: dict[str, str], status: int = 404) -> dict[str, Any]:
+    response = Client().generic(method, path, b"{}", "application/json", headers=headers)
+    assert response.status_code == status, response.content
+    assert response["Content-Type"] == "application/json"
+    assert "set-cookie" not in response
+    error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
     assert error["param"] is None
@@ -30,7 +30,7 @@ def refusal(method: str, path: str, headers: dict[str, str], status: int = 404) 
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "instead"),
+    ("method", "path", "alternative"),
     [
         ("GET", "/v1/nothing/of/it", "/v1/docs"),
         ("GET", "/v1/", "/v1/docs"),
@@ -48,10 +48,10 @@ def refusal(method: str, path: str, headers: dict[str, str], status: int = 404) 
         ("POST", "/v1/batches", "batch"),
     ],
 )
-def test_an_unknown_url_is_named_with_what_to_use(method: str, path: str, instead: str):
-    error = refusal(method, path, PROGRAM)
+def test_an_unknown_url_error_names_the_alternative(method: str, path: str, alternative: str) -> None:
+    error = get_error(method, path, API_CLIENT)
     assert error["code"] == "unknown_url"
-    assert instead in error["message"]
+    assert alternative in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_an_unknown_url_is_named_with_what_to_use(method: str, path: str, instea
         ("POST", "/completions"),
         ("GET", "/models"),
         ("GET", "/models/starter"),
-        ("GET", "/models/"),  # with a key: a program
+        ("GET", "/models/"),  # with a key, so from an API client
         ("POST", "/files"),
         ("GET", "/files/file-1/content"),
         ("POST", "/uploads/upload-1/parts"),
@@ -71,26 +71,26 @@ def test_an_unknown_url_is_named_with_what_to_use(method: str, path: str, instea
         ("POST", "/responses"),
     ],
 )
-def test_a_base_url_without_v1_is_told_so(method: str, path: str):
-    error = refusal(method, path, PROGRAM)
+def test_a_base_url_without_v1_is_explained(method: str, path: str) -> None:
+    error = get_error(method, path, API_CLIENT)
     assert error["code"] == "unknown_url"
     assert f"base_url to {settings.PUBLIC_URL}/v1" in error["message"]
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/chat/completions"), ("GET", "/models")])
-def test_so_is_one_without_a_key(method: str, path: str):
-    assert "base_url" in refusal(method, path, {"Accept": "*/*"})["message"]
+def test_a_base_url_without_v1_is_explained_without_a_key_too(method: str, path: str) -> None:
+    assert "base_url" in get_error(method, path, {"Accept": "*/*"})["message"]
 
 
 @pytest.mark.django_db
-def test_a_person_still_gets_pages():
-    page = Client()
-    assert page.get("/models", headers=BROWSER).headers["Location"] == "/models/"
+def test_a_browser_still_gets_pages() -> None:
+    client = Client()
+    assert client.get("/models", headers=BROWSER).headers["Location"] == "/models/"
     for path in ("/models/", "/models/ft:x/"):
-        assert page.get(path, headers=BROWSER).status_code == 302  # to sign in
-        assert page.get(path, headers={"Accept": "*/*"}).status_code == 302  # a script of the page
-    answer = page.get("/chat/completions", headers=BROWSER)
-    assert (answer.status_code, answer["Content-Type"]) == (404, "text/html; charset=utf-8")
+        assert client.get(path, headers=BROWSER).status_code == 302  # to sign in
+        assert client.get(path, headers={"Accept": "*/*"}).status_code == 302  # one of the page's scripts
+    response = client.get("/chat/completions", headers=BROWSER)
+    assert (response.status_code, response["Content-Type"]) == (404, "text/html; charset=utf-8")
 
 
 @pytest.mark.parametrize(
@@ -102,22 +102,22 @@ def test_a_person_still_gets_pages():
         ("PATCH", "/v1/fine_tuning/jobs/ftjob-1", "GET"),
     ],
 )
-def test_a_wrong_method_is_named_with_the_right_one(method: str, path: str, allowed: str):
-    error = refusal(method, path, PROGRAM, 405)
+def test_a_wrong_method_error_names_the_allowed_ones(method: str, path: str, allowed: str) -> None:
+    error = get_error(method, path, API_CLIENT, 405)
     assert error["code"] == "method_not_allowed"
     assert f"Use {allowed}." in error["message"]
 
 
-def test_a_large_file_sent_without_v1_is_told_so_too(web: Any, people: dict[str, Person]):
+def test_a_large_upload_without_v1_is_explained_too(web: Any, users: dict[str, ApiUser]) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", int(web.url.rsplit(":", 1)[1]), timeout=20)
     connection.putrequest("POST", "/files")
     connection.putheader("Content-Type", "multipart/form-data; boundary=b")
     connection.putheader("Content-Length", str(10**8))
-    connection.putheader("Authorization", f"Bearer {people['alice'].key}")
+    connection.putheader("Authorization", f"Bearer {users['alice'].key}")
     connection.endheaders()
-    answer = connection.getresponse()
-    assert answer.status == 404
-    assert b"base_url" in answer.read()
+    response = connection.getresponse()
+    assert response.status == 404
+    assert b"base_url" in response.read()
     connection.close()
 
 
@@ -125,10 +125,10 @@ def test_a_large_file_sent_without_v1_is_told_so_too(web: Any, people: dict[str,
 
 
 @pytest.fixture
-def things(stores: None, people: dict[str, Person]) -> dict[str, str]:
-    from tests.jobs.api.things import put_things
+def resource_ids(stores: None, users: dict[str, ApiUser]) -> dict[str, str]:
+    from tests.jobs.api.resources import create_resources
 
-    return put_things(people["alice"])
+    return create_resources(users["alice"])
 
 
 LISTS = ["files", "files?order=asc", "files?purpose=fine-tune-results", "fine_tuning/jobs", "models"]
@@ -138,16 +138,16 @@ LISTS += ["fine_tuning/jobs/{job_id}/events", "fine_tuning/jobs/{job_id}/checkpo
 
 @pytest.mark.parametrize("after", ["unknown", "", "file-01HZZZZZZZZZZZZZZZZZZZZZZZ", "ü", "ftjob-1"])
 @pytest.mark.parametrize("path", LISTS)
-def test_an_unknown_cursor_is_refused_by_every_list(
-    path: str, after: str, things: dict[str, str], people: dict[str, Person]
-):
-    path = path.format(**things)
-    answer = Client().get(
+def test_every_list_rejects_an_unknown_cursor(
+    path: str, after: str, resource_ids: dict[str, str], users: dict[str, ApiUser]
+) -> None:
+    path = path.format(**resource_ids)
+    response = Client().get(
         f"/v1/{path}{'&' if '?' in path else '?'}after={after}",
-        headers={"Authorization": f"Bearer {people['alice'].key}"},
+        headers=users["alice"].headers,
     )
-    assert answer.status_code == 400, answer.content
-    assert answer.json()["error"]["param"] == "after"
+    assert response.status_code == 400, response.content
+    assert response.json()["error"]["param"] == "after"
 
 
 @pytest.mark.parametrize(
@@ -160,38 +160,38 @@ def test_an_unknown_cursor_is_refused_by_every_list(
         ("webhook_endpoints", "webhook_endpoint_id"),
     ],
 )
-def test_a_cursor_of_somebody_else_is_unknown(
-    path: str, name: str, things: dict[str, str], people: dict[str, Person]
-):
-    for person, status in (("alice", 200), ("bob", 400)):
-        answer = Client().get(
-            f"/v1/{path}{'&' if '?' in path else '?'}after={things[name]}",
-            headers={"Authorization": f"Bearer {people[person].key}"},
+def test_another_users_cursor_is_unknown(
+    path: str, name: str, resource_ids: dict[str, str], users: dict[str, ApiUser]
+) -> None:
+    for caller, status in (("alice", 200), ("bob", 400)):
+        response = Client().get(
+            f"/v1/{path}{'&' if '?' in path else '?'}after={resource_ids[name]}",
+            headers=users[caller].headers,
         )
-        assert answer.status_code == status, answer.content
+        assert response.status_code == status, response.content
         if status == 200:
-            assert things[name] not in [row["id"] for row in answer.json()["data"]]
+            assert resource_ids[name] not in [row["id"] for row in response.json()["data"]]
 
 
-def test_a_list_goes_on_after_a_file_that_was_just_deleted(stores: None, people: dict[str, Person]):
-    """As `for file in client.files.list(): client.files.delete(file.id)` does."""
+def test_a_list_continues_after_a_deleted_file(stores: None, users: dict[str, ApiUser]) -> None:
+    """This is what `for file in client.files.list(): client.files.delete(file.id)` does."""
     from jobs.store import access, tables
 
-    bob = people["bob"]
+    bob = users["bob"]
     for row in access.list_datasets(bob.owner, 1000):
         row.delete()
     ids = []
     for _ in range(3):
         ids.append(tables.new_id("file"))
         tables.Dataset(bob.owner, ids[-1], name="a", status="ready").save()
-    page, key = Client(), {"Authorization": f"Bearer {bob.key}"}
+    client = Client()
     after, seen = "", []
     while True:
-        payload = page.get(f"/v1/files?limit=1{after}", headers=key).json()
+        payload = client.get(f"/v1/files?limit=1{after}", headers=bob.headers).json()
         seen += [row["id"] for row in payload["data"]]
         if not payload["has_more"]:
             break
-        assert page.delete(f"/v1/files/{seen[-1]}", headers=key).status_code == 200
+        assert client.delete(f"/v1/files/{seen[-1]}", headers=bob.headers).status_code == 200
         after = f"&after={seen[-1]}"
     assert seen == ids[::-1]
 
@@ -199,14 +199,14 @@ def test_a_list_goes_on_after_a_file_that_was_just_deleted(stores: None, people:
 # ---- filters -----------------------------------------------------------------------------------
 
 
-def listed(person: Person, path: str) -> list[str]:
-    """All ids, page by page, as the client follows them: an empty page ends the list."""
+def list_ids(user: ApiUser, path: str) -> list[str]:
+    """All IDs, page by page as the official client reads them: an empty page ends the list."""
     ids: list[str] = []
     after = ""
     while True:
-        answer = Client().get(f"/v1/{path}{after}", headers={"Authorization": f"Bearer {person.key}"})
-        assert answer.status_code == 200, answer.content
-        payload = answer.json()
+        response = Client().get(f"/v1/{path}{after}", headers=user.headers)
+        assert response.status_code == 200, response.content
+        payload = response.json()
         ids += [row["id"] for row in payload["data"]]
         if not payload["has_more"] or not payload["data"]:
             return ids
@@ -214,12 +214,12 @@ def listed(person: Person, path: str) -> list[str]:
 
 
 @pytest.fixture
-def many(stores: None, people: dict[str, Person]) -> Iterator[list[str]]:
-    """5,100 jobs, of which the first and the last are of team blue and have succeeded."""
+def job_ids(stores: None, users: dict[str, ApiUser]) -> Iterator[list[str]]:
+    """5,100 jobs, of which only the first and the last have succeeded and have the metadata `team: blue`."""
     from jobs.store import tables
     from jobs.store.tables import Job
 
-    bob = people["bob"]
+    bob = users["bob"]
     for row in tables.rows(Job, bob.owner):
         row.delete()
     ids = [f"ftjob-{number:026d}" for number in range(5100)]
@@ -236,28 +236,29 @@ def many(stores: None, people: dict[str, Person]) -> Iterator[list[str]]:
 
 
 @pytest.mark.slow
-def test_no_match_is_lost_behind_thousands_of_others(
-    many: list[str], people: dict[str, Person], monkeypatch: pytest.MonkeyPatch
-):
+def test_a_filter_finds_matches_among_thousands_of_jobs(
+    job_ids: list[str], users: dict[str, ApiUser], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from jobs.store import access, tables
 
-    bob, blue = people["bob"], [many[-1], many[0]]
-    assert listed(bob, "fine_tuning/jobs?limit=100&metadata[team]=blue") == blue
-    assert listed(bob, "fine_tuning/jobs?metadata[team]=blue&metadata[n]=0") == [many[0]]
+    bob, blue = users["bob"], [job_ids[-1], job_ids[0]]
+    assert list_ids(bob, "fine_tuning/jobs?limit=100&metadata[team]=blue") == blue
+    assert list_ids(bob, "fine_tuning/jobs?metadata[team]=blue&metadata[n]=0") == [job_ids[0]]
     for nothing in ("metadata[team]=green", "metadata[te]=blue", "metadata[team]=blue&metadata[n]=1"):
-        assert listed(bob, f"fine_tuning/jobs?{nothing}") == []
-    results = listed(bob, "files?purpose=fine-tune-results&limit=100")
+        assert list_ids(bob, f"fine_tuning/jobs?{nothing}") == []
+    results = list_ids(bob, "files?purpose=fine-tune-results&limit=100")
     assert results == [id.replace("ftjob-", "file-results-") for id in blue]
 
-    with tables.count_calls() as counter:  # many matches: one short read
+    with tables.count_calls() as counter:  # many matches: one short read is enough
         reds = access.list_jobs(bob.owner, 20, metadata={"team": "red"})
-    assert [job.job_id for job in reds] == many[-2:-22:-1]
+    assert [job.job_id for job in reds] == job_ids[-2:-22:-1]
     assert (reds.has_more, tables.reads(counter)) == (True, 1)
 
-    monkeypatch.setattr(access, "SEARCH_LIMIT", 1000)  # few: an answer that has something stops
+    # Few matches: a search that has found something stops at the limit.
+    monkeypatch.setattr(access, "SEARCH_LIMIT", 1000)
     with tables.count_calls() as counter:
         first = access.list_jobs(bob.owner, 20, metadata={"team": "blue"})
     assert [job.job_id for job in first] == blue[:1]
     assert first.has_more
     assert tables.reads(counter) == 4  # 100 + 200 + 400 + 800 rows
-    assert listed(bob, "fine_tuning/jobs?metadata[team]=blue") == blue
+    assert list_ids(bob, "fine_tuning/jobs?metadata[team]=blue") == blue

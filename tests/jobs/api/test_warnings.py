@@ -9,51 +9,50 @@ from typing import Any
 import pytest
 from django.test import Client
 
-from tests.jobs.api.conftest import Person
+from tests.jobs.api.conftest import ApiUser
 from tests.jobs.views.makers import make_dataset
 
 
-def create(person: Person, dataset_id: str, **settings: Any) -> Any:
+def create(user: ApiUser, dataset_id: str, **settings: Any) -> Any:
     body = {"model": "starter", "training_file": dataset_id, "llmtuner": settings}
-    headers = {"Authorization": f"Bearer {person.key}"}
-    answer = Client().post("/v1/fine_tuning/jobs", body, "application/json", headers=headers)
-    assert answer.status_code == 200, answer.content
-    return answer.json()
+    response = Client().post("/v1/fine_tuning/jobs", body, "application/json", headers=user.headers)
+    assert response.status_code == 200, response.content
+    return response.json()
 
 
-def shown_by_the_form(person: Person, dataset_id: str, **settings: Any) -> str:
+def form_text(user: ApiUser, dataset_id: str, **settings: Any) -> str:
     page = Client()
-    page.force_login(person.user)
+    page.force_login(user.user)
     data = {"dataset": dataset_id, "base": "starter", **settings}
     text = page.post("/jobs/new/estimate/", data).content.decode()
     return unescape(re.sub(r"\s+", " ", text))
 
 
-def test_a_created_job_has_the_warnings_of_the_form(stores: None, people: dict[str, Person]):
-    alice = people["alice"]
+def test_a_created_job_has_the_warnings_of_the_form(stores: None, users: dict[str, ApiUser]) -> None:
+    alice = users["alice"]
     dataset_id = make_dataset(alice.owner).dataset_id
     warnings = create(alice, dataset_id, validation_fraction=0, epochs=30)["llmtuner"]["warnings"]
     assert "Nothing is held out" in [warning["title"] for warning in warnings]
     assert "Each example is seen 30 times" in [warning["title"] for warning in warnings]
-    form = shown_by_the_form(alice, dataset_id, validation_fraction="0", epochs="30")
+    form = form_text(alice, dataset_id, validation_fraction="0", epochs="30")
     assert all(warning["title"] in form and warning["text"] in form for warning in warnings)
 
 
-def test_automatic_settings_have_no_warnings(stores: None, people: dict[str, Person]):
-    dataset_id = make_dataset(people["alice"].owner).dataset_id
-    assert create(people["alice"], dataset_id)["llmtuner"]["warnings"] == []
+def test_automatic_settings_have_no_warnings(stores: None, users: dict[str, ApiUser]) -> None:
+    dataset_id = make_dataset(users["alice"].owner).dataset_id
+    assert create(users["alice"], dataset_id)["llmtuner"]["warnings"] == []
 
 
 @pytest.mark.parametrize("status", ["receiving", "checking"])
 def test_a_dataset_that_is_still_being_checked_is_a_warning(
-    stores: None, people: dict[str, Person], status: str
-):
-    dataset_id = make_dataset(people["alice"].owner, status=status, report={"examples": 0}).dataset_id
-    warnings = create(people["alice"], dataset_id)["llmtuner"]["warnings"]
+    stores: None, users: dict[str, ApiUser], status: str
+) -> None:
+    dataset_id = make_dataset(users["alice"].owner, status=status, report={"examples": 0}).dataset_id
+    warnings = create(users["alice"], dataset_id)["llmtuner"]["warnings"]
     assert [warning["title"] for warning in warnings] == ["This dataset is still being checked"]
 
 
-def test_the_openapi_document_describes_warnings():
+def test_the_openapi_document_describes_warnings() -> None:
     from llmtuner.api import api
 
     job = api.get_openapi_schema()["components"]["schemas"]["Job"]

@@ -1,4 +1,4 @@
-"""Files on their way in and out."""
+"""Datasets: upload, check, quotas, deletion."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def receive(owner=None, name="rows.jsonl", data=ROWS):
     return datasets.receive(owner or make_owner(), name, io.BytesIO(data))
 
 
-def stored(dataset):
+def stored_keys(dataset):
     return blobs.list_keys(f"datasets/{dataset.owner}/{dataset.dataset_id}/")
 
 
-def test_a_file_is_stored_hashed_and_waits_for_its_check():
+def test_an_upload_is_stored_hashed_and_queued_for_its_check():
     dataset = receive()
     assert (dataset.status, dataset.bytes, len(dataset.sha256)) == ("checking", len(ROWS), 64)
     assert blobs.open_file(dataset.key).read() == ROWS
     assert any(row.job_id == f"check#{dataset.dataset_id}" for row in outbox.pending())
 
 
-def test_a_good_check_makes_it_ready():
+def test_a_passed_check_makes_the_dataset_ready():
     dataset = receive()
     report = {"findings": [{"line": 1, "message": "ü"}]}
     ready = datasets.finish_check(
@@ -43,19 +43,19 @@ def test_a_good_check_makes_it_ready():
         report=report,
     )
     assert (ready.status, ready.summary, ready.format) == ("ready", {"examples": 1}, {"kind": "jsonl"})
-    assert len(stored(dataset)) == 2
-    assert datasets.finish_check(dataset.owner, dataset.dataset_id, "ready") is not None  # asked twice
+    assert len(stored_keys(dataset)) == 2
+    assert datasets.finish_check(dataset.owner, dataset.dataset_id, "ready") is not None  # checked twice
 
 
-def test_a_refused_file_leaves_no_bytes():
+def test_a_rejected_file_is_deleted():
     dataset = receive()
     datasets.finish_check(dataset.owner, dataset.dataset_id, "rejected", error="Line 1: no JSON.")
-    assert stored(dataset) == []
+    assert stored_keys(dataset) == []
     assert access.get_dataset_for(dataset.owner, dataset.dataset_id).error == "Line 1: no JSON."
 
 
 @pytest.mark.parametrize("data", [b"", bytes(2000)])
-def test_what_is_empty_or_too_large_leaves_nothing(data, settings):
+def test_an_empty_or_oversized_file_leaves_nothing(data, settings):
     settings.JOBS = settings.JOBS | {"max_upload_bytes": 1000}
     owner = make_owner()
     with pytest.raises(datasets.Rejected):
@@ -68,7 +68,7 @@ def test_what_is_empty_or_too_large_leaves_nothing(data, settings):
     assert blobs.list_keys(f"datasets/{owner}/") == []
 
 
-def test_an_upload_that_breaks_off_leaves_nothing():
+def test_an_interrupted_upload_leaves_nothing():
     def chunks():
         yield b"half"
         raise ConnectionResetError
@@ -79,7 +79,7 @@ def test_an_upload_that_breaks_off_leaves_nothing():
     assert list(access.list_datasets(owner)) == []
 
 
-def test_the_quota_of_datasets(settings):
+def test_the_number_of_datasets_is_limited(settings):
     settings.JOBS = settings.JOBS | {"max_datasets_per_owner": 1}
     dataset = receive()
     with pytest.raises(datasets.OverQuota):
@@ -88,7 +88,7 @@ def test_the_quota_of_datasets(settings):
     receive(dataset.owner)
 
 
-def test_what_is_stored_is_limited(settings):
+def test_stored_bytes_are_limited(settings):
     dataset = receive()
     settings.JOBS = settings.JOBS | {"max_stored_bytes_per_owner": len(ROWS)}
     with pytest.raises(datasets.OverQuota):
@@ -110,11 +110,11 @@ def test_what_is_stored_is_limited(settings):
         ("x" * 300, "x" * 200),
     ],
 )
-def test_names_are_shown_and_never_paths(name, shown):
+def test_display_names_are_never_paths(name, shown):
     assert datasets.display_name(name) == shown
 
 
-def test_bytes_stay_until_no_job_needs_them():
+def test_files_are_kept_until_no_job_needs_them():
     dataset = receive()
     datasets.finish_check(dataset.owner, dataset.dataset_id, "ready")
     job = make_job(dataset.owner, dataset_id=dataset.dataset_id)
@@ -127,17 +127,17 @@ def test_bytes_stay_until_no_job_needs_them():
     claim.finish("failed", "bad_data")
     finalize.after_end(job.owner, job.job_id)
     assert outbox.delete_bytes(dataset.owner, dataset.dataset_id)
-    assert stored(dataset) == []
+    assert stored_keys(dataset) == []
 
 
-def test_a_late_check_does_not_bring_a_deleted_one_back():
+def test_a_late_check_does_not_restore_a_deleted_dataset():
     dataset = receive()
     datasets.delete(dataset.owner, dataset.dataset_id)
     assert datasets.finish_check(dataset.owner, dataset.dataset_id, "ready") is None
     assert tables.get(Dataset, dataset.owner, dataset.dataset_id).deleted
 
 
-def test_a_giant_summary_does_not_stand_in_the_row():
+def test_an_oversized_summary_is_shortened():
     dataset = receive()
     summary = {"examples": 3, "histogram": ["x" * 1000] * 1000}
     ready = datasets.finish_check(dataset.owner, dataset.dataset_id, "ready", summary=summary)
@@ -145,33 +145,33 @@ def test_a_giant_summary_does_not_stand_in_the_row():
 
 
 @pytest.mark.parametrize(
-    ("status", "age", "goes"),
+    ("status", "age", "deleted"),
     [("pending", 0, False), ("completing", 0, False), ("pending", 3 * 3600, True), ("cancelled", 0, True)],
 )
-def test_parts_of_an_upload_go_when_it_is_over(status: str, age: float, goes: bool):
+def test_upload_parts_are_deleted_once_the_upload_is_over(status: str, age: float, deleted: bool):
     owner, upload_id = make_owner(), tables.new_id("upload")
     tables.Upload(owner, upload_id, status=status, expires_at=time.time() + 60 - age).save()
     part = blobs.put_file(f"uploads/{upload_id}/part-1", io.BytesIO(b"abc"))
-    assert outbox.delete_bytes(owner, upload_id) is goes
-    assert (blobs.size_of(part.key) is None) is goes
+    assert outbox.delete_bytes(owner, upload_id) is deleted
+    assert (blobs.size_of(part.key) is None) is deleted
 
 
-def test_parts_of_an_upload_go_with_their_owner():
+def test_upload_parts_without_an_upload_are_deleted():
     part = blobs.put_file("uploads/upload-GONE/part-1", io.BytesIO(b"abc"))
     assert outbox.delete_bytes(make_owner(), "upload-GONE")
     assert blobs.size_of(part.key) is None
 
 
-def test_files_that_come_at_the_same_time_share_the_room(settings):
-    """Each began while there was room for it; together they don't fit."""
+def test_concurrent_uploads_share_the_storage_quota(settings):
+    """Each starts while there is room for it, but together they exceed the quota."""
     settings.JOBS = settings.JOBS | {"max_stored_bytes_per_owner": 2 * len(ROWS) - 1}
     owner = make_owner()
 
-    def slowly():
+    def slow_upload():
         receive(owner, "meanwhile.jsonl")
         yield ROWS
 
     with pytest.raises(datasets.OverQuota):
-        datasets.receive(owner, "late.jsonl", slowly())
+        datasets.receive(owner, "late.jsonl", slow_upload())
     assert [row.name for row in access.list_datasets(owner)] == ["meanwhile.jsonl"]
     assert quotas.held(owner, "datasets") == {row.dataset_id for row in access.list_datasets(owner)}

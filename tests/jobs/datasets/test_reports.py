@@ -1,4 +1,4 @@
-"""A dataset read with another base's tokenizer: asked for, made once, waited for, and what the trainer must see."""
+"""Reports on a dataset with another base's tokenizer: requested, made once, waited for, and checked by the trainer."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ def make_dataset(owner: str, rows: list[dict[str, str]] = ROWS) -> Dataset:
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     dataset = datasets.receive(owner, "rows.jsonl", iter([text]))
     checks.check(owner, dataset.dataset_id)
-    found = tables.get(Dataset, owner, dataset.dataset_id)
-    assert found is not None
-    return found
+    row = tables.get(Dataset, owner, dataset.dataset_id)
+    assert row is not None
+    return row
 
 
-def submit(owner: str, dataset: Dataset, facts: dict[str, Any], **asked: Any):
-    HubModel(owner, "people/tiny", snapshot=facts).save()
-    request = transitions.JobRequest(base="people/tiny", dataset_id=dataset.dataset_id, settings=asked)
+def submit(owner: str, dataset: Dataset, snapshot: dict[str, Any], **settings: Any):
+    HubModel(owner, "people/tiny", snapshot=snapshot).save()
+    request = transitions.JobRequest(base="people/tiny", dataset_id=dataset.dataset_id, settings=settings)
     return transitions.submit(owner, request)
 
 
-def errand(dataset: Dataset, facts: dict[str, Any]) -> str:
-    return f"{dataset.dataset_id}@{base_models.tokenizer_family(facts)}"
+def request_of(dataset: Dataset, snapshot: dict[str, Any]) -> str:
+    return f"{dataset.dataset_id}@{base_models.tokenizer_family(snapshot)}"
 
 
-def test_bases_that_read_alike_share_a_report():
+def test_bases_with_the_same_tokenizer_share_a_report():
     assert (
         base_models.tokenizer_family({"id": "gpt2-xl"})
         == base_models.tokenizer_family({"id": "distilgpt2"})
@@ -70,25 +70,25 @@ def test_bases_that_read_alike_share_a_report():
     assert not reports.uses_default_tokenizer({"id": "gpt2"})
 
 
-def test_a_job_waits_for_the_report_of_its_base_and_asks_for_it_once(tiny):
+def test_a_job_waits_for_the_report_of_its_base_and_requests_it_once(tiny):
     owner = make_owner()
     dataset = make_dataset(owner)
     job = submit(owner, dataset, tiny)
     assert job.status == "validating"
-    assert tables.get(JobIndex, "work", f"report#{errand(dataset, tiny)}")
-    asked = reports.get(dataset.dataset_id, tiny).request_id
+    assert tables.get(JobIndex, "work", f"report#{request_of(dataset, tiny)}")
+    request_id = reports.get(dataset.dataset_id, tiny).request_id
     assert transitions.validate(read(job)) is None
-    assert reports.get(dataset.dataset_id, tiny).request_id == asked
-    assert reports.build(owner, errand(dataset, tiny))
+    assert reports.get(dataset.dataset_id, tiny).request_id == request_id
+    assert reports.build(owner, request_of(dataset, tiny))
     assert read(job).status == "queued"
-    assert submit(owner, dataset, tiny).status == "queued"  # it is there already
+    assert submit(owner, dataset, tiny).status == "queued"  # the report exists already
 
 
-def test_its_counts_are_the_other_tokenizers(tiny):
+def test_a_report_counts_with_the_other_tokenizer(tiny):
     owner = make_owner()
     dataset = make_dataset(owner)
     reports.request_report(dataset, tiny)
-    reports.build(owner, errand(dataset, tiny))
+    reports.build(owner, request_of(dataset, tiny))
     counted, exact = reports.summary_for(dataset, tiny)
     assert exact
     assert counted["examples"] == dataset.summary["examples"] == len(ROWS)
@@ -96,24 +96,24 @@ def test_its_counts_are_the_other_tokenizers(tiny):
     assert reports.summary_for(dataset, {"id": "gpt2"}) == (dataset.summary, False)
 
 
-def test_data_that_teaches_this_base_nothing_ends_the_job(tiny, monkeypatch):
+def test_a_dataset_without_trainable_tokens_fails_the_job(tiny, monkeypatch):
     owner = make_owner()
     dataset = make_dataset(owner)
     job = submit(owner, dataset, tiny)
     monkeypatch.setattr(
         checks, "report_on", lambda *args, **more: {"ready": False, "verdict": "No token is left."}
     )
-    reports.build(owner, errand(dataset, tiny))
+    reports.build(owner, request_of(dataset, tiny))
     ended = read(job)
     assert (ended.status, ended.reason, ended.message) == ("failed", "dataset_rejected", "No token is left.")
 
 
-def test_a_tokenizer_that_cannot_be_had_keeps_no_job_waiting_and_may_be_asked_for_again(tiny, monkeypatch):
+def test_an_unavailable_tokenizer_does_not_block_a_job_and_is_requested_again(tiny, monkeypatch):
     owner = make_owner()
     dataset = make_dataset(owner)
     job = submit(owner, dataset, tiny)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
-    reports.build(owner, errand(dataset, tiny))
+    reports.build(owner, request_of(dataset, tiny))
     failed = reports.get(dataset.dataset_id, tiny)
     assert (failed.status, bool(failed.error)) == ("failed", True)
     assert read(job).status == "queued"
@@ -121,21 +121,21 @@ def test_a_tokenizer_that_cannot_be_had_keeps_no_job_waiting_and_may_be_asked_fo
     assert reports.get(dataset.dataset_id, tiny).status == "checking"
 
 
-def test_a_report_of_what_was_deleted_is_nothing_to_do(tiny):
+def test_a_report_on_a_deleted_dataset_is_skipped(tiny):
     owner = make_owner()
     dataset = make_dataset(owner)
     reports.request_report(dataset, tiny)
     datasets.delete(owner, dataset.dataset_id)
-    assert reports.build(owner, errand(dataset, tiny))
+    assert reports.build(owner, request_of(dataset, tiny))
     assert not reports.list_for(dataset.dataset_id)
 
 
 @pytest.mark.slow
-def test_the_trainer_sees_what_was_counted_or_does_not_start(tiny):
+def test_the_trainer_starts_only_with_the_counts_of_the_report(tiny):
     owner = make_owner()
     dataset = make_dataset(owner)
     job = submit(owner, dataset, tiny, max_steps=1)
-    reports.build(owner, errand(dataset, tiny))
+    reports.build(owner, request_of(dataset, tiny))
     counted = reports.get(dataset.dataset_id, tiny).summary
     assert prepare._expected(read(job), dataset) == {"examples": len(ROWS), "tokens": counted["tokens"]}
     claim = again(job)
@@ -152,11 +152,11 @@ def test_the_trainer_sees_what_was_counted_or_does_not_start(tiny):
     assert f"counted {wrong['tokens']} tokens" in read(claim.job).message
 
 
-def test_rows_held_out_that_are_also_learned_from_are_told():
+def test_validation_rows_that_are_also_trained_on_are_reported():
     owner = make_owner()
     dataset = make_dataset(owner)
-    held = make_dataset(owner, [*ROWS[:2], {"prompt": "other", "completion": "no"}, ROWS[5]])
-    assert reports.request_leaks(dataset, held) is None
-    assert reports.build(owner, f"{dataset.dataset_id}@{reports.LEAKS}{held.dataset_id}")
-    assert reports.request_leaks(dataset, held) == {"count": 3, "lines": [1, 2, 4]}
-    assert not reports.list_for(dataset.dataset_id)  # it is no base's
+    validation = make_dataset(owner, [*ROWS[:2], {"prompt": "other", "completion": "no"}, ROWS[5]])
+    assert reports.request_leaks(dataset, validation) is None
+    assert reports.build(owner, f"{dataset.dataset_id}@{reports.LEAKS}{validation.dataset_id}")
+    assert reports.request_leaks(dataset, validation) == {"count": 3, "lines": [1, 2, 4]}
+    assert not reports.list_for(dataset.dataset_id)  # it belongs to no base

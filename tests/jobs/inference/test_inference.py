@@ -1,4 +1,4 @@
-"""Text from a model, through a real worker and its server."""
+"""Generating text through a real inference worker and its model server."""
 
 from __future__ import annotations
 
@@ -37,27 +37,31 @@ def worker(stores, folder):
             env={**os.environ, "JOBS_SERVER_SILENCE_S": str(SILENCE_S)},
             preexec_fn=services._die_with_parent,
         )
-    asyncio.run(wait_for_answer())
+    asyncio.run(wait_until_it_generates())
     yield process
     process.terminate()
     process.wait(45)
 
 
 @pytest.fixture
-def paused(worker):
-    """The worker stands still until the test (or its end) lets it go on."""
+def suspended_worker(worker):
+    """The worker, suspended until the test resumes it or ends."""
     worker.send_signal(signal.SIGSTOP)
-    yield lambda: worker.send_signal(signal.SIGCONT)
+    yield worker
+    resume(worker)
+
+
+def resume(worker):
     worker.send_signal(signal.SIGCONT)
 
 
-async def wait_for_answer():
-    until = time.monotonic() + 90
+async def wait_until_it_generates():
+    deadline = time.monotonic() + 90
     while True:
         try:
             return await text_of(make_owner(), max_tokens=1)
         except (Busy, Failed):
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
 
 
 async def text_of(owner, **fields):
@@ -65,13 +69,13 @@ async def text_of(owner, **fields):
     return await generation.complete(owner, request)
 
 
-async def eventually(holds, seconds=60):
-    until = time.monotonic() + seconds
+async def eventually(condition, seconds=60):
+    deadline = time.monotonic() + seconds
     while True:
         with contextlib.suppress(RedisError):
-            if await asyncio.to_thread(holds):
+            if await asyncio.to_thread(condition):
                 return
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         await asyncio.sleep(0.05)
 
 
@@ -83,7 +87,7 @@ def servers_of(pid):
     ]
 
 
-async def test_tokens_stream_and_make_the_whole_text(worker):
+async def test_streamed_tokens_make_up_the_whole_text(worker):
     lines = [
         line
         async for line in generation.stream(
@@ -92,22 +96,22 @@ async def test_tokens_stream_and_make_the_whole_text(worker):
     ]
     assert [lines[0]["t"], lines[-1]["t"]] == ["start", "done"]
     text = "".join(line["text"] for line in lines if line["t"] == "token")
-    whole = await text_of(make_owner())
-    assert (text, whole.usage["completion_tokens"]) == (whole.texts[0], 8)
+    completion = await text_of(make_owner())
+    assert (text, completion.usage["completion_tokens"]) == (completion.texts[0], 8)
 
 
-async def test_anothers_model_does_not_exist(worker):
+async def test_another_users_model_is_not_found(worker):
     with pytest.raises(access.NotFound):
         await text_of(make_owner(), model="ft:starter:bob::12345678")
 
 
-async def test_twelve_requests_of_six_people_are_all_answered(worker):
+async def test_twelve_requests_of_six_users_are_all_answered(worker):
     owners = [make_owner() for _ in range(6)]
-    answers = await asyncio.gather(*(text_of(owner, seed=1) for owner in owners * 2))
-    assert len({answer.texts[0] for answer in answers}) == 1
+    completions = await asyncio.gather(*(text_of(owner, seed=1) for owner in owners * 2))
+    assert len({completion.texts[0] for completion in completions}) == 1
 
 
-async def test_a_third_request_of_one_person_waits_for_its_turn(worker):
+async def test_a_third_request_of_one_user_waits_for_its_turn(worker):
     owner = make_owner()
     streams = [
         generation.stream(owner, GenerateRequest("starter", prompt="A", max_tokens=100)) for _ in range(2)
@@ -121,7 +125,7 @@ async def test_a_third_request_of_one_person_waits_for_its_turn(worker):
     assert (await third).usage["completion_tokens"] == 8
 
 
-async def test_leaving_early_frees_the_place(worker):
+async def test_closing_a_stream_early_frees_its_place(worker):
     owner = make_owner()
     stream = generation.stream(owner, GenerateRequest("starter", prompt="A", max_tokens=200))
     await anext(stream)
@@ -130,14 +134,14 @@ async def test_leaving_early_frees_the_place(worker):
     await eventually(lambda: redis_client.client().zcard(f"generation:running:{owner}") == 0)
 
 
-async def test_a_full_queue_says_when_to_come_back(stores, monkeypatch):
+async def test_a_full_queue_says_when_to_retry(stores, monkeypatch):
     monkeypatch.setattr(generation_queue, "MAX_WAITING", 0)
     with pytest.raises(Busy) as busy:
         await text_of(make_owner())
     assert busy.value.retry_after >= 1
 
 
-async def test_without_a_worker_nobody_waits_long(paused, monkeypatch):
+async def test_without_a_worker_requests_fail_soon(suspended_worker, monkeypatch):
     monkeypatch.setattr(generation, "NO_WORKER_S", 0)
     monkeypatch.setattr(generation, "RENEW_S", 0)
     redis_client.client().delete("generation:taken", "generation:running")
@@ -146,12 +150,12 @@ async def test_without_a_worker_nobody_waits_long(paused, monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["with its data", "without its data"])
-async def test_who_waits_keeps_the_place_when_redis_is_started_again(paused, redis, folder, kept):
+async def test_waiting_requests_keep_their_order_when_redis_restarts(suspended_worker, redis, folder, kept):
     owner = make_owner()
     line = generation_queue.line_of(owner)
-    asked = []
+    requests = []
     for count in range(1, 9):
-        asked.append(asyncio.create_task(text_of(owner, max_tokens=2)))
+        requests.append(asyncio.create_task(text_of(owner, max_tokens=2)))
         await eventually(lambda count=count: redis_client.client().zcard(line) == count)
     before = [score for _, score in redis_client.client().zrange(line, 0, -1, withscores=True)]
     redis.kill()
@@ -159,42 +163,44 @@ async def test_who_waits_keeps_the_place_when_redis_is_started_again(paused, red
         shutil.rmtree(file) if file.is_dir() else file.unlink()  # a folder since Redis 7
     redis.start()
 
-    def back():
+    def is_restored():
         return [score for _, score in redis_client.client().zrange(line, 0, -1, withscores=True)] == before
 
-    await eventually(back)
-    paused()
-    assert [answer.usage["completion_tokens"] for answer in await asyncio.gather(*asked)] == [2] * 8
+    await eventually(is_restored)
+    resume(suspended_worker)
+    assert [completion.usage["completion_tokens"] for completion in await asyncio.gather(*requests)] == [
+        2
+    ] * 8
 
 
-async def test_what_a_lost_worker_held_is_asked_for_again(paused, monkeypatch):
+async def test_a_request_taken_by_a_lost_worker_is_queued_again(suspended_worker, monkeypatch):
     monkeypatch.setattr(generation, "RENEW_S", 0)
     owner = make_owner()
     line = generation_queue.line_of(owner)
-    asked = asyncio.create_task(text_of(owner))
+    request = asyncio.create_task(text_of(owner))
     await eventually(lambda: redis_client.client().zcard(line) == 1)
-    taken = generation_queue.take(1)  # by a worker that dies at this moment
+    taken = generation_queue.take(1)  # by a worker that then dies
     assert taken.owner == owner
-    generation_queue.end(owner, taken.rid, 1)  # as when its hold has run out
+    generation_queue.end(owner, taken.rid, 1)  # as when its lease expires
     await eventually(lambda: redis_client.client().zcard(line) == 1)
-    paused()
-    assert (await asked).usage["completion_tokens"] == 8
+    resume(suspended_worker)
+    assert (await request).usage["completion_tokens"] == 8
 
 
-async def test_a_gap_in_an_answer_is_an_error_and_not_a_shorter_text(paused):
+async def test_a_gap_in_a_reply_is_an_error(suspended_worker):
     owner = make_owner()
-    asked = asyncio.create_task(text_of(owner))
+    request = asyncio.create_task(text_of(owner))
     await eventually(lambda: redis_client.client().zcard(generation_queue.line_of(owner)) == 1)
     taken = generation_queue.take(1)
     token = {"t": "token", "index": 0, "text": "x"}
     inference_worker.publish(taken.rid, [json.dumps({"t": "start", "prompt_tokens": 1}), json.dumps(token)])
-    inference_worker.publish(taken.rid, [json.dumps(token)], 4)  # the one before was lost
+    inference_worker.publish(taken.rid, [json.dumps(token)], 4)  # the message before it was lost
     with pytest.raises(Failed, match="was lost"):
-        await asked
+        await request
     generation_queue.end(owner, taken.rid, 1)
 
 
-async def test_whoever_died_in_the_queue_holds_no_place_in_it(paused, monkeypatch):
+async def test_a_request_whose_client_died_leaves_the_queue(suspended_worker, monkeypatch):
     monkeypatch.setattr(generation_queue, "MAX_WAITING_OF_ONE", 2)
     owner = make_owner()
     client = redis_client.own_client()
@@ -202,17 +208,17 @@ async def test_whoever_died_in_the_queue_holds_no_place_in_it(paused, monkeypatc
         await generation_queue.enter(client, owner, rid, "{}", "", 2)
     with pytest.raises(generation_queue.Full):
         await generation_queue.enter(client, owner, "third", "{}", "", 2)
-    await client.delete("reading:first")  # as it goes when its reader was killed
+    await client.delete("reading:first")  # as it expires after its client was killed
     await generation_queue.enter(client, owner, "third", "{}", "", 2)
     taken = [generation_queue.take(3) for _ in range(3)]
-    assert [one and one.rid for one in taken] == ["second", "third", None]
-    for one in taken[:2]:
-        generation_queue.end(owner, one.rid, 1)
-        await generation_queue.leave(client, owner, one.rid)
+    assert [entry and entry.rid for entry in taken] == ["second", "third", None]
+    for entry in taken[:2]:
+        generation_queue.end(owner, entry.rid, 1)
+        await generation_queue.leave(client, owner, entry.rid)
     await client.aclose()
 
 
-async def test_the_queue_is_bounded_in_bytes_too(paused, monkeypatch):
+async def test_the_queue_is_also_limited_in_bytes(suspended_worker, monkeypatch):
     monkeypatch.setattr(generation_queue, "MAX_BYTES_OF_ONE", 100)
     alice, bob = make_owner(), make_owner()
     client = redis_client.own_client()
@@ -228,7 +234,7 @@ async def test_the_queue_is_bounded_in_bytes_too(paused, monkeypatch):
     await client.aclose()
 
 
-async def test_a_dead_server_is_started_again(worker):
+async def test_a_dead_model_server_is_restarted(worker):
     stream = generation.stream(make_owner(), GenerateRequest("starter", prompt="A", max_tokens=200))
     await anext(stream)
     for pid in servers_of(worker.pid):
@@ -236,38 +242,40 @@ async def test_a_dead_server_is_started_again(worker):
     with pytest.raises(Failed, match="stopped"):
         async for _ in stream:
             pass
-    await wait_for_answer()
+    await wait_until_it_generates()
 
 
-async def test_a_silent_server_is_started_again_and_who_waited_is_answered(worker):
+async def test_a_hung_model_server_is_restarted_and_waiting_requests_are_answered(worker):
     for pid in servers_of(worker.pid):
-        os.kill(pid, signal.SIGSTOP)  # alive, and says nothing for ever
-    began = time.monotonic()
-    answer = await text_of(make_owner())
-    assert answer.usage["completion_tokens"] == 8
-    assert time.monotonic() - began > SILENCE_S
+        os.kill(pid, signal.SIGSTOP)  # alive, but silent forever
+    started = time.monotonic()
+    completion = await text_of(make_owner())
+    assert completion.usage["completion_tokens"] == 8
+    assert time.monotonic() - started > SILENCE_S
 
 
-def test_only_whose_prompt_was_being_read_is_told_so(stores, monkeypatch):
-    said: dict[str, str] = {}
-    monkeypatch.setattr(inference_worker, "publish", lambda rid, lines, after: said.update({rid: lines[-1]}))
-    asked = inference_worker.ModelServer()
+def test_only_the_request_whose_prompt_was_being_read_fails_as_prompt_failed(stores, monkeypatch):
+    published = {}
+    monkeypatch.setattr(
+        inference_worker, "publish", lambda rid, lines, after: published.update({rid: lines[-1]})
+    )
+    server = inference_worker.ModelServer()
     for rid, state in (("r1", "sent"), ("r2", "reading"), ("r3", "started")):
-        asked.waiting[rid] = inference_worker.Waiting(rid, {}, state=state, tries=inference_worker.MAX_TRIES)
-        asked._fail(rid)
-    codes = {rid: json.loads(line)["code"] for rid, line in said.items()}
+        server.waiting[rid] = inference_worker.Waiting(rid, {}, state=state, tries=inference_worker.MAX_TRIES)
+        server._fail(rid)
+    codes = {rid: json.loads(line)["code"] for rid, line in published.items()}
     assert codes == {"r1": "server_died", "r2": "prompt_failed", "r3": "server_died"}
-    assert not asked.waiting
+    assert not server.waiting
 
 
-def test_why_a_model_cannot_be_loaded_names_nothing_of_ours(stores, monkeypatch):
-    said: list[str] = []
+def test_the_error_for_a_model_that_cannot_be_loaded_reveals_no_internals(stores, monkeypatch):
+    published = []
 
-    def away(owner, model):
+    def fail(owner, model):
         raise OSError("no bucket s3://inside/ at 10.0.0.7")
 
-    monkeypatch.setattr(inference_worker, "model_folder", away)
-    monkeypatch.setattr(inference_worker, "publish", lambda rid, lines: said.extend(lines))
+    monkeypatch.setattr(inference_worker, "model_folder", fail)
+    monkeypatch.setattr(inference_worker, "publish", lambda rid, lines: published.extend(lines))
     inference_worker.serve("user-A", "r1", {"model": "starter"})
-    assert "cannot be loaded" in said[-1]
-    assert "inside" not in "".join(said)
+    assert "cannot be loaded" in published[-1]
+    assert "inside" not in "".join(published)

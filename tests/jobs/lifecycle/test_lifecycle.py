@@ -1,4 +1,4 @@
-"""Every move of a job, made once as it should be."""
+"""Every transition of a job, once, without concurrency."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from jobs.datasets import datasets
 from jobs.lifecycle import finalize, requests, transitions
-from jobs.lifecycle.transitions import LostRace, OverQuota, Refused
+from jobs.lifecycle.transitions import JobRequest, LostRace, OverQuota, Refused
 from jobs.store import access, blobs, outbox, queue, quotas, reasons, tables
 from jobs.store.tables import JobIndex, TunedModel, month_of, new_id
 from tests.jobs.makers import (
@@ -67,7 +67,7 @@ def test_it_fails_when_its_dataset_cannot_be_used(status):
     assert read(job).message
 
 
-def test_the_same_key_makes_one_job():
+def test_the_same_idempotency_key_creates_one_job():
     owner = make_owner()
     request = make_request(owner)
     first = transitions.submit(owner, request, idempotency_key="k")
@@ -77,7 +77,19 @@ def test_the_same_key_makes_one_job():
     assert transitions.submit(owner, request, idempotency_key="other").job_id != first.job_id
 
 
-def test_a_key_whose_submission_broke_off_can_be_used_again():
+def test_a_new_field_of_a_request_leaves_earlier_hashes_unchanged():
+    @dataclasses.dataclass(frozen=True)
+    class LaterRequest(JobRequest):
+        labels: tuple[str, ...] = ()
+        options: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    today, later = JobRequest("starter", "file-1"), LaterRequest("starter", "file-1")
+    assert later.hash() == today.hash()
+    assert dataclasses.replace(later, labels=("a",)).hash() != today.hash()
+    assert dataclasses.replace(later, options={"a": 1}).hash() != today.hash()
+
+
+def test_the_key_of_an_interrupted_submission_can_be_used_again():
     owner = make_owner()
     request = make_request(owner)
     job_id = requests._id_for(owner, request, "k")
@@ -87,7 +99,7 @@ def test_a_key_whose_submission_broke_off_can_be_used_again():
     assert job.status == "queued"
 
 
-def test_the_quota_refuses_one_too_many_and_leaves_nothing(settings):
+def test_a_job_over_the_quota_is_refused_and_leaves_nothing(settings):
     settings.JOBS = settings.JOBS | {"max_jobs_per_owner": 1}
     job = make_job()
     with pytest.raises(OverQuota):
@@ -111,21 +123,21 @@ def test_the_quota_refuses_one_too_many_and_leaves_nothing(settings):
         ({"validation_dataset_id": "file-0"}, "validation_dataset_id"),
     ],
 )
-def test_it_refuses_what_cannot_be_run_and_names_the_field(fields, field):
+def test_an_invalid_job_is_refused_with_the_field(fields, field):
     with pytest.raises(Refused) as refusal:
         make_job(**fields)
     assert refusal.value.field == field
 
 
-def test_nobody_uses_anothers_dataset():
+def test_another_users_dataset_is_refused():
     with pytest.raises(Refused):
         make_job(dataset_id=make_dataset(make_owner()).dataset_id)
 
 
-# ---- the holder's moves
+# ---- transitions of the worker that has the lease
 
 
-def test_a_claim_is_had_once():
+def test_a_job_is_claimed_once():
     job = make_job()
     seen = read(job)
     assert transitions.claim(seen, WORKER) is not None
@@ -133,7 +145,7 @@ def test_a_claim_is_had_once():
     assert (read(job).status, read(job).fencing_token) == ("running", 1)
 
 
-def test_a_heartbeat_renews_the_lease_and_brings_the_orders():
+def test_a_heartbeat_renews_the_lease_and_returns_the_desired_state():
     claim = make_claim()
     before = claim.job.lease
     assert claim.heartbeat({"step": 3}, {"loss": 2.5}, 1, 4) == "run"
@@ -144,7 +156,7 @@ def test_a_heartbeat_renews_the_lease_and_brings_the_orders():
     assert claim.heartbeat() == "pause"
 
 
-def test_events_can_neither_repeat_nor_leave_a_gap():
+def test_event_numbers_neither_repeat_nor_leave_a_gap():
     claim = make_claim()
     claim.heartbeat(first_seq=1, last_seq=4)
     claim.heartbeat(first_seq=1, last_seq=4)  # sent again after a lost reply
@@ -153,7 +165,7 @@ def test_events_can_neither_repeat_nor_leave_a_gap():
     assert read(claim.job).last_seq == 4
 
 
-def test_the_pointer_only_moves_forward():
+def test_the_checkpoint_pointer_only_moves_forward():
     claim = make_claim()
     claim.move_pointer(checkpoint(claim, 2))
     claim.move_pointer(checkpoint(claim, 4, best=True))
@@ -165,7 +177,7 @@ def test_the_pointer_only_moves_forward():
     assert read(claim.job).checkpoint_step == 7
 
 
-def test_the_pointer_goes_back_to_what_verifies():
+def test_the_checkpoint_pointer_can_go_back_to_a_verified_one():
     claim = make_claim()
     for step in (2, 4):
         claim.move_pointer(checkpoint(claim, step))
@@ -176,8 +188,8 @@ def test_the_pointer_goes_back_to_what_verifies():
     claim.move_pointer(checkpoint(claim, 1))
 
 
-def stored(claim, *steps, **fields):
-    """Checkpoints with bytes, each of 7."""
+def store_checkpoints(claim, *steps, **fields):
+    """Stores checkpoints with files of 7 bytes and moves the pointer to each."""
     for step in steps:
         entry = checkpoint(claim, step, bytes=7, **fields)
         blobs.put_file(f"{entry['key']}/weights", io.BytesIO(b"weights"))
@@ -185,70 +197,70 @@ def stored(claim, *steps, **fields):
         finalize.after_pointer(claim.job)
 
 
-def bytes_of(job):
+def stored_folders(job):
     return [key.split("/", 2)[2].removesuffix("/weights") for key in blobs.list_keys(f"jobs/{job.job_id}/")]
 
 
 def test_superseded_checkpoints_are_deleted():
     claim = make_claim()
-    stored(claim, 1, 2, 3)
-    blobs.put_file(f"{claim.prefix}checkpoints/s4/weights", io.BytesIO(b"on its way"))
+    store_checkpoints(claim, 1, 2, 3)
+    blobs.put_file(f"{claim.prefix}checkpoints/s4/weights", io.BytesIO(b"unfinished"))
     finalize.after_pointer(claim.job)
-    assert bytes_of(claim.job) == ["e1/checkpoints/s2", "e1/checkpoints/s3", "e1/checkpoints/s4"]
+    assert stored_folders(claim.job) == ["e1/checkpoints/s2", "e1/checkpoints/s3", "e1/checkpoints/s4"]
 
 
 def test_superseded_checkpoints_of_earlier_attempts_are_deleted_and_later_ones_are_not():
     old = make_claim()
-    stored(old, 1, 3)
+    store_checkpoints(old, 1, 3)
     transitions.lose_lease(old.job)
     transitions.requeue(read(old.job))
     new = make_claim(old.job)
     new.pointer_back(new.job.checkpoints[0])  # step 3 is damaged
-    stored(new, 2)
-    finalize.after_pointer(old.job)  # a former holder that is late
-    assert bytes_of(new.job) == ["e1/checkpoints/s1", "e1/checkpoints/s3", "e2/checkpoints/s2"]
-    stored(new, 4, 5)
-    assert bytes_of(new.job) == ["e2/checkpoints/s4", "e2/checkpoints/s5"]
+    store_checkpoints(new, 2)
+    finalize.after_pointer(old.job)  # late, by a former lease owner
+    assert stored_folders(new.job) == ["e1/checkpoints/s1", "e1/checkpoints/s3", "e2/checkpoints/s2"]
+    store_checkpoints(new, 4, 5)
+    assert stored_folders(new.job) == ["e2/checkpoints/s4", "e2/checkpoints/s5"]
 
 
-def test_the_checkpoint_of_another_job_is_left_to_it():
+def test_checkpoints_of_another_job_are_not_deleted():
     first = make_claim()
-    stored(first, 1)
+    store_checkpoints(first, 1)
     first.finish("failed", "not_finite")
     second = make_claim(transitions.retry(first.owner, first.job_id))
-    stored(second, 2, 3)
-    assert bytes_of(first.job) == ["e1/checkpoints/s1"]
-    assert quotas.stored_bytes(first.owner) == 35 + 7 + 14  # the dataset; what each job's own folder holds
+    store_checkpoints(second, 2, 3)
+    assert stored_folders(first.job) == ["e1/checkpoints/s1"]
+    assert quotas.stored_bytes(first.owner) == 35 + 7 + 14  # the dataset and the folder of each job
 
 
 def test_checkpoints_count_against_the_storage_quota(settings):
     settings.JOBS = settings.JOBS | {"max_stored_bytes_per_owner": 50}
     claim = make_claim()  # its dataset has 35 bytes
-    stored(claim, 1, 2, 3)  # two are kept
+    store_checkpoints(claim, 1, 2, 3)  # two are kept
     quotas.check_room(claim.owner)
     with pytest.raises(OverQuota):
         quotas.reserve(claim.owner, "upload-1", 2)
     quotas.reserve(claim.owner, "upload-1", 1)
-    stored(claim, 4, best=True)
-    stored(claim, 5, 6)
-    for full in (quotas.check_room, quotas.check_fits):
+    store_checkpoints(claim, 4, best=True)
+    store_checkpoints(claim, 5, 6)
+    for check in (quotas.check_room, quotas.check_fits):
         with pytest.raises(OverQuota, match="checkpoints"):
-            full(claim.owner)
+            check(claim.owner)
 
 
-def test_a_deleted_jobs_checkpoints_count_no_more():
+def test_checkpoints_of_a_deleted_job_no_longer_count():
     claim = make_claim()
-    stored(claim, 1, 2)
+    store_checkpoints(claim, 1, 2)
     claim.finish("failed", "not_finite")
     seen = read(claim.job)
     transitions.delete(claim.owner, claim.job_id)
     outbox.delete_bytes(claim.owner, claim.job_id)
     quotas.record_checkpoint_bytes(seen)  # a late writer
     assert quotas.stored_bytes(claim.owner) == 35
-    assert bytes_of(claim.job) == []
+    assert stored_folders(claim.job) == []
 
 
-def test_a_success_makes_a_model_and_clears_the_lists():
+def test_a_success_creates_a_model_and_clears_the_lists():
     claim = make_claim()
     assert claim.finish("succeeded", result=result(claim)) == "succeeded"
     job = read(claim.job)
@@ -263,7 +275,7 @@ def test_a_success_makes_a_model_and_clears_the_lists():
     assert quotas.held(job.owner, "jobs") == set()
 
 
-def test_a_failure_says_why():
+def test_a_failure_has_a_message_and_advice():
     claim = make_claim()
     claim.finish("failed", "not_finite")
     job = read(claim.job)
@@ -274,13 +286,13 @@ def test_a_failure_says_why():
         claim.heartbeat()
 
 
-def test_giving_back_charges_nothing():
+def test_giving_a_job_back_uses_no_attempt():
     claim = make_claim()
     assert claim.give_back() == "queued"
     assert (read(claim.job).attempts, read(claim.job).lease) == (0, None)
 
 
-def test_a_dead_trainer_is_tried_again_until_nothing_gets_further():
+def test_a_dead_trainer_is_retried_as_long_as_it_makes_progress():
     job = make_job()
     for attempt in (1, 2):
         assert make_claim(job).trainer_died("killed") == "retrying"
@@ -298,7 +310,7 @@ def test_a_dead_trainer_is_tried_again_until_nothing_gets_further():
 
 
 @pytest.mark.parametrize("reason", ["disk_full", "not_writable", "store"])
-def test_a_platform_fault_spends_no_attempt(reason):
+def test_a_platform_fault_uses_no_attempt(reason):
     claim = make_claim()
     assert claim.trainer_died(reason) == "retrying"
     job = read(claim.job)
@@ -306,18 +318,18 @@ def test_a_platform_fault_spends_no_attempt(reason):
     assert (job.reason, job.message) == (reason, reasons.sentence(reason))
 
 
-def test_a_lost_worker_spends_no_attempt():
+def test_a_lost_worker_uses_no_attempt():
     job = transitions.lose_lease(make_claim().job)
     assert (job.status, job.reason, job.attempts, job.platform_faults) == ("retrying", "lost_worker", 0, 1)
 
 
-def test_platform_faults_end_a_job_when_there_are_many_in_a_row(settings):
+def test_too_many_platform_faults_in_a_row_fail_a_job(settings):
     settings.JOBS = settings.JOBS | {"max_platform_faults": 3}
     job = make_job()
     make_claim(job).trainer_died("disk_full")
     transitions.requeue(read(job))
     claim = make_claim(job)
-    claim.move_pointer(checkpoint(claim, 1))  # it got further: the count begins again
+    claim.move_pointer(checkpoint(claim, 1))  # progress resets the count
     for fault in ("store", "disk_full"):
         assert claim.trainer_died(fault) == "retrying"
         transitions.requeue(read(job))
@@ -328,20 +340,20 @@ def test_platform_faults_end_a_job_when_there_are_many_in_a_row(settings):
     assert "Too many attempts" in job.message
 
 
-def test_platform_faults_do_not_hide_a_trainer_that_dies():
+def test_platform_faults_do_not_reset_the_attempts_of_a_dying_trainer():
     job = make_job()
-    for reason, landed in (
+    for reason, status in (
         ("killed", "retrying"),
         ("store", "retrying"),
         ("killed", "retrying"),
         ("killed", "failed"),
     ):
-        assert make_claim(job).trainer_died(reason) == landed
+        assert make_claim(job).trainer_died(reason) == status
         transitions.requeue(read(job))
     assert (read(job).attempts, read(job).platform_faults) == (3, 1)
 
 
-def test_platform_faults_wait_longer_each_time_too():
+def test_the_backoff_of_platform_faults_doubles_too():
     job = make_job()
     job.attempts_without_progress = 1
     waits = []
@@ -350,7 +362,7 @@ def test_platform_faults_wait_longer_each_time_too():
     assert waits == [0, 10, 20, 40]
 
 
-def test_backoff_doubles():
+def test_the_backoff_doubles():
     job = make_job()
     waits = []
     for job.attempts_without_progress in range(1, 9):
@@ -358,7 +370,7 @@ def test_backoff_doubles():
     assert waits == [0, 10, 20, 40, 80, 160, 320, 600]
 
 
-def test_a_lost_lease_fences_its_old_holder():
+def test_a_lost_lease_fences_off_its_old_owner():
     old = make_claim()
     assert transitions.lose_lease(old.job).status == "retrying"
     transitions.requeue(read(old.job))
@@ -376,17 +388,17 @@ def test_a_lost_lease_fences_its_old_holder():
     assert new.heartbeat() == "run"
 
 
-def test_a_lease_that_was_renewed_is_not_lost():
+def test_a_renewed_lease_is_not_lost():
     claim = make_claim()
     seen = read(claim.job)
     claim.heartbeat()
     assert transitions.lose_lease(seen) is None
 
 
-# ---- people's moves
+# ---- transitions requested by users
 
 
-def test_waiting_jobs_move_at_once():
+def test_waiting_jobs_change_state_at_once():
     job = make_job()
     assert transitions.set_desired(job.owner, job.job_id, "pause").status == "paused"
     assert transitions.set_desired(job.owner, job.job_id, "run").status == "queued"
@@ -396,13 +408,13 @@ def test_waiting_jobs_move_at_once():
         transitions.set_desired(job.owner, job.job_id, "run")
 
 
-def test_what_was_never_checked_goes_back_to_be_checked():
+def test_a_job_with_an_unchecked_dataset_resumes_validating():
     job = make_job(dataset_status="checking")
     assert transitions.set_desired(job.owner, job.job_id, "pause").status == "paused"
     assert transitions.set_desired(job.owner, job.job_id, "run").status == "validating"
 
 
-def test_a_cancel_is_never_taken_back():
+def test_a_cancel_cannot_be_taken_back():
     claim = make_claim()
     transitions.set_desired(claim.owner, claim.job_id, "cancel")
     with pytest.raises(Refused):
@@ -411,7 +423,7 @@ def test_a_cancel_is_never_taken_back():
 
 
 @pytest.mark.parametrize(
-    ("desired", "leave", "landed"),
+    ("desired", "leave", "expected"),
     [
         ("run", lambda c: c.give_back(), "queued"),
         ("pause", lambda c: c.give_back(), "paused"),
@@ -425,17 +437,17 @@ def test_a_cancel_is_never_taken_back():
         ("cancel", lambda c: c.trainer_died("killed"), "cancelled"),
     ],
 )
-def test_every_way_out_of_running_lands_where_people_want(desired, leave, landed):
+def test_every_exit_from_running_respects_the_desired_state(desired, leave, expected):
     claim = make_claim()
     if desired != "run":
-        transitions.set_desired(claim.owner, claim.job_id, desired)  # unseen by the holder
-    assert leave(claim) == landed
+        transitions.set_desired(claim.owner, claim.job_id, desired)  # the worker does not know yet
+    assert leave(claim) == expected
     job = read(claim.job)
-    assert job.status == landed
-    assert (job.result is None) == (landed != "succeeded")
+    assert job.status == expected
+    assert (job.result is None) == (expected != "succeeded")
 
 
-def test_editing_ends_when_an_attempt_begins():
+def test_a_job_cannot_be_edited_once_an_attempt_begins():
     job = make_job()
     request = transitions.clone_request(job)
     changed = dataclasses.replace(request, settings={"epochs": 2}, name="better")
@@ -448,7 +460,7 @@ def test_editing_ends_when_an_attempt_begins():
         transitions.edit(job.owner, job.job_id, request)
 
 
-def test_renaming_works_at_any_time():
+def test_a_job_can_be_renamed_at_any_time():
     claim = make_claim()
     transitions.rename(claim.owner, claim.job_id, "new name")
     claim.heartbeat()
@@ -456,20 +468,20 @@ def test_renaming_works_at_any_time():
     assert transitions.rename(claim.owner, claim.job_id, "newer").name == "newer"
 
 
-def test_a_retry_goes_on_from_the_last_checkpoint():
+def test_a_retry_resumes_from_the_last_checkpoint():
     claim = make_claim()
     claim.move_pointer(checkpoint(claim, 5))
     with pytest.raises(Refused):
         transitions.retry(claim.owner, claim.job_id)
     claim.finish("failed", "not_finite")
-    again = transitions.retry(claim.owner, claim.job_id)
-    assert (again.checkpoint_step, again.status) == (5, "queued")
-    assert again.checkpoint_key == f"{claim.prefix}checkpoints/s5"
-    with pytest.raises(Refused):  # its bytes are still needed
+    retried = transitions.retry(claim.owner, claim.job_id)
+    assert (retried.checkpoint_step, retried.status) == (5, "queued")
+    assert retried.checkpoint_key == f"{claim.prefix}checkpoints/s5"
+    with pytest.raises(Refused):  # its files are still needed
         transitions.delete(claim.owner, claim.job_id)
 
 
-def test_a_deleted_job_stays_away():
+def test_a_deleted_job_stays_deleted():
     claim = make_claim()
     with pytest.raises(Refused):
         transitions.delete(claim.owner, claim.job_id)
@@ -482,7 +494,7 @@ def test_a_deleted_job_stays_away():
     assert tables.get(TunedModel, claim.owner, claim.job.model_id).deleted
 
 
-def test_bob_finds_nothing_of_alices():
+def test_bob_can_access_nothing_of_alices():
     claim = make_claim()
     bob = make_owner()
     for act in (

@@ -1,8 +1,7 @@
-"""Many at once: one claim, one job for a key, never more than the quota. The full size runs in `bin/bench faults`."""
+"""Concurrent calls: a job is claimed once, a key creates one job, the quota holds. More jobs run with `bin/test --all`."""
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -15,37 +14,38 @@ from jobs.store.tables import Job, JobIndex
 from tests.jobs.makers import make_owner, make_request, read
 
 pytestmark = pytest.mark.usefixtures("stores")
-RACERS = 8
-ROUNDS = int(os.environ.get("CLAIM_RACE_JOBS", "25"))
+THREADS = 8
+ROUNDS = [25, pytest.param(250, marks=pytest.mark.campaign)]
 
 
 @pytest.fixture
-def racers():
-    with ThreadPoolExecutor(RACERS) as pool:
-        yield pool
+def pool():
+    with ThreadPoolExecutor(THREADS) as executor:
+        yield executor
 
 
-def test_each_job_is_claimed_once(racers):
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_each_job_is_claimed_once(pool, rounds):
     owner = make_owner()
-    jobs = [Job(owner, tables.new_id("ftjob"), status="queued") for _ in range(ROUNDS)]
+    jobs = [Job(owner, tables.new_id("ftjob"), status="queued") for _ in range(rounds)]
     for job in jobs:
         tables.put_new(job)
-    together = Barrier(RACERS)
+    barrier = Barrier(THREADS)
 
     def race(number):
         worker = WorkerInfo(f"w{number}", f"p{number}")
         won = []
         for job in jobs:
-            together.wait()
+            barrier.wait()
             won.append(transitions.claim(job, worker) is not None)
         return won
 
-    winners = [sum(round) for round in zip(*racers.map(race, range(RACERS)), strict=True)]
-    assert winners == [1] * ROUNDS
+    winners = [sum(round) for round in zip(*pool.map(race, range(THREADS)), strict=True)]
+    assert winners == [1] * rounds
     assert {read(job).fencing_token for job in jobs} == {1}
 
 
-def test_the_quota_holds_when_all_come_at_once(racers, settings):
+def test_concurrent_submissions_respect_the_quota(pool, settings):
     settings.JOBS = settings.JOBS | {"max_jobs_per_owner": 5}
     owner = make_owner()
     request = make_request(owner)
@@ -56,16 +56,16 @@ def test_the_quota_holds_when_all_come_at_once(racers, settings):
         except OverQuota:
             return None
 
-    accepted = {job_id for job_id in racers.map(submit, range(20)) if job_id}
+    accepted = {job_id for job_id in pool.map(submit, range(20)) if job_id}
     assert len(accepted) == 5
     assert quotas.held(owner, "jobs") == accepted
     assert {row.job_id for row in queue.index_rows() if row.owner == owner} == accepted
 
 
-def test_one_key_sent_many_times_at_once_makes_one_job(racers):
+def test_concurrent_submissions_with_one_key_create_one_job(pool):
     owner = make_owner()
     request = make_request(owner)
-    jobs = racers.map(lambda _: transitions.submit(owner, request, idempotency_key="k").job_id, range(30))
+    jobs = pool.map(lambda _: transitions.submit(owner, request, idempotency_key="k").job_id, range(30))
     assert len(set(jobs)) == 1
     assert len([row for row in queue.index_rows() if row.owner == owner]) == 1
     assert tables.get(JobIndex, queue.shard(read_one(owner)), read_one(owner)) is not None

@@ -1,4 +1,4 @@
-"""A job has one seed: that of its settings."""
+"""A job has one seed, which is part of its settings."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def job_with(settings: dict[str, Any] | None = None, **fields: Any) -> Job:
     return make_job(owner, dataset_id=dataset.dataset_id, settings=settings or {}, **fields)
 
 
-def old_row(job: Job, **attributes: Any) -> Job:
-    """As an earlier version stored it: with the seed of the request beside the settings."""
+def make_old_row(job: Job, **attributes: Any) -> Job:
+    """The job's row as an earlier version stored it, with the seed beside the settings."""
     row = read(job)
     for name, value in attributes.items():
         setattr(row, name, value)
@@ -58,7 +58,7 @@ def test_a_seed_in_the_settings_wins(tmp_path: Path) -> None:
     assert trained_seed(job_with({"seed": 5}, seed=7), tmp_path) == 5
 
 
-def test_an_edited_seed_is_trained_with(tmp_path: Path) -> None:
+def test_a_job_trains_with_its_edited_seed(tmp_path: Path) -> None:
     job = job_with({"seed": 7}, seed=7)
     edit(job, seed=9)
     assert trained_seed(job, tmp_path) == 9
@@ -73,7 +73,7 @@ def test_a_seed_can_be_removed_by_editing(tmp_path: Path) -> None:
 
 
 def test_an_old_row_keeps_its_seed_until_it_is_edited(tmp_path: Path) -> None:
-    job = old_row(job_with(), seed=7)
+    job = make_old_row(job_with(), seed=7)
     assert trained_seed(job, tmp_path / "before") == 7
     assert fine_tuning.show(read(job))["seed"] == 7
     assert clone_request(read(job)).settings["seed"] == 7
@@ -83,7 +83,7 @@ def test_an_old_row_keeps_its_seed_until_it_is_edited(tmp_path: Path) -> None:
 
 
 def test_an_old_row_that_was_edited_and_has_not_started_trains_with_the_edit(tmp_path: Path) -> None:
-    assert trained_seed(old_row(job_with({"seed": 9}), seed=7), tmp_path) == 9
+    assert trained_seed(make_old_row(job_with({"seed": 9}), seed=7), tmp_path) == 9
 
 
 @pytest.mark.parametrize(
@@ -91,11 +91,11 @@ def test_an_old_row_that_was_edited_and_has_not_started_trains_with_the_edit(tmp
     [{"checkpoint_step": 4}, {"plan": {"settings": {"seed": 7}}}, {"plan": {}, "checkpoint_step": 4}],
 )
 def test_an_old_row_that_has_started_keeps_its_seed(tmp_path: Path, started: dict[str, Any]) -> None:
-    job = old_row(job_with({"seed": 9}), seed=7, **started)
+    job = make_old_row(job_with({"seed": 9}), seed=7, **started)
     assert trained_seed(job, tmp_path) == 7
     assert fine_tuning.show(read(job))["seed"] == 7
 
 
 def test_an_old_row_keeps_the_seed_it_started_with_under_this_version(tmp_path: Path) -> None:
     started = {"attempts": 1, "checkpoint_step": 4, "plan": {"settings": {"seed": 9}}}
-    assert trained_seed(old_row(job_with({"seed": 9}), seed=7, **started), tmp_path) == 9
+    assert trained_seed(make_old_row(job_with({"seed": 9}), seed=7, **started), tmp_path) == 9

@@ -1,4 +1,5 @@
-"""Webhooks go to the public internet only: every special range counts as private, also inside another address."""
+"""Webhooks are sent to the public internet only: every special-purpose range counts as private, also when it is embedded in
+an IPv6 address."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ IPV6 = [ipaddress.IPv6Network(block) for block in (*SPECIAL_IPV6, "fec0::/10", "
 
 
 def embedded(inner: ipaddress.IPv4Address) -> dict[str, ipaddress.IPv6Address]:
-    """The IPv6 addresses that stand for an IPv4 address."""
+    """The IPv6 addresses that embed an IPv4 address."""
     number = int(inner)
     prefixes = {
         "mapped": "::ffff:0:0",
@@ -21,13 +22,17 @@ def embedded(inner: ipaddress.IPv4Address) -> dict[str, ipaddress.IPv6Address]:
         "nat64": "64:ff9b::",
         "local nat64": "64:ff9b:1::",
     }
-    found = {
+    addresses = {
         name: ipaddress.IPv6Address(int(ipaddress.IPv6Address(p)) | number) for name, p in prefixes.items()
     }
-    found["6to4"] = ipaddress.IPv6Address(0x2002 << 112 | number << 80)
-    found["teredo server"] = ipaddress.IPv6Address(0x20010000 << 96 | number << 64 | 0xFFFFFFFF ^ 0x08080808)
-    found["teredo client"] = ipaddress.IPv6Address(0x20010000 << 96 | 0x08080808 << 64 | 0xFFFFFFFF ^ number)
-    return found
+    addresses["6to4"] = ipaddress.IPv6Address(0x2002 << 112 | number << 80)
+    addresses["teredo server"] = ipaddress.IPv6Address(
+        0x20010000 << 96 | number << 64 | 0xFFFFFFFF ^ 0x08080808
+    )
+    addresses["teredo client"] = ipaddress.IPv6Address(
+        0x20010000 << 96 | 0x08080808 << 64 | 0xFFFFFFFF ^ number
+    )
+    return addresses
 
 
 @pytest.mark.parametrize("block", [*IPV4, *IPV6], ids=str)
@@ -39,14 +44,14 @@ def test_the_first_and_last_address_of_a_special_range_are_private(block):
 @pytest.mark.parametrize("block", IPV4, ids=str)
 def test_a_private_address_inside_an_ipv6_address_is_private(block):
     for inner in (block[0], block[-1]):
-        for how, address in embedded(inner).items():
-            assert not is_public(str(address)), (how, address)
+        for kind, address in embedded(inner).items():
+            assert not is_public(str(address)), (kind, address)
 
 
 @pytest.mark.parametrize(
     "address", ["fec0::1", "192.0.0.8", "2001:1::1", "::ffff:8.8.8.8", "4000::1", "fe80::1%eth0"]
 )
-def test_what_is_not_of_the_public_internet_is_private(address):
+def test_addresses_outside_the_public_internet_are_private(address):
     assert not is_public(address)
 
 
@@ -74,8 +79,8 @@ def test_what_is_not_of_the_public_internet_is_private(address):
         "2003::",
         "2606:4700:4700::1111",
         "3ffe:ffff::1",
-        "64:ff9b::8.8.8.8",  # how a network without IPv4 reaches it
+        "64:ff9b::8.8.8.8",  # how an IPv6-only network reaches a public IPv4 address
     ],
 )
-def test_the_neighbours_of_special_ranges_are_public(address):
+def test_addresses_next_to_special_ranges_are_public(address):
     assert is_public(address)

@@ -1,4 +1,4 @@
-"""Notices: signed, sent again until they arrive, and never to where they must not go."""
+"""Webhooks and emails about jobs: signed, retried until they are delivered, and never sent to private addresses."""
 
 from __future__ import annotations
 
@@ -28,15 +28,14 @@ pytestmark = pytest.mark.usefixtures("stores")
 
 @pytest.fixture
 def receiver(settings):
-    """A server on this machine that answers as told and keeps what it got."""
+    """A local server with configurable response statuses. It keeps the requests it receives."""
     settings.WEBHOOKS_ALLOW_PRIVATE = True
-    got: list[tuple[dict, bytes]] = []
-    answers = [200]
+    requests, statuses = [], [200]
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            got.append((dict(self.headers), self.rfile.read(int(self.headers["Content-Length"]))))
-            status = answers.pop(0) if len(answers) > 1 else answers[0]
+            requests.append((dict(self.headers), self.rfile.read(int(self.headers["Content-Length"]))))
+            status = statuses.pop(0) if len(statuses) > 1 else statuses[0]
             self.send_response(status)
             if status == 302:
                 self.send_header("Location", "/elsewhere")
@@ -48,7 +47,7 @@ def receiver(settings):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.got, server.answers = got, answers
+    server.requests, server.statuses = requests, statuses
     server.url = f"http://127.0.0.1:{server.server_port}/hook?x=1"
     yield server
     server.shutdown()
@@ -73,7 +72,7 @@ def make_due(owner, id):
 def test_the_official_client_accepts_our_signature(receiver):
     claim, endpoint, id = ended_job(make_owner(), receiver.url)
     assert webhooks.deliver(claim.owner, id)
-    headers, body = receiver.got[0]
+    headers, body = receiver.requests[0]
     client = openai.OpenAI(api_key="x", webhook_secret=endpoint.secret)
     event = client.webhooks.unwrap(body.decode(), headers)
     assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", claim.job_id)
@@ -81,26 +80,26 @@ def test_the_official_client_accepts_our_signature(receiver):
         client.webhooks.unwrap(body.decode().replace("succeeded", "cancelled"), headers)
 
 
-def test_it_is_sent_again_later_under_the_same_id(receiver):
-    receiver.answers[:] = [500, 302, 200]
+def test_a_failed_delivery_is_sent_again_with_the_same_id(receiver):
+    receiver.statuses[:] = [500, 302, 200]
     claim, _, id = ended_job(make_owner(), receiver.url)
     for wait in (5, 300):
-        began = time.time()
+        before = time.time()
         assert not webhooks.deliver(claim.owner, id)
-        ended = time.time()
-        assert began + wait <= delivery_of(claim.owner, id).next_at <= ended + wait
+        after = time.time()
+        assert before + wait <= delivery_of(claim.owner, id).next_at <= after + wait
         if wait == 300:
             assert not webhooks.deliver(claim.owner, id)  # not yet due
         make_due(claim.owner, id)
     assert webhooks.deliver(claim.owner, id)
-    assert len(receiver.got) == 3  # a redirect isn't followed
-    assert len({headers["webhook-id"] for headers, _ in receiver.got}) == 1
-    assert len({body for _, body in receiver.got}) == 1
+    assert len(receiver.requests) == 3  # redirects are not followed
+    assert len({headers["webhook-id"] for headers, _ in receiver.requests}) == 1
+    assert len({body for _, body in receiver.requests}) == 1
     assert delivery_of(claim.owner, id).status == "sent"
 
 
 def stored_endpoint(owner, url):
-    """One that was added before its kind of address was refused."""
+    """An endpoint that was added before such URLs were refused."""
     endpoint = WebhookEndpoint(owner, tables.new_id("hook"), url=url, secret="whsec_" + "A" * 40)
     tables.put_new(endpoint)
     return endpoint
@@ -115,47 +114,47 @@ def put_delivery(endpoint, **fields):
 @pytest.mark.parametrize(
     "url", [f"https://{'a' * 300}/", "https://..../", "https://example.com/\0", "https://[x/"]
 )
-def test_whatever_an_address_raises_ends_the_try(url):
+def test_an_invalid_stored_url_ends_the_try(url):
     endpoint = stored_endpoint(make_owner(), url)
     id = put_delivery(endpoint)
     assert not webhooks.deliver(endpoint.owner, id)
     row = delivery_of(endpoint.owner, id)
-    assert (row.tries, row.status, row.last_result) == (1, "pending", "could not be reached")
+    assert (row.tries, row.status, row.last_result) == (1, "pending", "the address could not be reached")
 
 
-def test_any_exception_ends_the_try(receiver, monkeypatch):
+def test_an_unexpected_exception_ends_the_try(receiver, monkeypatch):
     endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
     id = put_delivery(endpoint)
 
-    def broken(*args, **options):
-        raise RuntimeError("a fault of the resolver")
+    def fail(*args, **options):
+        raise RuntimeError("resolver error")
 
-    monkeypatch.setattr(webhooks.socket, "getaddrinfo", broken)
+    monkeypatch.setattr(webhooks.socket, "getaddrinfo", fail)
     assert not webhooks.deliver(endpoint.owner, id)
-    assert delivery_of(endpoint.owner, id).last_result == "could not be reached"
+    assert delivery_of(endpoint.owner, id).last_result == "the address could not be reached"
 
 
-def test_giving_up_is_decided_before_anything_is_posted(receiver):
-    """A worker that dies after each post must not post for ever."""
+def test_a_delivery_is_given_up_before_anything_is_posted(receiver):
+    """Otherwise a worker that dies after each post would post forever."""
     endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
     id = put_delivery(endpoint, tries=len(webhooks.SCHEDULE_S), last_result="answered 500")
     assert webhooks.deliver(endpoint.owner, id)
     row = delivery_of(endpoint.owner, id)
     assert (row.status, row.tries, row.last_result) == ("given up", len(webhooks.SCHEDULE_S), "answered 500")
-    assert receiver.got == []
+    assert receiver.requests == []
 
 
-def test_a_test_is_sent_once_and_not_again(receiver):
-    receiver.answers[:] = [500]
+def test_a_test_delivery_is_not_retried(receiver):
+    receiver.statuses[:] = [500]
     endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
     webhooks.send_test(endpoint)
     (row,) = tables.rows(WebhookDelivery, endpoint.owner)
     assert webhooks.deliver(endpoint.owner, row.delivery_id)
     row = delivery_of(endpoint.owner, row.delivery_id)
-    assert (row.status, row.last_result) == ("given up", "answered 500")
+    assert (row.status, row.last_result) == ("given up", "responded with status 500")
 
 
-def test_tests_are_limited(settings, receiver, monkeypatch):
+def test_test_deliveries_are_limited(settings, receiver, monkeypatch):
     settings.JOBS = settings.JOBS | {"max_webhook_tests_per_owner": 3}
     endpoint = webhooks.add_endpoint(make_owner(), receiver.url)
     for _ in range(3):
@@ -163,42 +162,40 @@ def test_tests_are_limited(settings, receiver, monkeypatch):
     with pytest.raises(quotas.OverQuota, match="Wait a minute"):
         webhooks.send_test(endpoint)
     assert len(list(tables.rows(WebhookDelivery, endpoint.owner))) == 3
-    webhooks.send_test(
-        webhooks.add_endpoint(make_owner(), receiver.url)
-    )  # another person's limit is their own
+    webhooks.send_test(webhooks.add_endpoint(make_owner(), receiver.url))  # the limit is per owner
     monkeypatch.setattr(webhooks, "TESTS_S", -1)  # a minute later
     webhooks.send_test(endpoint)
     assert len(quotas.held(endpoint.owner, "tests")) == 1
 
 
-def test_gone_means_gone(receiver):
-    receiver.answers[:] = [410]
+def test_status_410_deactivates_the_endpoint(receiver):
+    receiver.statuses[:] = [410]
     claim, endpoint, id = ended_job(make_owner(), receiver.url)
     assert webhooks.deliver(claim.owner, id)
     assert not tables.get(WebhookEndpoint, claim.owner, endpoint.endpoint_id).active
 
 
-def test_it_gives_up_after_a_day_and_more(receiver):
-    receiver.answers[:] = [500]
+def test_a_delivery_is_given_up_after_all_tries(receiver):
+    receiver.statuses[:] = [500]
     claim, _, id = ended_job(make_owner(), receiver.url)
     for _ in webhooks.SCHEDULE_S:
         make_due(claim.owner, id)
-        over = webhooks.deliver(claim.owner, id)
-    assert over
+        finished = webhooks.deliver(claim.owner, id)
+    assert finished
     assert delivery_of(claim.owner, id).status == "given up"
-    assert len(receiver.got) == len(webhooks.SCHEDULE_S)
+    assert len(receiver.requests) == len(webhooks.SCHEDULE_S)
 
 
-def test_each_end_is_told_once_however_often_its_effects_are_made(receiver):
+def test_each_end_is_delivered_once_however_often_its_steps_run(receiver):
     claim, _, id = ended_job(make_owner(), receiver.url)
     outbox.run("deliver", claim.owner, id, "")
     for _ in range(3):
         finalize.after_end(claim.owner, claim.job_id)
         assert webhooks.deliver(claim.owner, id)
-    assert len(receiver.got) == 1
+    assert len(receiver.requests) == 1
 
 
-def test_a_body_is_small_and_says_only_what_to_ask_for(receiver):
+def test_the_body_is_small_and_contains_only_the_job_id(receiver):
     claim, _, id = ended_job(make_owner(), receiver.url)
     body = json.loads(delivery_of(claim.owner, id).payload)
     assert body["data"] == {"id": claim.job_id}
@@ -216,20 +213,20 @@ def test_a_body_is_small_and_says_only_what_to_ask_for(receiver):
         "https://example.com/\x7f", "https://example.com/?\x01",
     ],
 )  # fmt: skip
-def test_odd_addresses_are_refused(url):
+def test_malformed_urls_are_refused(url):
     with pytest.raises(webhooks.BadAddress):
         webhooks.add_endpoint(make_owner(), url)
 
 
-def test_what_is_accepted_raises_nothing_unforeseen_when_posted(monkeypatch):
-    """Addresses at random: each is refused when it is added, or is one that can be asked for."""
-    resolve = socket.getaddrinfo  # numeric only, so that no name server is asked
+def test_posting_to_an_accepted_url_raises_only_expected_errors(monkeypatch):
+    """Random URLs: each is refused when it is added, or can be requested."""
+    resolve = socket.getaddrinfo  # numeric only, so that no name server is queried
 
     def numeric(host, port, **options):
         return resolve(host, port, flags=socket.AI_NUMERICHOST, **options)
 
     monkeypatch.setattr(webhooks.socket, "getaddrinfo", numeric)
-    some, accepted = random.Random(3), 0
+    rng, accepted = random.Random(3), 0
     parts = [
         "a",
         "b.",
@@ -253,7 +250,7 @@ def test_what_is_accepted_raises_nothing_unforeseen_when_posted(monkeypatch):
         "x" * 64,
     ]
     for _ in range(5000):
-        url = "https://" + "".join(some.choices(parts, k=some.randrange(1, 8)))
+        url = "https://" + "".join(rng.choices(parts, k=rng.randrange(1, 8)))
         try:
             webhooks.split(url)
         except webhooks.BadAddress:
@@ -273,7 +270,7 @@ def test_what_is_accepted_raises_nothing_unforeseen_when_posted(monkeypatch):
         "255.255.255.255", "[ff02::1]", "240.0.0.1",
     ],
 )  # fmt: skip
-def test_nothing_private_is_ever_connected_to(host, monkeypatch):
+def test_private_addresses_are_never_connected_to(host, monkeypatch):
     monkeypatch.setattr(
         webhooks.socket, "create_connection", lambda *args, **options: pytest.fail("connected")
     )
@@ -281,66 +278,66 @@ def test_nothing_private_is_ever_connected_to(host, monkeypatch):
         webhooks.post(f"https://{host}/", b"", {})
 
 
-def test_a_name_that_leads_inside_is_refused_and_what_was_checked_is_connected_to(monkeypatch):
-    asked = []
+def test_a_name_with_a_private_address_is_refused_and_only_the_checked_address_is_used(monkeypatch):
+    connected = []
 
     def connect(address, **options):
-        asked.append(address)
+        connected.append(address)
         raise OSError
 
-    answers = {"inside": ["93.184.216.34", "10.0.0.1"], "outside": ["93.184.216.34"]}
-    resolve = lambda host, port, **options: [(0, 0, 0, "", (ip, port)) for ip in answers[host]]  # noqa: E731
+    addresses = {"inside": ["93.184.216.34", "10.0.0.1"], "outside": ["93.184.216.34"]}
+    resolve = lambda host, port, **options: [(0, 0, 0, "", (ip, port)) for ip in addresses[host]]  # noqa: E731
     monkeypatch.setattr(webhooks.socket, "getaddrinfo", resolve)
     monkeypatch.setattr(webhooks.socket, "create_connection", connect)
     with pytest.raises(webhooks.BadAddress):
         webhooks.post("https://inside/", b"", {})
-    with pytest.raises(OSError):  # noqa: PT011  ours
+    with pytest.raises(OSError):  # noqa: PT011  raised by connect above
         webhooks.post("https://outside/", b"", {})
-    assert asked == [("93.184.216.34", 443)]
+    assert connected == [("93.184.216.34", 443)]
 
 
-def test_an_answer_that_never_ends_is_given_up(settings, monkeypatch):
-    """It would hold a worker that others wait for."""
+def test_a_response_that_never_ends_is_given_up(settings, monkeypatch):
+    """It would occupy a worker thread."""
     settings.WEBHOOKS_ALLOW_PRIVATE = True
     monkeypatch.setattr(webhooks, "DEADLINE_S", 0.5)
-    over = threading.Event()
+    done = threading.Event()
 
     def drip(server):
         with suppress(OSError):
             connection, _ = server.accept()
-            while not over.wait(0.05):
+            while not done.wait(0.05):
                 connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         thread = threading.Thread(target=drip, args=(server,), daemon=True)
         thread.start()
-        with pytest.raises((OSError, http.client.HTTPException)):  # while the drip goes on
+        with pytest.raises((OSError, http.client.HTTPException)):  # while the server is still sending
             webhooks.post(f"http://127.0.0.1:{server.getsockname()[1]}/", b"", {})
-        over.set()
+        done.set()
 
 
-def test_connecting_is_given_up_sooner_than_an_answer(settings, monkeypatch):
-    """The test ends only if the time to connect is one of its own."""
+def test_connecting_has_a_shorter_timeout_than_the_response(settings, monkeypatch):
+    """The test only ends if connecting has its own timeout."""
     assert webhooks.CONNECT_S == 5
     settings.WEBHOOKS_ALLOW_PRIVATE = True
     monkeypatch.setattr(webhooks, "CONNECT_S", 0.2)
     monkeypatch.setattr(webhooks, "TIMEOUT_S", 3600)
-    with socket.socket() as full:  # its queue is full, so the system answers nobody who wants to connect
+    with socket.socket() as full:  # its backlog is full, so the kernel accepts no connection
         full.bind(("127.0.0.1", 0))
         full.listen(0)
-        with ExitStack() as waiting:
+        with ExitStack() as clients:
             while True:
-                one = waiting.enter_context(socket.socket())
-                one.settimeout(0.5)
+                client = clients.enter_context(socket.socket())
+                client.settimeout(0.5)
                 try:
-                    one.connect(full.getsockname())
+                    client.connect(full.getsockname())
                 except TimeoutError:
                     break
             with pytest.raises(TimeoutError):
                 webhooks.post(f"http://127.0.0.1:{full.getsockname()[1]}/", b"", {})
 
 
-def test_a_handshake_that_never_comes_is_given_up_as_soon(settings, monkeypatch):
+def test_the_tls_handshake_has_the_same_short_timeout(settings, monkeypatch):
     settings.WEBHOOKS_ALLOW_PRIVATE = True
     monkeypatch.setattr(webhooks, "CONNECT_S", 0.2)
     monkeypatch.setattr(webhooks, "TIMEOUT_S", 3600)
@@ -349,81 +346,83 @@ def test_a_handshake_that_never_comes_is_given_up_as_soon(settings, monkeypatch)
         webhooks.post(f"https://127.0.0.1:{silent.getsockname()[1]}/", b"", {})
 
 
-class Held:
-    """Deliveries that last until they are told to end; knows how many ran at the same time."""
+class BlockedDeliveries:
+    """Deliveries that block until `finish` is set, and a count of how many ran at the same time."""
 
     def __init__(self):
-        self.lock, self.running, self.most, self.order, self.go = (
-            threading.Lock(),
-            0,
-            0,
-            [],
-            threading.Event(),
-        )
+        self.lock = threading.Lock()
+        self.running = self.max_running = 0
+        self.order = []
         self.started = threading.Semaphore(0)
+        self.finish = threading.Event()
 
-    def work(self, name):
+    def delivery(self, name):
         def run():
             with self.lock:
                 self.running += 1
-                self.most = max(self.most, self.running)
+                self.max_running = max(self.max_running, self.running)
                 self.order.append(name)
             self.started.release()
-            assert self.go.wait(60)
+            assert self.finish.wait(60)
             with self.lock:
                 self.running -= 1
 
         return run
 
 
-def test_an_owner_s_deliveries_take_few_threads_and_others_none_of_theirs():
-    """With as many threads as two owners may take, eight silent deliveries of one leave room for the other."""
-    lane, alices, bobs = webhooks.PerOwner(), Held(), Held()
+def test_slow_deliveries_of_one_owner_leave_threads_for_others():
+    """With the threads for two owners, eight blocked deliveries of one owner leave room for the other."""
+    deliveries, alices, bobs = webhooks.PerOwner(), BlockedDeliveries(), BlockedDeliveries()
     with ThreadPoolExecutor(2 * webhooks.AT_ONCE) as threads:
-        done = [threads.submit(lane.run, "alice", str(n), alices.work(n)) for n in range(8)]
+        futures = [threads.submit(deliveries.run, "alice", str(n), alices.delivery(n)) for n in range(8)]
         for _ in range(webhooks.AT_ONCE):
             assert alices.started.acquire(timeout=60)
-        bobs.go.set()
-        threads.submit(lane.run, "bob", "b", bobs.work("b")).result(60)
+        bobs.finish.set()
+        threads.submit(deliveries.run, "bob", "b", bobs.delivery("b")).result(60)
         assert bobs.order == ["b"]
-        assert len(alices.order) == webhooks.AT_ONCE  # Bob's is through while Alice's first still hang
-        alices.go.set()
-        for one in done:
-            one.result(60)
-    assert alices.most == webhooks.AT_ONCE
+        assert (
+            len(alices.order) == webhooks.AT_ONCE
+        )  # Bob's delivery is done while Alice's first ones still block
+        alices.finish.set()
+        for future in futures:
+            future.result(60)
+    assert alices.max_running == webhooks.AT_ONCE
     assert sorted(alices.order) == list(range(8))
 
 
-def test_a_delivery_that_waits_is_kept_once_however_often_the_bell_rings():
-    lane, held = webhooks.PerOwner(), Held()
+def test_a_waiting_delivery_is_kept_once_however_often_it_is_enqueued():
+    deliveries, blocked = webhooks.PerOwner(), BlockedDeliveries()
     with ThreadPoolExecutor(webhooks.AT_ONCE) as threads:
-        done = [threads.submit(lane.run, "alice", str(n), held.work(n)) for n in range(webhooks.AT_ONCE)]
-        for _ in done:
-            assert held.started.acquire(timeout=60)
+        futures = [
+            threads.submit(deliveries.run, "alice", str(n), blocked.delivery(n))
+            for n in range(webhooks.AT_ONCE)
+        ]
+        for _ in futures:
+            assert blocked.started.acquire(timeout=60)
         for _ in range(5):
-            lane.run("alice", "later", held.work("later"))
-        held.go.set()
-        for one in done:
-            one.result(60)
-    assert held.order.count("later") == 1
+            deliveries.run("alice", "later", blocked.delivery("later"))
+        blocked.finish.set()
+        for future in futures:
+            future.result(60)
+    assert blocked.order.count("later") == 1
 
 
-def test_a_delivery_that_fails_unforeseen_holds_up_no_other(monkeypatch):
+def test_an_unexpected_failure_does_not_block_other_deliveries(monkeypatch):
     monkeypatch.setattr(webhooks, "AT_ONCE", 1)
-    lane, done = webhooks.PerOwner(), []
+    deliveries, done = webhooks.PerOwner(), []
 
-    def broken():
-        lane.run("alice", "later", lambda: done.append("later"))
+    def fail():
+        deliveries.run("alice", "later", lambda: done.append("later"))
         assert not done
-        raise RuntimeError("the store is away")
+        raise RuntimeError("the store is unavailable")
 
-    lane.run("alice", "broken", broken)
+    deliveries.run("alice", "failing", fail)
     assert done == ["later"]
-    lane.run("alice", "last", lambda: done.append("last"))
+    deliveries.run("alice", "last", lambda: done.append("last"))
     assert done == ["later", "last"]
 
 
-def test_a_person_is_told_by_mail(alice):
+def test_the_owner_is_notified_by_email(alice):
     webhooks.set_email(alice.owner_id, alice.notification_email)
     claim = make_claim(make_job(alice.owner_id, name="orders\nBcc: x"))
     claim.finish("failed", "not_finite")
@@ -437,23 +436,23 @@ def test_a_person_is_told_by_mail(alice):
     assert claim.job_id in message.body
 
 
-def test_whoever_gave_no_address_gets_no_mail():
+def test_without_an_address_no_email_is_sent():
     owner = make_owner()
     claim = make_claim(make_job(owner))
     claim.finish("failed", "bad_data")
     finalize.after_end(owner, claim.job_id)
     assert webhooks.deliver(owner, f"{claim.job_id}#failed#email")
-    assert delivery_of(owner, f"{claim.job_id}#failed#email").last_result == "not wanted"
+    assert delivery_of(owner, f"{claim.job_id}#failed#email").last_result == "email is turned off"
     assert mail.outbox == []
 
 
-class BrokenBackend(BaseEmailBackend):
+class FailingBackend(BaseEmailBackend):
     def send_messages(self, messages):
-        raise RuntimeError("a fault of the mail server")
+        raise RuntimeError("mail server error")
 
 
-def test_any_exception_ends_the_try_of_a_mail(settings):
-    settings.EMAIL_BACKEND = f"{__name__}.BrokenBackend"
+def test_an_unexpected_email_exception_ends_the_try(settings):
+    settings.EMAIL_BACKEND = f"{__name__}.FailingBackend"
     owner = make_owner()
     webhooks.set_email(owner, "alice@example.com")
     claim = make_claim(make_job(owner))
@@ -465,7 +464,7 @@ def test_any_exception_ends_the_try_of_a_mail(settings):
     assert (row.status, row.tries, row.last_result) == ("pending", 1, "the mail server did not accept it")
 
 
-def test_the_mail_address_is_no_webhook():
+def test_the_email_address_is_not_listed_as_a_webhook():
     owner = make_owner()
     webhooks.set_email(owner, "alice@example.com")
     assert webhooks.list_endpoints(owner) == []

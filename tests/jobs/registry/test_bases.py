@@ -1,4 +1,4 @@
-"""What a job may start from, and that it really starts there."""
+"""Which models a job may start from, and that training really starts from their weights."""
 
 from __future__ import annotations
 
@@ -9,73 +9,74 @@ from jobs.inference import generation
 from jobs.lifecycle import finalize, transitions
 from jobs.registry import base_models, tuned_models
 from jobs.store import access, blobs, outbox
+from jobs.store.states import JobStatus
 from jobs.store.tables import DatasetReport, HubModel, Job, TunedModel
 from jobs.worker import runner
 from tests.jobs.makers import make_claim, make_dataset, make_job, make_owner, read, result
-from tests.jobs.worker.test_runner import ASKED, again, claim_one
+from tests.jobs.worker.test_runner import SETTINGS, again, claim_one
 from training.plan.events import Failure
 
 pytestmark = pytest.mark.usefixtures("stores")
-FACTS = {"id": "people/tiny", "name": "people/tiny", "parameters": 1000, "layers": 2, "width": 8, "heads": 2, "context": 64, "vocab": 300, "revision": "0" * 40}  # fmt: skip
+SNAPSHOT = {"id": "people/tiny", "name": "people/tiny", "parameters": 1000, "layers": 2, "width": 8, "heads": 2, "context": 64, "vocab": 300, "revision": "0" * 40}  # fmt: skip
 
 
-def add(owner: str, **facts: object) -> None:
-    HubModel(owner, "people/tiny", snapshot=FACTS | facts).save()
+def add(owner: str, **fields: object) -> None:
+    HubModel(owner, "people/tiny", snapshot=SNAPSHOT | fields).save()
 
 
 def make_job_from_hub(owner: str) -> Job:
-    """Of data that was read with its tokenizer already."""
+    """A job whose dataset already has a report with the tokenizer of this base."""
     dataset_id = make_dataset(owner).dataset_id
     DatasetReport(
-        dataset_id, base_models.tokenizer_family(FACTS), owner=owner, status="ready", summary={}
+        dataset_id, base_models.tokenizer_family(SNAPSHOT), owner=owner, status="ready", summary={}
     ).save()
     return make_job(owner, base="people/tiny", dataset_id=dataset_id)
 
 
 def make_model(owner: str, **fields: object) -> TunedModel:
     claim = make_claim(make_job(owner))
-    claim.finish("succeeded", result=result(claim))
+    claim.finish(JobStatus.SUCCEEDED, result=result(claim))
     job = read(claim.job)
     tuned_models.create_from(job)
     return access.get_model_for(owner, job.model_id)
 
 
-def test_a_model_nobody_added_is_no_base():
+def test_a_hub_model_that_was_not_added_is_not_a_base():
     owner = make_owner()
     with pytest.raises(transitions.Refused, match="no base model people/tiny") as refused:
         make_job(owner, base="people/tiny")
     assert refused.value.field == "base"
-    add(make_owner())  # somebody else did
+    add(make_owner())  # another user did
     with pytest.raises(transitions.Refused, match="no base model people/tiny"):
         make_job(owner, base="people/tiny")
 
 
-def test_a_model_that_was_added_is_pinned_to_the_revision_that_was_checked():
+def test_an_added_model_is_pinned_to_the_revision_that_was_checked():
     owner = make_owner()
     add(owner)
     job = make_job_from_hub(owner)
     add(owner, revision="1" * 40)
     assert read(job).base_snapshot["revision"] == "0" * 40
     claim = make_claim(job)
-    claim.finish("failed", "bad_data")
+    claim.finish(JobStatus.FAILED, "bad_data")
     assert transitions.retry(owner, job.job_id).base_snapshot["revision"] == "0" * 40
 
 
-def test_what_the_operator_no_longer_allows_is_no_base(settings):
+def test_a_model_the_operator_no_longer_allows_is_not_a_base(settings):
     owner = make_owner()
     add(owner)
     settings.HUB_MODELS = ["others/*"]
     assert base_models.find(owner, "people/tiny") is None
     with pytest.raises(Failure, match="does not allow this model"):
-        base_models.folder("people/tiny", FACTS)
+        base_models.folder("people/tiny", SNAPSHOT)
 
 
-def test_a_worker_fetches_nothing_that_was_never_checked():
+def test_a_worker_downloads_only_checked_models():
     with pytest.raises(Failure, match="has not been checked"):
         base_models.folder("people/tiny", None)
 
 
-def test_nobody_generates_with_a_model_of_the_hub_that_they_did_not_add():
+def test_generating_with_a_hub_model_requires_adding_it():
     owner = make_owner()
     with pytest.raises(access.NotFound):
         generation.check_model(owner, "people/tiny")
@@ -83,7 +84,7 @@ def test_nobody_generates_with_a_model_of_the_hub_that_they_did_not_add():
     generation.check_model(owner, "people/tiny")
 
 
-def test_somebody_elses_model_is_as_unknown_as_none():
+def test_another_users_model_looks_like_an_unknown_one():
     model = make_model(make_owner())
     messages = []
     for name in (model.model_id, model.model_id[:-1] + "~"):
@@ -93,7 +94,7 @@ def test_somebody_elses_model_is_as_unknown_as_none():
     assert messages[0] == messages[1]
 
 
-def test_a_model_tuned_from_a_tuned_model_names_its_parent_and_keeps_its_roots_name():
+def test_a_model_tuned_from_a_tuned_model_records_its_parent_and_keeps_the_root_name():
     owner = make_owner()
     parent = make_model(owner)
     job = make_job(owner, base=parent.model_id)
@@ -101,7 +102,7 @@ def test_a_model_tuned_from_a_tuned_model_names_its_parent_and_keeps_its_roots_n
     assert job.model_id.count("ft:") == 1
     assert base_models.of_job(job).layers == base_models.find(owner, "starter").layers
     claim = make_claim(job)
-    claim.finish("succeeded", result=result(claim))
+    claim.finish(JobStatus.SUCCEEDED, result=result(claim))
     tuned_models.create_from(read(job))
     child = access.get_model_for(owner, job.model_id)
     assert child.base == parent.model_id
@@ -109,7 +110,7 @@ def test_a_model_tuned_from_a_tuned_model_names_its_parent_and_keeps_its_roots_n
     assert grandchild.model_id.startswith("ft:starter:")
 
 
-def test_the_files_of_a_base_stay_until_the_jobs_from_it_have_ended(monkeypatch):
+def test_the_files_of_a_base_are_kept_until_its_jobs_have_ended(monkeypatch):
     owner = make_owner()
     parent = make_model(owner)
     job = make_job(owner, base=parent.model_id)
@@ -127,17 +128,17 @@ def test_the_files_of_a_base_stay_until_the_jobs_from_it_have_ended(monkeypatch)
 
 
 @pytest.mark.slow
-def test_training_really_starts_from_the_parents_weights(tmp_path):
-    """With a learning rate that moves nothing, the child's weights are the parent's and not the starter's."""
+def test_training_starts_from_the_parents_weights(tmp_path):
+    """With a tiny learning rate, the weights of the child stay those of the parent and differ from the starter's."""
     owner = make_owner()
     first = claim_one(owner=owner)
     runner.run(first)
     finalize.after_end(owner, first.job.job_id)
     parent = access.get_model_for(owner, first.job.model_id)
 
-    tiny = {"learning_rate": 1e-8, "max_steps": 1, "dropout": 0.0, "keep_best": False}
+    no_change = {"learning_rate": 1e-8, "max_steps": 1, "dropout": 0.0, "keep_best": False}
     request = transitions.JobRequest(
-        base=parent.model_id, dataset_id=read(first.job).dataset_id, settings=ASKED | tiny
+        base=parent.model_id, dataset_id=read(first.job).dataset_id, settings=SETTINGS | no_change
     )
     second = again(transitions.submit(owner, request))
     runner.run(second)
@@ -162,13 +163,13 @@ def test_training_really_starts_from_the_parents_weights(tmp_path):
 def test_a_damaged_base_is_never_trained_from(tmp_path):
     owner = make_owner()
     parent = make_model(owner)
-    blobs.put_file(blobs.join(parent.prefix, "config.json"), iter([b"[]"]))  # of the right size
+    blobs.put_file(blobs.join(parent.prefix, "config.json"), iter([b"[]"]))  # of the same size
     job = make_job(owner, base=parent.model_id)
     with pytest.raises(blobs.Damaged):
         base_models.folder(job.base, job.base_snapshot)
 
 
-def test_a_base_whose_files_are_gone_ends_the_job_with_a_reason():
+def test_a_base_whose_files_were_deleted_fails_with_a_reason():
     owner = make_owner()
     job = make_job(owner, base=make_model(owner).model_id)
     with pytest.raises(Failure, match="was deleted"):

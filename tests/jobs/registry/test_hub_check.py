@@ -1,4 +1,4 @@
-"""Which models of the Hub may be a base, asked over HTTP from `tests.hub_server`."""
+"""Which models of the Hub may be a base, checked over HTTP against `tests.hub_server`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from jobs.registry import hub_models
+from jobs.store.errors import Refused
 from tests.hub_server import COMMIT, CONFIG, HubServer, running, write_repository
 
 TOKEN = "hf_" + "operators" * 4
@@ -24,32 +25,34 @@ def hub(tmp_path: Path, settings: Any) -> Iterator[HubServer]:
         yield server
 
 
-def put(hub: HubServer, folder: Path, name: str = "people/tiny", config: Any = CONFIG, **told: Any) -> Path:
-    """A repository; `told` is what its description says besides."""
+def put(
+    hub: HubServer, folder: Path, name: str = "people/tiny", config: Any = CONFIG, **overrides: Any
+) -> Path:
+    """Adds a repository. `overrides` are fields of its description."""
     folder = write_repository(folder / name, config)
-    hub.repositories[name], hub.told[name] = folder, told
+    hub.repositories[name], hub.overrides[name] = folder, overrides
     return folder
 
 
 def refusal(name: str = "people/tiny") -> str:
-    with pytest.raises(hub_models.Refused) as refused:
-        hub_models.look_up(name)
+    with pytest.raises(Refused) as refused:
+        hub_models.fetch_description(name)
     return str(refused.value)
 
 
-def test_a_public_model_is_taken_with_what_the_hub_says_of_it(hub, tmp_path):
+def test_a_public_model_is_accepted_with_its_hub_description(hub, tmp_path):
     folder = put(hub, tmp_path, cardData={"license": "apache-2.0", "language": ["en", "de"]}, safetensors={"total": 1234})  # fmt: skip
-    found = hub_models.look_up("people/tiny")
-    model = found.model
-    assert (found.revision, model.id, model.parameters, model.layers) == (COMMIT, "people/tiny", 1234, 2)
+    result = hub_models.fetch_description("people/tiny")
+    model = result.model
+    assert (result.revision, model.id, model.parameters, model.layers) == (COMMIT, "people/tiny", 1234, 2)
     assert (model.licence, model.languages, model.context) == ("apache-2.0", "English, German", 128)
     sizes = [(folder / name).stat().st_size for name in ("config.json", "tokenizer.json", "model.safetensors")]  # fmt: skip
-    assert model.download == sum(sizes)  # the pickle is never fetched
-    assert not {token for _, token in hub.asked} - {""}, "the operator's token went along"
+    assert model.download == sum(sizes)  # the pickle is never downloaded
+    assert not {token for _, token in hub.requests} - {""}, "the operator's token was sent"
 
 
 @pytest.mark.parametrize(
-    ("config", "told", "message"),
+    ("config", "overrides", "message"),
     [
         (CONFIG | {"auto_map": {"AutoModel": "evil.Model"}}, {}, "custom code"),
         (CONFIG | {"architectures": ["BertForMaskedLM"]}, {}, "not a causal language model: it is BertForMaskedLM"),
@@ -66,8 +69,8 @@ def test_a_public_model_is_taken_with_what_the_hub_says_of_it(hub, tmp_path):
         (CONFIG, {"siblings": "none"}, "no safetensors"),
     ],
 )  # fmt: skip
-def test_what_may_not_be_a_base_is_refused_with_its_reason(hub, tmp_path, config, told, message):
-    put(hub, tmp_path, config=config, **told)
+def test_an_unsuitable_model_is_refused_with_a_reason(hub, tmp_path, config, overrides, message):
+    put(hub, tmp_path, config=config, **overrides)
     assert message in refusal()
 
 
@@ -84,66 +87,66 @@ def test_a_model_without_a_tokenizer_is_refused(hub, tmp_path):
 def test_a_model_larger_than_allowed_is_refused_before_its_config_is_read(hub, tmp_path, settings):
     put(hub, tmp_path)
     settings.HUB_MAX_GB = 0.000001
-    assert "the limit is 1e-06 GB" in refusal()
+    assert "The limit is 1e-06 GB" in refusal()
     assert not hub.fetched
 
 
-def test_a_private_model_is_as_unknown_as_none(hub, tmp_path):
+def test_a_private_model_looks_like_an_unknown_one(hub, tmp_path):
     put(hub, tmp_path, private=True)
-    mine, nobodys = refusal(), refusal("people/nobodys")
-    assert mine == nobodys.replace("nobodys", "tiny")
-    assert not {token for _, token in hub.asked} - {""}
+    private, unknown = refusal(), refusal("people/unknown")
+    assert private == unknown.replace("unknown", "tiny")
+    assert not {token for _, token in hub.requests} - {""}
 
 
-def test_the_token_is_lent_for_models_the_operator_named(hub, tmp_path, settings):
+def test_the_token_is_sent_for_models_the_operator_named(hub, tmp_path, settings):
     put(hub, tmp_path, private=True, gated="manual")
     settings.HUB_MODELS = ["public", "people/*"]
-    assert hub_models.look_up("people/tiny").revision == COMMIT
-    assert {token for _, token in hub.asked} == {TOKEN}
+    assert hub_models.fetch_description("people/tiny").revision == COMMIT
+    assert {token for _, token in hub.requests} == {TOKEN}
 
 
-def test_the_token_does_not_follow_to_another_host(hub, tmp_path, settings):
+def test_the_token_is_not_sent_to_another_host(hub, tmp_path, settings):
     put(hub, tmp_path)
     with running(hub.repositories) as other:
-        hub.moved = other.url.replace("127.0.0.1", "localhost")
+        hub.redirect_to = other.url.replace("127.0.0.1", "localhost")
         settings.HUB_MODELS = ["people/*"]
-        assert hub_models.look_up("people/tiny").revision == COMMIT
-        assert other.asked
-        assert {token for _, token in other.asked} == {""}
+        assert hub_models.fetch_description("people/tiny").revision == COMMIT
+        assert other.requests
+        assert {token for _, token in other.requests} == {""}
 
 
-def test_only_what_the_operator_allows_is_asked_about(hub, tmp_path, settings):
+def test_only_models_the_operator_allows_are_looked_up(hub, tmp_path, settings):
     put(hub, tmp_path)
     settings.HUB_MODELS = ["others/*"]
     assert "only others/*" in refusal()
     settings.HUB_MODELS = []
     assert "those in the list" in refusal()
-    assert not hub.asked
+    assert not hub.requests
 
 
 @pytest.mark.parametrize("name", ["gpt", "a/b/c", "../etc/passwd", "a/..b", "a/b?x=1", "a/b#c", "", "/a", "ä/b", "a/b\n"])  # fmt: skip
-def test_what_is_no_id_is_never_asked_about(hub, name):
+def test_a_malformed_id_is_never_looked_up(hub, name):
     assert "not a model ID" in refusal(name)
-    assert not hub.asked
+    assert not hub.requests
 
 
-def test_a_hub_that_cannot_be_reached_may_be_asked_again(hub, tmp_path, settings):
+def test_an_unreachable_hub_is_tried_again(hub, tmp_path, settings):
     put(hub, tmp_path)
-    here, settings.HF_ENDPOINT = settings.HF_ENDPOINT, "http://127.0.0.1:9"
+    reachable, settings.HF_ENDPOINT = settings.HF_ENDPOINT, "http://127.0.0.1:9"
     assert "could not be reached" in refusal()
-    settings.HF_ENDPOINT = here
-    assert hub_models.look_up("people/tiny")
+    settings.HF_ENDPOINT = reachable
+    assert hub_models.fetch_description("people/tiny")
 
 
-def test_a_hub_that_drips_is_left_in_time(hub, tmp_path, monkeypatch):
+def test_a_slow_hub_times_out(hub, tmp_path, monkeypatch):
     put(hub, tmp_path)
     monkeypatch.setattr(hub_models, "DEADLINE_S", 0.5)
-    hub.drip_s = 0.2  # the whole of it would take a minute, and be no refusal
+    hub.byte_delay_s = 0.2  # the whole response would take a minute and be accepted
     assert "could not be reached" in refusal()
 
 
-def test_a_refusal_is_remembered_for_a_while(hub):
+def test_a_refusal_is_cached(hub):
     refusal()
-    asked = len(hub.asked)
+    before = len(hub.requests)
     refusal()
-    assert len(hub.asked) == asked
+    assert len(hub.requests) == before

@@ -1,4 +1,4 @@
-"""Models: made once, fetched verified, streamed as a zip, deleted with their bytes."""
+"""Tuned models: created once, fetched and verified, streamed as a zip, deleted with their files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def collect(parts):
     return b"".join([part async for part in parts])
 
 
-async def test_the_zip_holds_every_file_and_has_the_length_that_was_said():
+async def test_the_zip_contains_every_file_and_has_the_announced_length():
     model = make_model(FILES)
     data = await collect(tuned_models.archive(model))
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -50,14 +50,14 @@ async def test_the_zip_holds_every_file_and_has_the_length_that_was_said():
     assert len(data) == tuned_models.archive_length(model)
 
 
-async def test_damage_breaks_the_zip_off_instead_of_passing():
+async def test_a_damaged_file_aborts_the_zip():
     model = make_model(FILES)
     blobs.put_file(blobs.join(model.prefix, "config.json"), io.BytesIO(b"[]"))
     with pytest.raises(blobs.StorageError):
         await collect(tuned_models.archive(model))
 
 
-async def test_a_large_zip_passes_through_little_memory():
+async def test_a_large_zip_is_streamed_with_little_memory():
     prefix, block = f"jobs/{tables.new_id('ftjob')}/e1/final", bytes(1 << 20)
     stored = blobs.put_file(prefix + "/weights", (block for _ in range(64)))
     entry = {"name": "weights", "bytes": stored.bytes, "sha256": stored.sha256}
@@ -86,31 +86,31 @@ def test_a_model_is_fetched_once_and_verified(settings, tmp_path):
         tuned_models.fetch(damaged)
 
 
-def test_a_deleted_model_loses_its_bytes_and_stays_away():
+def test_a_deleted_model_loses_its_files_and_stays_deleted():
     model = make_model(FILES)
     tuned_models.delete(model.owner, model.model_id)
     with pytest.raises(access.NotFound):
         access.get_model_for(model.owner, model.model_id)
     assert outbox.delete_bytes(model.owner, model.model_id)
     assert blobs.list_keys(model.prefix) == []
-    assert tables.put_new(TunedModel(model.owner, model.model_id), lambda found: False) is None
+    assert tables.put_new(TunedModel(model.owner, model.model_id), lambda row: False) is None
 
 
-def test_deleting_a_job_leaves_its_model():
+def test_deleting_a_job_keeps_its_model():
     from jobs.lifecycle import finalize, transitions
 
     claim = make_claim()
-    told = result(claim)
+    outcome = result(claim)
     for name in ("final/config.json", "checkpoints/s1/weights"):
         blobs.put_file(claim.prefix + name, io.BytesIO(b"{}"))
     claim.move_pointer(checkpoint(claim, 1))
-    claim.finish("succeeded", result=told)
+    claim.finish("succeeded", result=outcome)
     finalize.after_end(claim.owner, claim.job_id)
     assert len(blobs.list_keys(claim.prefix)) == 2
     transitions.delete(claim.owner, claim.job_id)
     outbox.delete_bytes(claim.owner, claim.job_id)
     assert blobs.list_keys(claim.prefix) == [claim.prefix + "final/config.json"]
-    assert access.get_model_for(claim.owner, claim.job.model_id).prefix == told["prefix"]
+    assert access.get_model_for(claim.owner, claim.job.model_id).prefix == outcome["prefix"]
 
 
 def test_a_checkpoint_can_be_used_as_a_model():

@@ -1,4 +1,4 @@
-"""Lists: newest first, the owner's only, and in a bounded number of reads."""
+"""Lists: newest first, only the owner's, with few reads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_jobs_come_newest_first_page_by_page():
     assert (seen, pages) == ([6, 5, 4, 3, 2, 1, 0], 3)
 
 
-def test_a_page_costs_one_read():
+def test_a_page_takes_one_read():
     owner = make_owner()
     make_jobs(owner, 50)
     with tables.count_calls() as calls:
@@ -46,7 +46,7 @@ def test_a_page_costs_one_read():
     assert tables.reads(calls) == 1
 
 
-def test_deleted_and_void_jobs_are_left_out_at_a_bounded_cost():
+def test_deleted_and_void_jobs_are_skipped_with_few_reads():
     owner = make_owner()
     make_jobs(owner, 30, deleted=True)
     tables.put_new(Job(owner, "ftjob-0", status="queued"))
@@ -64,7 +64,7 @@ def test_models_come_newest_first_whatever_their_base():
     assert [m.model_id[3] for m in access.list_models(owner, 2, page.rows[-1].model_id)] == ["b"]
 
 
-def test_datasets_are_their_owners():
+def test_datasets_belong_to_their_owner():
     owner, bob = make_owner(), make_owner()
     dataset = make_dataset(owner)
     assert [d.dataset_id for d in access.list_datasets(owner)] == [dataset.dataset_id]
@@ -75,13 +75,13 @@ def test_datasets_are_their_owners():
 
 
 @pytest.mark.parametrize("id", ["", "x" * 2000, "ftjob-é", "\ud800", "../x", "ftjob-1\0"])
-def test_strange_ids_are_not_found(id):
+def test_malformed_ids_are_not_found(id):
     for get in (access.get_job_for, access.get_dataset_for, access.get_model_for):
         with pytest.raises(access.NotFound):
             get(make_owner(), id)
 
 
-def test_a_cancelled_jobs_page_is_one_read_too():
+def test_a_cancelled_job_also_takes_one_read():
     owner = make_owner()
     (job,) = make_jobs(owner, 1)
     transitions.set_desired(owner, job.job_id, "cancel")

@@ -1,4 +1,4 @@
-"""What programs print, fit for a page."""
+"""Output of programs is made safe for a page: secrets hidden, control characters removed, long lines cut."""
 
 from __future__ import annotations
 
@@ -31,38 +31,40 @@ def test_known_kinds_of_secrets_are_hidden(secret):
         "Authorization: Bearer abcd1234efgh",
     ],
 )
-def test_what_is_called_a_secret_is_hidden(line):
-    shown = redact(line)
-    assert "hunter2" not in shown
-    assert "abcd1234" not in shown
+def test_values_named_as_secrets_are_hidden(line):
+    redacted = redact(line)
+    assert "hunter2" not in redacted
+    assert "abcd1234" not in redacted
 
 
-def test_the_user_part_of_an_address_is_hidden():
+def test_credentials_in_a_url_are_hidden():
     assert redact("redis://:s3cret-word@127.0.0.1:6379/0") == f"redis://{HIDDEN}@127.0.0.1:6379/0"
 
 
-def test_our_own_secrets_are_hidden_wherever_they_stand():
+def test_our_own_secrets_are_hidden_everywhere():
     for secret in our_secrets():
         assert secret not in redact(f"x{secret}y")
 
 
-def test_ordinary_lines_stay_as_they_are():
+def test_ordinary_lines_are_unchanged():
     line = "step 12: loss 2.31, max_tokens=128, tokens_per_s: 1200 {'secretary': 1}"
     assert redact(line) == line
 
 
-def test_terminal_codes_and_control_characters_go():
+def test_terminal_codes_and_control_characters_are_removed():
     assert redact("\x1b[31mred\x1b[0m\x00\x07 text\rover") == "red textover"
 
 
-def test_a_forged_event_stays_one_line_of_text():
-    assert "\n" in redact("x\n\nid: 9999\nevent: done")  # JSON escapes it; no stream field can come of it
+def test_newlines_are_kept():
+    assert "\n" in redact(
+        "x\n\nid: 9999\nevent: done"
+    )  # JSON escapes them, so they cannot forge a field of an event stream
 
 
 @pytest.mark.parametrize("part", ["a-", "eyJ-", "password-", "://a:", "\x1b]", "secret "])
-def test_no_line_takes_long(part, monkeypatch):
-    """Whoever writes rows can have lines printed: what is slow here holds up a trainer's supervisor. With twenty times as
-    much as is ever read, a search that is not linear would outlast the time any test has."""
+def test_redacting_takes_linear_time(part, monkeypatch):
+    """Rows of a dataset can end up in the output, so a slow search could block the trainer's supervisor. The text is 20 times
+    the usual limit, so that a search that is not linear exceeds the timeout of the test."""
     monkeypatch.setattr("jobs.store.redact.MAX_CHARS", 20 * MAX_CHARS)
     assert redact(part * (80 * MAX_CHARS))
 

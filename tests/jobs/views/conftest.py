@@ -1,4 +1,4 @@
-"""Pages over the real stores, requested by Django's test client."""
+"""Pages are requested with Django's test client and use the real stores."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def over_real_stores(stores: None) -> None:
+def use_stores(stores: None) -> None:
     """Every page reads DynamoDB."""

@@ -1,4 +1,4 @@
-"""Choosing which columns of a file hold the examples: found by itself, changed, previewed, and kept when none is known."""
+"""Choosing the columns that contain the examples: detected, changed, previewed, or asked for when none is known."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from jobs.datasets import datasets
 from jobs.lifecycle import transitions
 from jobs.store import access, blobs, outbox
 from jobs.store.tables import Dataset
-from tests.jobs.views.test_versions import come_through, page_of
+from tests.jobs.views.makers import dataset_page, run_checks, upload_dataset
 
 RECORDS = [{"frage": f"Number {n}?", "antwort": f"It is {n}.", "notes": "x"} for n in range(12)]
-PAIR = {"shape": "completion", "question": "frage", "answer": "antwort"}
+PAIR: dict[str, Any] = {"shape": "completion", "question": "frage", "answer": "antwort"}
 
 
 def as_csv(delimiter: str = ",") -> bytes:
@@ -30,9 +29,9 @@ def as_csv(delimiter: str = ",") -> bytes:
 
 
 def as_parquet() -> bytes:
-    out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(RECORDS), out)
-    return out.getvalue()
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(RECORDS), buffer)
+    return buffer.getvalue()
 
 
 FILES = {
@@ -45,53 +44,55 @@ FILES = {
 }
 
 
-def upload(owner: str, content: bytes, name: str) -> Dataset:
-    return come_through(datasets.receive(owner, name, io.BytesIO(content)))
-
-
-def choose(client: Client, dataset: Dataset, htmx: bool = False, **typed: str) -> Any:
+def choose_columns(client: Client, dataset: Dataset, htmx: bool = False, **fields: Any) -> Any:
     headers = {"HX-Request": "true"} if htmx else {}
-    return client.post(reverse("jobs:dataset_columns", args=[dataset.dataset_id]), typed, headers=headers)
+    return client.post(reverse("jobs:dataset_columns", args=[dataset.dataset_id]), fields, headers=headers)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_of_unknown_columns_is_kept_and_becomes_ready_by_a_choice(
+def test_a_file_with_unknown_columns_is_ready_once_they_are_chosen(
     alices: Client, alice: User, name: str
 ) -> None:
-    dataset = upload(alice.owner_id, FILES[name], name)
+    dataset = upload_dataset(alice.owner_id, FILES[name], name)
     assert dataset.status == "rejected"
     assert blobs.size_of(dataset.key)
-    page = page_of(alices, dataset)
+    page = dataset_page(alices, dataset)
     assert "Which columns contain the examples?" in page
     assert re.search(r'<option value="frage" selected', page)
-    answer = choose(alices, dataset, **PAIR, do="read")
-    assert answer.status_code == 302
-    dataset = come_through(dataset)
+    response = choose_columns(alices, dataset, **PAIR, do="read")
+    assert response.status_code == 302
+    dataset = run_checks(dataset)
     assert (dataset.status, dataset.summary["examples"], dataset.error) == ("ready", 12, "")
     assert dataset.format["columns"] == {"prompt": "frage", "completion": "antwort"}
-    assert "frage as prompt, antwort as completion" in page_of(alices, dataset)
+    assert "frage as prompt, antwort as completion" in dataset_page(alices, dataset)
 
 
-def test_columns_found_by_themselves_can_be_changed(alices: Client, alice: User) -> None:
+def test_detected_columns_can_be_changed(alices: Client, alice: User) -> None:
     text = "prompt,completion,better\n" + "".join(f"Number {n}?,bad,good {n}\n" for n in range(12))
-    dataset = upload(alice.owner_id, text.encode(), "rows.csv")
+    dataset = upload_dataset(alice.owner_id, text.encode(), "rows.csv")
     assert dataset.status == "ready"
     before = dataset.report_key
-    assert "Number 0?" in choose(alices, dataset, htmx=True, **PAIR | {"question": "prompt", "answer": "better"}).content.decode()  # fmt: skip
-    choose(alices, dataset, shape="completion", question="prompt", answer="better", do="read")
-    dataset = come_through(dataset)
+    fields = PAIR | {"question": "prompt", "answer": "better"}
+    assert "Number 0?" in choose_columns(alices, dataset, htmx=True, **fields).content.decode()
+    choose_columns(alices, dataset, **fields, do="read")
+    dataset = run_checks(dataset)
     assert dataset.report_key != before
-    assert "good 0" in page_of(alices, dataset)
+    assert "good 0" in dataset_page(alices, dataset)
 
 
-def test_the_preview_shows_what_is_learned_without_javascript_too(alices: Client, alice: User) -> None:
-    dataset = upload(alice.owner_id, FILES["rows.csv"], "rows.csv")
-    typed = {"shape": "instruction", "question": "frage", "more": "notes", "answer": "antwort"}
-    whole = choose(alices, dataset, **typed, do="preview").content.decode()
-    part = choose(alices, dataset, htmx=True, **typed).content.decode()
-    assert "<h1" in whole
-    assert "<h1" not in part
-    for page in (whole, part):
+def test_the_preview_marks_trained_text_with_and_without_javascript(alices: Client, alice: User) -> None:
+    dataset = upload_dataset(alice.owner_id, FILES["rows.csv"], "rows.csv")
+    fields: dict[str, Any] = {
+        "shape": "instruction",
+        "question": "frage",
+        "more": "notes",
+        "answer": "antwort",
+    }
+    full_page = choose_columns(alices, dataset, **fields, do="preview").content.decode()
+    partial = choose_columns(alices, dataset, htmx=True, **fields).content.decode()
+    assert "<h1" in full_page
+    assert "<h1" not in partial
+    for page in (full_page, partial):
         assert len(re.findall(r'pt-0.5">Line \d', page)) == 5
         assert re.search(r"bg-primary/15[^>]*>It is 0\.<", page)
         assert re.search(r"text-base-content/70[^>]*>Number 0\?\s+x<", page)
@@ -99,7 +100,7 @@ def test_the_preview_shows_what_is_learned_without_javascript_too(alices: Client
 
 
 @pytest.mark.parametrize(
-    ("typed", "message"),
+    ("fields", "message"),
     [
         ({"shape": ""}, "Choose a row format."),
         ({"shape": "pickle"}, "Choose a row format from the list."),
@@ -109,46 +110,46 @@ def test_the_preview_shows_what_is_learned_without_javascript_too(alices: Client
         ({"shape": "text"}, "Text or messages: choose a column."),
     ],
 )
-def test_a_wrong_choice_is_told_and_changes_nothing(
-    alices: Client, alice: User, typed: dict[str, str], message: str
+def test_an_invalid_choice_is_reported_and_changes_nothing(
+    alices: Client, alice: User, fields: dict[str, Any], message: str
 ) -> None:
-    dataset = upload(alice.owner_id, FILES["rows.csv"], "rows.csv")
-    answer = choose(alices, dataset, **typed, do="read")
-    assert answer.status_code == 422
-    assert message in answer.content.decode()
+    dataset = upload_dataset(alice.owner_id, FILES["rows.csv"], "rows.csv")
+    response = choose_columns(alices, dataset, **fields, do="read")
+    assert response.status_code == 422
+    assert message in response.content.decode()
     assert access.get_dataset_for(alice.owner_id, dataset.dataset_id).status == "rejected"
 
 
-def test_a_choice_under_which_nothing_can_be_read_may_be_made_again(alices: Client, alice: User) -> None:
-    dataset = upload(alice.owner_id, FILES["rows.csv"], "rows.csv")
-    choose(alices, dataset, shape="chat", whole="frage", do="read")
-    dataset = come_through(dataset)
+def test_columns_can_be_chosen_again_after_an_unreadable_choice(alices: Client, alice: User) -> None:
+    dataset = upload_dataset(alice.owner_id, FILES["rows.csv"], "rows.csv")
+    choose_columns(alices, dataset, shape="chat", whole="frage", do="read")
+    dataset = run_checks(dataset)
     assert dataset.status == "rejected"
     assert "text that is not JSON" in dataset.error
-    choose(alices, dataset, **PAIR, do="read")
-    assert come_through(dataset).status == "ready"
+    choose_columns(alices, dataset, **PAIR, do="read")
+    assert run_checks(dataset).status == "ready"
 
 
-def test_data_that_a_job_waits_for_keeps_its_columns(alices: Client, alice: User) -> None:
-    dataset = upload(alice.owner_id, b"prompt,completion\nwho?,me\nwhere?,here\n", "rows.csv")
+def test_a_dataset_used_by_a_waiting_job_keeps_its_columns(alices: Client, alice: User) -> None:
+    dataset = upload_dataset(alice.owner_id, b"prompt,completion\nwho?,me\nwhere?,here\n", "rows.csv")
     transitions.submit(alice.owner_id, transitions.JobRequest(base="starter", dataset_id=dataset.dataset_id))
-    choose(alices, dataset, shape="text", whole="prompt", do="read")
+    choose_columns(alices, dataset, shape="text", whole="prompt", do="read")
     assert access.get_dataset_for(alice.owner_id, dataset.dataset_id).status == "ready"
-    assert "uses this dataset" in page_of(alices, dataset)
+    assert "uses this dataset" in dataset_page(alices, dataset)
 
 
-def test_a_file_without_columns_is_refused_for_good(alices: Client, alice: User) -> None:
-    dataset = upload(alice.owner_id, b"[1, 2, 3]", "rows.json")
+def test_a_file_without_columns_is_rejected_and_deleted(alices: Client, alice: User) -> None:
+    dataset = upload_dataset(alice.owner_id, b"[1, 2, 3]", "rows.json")
     assert dataset.status == "rejected"
     assert blobs.size_of(dataset.key) is None
-    assert "Which columns" not in page_of(alices, dataset)
-    assert choose(alices, dataset, **PAIR, do="read").status_code == 302
+    assert "Which columns" not in dataset_page(alices, dataset)
+    assert choose_columns(alices, dataset, **PAIR, do="read").status_code == 302
     assert access.get_dataset_for(alice.owner_id, dataset.dataset_id).status == "rejected"
 
 
-def test_what_stands_in_the_cells_is_shown_as_text(alices: Client, alice: User) -> None:
-    dataset = upload(alice.owner_id, b"frage,<b>x</b>\n<script>alert(1)</script>,y\n", "rows.csv")
-    page = choose(
+def test_cell_contents_are_escaped(alices: Client, alice: User) -> None:
+    dataset = upload_dataset(alice.owner_id, b"frage,<b>x</b>\n<script>alert(1)</script>,y\n", "rows.csv")
+    page = choose_columns(
         alices, dataset, shape="completion", question="frage", answer="<b>x</b>", do="preview"
     ).content.decode()
     assert "&lt;script&gt;alert(1)" in page
@@ -163,35 +164,37 @@ def show_row(client: Client, dataset: Dataset, line: str) -> Any:
     return client.post(reverse("jobs:dataset_row", args=[dataset.dataset_id]), {"line": line})
 
 
-def run_errands(dataset: Dataset) -> None:
+def run_report_tasks(dataset: Dataset) -> None:
     for row in outbox.pending():
         kind, owner, id = outbox.parse(row)
         if kind == "report" and id.startswith(dataset.dataset_id):
             outbox.run(kind, owner, id, row.lease or "")
 
 
-def test_the_tokens_of_any_row_can_be_seen(alices: Client, alice: User) -> None:
+def test_the_tokens_of_any_row_can_be_shown(alices: Client, alice: User) -> None:
     lines = [json.dumps({"prompt": f"Number {n}?\n", "completion": f" It is {n}."}) for n in range(40)]
-    dataset = upload(alice.owner_id, "\n".join(lines).encode(), "rows.jsonl")
-    answer = show_row(alices, dataset, "31")
-    assert answer["Location"].endswith("?line=31#row")
-    address = answer["Location"].partition("#")[0]
-    assert 'aria-label="Tokenizing line 31"' in alices.get(address).content.decode()
-    run_errands(dataset)
-    page = alices.get(address).content.decode()
-    row = page[re.search(r"Line 31\s*<", page).start() :]
+    dataset = upload_dataset(alice.owner_id, "\n".join(lines).encode(), "rows.jsonl")
+    response = show_row(alices, dataset, "31")
+    assert response["Location"].endswith("?line=31#row")
+    url = response["Location"].partition("#")[0]
+    assert 'aria-label="Tokenizing line 31"' in alices.get(url).content.decode()
+    run_report_tasks(dataset)
+    page = alices.get(url).content.decode()
+    heading = re.search(r"Line 31\s*<", page)
+    assert heading
+    row = page[heading.start() :]
     tokens = re.findall(r'<span\s+class="rounded px-0.5 (bg-primary/15|[^"]*)">([^<]*)</span\s*>', row)
     learned = "".join(text for tone, text in tokens if tone == "bg-primary/15")
     assert learned.startswith(" It is 30.")
     assert "Number 30?" in "".join(text for _, text in tokens)
     show_row(alices, dataset, "999")
-    run_errands(dataset)
-    assert "No row begins on line 999." in alices.get(address.replace("31", "999")).content.decode()
-    assert not re.search(r"Line 31\s*<", alices.get(address).content.decode())  # one at a time is kept
+    run_report_tasks(dataset)
+    assert "No row begins on line 999." in alices.get(url.replace("line=31", "line=999")).content.decode()
+    assert not re.search(r"Line 31\s*<", alices.get(url).content.decode())  # only one row is kept at a time
 
 
 @pytest.mark.parametrize("line", ["", "0", "-1", "x", "9" * 30, "²"])
-def test_what_is_no_line_is_told(alices: Client, alice: User, line: str) -> None:
-    dataset = upload(alice.owner_id, b'{"text": "a"}\n', "rows.jsonl")
+def test_an_invalid_line_number_is_reported(alices: Client, alice: User, line: str) -> None:
+    dataset = upload_dataset(alice.owner_id, b'{"text": "a"}\n', "rows.jsonl")
     show_row(alices, dataset, line)
-    assert "Line: enter a line number" in page_of(alices, dataset)
+    assert "Line: enter a line number" in dataset_page(alices, dataset)

@@ -1,4 +1,4 @@
-"""What people, files, trainers and models write is shown as text: on every page, in every place."""
+"""Text from users, files, trainers and models is escaped on every page."""
 
 from __future__ import annotations
 
@@ -28,83 +28,91 @@ PAYLOADS = [
 ]
 
 
-class Seen(HTMLParser):
-    """Elements, attribute names and handlers of a page."""
+class PageStructure(HTMLParser):
+    """The elements of a page with their attribute names."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, html: str) -> None:
         super().__init__()
-        self.shape: list[tuple[str, tuple[str, ...]]] = []
-        self.feed(text)
+        self.elements: list[tuple[str, tuple[str, ...]]] = []
+        self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.shape.append((tag, tuple(sorted(name for name, _ in attrs))))
+        self.elements.append((tag, tuple(sorted(name for name, _ in attrs))))
 
 
-def pages(client: Client, alice: User, word: str) -> dict[str, list[Any]]:
+def pages(client: Client, alice: User, text: str) -> dict[str, list[Any]]:
     owner = alice.owner_id
     finding = {
         "severity": "warning",
-        "title": word,
-        "why": word,
-        "fix": word,
+        "title": text,
+        "why": text,
+        "fix": text,
         "lines": [1],
-        "details": [word],
+        "details": [text],
         "count": 1,
     }
-    sample = {"line": 1, "preview": word, "tokens": [{"text": word, "trained": True}]}
-    report = {"findings": [finding], "samples": [sample], "verdict": word}
-    ready = make_dataset(owner, name=word, report=report)
-    rejected = make_dataset(owner, name=word, status="rejected", error=word)
+    sample = {"line": 1, "preview": text, "tokens": [{"text": text, "trained": True}]}
+    report = {"findings": [finding], "samples": [sample], "verdict": text}
+    ready = make_dataset(owner, name=text, report=report)
+    rejected = make_dataset(owner, name=text, status="rejected", error=text)
     lines = [
         metric(1),
-        {"t": "log", "level": "info", "message": word},
-        {"t": "sample", "step": 0, "prompt": word, "text": word},
-        {"t": "resumed", "step": 1, "exact": False, "why": word},
-        {"t": "verdict", "sentence": word},
-        {"t": "plan", "total_steps": 2, "settings": {}, "reasons": {"epochs": word}},
+        {"t": "log", "level": "info", "message": text},
+        {"t": "sample", "step": 0, "prompt": text, "text": text},
+        {"t": "resumed", "step": 1, "exact": False, "why": text},
+        {"t": "verdict", "sentence": text},
+        {"t": "plan", "total_steps": 2, "settings": {}, "reasons": {"epochs": text}},
     ]
     job = make_job(
-        owner, "failed", lines, name=word, base=word, message=word, advice=word, reason="killed", suffix=word,
-        dataset_id=ready.dataset_id, dataset_name=word, prompts=[word],
+        owner, "failed", lines, name=text, base=text, message=text, advice=text, reason="killed", suffix=text,
+        dataset_id=ready.dataset_id, dataset_name=text, prompts=[text],
     )  # fmt: skip
+    waiting = make_job(owner, "queued", name=text, dataset_id=ready.dataset_id, suffix="a", prompts=[text])
     model = make_model(
         owner,
-        name=word,
-        base=word,
-        aliases=[word],
-        verdict={"sentence": word},
-        export_check={"message": word},
+        name=text,
+        base=text,
+        aliases=[text],
+        verdict={"sentence": text},
+        export_check={"message": text},
     )
-    asked = [
+    requests = [
         ("datasets", [], {}), ("dataset", [ready.dataset_id], {}), ("dataset", [rejected.dataset_id], {}),
         ("jobs", [], {}), ("job", [job.job_id], {}), ("new_job", [], {"clone": job.job_id}),
-        ("models", [], {}), ("model", [model.model_id], {}), ("playground", [], {"model": model.model_id, "prompt": word}),
+        ("models", [], {}), ("model", [model.model_id], {}), ("playground", [], {"model": model.model_id, "prompt": text}),
+        ("edit_job", [waiting.job_id], {}),
+        ("estimates", [], {}), ("notifications", [], {}),
     ]  # fmt: skip
-    found = {}
-    for n, (name, args, query) in enumerate(asked):
-        answer = client.get(reverse(f"jobs:{name}", args=args), query)
-        assert answer.status_code == 200
-        found[f"{name} {n}"] = Seen(answer.content.decode()).shape
-    live = client.get(reverse("jobs:job_live", args=[job.job_id])).json()
-    found["live"] = Seen(live["html"]).shape
-    return found
+    structures = {}
+    for number, (name, args, query) in enumerate(requests):
+        response = client.get(reverse(f"jobs:{name}", args=args), query)
+        assert response.status_code == 200
+        structures[f"{name} {number}"] = PageStructure(response.content.decode()).elements
+    live_update = client.get(reverse("jobs:job_live", args=[job.job_id])).json()
+    structures["live"] = PageStructure(live_update["html"]).elements
+    return structures
 
 
 @pytest.fixture(scope="module")
-def shapes() -> dict[str, list[Any]]:
-    """Of pages with a harmless word, made by the first test."""
+def harmless_structures() -> dict[str, list[Any]]:
+    """Of the pages with harmless text, filled by the first test."""
     return {}
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_no_element_and_no_attribute_comes_from_a_word(
-    bobs: Client, bob: User, alices: Client, alice: User, payload: str, shapes: dict[str, list[Any]]
+def test_no_payload_adds_an_element_or_attribute(
+    bobs: Client,
+    bob: User,
+    alices: Client,
+    alice: User,
+    payload: str,
+    harmless_structures: dict[str, list[Any]],
 ) -> None:
-    if not shapes:
-        shapes.update(pages(bobs, bob, "harmless"))
-    assert pages(alices, alice, payload) == shapes
+    if not harmless_structures:
+        harmless_structures.update(pages(bobs, bob, "harmless"))
+    assert pages(alices, alice, payload) == harmless_structures
 
 
-def test_generated_text_comes_as_json_lines_never_as_html(alices: Client) -> None:
-    answer = alices.post(reverse("jobs:playground_stream"), {"model": "<b>", "prompt": "<script>"})
-    assert answer["Content-Type"].startswith("application/")
+def test_generated_text_is_sent_as_json_lines_not_html(alices: Client) -> None:
+    response = alices.post(reverse("jobs:playground_stream"), {"model": "<b>", "prompt": "<script>"})
+    assert response["Content-Type"].startswith("application/")

@@ -1,4 +1,4 @@
-"""Models: the list, a model's page, its files as one zip, and the playground's form."""
+"""Models: the list, a model's page, the zip download, and the playground form."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.jobs.views.makers import make_job, make_model
 
 
 def test_every_page_of_a_model_tuned_from_the_hub_opens(alices: Client, alice: User) -> None:
-    """Its id has a slash, as names on the Hub have."""
-    model = make_model(alice.owner_id, root="people/tiny")
+    """Its ID contains a slash, like all names on the Hub."""
+    model = make_model(alice.owner_id, root="acme/tiny")
     page = reverse("jobs:model", args=[model.model_id])
     assert page in alices.get(reverse("jobs:models")).content.decode()
     assert model.model_id in alices.get(page).content.decode()
@@ -30,11 +30,11 @@ def test_every_page_of_a_model_tuned_from_the_hub_opens(alices: Client, alice: U
     assert alices.get(page).status_code == 404
 
 
-def test_an_empty_list_says_how_models_come(alices: Client) -> None:
+def test_an_empty_list_explains_where_models_come_from(alices: Client) -> None:
     assert "Your fine-tuned models will appear here" in alices.get(reverse("jobs:models")).content.decode()
 
 
-def test_a_models_page_has_numbers_files_and_a_playground(alices: Client, alice: User) -> None:
+def test_a_model_page_shows_metrics_files_and_a_playground(alices: Client, alice: User) -> None:
     model = make_model(alice.owner_id)
     text = alices.get(reverse("jobs:model", args=[model.model_id])).content.decode()
     for part in (
@@ -49,38 +49,38 @@ def test_a_models_page_has_numbers_files_and_a_playground(alices: Client, alice:
 
 
 @pytest.mark.django_db(transaction=True)
-async def test_the_zip_holds_every_file_and_is_streamed(alice: User) -> None:
+async def test_the_zip_contains_every_file_and_is_streamed(alice: User) -> None:
     client = AsyncClient()
     await client.aforce_login(alice, backend="allauth.account.auth_backends.AuthenticationBackend")
     model = make_model(alice.owner_id)
-    answer = await client.get(reverse("jobs:download_model", args=[model.model_id]))
-    assert answer.is_async
-    assert answer["Content-Type"] == "application/zip"
-    content = b"".join([part async for part in answer.streaming_content])
+    response = await client.get(reverse("jobs:download_model", args=[model.model_id]))
+    assert response.is_async
+    assert response["Content-Type"] == "application/zip"
+    content = b"".join([part async for part in response.streaming_content])
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         assert archive.testzip() is None
         names = {name.rpartition("/")[2]: name for name in archive.namelist()}
         assert archive.read(names["model.safetensors"]) == b"weights" * 1000
 
 
-OLD_NAME = "ft:gpt-4o-mini-2024-07-18:acme::9abcDEFg"
+OPENAI_NAME = "ft:gpt-4o-mini-2024-07-18:acme::9abcDEFg"
 
 
-def test_a_model_takes_the_name_of_one_tuned_at_openai(alices: Client, alice: User, bob: User) -> None:
+def test_a_model_can_have_an_openai_name_as_its_alias(alices: Client, alice: User, bob: User) -> None:
     model, other = make_model(alice.owner_id), make_model(alice.owner_id)
     names = reverse("jobs:model_names", args=[model.model_id])
-    answer = alices.post(names, {"aliases": f"{OLD_NAME}\n{OLD_NAME}"}, follow=True)
-    assert f"The model can now also be used as {OLD_NAME}." in answer.content.decode()
-    assert tuned_models.get_for(alice.owner_id, OLD_NAME).model_id == model.model_id
+    response = alices.post(names, {"aliases": f"{OPENAI_NAME}\n{OPENAI_NAME}"}, follow=True)
+    assert f"The model can now also be used as {OPENAI_NAME}." in response.content.decode()
+    assert tuned_models.get_for(alice.owner_id, OPENAI_NAME).model_id == model.model_id
     with pytest.raises(access.NotFound):
-        tuned_models.get_for(bob.owner_id, OLD_NAME)
+        tuned_models.get_for(bob.owner_id, OPENAI_NAME)
     taken = alices.post(
-        reverse("jobs:model_names", args=[other.model_id]), {"aliases": OLD_NAME}, follow=True
+        reverse("jobs:model_names", args=[other.model_id]), {"aliases": OPENAI_NAME}, follow=True
     )
     assert f"is already an alias of {model.model_id}" in taken.content.decode()
     alices.post(names, {"aliases": ""})
     with pytest.raises(access.NotFound):
-        tuned_models.get_for(alice.owner_id, OLD_NAME)
+        tuned_models.get_for(alice.owner_id, OPENAI_NAME)
 
 
 @pytest.mark.parametrize(
@@ -95,20 +95,20 @@ def test_a_model_takes_the_name_of_one_tuned_at_openai(alices: Client, alice: Us
         " ".join(f"ft:a:{n}" for n in range(9)),
     ],
 )
-def test_a_name_that_is_none_of_openais_is_refused(alices: Client, alice: User, names: str) -> None:
+def test_an_alias_not_in_openais_format_is_rejected(alices: Client, alice: User, names: str) -> None:
     model = make_model(alice.owner_id)
     alices.post(reverse("jobs:model_names", args=[model.model_id]), {"aliases": names})
     assert not tuned_models.get_for(alice.owner_id, model.model_id).aliases
 
 
-def test_delete(alices: Client, alice: User) -> None:
+def test_a_model_can_be_deleted(alices: Client, alice: User) -> None:
     model = make_model(alice.owner_id)
-    answer = alices.post(reverse("jobs:delete_model", args=[model.model_id]), follow=True)
-    assert "The model and its files were deleted." in answer.content.decode()
+    response = alices.post(reverse("jobs:delete_model", args=[model.model_id]), follow=True)
+    assert "The model and its files were deleted." in response.content.decode()
     assert alices.get(reverse("jobs:model", args=[model.model_id])).status_code == 404
 
 
-def test_the_playground_offers_own_models_and_the_starter(alices: Client, alice: User) -> None:
+def test_the_playground_lists_own_models_and_the_starter(alices: Client, alice: User) -> None:
     model = make_model(alice.owner_id)
     text = alices.get(
         reverse("jobs:playground"), {"model": model.model_id, "prompt": "Hello"}
@@ -119,9 +119,15 @@ def test_the_playground_offers_own_models_and_the_starter(alices: Client, alice:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("temperature", "9"), ("top_p", "0"), ("max_tokens", "100000000"), ("prompt", "")]
+    ("field", "value", "label"),
+    [
+        ("temperature", "9", "Temperature"),
+        ("top_p", "0", "Top-p"),
+        ("max_tokens", "100000000", "Max tokens"),
+        ("prompt", "", "Prompt"),
+    ],
 )
-def test_the_playground_refuses_what_makes_no_sense(alices: Client, field: str, value: str) -> None:
+def test_the_playground_rejects_invalid_values(alices: Client, field: str, value: str, label: str) -> None:
     data = {
         "model": "starter",
         "prompt": "x",
@@ -130,14 +136,14 @@ def test_the_playground_refuses_what_makes_no_sense(alices: Client, field: str, 
         "max_tokens": "8",
         field: value,
     }
-    answer = alices.post(reverse("jobs:playground_stream"), data)
-    assert answer.status_code == 422
-    assert field.replace("_", " ").capitalize() in answer.json()["error"]
+    response = alices.post(reverse("jobs:playground_stream"), data)
+    assert response.status_code == 422
+    assert f"{label}: " in response.json()["error"]
 
 
-def test_another_persons_model_is_no_model(bobs: Client, alice: User) -> None:
+def test_another_users_model_is_not_found(bobs: Client, alice: User) -> None:
     data = {"model": make_model(alice.owner_id).model_id, "prompt": "x"}
-    answer = bobs.post(reverse("jobs:playground_stream"), data)
+    response = bobs.post(reverse("jobs:playground_stream"), data)
     unknown = bobs.post(reverse("jobs:playground_stream"), data | {"model": "ft:starter:none:x:y"})
-    assert answer.status_code == unknown.status_code == 404
-    assert answer.json() == unknown.json()
+    assert response.status_code == unknown.status_code == 404
+    assert response.json() == unknown.json()

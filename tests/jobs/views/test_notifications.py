@@ -1,13 +1,18 @@
-"""The page where a person says how to be told of a job's end."""
+"""The page where a user sets how to be notified when a job ends."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from django.core import mail
+from django.test import Client
 
+from accounts.models import User
 from jobs.lifecycle import finalize, transitions
 from jobs.notifications import webhooks
 from jobs.store import access, tables
+from jobs.store.states import JobStatus
 from jobs.store.tables import WebhookDelivery, WebhookEndpoint
 from tests.factories import browser_of, make_user
 from tests.jobs.makers import make_claim, make_job, result
@@ -16,26 +21,26 @@ from tests.jobs.views.makers import make_dataset
 PAGE = "/notifications/"
 
 
-def add(client, **fields):
+def add(client: Client, **fields: Any) -> Any:
     return client.post(PAGE, {"url": "https://example.com/hook", "events": webhooks.EVENT_TYPES, **fields})
 
 
-def only(owner):
+def only_endpoint(owner: str) -> WebhookEndpoint:
     (row,) = webhooks.list_endpoints(owner)
     return row
 
 
-def test_an_empty_page_says_what_to_do(alices):
+def test_an_empty_page_explains_what_to_do(alices: Client) -> None:
     text = alices.get(PAGE).content.decode()
     assert "No webhooks yet. Add a URL" in text
     assert "No deliveries yet" in text
 
 
-def test_a_webhook_is_added_and_its_secret_shown_once(alices, alice):
-    answer = add(alices, name="My script", events=["fine_tuning.job.failed"])
-    row = only(alice.owner_id)
-    assert answer.status_code == 200
-    assert row.secret in answer.content.decode()
+def test_a_webhook_is_added_and_its_secret_shown_once(alices: Client, alice: User) -> None:
+    response = add(alices, name="My script", events=["fine_tuning.job.failed"])
+    row = only_endpoint(alice.owner_id)
+    assert response.status_code == 200
+    assert row.secret in response.content.decode()
     assert (row.name, row.events) == ("My script", ["fine_tuning.job.failed"])
     later = alices.get(PAGE).content.decode()
     assert "https://example.com/hook" in later
@@ -43,7 +48,7 @@ def test_a_webhook_is_added_and_its_secret_shown_once(alices, alice):
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "expected"),
     [
         ({"url": "http://example.com/"}, "https://"),
         ({"url": "ftp://x"}, "https://"),
@@ -51,18 +56,20 @@ def test_a_webhook_is_added_and_its_secret_shown_once(alices, alice):
         ({"name": "x" * 81}, "80 characters"),
     ],
 )
-def test_what_cannot_be_is_refused_with_a_reason(alices, alice, fields, words):
-    answer = add(alices, **fields)
-    assert answer.status_code == 400
-    assert words in answer.content.decode()
+def test_an_invalid_webhook_is_rejected_with_a_reason(
+    alices: Client, alice: User, fields: dict[str, Any], expected: str
+) -> None:
+    response = add(alices, **fields)
+    assert response.status_code == 400
+    assert expected in response.content.decode()
     assert not webhooks.list_endpoints(alice.owner_id)
 
 
-def test_a_test_event_is_put_and_listed(alices, alice):
+def test_a_test_event_is_queued_and_listed(alices: Client, alice: User) -> None:
     add(alices)
-    row = only(alice.owner_id)
-    answer = alices.post(f"{PAGE}{row.endpoint_id}/test/", follow=True)
-    assert "A test event is being sent" in answer.content.decode()
+    row = only_endpoint(alice.owner_id)
+    response = alices.post(f"{PAGE}{row.endpoint_id}/test/", follow=True)
+    assert "A test event is being sent" in response.content.decode()
     (delivery,) = tables.rows(WebhookDelivery, alice.owner_id)
     assert (delivery.event, delivery.status) == (webhooks.TEST_TYPE, "pending")
     WebhookDelivery(alice.owner_id, delivery.delivery_id).update(
@@ -71,50 +78,50 @@ def test_a_test_event_is_put_and_listed(alices, alice):
     assert "not delivered: answered 500" in alices.get(PAGE).content.decode()
 
 
-def test_the_page_says_when_there_were_too_many_tests(alices, alice, settings):
+def test_too_many_test_events_are_reported(alices: Client, alice: User, settings: Any) -> None:
     settings.JOBS = settings.JOBS | {"max_webhook_tests_per_owner": 1}
     add(alices)
-    path = f"{PAGE}{only(alice.owner_id).endpoint_id}/test/"
+    path = f"{PAGE}{only_endpoint(alice.owner_id).endpoint_id}/test/"
     alices.post(path)
     assert "You can send 1 test events a minute" in alices.post(path, follow=True).content.decode()
     assert len(list(tables.rows(WebhookDelivery, alice.owner_id))) == 1
 
 
-def test_a_webhook_is_deleted(alices, alice):
+def test_a_webhook_is_deleted(alices: Client, alice: User) -> None:
     add(alices)
-    alices.post(f"{PAGE}{only(alice.owner_id).endpoint_id}/delete/")
+    alices.post(f"{PAGE}{only_endpoint(alice.owner_id).endpoint_id}/delete/")
     assert not webhooks.list_endpoints(alice.owner_id)
 
 
-def test_another_s_webhook_is_not_there(alices, alice, bobs):
+def test_another_users_webhook_is_not_found(alices: Client, alice: User, bobs: Client) -> None:
     add(alices, url="https://alice.example/hook")
-    row = only(alice.owner_id)
-    for what in ("test", "delete"):
-        assert bobs.post(f"{PAGE}{row.endpoint_id}/{what}/").status_code == 404
+    row = only_endpoint(alice.owner_id)
+    for action in ("test", "delete"):
+        assert bobs.post(f"{PAGE}{row.endpoint_id}/{action}/").status_code == 404
     assert row.url not in bobs.get(PAGE).content.decode()
     assert tables.get(WebhookEndpoint, alice.owner_id, row.endpoint_id)
 
 
-def test_mail_is_sent_as_wanted_when_the_job_ends_not_when_it_began(db):
+def test_email_follows_the_setting_at_the_end_of_the_job(db: None) -> None:
     user = make_user("mail")
-    page = browser_of(user)
+    browser = browser_of(user)
     for wanted in ("0", "1"):
-        sent = len(mail.outbox)
+        sent_before = len(mail.outbox)
         dataset = make_dataset(user.owner_id)
-        page.post(f"{PAGE}email/", {"wanted": str(1 - int(wanted))})
-        page.post("/jobs/new/", {"dataset": dataset.dataset_id, "base": "starter"})
-        page.post(f"{PAGE}email/", {"wanted": wanted})
+        browser.post(f"{PAGE}email/", {"wanted": str(1 - int(wanted))})
+        browser.post("/jobs/new/", {"dataset": dataset.dataset_id, "base": "starter"})
+        browser.post(f"{PAGE}email/", {"wanted": wanted})
         job = access.list_jobs(user.owner_id).rows[0]
         transitions.set_desired(user.owner_id, job.job_id, "cancel")
         finalize.after_end(user.owner_id, job.job_id)
         assert webhooks.deliver(user.owner_id, f"{job.job_id}#cancelled#email")
-        assert len(mail.outbox) - sent == int(wanted)
+        assert len(mail.outbox) - sent_before == int(wanted)
 
 
-def test_mail_about_jobs_can_be_turned_off(db):
+def test_email_about_jobs_can_be_turned_off(db: None) -> None:
     user = make_user("mail")
     claim = make_claim(make_job(user.owner_id))
-    claim.finish("succeeded", result=result(claim))
+    claim.finish(JobStatus.SUCCEEDED, result=result(claim))
     delivery = WebhookDelivery(
         user.owner_id, f"{claim.job_id}#succeeded#email", job_id=claim.job_id, event="x", payload="{}"
     )
@@ -123,4 +130,5 @@ def test_mail_about_jobs_can_be_turned_off(db):
     assert webhooks.deliver(user.owner_id, delivery.delivery_id)
     assert not mail.outbox
     row = tables.get(WebhookDelivery, user.owner_id, delivery.delivery_id)
-    assert (row.status, row.last_result) == ("given up", "not wanted")
+    assert row is not None
+    assert (row.status, row.last_result) == ("given up", "email is turned off")

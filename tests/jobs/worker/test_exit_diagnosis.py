@@ -1,4 +1,4 @@
-"""What an exit of the trainer means."""
+"""What an exit code or an error means for the attempt and the job."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_exit_codes_0_and_75():
 
 
 @pytest.mark.parametrize("reason", [name for name, reason in REASONS.items() if reason.user_fault])
-def test_a_users_fault_is_never_retried(reason):
+def test_a_user_error_is_never_retried(reason):
     failed = {"reason": reason, "message": "line 7 is empty", "advice": "Fill it."}
     diagnosis = diagnose(EXIT[reason], failed)
     assert (diagnosis.verdict, diagnosis.message, diagnosis.advice) == (
@@ -31,7 +31,7 @@ def test_a_users_fault_is_never_retried(reason):
 
 
 @pytest.mark.parametrize("reason", ["disk_full", "not_writable", "unexpected"])
-def test_a_machines_fault_is_retried_and_explained(reason):
+def test_a_machine_fault_is_retried_and_explained(reason):
     diagnosis = diagnose(EXIT[reason], None)
     assert diagnosis.verdict == "died"
     assert diagnosis.message == REASONS[reason].sentence
@@ -52,7 +52,7 @@ def test_a_signal_is_named(number):
     assert signal.Signals(number).name in diagnosis.message
 
 
-def test_the_processor_time_limit_is_a_limit():
+def test_exceeding_the_cpu_time_limit_is_not_retried():
     assert diagnose(-signal.SIGXCPU, None).verdict == "fault"
 
 
@@ -60,7 +60,7 @@ def test_an_unknown_exit_code_is_unexpected():
     assert diagnose(1, None).reason == "unexpected"
 
 
-def test_the_reason_of_our_own_kill_wins():
+def test_the_reason_for_our_own_kill_takes_precedence():
     assert diagnose(-9, None, killed_by_us="stalled").reason == "stalled"
     assert diagnose(-9, None, killed_by_us="time_limit").verdict == "fault"
 
@@ -73,7 +73,7 @@ def caused_by(error: OSError) -> blobs.StorageError:
 
 
 @pytest.mark.parametrize(
-    ("error", "reason", "words"),
+    ("error", "reason", "text"),
     [
         (
             OSError(errno.ENOSPC, "No space left on device", "/srv/work/x"),
@@ -101,15 +101,15 @@ def caused_by(error: OSError) -> blobs.StorageError:
         (Failure("disk_full"), "disk_full", "The disk is full."),
     ],
 )
-def test_an_error_beside_the_trainer_has_its_reason(error, reason, words):
+def test_an_error_in_the_worker_has_a_reason(error, reason, text):
     diagnosis = diagnose_error(error)
     assert (diagnosis.verdict, diagnosis.reason) == ("died", reason)
-    assert words in diagnosis.message
-    assert "/srv" not in diagnosis.message  # a person need not know where it lies
+    assert text in diagnosis.message
+    assert "/srv" not in diagnosis.message  # users must not see paths of the worker
     assert diagnosis.advice
 
 
-def test_a_users_fault_that_the_worker_finds_ends_the_job():
+def test_a_user_error_found_by_the_worker_fails_the_job():
     diagnosis = diagnose_error(Failure("base_model", "It was deleted.", "Choose another."))
     assert (diagnosis.verdict, diagnosis.message, diagnosis.advice) == (
         "fault",

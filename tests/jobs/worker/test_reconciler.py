@@ -1,4 +1,4 @@
-"""What the reconciler finishes, on a clock that the test holds."""
+"""What the reconciler completes, on a clock that the test controls."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ class Clock:
 
 
 @pytest.fixture
-def alone(monkeypatch):
-    """A list of jobs of this test's own: the reconciler walks everybody's."""
-    mine = f"test#{new_id('x')}"
-    monkeypatch.setattr(queue, "shard", lambda job_id: mine)
-    monkeypatch.setattr(queue, "index_rows", lambda: list(tables.rows(JobIndex, mine)))
-    monkeypatch.setattr(outbox, "PARTITION", f"work-{mine}")
-    rung: list[tuple] = []
-    monkeypatch.setattr(redis_client, "enqueue", lambda task, *args: rung.append((task, *args)))
-    monkeypatch.setattr(redis_client, "enqueue_training", lambda waiting: rung.append(("training", waiting)))
-    return rung
+def messages(monkeypatch):
+    """Gives this test its own list of jobs, because the reconciler walks all of them. Returns the messages that are sent."""
+    partition = f"test#{new_id('x')}"
+    monkeypatch.setattr(queue, "shard", lambda job_id: partition)
+    monkeypatch.setattr(queue, "index_rows", lambda: list(tables.rows(JobIndex, partition)))
+    monkeypatch.setattr(outbox, "PARTITION", f"work-{partition}")
+    messages = []
+    monkeypatch.setattr(redis_client, "enqueue", lambda task, *args: messages.append((task, *args)))
+    monkeypatch.setattr(
+        redis_client, "enqueue_training", lambda waiting: messages.append(("training", waiting))
+    )
+    return messages
 
 
-def rounds(reconciler, clock, seconds, step=5.0):
+def run_rounds(reconciler, clock, seconds, step=5.0):
     for _ in range(int(seconds / step)):
         clock.now += step
         reconciler.tick()
@@ -51,52 +53,52 @@ def start():
     return reconciler, clock
 
 
-def test_a_silent_worker_loses_its_lease_after_thirty_seconds(alone):
+def test_a_silent_worker_loses_its_lease_after_thirty_seconds(messages):
     claim = make_claim()
     reconciler, clock = start()
-    rounds(reconciler, clock, 25)
+    run_rounds(reconciler, clock, 25)
     assert read(claim.job).status == "running"
-    rounds(reconciler, clock, 5)
+    run_rounds(reconciler, clock, 5)
     assert (read(claim.job).status, read(claim.job).attempts) == ("retrying", 0)
-    rounds(reconciler, clock, 5)  # the first retry waits for nothing
+    run_rounds(reconciler, clock, 5)  # the first retry has no backoff
     assert read(claim.job).status == "queued"
-    assert alone[-1][0] == "training"
+    assert messages[-1][0] == "training"
 
 
-def test_a_worker_that_beats_keeps_its_lease(alone):
+def test_a_worker_that_sends_heartbeats_keeps_its_lease(messages):
     claim = make_claim()
     reconciler, clock = start()
     for _ in range(10):
-        rounds(reconciler, clock, 10)
+        run_rounds(reconciler, clock, 10)
         claim.heartbeat()
     assert read(claim.job).status == "running"
 
 
-def test_a_gap_in_its_own_looking_starts_the_watch_again(alone):
+def test_a_gap_between_its_own_rounds_restarts_the_watch(messages):
     claim = make_claim()
     reconciler, clock = start()
-    rounds(reconciler, clock, 25)
-    clock.now += 60  # it slept, or the machine did
+    run_rounds(reconciler, clock, 25)
+    clock.now += 60  # the process or the machine was suspended
     reconciler.tick()
-    rounds(reconciler, clock, 25)
+    run_rounds(reconciler, clock, 25)
     assert read(claim.job).status == "running"
-    rounds(reconciler, clock, 5)
+    run_rounds(reconciler, clock, 5)
     assert read(claim.job).status == "retrying"
 
 
-def test_a_store_that_was_away_starts_the_watch_again(alone, monkeypatch):
+def test_an_unavailable_store_restarts_the_watch(messages, monkeypatch):
     claim = make_claim()
     reconciler, clock = start()
-    rounds(reconciler, clock, 25)
-    with monkeypatch.context() as away:
-        away.setattr(queue, "active_jobs", lambda rows: (_ for _ in ()).throw(ConnectionError))
+    run_rounds(reconciler, clock, 25)
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "active_jobs", lambda rows: (_ for _ in ()).throw(ConnectionError))
         with pytest.raises(ConnectionError):
-            rounds(reconciler, clock, 5)
-    rounds(reconciler, clock, 25)
+            run_rounds(reconciler, clock, 5)
+    run_rounds(reconciler, clock, 25)
     assert read(claim.job).status == "running"
 
 
-def test_it_says_when_the_next_watch_falls_due(alone):
+def test_a_round_returns_the_time_until_the_next_lease_expires(messages):
     make_claim()
     reconciler, clock = start()
     clock.now += 5
@@ -105,40 +107,40 @@ def test_it_says_when_the_next_watch_falls_due(alone):
     assert reconciler.tick() == pytest.approx(20)
 
 
-def test_a_job_that_keeps_dying_waits_longer_each_time(alone):
+def test_a_job_that_keeps_failing_waits_longer_each_time(messages):
     job = make_job()
     for _ in range(2):
         make_claim(job).trainer_died("killed")
         if read(job).attempts < 2:
             transitions.requeue(read(job))
     reconciler, clock = start()
-    rounds(reconciler, clock, 5)
+    run_rounds(reconciler, clock, 5)
     assert read(job).status == "retrying"
-    rounds(reconciler, clock, 5)
+    run_rounds(reconciler, clock, 5)
     assert read(job).status == "queued"
 
 
-def test_what_an_end_left_undone_is_done(alone):
+def test_unfinished_end_steps_are_completed(messages):
     claim = make_claim()
     claim.finish("succeeded", result=result(claim))
     reconciler, clock = start()
-    rounds(reconciler, clock, 10)
+    run_rounds(reconciler, clock, 10)
     assert queue.index_rows() == []
     assert quotas.held(claim.owner, "jobs") == set()
 
 
-def test_a_submission_that_broke_off_becomes_void(alone):
+def test_an_interrupted_submission_becomes_void(messages):
     owner, job_id = make_owner(), new_id("ftjob")
     JobIndex(queue.shard(job_id), job_id, owner=owner).save()
     reconciler, clock = start()
-    rounds(reconciler, clock, 595)
+    run_rounds(reconciler, clock, 595)
     assert len(queue.index_rows()) == 1
-    rounds(reconciler, clock, 10)
+    run_rounds(reconciler, clock, 10)
     assert queue.index_rows() == []
     assert tables.get(tables.Job, owner, job_id).status == "void"
 
 
-def test_a_job_whose_dataset_got_ready_unseen_is_queued(alone):
+def test_a_job_whose_dataset_became_ready_unnoticed_is_queued(messages):
     owner = make_owner()
     dataset = make_dataset(owner, "checking")
     job = make_job(owner, dataset_id=dataset.dataset_id)
@@ -146,55 +148,55 @@ def test_a_job_whose_dataset_got_ready_unseen_is_queued(alone):
     reconciler, _ = start()
     assert read(job).status == "queued"
     reconciler.tick()
-    assert ("training", 1) in alone
+    assert ("training", 1) in messages
 
 
-def test_errands_that_nobody_does_are_rung_for_again(alone):
+def test_outbox_rows_that_nobody_handles_are_enqueued_again(messages):
     owner, dataset_id = make_owner(), new_id("file")
     outbox.put("check", owner, dataset_id)
     reconciler, clock = start()
-    rounds(reconciler, clock, 25)
-    assert alone == []
-    rounds(reconciler, clock, 5)
-    assert alone == [("errand", "check", owner, dataset_id, "")]
+    run_rounds(reconciler, clock, 25)
+    assert messages == []
+    run_rounds(reconciler, clock, 5)
+    assert messages == [("errand", "check", owner, dataset_id, "")]
 
 
-def test_a_file_goes_when_its_time_has_come_and_not_before(alone):
+def test_a_dataset_is_deleted_when_it_expires_and_not_before(messages):
     owner = make_owner()
     now = time.time()
     kept, expired = (
         datasets.receive(owner, "r.jsonl", io.BytesIO(ROWS), expires_at=now + s) for s in (99, -1)
     )
     reconciler, clock = start()
-    rounds(reconciler, clock, 40)
-    rung = [ring[1:] for ring in alone if ring[:2] == ("errand", "expire")]
-    assert rung == [("expire", owner, f"{int(now - 1)}#{expired.dataset_id}", "")]
-    outbox.run(*rung[0])
+    run_rounds(reconciler, clock, 40)
+    rows = [message[1:] for message in messages if message[:2] == ("errand", "expire")]
+    assert rows == [("expire", owner, f"{int(now - 1)}#{expired.dataset_id}", "")]
+    outbox.run(*rows[0])
     assert [row.dataset_id for row in access.list_datasets(owner)] == [kept.dataset_id]
 
 
-def test_an_errand_is_done_once_however_often_the_bell_rings(alone, monkeypatch):
-    owner, done = make_owner(), []
-    monkeypatch.setitem(outbox._handlers, "delete", lambda *args: done.append(args) or True)
+def test_an_outbox_row_is_handled_once_however_often_it_is_enqueued(messages, monkeypatch):
+    owner, handled = make_owner(), []
+    monkeypatch.setitem(outbox._handlers, "delete", lambda *args: handled.append(args) or True)
     outbox.put("delete", owner, "x")
     outbox.run("delete", owner, "x", "")
     outbox.run("delete", owner, "x", "")
-    assert done == [(owner, "x")]
+    assert handled == [(owner, "x")]
     assert outbox.pending() == []
 
 
-def test_an_errand_that_waits_for_something_stays(alone, monkeypatch):
+def test_an_outbox_row_whose_handler_must_wait_is_kept(messages, monkeypatch):
     owner = make_owner()
     monkeypatch.setitem(outbox._handlers, "delete", lambda *args: False)
     outbox.put("delete", owner, "x")
     outbox.run("delete", owner, "x", "")
     (row,) = outbox.pending()
-    outbox.run("delete", owner, "x", "")  # a bell from before: somebody else has begun
+    outbox.run("delete", owner, "x", "")  # an old message: another worker has taken the row
     outbox.run("delete", owner, "x", row.lease)
     assert outbox.pending()[0].lease != row.lease
 
 
-def test_the_audit_removes_what_has_ended_from_the_quota(alone, settings):
+def test_the_audit_removes_ended_jobs_from_the_quota(messages, settings):
     claim = make_claim()
     claim.finish("failed", "bad_data")
     quotas.take(claim.owner, "jobs", claim.job_id)
@@ -208,27 +210,26 @@ def test_the_audit_removes_what_has_ended_from_the_quota(alone, settings):
     assert len(quotas.held(claim.owner, "jobs")) == 1
 
 
-def test_the_janitor_sweeps_what_a_killed_process_was_storing(alone):
+def test_the_janitor_deletes_unfinished_files_of_killed_processes(messages):
     from jobs.store import blobs
     from jobs.worker import worker_process
 
     folder = blobs.local_path(f"jobs/{new_id('ftjob')}/e1")
     folder.mkdir(parents=True)
-    start_one = folder / f"{blobs.UNFINISHED}start"
-    later_one = folder / f"{blobs.UNFINISHED}later"
-    for left, sweep in ((start_one, worker_process.clear_leftovers), (later_one, None)):
-        left.write_bytes(b"half")
-        os.utime(left, (time.time() - 7200,) * 2)
-        if sweep:
-            sweep()
-            assert not left.exists()
+    before_start, after_start = (folder / f"{blobs.UNFINISHED}{name}" for name in ("before", "after"))
+    for path in (before_start, after_start):
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - 7200,) * 2)
+        if path == before_start:
+            worker_process.clear_leftovers()
+            assert not path.exists()
     reconciler, clock = start()
     clock.now += 3601
     reconciler.tick()
-    assert not later_one.exists()
+    assert not after_start.exists()
 
 
-def test_the_janitor_deletes_only_what_nothing_names(alone, monkeypatch):
+def test_the_janitor_deletes_only_unreferenced_files(messages, monkeypatch):
     from jobs.store import blobs
 
     claim = make_claim()
@@ -247,7 +248,7 @@ def test_the_janitor_deletes_only_what_nothing_names(alone, monkeypatch):
     assert deleted == [keys[1]]
 
 
-def test_a_watch_forgets_what_it_no_longer_meets():
+def test_a_watch_forgets_what_it_no_longer_sees():
     clock = Clock()
     watch = Watch(clock)
     for _ in range(3):

@@ -1,8 +1,8 @@
-"""The malformed-input grammar, families G1 to G7 of 9: a valid file of 50 rows and one mutator make a case,
-and for each case it is known beforehand whether it may be trained on, and if not which line is to be named (0
-= none in particular).
+"""A grammar of malformed input, families G1 to G7 of 9. Each case is a valid file of 50 rows, changed by one mutator. For
+each it is known in advance whether the file is accepted, and otherwise which line the error must name (0 = no particular
+line).
 
-G8 (names) and G9 (sizes) are of the door and not of the parser: tests/jobs/api/test_malformed_uploads.py.
+G8 (names) and G9 (sizes) test the upload endpoint instead of the parser: tests/jobs/api/test_malformed_uploads.py.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ WORDS = ("river", "garden", "teacher", "window", "summer", "engine", "forest", "
 @dataclass(frozen=True)
 class Case:
     name: str
-    file: str  # its name, whose extension gives the format
-    content: bytes | Callable[[Path], None]  # bytes, or what writes the file
+    file: str  # name of the file; its extension selects the format
+    content: bytes | Callable[[Path], None]  # bytes, or a function that writes the file
     accept: bool
-    line: int = 0  # that the message must name
-    finding: str = ""  # that the report must have
+    line: int = 0  # the line that the error must name
+    finding: str = ""  # a finding that the report must contain
     validation: bytes = b""
 
 
@@ -60,7 +60,7 @@ def text(rows: list[str], end: str = "\n") -> bytes:
 
 
 def put(row: str | bytes, line: int = 25) -> bytes:
-    """The base with `row` in that line."""
+    """The valid file with `row` in this line."""
     rows = [r.encode() for r in lines()]
     rows[line - 1] = row.encode() if isinstance(row, str) else row
     return b"".join(r + b"\n" for r in rows)
@@ -74,7 +74,7 @@ def with_fields(line: int = 25, **fields: Any) -> str:
 
 
 def g1() -> Iterator[Case]:
-    one: dict[str, Callable[[str], str]] = {
+    mutators: dict[str, Callable[[str], str]] = {
         "trailing comma": lambda row: row[:-1] + ",}",
         "single quotes": lambda row: row.replace('"', "'"),
         "comment": lambda row: row + " // yes",
@@ -85,14 +85,14 @@ def g1() -> Iterator[Case]:
         "scalar root": lambda row: "42",
     }
     for place, line in PLACES.items():
-        for name, spoil in one.items():
-            yield Case(f"G1 {name}, {place}", "d.jsonl", put(spoil(lines()[line - 1]), line), False, line)
-        # A bracket in the first place makes it an array, with something behind its end.
+        for name, mutate in mutators.items():
+            yield Case(f"G1 {name}, {place}", "d.jsonl", put(mutate(lines()[line - 1]), line), False, line)
+        # A bracket at the beginning makes the file an array, followed by other rows.
         yield Case(f"G1 array root, {place}", "d.jsonl", put('["a"]', line), False, 2 if line == 1 else line)
         pretty = json.dumps(base()[line - 1], indent=1)
         yield Case(f"G1 pretty-printed, {place}", "d.jsonl", put(pretty, line), False, line)
         rows = lines()
-        # The row and the one beside it without a line's end between them.
+        # Two adjacent rows without a line break between them.
         at = min(line, ROWS - 1) - 1
         joined = [*rows[:at], rows[at] + rows[at + 1], *rows[at + 2 :]]
         yield Case(f"G1 concatenated, {place}", "d.jsonl", text(joined), False, at + 1)
@@ -133,7 +133,7 @@ def g2() -> Iterator[Case]:
         "depth 100000": "[" * 100_000 + "]" * 100_000,
     }.items():
         yield Case(f"G2 {name}", "d.jsonl", raw(value), False, 25)
-    yield Case("G2 minus nought", "d.jsonl", raw("-0"), True)
+    yield Case("G2 minus zero", "d.jsonl", raw("-0"), True)
     yield Case("G2 key twice", "d.jsonl", put(row[:-1] + ', "prompt": "again"}'), False, 25)
     for name, key in {
         "__proto__": "__proto__",
@@ -156,7 +156,7 @@ def g2() -> Iterator[Case]:
         yield Case(f"G2 {name}", "d.jsonl", both, False, 25)
 
     def endless(path: Path) -> None:
-        """900 MB in one line, nearly all of them a hole in the file."""
+        """Writes one line of 900 MB, almost all of it a hole in the sparse file."""
         with path.open("wb") as file:
             file.write(text(lines()[:24]) + b'{"prompt": "' + b"x" * (6 << 20))
             file.truncate(900_000_000)
@@ -179,13 +179,13 @@ def g2() -> Iterator[Case]:
     )
 
 
-# --- G3 what rows hold -----------------------------------------------------------------------------
+# --- G3 contents of rows ---------------------------------------------------------------------------
 
 
 def chat(*messages: tuple[str, Any], **last: Any) -> str:
-    found = [{"role": role, "content": content} for role, content in messages]
-    found[-1] |= last
-    return json.dumps({"messages": found})
+    turns = [{"role": role, "content": content} for role, content in messages]
+    turns[-1] |= last
+    return json.dumps({"messages": turns})
 
 
 def chats(row: str) -> bytes:
@@ -196,11 +196,11 @@ def chats(row: str) -> bytes:
 
 def g3() -> Iterator[Case]:
     good = base()[24]
-    asked, answered = ("user", "Hello?"), ("assistant", "Good day.")
+    user, assistant = ("user", "Hello?"), ("assistant", "Good day.")
     for name, record in {
         "missing field": {"prompt": good["prompt"]},
         "wrong case": {"Prompt": "a", "Completion": "b"},
-        "twin letter in the field": {"\u0440rompt": "a", "completion": "b"},
+        "lookalike letter in the field": {"\u0440rompt": "a", "completion": "b"},
         "mixed schemas": {"text": "a document"},
         "completion only": {"completion": "b"},
         "both empty": {"prompt": "", "completion": ""},
@@ -209,17 +209,17 @@ def g3() -> Iterator[Case]:
         yield Case(f"G3 {name}", "d.jsonl", put(json.dumps(record)), False, 25)
     yield Case("G3 extra field", "d.jsonl", put(with_fields(extra={"a": [1]})), True)
     for name, row in {
-        "unknown role": chat(("wizard", "a"), answered),
-        "content null": chat(asked, ("assistant", None)),
-        "negative weight": chat(asked, answered, weight=-1),
+        "unknown role": chat(("wizard", "a"), assistant),
+        "content null": chat(user, ("assistant", None)),
+        "negative weight": chat(user, assistant, weight=-1),
     }.items():
         yield Case(f"G3 {name}", "d.jsonl", chats(row), False, 25)
     for name, row, finding in (
-        ("roles out of order", chat(answered, asked, answered), ""),
-        ("no user turn", chat(("system", "Be kind."), answered), ""),
-        ("system last", chat(asked, answered, ("system", "Be kind.")), "no_answer_last"),
-        ("1,000 turns", chat(*(asked, answered) * 500), "truncated"),
-        ("content in parts", chat(asked, ("assistant", [{"type": "text", "text": "Good day."}])), ""),
+        ("roles out of order", chat(assistant, user, assistant), ""),
+        ("no user turn", chat(("system", "Be kind."), assistant), ""),
+        ("system last", chat(user, assistant, ("system", "Be kind.")), "no_answer_last"),
+        ("1,000 turns", chat(*(user, assistant) * 500), "truncated"),
+        ("content in parts", chat(user, ("assistant", [{"type": "text", "text": "Good day."}])), ""),
     ):
         yield Case(f"G3 {name}", "d.jsonl", chats(row), True, finding=finding)
     yield Case(
@@ -229,7 +229,7 @@ def g3() -> Iterator[Case]:
         True,
         finding="truncated",
     )
-    # With the end token, which is one; " river" is one too, and so is the prompt's "A".
+    # " the", the prompt's "A" and the end token are one token each.
     for name, count, finding in (
         ("exactly the context", 510, ""),
         ("one more than the context", 511, "truncated"),
@@ -250,7 +250,7 @@ def g3() -> Iterator[Case]:
     yield Case("G3 fewer rows than a batch", "d.jsonl", text(lines()[:3]), True, finding="few")
     yield Case("G3 all the same", "d.jsonl", text(lines()[:1] * ROWS), True, finding="duplicate")
     yield Case(
-        "G3 trained on what judges it",
+        "G3 validation rows in the training file",
         "d.jsonl",
         text(lines()),
         True,
@@ -258,7 +258,7 @@ def g3() -> Iterator[Case]:
         validation=text(lines()[:5]),
     )
     strange = [json.dumps({"text": chr(0x12000 + i) * 20}) for i in range(ROWS)]
-    yield Case("G3 nothing the tokenizer knows", "d.jsonl", text(strange), True, finding="poor_fit")
+    yield Case("G3 no character the tokenizer knows", "d.jsonl", text(strange), True, finding="poor_fit")
     yield Case("G3 many languages", "d.jsonl", put(with_fields(completion=" да 是的 ναι はい نعم")), True)
     yield Case("G3 joined emoji", "d.jsonl", put(with_fields(completion=" 👩‍👩‍👧‍👦" * 20)), True)
     yield Case(
@@ -358,7 +358,7 @@ def g5() -> Iterator[Case]:
         "empty line": "",
     }
     bad = {
-        "quote never closed": '"a,b',
+        "unclosed quote": '"a,b',
         "text after a quote": '"a"b,c',
         "escaped quote": '"a \\"b\\" c",d',
         "a cell too many": "a,b,c",
@@ -420,10 +420,10 @@ def g6() -> Iterator[Case]:
     yield case("wrong magic at the end", whole[:-4] + b"PAR2")
     for length in (0, 1, len(whole) * 2, 2**32 - 1):
         yield case(f"footer of {length} bytes", whole[:-8] + length.to_bytes(4, "little") + b"PAR1")
-    # Page headers that claim what is not there: sizes, counts, encodings.
+    # Page headers with wrong sizes, counts and encodings.
     for name, junk in {
         "all ones": b"\xff",
-        "all noughts": b"\0",
+        "all zeros": b"\0",
         "sign bits": b"\x80",
         "sevens": b"\x77",
     }.items():

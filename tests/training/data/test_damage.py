@@ -1,4 +1,4 @@
-"""Files damaged in every way a seed can think of: always a verdict, never a crash, always in good time."""
+"""Files with random damage: always a verdict, never a crash, never too slow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHATS = [
 ]
 JSONL = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
 CSV = ("prompt,completion\n" + "".join(f'"q {i}, ""x""",a {i}\n' for i in range(30))).encode()
-SEEDS: dict[str, bytes] = {
+FILES: dict[str, bytes] = {
     "a.jsonl": JSONL,
     "b.jsonl": "".join(json.dumps(chat) + "\n" for chat in CHATS).encode(),
     "c.json": json.dumps(RECORDS, ensure_ascii=False, indent=1).encode(),
@@ -63,7 +63,7 @@ BITS = (
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """A few cuts, insertions, swaps and repetitions."""
+    """Applies a few random cuts, insertions, replacements and repetitions."""
     for _ in range(rng.randint(1, 4)):
         at, to = sorted(rng.randint(0, len(content)) for _ in range(2))
         match rng.randint(0, 4):
@@ -80,19 +80,19 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     return content
 
 
-@pytest.mark.parametrize("name", SEEDS)
+@pytest.mark.parametrize("name", FILES)
 def test_every_damaged_file_gets_a_verdict(tmp_path: Path, name: str) -> None:
     rng = random.Random(name)
     tokenizer = Tokenizer.load(STARTER_FOLDER)
     for _ in range(150):
         path = tmp_path / name
-        path.write_bytes(damaged(SEEDS[name], rng))
-        found = report(path, tokenizer, EncodingOptions(64))
-        assert found["verdict"]
-        assert found["ready"] == (not found["error"])
-        json.dumps(found, allow_nan=False)
-        if not found["ready"] and found["findings"]:
-            assert all(isinstance(line, int) and line >= 1 for line in found["findings"][0]["lines"])
+        path.write_bytes(damaged(FILES[name], rng))
+        result = report(path, tokenizer, EncodingOptions(64))
+        assert result["verdict"]
+        assert result["ready"] == (not result["error"])
+        json.dumps(result, allow_nan=False)
+        if not result["ready"] and result["findings"]:
+            assert all(isinstance(line, int) and line >= 1 for line in result["findings"][0]["lines"])
 
 
 def test_every_damaged_parquet_file_gets_a_verdict(tmp_path: Path) -> None:
@@ -110,11 +110,11 @@ def test_every_damaged_parquet_file_gets_a_verdict(tmp_path: Path) -> None:
         assert report(path, None)["verdict"]
 
 
-@pytest.mark.parametrize("name", SEEDS)
-def test_whole_files_are_ready(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(SEEDS[name])
-    found = report(tmp_path / name, None)
-    assert found["ready"], found["error"]
+@pytest.mark.parametrize("name", FILES)
+def test_undamaged_files_are_ready(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(FILES[name])
+    result = report(tmp_path / name, None)
+    assert result["ready"], result["error"]
 
 
 @pytest.mark.parametrize(
@@ -135,14 +135,14 @@ def test_a_chosen_format_that_does_not_fit_is_reported(tmp_path: Path, format: d
     assert not report(tmp_path / "x.csv", None, format=Format.of(format))["ready"]
 
 
-MONSTERS = {
+OVERSIZED = {
     "a line of 200 MB": lambda f: [f.write(b'{"prompt": "'), [f.write(b"x" * (1 << 20)) for _ in range(200)]],
     "two million empty lines": lambda f: f.write(b"\n" * 2_000_000),
     "a cell of 200 MB": lambda f: [
         f.write(b'prompt,completion\n"'),
         [f.write(b"x" * (1 << 20)) for _ in range(200)],
     ],
-    "an array of 200 MB never closed": lambda f: [
+    "an unclosed array of 200 MB": lambda f: [
         f.write(b"["),
         [f.write(b'"' + b"x" * (1 << 20)) for _ in range(200)],
     ],
@@ -150,19 +150,14 @@ MONSTERS = {
 }
 
 
-@pytest.mark.parametrize("monster", MONSTERS)
-def test_oversized_files_are_stopped_within_a_memory_limit(tmp_path: Path, monster: str) -> None:
-    """In a process of its own that may use 400 MB of address space beyond what Python and its libraries
-    map."""
+@pytest.mark.parametrize("kind", OVERSIZED)
+def test_oversized_files_are_stopped_within_a_memory_limit(tmp_path: Path, kind: str) -> None:
+    """In a child process whose address space is limited to 1 GiB, about 400 MB more than Python and its libraries map."""
     path = tmp_path / (
-        "x.csv"
-        if "cell" in monster or "columns" in monster
-        else "x.json"
-        if "array" in monster
-        else "x.jsonl"
+        "x.csv" if "cell" in kind or "columns" in kind else "x.json" if "array" in kind else "x.jsonl"
     )
     with path.open("wb") as file:
-        MONSTERS[monster](file)
+        OVERSIZED[kind](file)
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))

@@ -1,4 +1,4 @@
-"""Whatever is uploaded becomes rows, or a complaint that names its line, the reason and what to do."""
+"""Every upload becomes rows, or an error with its line, the reason and a fix."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def read(folder: Path, content: str | bytes, name: str = "data.jsonl") -> list[R
     return list(rows(put(folder, content, name)))
 
 
-def complaint(folder: Path, content: str | bytes, name: str = "data.jsonl") -> BadRow:
+def error_of(folder: Path, content: str | bytes, name: str = "data.jsonl") -> BadRow:
     with pytest.raises(BadRow) as caught:
         read(folder, content, name)
     assert caught.value.reason
-    assert caught.value.fix, "every complaint says what to do"
+    assert caught.value.fix, "every error has a fix"
     return caught.value
 
 
-# --- what is read ---------------------------------------------------------------------------------
+# --- accepted files --------------------------------------------------------------------------------
 
 
 def test_it_reads_chat_with_weights(tmp_path: Path) -> None:
@@ -83,12 +83,12 @@ def test_instruction_and_input_become_one_question(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_it_reads_these_encodings_and_line_ends(tmp_path: Path, encoding: str, end: str) -> None:
+def test_it_reads_all_encodings_and_line_endings(tmp_path: Path, encoding: str, end: str) -> None:
     record = {"prompt": "naïve — 東京 😀", "completion": " ça"}
     text = end.join(json.dumps(record, ensure_ascii=False) for _ in range(3)) + end
-    found = read(tmp_path, text.encode(encoding))
-    assert [row.prompt for row in found] == [record["prompt"]] * 3
-    assert [row.line for row in found] == [1, 2, 3]
+    read_rows = read(tmp_path, text.encode(encoding))
+    assert [row.prompt for row in read_rows] == [record["prompt"]] * 3
+    assert [row.line for row in read_rows] == [1, 2, 3]
 
 
 def test_it_skips_blank_lines_but_counts_them(tmp_path: Path) -> None:
@@ -98,18 +98,23 @@ def test_it_skips_blank_lines_but_counts_them(tmp_path: Path) -> None:
 def test_it_reads_a_json_array_in_pieces(tmp_path: Path) -> None:
     records = [{"prompt": f"{i} " + "x" * 700, "completion": "ü😀"} for i in range(500)]
     for indent in (None, 2):
-        found = read(tmp_path, json.dumps(records, indent=indent, ensure_ascii=indent is None), "data.json")
-        assert [row.prompt for row in found] == [record["prompt"] for record in records]
-    assert found[1].line == 6  # each record takes four lines
+        read_rows = read(
+            tmp_path, json.dumps(records, indent=indent, ensure_ascii=indent is None), "data.json"
+        )
+        assert [row.prompt for row in read_rows] == [record["prompt"] for record in records]
+    assert read_rows[1].line == 6  # each record takes four lines
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-def test_it_reads_tables_and_finds_their_columns(tmp_path: Path, delimiter: str) -> None:
+def test_it_reads_tables_and_detects_their_columns(tmp_path: Path, delimiter: str) -> None:
     text = io.StringIO()
     writer = csv.writer(text, delimiter=delimiter)
     writer.writerows([["id", "Question", "Answer"], [1, 'a "b"\nc', "d"], [2, "e", "f"]])
-    found = read(tmp_path, text.getvalue(), "data.csv")
-    assert [(row.line, row.prompt, row.completion) for row in found] == [(2, 'a "b"\nc', "d"), (4, "e", "f")]
+    read_rows = read(tmp_path, text.getvalue(), "data.csv")
+    assert [(row.line, row.prompt, row.completion) for row in read_rows] == [
+        (2, 'a "b"\nc', "d"),
+        (4, "e", "f"),
+    ]
 
 
 def test_columns_can_be_chosen(tmp_path: Path) -> None:
@@ -160,10 +165,10 @@ def test_a_bad_row_does_not_hide_the_others(tmp_path: Path) -> None:
     assert [b.line for b in bad] == [2, 4]
 
 
-# --- what is refused, and where -------------------------------------------------------------------
+# --- rejected files and their lines ---------------------------------------------------------------
 
 LINE = jsonl(GOOD)
-BROKEN_LINES = {
+BROKEN_LINES: dict[str, tuple[str | bytes, str]] = {
     "trailing comma": ('{"prompt": "a", "completion": "b",}', "comma"),
     "single quotes": ("{'prompt': 'a', 'completion': 'b'}", "single quotes"),
     "comment": ('{"prompt": "a", "completion": "b"} // yes', "comments"),
@@ -180,7 +185,7 @@ BROKEN_LINES = {
     "infinity": ('{"prompt": "a", "completion": "b", "x": -Infinity}', "Infinity"),
     "1e999": ('{"prompt": "a", "completion": "b", "x": 1e999}', "too large"),
     "5000 digits": ('{"prompt": "a", "completion": "b", "x": %s}' % ("9" * 5000), "digits"),
-    "leading zero": ('{"prompt": "a", "completion": "b", "x": 01}', "broken JSON"),
+    "leading zero": ('{"prompt": "a", "completion": "b", "x": 01}', "invalid JSON"),
     "duplicate key": ('{"prompt": "a", "prompt": "c", "completion": "b"}', "twice"),
     "lone surrogate": ('{"prompt": "a\\ud800", "completion": "b"}', "surrogate"),
     "raw control": ('{"prompt": "a\tb", "completion": "b"}', "control character"),
@@ -209,12 +214,19 @@ BROKEN_LINES = {
 
 @pytest.mark.parametrize("place", [2, 26, 50])
 @pytest.mark.parametrize("case", BROKEN_LINES)
-def test_a_broken_line_is_named(tmp_path: Path, case: str, place: int) -> None:
-    broken, word = BROKEN_LINES[case]
+def test_the_error_names_a_broken_line(tmp_path: Path, case: str, place: int) -> None:
+    broken, expected = BROKEN_LINES[case]
     lines = [LINE.strip().encode()] * 50
     lines[place - 1] = broken.encode() if isinstance(broken, str) else broken
-    found = complaint(tmp_path, b"\n".join(lines))
-    assert (found.line, word in found.reason) == (place, True), found
+    error = error_of(tmp_path, b"\n".join(lines))
+    assert (error.line, expected in error.reason) == (place, True), error
+
+
+def test_a_line_in_another_encoding_says_how_to_fix_it(tmp_path: Path) -> None:
+    accented = '{"prompt": "café", "completion": "b"}\n'
+    error = error_of(tmp_path, accented.encode() * 5 + accented.encode("latin-1"))
+    assert str(error) == "line 6: byte 16 of the line (0xe9) is not UTF-8"
+    assert error.fix == "Save the file as UTF-8. Part of it seems to have another encoding."
 
 
 def message(**changes: object) -> dict[str, object]:
@@ -240,10 +252,10 @@ BAD_CHATS = {
 
 
 @pytest.mark.parametrize("case", BAD_CHATS)
-def test_a_broken_conversation_is_named(tmp_path: Path, case: str) -> None:
-    record, word = BAD_CHATS[case]
-    found = complaint(tmp_path, jsonl(CHAT, record))
-    assert (found.line, word in found.reason) == (2, True), found
+def test_the_error_names_a_broken_conversation(tmp_path: Path, case: str) -> None:
+    record, expected = BAD_CHATS[case]
+    error = error_of(tmp_path, jsonl(CHAT, record))
+    assert (error.line, expected in error.reason) == (2, True), error
 
 
 def zipped() -> bytes:
@@ -278,9 +290,9 @@ WHOLE_FILES = {
 
 
 @pytest.mark.parametrize("case", WHOLE_FILES)
-def test_other_files_are_refused_by_name(tmp_path: Path, case: str) -> None:
-    content, word = WHOLE_FILES[case]
-    assert word in complaint(tmp_path, content).reason
+def test_other_files_are_refused_with_the_name_of_their_format(tmp_path: Path, case: str) -> None:
+    content, expected = WHOLE_FILES[case]
+    assert expected in error_of(tmp_path, content).reason
 
 
 TABLES = {
@@ -296,15 +308,15 @@ TABLES = {
 
 
 @pytest.mark.parametrize("case", TABLES)
-def test_a_broken_table_is_named(tmp_path: Path, case: str) -> None:
-    text, line, word = TABLES[case]
-    found = complaint(tmp_path, text, "data.csv")
-    assert (found.line, word in found.reason) == (line, True), found
+def test_the_error_names_the_line_of_a_broken_table(tmp_path: Path, case: str) -> None:
+    text, line, expected = TABLES[case]
+    error = error_of(tmp_path, text, "data.csv")
+    assert (error.line, expected in error.reason) == (line, True), error
 
 
 ARRAYS = {
     "cut off": ('[{"prompt": "a", "completion": "b"},\n{"prompt": "a", ', 2),
-    "never closed": ('[{"prompt": "a", "completion": "b"}\n', 2),
+    "not closed": ('[{"prompt": "a", "completion": "b"}\n', 2),
     "after the end": ('[{"prompt": "a", "completion": "b"}]\n7', 2),
     "scalar inside": ('[{"prompt": "a", "completion": "b"},\n7]', 2),
     "deep": ("[" * 100_000, 1),
@@ -312,9 +324,9 @@ ARRAYS = {
 
 
 @pytest.mark.parametrize("case", ARRAYS)
-def test_a_broken_array_is_named(tmp_path: Path, case: str) -> None:
+def test_the_error_names_the_line_of_a_broken_array(tmp_path: Path, case: str) -> None:
     text, line = ARRAYS[case]
-    assert complaint(tmp_path, text, "data.json").line == line
+    assert error_of(tmp_path, text, "data.json").line == line
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
@@ -325,7 +337,7 @@ def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["abc" * 100] * 1000}), path)
     whole = path.read_bytes()
     for cut in (4, 8, len(whole) // 2, len(whole) - 1):
-        complaint(tmp_path, whole[:cut], "y.parquet")
+        error_of(tmp_path, whole[:cut], "y.parquet")
 
 
 def test_a_parquet_bomb_is_stopped_while_it_decodes(tmp_path: Path) -> None:
@@ -341,7 +353,7 @@ def test_a_parquet_bomb_is_stopped_while_it_decodes(tmp_path: Path) -> None:
         list(rows(path, limits=Limits(decoded_bytes=20 << 20)))
 
 
-def test_a_line_without_end_is_stopped_at_the_limit(tmp_path: Path) -> None:
+def test_a_line_without_an_end_is_stopped_at_the_limit(tmp_path: Path) -> None:
     path = put(tmp_path, '{"prompt": "' + "x" * 3_000_000)
     with pytest.raises(BadFile, match="longer than 1 MB"):
         list(rows(path, limits=Limits(line_bytes=1 << 20)))

@@ -1,5 +1,5 @@
-"""Every case of the grammar through the program that checks uploads: the verdict is the one known
-beforehand, names its line, comes soon and takes little memory."""
+"""All cases of the grammar through the program that checks uploads: each gets the expected verdict with the right line,
+in little time and memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from training.plan.catalog import STARTER_FOLDER
 
 ALL = cases()
 SECONDS = (
-    60.0  # of the processor, where the slowest needs two: a bound for what would take minutes, on any machine
+    60.0  # CPU time; the slowest needs two, and a case with quadratic time would need minutes on any machine
 )
 MEMORY = 128 << 20
-OF_THE_WHOLE_FILE = {"few", "poor_fit"}  # no line to look at
-# One process for all, under the limits of a check: what it does with one file must not show in the next.
+WITHOUT_LINES = {"few", "poor_fit"}  # findings without lines
+# One process with the limits of a check for all cases: a file must not influence the next one.
 CHECK_ALL = """
 import gc, json, sys, time
 from training.engine import memory
@@ -37,17 +37,17 @@ for line in sys.stdin:
     name, path, validation = json.loads(line)
     gc.collect()
     memory.reset_peak_rss()
-    idle, begun = memory.peak_rss(), time.process_time()
-    found = report(path, tokenizer, EncodingOptions(512), validation=validation or None)
-    seconds = time.process_time() - begun
-    print(json.dumps([name, seconds, memory.peak_rss() - idle, found]), flush=True)
+    idle, started = memory.peak_rss(), time.process_time()
+    result = report(path, tokenizer, EncodingOptions(512), validation=validation or None)
+    seconds = time.process_time() - started
+    print(json.dumps([name, seconds, memory.peak_rss() - idle, result]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("grammar")
-    asked = []
+    requests = []
     for number, case in enumerate(ALL):
         path = folder / str(number) / case.file
         path.parent.mkdir()
@@ -58,25 +58,25 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         validation = path.parent / "validation.jsonl"
         if case.validation:
             validation.write_bytes(case.validation)
-        asked.append(json.dumps([case.name, str(path), str(validation) if case.validation else ""]))
+        requests.append(json.dumps([case.name, str(path), str(validation) if case.validation else ""]))
     warm = Path(folder / "warm.jsonl")
     warm.write_text('{"prompt": "a", "completion": " b"}\n')
     done = subprocess.run(
         [sys.executable, "-c", CHECK_ALL, str(STARTER_FOLDER), str(warm)],
-        input="\n".join(asked),
+        input="\n".join(requests),
         capture_output=True,
         text=True,
         timeout=300,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30)),
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = (json.loads(line) for line in done.stdout.splitlines())
-    return {name: (seconds, memory, report) for name, seconds, memory, report in found}
+    results = (json.loads(line) for line in done.stdout.splitlines())
+    return {name: (seconds, memory, report) for name, seconds, memory, report in results}
 
 
-def test_the_grammar_has_all_its_cases() -> None:
+def test_the_grammar_has_all_cases() -> None:
     families = Counter(case.name[:2] for case in ALL)
-    # 264 with the 44 of the door; of G2's list each item is a case here, which makes three more.
+    # The specification has 264 with the 44 of the upload endpoint. G2 has three more here: each item of a list is a case.
     assert families == {"G1": 48, "G2": 35, "G3": 30, "G4": 24, "G5": 36, "G6": 30, "G7": 20}
     assert len({case.name for case in ALL}) == len(ALL)
 
@@ -92,7 +92,7 @@ def test_each_case_gets_the_expected_verdict(verdicts: dict[str, Any], case: Cas
         assert "Traceback" not in report["error"]
     if case.line:
         assert re.match(rf"Line {case.line}\b", report["error"]), report["error"]
-    found = {finding["code"]: finding for finding in report["findings"]}
+    findings = {finding["code"]: finding for finding in report["findings"]}
     if case.finding:
-        assert case.finding in found
-        assert bool(found[case.finding]["lines"]) is (case.finding not in OF_THE_WHOLE_FILE)
+        assert case.finding in findings
+        assert bool(findings[case.finding]["lines"]) is (case.finding not in WITHOUT_LINES)

@@ -113,7 +113,7 @@ def test_a_message_that_cannot_be_read_says_why(message: dict[str, Any], words: 
         read({"messages": [message]})
 
 
-def test_preference_pairs_are_read_and_said_to_be_pairs(tmp_path: Path) -> None:
+def test_preference_pairs_are_read_as_such(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     for record in (
         {"prompt": "Who?", "chosen": "Me.", "rejected": "no"},

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or refused: 200 ways of damaging one, and the older one that is used instead."""
+"""A checkpoint is either complete or rejected: 200 kinds of damage, after each of which the older one is used."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def read(folder: Path, sha256: str | None = None) -> checkpoint.Restored:
 def test_a_checkpoint_is_read_back_as_written(tmp_path: Path) -> None:
     shot = snapshot(7)
     folder, manifest, sha256 = checkpoint.write(shot, tmp_path)
-    found = read(folder, sha256)
+    stored = read(folder, sha256)
     assert folder.name == "e1-s7"
-    assert all(torch.equal(found.weights[name], t) for name, t in shot.weights.items())
-    assert all(torch.equal(found.optimizer[name], t) for name, t in shot.optimizer.items())
-    assert found.state == shot.state
+    assert all(torch.equal(stored.weights[name], t) for name, t in shot.weights.items())
+    assert all(torch.equal(stored.optimizer[name], t) for name, t in shot.optimizer.items())
+    assert stored.state == shot.state
     assert {f["name"] for f in manifest["files"]} == set(FILES)
 
 
-Damage = Callable[[Path, Path], None]  # (folder, an older good one)
+Damage = Callable[[Path, Path], object]  # (folder, an older good one)
 
 
 def truncate(name: str, tenth: int) -> Damage:
@@ -120,14 +120,14 @@ def all_of_another_step(folder: Path, older: Path) -> None:
 
 
 def resealed(name: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Damage:
-    """Hashes that fit, contents that don't."""
+    """Valid hashes, wrong contents."""
     return lambda folder, older: _rewrite(folder, name, change)
 
 
-def stranger(what: str) -> Damage:
+def another_identity(key: str) -> Damage:
     def damage(folder: Path, older: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["identity"][what] = "another"
+        manifest["identity"][key] = "another"
         (folder / "manifest.json").write_bytes(checkpoint.seal(manifest))
 
     return damage
@@ -153,16 +153,16 @@ def damages() -> Iterator[tuple[str, Damage]]:
         yield f"{name} missing", remove(name)
         yield f"{name} of another step", swap(name)
         yield f"{name} a link", link(name)
-    yield "a file too many", extra
+    yield "an additional file", extra
     yield "junk", junk
     yield "all of another step", all_of_another_step
     yield "another format", another_format
-    for what in ("job", "settings", "data", "base"):
-        yield f"another {what}", stranger(what)
+    for key in ("job", "settings", "data", "base"):
+        yield f"another {key}", another_identity(key)
     yield "wrong shape", resealed("weights", lambda t: t | {"a.bias": torch.zeros(9)})
-    yield "a name too many", resealed("weights", lambda t: t | {"b": torch.zeros(1)})
+    yield "an additional tensor", resealed("weights", lambda t: t | {"b": torch.zeros(1)})
     yield (
-        "a name too few",
+        "a missing tensor",
         resealed("optimizer", lambda t: {k: v for k, v in t.items() if k != "exp_avg.a.bias"}),
     )
     yield "another type", resealed("weights", lambda t: {k: v.double() for k, v in t.items()})
@@ -174,23 +174,23 @@ def damages() -> Iterator[tuple[str, Damage]]:
         )
 
 
-def test_every_one_of_200_damaged_checkpoints_is_refused_and_the_older_one_used(tmp_path: Path) -> None:
+def test_each_of_200_damaged_checkpoints_is_rejected_and_the_older_one_used(tmp_path: Path) -> None:
     older, _, _ = checkpoint.write(snapshot(7), tmp_path / "good")
     newer, _, _ = checkpoint.write(snapshot(14), tmp_path / "good")
-    believed, count = [], 0
+    accepted, count = [], 0
     for i, (name, damage) in enumerate(damages()):
         place = tmp_path / f"m{i}"
         shutil.copytree(tmp_path / "good", place)
         damage(place / newer.name, place / older.name)
         count += 1
-        if _first_good(checkpoint.candidates(place / newer.name, [])) != place / older.name:
-            believed.append(name)
+        if _first_readable(checkpoint.candidates(place / newer.name, [])) != place / older.name:
+            accepted.append(name)
         shutil.rmtree(place)
-    assert believed == []
+    assert accepted == []
     assert count >= 200
 
 
-def _first_good(choices: list[Path]) -> Path | None:
+def _first_readable(choices: list[Path]) -> Path | None:
     for folder in choices:
         try:
             return read(folder).folder
@@ -213,18 +213,18 @@ def test_nothing_newer_than_the_pointer_is_ever_read(two: tuple[Path, Path]) -> 
 def test_a_full_disk_leaves_the_older_checkpoint_intact(
     at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The n-th flush to the disk fails: that of a file, the folder, or the folder above after the rename."""
+    """The n-th fsync fails: that of a file, of the folder, or of its parent folder after the rename."""
     older, _, _ = checkpoint.write(snapshot(7), tmp_path)
     passed: list[int] = []
-    proper = os.fsync
+    real = os.fsync
 
     def failing(handle: int) -> None:
         if len(passed) >= at:
             raise OSError(errno.ENOSPC, "No space left on device")
         passed.append(handle)
-        proper(handle)
+        real(handle)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", failing)
+    monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(OSError, match="No space"):
         checkpoint.write(snapshot(14), tmp_path)
     monkeypatch.undo()
@@ -240,7 +240,7 @@ def test_only_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"e1-s10", "e1-s20", "e1-s25"}
 
 
-def test_an_error_of_the_background_writer_reaches_the_training(tmp_path: Path) -> None:
+def test_an_error_of_the_background_writer_is_raised_in_the_training_loop(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     writer = Writer(tmp_path / "file", lambda *_: None)
     writer.submit(snapshot(5))
@@ -248,7 +248,7 @@ def test_an_error_of_the_background_writer_reaches_the_training(tmp_path: Path) 
         writer.wait()
 
 
-def test_a_run_falls_back_to_the_older_checkpoint_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_falls_back_to_the_older_checkpoint_and_ends_bit_for_bit_the_same(tmp_path: Path) -> None:
     runner = Runner(tmp_path, 12, checkpoint_every_steps=3)
     whole = runner.train("whole")
     cut = of(runner.train("cut", stop_at=8), "checkpoint")
@@ -272,5 +272,5 @@ def test_tensors_are_written_as_the_library_reads_them(tmp_path: Path) -> None:
         "s": torch.tensor(2.0),
     }
     checkpoint.write_tensors(tmp_path / "t.safetensors", tensors)
-    found = load_file(tmp_path / "t.safetensors")
-    assert all(torch.equal(found[name], t) for name, t in tensors.items())
+    loaded = load_file(tmp_path / "t.safetensors")
+    assert all(torch.equal(loaded[name], t) for name, t in tensors.items())

@@ -16,7 +16,7 @@ from tests.training.tiny import write_model
 from training import command
 from training.export.export_check import logits_of
 from training.models.load import load_model
-from training.plan.config import Run
+from training.plan.run_file import Run
 
 STEPS = 6
 
@@ -24,7 +24,7 @@ STEPS = 6
 def train(
     work: Path, base: Path, processes: int, resume_from: str | None = None, **settings: Any
 ) -> list[dict[str, Any]]:
-    """Run the train command and give its event lines."""
+    """Runs the train command. Returns its events."""
     work.mkdir()
     data = work / "data.jsonl"
     rows = [
@@ -49,7 +49,7 @@ def train(
         "rehearse": False,
         "resume_from": resume_from,
     }
-    if processes == 1:  # in this one: importing torch once more would take longer than the training
+    if processes == 1:  # in this process, since importing torch again would take longer than the training
         lines: list[dict[str, Any]] = []
         command.train(Run.parse(run), lambda t, **values: lines.append({"t": t, **values}))
         return lines
@@ -74,10 +74,9 @@ def pick(lines: list[dict[str, Any]], kind: str, name: str) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("shard", "method"), [(False, "full"), (True, "full"), (True, "lora")])
 def test_two_processes_train_as_one_and_resume(tmp_path, shard, method):
-    """Each with the whole model, or spread over both (FSDP2). A checkpoint of theirs is one like any
-    other."""
+    """Each has the whole model, or it is sharded over both (FSDP2). One process can resume from their checkpoint."""
     base = write_model(tmp_path / "base")
-    # Three examples a step: one process has a row more than the other.
+    # Three examples per step, so that one process has a row more than the other.
     chosen = {"method": method, "checkpoint_every_steps": 4, "batch_size": 3, "micro_batch_tokens": 32}
     one, two = (train(tmp_path / str(n), base, n, shard=shard, **chosen) for n in (1, 2))
     assert shard == any("sharded" in text for text in pick(two, "log", "message"))
@@ -88,8 +87,7 @@ def test_two_processes_train_as_one_and_resume(tmp_path, shard, method):
     assert pick(two, "eval", "loss") == pytest.approx(pick(one, "eval", "loss"), rel=1e-4)
     assert two[-1]["t"] == "done"
     assert two[-1]["fidelity"]["exact"]
-    # Not the weights: the bias of the keys has no gradient but rounding, which AdamW makes into steps of full
-    # size.
+    # The weights are not compared: the gradient of the keys' bias is only rounding error, which AdamW scales to full steps.
     logits = [logits_of(load_model(tmp_path / n / "out" / "final"), range(5, 40)) for n in ("1", "2")]
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-3)
     half_way = pick(two, "checkpoint", "path")[0]

@@ -1,8 +1,8 @@
-"""The fast engine beside the plain one: transformers' eager GPT-2 in fp32, each document alone."""
+"""The fast engine compared with a plain one: transformers' eager GPT-2 in fp32, each document alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def theirs(folder: Path) -> Any:
 
 
 def plain_loss(model: Any, docs: list[Document]) -> float:
-    """Each document alone, summed; gradients left in the model."""
+    """The summed loss of each document alone; the gradients accumulate in the model."""
     count = sum(int(mask[1:].sum()) for _, mask in docs)
     total = 0.0
     for ids, mask in docs:
@@ -89,7 +89,8 @@ def fast_loss(model: GPT2, docs: list[Document]) -> tuple[float, dict[str, Tenso
     return float(loss.detach()), {name: optimizer.window(optimizer.grads, name) for name in optimizer.spans}
 
 
-def relative(a: Tensor, b: Tensor) -> float:
+def relative(a: Tensor, b: Tensor | None) -> float:
+    assert b is not None
     return float((a - b).norm() / b.norm().clamp(min=1e-12))
 
 
@@ -143,12 +144,12 @@ def test_gradients_of_micro_batches_add_up_to_those_of_one_row(base: Path) -> No
     _, wanted = fast_loss(whole, docs)
     optimizer = AdamW(parts, Settings())
     count = sum(len(pack([d]).targets) for d in docs)
-    for some in (docs[:2], docs[2:3], docs[3:]):
-        batch_loss(parts, pack(some), 1.0 / count)[0].backward()
+    for subset in (docs[:2], docs[2:3], docs[3:]):
+        batch_loss(parts, pack(subset), 1.0 / count)[0].backward()
     assert max(relative(optimizer.window(optimizer.grads, n), g) for n, g in wanted.items()) < 1e-5
 
 
-def test_a_token_of_one_document_cannot_move_anothers_states(base: Path) -> None:
+def test_a_token_of_one_document_does_not_change_the_states_of_another(base: Path) -> None:
     model = GPT2.load(base).eval()
     docs = documents(completion_only=False)
     changed = [*docs[:2], (docs[2][0][::-1].copy(), docs[2][1]), *docs[3:]]
@@ -160,7 +161,7 @@ def test_a_token_of_one_document_cannot_move_anothers_states(base: Path) -> None
     assert not torch.equal(before[start:end], after[start:end])
 
 
-def test_the_fused_head_gives_the_plain_losses_gradients_and_hits() -> None:
+def test_the_fused_head_equals_plain_losses_gradients_and_hits() -> None:
     rng = torch.Generator().manual_seed(0)
     h = torch.randn(700, 24, generator=rng, requires_grad=True)  # more than one block of tokens
     w = torch.randn(VOCAB, 24, generator=rng, requires_grad=True)
@@ -220,7 +221,7 @@ def test_dropout_keeps_the_right_fraction() -> None:
     for p in (0.1, 0.5, 0.9):
         kept = kernels.keep_mask((1000, 201), p).float()
         assert abs(float(kept.mean()) - (1 - p)) < 0.005
-        # no pattern along the rows, though four decisions share a draw
+        # no correlation along the rows, although four decisions share one random number
         assert float(kept.mean(0).std()) < 0.03
     x = torch.ones(1000, 200, requires_grad=True)
     y = kernels.dropout(x, 0.1)
@@ -232,7 +233,7 @@ def test_dropout_keeps_the_right_fraction() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_logits_equal_transformers_for_every_architecture(size: str, tmp_path: Path) -> None:
-    """Every size's layers and heads, narrower so that it fits a test (head size 16 instead of 64)."""
+    """The layers and heads of each size, but narrower (head size 16 instead of 64), so that the test is fast."""
     layers, heads = SIZES[size]
     model = GPT2.new(GPT2Config(400, 64, heads * 16, layers, heads), seed=4).eval()
     model.save(tmp_path)
@@ -244,19 +245,20 @@ def test_logits_equal_transformers_for_every_architecture(size: str, tmp_path: P
     assert float((ours - wanted).abs().max()) < 1e-4
 
 
-def test_transformers_loads_our_files_with_no_key_missing_or_left_over(base: Path) -> None:
+def test_transformers_loads_our_files_with_no_missing_or_unexpected_key(base: Path) -> None:
     import transformers
 
-    _, info = transformers.GPT2LMHeadModel.from_pretrained(str(base), output_loading_info=True)
-    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    auto: Any = transformers.GPT2LMHeadModel
+    _, info = auto.from_pretrained(str(base), output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-def test_we_load_files_as_the_hub_has_them_without_the_prefix(base: Path, tmp_path: Path) -> None:
+def test_we_load_files_without_the_prefix_as_on_the_hub(base: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(base / "model.safetensors")
-    bare = {name.removeprefix("transformer."): t for name, t in weights.items()}
-    save_file(bare | {"h.0.attn.bias": torch.ones(1, 1, 128, 128)}, tmp_path / "model.safetensors")
+    without_prefix = {name.removeprefix("transformer."): t for name, t in weights.items()}
+    save_file(without_prefix | {"h.0.attn.bias": torch.ones(1, 1, 128, 128)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((base / "config.json").read_text())
     ours = GPT2.load(tmp_path).state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in weights.items())
@@ -279,7 +281,7 @@ class _Encoded:
         self.ids, self.mask = ids, mask
 
 
-def test_the_flat_optimizer_steps_as_torchs_adamw(base: Path) -> None:
+def test_the_flat_optimizer_takes_the_steps_of_torchs_adamw(base: Path) -> None:
     settings = Settings(weight_decay=0.1, clip_norm=0.5, beta2=0.95)
     ours, plain = GPT2.load(base).eval(), GPT2.load(base)
     optimizer = AdamW(ours, settings)
@@ -308,7 +310,7 @@ def test_the_flat_optimizer_steps_as_torchs_adamw(base: Path) -> None:
 
 
 def test_a_frozen_model_keeps_no_inputs_of_its_layers(base: Path) -> None:
-    """LoRA's memory: only what adapters need is kept for the backward pass."""
+    """With LoRA only the activations that the adapters need are kept for the backward pass."""
     kept = [_saved_bytes(base, lora) for lora in (False, True)]
     assert kept[1] < 0.75 * kept[0]
 
@@ -318,8 +320,7 @@ def _saved_bytes(base: Path, lora: bool) -> int:
     model.set_dropout(0.0)
     if lora:
         model.add_lora(4, 8.0, 0.0, None)
-    row, seen = pack(documents(completion_only=False)), {}
-    note: Callable[[Tensor], Tensor] = lambda t: seen.setdefault(t.data_ptr(), t)  # noqa: E731 (a hook of one line)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    row, seen = pack(documents(completion_only=False)), dict[int, Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.setdefault(t.data_ptr(), t), lambda t: t):
         model.hidden(row)
     return sum(t.numel() * t.element_size() for t in seen.values())

@@ -10,7 +10,7 @@ import pytest
 
 from tests.training.tiny import write_model
 from training.engine import inputs
-from training.plan.config import Run
+from training.plan.run_file import Run
 
 QUESTION = "the cat sat?"
 ROWS: dict[str, tuple[dict[str, Any], bool]] = {

@@ -64,7 +64,7 @@ def test_it_learns(events: list[Event]) -> None:
     assert last["perplexity"] == pytest.approx(math.exp(last["loss"]))
 
 
-def test_samples_come_with_each_evaluation_the_base_models_too(events: list[Event]) -> None:
+def test_samples_come_with_each_evaluation_including_that_of_the_base_model(events: list[Event]) -> None:
     assert [(s["step"], s["prompt"]) for s in of(events, "sample")] == [
         (0, "the cat"),
         (6, "the cat"),
@@ -102,7 +102,7 @@ def test_the_rehearsal_changes_nothing(runner: Runner, events: list[Event]) -> N
     assert losses(runner.train("unrehearsed", rehearse=False)) == losses(events)
 
 
-def test_another_seed_gives_another_training(runner: Runner, events: list[Event]) -> None:
+def test_another_seed_gives_other_losses(runner: Runner, events: list[Event]) -> None:
     assert losses(runner.train("seed", settings={"seed": 4})) != losses(events)
 
 
@@ -140,10 +140,10 @@ def test_deterministic_mode_trains(runner: Runner, events: list[Event]) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_half_precision_learns_as_full_precision_does(
+def test_half_precision_learns_like_full_precision(
     runner: Runner, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The path of GPUs, but for the kernel of attention."""
+    """The code path of GPUs, except for the attention kernel."""
     monkeypatch.setattr(device, "cpu_has_bf16", lambda: True)
     settings = {"method": method, "lora_dropout": 0.1, "gradient_checkpointing": method == "full"}
     full, half = (
@@ -155,7 +155,7 @@ def test_half_precision_learns_as_full_precision_does(
     assert both[1] == pytest.approx(both[0], rel=5e-3)
     done = of(half, "done")[0]
     assert done["fidelity"]["exact"] is True
-    if method == "lora":  # frozen weights leave as they came
+    if method == "lora":  # frozen weights are exported unchanged
         base, final = (
             load_file(Path(f) / "model.safetensors") for f in (runner.values["base"], done["path"])
         )
@@ -181,9 +181,9 @@ def test_the_rehearsal_lowers_the_micro_batch_when_memory_is_short(
         return supervised.loss(model, batch, scale)
 
     monkeypatch.setitem(objectives.OBJECTIVES, "supervised", replace(supervised, loss=short_of_memory))
-    found = runner.train("short", settings={"dropout": 0})
-    assert 32 <= of(found, "estimate")[0]["micro_batch_tokens"] <= 50  # it began with 64
-    assert [m["tokens"] for m in of(found, "metric")] == [m["tokens"] for m in of(events, "metric")]
+    emitted = runner.train("short", settings={"dropout": 0})
+    assert 32 <= of(emitted, "estimate")[0]["micro_batch_tokens"] <= 50  # it began with 64
+    assert [m["tokens"] for m in of(emitted, "metric")] == [m["tokens"] for m in of(events, "metric")]
 
 
 def test_it_stops_early_and_keeps_the_best_weights(runner: Runner) -> None:

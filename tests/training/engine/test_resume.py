@@ -1,4 +1,4 @@
-"""Going on after a crash gives the same bits; without any one ingredient of a checkpoint it would not."""
+"""A resumed run is equal bit for bit; without any single part of the checkpoint it would not be."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from benchmarks import resume
 from tests.training.running import Event, Runner, losses, of
 from training.engine import checkpoint, loop
+from training.engine.schedule import learning_rate
 
-STEPS, CUT = 16, 9  # an epoch is ten steps and a bit: the second begins inside step 11
+STEPS, CUT = 16, 9  # an epoch is a little more than ten steps: the second begins within step 11
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,8 +41,8 @@ def whole(runner: Runner) -> list[Event]:
 
 
 @pytest.fixture(scope="module")
-def cut(runner: Runner) -> Path:
-    """The checkpoint of a run that was asked to stop."""
+def stopped(runner: Runner) -> Path:
+    """The checkpoint of a run that was stopped by request."""
     events = runner.train("cut", stop_at=CUT)
     assert events[-1] == {"t": "stopped"}
     assert of(events, "checkpoint")[-1]["step"] == CUT
@@ -52,14 +53,14 @@ def resumed(runner: Runner, folder: Path, **changes: Any) -> list[Event]:
     return runner.train(f"again-{folder.parent.name}", resume_from=str(folder), epoch=2, **changes)
 
 
-def copied(cut: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(cut, tmp_path / cut.name))
+def copied(stopped: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / stopped.name))
 
 
 def test_a_resumed_run_has_the_same_losses_and_weights_bit_for_bit(
-    runner: Runner, whole: list[Event], cut: Path, tmp_path: Path
+    runner: Runner, whole: list[Event], stopped: Path, tmp_path: Path
 ) -> None:
-    events = resumed(runner, copied(cut, tmp_path))
+    events = resumed(runner, copied(stopped, tmp_path))
     assert of(events, "resumed")[0]["exact"] is True
     assert losses(events) == {step: loss for step, loss in losses(whole).items() if step > CUT}
     assert _weights(events) == _weights(whole)
@@ -110,10 +111,10 @@ def with_everything(folder: Path) -> None:
     [with_everything, without_optimizer, without_random_states, without_cursor],
     ids=lambda f: f.__name__,
 )
-def test_every_ingredient_of_a_checkpoint_matters(
-    mutation: Callable[[Path], None], runner: Runner, whole: list[Event], cut: Path, tmp_path: Path
+def test_every_part_of_a_checkpoint_matters(
+    mutation: Callable[[Path], None], runner: Runner, whole: list[Event], stopped: Path, tmp_path: Path
 ) -> None:
-    folder = copied(cut, tmp_path)
+    folder = copied(stopped, tmp_path)
     mutation(folder)
     after = losses(resumed(runner, folder))
     same = all(losses(whole)[step] == loss for step, loss in after.items())
@@ -121,18 +122,18 @@ def test_every_ingredient_of_a_checkpoint_matters(
 
 
 def test_the_position_in_the_schedule_matters(
-    runner: Runner, whole: list[Event], cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runner: Runner, whole: list[Event], stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proper = loop.learning_rate
-    monkeypatch.setattr(loop, "learning_rate", lambda step, *rest: proper(step - CUT, *rest))
-    after = losses(resumed(runner, copied(cut, tmp_path)))
+    shifted = lambda step, *rest: learning_rate(step - CUT, *rest)  # noqa: E731
+    monkeypatch.setattr(loop, "learning_rate", shifted)
+    after = losses(resumed(runner, copied(stopped, tmp_path)))
     assert any(losses(whole)[step] != loss for step, loss in after.items())
 
 
-def test_another_environment_resumes_but_reports_that_it_is_not_exact(
-    runner: Runner, cut: Path, tmp_path: Path
+def test_resuming_in_another_environment_is_reported_as_not_exact(
+    runner: Runner, stopped: Path, tmp_path: Path
 ) -> None:
-    folder = copied(cut, tmp_path)
+    folder = copied(stopped, tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["environment"]["threads"] = 64
     (folder / "manifest.json").write_bytes(checkpoint.seal(manifest))
@@ -141,18 +142,18 @@ def test_another_environment_resumes_but_reports_that_it_is_not_exact(
     assert "threads" in resumed_event["why"]
 
 
-def test_it_keeps_the_settings_the_first_attempt_resolved(runner: Runner, cut: Path, tmp_path: Path) -> None:
-    folder = copied(cut, tmp_path)
+def test_it_keeps_the_settings_the_first_attempt_resolved(
+    runner: Runner, stopped: Path, tmp_path: Path
+) -> None:
+    folder = copied(stopped, tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["settings"]["micro_batch_tokens"] = (
-        48  # what the rehearsal on a smaller machine might have found
-    )
+    manifest["settings"]["micro_batch_tokens"] = 48  # as the rehearsal on a smaller machine might have chosen
     (folder / "manifest.json").write_bytes(checkpoint.seal(manifest))
     assert of(resumed(runner, folder), "plan")[0]["settings"]["micro_batch_tokens"] == 48
 
 
 @pytest.mark.slow
-def test_runs_killed_at_random_moments_end_with_the_same_bits(tmp_path: Path) -> None:
+def test_runs_killed_at_random_moments_end_bit_for_bit_the_same(tmp_path: Path) -> None:
     """The short form of `bin/bench resume`."""
     run = resume.lay_out(tmp_path, 60, eval_every=20)
     assert resume.start(run, tmp_path / "reference").wait() == 0
@@ -171,14 +172,14 @@ def _rewrite(
     folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 ) -> None:
     path = folder / f"{name}.safetensors"
-    # the file is mapped, and about to be emptied
+    # copies, since the file is memory-mapped and rewritten below
     tensors = {key: t.clone() for key, t in load_file(path).items()}
     checkpoint.write_tensors(path, change(tensors))
     _reseal(folder)
 
 
 def _reseal(folder: Path) -> None:
-    """As if it had been written so: only the run itself can tell."""
+    """Updates the hashes, so that only the resumed run could notice the change."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for entry in manifest["files"]:
         path = folder / entry["name"]

@@ -1,4 +1,4 @@
-"""What leaves the house: folders that transformers and peft open, equal to the trained model bit for bit."""
+"""Exported folders: transformers and peft open them, and they equal the trained model bit for bit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapted(base: Path) -> GPT2:
-    """The base with adapters that are no longer at their beginning."""
+    """The base model with adapters that are no longer in their initial state."""
     model = GPT2.load(base).eval()
     model.add_lora(4, 8.0, 0.0, ["c_attn", "c_fc"], seed=1)
     with torch.no_grad():
@@ -44,7 +44,8 @@ def adapted(base: Path) -> GPT2:
 
 
 def theirs(folder: Path) -> Any:
-    lm, info = transformers.AutoModelForCausalLM.from_pretrained(
+    auto: Any = transformers.AutoModelForCausalLM
+    lm, info = auto.from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
     )
     assert not info["missing_keys"]
@@ -60,10 +61,10 @@ def logits(lm: Any) -> torch.Tensor:
 def test_an_exported_model_is_read_back_bit_for_bit(base, tmp_path):
     model = gpt2(seed=5)
     folder.write_folder(model, tmp_path / "out", base=base)
-    found = folder.verify(model, tmp_path / "out", base=base)
-    assert found["exact"]
-    assert found["max_difference"] == 0
-    assert found["logits"] > 1000
+    verdict = folder.verify(model, tmp_path / "out", base=base)
+    assert verdict["exact"]
+    assert verdict["max_difference"] == 0
+    assert verdict["logits"] > 1000
 
 
 def test_a_changed_weight_in_an_export_is_detected(base, tmp_path):
@@ -76,7 +77,7 @@ def test_a_changed_weight_in_an_export_is_detected(base, tmp_path):
     assert not folder.verify(model, tmp_path / "out", base=base)["exact"]
 
 
-def test_transformers_opens_it_with_no_missing_or_unexpected_key(base, tmp_path):
+def test_transformers_opens_an_export_with_no_missing_or_unexpected_key(base, tmp_path):
     model = gpt2(seed=5)
     folder.write_folder(model, tmp_path / "out", base=base)
     torch.testing.assert_close(
@@ -98,8 +99,8 @@ def test_a_half_precision_folder_is_close_and_half_as_large(base, tmp_path):
     model = gpt2(seed=5)
     whole = folder.write_folder(model, tmp_path / "fp32", base=base)
     half = folder.write_folder(model, tmp_path / "fp16", base=base, dtype="fp16")
-    found = folder.verify(model, tmp_path / "fp16", base=base)
-    assert (found["close"], found["exact"], found["dtype"]) == (True, False, "float16")
+    verdict = folder.verify(model, tmp_path / "fp16", base=base)
+    assert (verdict["close"], verdict["exact"], verdict["dtype"]) == (True, False, "float16")
     sizes = [next(f["bytes"] for f in files if f["name"] == "model.safetensors") for files in (whole, half)]
     assert sizes[1] < 0.6 * sizes[0]
     theirs(tmp_path / "fp16")
@@ -209,14 +210,16 @@ def test_the_command_line_exports_a_folder(base, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("method", "format"), [("full", "safetensors"), ("lora", "merged"), ("lora", "adapter")]
 )
-def test_a_checkpoint_is_exported_as_the_run_itself_would(tmp_path, method, format):
+def test_a_checkpoint_is_exported_as_the_run_itself_exports_it(tmp_path, method, format):
     events = Runner(tmp_path, steps=3, method=method).train()
     last = of(events, "checkpoint")[-1]["path"]
     model, base, details = command.load_trained(Path(last), None)
     folder.write_folder(model.eval(), tmp_path / "out", base=base, format=format, details=details)
-    found = folder.verify(load_model(tmp_path / "work" / "final"), tmp_path / "out", base=base, format=format)
-    assert found["close"]
-    assert found["exact"] == (format != "adapter")
+    verdict = folder.verify(
+        load_model(tmp_path / "work" / "final"), tmp_path / "out", base=base, format=format
+    )
+    assert verdict["close"]
+    assert verdict["exact"] == (format != "adapter")
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):

@@ -1,5 +1,5 @@
-"""Any causal LM of transformers behind the loop's face: no leak between documents, the right loss, the
-right gradients."""
+"""Any causal language model of transformers with the interface of the loop: no leak between documents, correct loss and
+gradients."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from training.models.causal_lm import CausalLM
 from training.models.decoder import GPT2Decoder
 from training.models.generate import GenerateOptions, generate
 from training.models.kernels import main_grad
-from training.models.load import decoder_for, load_model
-from training.plan.config import Run
+from training.models.load import load_model
 from training.plan.events import Failure
+from training.plan.run_file import Run
 from training.text.tokenizer import Tokenizer
 
 SHAPE: dict[str, Any] = {
@@ -59,8 +59,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "bloom": lambda: t.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=2),
     "mamba": lambda: t.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4),
 }
-# What must be found out about them: (reads packed rows, its head is a plain product). The rest is (True,
-# True).
+# Expected (supports packed rows, its head is a plain matrix product); (True, True) for the others.
 SPECIAL = {"gemma2": (True, False), "bloom": (False, True), "mamba": (False, True)}
 LENGTHS = (9, 40, 5)
 
@@ -79,7 +78,7 @@ def documents(seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def separate_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
-    """Each document alone through transformers, its own cross-entropy: the reference."""
+    """The reference: each document alone through transformers, with plain cross-entropy."""
     place = {int(w): int(y) for w, y in zip(batch.loss_positions, batch.targets, strict=True)}
     total = torch.zeros(())
     for start, end in batch.bounds:
@@ -111,7 +110,7 @@ def test_packed_loss_and_gradients_are_those_of_each_document_alone(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_token_of_one_document_cannot_move_anothers_states(name):
+def test_a_token_of_one_document_does_not_change_the_states_of_another(name):
     model = make(name)
     docs, others = documents(0), documents(1)
     with torch.no_grad():
@@ -161,7 +160,7 @@ def test_the_same_seed_draws_the_same_adapters():
         assert torch.equal(p, q)
 
 
-def test_targets_that_fit_no_layer_are_refused():
+def test_lora_targets_that_match_no_layer_are_refused():
     with pytest.raises(Failure, match="lora_targets"):
         make("llama").add_lora(4, 8.0, 0.0, ["no_such_layer"])
 
@@ -190,7 +189,7 @@ def test_gpt2_with_rare_options_is_loaded_by_transformers(tmp_path):
     t.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert isinstance(model, CausalLM)
-    assert not isinstance(decoder_for(model), GPT2Decoder)
+    assert not isinstance(model.decoder(), GPT2Decoder)
 
 
 def test_code_that_comes_with_a_model_is_refused(tmp_path):

@@ -18,7 +18,7 @@ from training.command import train
 from training.models.generate import GenerateOptions, generate, prompt_ids
 from training.models.gpt2 import GPT2, GPT2Config
 from training.models.load import load_model
-from training.plan.config import Run
+from training.plan.run_file import Run
 from training.text.encode import EncodingOptions, examples
 from training.text.tokenizer import Tokenizer
 
@@ -136,7 +136,9 @@ def test_the_server_ends_answers_by_itself(tuned: tuple[Case, Path, Path]) -> No
     server = Server()
     ended = []
     for prompt in PROMPTS:
-        lines = server.ask(model=str(folder), messages=[{"role": "user", "content": prompt}], max_tokens=40)
+        lines = server.generate_text(
+            model=str(folder), messages=[{"role": "user", "content": prompt}], max_tokens=40
+        )
         text = "".join(line["text"] for line in lines if line["t"] == "token")
         ended.append((lines[-1]["choices"][0]["finish_reason"], text.strip()) == ("stop", answer_to(prompt)))
     server.process.kill()
@@ -147,7 +149,7 @@ def test_the_server_ends_answers_by_itself(tuned: tuple[Case, Path, Path]) -> No
 def test_transformers_ends_answers_of_the_export(tuned: tuple[Case, Path, Path]) -> None:
     case, _, folder = tuned
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ends = model.generation_config.eos_token_id
     assert {*([ends] if isinstance(ends, int) else ends)} == {*tokenizer.convert_tokens_to_ids([*case.ends])}
     ended = []

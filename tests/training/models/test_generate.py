@@ -1,4 +1,4 @@
-"""Generation beside transformers' own, and what streaming promises about its text."""
+"""Generation compared with that of transformers, and the guarantees of streamed text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from tests.training.tiny import gpt2, write_model
 from training.models.decoder import GPT2Decoder, sample
 from training.models.generate import GenerateError, GenerateOptions, TextStream, Token, generate
 from training.models.gpt2 import GPT2
-from training.models.load import decoder_for
 from training.text.tokenizer import Tokenizer
 
 PROMPT = "the cat sat"
@@ -48,7 +47,7 @@ def write(model, tokenizer, prompt: str = PROMPT, **options):
 def test_greedy_tokens_are_those_of_transformers(model, tokenizer, theirs, pack):
     ids = tokenizer.encode(PROMPT)
     options = GenerateOptions(max_tokens=30, ignore_eos=True)
-    [ours] = generate(model, tokenizer, ids, options, decoder=decoder_for(model, pack))
+    [ours] = generate(model, tokenizer, ids, options, decoder=model.decoder(pack))
     whole = theirs.generate(
         torch.tensor([ids]), max_new_tokens=30, min_new_tokens=30, do_sample=False, pad_token_id=0
     )
@@ -56,7 +55,7 @@ def test_greedy_tokens_are_those_of_transformers(model, tokenizer, theirs, pack)
 
 
 def test_cached_logits_equal_those_of_the_whole_text(model, theirs):
-    decoder = decoder_for(model)
+    decoder = model.decoder()
     ids = list(range(5, 25))
     cache, logits = decoder.prefill(ids[:7], room=30)
     rows = [logits] + [decoder.step([cache], [i])[0] for i in ids[7:]]
@@ -66,7 +65,7 @@ def test_cached_logits_equal_those_of_the_whole_text(model, theirs):
 
 
 def test_sequences_of_unequal_length_do_not_disturb_each_other(model):
-    decoder = decoder_for(model)
+    decoder = model.decoder()
     prompts = [[7, 8, 9], list(range(20, 40)), [3]]
     alone = []
     for prompt in prompts:
@@ -108,33 +107,33 @@ def test_echo_gives_the_prompt_back_with_its_logprobs(model, tokenizer, theirs):
     )
 
 
-def test_it_stops_at_the_end_token_and_does_not_show_it(tokenizer):
+def test_generation_stops_at_the_end_token_and_does_not_show_it(tokenizer):
     model = gpt2(seed=3)
     ids = tokenizer.encode(PROMPT)
     written = write(model, tokenizer, max_tokens=30)[0].ids
     end = replace(tokenizer, backend=tokenizer.backend)
-    end.__dict__["eos_id"] = written[4]  # whatever it writes fifth is now the end
+    end.__dict__["eos_id"] = written[4]  # the fifth token it generates becomes the end token
     [ours] = generate(model, end, ids, GenerateOptions(max_tokens=30))
     assert ours.ids == written[: written.index(written[4])]
     assert ours.finish_reason == "stop"
 
 
-def test_it_stops_at_the_context_and_refuses_a_longer_prompt(tokenizer):
+def test_generation_stops_at_the_context_and_refuses_a_longer_prompt(tokenizer):
     model = gpt2(context=16)
     assert len(write(model, tokenizer, max_tokens=100)[0].ids) == 16 - len(tokenizer.encode(PROMPT))
     with pytest.raises(GenerateError, match="maximum context length is 16 tokens"):
         write(model, tokenizer, prompt="the cat " * 20)
 
 
-def test_it_can_be_cancelled_between_two_tokens(model, tokenizer):
-    heard: list[Token] = []
+def test_generation_can_be_cancelled_between_two_tokens(model, tokenizer):
+    received: list[Token] = []
     [ours] = generate(
         model,
         tokenizer,
         [5, 6],
         GenerateOptions(max_tokens=30, ignore_eos=True),
-        heard.append,
-        lambda: len(heard) >= 4,
+        received.append,
+        lambda: len(received) >= 4,
     )
     assert (len(ours.ids), ours.finish_reason) == (4, "cancelled")
 
@@ -168,7 +167,7 @@ def test_sampling_follows_the_distribution_of_transformers_filters(top_k, top_p,
     truth = torch.softmax(scores[0], -1)
     draws = 4000
     counts = torch.zeros(1000)
-    # an even comb of uniforms instead of luck: counts are the probabilities, to 1 / draws
+    # evenly spaced numbers instead of random ones: the counts are the probabilities, to within 1 / draws
     for i in range(draws):
         counts[sample(logits, 0.8, top_k, top_p, (i + 0.5) / draws, min_p)] += 1
     assert float((counts / draws - truth).abs().max()) <= 1.5 / draws
@@ -229,7 +228,7 @@ def test_a_stop_string_may_span_tokens(tokenizer, seed):
     a, b = sorted(rng.sample(range(len(text)), 2))
     whole, pieces = stream(tokenizer, tokenizer.encode(text), (text[a:b], "never there"))
     assert whole == text[: text.find(text[a:b])]
-    for i in range(len(pieces)):  # and nothing that had to be taken back was ever shown
+    for i in range(len(pieces)):  # and no piece ever contained text that the stop string removes
         assert whole.startswith("".join(pieces[: i + 1]))
 
 

@@ -35,9 +35,9 @@ AUTOMATIC = {
 
 
 def gpt2() -> BaseModel:
-    found = find("gpt2")
-    assert found is not None
-    return found
+    base = find("gpt2")
+    assert base is not None
+    return base
 
 
 def data(examples: int = 480, longest: int = 100) -> Summary:
@@ -155,7 +155,7 @@ def test_the_starter_is_bundled_and_small() -> None:
     assert base.download < 12 << 20
 
 
-def test_models_are_found_by_their_long_names_too() -> None:
+def test_find_accepts_the_long_names_of_models() -> None:
     assert find("openai-community/gpt2-medium") == find("gpt2-medium")
     assert find("somebody/else") is None
 
@@ -187,22 +187,23 @@ def test_the_estimate_counts_the_steps_that_training_takes() -> None:
     settings, _ = resolve(
         parse({"epochs": 3, "batch_size": 8, "validation_fraction": 0.1}), data(), gpt2(), MACHINE
     )
-    found = estimate(gpt2(), settings, data(), MACHINE)
-    assert (found.steps, found.tokens) == (162, 3 * 432 * 60)
-    assert found.seconds_p50 == pytest.approx(sum(found.parts.values()))
-    assert found.seconds_p50 < found.seconds_p90
+    estimated = estimate(gpt2(), settings, data(), MACHINE)
+    assert (estimated.steps, estimated.tokens) == (162, 3 * 432 * 60)
+    assert estimated.seconds_p50 == pytest.approx(sum(estimated.parts.values()))
+    assert estimated.seconds_p50 < estimated.seconds_p90
 
 
 def past(base: BaseModel, times: float, noise: float = 0.0, seed: int = 0, **changes: object) -> FinishedJob:
-    """A finished job whose parts took so many times what was expected."""
+    """A finished job whose parts took `times` as long as estimated."""
     rng = random.Random(seed)
     settings, _ = resolve(parse(changes), data(), base, MACHINE)
-    found = estimate(base, settings, data(), MACHINE)
+    estimated = estimate(base, settings, data(), MACHINE)
     took = {
-        part: times * sum(of.values()) * (1 + noise * rng.uniform(-1, 1)) for part, of in found.work.items()
+        part: times * sum(of.values()) * (1 + noise * rng.uniform(-1, 1))
+        for part, of in estimated.work.items()
     }
-    peak = 1.2 * found.memory
-    return FinishedJob(found.work, took, found.memory_parts, peak, base.id, settings.adapter)
+    peak = 1.2 * estimated.memory
+    return FinishedJob(estimated.work, took, estimated.memory_parts, peak, base.id, settings.adapter)
 
 
 def test_bf16_is_estimated_faster_for_large_models_on_cpus_with_bf16() -> None:
@@ -240,16 +241,16 @@ def test_jobs_with_the_same_model_and_adapter_count_most() -> None:
     assert learned.seconds_p50 == pytest.approx(2 * fresh.seconds_p50, rel=0.1)
 
 
-def test_a_slow_part_is_learned_by_itself() -> None:
-    """Saving takes three times as long as thought and all else as expected: a short job suffers more than
-    a long one."""
+def test_the_estimate_corrects_a_single_slow_part() -> None:
+    """Saving takes three times as long as estimated and everything else as estimated, which delays a short job relatively
+    more than a long one."""
 
     def slow(epochs: float) -> FinishedJob:
-        found = past(gpt2(), 1, epochs=epochs)
-        more = 2 * found.work["training"]["checkpoints"] + 2 * sum(found.work["export"].values())
+        job = past(gpt2(), 1, epochs=epochs)
+        more = 2 * job.work["training"]["checkpoints"] + 2 * sum(job.work["export"].values())
         return replace(
-            found,
-            took=found.took | {"training": found.took["training"] + more, "export": 3 * found.took["export"]},
+            job,
+            took=job.took | {"training": job.took["training"] + more, "export": 3 * job.took["export"]},
         )
 
     settings, _ = resolve(parse({"epochs": 1}), data(), gpt2(), MACHINE)
@@ -272,6 +273,6 @@ def test_queue_time_adds_time_but_no_cost() -> None:
 
 def test_cost_uses_the_operators_price() -> None:
     settings, _ = resolve(Settings(), data(), gpt2(), replace(MACHINE, cores=1))
-    found = estimate(gpt2(), settings, data(), MACHINE, price_per_hour=3.6)
-    assert found.cost_p50 == pytest.approx(found.seconds_p50 / 1000)
-    assert found.rows[-1][0] == "Cost"
+    estimated = estimate(gpt2(), settings, data(), MACHINE, price_per_hour=3.6)
+    assert estimated.cost_p50 == pytest.approx(estimated.seconds_p50 / 1000)
+    assert estimated.rows[-1][0] == "Cost"

@@ -1,4 +1,4 @@
-"""Settings: one table says what is possible, and every refusal says what to change."""
+"""Settings: one table defines all valid values, and every error says what to change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import pytest
 
 from training.plan import config
-from training.plan.config import FIELDS, ConfigError, Run, Settings, parse
+from training.plan.config import FIELDS, ConfigError, Settings, parse
+from training.plan.run_file import Run
 
 FIRST_RELEASE = "ad4dae69a98bdf91333ac545c47d03254c6be1aa92ed368fedd4f672c0c8270a"
 
@@ -40,7 +41,7 @@ def test_a_new_setting_or_default_changes_no_earlier_job(monkeypatch: pytest.Mon
     monkeypatch.setattr(config, "FIELDS", {n: f for n, f in FIELDS.items() if n != "deterministic"})
     plain = {n: v for n, v in parse({"lora_rank": 4}).stored().items() if n != "deterministic"}
     monkeypatch.setattr(Settings, "stored", lambda self: plain)
-    # as a program without the setting wrote it
+    # the hash that a program without this setting would write
     assert config.settings_hash(parse({"lora_rank": 4})) == hashes[0]
 
 

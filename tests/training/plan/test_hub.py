@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
         yield server
 
 
-def ask(
+def locate(
     server: HubServer,
     home: Path,
     name: str,
@@ -41,8 +41,8 @@ def ask(
     most_bytes: int = -1,
     **environment: str,
 ):
-    """`hub.locate` in a process of its own: the library reads HF_ENDPOINT when it is imported.
-    `most_bytes`: the longest file that it may write."""
+    """`hub.locate` in a child process, since the library reads HF_ENDPOINT when it is imported.
+    `most_bytes`: the size limit of files that it writes."""
     script = (
         f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({most_bytes}, {most_bytes}))\n"
         "import json, sys\nfrom training.plan import hub\nfrom training.plan.events import Failure\n"
@@ -70,7 +70,7 @@ def ask(
 
 def test_a_model_is_downloaded_once_and_without_code(server, tmp_path):
     server.fetched.clear()
-    folder = Path(ask(server, tmp_path, "gpt2")["folder"])
+    folder = Path(locate(server, tmp_path, "gpt2")["folder"])
     assert {p.name for p in folder.iterdir()} == {
         "config.json",
         "model.safetensors",
@@ -81,13 +81,13 @@ def test_a_model_is_downloaded_once_and_without_code(server, tmp_path):
         server.repositories["gpt2"] / "model.safetensors"
     ).read_bytes()
     before = list(server.fetched)
-    assert ask(server, tmp_path, "gpt2", COMMIT)["folder"] == str(folder)
-    assert ask(server, tmp_path, "gpt2", None, HF_HUB_OFFLINE="1")["folder"] == str(folder)
+    assert locate(server, tmp_path, "gpt2", COMMIT)["folder"] == str(folder)
+    assert locate(server, tmp_path, "gpt2", None, HF_HUB_OFFLINE="1")["folder"] == str(folder)
     assert server.fetched == before
 
 
 def test_a_full_disk_is_not_reported_as_a_bad_model(server, tmp_path):
-    assert ask(server, tmp_path, "gpt2", most_bytes=2_000)["reason"] == "disk_full"
+    assert locate(server, tmp_path, "gpt2", most_bytes=2_000)["reason"] == "disk_full"
 
 
 @pytest.mark.parametrize(
@@ -100,16 +100,16 @@ def test_a_full_disk_is_not_reported_as_a_bad_model(server, tmp_path):
     ],
 )
 def test_download_errors_are_explained(server, tmp_path, name, revision, message):
-    found = ask(server, tmp_path, name, revision)
-    assert found["reason"] == "base_model"
-    assert message in found["message"]
+    failure = locate(server, tmp_path, name, revision)
+    assert failure["reason"] == "base_model"
+    assert message in failure["message"]
     assert not list(tmp_path.rglob("*.py"))
 
 
 def test_an_unreachable_hub_is_explained(server, tmp_path):
-    found = ask(server, tmp_path, "gpt2", None, HF_ENDPOINT="http://127.0.0.1:9")
-    assert found["reason"] == "base_model"
-    assert "reached" in found["message"]
+    failure = locate(server, tmp_path, "gpt2", None, HF_ENDPOINT="http://127.0.0.1:9")
+    assert failure["reason"] == "base_model"
+    assert "reached" in failure["message"]
 
 
 def test_a_local_folder_is_used_in_place(tmp_path):

@@ -1,4 +1,4 @@
-"""A new version of a dataset: without the rows that findings name, or with some set aside."""
+"""A new version of a dataset: without the rows that findings name, or with some rows held out."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_all_rows_are_dropped_not_only_those_the_report_lists(tmp_path: Path) ->
     assert fix(path, tmp_path / "new.jsonl").kept == len(ROWS)
 
 
-def test_bad_rows_are_dropped_or_raised(tmp_path: Path) -> None:
+def test_bad_rows_are_dropped_or_raise_an_error(tmp_path: Path) -> None:
     path = put(tmp_path, ROWS[:20])
     path.write_text(path.read_text() + "{oops\n")
     assert fix(path, tmp_path / "new.jsonl").dropped == {"bad_row": [21]}
@@ -50,7 +50,7 @@ def test_bad_rows_are_dropped_or_raised(tmp_path: Path) -> None:
         fix(path, tmp_path / "new.jsonl", drop=["duplicate"])
 
 
-def test_rows_too_long_for_the_model_are_found_with_its_tokenizer(tmp_path: Path) -> None:
+def test_rows_too_long_for_the_model_are_detected_with_its_tokenizer(tmp_path: Path) -> None:
     path = put(tmp_path, [*ROWS[:20], {"prompt": "Go on\n", "completion": " and on" * 600}])
     tokenizer = Tokenizer.load(STARTER_FOLDER)
     assert fix(path, tmp_path / "new.jsonl", tokenizer=tokenizer, settings=EncodingOptions(512)).dropped == {

@@ -1,4 +1,4 @@
-"""The report finds what is wrong with a dataset, names the lines, and invents nothing."""
+"""The report finds the defects of a dataset with their lines, and reports nothing else."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def clean_rows(count: int, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def found(
+def findings_of(
     folder: Path, records: list[dict[str, Any]], tokenizer: Tokenizer, settings: EncodingOptions = PLAIN
 ) -> dict[str, list[int]]:
     result = report(put(folder, records), tokenizer, settings)
     return {finding["code"]: finding["lines"] for finding in result["findings"]}
 
 
-# Each takes a good row and spoils it; the finding that must name its line.
+# name -> (the finding that must name the line, a function that puts the defect into a good row)
 DEFECTS: dict[str, tuple[str, Any]] = {
     "replacement sign": ("damage", lambda r: {**r, "completion": " caf\ufffd au lait"}),
     "mojibake": ("damage", lambda r: {**r, "completion": " cafÃ© au lait"}),
@@ -99,7 +99,7 @@ DEFECTS: dict[str, tuple[str, Any]] = {
     "number for text": ("bad_row", lambda r: {**r, "completion": 7}),
     "missing answer": ("bad_row", lambda r: {"prompt": r["prompt"]}),
 }
-TWINS: dict[str, tuple[str, Any]] = {
+PAIR_DEFECTS: dict[str, tuple[str, Any]] = {
     "twice": ("duplicate", lambda r: dict(r)),
     "other capitals": ("near_duplicate", lambda r: {**r, "prompt": r["prompt"].upper()}),
     "other answer": ("conflict", lambda r: {**r, "completion": " I do not know."}),
@@ -107,22 +107,24 @@ TWINS: dict[str, tuple[str, Any]] = {
 
 
 @pytest.mark.parametrize("seed", [11, 12, 13])
-def test_all_planted_defects_are_found_and_no_others(tmp_path: Path, starter: Tokenizer, seed: int) -> None:
+def test_all_planted_defects_are_reported_and_no_others(
+    tmp_path: Path, starter: Tokenizer, seed: int
+) -> None:
     rng = random.Random(seed)
     records = clean_rows(200, seed)
     expected: dict[str, set[int]] = {}
     places = rng.sample(range(20, 200), 20)
-    for place, name in zip(places, rng.sample([*DEFECTS, *TWINS], 20), strict=True):
+    for place, name in zip(places, rng.sample([*DEFECTS, *PAIR_DEFECTS], 20), strict=True):
         if name in DEFECTS:
-            code, spoil = DEFECTS[name]
-            records[place] = spoil(records[place])
+            code, damage = DEFECTS[name]
+            records[place] = damage(records[place])
         else:
-            code, spoil = TWINS[name]
-            records[place] = spoil(records[places.index(place)])  # one of the first rows, which stay clean
+            code, damage = PAIR_DEFECTS[name]
+            records[place] = damage(records[places.index(place)])  # one of the first rows, which stay clean
         expected.setdefault(code, set()).add(place + 1)
         if name == "prompt too long":
             expected.setdefault("truncated", set()).add(place + 1)
-    assert {code: set(lines) for code, lines in found(tmp_path, records, starter).items()} == expected
+    assert {code: set(lines) for code, lines in findings_of(tmp_path, records, starter).items()} == expected
 
 
 @pytest.mark.parametrize("tokenized", [True, False])
@@ -130,21 +132,26 @@ def test_a_large_file_is_read_in_halves_with_the_same_report(
     tmp_path: Path, starter: Tokenizer, monkeypatch: pytest.MonkeyPatch, tokenized: bool
 ) -> None:
     rng, records = random.Random(5), clean_rows(300, 5)
-    spoilt = [
-        spoil(records[i]) for i, (_, spoil) in zip(rng.sample(range(300), 24), DEFECTS.values(), strict=True)
+    damaged = [
+        damage(records[i])
+        for i, (_, damage) in zip(rng.sample(range(300), 24), DEFECTS.values(), strict=True)
     ]
-    records += [*spoilt, *records[40:60]]
+    records += [*damaged, *records[40:60]]
     rng.shuffle(records)
     path = put(tmp_path, records)
     path.write_text("\n\n{oops\n" + path.read_text().replace("\n", "\n\n", 70) + "[1]\n")
     whole = report(path, starter if tokenized else None, PLAIN)
     monkeypatch.setattr("training.report.report.SPLIT_FROM_BYTES", 1000)
     monkeypatch.setattr("training.report.report._cores", lambda: 2)
-    joined = _Report._join
-    times = []
-    monkeypatch.setattr(_Report, "_join", lambda self, *rest: (times.append(1), joined(self, *rest))[1])
+    real, calls = _Report._join, []
+
+    def join(self: _Report, *arguments: Any) -> Any:
+        calls.append(arguments)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(_Report, "_join", join)
     assert report(path, starter if tokenized else None, PLAIN) == whole
-    assert times == [1]
+    assert len(calls) == 1
 
 
 def test_a_fatal_error_in_the_second_half_has_the_right_line(
@@ -159,16 +166,16 @@ def test_a_fatal_error_in_the_second_half_has_the_right_line(
         "training.report.report._halves",
         lambda path, format: (ByteRange(0, begin), ByteRange(begin, path.stat().st_size)),
     )
-    found = report(path, None, PLAIN)
-    assert (found["rows"], found["ready"], found["error"][:9]) == (300, False, "Line 301:")
+    result = report(path, None, PLAIN)
+    assert (result["rows"], result["ready"], result["error"][:9]) == (300, False, "Line 301:")
 
 
 @pytest.mark.parametrize("name", [*DEFECTS])
-def test_each_defect_is_found_alone(tmp_path: Path, starter: Tokenizer, name: str) -> None:
-    code, spoil = DEFECTS[name]
+def test_each_defect_alone_is_reported(tmp_path: Path, starter: Tokenizer, name: str) -> None:
+    code, damage = DEFECTS[name]
     records = clean_rows(30, 5)
-    records[16] = spoil(records[16])
-    lines = found(tmp_path, records, starter)
+    records[16] = damage(records[16])
+    lines = findings_of(tmp_path, records, starter)
     assert lines.pop(code) == [17]
     assert set(lines) <= {"truncated"}
 
@@ -193,7 +200,7 @@ def test_counts_equal_those_of_the_trainer(tmp_path: Path, starter: Tokenizer) -
     }
 
 
-def test_a_leak_into_the_validation_file_is_found(tmp_path: Path, starter: Tokenizer) -> None:
+def test_a_leak_into_the_validation_file_is_reported(tmp_path: Path, starter: Tokenizer) -> None:
     records = clean_rows(40, 2)
     validation = put(
         tmp_path,
@@ -209,7 +216,9 @@ def test_a_leak_into_the_validation_file_is_found(tmp_path: Path, starter: Token
     assert [(f["code"], f["lines"]) for f in result["findings"]] == [("leak", [1, 2])]
 
 
-def test_a_conversation_that_ends_without_answer_is_found(tmp_path: Path, starter: Tokenizer) -> None:
+def test_a_conversation_that_does_not_end_with_the_assistant_is_reported(
+    tmp_path: Path, starter: Tokenizer
+) -> None:
     turn = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello"}]
     talks = [
         {"messages": [{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": f"Hello {i}"}]}
@@ -217,17 +226,17 @@ def test_a_conversation_that_ends_without_answer_is_found(tmp_path: Path, starte
     ]
     talks[5] = {"messages": [*turn, {"role": "user", "content": "Are you there?"}]}
     talks[8] = {"messages": [{"role": "user", "content": "Nobody answers"}]}
-    assert found(tmp_path, talks, starter) == {"nothing_to_train": [9], "no_answer_last": [6]}
+    assert findings_of(tmp_path, talks, starter) == {"nothing_to_train": [9], "no_answer_last": [6]}
 
 
-def test_a_language_that_the_tokenizer_does_not_fit_is_found(tmp_path: Path, starter: Tokenizer) -> None:
+def test_a_language_that_does_not_fit_the_tokenizer_is_reported(tmp_path: Path, starter: Tokenizer) -> None:
     records = [{"text": "これは日本語の文章です。" * 3 + str(i)} for i in range(20)]
-    assert "poor_fit" in found(tmp_path, records, starter)
+    assert "poor_fit" in findings_of(tmp_path, records, starter)
 
 
-def test_identical_answers_are_found(tmp_path: Path, starter: Tokenizer) -> None:
+def test_identical_answers_are_reported(tmp_path: Path, starter: Tokenizer) -> None:
     records = [{**row, "completion": " Yes."} for row in clean_rows(20, 4)]
-    assert "same_answer" in found(tmp_path, records, starter)
+    assert "same_answer" in findings_of(tmp_path, records, starter)
 
 
 def test_a_file_that_cannot_be_read_is_not_ready(tmp_path: Path, starter: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""The server as its relay meets it: a process, JSON lines in and out."""
+"""The generation server as the inference worker uses it: a process with JSON lines in and out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Server:
         self.process.stdin.flush()
 
     def read(self) -> dict[str, Any]:
-        """The next line but for those that only its relay needs."""
+        """The next line, without those that only the inference worker needs."""
         assert self.process.stdout
         while (line := json.loads(self.process.stdout.readline()))["t"] in ("alive", "reading"):
             pass
@@ -55,7 +55,7 @@ class Server:
                 open_ids.discard(lines[-1]["id"])
         return lines
 
-    def ask(self, **line: Any) -> list[dict[str, Any]]:
+    def generate_text(self, **line: Any) -> list[dict[str, Any]]:
         self.send(id="r", op="generate", **line)
         return self.until("r")
 
@@ -82,11 +82,11 @@ def ends(lines: list[dict[str, Any]]) -> list[str]:
     return [line["id"] for line in lines if line["t"] in ("done", "error")]
 
 
-def test_the_server_generates_what_generate_does(server, folder):
+def test_the_server_generates_the_same_text_as_generate(server, folder):
     tokenizer = Tokenizer.load(folder)
     ids = tokenizer.encode(PROMPT)
     [expected] = generate(load_model(folder), tokenizer, ids, GenerateOptions(max_tokens=20))
-    lines = server.ask(model=folder, prompt=PROMPT, max_tokens=20)
+    lines = server.generate_text(model=folder, prompt=PROMPT, max_tokens=20)
     assert lines[0] == {"id": "r", "t": "start", "prompt_tokens": len(ids)}
     assert text(lines) == expected.text
     assert lines[-1]["choices"] == [{"index": 0, "finish_reason": expected.finish_reason}]
@@ -97,7 +97,9 @@ def test_the_server_generates_what_generate_does(server, folder):
 
 def test_concurrent_requests_get_their_own_texts(server, folder):
     prompts = {"a": "the cat", "b": "the moon and the mat looked at", "c": "sat"}
-    alone = {id: text(server.ask(model=folder, prompt=p, max_tokens=15)) for id, p in prompts.items()}
+    alone = {
+        id: text(server.generate_text(model=folder, prompt=p, max_tokens=15)) for id, p in prompts.items()
+    }
     for id, prompt in prompts.items():
         server.send(id=id, op="generate", model=folder, prompt=prompt, max_tokens=15, who=id)
     lines = server.until(*prompts)
@@ -105,7 +107,9 @@ def test_concurrent_requests_get_their_own_texts(server, folder):
 
 
 def test_several_sequences_and_logprobs(server, folder):
-    lines = server.ask(model=folder, prompt=PROMPT, max_tokens=4, n=3, temperature=1.0, seed=5, logprobs=2)
+    lines = server.generate_text(
+        model=folder, prompt=PROMPT, max_tokens=4, n=3, temperature=1.0, seed=5, logprobs=2
+    )
     assert [c["index"] for c in lines[-1]["choices"]] == [0, 1, 2]
     tokens = [line for line in lines if line["t"] == "token"]
     assert all(line["logprob"] <= 0 and len(line["top"]) == 2 for line in tokens)
@@ -114,7 +118,7 @@ def test_several_sequences_and_logprobs(server, folder):
 def test_a_conversation_is_rendered_with_the_models_template(server, folder):
     tokenizer = Tokenizer.load(folder)
     messages = [{"role": "user", "content": "the cat"}]
-    lines = server.ask(model=folder, messages=messages, max_tokens=1)
+    lines = server.generate_text(model=folder, messages=messages, max_tokens=1)
     assert lines[0]["prompt_tokens"] == len(tokenizer.encode_chat(messages, add_generation_prompt=True))
 
 
@@ -141,7 +145,7 @@ def test_a_conversation_is_rendered_with_the_models_template(server, folder):
     ],
 )
 def test_invalid_requests_are_refused_with_a_code(server, folder, line, code):
-    lines = server.ask(**{"model": folder} | line)
+    lines = server.generate_text(**{"model": folder} | line)
     assert [(x["t"], x.get("code")) for x in lines] == [("error", code)]
     assert lines[0]["message"]
 
@@ -149,15 +153,15 @@ def test_invalid_requests_are_refused_with_a_code(server, folder, line, code):
 def test_many_prompts_are_generated_as_one_request(server, folder):
     tokenizer = Tokenizer.load(folder)
     prompts = [f"{a} {b}" for a in ("the cat", "the moon", "a mat") for b in ("sat", "looked", "and", "on")]
-    alone = [text(server.ask(model=folder, prompt=p, max_tokens=9)) for p in prompts]
-    lines = server.ask(model=folder, prompts=prompts, max_tokens=9, n=2, who="alice")
+    alone = [text(server.generate_text(model=folder, prompt=p, max_tokens=9)) for p in prompts]
+    lines = server.generate_text(model=folder, prompts=prompts, max_tokens=9, n=2, who="alice")
     assert [line["t"] for line in lines if line["t"] != "token"] == ["start", "done"]
     assert [text(lines, index=2 * i) for i in range(len(prompts))] == alone
     assert [text(lines, index=2 * i + 1) for i in range(len(prompts))] == alone
     tokens = [len(tokenizer.encode(p)) for p in prompts]
     assert lines[-1]["usage"]["prompt_tokens"] == lines[0]["prompt_tokens"] == sum(tokens)
     assert sorted(c["index"] for c in lines[-1]["choices"]) == list(range(2 * len(prompts)))
-    ids = server.ask(model=folder, prompts=[tokenizer.encode(p) for p in prompts], max_tokens=9)
+    ids = server.generate_text(model=folder, prompts=[tokenizer.encode(p) for p in prompts], max_tokens=9)
     assert [text(ids, index=i) for i in range(len(prompts))] == alone
     server.send(op="status")
     status = server.read()
@@ -192,7 +196,7 @@ def test_a_truncated_model_is_called_damaged(server, tmp_path, kept):
     broken = write_model(tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:kept])
-    [line] = server.ask(model=str(broken), prompt="the")
+    [line] = server.generate_text(model=str(broken), prompt="the")
     assert line["code"] == "model_damaged"
     assert "damaged" in line["message"]
     assert str(tmp_path) not in line["message"]
@@ -202,7 +206,7 @@ def test_a_damaged_line_does_not_disturb_the_next(server, folder):
     server.process.stdin.write(b'{"op": "gen\n[1]\n')
     server.process.stdin.flush()
     assert [server.read()["code"] for _ in range(2)] == ["bad_request"] * 2
-    assert server.ask(model=folder, prompt=PROMPT, max_tokens=2)[-1]["t"] == "done"
+    assert server.generate_text(model=folder, prompt=PROMPT, max_tokens=2)[-1]["t"] == "done"
 
 
 def test_a_cancelled_request_ends_at_once(server, folder):
@@ -300,14 +304,14 @@ def test_a_bad_chat_template_ends_its_own_request_only(tmp_path, server, folder,
     (refusal,) = [line for line in lines if line["t"] == "error"]
     assert (refusal["id"], refusal["code"]) == ("bad", "bad_request")
     assert re.search(words, refusal["message"])
-    assert server.ask(model=folder, messages=TALK, max_tokens=1)[-1]["t"] == "done"
+    assert server.generate_text(model=folder, messages=TALK, max_tokens=1)[-1]["t"] == "done"
 
 
-def test_a_template_that_was_stopped_is_not_tried_again_at_once(tmp_path, server):
+def test_a_template_that_was_stopped_is_not_retried_at_once(tmp_path, server):
     slow = write_model(tmp_path / "slow", context=64)
     (slow / "chat_template.jinja").write_text(SLOW)
-    first, second = (server.ask(model=str(slow), messages=TALK, who="bob")[-1] for _ in range(2))
+    first, second = (server.generate_text(model=str(slow), messages=TALK, who="bob")[-1] for _ in range(2))
     assert first["code"] == second["code"] == "bad_request"
     assert "wait a minute" not in first["message"]
     assert "wait a minute" in second["message"]
-    assert server.ask(model=str(slow), prompt=PROMPT, max_tokens=1, who="bob")[-1]["t"] == "done"
+    assert server.generate_text(model=str(slow), prompt=PROMPT, max_tokens=1, who="bob")[-1]["t"] == "done"

@@ -1,9 +1,10 @@
-"""What a model sees of a row: which tokens, which of them are learned, and where a long row is cut."""
+"""What a model sees of a row: which tokens, which of them are trained on, and where a long row is cut."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from training.data.formats import BadRow, Row, rows
 from training.data.summary import Summary
 from training.plan.catalog import SAMPLE_FOLDER, STARTER_FOLDER
-from training.text.encode import EncodingOptions, Example, encode, encode_batch, examples
+from training.text.encode import EncodingOptions, Example, Tokens, encode, encode_batch, examples
 from training.text.tokenizer import CHAT_TEMPLATE, Tokenizer, TokenizerError
 
 PLAIN = EncodingOptions(512)
@@ -37,7 +38,7 @@ def starter() -> Tokenizer:
 
 
 def make_tokenizer(folder: Path, template: str | None = None, **config: object) -> Tokenizer:
-    """A byte tokenizer with control tokens of its own, in Hugging Face's files."""
+    """A byte-level tokenizer with its own control tokens, in Hugging Face's files."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -55,21 +56,21 @@ def make_tokenizer(folder: Path, template: str | None = None, **config: object) 
     return Tokenizer.load(folder)
 
 
-def chat(*messages: dict[str, object]) -> Row:
-    return Row(1, "chat", messages=tuple(messages))
+def chat(*messages: Mapping[str, object]) -> Row:
+    return Row(1, "chat", messages=tuple(dict(message) for message in messages))
 
 
 def learned(example: Example, tokenizer: Tokenizer) -> list[str]:
-    """The stretches of trained text."""
-    stretches: list[list[int]] = []
+    """The spans of text that are trained on."""
+    spans: list[list[int]] = []
     before = 0
     for id, trained in zip(example.ids, example.mask, strict=True):
         if trained and not before:
-            stretches.append([])
+            spans.append([])
         if trained:
-            stretches[-1].append(id)
+            spans[-1].append(id)
         before = trained
-    return [tokenizer.decode(ids, skip_special_tokens=False) for ids in stretches]
+    return [tokenizer.decode(ids, skip_special_tokens=False) for ids in spans]
 
 
 def test_the_answer_and_the_end_token_are_learned(starter: Tokenizer) -> None:
@@ -79,7 +80,7 @@ def test_the_answer_and_the_end_token_are_learned(starter: Tokenizer) -> None:
     assert (example.line, example.truncated) == (3, 0)
 
 
-def test_everything_but_the_first_token_is_learned_if_asked(starter: Tokenizer) -> None:
+def test_train_on_all_learns_everything_but_the_first_token(starter: Tokenizer) -> None:
     example = encode(
         Row(1, "completion", prompt="2 + 2 =", completion=" 4"), starter, EncodingOptions(512, "all")
     )
@@ -159,7 +160,7 @@ def test_a_control_token_in_user_text_stays_text(tmp_path: Path, template: str |
     assert tokenizer.eos_id not in tokenizer.encode(typed)
 
 
-def test_a_bos_token_is_added_if_the_tokenizer_says_so(tmp_path: Path) -> None:
+def test_a_bos_token_is_added_if_the_tokenizer_adds_one(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(tmp_path, bos_token="<s>", add_bos_token=True)
     assert encode(Row(1, "text", text="Hi"), tokenizer, PLAIN).ids[0] == tokenizer.bos_id
 
@@ -181,30 +182,38 @@ def test_a_long_text_becomes_windows_without_loss(tmp_path: Path, starter: Token
     assert targets == whole.ids[1:]
 
 
+def encode_good_rows(batch: Sequence[Row], tokenizer: Tokenizer, options: EncodingOptions) -> list[Tokens]:
+    encoded = encode_batch(batch, tokenizer, options)
+    good = [tokens for tokens in encoded if not isinstance(tokens, BadRow)]
+    assert len(good) == len(encoded)
+    return good
+
+
 def test_a_batch_encodes_as_single_rows_do(starter: Tokenizer) -> None:
     sample = list(rows(SAMPLE_FOLDER / "train.jsonl"))[:50]
-    found = [*sample, chat(*TALK), Row(9, "text", text="naïve 東京 <|endoftext|>")]
-    assert [encode(row, starter, PLAIN) for row in found] == [
-        tokens.example() for tokens in encode_batch(found, starter, PLAIN)
+    several = [*sample, chat(*TALK), Row(9, "text", text="naïve 東京 <|endoftext|>")]
+    assert [encode(row, starter, PLAIN) for row in several] == [
+        tokens.example() for tokens in encode_good_rows(several, starter, PLAIN)
     ]
 
 
 @pytest.mark.parametrize("train_on", ["completion", "all"])
 @pytest.mark.parametrize("length", [None, 2, 3, 7, 16, 48])
 def test_counts_equal_the_lists(starter: Tokenizer, length: int | None, train_on: str) -> None:
-    """The report counts without lists; the trainer has them. Beside both the plain way: whole lists, then
-    slices."""
+    """The report counts tokens without lists; the trainer uses lists. Both are compared with plain slices of whole lists."""
     sample = list(rows(SAMPLE_FOLDER / "train.jsonl"))[:20]
     silent = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in TALK]
     hidden = [{"role": "user", "content": "<|endoftext|> twice"}, {"role": "assistant", "content": ""}]
-    found = [
+    several = [
         *sample,
         chat(*TALK),
         chat(*silent),
         chat(*hidden),
         Row(9, "text", text="naïve 東京 <|endoftext|> " * 9),
     ]
-    for row, tokens in zip(found, encode_batch(found, starter, EncodingOptions(None, train_on)), strict=True):
+    for row, tokens in zip(
+        several, encode_good_rows(several, starter, EncodingOptions(None, train_on)), strict=True
+    ):
         whole, split = tokens.example(), row.kind == "text"
         cut = tokens.cut(length, split=split)
         for part in cut:
@@ -237,9 +246,9 @@ def test_it_encodes_as_transformers_does(starter: Tokenizer) -> None:
 
 
 def test_the_summary_counts_examples_and_tokens(starter: Tokenizer) -> None:
-    found = list(examples(SAMPLE_FOLDER / "heldout.jsonl", starter, PLAIN))
-    summary = Summary.of(found)
-    assert (summary.examples, summary.tokens) == (60, sum(len(e.ids) for e in found))
+    encoded = list(examples(SAMPLE_FOLDER / "heldout.jsonl", starter, PLAIN))
+    summary = Summary.of(encoded)
+    assert (summary.examples, summary.tokens) == (60, sum(len(e.ids) for e in encoded))
     assert sum(summary.histogram) == 60
     assert Summary.from_dict(summary.as_dict() | {"unknown": 1}) == summary
 

@@ -16,7 +16,7 @@ from training.plan.catalog import STARTER_FOLDER
 from training.text.encode import EncodingOptions, encode
 from training.text.tokenizer import Tokenizer
 
-TOOLS = [
+TOOLS: list[dict[str, Any]] = [
     {
         "type": "function",
         "function": {
@@ -26,7 +26,10 @@ TOOLS = [
         },
     }
 ]
-CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"what": 'a "hose"\n<b> é'}}}
+CALL: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "look_up", "arguments": {"what": 'a "hose"\n<b> é'}},
+}
 MESSAGES: list[dict[str, Any]] = [
     {"role": "user", "content": "Where is it?"},
     {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
@@ -75,7 +78,7 @@ def test_control_tokens_in_tools_stay_text(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write_model(tmp_path / "base", context=1024))
     spelled = {"type": "function", "function": {"name": "a", "description": f'say "{END}"'}}
     call = {"type": "function", "function": {"name": "a", "arguments": {"x": END}}}
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "Who?"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
     ]

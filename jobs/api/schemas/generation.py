@@ -1,0 +1,189 @@
+"""Completions and chats: requests, answers and log probabilities."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from ninja import Schema
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, field_validator, model_validator
+
+from jobs.api import parameters
+from jobs.api.schemas.common import Request
+
+
+class StreamOptions(Request):
+    include_usage: StrictBool = False
+    include_obfuscation: StrictBool | None = None
+
+
+Temperature = Annotated[StrictFloat | StrictInt, Field(ge=0, le=2)]
+TopP = Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)]
+MaxTokens = Annotated[StrictInt, Field(ge=1, le=1_000_000)]
+Stop = Annotated[StrictStr, Field(max_length=500)]
+Stops = Stop | Annotated[list[Stop], Field(max_length=16)]
+Seed = Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)]
+Text = Annotated[StrictStr, Field(max_length=1_000_000)]
+TokenId = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
+MAX_PROMPTS = 128
+
+
+class Generation(Request):
+    """Only the supported fields. `jobs.api.parameters` lists the others and how they are treated."""
+
+    model: Annotated[StrictStr, Field(min_length=1, max_length=300)]
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=8)] | None = None
+    stop: Stops | None = None
+    seed: Seed | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1, le=1_000_000)] | None = Field(
+        None, description="Sample only from the k most likely tokens. 0 or -1 means all tokens."
+    )
+    min_p: Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[StrictFloat | StrictInt, Field(ge=0.01, le=2)] | None = None
+    llmtuner: dict[str, Any] | None = Field(None, description="`top_k`, as above.")
+
+
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+
+
+class CompletionCreate(Generation):
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | TokenIds
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[StrictInt, Field(ge=0, le=1_000_000)] | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    echo: StrictBool | None = None
+    best_of: StrictInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_parameters(cls, data: Any) -> Any:
+        parameters.check("completions", data)
+        return data
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _check_prompt(cls, prompt: Any) -> Any:
+        """Runs before the union is validated, because its errors would name all four branches."""
+        if isinstance(prompt, str):
+            return prompt
+        if not isinstance(prompt, list) or not prompt:
+            raise ValueError(
+                "must be a string, a list of strings, a list of token IDs, or a list of lists of token IDs"
+            )
+        if type(prompt[0]) is int:
+            if any(type(token_id) is not int for token_id in prompt):
+                raise ValueError("a prompt that starts with a token ID must contain only token IDs")
+            return prompt
+        if len(prompt) > MAX_PROMPTS:
+            raise ValueError(f"a request can have at most {MAX_PROMPTS} prompts")
+        if not all(isinstance(one, str) for one in prompt) and not all(map(_are_token_ids, prompt)):
+            raise ValueError(
+                "must be a string, a list of strings, a list of token IDs, or a list of lists of token IDs"
+            )
+        return prompt
+
+
+def _are_token_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(type(token_id) is int for token_id in prompt)
+
+
+class TextPart(Request):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Request):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
+
+    def plain(self) -> dict[str, str]:
+        """The message in the format of training rows. OpenAI renamed system to developer; chat templates know only system."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatCreate(Generation):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1_000)]
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_parameters(cls, data: Any) -> Any:
+        parameters.check("chat", data)
+        return data
+
+
+class Usage(Schema):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TextLogprobs(Schema):
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None] | None = None
+
+
+class CompletionChoice(Schema):
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: TextLogprobs | None = None
+
+
+class Completion(Schema):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TopLogprob(Schema):
+    token: str
+    bytes: list[int] | None = None
+    logprob: float
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Schema):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class ChatMessage(Schema):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Schema):
+    index: int
+    message: ChatMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(Schema):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
