@@ -10,7 +10,8 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from django.http import HttpResponseBase, StreamingHttpResponse
@@ -75,6 +76,7 @@ async def create_completion(request: CallerRequest, body: CompletionCreate) -> A
     "/chat/completions",
     response={200: ChatCompletion, 400: Error},
     exclude_none=False,
+    exclude_unset=True,  # a message without calls has no field for them, as at OpenAI
     openapi_extra=STREAMED,
     summary="Create a chat completion",
 )
@@ -84,8 +86,10 @@ async def create_chat(request: CallerRequest, body: ChatCreate) -> Any:
     max_tokens = body.max_completion_tokens or body.max_tokens or DEFAULT_CHAT_TOKENS
     messages = [message.plain() for message in body.messages]
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    generate = _generate_request(body, max_tokens, messages=messages, logprobs=logprobs)
-    return await _answer(request, body, generate, CHAT)
+    tools = body.definitions()
+    generate = _generate_request(body, max_tokens, messages=messages, tools=tools, logprobs=logprobs)
+    format = CHAT if not tools else CHAT_WITH_TOOLS if body.tools else CHAT_WITH_FUNCTIONS
+    return await _answer(request, body, generate, format)
 
 
 # ---- requests ----------------------------------------------------------------------------------
@@ -142,9 +146,10 @@ class ResponseFormat:
     prefix: str  # of ids
     whole: str  # `object` of a complete response
     part: str  # `object` of a chunk of a stream
-    choice: Callable[[int, list[Line], str], Line]
+    choice: Callable[[int, list[Line], str, Line], Line]
     chunk: Callable[[int, Line | None, str | None, int], Line]
     opening: Callable[[int], Line] | None = None  # the first chunk of a choice, before any text
+    functions: bool = False  # calls are written as `function_call`, in OpenAI's older form
 
 
 async def _answer(
@@ -184,7 +189,9 @@ async def _whole(lines: AsyncIterator[Line], head: Line, format: ResponseFormat)
     finally:
         await lines.aclose()  # type: ignore[attr-defined]  # an async generator, typed as an iterator
     choices = [
-        format.choice(choice["index"], tokens.get(choice["index"], []), _reason(choice))
+        format.choice(
+            choice["index"], tokens.get(choice["index"], []), _reason(choice, format), _calls(choice, format)
+        )
         for choice in done["choices"]
     ]
     return {**head, "choices": sorted(choices, key=lambda choice: choice["index"]), "usage": done["usage"]}
@@ -197,11 +204,27 @@ def _failure(failed: generation.Failed, prompt: str) -> errors.ApiError:
     return errors.ApiError(503, failed.message, code=failed.code, retry_after=2)
 
 
-def _reason(choice: Line) -> str:
+def _reason(choice: Line, format: ResponseFormat) -> str:
+    if choice["finish_reason"] == "tool_calls":
+        return "function_call" if format.functions else "tool_calls"
     return "length" if choice["finish_reason"] == "length" else "stop"
 
 
-def _text_choice(index: int, tokens: list[Line], reason: str) -> Line:
+def _calls(choice: Line, format: ResponseFormat) -> Line:
+    """The fields of a message that calls tools."""
+    calls = choice.get("tool_calls")
+    if not calls:
+        return {}
+    if format.functions:  # which has only one call
+        return {"function_call": calls[0]}
+    return {
+        "tool_calls": [
+            {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": call} for call in calls
+        ]
+    }
+
+
+def _text_choice(index: int, tokens: list[Line], reason: str, calls: Line) -> Line:
     return {
         "index": index,
         "text": "".join(token["text"] for token in tokens),
@@ -210,11 +233,12 @@ def _text_choice(index: int, tokens: list[Line], reason: str) -> Line:
     }
 
 
-def _chat_choice(index: int, tokens: list[Line], reason: str) -> Line:
+def _chat_choice(index: int, tokens: list[Line], reason: str, calls: Line) -> Line:
     text = "".join(token["text"] for token in tokens)
+    content = None if calls and not text else text
     return {
         "index": index,
-        "message": {"role": "assistant", "content": text, "refusal": None},
+        "message": {"role": "assistant", "content": content, "refusal": None, **calls},
         "finish_reason": reason,
         "logprobs": _chat_logprobs(tokens),
     }
@@ -288,13 +312,9 @@ async def _chunks(
                 yield _data({**head, "choices": [format.chunk(line["index"], line, None, offset)], **usage})
             elif line["t"] == "done":
                 for choice in line["choices"]:
-                    yield _data(
-                        {
-                            **head,
-                            "choices": [format.chunk(choice["index"], None, _reason(choice), 0)],
-                            **usage,
-                        }
-                    )
+                    last = format.chunk(choice["index"], None, _reason(choice, format), 0)
+                    for chunk in [*_call_chunks(choice, format), last]:
+                        yield _data({**head, "choices": [chunk], **usage})
                 if include_usage:
                     yield _data({**head, "choices": [], "usage": line["usage"]})
         yield b"data: [DONE]\n\n"
@@ -321,9 +341,26 @@ def _text_chunk(index: int, token: Line | None, reason: str | None, offset: int)
     }
 
 
-def _chat_opening(index: int) -> Line:
-    delta = {"role": "assistant", "content": ""}
+def _chat_opening(index: int, content: str | None = "") -> Line:
+    return _delta(index, {"role": "assistant", "content": content})
+
+
+def _delta(index: int, delta: Line) -> Line:
     return {"index": index, "delta": delta, "finish_reason": None, "logprobs": None}
+
+
+def _call_chunks(choice: Line, format: ResponseFormat) -> list[Line]:
+    """Each call as OpenAI streams it: first its name, then its arguments."""
+    fields, index = _calls(choice, format), choice["index"]
+    chunks = []
+    if function := fields.get("function_call"):
+        chunks = [{"name": function["name"], "arguments": ""}, {"arguments": function["arguments"]}]
+        return [_delta(index, {"function_call": chunk}) for chunk in chunks]
+    for number, call in enumerate(fields.get("tool_calls", ())):
+        function = call["function"]
+        begun = {**call, "index": number, "function": {"name": function["name"], "arguments": ""}}
+        chunks += [begun, {"index": number, "function": {"arguments": function["arguments"]}}]
+    return [_delta(index, {"tool_calls": [chunk]}) for chunk in chunks]
 
 
 def _chat_chunk(index: int, token: Line | None, reason: str | None, offset: int) -> Line:
@@ -344,3 +381,5 @@ TEXT = ResponseFormat("cmpl", "text_completion", "text_completion", _text_choice
 CHAT = ResponseFormat(
     "chatcmpl", "chat.completion", "chat.completion.chunk", _chat_choice, _chat_chunk, _chat_opening
 )
+CHAT_WITH_TOOLS = replace(CHAT, opening=partial(_chat_opening, content=None))
+CHAT_WITH_FUNCTIONS = replace(CHAT_WITH_TOOLS, functions=True)

@@ -31,6 +31,25 @@ TABLE = [
     Parameter("model", "both", "supported"),
     Parameter("messages", "chat", "supported", "`content` as text, or as parts of type `text`"),
     Parameter(
+        "tools",
+        "chat",
+        "supported",
+        "up to 128 functions, passed to the model's chat template. Calls that the model writes in its template's form become "
+        "`tool_calls`; a malformed call stays text",
+    ),
+    Parameter(
+        "functions",
+        "chat",
+        "supported",
+        "OpenAI's older form of `tools`: the response has `function_call`, with the first call only",
+    ),
+    Parameter(
+        "tool_choice function_call",
+        "chat",
+        "supported",
+        "`auto`, or `none`, which leaves the tools out of the prompt; others are refused, because a call cannot be forced yet",
+    ),
+    Parameter(
         "prompt",
         "completions",
         "supported",
@@ -66,8 +85,8 @@ TABLE = [
     Parameter("logit_bias", "both", "refused", "", ({},)),
     Parameter("suffix", "completions", "refused", "", ("",)),
     Parameter("response_format", "both", "refused", "except `text`", ({"type": "text"}, {})),
-    Parameter("tools functions", "both", "refused", "", ([],)),
-    Parameter("tool_choice function_call", "both", "refused", "", ("none", "auto")),
+    Parameter("tools functions", "completions", "refused", "", ([],)),
+    Parameter("tool_choice function_call", "completions", "refused", "", ("none", "auto")),
     Parameter("modalities", "both", "refused", "except `text`", (["text"], [])),
     Parameter("audio prediction web_search_options", "both", "refused"),
     Parameter("reasoning_effort", "both", "refused", "", ("none",)),
@@ -78,16 +97,24 @@ TABLE = [
         "refused",
     ),
     Parameter("user safety_identifier store metadata service_tier", "both", "ignored"),
-    Parameter("prompt_cache_key prompt_cache_retention parallel_tool_calls", "both", "ignored"),
+    Parameter("prompt_cache_key prompt_cache_retention", "both", "ignored"),
+    Parameter("parallel_tool_calls", "both", "ignored", "the model decides how many functions it calls"),
     Parameter(
         "role content",
         "message",
         "supported",
-        "system, developer, user, assistant; `content` must not be null",
+        "system, developer, user, assistant, tool, function; `content` may be null if the message calls tools",
     ),
-    Parameter("name", "message", "refused", "", ("",)),
-    Parameter("tool_calls", "message", "refused", "", ([],)),
-    Parameter("function_call tool_call_id audio", "message", "refused"),
+    Parameter(
+        "tool_calls function_call",
+        "message",
+        "supported",
+        "of the assistant; `arguments` as a JSON object, in text",
+    ),
+    Parameter(
+        "tool_call_id name", "message", "supported", "of a tool's result; a `name` elsewhere is refused"
+    ),
+    Parameter("audio", "message", "refused"),
     Parameter(
         "refusal annotations weight",
         "message",
@@ -101,7 +128,6 @@ ROWS: dict[tuple[str, str], Parameter] = {
     for place in (["chat", "completions"] if row.place == "both" else [row.place])
     for name in row.names.split()
 }
-TOOLS_UNSUPPORTED = "Tools are not supported. Leave out tool results and the messages that called tools."
 
 
 def check(place: Literal["chat", "completions"], data: Any) -> None:
@@ -110,6 +136,14 @@ def check(place: Literal["chat", "completions"], data: Any) -> None:
     if not isinstance(data, Mapping):
         return
     _check(place, data, "")
+    for name in ("tool_choice", "function_call"):
+        if place == "chat" and data.get(name) not in (None, "auto", "none"):
+            raise bad(
+                f"{name} can only be 'auto' or 'none'. The model decides whether it calls a function; a call cannot be "
+                "forced yet.",
+                name,
+                "unsupported_parameter",
+            )
     messages = data.get("messages")
     for i, message in enumerate(messages if place == "chat" and isinstance(messages, list) else ()):
         if isinstance(message, Mapping):
@@ -117,14 +151,18 @@ def check(place: Literal["chat", "completions"], data: Any) -> None:
 
 
 def _check_message(message: Mapping[str, Any], path: str) -> None:
-    if message.get("role") in ("tool", "function"):
-        raise bad(f"{path} has the role '{message['role']}'. {TOOLS_UNSUPPORTED}", f"{path}.role")
-    if "content" in message and message["content"] is None:
-        raise bad(
-            f"{path}.content is null, which is used only in messages that call tools. {TOOLS_UNSUPPORTED}",
-            f"{path}.content",
-        )
     _check("message", message, f"{path}.")
+    role = message.get("role")
+    calls = [name for name in ("tool_calls", "function_call") if message.get(name)]
+    if calls and role != "assistant":
+        raise bad(f"{path}.{calls[0]} is allowed only in messages of the assistant.", f"{path}.{calls[0]}")
+    if "content" in message and message["content"] is None and not calls:
+        raise bad(
+            f"{path}.content is null, which is allowed only in messages that call tools.", f"{path}.content"
+        )
+    for name in ("name", "tool_call_id"):
+        if message.get(name) and role not in ("tool", "function"):
+            raise bad(f"{path}.{name} is supported only in the result of a tool.", f"{path}.{name}")
 
 
 def _check(place: str, data: Mapping[str, Any], prefix: str) -> None:

@@ -43,6 +43,9 @@ class GenerateRequest:
     # Texts or token IDs. Choice i of prompt k has the index k * n + i.
     prompts: list[str] | list[list[int]] | None = None
     messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # definitions in OpenAI's format, with `messages`
     max_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
@@ -54,6 +57,15 @@ class GenerateRequest:
     n: int = 1
     logprobs: int | None = None
     echo: bool = False
+
+    def payload(self) -> dict[str, Any]:
+        """The request as a worker reads it. A conversation with tools, calls or results is sent as `conversation`. Workers of
+        an earlier release don't know this field, so they refuse the request. They would ignore `tools`."""
+        payload = asdict(self)
+        tools, messages = payload.pop("tools"), payload["messages"]
+        if tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages or ()):
+            payload |= {"messages": None, "conversation": {"messages": messages, "tools": tools}}
+        return payload
 
 
 class Busy(Exception):
@@ -88,7 +100,7 @@ class _Lost(Exception):
 
 async def stream(owner: str, request: GenerateRequest) -> AsyncGenerator[dict[str, Any], None]:
     """Yields the lines of the serve protocol: {"t": "start", "prompt_tokens"}, {"t": "token", "index", "text", …} …, and
-    finally {"t": "done", "choices", "usage"}. Closing the generator removes the request from the queue, or cancels it within
+    finally {"t": "done", "choices", "usage"}. A choice that calls tools has `tool_calls`. Closing the generator removes the request from the queue, or cancels it within
     2 s.
 
     Before the first line it may raise access.NotFound (the owner may not use the model), Busy (the queue is full, for this
@@ -122,7 +134,7 @@ class _QueuedRequest:
     """A request in the queue, as the reader sees it."""
 
     def __init__(self, owner: str, request: GenerateRequest) -> None:
-        self.owner, self.payload = owner, json.dumps(asdict(request))
+        self.owner, self.payload = owner, json.dumps(request.payload())
         self.arrival = ""  # assigned by the queue, and used again if the request has to be queued again
         self.since = time.monotonic()
         self.most_s = timeout_s(len(request.prompts or [1]) * request.n)

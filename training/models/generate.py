@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -21,8 +21,9 @@ from training.models.decoder import Decoder, penalized, sample
 from training.models.load import load_model
 from training.plan import hub
 from training.text.tokenizer import Tokenizer
+from training.text.tool_calls import Call, CallForm, CallStream, overlap
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 TopLogprobs = list[tuple[str, float]]
 
 
@@ -42,6 +43,8 @@ class GenerateOptions:
     logprobs: int | None = None  # k: those of the chosen and of the k most likely tokens, before temperature
     echo: bool = False
     ignore_eos: bool = False
+    # Tools that the prompt describes, if their calls are to be separated from the text.
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Completion:
     ids: list[int]
     finish_reason: FinishReason
     tokens: list[Token]
+    calls: list[Call] = field(default_factory=list)
 
 
 class GenerateError(ValueError):
@@ -86,6 +90,7 @@ def generate(
     on_token: Callable[[Token], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     decoder: Decoder | None = None,
+    form: CallForm | None = None,
 ) -> list[Completion]:
     """Generates `options.n` completions of `prompt_ids`. Calls `on_token` for each token; `should_stop` ends
     it early.
@@ -93,7 +98,7 @@ def generate(
     Without a `decoder` the model's weights are read in place. To generate a lot, pass
     `model.decoder()`. Raises GenerateError if the prompt is too long."""
     decoder = decoder or model.decoder(pack=False)
-    sequences = open_sequences(decoder, tokenizer, prompt_ids, options)
+    sequences = open_sequences(decoder, tokenizer, prompt_ids, options, form=form)
     written: list[list[Token]] = [[] for _ in sequences]
 
     def record(sequence: TextSequence, token: Token) -> None:
@@ -112,7 +117,12 @@ def generate(
         advance(decoder, live, record)
     return [
         Completion(
-            s.index, "".join(t.text for t in written[s.index]), s.ids, s.finish_reason or "length", tokens
+            s.index,
+            "".join(t.text for t in written[s.index]),
+            s.ids,
+            s.finish_reason or "length",
+            tokens,
+            s.calls,
         )
         for s, tokens in zip(sequences, written, strict=True)
     ]
@@ -137,6 +147,11 @@ class TextSequence:
     ids: list[int] = field(default_factory=list)
     prompt_tokens: list[Token] = field(default_factory=list)  # only if they are to be echoed
     finish_reason: FinishReason | None = None
+    call_stream: CallStream | None = None
+
+    @property
+    def calls(self) -> list[Call]:
+        return self.call_stream.calls if self.call_stream else []
 
     def next_token(self) -> Token | None:
         """Draws the next token from `logits`. None if it is the end token."""
@@ -148,18 +163,25 @@ class TextSequence:
             logits, options.temperature, options.top_k, options.top_p, self.rng.random(), options.min_p
         )
         if token_id in self.tokenizer.ends.ids and not options.ignore_eos:
-            self.finish_reason = "stop"
-            rest = self.stream.finish()
+            rest = self._finish("stop", self.stream.finish())
             return self._token(token_id, rest, hidden=True) if rest else None
         self.ids.append(token_id)
         self.room -= 1
         text = self.stream.push(token_id)
         if self.stream.stopped:
-            self.finish_reason = "stop"
+            text = self._finish("stop", text)
         elif self.room <= 0:
-            self.finish_reason = "length"
-            text += self.stream.finish()
+            text = self._finish("length", text + self.stream.finish())
+        elif self.call_stream:
+            text = self.call_stream.push(text)
         return self._token(token_id, text)
+
+    def _finish(self, reason: FinishReason, text: str) -> str:
+        """The last text. The reason is tool_calls if the answer ended by itself with calls in it."""
+        if self.call_stream:
+            text = self.call_stream.push(text) + self.call_stream.finish()
+        self.finish_reason = "tool_calls" if self.calls and reason == "stop" else reason
+        return text
 
     def _token(self, token_id: int, text: str, hidden: bool = False) -> Token:
         if hidden:  # the end token is never shown; it only releases pending text
@@ -190,9 +212,10 @@ def open_sequences(
     prompt_ids: Sequence[int],
     options: GenerateOptions,
     first: int = 0,
+    form: CallForm | None = None,
 ) -> list[TextSequence]:
-    """Reads the prompt once and starts `options.n` sequences from it, numbered from `first`. Raises
-    GenerateError."""
+    """Reads the prompt once and starts `options.n` sequences from it, numbered from `first`. Their tool calls
+    are read in this form. Raises GenerateError."""
     prompt = list(prompt_ids) or [tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id]
     check_length(len(prompt), decoder.context, options)
     # the context holds prompt and answer together
@@ -203,6 +226,8 @@ def open_sequences(
     echoed = _echo(logits if scores else None, prompt, tokenizer, options) if options.echo else []
     last = logits[-1] if scores else logits
     seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(63)
+    form = form if options.tools else None
+    markup = form.markup if form else ()
     return [
         TextSequence(
             first + index,
@@ -210,13 +235,15 @@ def open_sequences(
             tokenizer,
             cache if index == 0 else decoder.fork(cache),
             last,
-            TextStream(tokenizer, prompt, options.stop),
+            TextStream(tokenizer, prompt, options.stop, markup),
             room,
             # Each sequence has its own generator, so its text does not depend on what else is generated.
             random.Random(f"{seed}:{index}"),  # noqa: S311 (sampling text, not keeping secrets)
             prompt=prompt,
             prompt_tokens=[Token(first + index, t.id, t.token, t.text, t.logprob, t.top) for t in echoed],
             finish_reason=None if room > 0 else "length",
+            # All choices of a request end in one line, so they share what may be held back.
+            call_stream=CallStream(form, options.tools, MAX_HELD // options.n) if form else None,
         )
         for index in range(options.n)
     ]
@@ -269,6 +296,7 @@ def _echo(
 
 # --- text ------------------------------------------------------------------------------------------
 
+MAX_HELD = 200_000  # characters of tool calls; a worker reads lines of at most a megabyte
 MAX_PENDING_TOKENS = 8  # a character has at most four bytes; invalid bytes must not be held back forever
 BROKEN = "\ufffd"
 
@@ -279,7 +307,15 @@ class TextStream:
     Characters come out whole even if they span several tokens. A stop string and everything after it never
     come out."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str],
+        markup: Sequence[str] = (),
+    ) -> None:
+        """`markup`: control tokens that come out as text; all others do not."""
+        self.shown = {i for i in map(tokenizer.backend.token_to_id, markup) if i in tokenizer.special_ids}
         # Decoding starts a few tokens early: some tokenizers write a space only between words.
         self.ids = list(prompt_ids[-4:])
         self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
@@ -296,13 +332,19 @@ class TextStream:
         return "" if self.stopped else self._release(self._decode(final=True), final=True)
 
     def _decode(self, final: bool) -> str:
-        known = self.tokenizer.decode(self.ids[self.start : self.done]).rstrip(BROKEN)
-        text = self.tokenizer.decode(self.ids[self.start :])
+        known = self._text(self.ids[self.start : self.done]).rstrip(BROKEN)
+        text = self._text(self.ids[self.start :])
         # an incomplete UTF-8 sequence decodes to U+FFFD: wait for the rest of it
         if text.endswith(BROKEN) and not final and len(self.ids) - self.done < MAX_PENDING_TOKENS:
             return ""
         self.start, self.done = self.done, len(self.ids)
         return text[len(known) :]
+
+    def _text(self, ids: list[int]) -> str:
+        if not self.shown:
+            return self.tokenizer.decode(ids)
+        visible = [i for i in ids if i in self.shown or i not in self.tokenizer.special_ids]
+        return self.tokenizer.decode(visible, skip_special_tokens=False)
 
     def _release(self, text: str, final: bool) -> str:
         text = self.pending + text
@@ -311,14 +353,9 @@ class TextStream:
             self.stopped, self.pending = True, ""
             return text[: min(stops)]
         # hold back the longest suffix that could still become a stop string
-        keep = 0 if final else max((_overlap(text, s) for s in self.stop), default=0)
+        keep = 0 if final else max((overlap(text, s) for s in self.stop), default=0)
         self.pending = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest suffix of `text` that is a prefix of `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 # --- command line ----------------------------------------------------------------------------------
@@ -375,7 +412,11 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def prompt_ids(prompt: str | list[int] | list[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
+def prompt_ids(
+    prompt: str | list[int] | list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> list[int]:
     """The token ids of a prompt or conversation, built exactly as in training. Token ids are only
     validated."""
     if isinstance(prompt, str):
@@ -383,7 +424,7 @@ def prompt_ids(prompt: str | list[int] | list[dict[str, Any]], tokenizer: Tokeni
         return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
     if prompt and isinstance(prompt[0], int):
         return check_ids(prompt, tokenizer.vocab_size)
-    return tokenizer.encode_chat(cast(list[dict[str, Any]], prompt), add_generation_prompt=True)
+    return tokenizer.encode_chat(cast(list[dict[str, Any]], prompt), add_generation_prompt=True, tools=tools)
 
 
 def check_ids(ids: Sequence[Any], vocab_size: int) -> list[int]:

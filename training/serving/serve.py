@@ -2,7 +2,8 @@
 
     python -m training serve [--max-models 3] [--max-bytes 4000000000] [--max-sequences 16]
 
-    in   {"id", "op": "generate", "model": "/abs/folder", "prompt" | "prompts" | "messages": …, "who": …, "max_tokens", …}
+    in   {"id", "op": "generate", "model": "/abs/folder", "prompt" | "prompts" | "messages" | "conversation": …,
+          "who": …, "max_tokens", …}
          {"id", "op": "cancel"} · {"id", "op": "load" | "unload", "model"} · {"op": "status"}
     out  {"t": "ready"} · {"t": "alive"} every 5 s while there is work · {"id", "t": "reading"} before a prompt is read
          {"id", "t": "start", "prompt_tokens"} · {"id", "t": "token", "index", "text", …}
@@ -13,6 +14,11 @@ together; waiting requests join between two passes (continuous batching). Users 
 user's hundred requests do not delay another user's single one. A request with many `prompts` (texts or lists
 of token ids) starts them one by one; choice i of prompt k has the index k * n + i. Chat templates are
 rendered in a child process. The server ends when its input ends, and so with the process that started it.
+
+"conversation" is {"messages", "tools"}, for conversations with tools. A server that does not know it refuses the
+request, because it has no prompt, instead of answering as if there were no tools. Calls in an answer are not part
+of its text. Its choice in "done" has them: {"index", "finish_reason": "tool_calls", "tool_calls": [{"name",
+"arguments"}]}, the arguments as JSON text.
 """
 
 from __future__ import annotations
@@ -222,7 +228,12 @@ class Server:
         if is_conversation(request.prompts[request.opened]):
             options = replace(options, stop=(*options.stop, *model.tokenizer.ends.texts))
         sequences = open_sequences(
-            model.decoder, model.tokenizer, request.ids[request.opened], options, first
+            model.decoder,
+            model.tokenizer,
+            request.ids[request.opened],
+            options,
+            first,
+            model.call_form if options.tools else None,
         )
         request.opened += 1
         request.sequences += sequences
@@ -243,7 +254,7 @@ class Server:
             )
         model.tokenizer.render = self.renderer.render
         try:
-            return prompt_ids(prompt, model.tokenizer)
+            return prompt_ids(prompt, model.tokenizer, request.options.tools)
         except TokenizerError as refusal:
             if isinstance(refusal, TemplateTooSlow):
                 self.chat_blocked_until = {
@@ -286,6 +297,8 @@ def parse(message: Mapping[str, Any]) -> Request:
     if not message.get("id"):
         raise GenerateError("bad_request", "a request needs an id")
     prompts = _prompts(message)
+    conversation = message.get("conversation")
+    tools = () if conversation is None else _tools(conversation)
     stop = message.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(s, str) for s in stop):
@@ -306,6 +319,7 @@ def parse(message: Mapping[str, Any]) -> Request:
         if message.get("logprobs") is None
         else int(_number(message, "logprobs", 0, MAX_LOGPROBS)),
         echo=bool(message.get("echo")),
+        tools=tools,
     )
     who, model = str(message.get("who", "")), str(message.get("model", ""))
     return Request(str(message["id"]), who, model, prompts, options)
@@ -313,9 +327,11 @@ def parse(message: Mapping[str, Any]) -> Request:
 
 def _prompts(message: Mapping[str, Any]) -> list[Any]:
     """A conversation, one prompt or many. Token ids are validated once the model is loaded."""
-    if message.get("messages") is not None:
-        prompts = [message["messages"]]
-        good = is_conversation(message["messages"])
+    conversation = message.get("conversation")
+    messages = conversation.get("messages") if isinstance(conversation, dict) else message.get("messages")
+    if messages is not None:
+        prompts = [messages]
+        good = is_conversation(messages)
     else:
         prompts = message["prompts"] if message.get("prompts") is not None else [message.get("prompt")]
         good = isinstance(prompts, list) and all(map(is_prompt, prompts)) and 0 < len(prompts) <= MAX_PROMPTS
@@ -326,6 +342,13 @@ def _prompts(message: Mapping[str, Any]) -> list[Any]:
             f"prompts (up to {MAX_PROMPTS} of them) or messages (a list of objects)",
         )
     return prompts
+
+
+def _tools(conversation: Any) -> tuple[dict[str, Any], ...]:
+    tools = conversation.get("tools") or [] if isinstance(conversation, dict) else None
+    if not is_conversation(tools):
+        raise GenerateError("bad_request", "tools must be a list of objects")
+    return tuple(tools or ())
 
 
 def is_conversation(prompt: Any) -> bool:
@@ -367,7 +390,7 @@ def write_done(request: Request) -> None:
         {
             "id": request.id,
             "t": "done",
-            "choices": [{"index": s.index, "finish_reason": s.finish_reason} for s in request.sequences]
+            "choices": [_choice(s) for s in request.sequences]
             or [{"index": i, "finish_reason": "cancelled"} for i in range(request.options.n)],
             "usage": {
                 "prompt_tokens": read,
@@ -376,6 +399,16 @@ def write_done(request: Request) -> None:
             },
         }
     )
+
+
+def _choice(sequence: TextSequence) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": sequence.index, "finish_reason": sequence.finish_reason}
+    if sequence.calls:
+        choice["tool_calls"] = [
+            {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+            for call in sequence.calls
+        ]
+    return choice
 
 
 def write_error(request_id: str, error: GenerateError) -> None:

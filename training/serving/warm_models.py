@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,6 +15,7 @@ from training.models.decoder import Decoder
 from training.models.generate import GenerateError
 from training.models.load import load_model
 from training.text.tokenizer import Tokenizer
+from training.text.tool_calls import CallForm, call_form
 
 
 @dataclass
@@ -24,6 +26,10 @@ class Loaded:
     tokenizer: Tokenizer
     bytes: int
     users: int = 0
+
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        return call_form(self.tokenizer)
 
 
 def load(folder: str) -> Loaded:

@@ -154,6 +154,10 @@ class Tokenizer:
         return tuple(sorted(special, key=len, reverse=True))
 
     @cached_property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, t in self.backend.get_added_tokens_decoder().items() if t.special)
+
+    @cached_property
     def special_pattern(self) -> re.Pattern[str] | None:
         """Matches the spelling of a control token inside user text."""
         return re.compile("|".join(map(re.escape, self.special_tokens))) if self.special_tokens else None

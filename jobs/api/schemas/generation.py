@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from ninja import Schema
-from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
 
-from jobs.api import parameters
+from jobs.api import bodies, parameters
+from jobs.api.errors import ApiError
 from jobs.api.schemas.common import Request
 
 
@@ -25,6 +38,8 @@ Seed = Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)]
 Text = Annotated[StrictStr, Field(max_length=1_000_000)]
 TokenId = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
 MAX_PROMPTS = 128
+MAX_TOOLS = 128
+MAX_TOOLS_CHARS = 1_000_000
 
 
 class Generation(Request):
@@ -99,14 +114,90 @@ class TextPart(Request):
     text: Text
 
 
-class Message(Request):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
+FunctionName = Annotated[StrictStr, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+Id = Annotated[StrictStr, Field(max_length=200)]
 
-    def plain(self) -> dict[str, str]:
-        """The message in the format of training rows. OpenAI renamed system to developer; chat templates know only system."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+class FunctionCall(Request):
+    name: FunctionName
+    arguments: Text = Field(description="A JSON object, as text.")
+
+    @field_validator("arguments")
+    @classmethod
+    def _check_arguments(cls, arguments: str) -> str:
+        _object_of(arguments)
+        return arguments
+
+    def plain(self) -> dict[str, Any]:
+        return {"name": self.name, "arguments": _object_of(self.arguments)}
+
+
+def _object_of(arguments: str) -> dict[str, Any]:
+    try:
+        value = bodies.loads(arguments.encode()) if arguments.strip() else {}
+    except ApiError as error:
+        raise ValueError(f"must be a JSON object, as text. {error.message}") from error
+    if not isinstance(value, dict):
+        raise ValueError("must be a JSON object, as text")
+    return value
+
+
+class ToolCall(Request):
+    id: Id
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class FunctionDefinition(Schema):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema.")
+    strict: StrictBool | None = None
+
+
+class Tool(Schema):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class Message(Request):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    function_call: FunctionCall | None = None
+    tool_call_id: Id | None = None
+    name: Id | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Message:
+        if self.content is None and not self.calls():
+            raise ValueError("content is required")
+        return self
+
+    def calls(self) -> list[dict[str, Any]]:
+        """The calls in the format of training rows."""
+        if self.function_call:
+            return [{"type": "function", "function": self.function_call.plain()}]
+        return [
+            {"type": "function", "id": call.id, "function": call.function.plain()}
+            for call in self.tool_calls or ()
+        ]
+
+    def plain(self) -> dict[str, Any]:
+        """The message in the format of training rows. OpenAI renamed system to developer and function to tool; chat templates
+        know only system and tool."""
+        parts = [self.content or ""] if not isinstance(self.content, list) else [p.text for p in self.content]
+        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        message: dict[str, Any] = {"role": role, "content": "".join(parts)}
+        if calls := self.calls():
+            message["tool_calls"] = calls
+        return message | {
+            key: value for key in ("name", "tool_call_id") if (value := getattr(self, key)) and role == "tool"
+        }
 
 
 class ChatCreate(Generation):
@@ -115,12 +206,29 @@ class ChatCreate(Generation):
     max_completion_tokens: MaxTokens | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    functions: Annotated[list[FunctionDefinition], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    function_call: Literal["auto", "none"] | None = None
+    _definitions: list[dict[str, Any]] = PrivateAttr(default_factory=list)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _check_parameters(cls, data: Any) -> Any:
+    def _check_parameters(cls, data: Any, validate: Any) -> Any:
         parameters.check("chat", data)
-        return data
+        body = validate(data)
+        # As they were sent: templates write them as JSON, with the order of the keys.
+        raw: Mapping[str, Any] = getattr(data, "_obj", data)
+        body._definitions = list(raw.get("tools") or []) or [
+            {"type": "function", "function": function} for function in raw.get("functions") or []
+        ]
+        if len(json.dumps(body._definitions)) > MAX_TOOLS_CHARS:
+            raise ValueError(f"the tools together can have at most {MAX_TOOLS_CHARS:,} characters")
+        return body
+
+    def definitions(self) -> list[dict[str, Any]]:
+        """The tools that the prompt describes."""
+        return [] if "none" in (self.tool_choice, self.function_call) else self._definitions
 
 
 class Usage(Schema):
@@ -167,16 +275,29 @@ class ChatLogprobs(Schema):
     refusal: None = None
 
 
+class CalledFunction(Schema):
+    name: str
+    arguments: str
+
+
+class MadeToolCall(Schema):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(Schema):
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[MadeToolCall] | None = None
+    function_call: CalledFunction | None = None
 
 
 class ChatChoice(Schema):
     index: int
     message: ChatMessage
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls", "function_call"]
     logprobs: ChatLogprobs | None = None
 
 
