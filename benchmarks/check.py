@@ -131,7 +131,7 @@ def bare_seconds(path: Path, tokenizer: Tokenizer) -> float:
     """Of `encode_batch_fast` alone, with as many rows at once as suit it; reading and cutting into pieces is not counted."""
     seconds, read = 0.0, rows(path)
     while batch := list(islice(read, BARE_ROWS)):
-        texts = [piece.text for row in batch for piece in pieces(row, tokenizer)]
+        texts = [piece.text for row in batch for parts in pieces(row, tokenizer) for piece in parts]
         begun = time.perf_counter()
         tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)
         seconds += time.perf_counter() - begun
