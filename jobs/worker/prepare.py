@@ -61,8 +61,10 @@ def prepare(job: Job, folder: Path, check_stop: Callable[[], None]) -> Prepared:
             dataset = _dataset(job.owner, dataset_id)
             config[f"{name}_file"] = str(_fetch(dataset, folder / "data" / name))
             config[f"{name}_format"] = dataset.format
-            if name == "train" and (expected := _expected(job, dataset)):
-                config["expected"] = expected
+            if name == "train":
+                config["date"] = dataset.date
+                if expected := _expected(job, dataset):
+                    config["expected"] = expected
     check_stop()
     checkpoint, damaged = newest_intact(job, folder, check_stop)
     check = None
@@ -76,10 +78,12 @@ def prepare(job: Job, folder: Path, check_stop: Callable[[], None]) -> Prepared:
 
 def _expected(job: Job, dataset: Dataset) -> dict[str, int]:
     """The counts of the report that the trainer must reproduce. With another tokenizer or another sequence length the
-    token counts differ, and long texts are split differently."""
+    token counts differ, long texts are split differently, and another base's chat template may leave conversations out
+    or make several examples of one."""
     summary, exact = reports.summary_for(dataset, job.base_snapshot or {"id": job.base})
     as_reported = exact and not (job.settings or {}).get("sequence_length")
-    names = ("examples", "tokens") if as_reported else () if summary.get("kind") == "text" else ("examples",)
+    differs = summary.get("kind") == "text" or (summary.get("kind") == "chat" and not exact)
+    names = ("examples", "tokens") if as_reported else () if differs else ("examples",)
     return {name: int(summary[name]) for name in names if summary.get(name)}
 
 
