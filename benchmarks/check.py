@@ -131,7 +131,7 @@ def plain_seconds(path: Path, tokenizer: Tokenizer) -> float:
     """Time of `encode_batch_fast` alone, in large batches. Reading and splitting the rows is not counted."""
     seconds, read = 0.0, rows(path)
     while batch := list(islice(read, BATCH_ROWS)):
-        texts = [piece.text for row in batch for piece in pieces(row, tokenizer)]
+        texts = [piece.text for row in batch for parts in pieces(row, tokenizer) for piece in parts]
         started = time.perf_counter()
         tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)
         seconds += time.perf_counter() - started

@@ -94,7 +94,8 @@ def report_on(dataset: Dataset, tokenizer: str, line: int | None = None) -> dict
         # Of the name that the user chose, only the suffix is kept, because it indicates the file format.
         path = folder / ("data" + Path(dataset.name).suffix.lower()[:10])
         stored = blobs.fetch(dataset.key, path, sha256=dataset.sha256 or None)
-        arguments = ["check", str(path), "--limit-bytes", str(int(settings.JOBS["max_upload_bytes"]))]
+        arguments = ["check", str(path), "--date", dataset.date]
+        arguments += ["--limit-bytes", str(int(settings.JOBS["max_upload_bytes"]))]
         if tokenizer:
             arguments += ["--tokenizer", tokenizer]
         if dataset.format:

@@ -179,6 +179,7 @@ def _arguments(source: Dataset, origin: dict[str, Any], path: Path, folder: Path
         return [*current, "--validation", str(folder / "aside.jsonl"), "--fraction", str(FRACTION)]
     snapshot = origin.get("facts") or {"id": catalog.STARTER}
     try:
+        current += ["--date", source.date]
         current += ["--tokenizer", str(base_models.folder(str(snapshot["id"]), snapshot, only="tokenizer"))]
     except Failure as failure:
         raise Refused(f"{failure.message} {failure.advice}".strip()) from failure

@@ -10,6 +10,7 @@ Reads and conditional writes are in jobs/store/operations.py; other modules call
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 
 from django.conf import settings
 from pynamodb.attributes import (
@@ -108,6 +109,11 @@ class Dataset(Table):
     @property
     def unchecked(self) -> bool:
         return self.status in {DatasetStatus.RECEIVING, DatasetStatus.CHECKING}
+
+    @property
+    def date(self) -> str:
+        """The date that chat templates read in reports and training, so that both count the same tokens on every day."""
+        return datetime.fromtimestamp(float(self.created_at), UTC).date().isoformat()
 
 
 class DatasetReport(Table):

@@ -61,8 +61,10 @@ def prepare(job: Job, folder: Path, check_stop: Callable[[], None]) -> Prepared:
             dataset = _dataset(job.owner, dataset_id)
             config[f"{name}_file"] = str(_fetch(dataset, folder / "data" / name))
             config[f"{name}_format"] = dataset.format
-            if name == "train" and (expected := _expected(job, dataset)):
-                config["expected"] = expected
+            if name == "train":
+                config["date"] = dataset.date
+                if expected := _expected(job, dataset):
+                    config["expected"] = expected
     check_stop()
     checkpoint, damaged = newest_intact(job, folder, check_stop)
     check = None
@@ -75,8 +77,9 @@ def prepare(job: Job, folder: Path, check_stop: Callable[[], None]) -> Prepared:
 
 
 def _expected(job: Job, dataset: Dataset) -> dict[str, int]:
-    """The counts of the report that the trainer must reproduce. Another base's tokenizer counts other tokens, its chat
-    template may express other rows; with another sequence length long texts are split differently."""
+    """The counts of the report that the trainer must reproduce. Another base's tokenizer counts other tokens, and its chat
+    template may leave conversations out or make several examples of one; with another sequence length long texts are
+    split differently."""
     summary, exact = reports.summary_for(dataset, job.base_snapshot or {"id": job.base})
     if not exact:
         return {}

@@ -18,6 +18,10 @@ class BadFile(BadRow):
     """Nothing after this point of the file can be read."""
 
 
+class BadBase(BadFile):
+    """No row can be trained on, because of the base model and not of the file."""
+
+
 class LeftOut(BadRow):
     """A good row that the base's chat template cannot express. It is left out; the other rows train."""
 

@@ -67,6 +67,7 @@ class Snapshot:
     base: str  # folder of the base model, needed to export this checkpoint
     best: bool = False
     final: bool = False
+    date: str | None = None  # the day that chat templates read
 
     @property
     def name(self) -> str:
@@ -135,6 +136,7 @@ def _write_files(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
         "environment": snapshot.environment,
         "settings": snapshot.settings,
         "base": snapshot.base,
+        "date": snapshot.date,
         "tensors": {
             name: {k: list(t.shape) for k, t in sorted(values.items())} for name, values in tensors.items()
         },
@@ -300,18 +302,19 @@ def read_manifest(folder: Path, sha256: str | None = None) -> dict[str, Any]:
     return manifest
 
 
-def settings_of(folders: list[Path], job: str | None, settings: str) -> dict[str, Any] | None:
-    """The resolved settings in the first of these checkpoints that has a valid manifest of this run.
+def earlier_attempt(folders: list[Path], job: str | None, settings: str) -> dict[str, Any] | None:
+    """The first valid manifest of this run among these checkpoints.
 
-    A resumed attempt must not resolve them again: another machine would choose another micro-batch, which
-    rounds differently."""
+    A resumed attempt takes the resolved settings and the date from it. Resolved again, another machine would
+    choose another micro-batch, which rounds differently; and on another day a chat template can write other
+    tokens."""
     for folder in folders:
         try:
             manifest = read_manifest(folder)
         except Unreadable:
             continue
         if manifest["identity"]["job"] == job and manifest["identity"]["settings"] == settings:
-            return dict(manifest["settings"])
+            return manifest
     return None
 
 

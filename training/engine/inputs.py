@@ -7,13 +7,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from training.data.bad_row import LeftOut
+from training.data.bad_row import BadBase, LeftOut
 from training.data.formats import BadRow, Format, detect_lenient, rows
 from training.data.summary import Summary
 from training.engine.objectives import OBJECTIVES, Objective
@@ -24,7 +25,7 @@ from training.plan.config import Settings
 from training.plan.events import Failure
 from training.plan.run_file import Run
 from training.text.encode import EncodingOptions, Example
-from training.text.tokenizer import Tokenizer, TokenizerError
+from training.text.tokenizer import Tokenizer, TokenizerError, midnight
 
 PREFERENCES = (
     "This file holds preference pairs (a better and a worse answer). Training on pairs is not supported."
@@ -61,6 +62,8 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     model_config = _model_config(base)
     described = catalog.from_config(model_config, id=run.base, folder=str(base))
     tokenizer = _tokenizer(base, described.vocab)
+    # One date for the whole run, however long it takes: a chat template may write it into every example.
+    tokenizer.now = datetime.fromisoformat(run.date) if run.date else midnight()
     settings = resolved or run.settings
     notes: list[str] = []
     longest = settings.sequence_length or described.context
@@ -77,6 +80,8 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
         reasons = {}
     _check_context(everything, described.context)
     # An example without trained tokens has no loss; it would only cost time.
+    rows = np.cumsum([example.part == 0 for example in everything])
+    row_of = [int(row) for row, example in zip(rows, everything, strict=True) if example.trained]
     kept = [example for example in everything if example.trained]
     if len(kept) < len(everything):
         notes.append(f"{len(everything) - len(kept)} examples have no tokens to train on and are left out.")
@@ -95,7 +100,7 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
                 f"{leaked} of {len(held)} validation examples are also in the training data and are left out of the validation."
             )
     elif settings.validation_fraction:
-        train, held_out = hold_out(train, settings.validation_fraction, settings.seed)
+        train, held_out = hold_out(train, settings.validation_fraction, settings.seed, row_of)
     prompts = _prompts(run, tokenizer, held_out if len(held_out) else train)
     return Inputs(
         objective, base, model_config, tokenizer, train, held_out, settings, reasons, prompts, notes
@@ -149,6 +154,9 @@ def _encode(
         if (chosen or detect_lenient(path)).shape == "preference":
             raise Failure("bad_data", PREFERENCES, "Use a file with one good answer for each prompt.")
         encoded = list(objective.encode(path, tokenizer, wants, chosen, on_bad))
+    except BadBase as error:
+        reason = f"{error.reason[:1].upper()}{error.reason[1:]}."
+        raise Failure("base_model", reason, error.fix) from error
     except BadRow as error:
         fix = f" {error.fix}" if error.fix else ""
         raise Failure("bad_data", f"{Path(path).name}, {error}.{fix}") from error

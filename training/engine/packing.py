@@ -107,20 +107,26 @@ class Examples:
         return digest.hexdigest()
 
 
-def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
-    """Splits into (training, held-out) examples, about `fraction` of them held out.
+def hold_out(
+    examples: Examples, fraction: float, seed: int, row_of: Sequence[int] | None = None
+) -> tuple[Examples, Examples]:
+    """Splits into (training, held-out) examples, about `fraction` of them held out. `row_of`: the row that
+    each example comes from; the examples of a conversation repeat its text, so they stay together.
 
-    An example's side is decided by a hash of its tokens and the seed, not by its position: duplicates are
-    always on the same side, and adding or reordering rows moves few of the others."""
-    wanted = round(len(examples) * fraction)
-    if wanted == 0 or len(examples) < 2:
+    An example's side is decided by a hash of its row's first tokens and the seed, not by its position:
+    duplicates are always on the same side, and adding or reordering rows moves few of the others."""
+    row_of = range(len(examples)) if row_of is None else row_of
+    first = {row: i for i, row in reversed(list(enumerate(row_of)))}
+    wanted = round(len(first) * fraction)
+    if wanted == 0 or len(first) < 2:
         return examples, examples.take([])
-    keys = [
-        hashlib.sha256(f"{seed}:".encode() + examples[i][0].tobytes()).digest() for i in range(len(examples))
-    ]
-    threshold = sorted(keys)[wanted - 1]
-    # The examples with the smallest hashes. Ties are duplicates, so all of them are held out.
-    held = np.array([key <= threshold for key in keys])
+    keys = {
+        row: hashlib.sha256(f"{seed}:".encode() + examples[i][0].tobytes()).digest()
+        for row, i in first.items()
+    }
+    threshold = sorted(keys.values())[wanted - 1]
+    # The rows with the smallest hashes. Ties are duplicates, so all of them are held out.
+    held = np.array([keys[row] <= threshold for row in row_of])
     if held.all():  # all examples are the same
         return examples, examples.take([])
     return examples.take(np.flatnonzero(~held)), examples.take(np.flatnonzero(held))

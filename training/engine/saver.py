@@ -6,7 +6,8 @@ checkpoint.py knows the files, this module the run.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,12 @@ class State:
 
 @dataclass(frozen=True)
 class Resumable:
-    """What a run can resume from: the requested checkpoint and older ones, and the settings they were made
-    with."""
+    """What a run can resume from: the requested checkpoint and older ones, the settings they were made with,
+    and the run with their date. On another day a chat template that writes the date makes other tokens."""
 
     folders: list[Path]
     settings: Settings | None
+    run: Run
 
 
 def find_resumable(run: Run) -> Resumable:
@@ -63,16 +65,18 @@ def find_resumable(run: Run) -> Resumable:
     parent.mkdir(parents=True, exist_ok=True)
     checkpoint.sweep(parent)
     folders = checkpoint.candidates(Path(run.resume_from), [parent]) if run.resume_from else []
-    earlier = checkpoint.settings_of(
+    manifest = checkpoint.earlier_attempt(
         folders, run.job, config.settings_hash(run.settings, run.settings_schema)
     )
-    if earlier is None:
-        return Resumable(folders, None)
+    if manifest is None:
+        return Resumable(folders, None, replace(run, date=run.date or date.today().isoformat()))
+    earlier = dict(manifest["settings"])
     smaller = run.settings.micro_batch_tokens
     # a smaller one was requested because memory ran out
     if smaller and smaller < earlier["micro_batch_tokens"]:
         earlier["micro_batch_tokens"] = smaller
-    return Resumable(folders, config.parse(earlier, run.settings_schema))
+    day = run.date or manifest.get("date") or date.today().isoformat()
+    return Resumable(folders, config.parse(earlier, run.settings_schema), replace(run, date=day))
 
 
 def _folder(run: Run) -> Path:
@@ -141,6 +145,7 @@ class Saver:
             str(session.data.base),
             best,
             final,
+            session.run.date,
         )
 
     def wait(self) -> None:

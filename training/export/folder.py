@@ -21,7 +21,7 @@ from training.export.interface import Format
 from training.models.interface import LanguageModel
 from training.plan.events import Failure
 from training.plan.export_formats import FORMATS
-from training.text.tokenizer import Tokenizer
+from training.text.tokenizer import TOOL_USE, Tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -122,6 +122,11 @@ def write_tokenizer(base: Path, to: Path) -> None:
         if name not in config and name in tokenizer.config:
             config[name] = tokenizer.config[name]
     config["chat_template"] = tokenizer.full_template
+    if tokenizer.named_templates:
+        templates = {**tokenizer.named_templates, "default": tokenizer.full_template}
+        if TOOL_USE in templates:
+            templates[TOOL_USE] = tokenizer.full_tool_template
+        config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from training.plan import catalog
 from training.plan.events import Failure, reason_of
 
-# Safetensors weights and plain text files; no code, no other formats, no subfolders.
+# Safetensors weights and plain text files; no code, no other formats, no subfolders but that of chat templates.
 WANTED = [
     "config.json",
     "generation_config.json",
@@ -26,12 +26,19 @@ WANTED = [
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "LICENSE*",
     "LICENCE*",
     "NOTICE",
     "USE_POLICY.md",
 ]
-UNWANTED = ["*/*", "consolidated*"]  # a second copy of the weights in Mistral's models
+UNWANTED = [
+    "*/*.safetensors",
+    "*/*.safetensors.index.json",
+    "LICEN[CS]E*/*",
+    "additional_chat_templates/*/*",
+    "consolidated*",  # a second copy of the weights in Mistral's models
+]
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 

@@ -1,10 +1,11 @@
-"""The run file: what one process of the trainer is told, as a JSON object with the settings inside."""
+"""The run file: what one process of the trainer gets, as a JSON object with the settings inside."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from datetime import date as calendar_date
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class Run:
     resume_from: str | None = None  # folder of a checkpoint
     prompts: tuple[str, ...] = ()  # pinned prompts for samples
     expected: dict[str, int] | None = None  # {"examples", "tokens"} of the report, checked before training
+    date: str | None = None  # YYYY-MM-DD, read by chat templates; None = the day of the run's first attempt
     job: str | None = None
     epoch: int = 1  # fencing token of the lease: part of the names of checkpoint folders
     rehearse: bool = True
@@ -61,6 +63,10 @@ class Run:
         if schema not in range(1, SCHEMA + 1):
             raise ConfigError("settings_schema", f"Must be a whole number from 1 to {SCHEMA}.")
         given = {name: value for name, value in values.items() if value is not None}
+        try:
+            calendar_date.fromisoformat(given.get("date", "2000-01-01"))
+        except (TypeError, ValueError):
+            raise ConfigError("date", "Must be a date like 2026-01-31.") from None
         return Run(
             **given
             | {

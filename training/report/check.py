@@ -10,6 +10,7 @@ import gc
 import json
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from training.data.formats import BadRow, Format
 from training.plan.catalog import describe
 from training.report.report import report, row_tokens
 from training.text.encode import EncodingOptions
-from training.text.tokenizer import Tokenizer
+from training.text.tokenizer import Tokenizer, midnight
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", help="format of the file, as JSON; default: detected")
     parser.add_argument(
         "--sequence-length", type=int, help="maximum tokens of an example; default: the model's context"
+    )
+    parser.add_argument(
+        "--date", type=datetime.fromisoformat, help="the date that chat templates read; default: today"
     )
     parser.add_argument("--train-on", choices=("completion", "all"), default="completion")
     parser.add_argument("--validation", help="a validation file to check for leaks")
@@ -51,6 +55,8 @@ def main(given: argparse.Namespace) -> int:
         )
         return 0
     tokenizer = Tokenizer.load(given.tokenizer) if given.tokenizer else None
+    if tokenizer is not None:
+        tokenizer.now = given.date or midnight()
     length = given.sequence_length or (_context(Path(given.tokenizer)) if given.tokenizer else None)
     if given.row is not None:
         emit({"t": "row", "line": given.row, **_row(given, tokenizer, length)})

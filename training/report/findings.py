@@ -38,6 +38,18 @@ KINDS: dict[str, Kind] = {
         "Fix these lines, or drop them.",
         True,
     ),
+    "chat_template": Kind(
+        "error",
+        "This base model's chat template cannot be used",
+        "It fails on every conversation, so the fault is not in the rows.",
+        "Choose another base model, or correct its chat template.",
+    ),
+    "several_examples": Kind(
+        "info",
+        "Conversations that become several examples",
+        "The base model's chat template writes earlier answers differently as the conversation goes on (many leave their reasoning out). Each answer is trained on as the model sees the conversation when it answers.",
+        "Nothing needs to be done.",
+    ),
     "left_out": Kind(
         "warning",
         "Rows that this base model's chat template cannot express",

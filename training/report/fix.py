@@ -10,6 +10,7 @@ import sys
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from training.data.formats import BadRow, Format, Row, detect, rows
 from training.report.findings import KINDS
 from training.report.report import findings_of, preview_of
 from training.text.encode import EncodingOptions
-from training.text.tokenizer import Tokenizer
+from training.text.tokenizer import Tokenizer, midnight
 
 MAX_LINES_PRINTED = 10_000  # of each finding: the reader of the output limits the length of a line
 SHOWN = 20  # dropped rows to show
@@ -132,6 +133,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         help="folder of the base model; needed to find rows that are truncated or have nothing to train on",
     )
+    parser.add_argument(
+        "--date", type=datetime.fromisoformat, help="the date that chat templates read; default: today"
+    )
     parser.add_argument("--sequence-length", type=int)
     parser.add_argument("--validation", help="file to write held-out rows to")
     parser.add_argument("--fraction", type=float, default=0.1, help="fraction of the rows to hold out")
@@ -141,11 +145,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(given: argparse.Namespace) -> int:
     """Prints the result as one JSON line. Exit 10 if the file cannot be read."""
     try:
+        tokenizer = Tokenizer.load(given.tokenizer) if given.tokenizer else None
+        if tokenizer is not None:
+            tokenizer.now = given.date or midnight()
         done = fix(
             given.file,
             given.to,
             drop=DROPPABLE if given.drop is None else list(filter(None, given.drop.split(","))),
-            tokenizer=Tokenizer.load(given.tokenizer) if given.tokenizer else None,
+            tokenizer=tokenizer,
             settings=EncodingOptions(given.sequence_length),
             format=Format.of(json.loads(given.format)) if given.format else None,
             validation=given.validation,

@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from training.data.bad_row import LeftOut
+from training.data.bad_row import BadBase, LeftOut
 from training.data.formats import BadFile, BadRow, ByteRange, Format, Row, detect, detect_lenient, head, rows
 from training.data.row_schemas import preview_of_message
 from training.data.summary import Summary
@@ -24,7 +24,15 @@ from training.report.findings import (
     fingerprint,
     normal,
 )
-from training.text.encode import EncodingOptions, Example, Tokens, batches, encode_batch, encoded_batches
+from training.text.encode import (
+    EncodingOptions,
+    Example,
+    Tokens,
+    as_reported,
+    batches,
+    encode_batch,
+    encoded_batches,
+)
 from training.text.tokenizer import Tokenizer
 
 SAMPLES, PREVIEW, SAMPLE_TOKENS = 5, 150, 400
@@ -40,6 +48,7 @@ JOINED = (
     "prompts",
     "answers",
     "unused",
+    "several",
 )
 ROW_TOKENS = 4000  # of a single row
 FEW = 10
@@ -140,6 +149,7 @@ class _Report:
         self.tokenizer, self.settings = tokenizer, settings
         self.summary, self.findings = Summary(), Findings(keep)
         self.rows = self.characters = self.non_ascii = 0
+        self.several = 0  # examples of rows that become several
         self.by_order = False  # number rows by their order among readable ones, not by line
         self.samples: list[dict[str, Any]] = []
         self.exact, self.near, self.prompts = DuplicateIndex(), DuplicateIndex(), DuplicateIndex()
@@ -152,7 +162,8 @@ class _Report:
             self.findings.add("left_out", bad.line, bad.reason)
             return
         self.problem = self.problem or bad
-        self.findings.add("bad_row", bad.line, f"{bad.reason}. {bad.fix}")
+        code = "chat_template" if isinstance(bad, BadBase) else "bad_row"
+        self.findings.add(code, bad.line, f"{bad.reason}. {bad.fix}")
 
     def read(self, path: Path, format: Format, progress: Progress, part: ByteRange | None = None) -> None:
         size, reported = max(1, part.bytes if part else path.stat().st_size), time.monotonic()
@@ -213,7 +224,7 @@ class _Report:
 
     def _join(self, later: dict[str, Any], lines: int) -> None:
         """Adds the results of the half that starts after `lines` lines."""
-        for name in ("rows", "characters", "non_ascii"):
+        for name in ("rows", "characters", "non_ascii", "several"):
             setattr(self, name, getattr(self, name) + later[name])
         self.summary.join(later["summary"])
         for name in ("findings", "exact", "near", "prompts"):
@@ -247,11 +258,14 @@ class _Report:
             if len(self.samples) < SAMPLES:
                 self.samples.append({"line": row.line, "preview": preview_of(row)})
             return
-        if any(example.truncated for example in examples):
-            self.findings.add("truncated", row.line, f"{examples[0].truncated} tokens cut off")
+        if cut := sum(example.truncated for example in examples):
+            self.findings.add("truncated", row.line, f"{cut} tokens cut off")
+        if len(examples) > 1 and row.kind == "chat":
+            self.several += len(examples)
+            self.findings.add("several_examples", row.line, f"{len(examples)} examples")
         if self.summary.untrained - untrained == len(examples):
             self.findings.add("nothing_to_train", row.line)
-        elif row.kind == "chat" and not _ends(examples[0], tokenizer):
+        elif row.kind == "chat" and not all(_ends(example, tokenizer) for example in examples):
             self.findings.add("missing_end", row.line)
         if len(self.samples) < SAMPLES and examples:
             self.samples.append(
@@ -295,6 +309,10 @@ class _Report:
                 self.findings.add("conflict", line, f"same prompt as line {first}")
         for name, count in sorted(self.unused.items(), key=lambda item: -item[1]):
             self.findings.add("unused_field", 0, f"{name} ({count:,} {'row' if count == 1 else 'rows'})")
+        if self.several:
+            rows = self.findings.counts["several_examples"]
+            many = f"{rows:,} {'row becomes' if rows == 1 else 'rows become'} {self.several:,} examples"
+            self.findings.details["several_examples"].insert(0, (0, many))
         if self.rows > 3 and len(self.answers) == 1 and self.summary.kind != "text":
             self.findings.add("same_answer", 0)
         if 0 < self.rows < FEW and self.summary.kind != "text":
@@ -324,10 +342,15 @@ class _Report:
         """`ready` (can be trained on), `error` (why not, in one line) and `verdict`, a sentence for users."""
         counts = self.findings.counts
         if self.problem is not None:
-            more = counts["bad_row"] - 1
+            more = max(0, counts.get("bad_row", 0) - 1)
             also = f" {more} more {'row' if more == 1 else 'rows'} cannot be read." if more else ""
             where = f"Line {self.problem.line}: " if self.problem.line else ""
-            words = f"{where}{self.problem.reason}. {self.problem.fix}{also}"
+            reason = (
+                self.problem.reason
+                if where
+                else f"{self.problem.reason[:1].upper()}{self.problem.reason[1:]}"
+            )
+            words = f"{where}{reason}. {self.problem.fix}{also}"
             return {"ready": False, "error": words, "verdict": words}
         if self.tokenizer is not None and not self.summary.trained_tokens:
             words = "No row has an answer to learn from. Add answers to the rows."
@@ -395,13 +418,21 @@ def row_tokens(
         if bad.line == line:
             raise bad
 
+    tokenizer = as_reported(tokenizer, format)
     for row in rows(path, format, on_bad=bad):
         if row.line == line:
-            tokens = encode_batch([row], tokenizer, settings)[0]
-            if isinstance(tokens, BadRow):
-                raise tokens
-            shown = colored_tokens(tokens.example(), tokenizer, ROW_TOKENS)
-            return {"line": line, "preview": preview_of(row), "cut": tokens.truncated, **shown}
+            encoded = encode_batch([row], tokenizer, settings)[0]
+            if isinstance(encoded, BadRow):
+                raise encoded
+            shown = [colored_tokens(tokens.example(), tokenizer, ROW_TOKENS) for tokens in encoded]
+            colored = [token for example in shown for token in example["tokens"]]
+            return {
+                "line": line,
+                "preview": preview_of(row),
+                "cut": sum(tokens.truncated for tokens in encoded),
+                "tokens": colored[:ROW_TOKENS],
+                "more": max(0, sum(tokens.length for tokens in encoded) - ROW_TOKENS),
+            }
         if row.line > line:
             break
     raise KeyError(line)

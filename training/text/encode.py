@@ -3,17 +3,27 @@ trainer both use it, so the report counts exactly the tokens that the trainer tr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from training.data.bad_row import LeftOut
+from training.data.bad_row import BadBase, LeftOut
 from training.data.formats import BadRow, ByteRange, Format, OnBad, Row, rows
-from training.text.tokenizer import Encoded, Message, Piece, Tokenizer, TokenizerError, ids_of
+from training.text.tokenizer import (
+    Encoded,
+    Message,
+    Piece,
+    Tokenizer,
+    TokenizerError,
+    ids_of,
+    opening_of,
+)
 
 OTHER_BASE = "Choose a base model whose chat template can express it, or change the row."
+OTHER_TEMPLATE = "Choose another base model, or correct its chat template."
 BATCH_ROWS = 32  # a few megabytes of tokens, still in the CPU's cache when they are counted
 
 
@@ -41,6 +51,7 @@ class Example(NamedTuple):
     mask: list[int]
     truncated: int  # tokens cut off because they exceed the sequence length
     line: int
+    part: int = 0  # counts the examples of a conversation that makes several, from 0
 
     @property
     def length(self) -> int:
@@ -63,6 +74,7 @@ class Tokens(NamedTuple):
     stop: int
     truncated: int = 0
     unused: tuple[str, ...] = ()  # fields that hold something and are not in these tokens
+    part: int = 0  # as in Example
 
     @property
     def length(self) -> int:
@@ -98,7 +110,7 @@ class Tokens(NamedTuple):
             at += len(encoded)
         if mask:
             mask[0] = 0
-        return Example(ids, mask, self.truncated, self.line)
+        return Example(ids, mask, self.truncated, self.line, self.part)
 
     def cut(self, length: int | None, *, split: bool) -> list[Tokens]:
         """Fits it into `length` tokens: consecutive windows if `split`, otherwise the beginning."""
@@ -124,7 +136,7 @@ def examples(
     """Every example of a file, in order: what the trainer trains on and the report counts.
 
     A plain text longer than the sequence length becomes several examples, so nothing is lost. A chat or
-    completion is truncated. Raises BadRow at the first bad row, or passes it to `on_bad` and continues."""
+    completion is truncated; a chat is several examples if its template rewrites earlier turns. Raises BadRow at the first bad row, or passes it to `on_bad` and continues."""
     for batch in encoded_batches(path, tokenizer, settings, format, on_bad):
         for _, encoded in batch:
             for tokens in encoded:
@@ -140,37 +152,47 @@ def encoded_batches(
     part: ByteRange | None = None,
 ) -> Iterator[list[tuple[Row, list[Tokens]]]]:
     """Batches of (row, its examples), not yet as lists."""
+    tokenizer = as_reported(tokenizer, format)
     for batch in batches(rows(path, format, on_bad=on_bad, part=part)):
         encoded: list[tuple[Row, list[Tokens]]] = []
         bad: BadRow | None = None
-        for row, tokens in zip(batch, encode_batch(batch, tokenizer, settings), strict=True):
-            if isinstance(tokens, Tokens):
-                encoded.append((row, tokens.cut(settings.sequence_length, split=row.kind == "text")))
+        for row, parts in zip(batch, encode_batch(batch, tokenizer, settings), strict=True):
+            if not isinstance(parts, BadRow):
+                length, split = settings.sequence_length, row.kind == "text"
+                encoded.append(
+                    (row, [piece for tokens in parts for piece in tokens.cut(length, split=split)])
+                )
             elif on_bad is not None:
-                on_bad(tokens)
+                on_bad(parts)
             else:
-                bad = tokens
+                bad = parts
                 break
         yield encoded
         if bad:
             raise bad
 
 
+def as_reported(tokenizer: Tokenizer, format: Format | None) -> Tokenizer:
+    """The tokenizer that encodes a file as its report did."""
+    return tokenizer if format is None or format.version >= 2 else replace(tokenizer, early=True)
+
+
 def encode(row: Row, tokenizer: Tokenizer, settings: EncodingSettings) -> Example:
-    """Encodes one row, truncated to the sequence length. Raises BadRow."""
-    tokens = encode_batch([row], tokenizer, settings)[0]
-    if isinstance(tokens, BadRow):
-        raise tokens
+    """Encodes a row that makes one example, truncated to the sequence length. Raises BadRow."""
+    encoded = encode_batch([row], tokenizer, settings)[0]
+    if isinstance(encoded, BadRow):
+        raise encoded
+    (tokens,) = encoded
     return tokens.cut(settings.sequence_length, split=False)[0].example()
 
 
 def encode_batch(
     batch: Sequence[Row], tokenizer: Tokenizer, settings: EncodingSettings
-) -> list[Tokens | BadRow]:
-    """Encodes rows before truncation, with one call of the tokenizer. A BadRow where the template rejects
-    a row."""
+) -> list[list[Tokens] | BadRow]:
+    """Encodes rows before truncation, with one call of the tokenizer: the examples of each, usually one. A
+    BadRow where the template rejects a row. Raises BadBase if it can express none."""
     everything = (settings.train_on or "completion") == "all"
-    plans: list[list[Piece] | BadRow] = []
+    plans: list[list[list[Piece]] | BadRow] = []
     rows: list[Row] = []
     for row in batch:
         rows.append(row)
@@ -179,27 +201,30 @@ def encode_batch(
                 rows[-1] = replace(row, unused=(*row.unused, *missing))
             plans.append(pieces(row, tokenizer))
         except TokenizerError as error:
+            if tokenizer.template_fault:
+                reason = f"the base model's chat template cannot be used: {tokenizer.template_fault}"
+                raise BadBase(0, reason, OTHER_TEMPLATE) from error
             plans.append(LeftOut(row.line, str(error), OTHER_BASE))
-    flat = [piece for plan in plans if not isinstance(plan, BadRow) for piece in plan]
+    flat = [piece for plan in plans if not isinstance(plan, BadRow) for example in plan for piece in example]
     encoded = iter(tokenizer.encode_each(flat))
     return [
-        plan if isinstance(plan, BadRow) else _tokens(row, plan, list(islice(encoded, len(plan))), everything)
+        plan if isinstance(plan, BadRow) else _tokens(row, plan, encoded, everything)
         for row, plan in zip(rows, plans, strict=True)
     ]
 
 
-def pieces(row: Row, tokenizer: Tokenizer) -> list[Piece]:
-    """The row as pieces of text, in order, each trained on or not. Raises TokenizerError."""
+def pieces(row: Row, tokenizer: Tokenizer) -> list[list[Piece]]:
+    """The examples of the row, each as pieces of text in order, trained on or not. Raises TokenizerError."""
     end = tokenizer.eos_text
     begin = [Piece(tokenizer.bos_text, False, made=True)] if tokenizer.bos_id is not None else []
     if row.kind == "text":
-        return [*begin, Piece(row.text, True), Piece(end, True, made=True)]
+        return [[*begin, Piece(row.text, True), Piece(end, True, made=True)]]
     if row.kind == "completion":
-        return [*begin, Piece(row.prompt, False), Piece(row.completion, True), Piece(end, True, made=True)]
+        return [[*begin, Piece(row.prompt, False), Piece(row.completion, True), Piece(end, True, made=True)]]
     if row.kind == "segments":
         parts = [Piece(text, trained) for text, trained in row.segments]
-        return [*begin, *parts, Piece(end, parts[-1].trained, made=True)]
-    return _chat(row.messages, row.tools, tokenizer)
+        return [[*begin, *parts, Piece(end, parts[-1].trained, made=True)]]
+    return _early_chat(row, tokenizer) if tokenizer.early else _chat(row.messages, row.tools, tokenizer)
 
 
 def batches(items: Iterable[Row]) -> Iterator[list[Row]]:
@@ -228,9 +253,13 @@ def batches(items: Iterable[Row]) -> Iterator[list[Row]]:
         raise ended
 
 
-def _tokens(row: Row, plan: list[Piece], encoded: list[Encoded], everything: bool) -> Tokens:
-    parts = [(piece, ids, everything or piece.trained) for piece, ids in zip(plan, encoded, strict=True)]
-    return Tokens(row.line, parts, 0, sum(map(len, encoded)), unused=row.unused)
+def _tokens(row: Row, plan: list[list[Piece]], encoded: Iterator[Encoded], everything: bool) -> list[Tokens]:
+    examples = []
+    for part, example in enumerate(plan):
+        ids = list(islice(encoded, len(example)))
+        parts = [(p, i, everything or p.trained) for p, i in zip(example, ids, strict=True)]
+        examples.append(Tokens(row.line, parts, 0, sum(map(len, ids)), unused=row.unused, part=part))
+    return examples
 
 
 # What every chat template can express, if only in our form for tools. Ids of calls are for programs.
@@ -245,9 +274,91 @@ def _inexpressible(row: Row, tokenizer: Tokenizer) -> tuple[str, ...]:
 
 def _chat(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer
-) -> list[Piece]:
-    """Trains on what follows each generation prompt, so the mask begins where generation would begin."""
+) -> list[list[Piece]]:
+    """Trains on what follows each generation prompt, so the mask begins where generation would begin.
+
+    A new example begins where the conversation so far is no longer what the model would see: many templates
+    write earlier answers without their reasoning. So each answer is trained once, after exactly the tokens
+    that inference feeds."""
     guarded, hidden, tools = tokenizer.guard(messages, tools)
+    answers = [i for i, m in enumerate(guarded) if m["role"] == "assistant" and m.get("weight", 1) != 0]
+    examples: list[list[Piece]] = []
+    plan: list[Piece] = []
+    done = ""
+    for i in answers:
+        before = tokenizer.render_chat(guarded[:i], True, tools)
+        if plan and not (before.startswith(done) and _same_tokens(plan, before, done, hidden, tokenizer)):
+            examples.append(plan)
+            plan, done = [], ""
+        rest = before[len(done) :]
+        if plan and not _has_end(plan[-1].text, tokenizer) and rest.startswith(tokenizer.ends.tokens):
+            # The mark of the next turn is what ends this one (GLM).
+            end = next(token for token in tokenizer.ends.tokens if rest.startswith(token))
+            plan[-1] = plan[-1]._replace(text=plan[-1].text + end)
+            rest = rest.removeprefix(end)
+        plan.append(Piece(rest, False, True, hidden))
+        answer = _up_to_end(_continuation(guarded, i, before, tools, tokenizer), tokenizer)
+        plan.append(Piece(answer, True, True, hidden))
+        done = before + answer
+    if not plan:  # nothing to train on
+        return [[Piece(tokenizer.render_chat(guarded, False, tools), False, True, hidden)]]
+    examples.append(plan)
+    return [[*example, *_missing_end(example[-1], tokenizer)] for example in examples]
+
+
+def _same_tokens(
+    plan: list[Piece], before: str, done: str, hidden: Mapping[str, str], tokenizer: Tokenizer
+) -> bool:
+    """Whether the pieces so far have the tokens of the whole text: where no end token or line break stands
+    between two pieces, some tokenizers join their characters to one token."""
+    parts = [*plan, Piece(before[len(done) :], False, True, hidden)]
+    # the borders before the last answer were checked earlier
+    if all(_is_border(a.text, b.text, tokenizer.solid_tokens) for a, b in pairwise(parts[-3:])):
+        return True
+    joined = [id for encoded in tokenizer.encode_each(parts) for id in ids_of(encoded)]
+    return joined == tokenizer.encode_pieces(before, hidden)
+
+
+def _is_border(left: str, right: str, solid: tuple[str, ...]) -> bool:
+    """Whether every tokenizer splits here."""
+    return left.endswith(solid) or right.startswith(solid) or (left[-1:] == "\n" and not right[:1].isspace())
+
+
+def _continuation(
+    messages: Sequence[Message],
+    at: int,
+    prompt: str,
+    tools: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+) -> str:
+    """What the model should write after this generation prompt: message `at` as the template writes it. Some
+    prompts open the reasoning, which the template leaves out of the answer: then it is put back."""
+    whole = tokenizer.render_chat(messages[: at + 1], False, tools)
+    if whole.startswith(prompt):
+        return whole[len(prompt) :]
+    before = tokenizer.render_chat(messages[:at], False, tools)
+    text = str(messages[at].get("content") or "")
+    tag = opening_of(before, prompt, whole)
+    if tag is None:
+        raise TokenizerError(
+            "the start of an answer cannot be found in the output of the model's chat template"
+        )
+    answer = whole[tag.start() :].lstrip("\n")
+    begin, close = f"<{tag[1]}>", f"</{tag[1]}>"
+    inside, closed, _ = text.partition(close)
+    reasoning = str(messages[at].get("reasoning_content") or (inside if closed else ""))
+    reasoning = reasoning.replace(begin, "", 1).strip("\n")
+    if not tag[2]:
+        return f"{reasoning}\n{close}\n\n{answer}"
+    if reasoning:
+        raise TokenizerError("the model's chat template asks for answers without reasoning")
+    return answer
+
+
+def _early_chat(row: Row, tokenizer: Tokenizer) -> list[list[Piece]]:
+    """A conversation as the first release trained it: if the template rewrites earlier turns, only the last
+    answer."""
+    guarded, hidden, tools = tokenizer.guard(row.messages, row.tools)
     answers = [i for i, m in enumerate(guarded) if m["role"] == "assistant"]
     plan: list[Piece] = []
     done = ""
@@ -255,28 +366,46 @@ def _chat(
         before = tokenizer.render_chat(guarded[:i], True, tools)
         after = tokenizer.render_chat(guarded[: i + 1], False, tools)
         if not (before.startswith(done) and after.startswith(before)):
-            return _last_answer(guarded, tools, answers[-1], hidden, tokenizer)
+            return [_last_answer(guarded, tools, answers[-1], hidden, tokenizer)]
         plan.append(Piece(before[len(done) :], False, True, hidden))
         plan += _answer(after[len(before) :], guarded[i].get("weight", 1) != 0, hidden, tokenizer)
         done = after
     while len(plan) > 1 and not plan[-1].trained:  # what follows the last trained answer has no effect
         plan.pop()
     if not plan:
-        return [Piece(tokenizer.render_chat(guarded, False, tools), False, True, hidden)]
-    return [*plan, *_missing_end(plan[-1], tokenizer)]
+        return [[Piece(tokenizer.render_chat(guarded, False, tools), False, True, hidden)]]
+    return [[*plan, *_missing_end(plan[-1], tokenizer)]]
+
+
+def _up_to_end(text: str, tokenizer: Tokenizer) -> str:
+    """The answer up to the token at which generation stops. What the template writes after that (line breaks,
+    Phi-4's second end token after the last turn) is never generated."""
+    at, rest = 0, len(text)
+    for control in reversed(_controls(text, tokenizer)):
+        if text[control.end() : rest].strip():
+            break
+        rest = control.start()
+        if not at or control[0] in tokenizer.ends.tokens:
+            at = control.end()
+    return text[: at or _plain_end(text, tokenizer)]
+
+
+def _plain_end(text: str, tokenizer: Tokenizer) -> int:
+    """Where an answer ends that the template ends without a control token: before its last line breaks."""
+    after = tokenizer.ends.template
+    return len(text) - len(after) + len(after.rstrip()) if after and text.endswith(after) else len(text)
+
+
+def _controls(text: str, tokenizer: Tokenizer) -> list[re.Match[str]]:
+    return list(tokenizer.control_pattern.finditer(text)) if tokenizer.control_pattern else []
 
 
 def _answer(text: str, trained: bool, hidden: dict[str, str], tokenizer: Tokenizer) -> list[Piece]:
     """The answer up to where the turn ends is trained on; line breaks that the template writes after that
     are not."""
-    ends = list(tokenizer.control_pattern.finditer(text)) if tokenizer.control_pattern else []
-    after = tokenizer.ends.template
-    if ends and not text[ends[-1].end() :].strip():
-        at = ends[-1].end()
-    elif after and text.endswith(after):
-        at = len(text) - len(after) + len(after.rstrip())
-    else:
-        at = len(text)
+    ends = _controls(text, tokenizer)
+    ended = ends and not text[ends[-1].end() :].strip()
+    at = ends[-1].end() if ended else _plain_end(text, tokenizer)
     answer = Piece(text[:at], trained, True, hidden)
     return [answer, Piece(text[at:], False, True, hidden)] if text[at:] else [answer]
 
@@ -284,9 +413,14 @@ def _answer(text: str, trained: bool, hidden: dict[str, str], tokenizer: Tokeniz
 def _missing_end(answer: Piece, tokenizer: Tokenizer) -> list[Piece]:
     """The end token, after the last answer of a template that writes no control token there: without one
     the model could never learn to stop."""
-    ends = list(tokenizer.control_pattern.finditer(answer.text)) if tokenizer.control_pattern else []
-    ended = ends and ends[-1].end() == len(answer.text)
-    return [] if ended or not answer.trained else [Piece(tokenizer.eos_text, True, made=True)]
+    ended = _has_end(answer.text, tokenizer) or not answer.trained
+    return [] if ended else [Piece(tokenizer.eos_text, True, made=True)]
+
+
+def _has_end(text: str, tokenizer: Tokenizer) -> bool:
+    """Whether an answer ends with a control token."""
+    controls = _controls(text, tokenizer)
+    return bool(controls) and controls[-1].end() == len(text)
 
 
 def _last_answer(

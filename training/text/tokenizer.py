@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import tokenizers
 
-from training.text.chat_template import BadTemplate, TemplateStopped, render
+from training.text.chat_template import BadTemplate, TemplateRefused, TemplateStopped, render
 from training.text.tool_form import with_tools
 
 # Plain-text roles and the end token, for models without a template (such as GPT-2). The separator comes
@@ -33,7 +34,19 @@ CHAT_TEMPLATE = (
 ANSWER = "The answer is 7f3a."  # rendered to see what a chat template writes after an answer
 SHORTEST_END = 3  # characters; a shorter text could be part of an answer
 
+OPENING = re.compile(r"<(\w+)>\s*(</\1>\s*)?$")  # begins the model's reasoning (<think>), or leaves it empty
+TOOL_USE = "tool_use"  # the named template for conversations with tools, as in transformers
+
+ADDITIONAL_TEMPLATES = "additional_chat_templates"  # folder of the named templates beside the default one
+REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # names of a message's reasoning, the usual one first
+
 _PROBE = "probe7f3a"
+_ARGUMENT = "argument7f3a"
+_ARGUMENTS = {_ARGUMENT: "value7f3a"}
 
 _CHAT_TEMPLATE_WITH_TOOLS = with_tools(CHAT_TEMPLATE, system=True)  # as in exported models
 
@@ -71,8 +84,27 @@ class TokenizerError(ValueError):
     """The folder has no readable tokenizer, or its chat template cannot render the messages."""
 
 
+class TemplateRefusal(TokenizerError):
+    """The chat template rejects these messages on purpose."""
+
+
 class TemplateTooSlow(TokenizerError):
     """The chat template was stopped."""
+
+
+class Render(Protocol):
+    def __call__(
+        self, template: str, variables: Mapping[str, Any], now: datetime | None = None, *, dated: bool = True
+    ) -> str: ...
+
+
+class ToolForm(NamedTuple):
+    """What a chat template can express of tools."""
+
+    expresses: frozenset[str] = (
+        frozenset()
+    )  # any of tools (definitions), tool_calls (with the answers of tools)
+    text_arguments: bool = False  # whether it takes a call's arguments as JSON text, not as an object
 
 
 @dataclass
@@ -85,7 +117,12 @@ class Tokenizer:
     own_template: bool = False  # whether the base model has its own chat template
     folder: Path | None = None
     model_ends: tuple[int, ...] = ()  # end tokens of the base's generation_config.json (or config.json)
-    render: Callable[[str, Mapping[str, Any]], str] = render  # a server renders in a child process
+    render: Render = render  # a server renders in a child process
+    named_templates: Mapping[str, str] = field(default_factory=dict)  # templates beside the default one
+    now: datetime | None = None  # the time that chat templates read; None = the clock, as in transformers
+    # As the first release rendered, for files whose report it made: no date, and only the last answer is
+    # trained if the template rewrites earlier turns.
+    early: bool = False
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -104,11 +141,20 @@ class Tokenizer:
             token_id = model_config.get(f"{name}_token_id")
             if f"{name}_token" not in merged and isinstance(token_id, int):
                 merged[f"{name}_token"] = backend.id_to_token(token_id)
-        template = _template(folder, config)
+        templates = _templates(folder, config)
+        template = templates.pop("default", "")
         generation = _read_json(folder / "generation_config.json")
         ends = generation.get("eos_token_id", model_config.get("eos_token_id"))
         model_ends = tuple(i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int)
-        return cls(backend, merged, template or CHAT_TEMPLATE, bool(template), folder, model_ends)
+        return cls(
+            backend,
+            merged,
+            template or CHAT_TEMPLATE,
+            bool(template),
+            folder,
+            model_ends,
+            named_templates=templates,
+        )
 
     # --- properties ----------------------------------------------------------------------------
 
@@ -169,11 +215,19 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, reversed(added)))) if added else None
 
     @cached_property
+    def solid_tokens(self) -> tuple[str, ...]:
+        """The added tokens that take no white space around them with them: every text splits there."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return tuple(t.content for t in added if not (t.lstrip or t.rstrip or t.single_word))
+
+    @cached_property
     def ends(self) -> Ends:
         """The end token, those of the base's generation_config, and what the chat template writes after an
-        answer. A template that writes no control token there leaves the end token to `training.text.encode`."""
+        answer or a tool call. A template that writes no control token there leaves the end token to `training.text.encode`."""
         after = self._after_answer()
         control = self.control_pattern.findall(after) if self.control_pattern else []
+        if after:  # otherwise it would fail here too
+            control += self._after_calls()
         written = [self.backend.token_to_id(token) for token in control]
         ids = dict.fromkeys([self.eos_id, *self.model_ends, *(i for i in written if i is not None)])
         text = after.rstrip()
@@ -191,45 +245,127 @@ class Tokenizer:
         _, answer, after = text.rpartition(ANSWER)
         return after if answer else ""
 
+    def _after_calls(self) -> list[str]:
+        """The token that ends a turn of calls, if it is none that stands inside one."""
+        turn = {"role": "assistant", "content": ""}
+        calls = [
+            {"type": "function", "id": f"call0000{i}", "function": {"name": _PROBE, "arguments": _ARGUMENTS}}
+            for i in (1, 2)
+        ]
+        for some in (calls, calls[:1]):  # some templates take only one
+            messages: list[Message] = [{"role": "user", "content": "Go."}, {**turn, "tool_calls": some}]
+            try:
+                text = self._render(self.full_template, messages, False, ())
+            except TokenizerError:
+                continue
+            values = _ARGUMENTS[_ARGUMENT]
+            inside, found, after = text.rpartition(values)
+            control = self.control_pattern.findall(after) if found and self.control_pattern else []
+            return control[-1:] if control and control[-1] not in inside.partition(values)[2] else []
+        return []
+
     @cached_property
     def expresses(self) -> frozenset[str]:
         """What the base's own chat template can express beside role and content: any of name,
         reasoning_content, tools, and tool_calls (with the answers of tools), and system messages."""
-        call = {"type": "function", "id": "call00001", "function": {"name": _PROBE, "arguments": {}}}
+        user, answer = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": ANSWER}
+        probes: dict[str, list[Message]] = {
+            "name": [{**user, "name": _PROBE}, answer],
+            "reasoning_content": [user, {**answer, "reasoning_content": _PROBE}],
+            "system": [{"role": "system", "content": _PROBE}, user, answer],
+        }
+        known = set(self._tool_form(self.chat_template).expresses)
+        known |= {name for name, turns in probes.items() if _PROBE in self._probe(self.chat_template, turns)}
+        return frozenset(known | {"reasoning_content"} if self.opening else known)
+
+    def _tool_form(self, template: str) -> ToolForm:
         tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {}}}
         user, answer = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": ANSWER}
-        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
         result = {"role": "tool", "content": "found", "tool_call_id": "call00001"}
-        probes: dict[str, tuple[list[Message], list[Message]]] = {
-            "name": ([{**user, "name": _PROBE}, answer], []),
-            "reasoning_content": ([user, {**answer, "reasoning_content": _PROBE}], []),
-            "system": ([{"role": "system", "content": _PROBE}, user, answer], []),
-            "tools": ([user, answer], [tool]),
-            "tool_calls": ([user, calling, result, answer], []),
-        }
-        known = set()
-        for name, (messages, tools) in probes.items():
-            try:
-                text = self._render(self.chat_template, messages, False, tools)
-            except TokenizerError:
-                continue
-            if _PROBE in text and (name != "tool_calls" or "found" in text):
-                known.add(name)
-        return frozenset(known)
+        tools = [tool] if template == self.named_templates.get(TOOL_USE) else []
+        known = {"tools"} if _PROBE in self._probe(template, [user, answer], [tool]) else set()
+        written = json.dumps(_ARGUMENTS)
+        for arguments in (_ARGUMENTS, written):
+            function = {"name": _PROBE, "arguments": arguments}
+            call = {"type": "function", "id": "call00001", "function": function}
+            calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+            text = self._probe(template, [user, calling, result, answer], tools)
+            # An object that a template joins to text comes out in Python's notation.
+            right = str(_ARGUMENTS)[1:-1] not in text if arguments is _ARGUMENTS else written in text
+            if right and all(part in text for part in (_PROBE, "found", *_ARGUMENTS)):
+                return ToolForm(frozenset(known | {"tool_calls"}), arguments is not _ARGUMENTS)
+        return ToolForm(frozenset(known))
+
+    def _probe(
+        self, template: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        """The text that the template makes of invented messages, "" if it rejects them."""
+        try:
+            return self._render(template, messages, False, tools, as_given=True)
+        except TokenizerError:
+            return ""
+
+    @cached_property
+    def template_fault(self) -> str:
+        """Why the base's chat template renders no conversation at all, "" if it does (or rejects those tried
+        here on purpose): a fault of the template, not of the rows."""
+        system, user = {"role": "system", "content": "Be short."}, {"role": "user", "content": "What is it?"}
+        answer = {"role": "assistant", "content": ANSWER}
+        faults: list[str] = []
+        for messages in ([user, answer], [system, user, answer]):
+            for prompted in (False, True):
+                try:
+                    self._render(self.chat_template, messages, prompted, ())
+                except TemplateRefusal:
+                    return ""
+                except TokenizerError as error:
+                    faults.append(str(error))
+                else:
+                    return ""
+        return faults[0]
+
+    @cached_property
+    def opening(self) -> str:
+        """What the generation prompt writes to open the model's reasoning ("<think>\\n") where the template
+        leaves the reasoning out of answers (DeepSeek-R1): "" for other templates."""
+        user, answer = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": ANSWER}
+        try:
+            before = self._render(self.chat_template, [user], False, ())
+            prompt = self._render(self.chat_template, [user], True, ())
+            whole = self._render(self.chat_template, [user, answer], False, ())
+        except TokenizerError:
+            return ""
+        opening = opening_of(before, prompt, whole)
+        return "" if opening is None or opening[2] else opening[0]
 
     @cached_property
     def full_template(self) -> str:
-        """The chat template that training, inference and exported models use for tools: the base's own, with
-        our form for tools in front if it has none."""
-        if {"tools", "tool_calls"} <= self.expresses:
-            return self.chat_template
-        return with_tools(self.chat_template, system="system" in self.expresses)
+        """The chat template that training, inference and exported models use: the base's own, with our form
+        for tools in front if it has none. A base with a template for tools of its own needs another one only
+        for calls without definitions."""
+        needs = {"tool_calls"} if TOOL_USE in self.named_templates else {"tools", "tool_calls"}
+        return self._with_tools(self.chat_template, needs)
+
+    @cached_property
+    def full_tool_template(self) -> str:
+        """The same for conversations with tool definitions."""
+        named = self.named_templates.get(TOOL_USE)
+        return self._with_tools(named, {"tools", "tool_calls"}) if named else self.full_template
+
+    def _with_tools(self, template: str, needs: set[str]) -> str:
+        if needs <= self._tool_form(template).expresses:
+            return template
+        return with_tools(template, system="system" in self.expresses)
+
+    @cached_property
+    def _text_arguments(self) -> frozenset[str]:
+        """The templates that take a call's arguments as text."""
+        used = {self.full_template, self.full_tool_template}
+        return frozenset(template for template in used if self._tool_form(template).text_arguments)
 
     def _special_id(self, name: str) -> int | None:
-        token = self.config.get(name)
-        if isinstance(token, dict):
-            token = token.get("content")
-        return self.backend.token_to_id(token) if isinstance(token, str) else None
+        text = self._token_text(name)
+        return self.backend.token_to_id(text) if text else None
 
     # --- text to ids and back ------------------------------------------------------------------
 
@@ -285,8 +421,9 @@ class Tokenizer:
     ) -> str:
         """The text that the template makes of the messages. Raises TokenizerError with the template's
         message."""
-        uses_tools = bool(tools) or any(m.get("role") == "tool" or m.get("tool_calls") for m in messages)
-        if uses_tools:
+        if tools:
+            return self._render(self.full_tool_template, messages, add_generation_prompt, tools)
+        if any(m.get("role") == "tool" or m.get("tool_calls") for m in messages):
             return self._render(self.full_template, messages, add_generation_prompt, tools)
         if self.chat_template in (CHAT_TEMPLATE, _CHAT_TEMPLATE_WITH_TOOLS) and all(
             type(m.get("role")) is str and type(m.get("content")) is str for m in messages
@@ -300,21 +437,37 @@ class Tokenizer:
         messages: Sequence[Message],
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]],
+        *,
+        as_given: bool = False,
     ) -> str:
+        """`as_given`: with the arguments of calls as they are."""
+        if not as_given and any(m.get("tool_calls") for m in messages):
+            messages = _with_arguments(messages, as_text=template in self._text_arguments)
         variables = {
-            "messages": [{k: v for k, v in m.items() if k != "weight"} for m in messages],
+            **self.named_special_tokens,
+            "messages": [_template_message(message) for message in messages],
             "tools": [dict(tool) for tool in tools] or None,
+            "documents": None,
             "add_generation_prompt": add_generation_prompt,
-            "bos_token": self._token_text("bos_token"),
-            "eos_token": self._token_text("eos_token"),
-            "pad_token": self._token_text("pad_token"),
         }
         try:
-            return self.render(template, variables)
+            return self.render(template, variables, self.now, dated=not self.early)
         except TemplateStopped as error:
             raise TemplateTooSlow(str(error)) from error
+        except TemplateRefused as error:
+            raise TemplateRefusal(str(error)) from error
         except BadTemplate as error:
             raise TokenizerError(str(error)) from error
+
+    @cached_property
+    def named_special_tokens(self) -> dict[str, str]:
+        """Every special token with a name, as transformers passes them to chat templates."""
+        names = [name for name in self.config if name.endswith("_token")]
+        tokens = {name: self._token_text(name) for name in names}
+        for group in ("extra_special_tokens", "model_specific_special_tokens"):
+            if isinstance(more := self.config.get(group), dict):
+                tokens |= {name: _text_of(token) for name, token in more.items()}
+        return {name: text for name, text in tokens.items() if text}
 
     def encode_chat(
         self,
@@ -335,6 +488,7 @@ class Tokenizer:
         Returns the messages, {placeholder: text} and the tools. All other conversations are encoded exactly
         as the template wrote them."""
         hidden: dict[str, str] = {}
+        messages = _with_arguments(messages, as_text=False)  # their texts are looked at one by one
         pattern = self.special_pattern
         if pattern is None:
             return list(messages), hidden, list(tools)
@@ -369,10 +523,64 @@ class Tokenizer:
         return ids
 
     def _token_text(self, name: str) -> str:
-        token = self.config.get(name)
-        if isinstance(token, dict):
-            token = token.get("content")
-        return token if isinstance(token, str) else ""
+        return _text_of(self.config.get(name))
+
+
+def midnight() -> datetime:
+    """The start of today. What is counted or trained reads one time throughout, so that it is the same in
+    every row."""
+    return datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
+
+
+def _text_of(token: Any) -> str:
+    """A special token as tokenizer_config.json has it: its text, or an object with its text."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else ""
+
+
+def opening_of(before: str, prompt: str, whole: str) -> re.Match[str] | None:
+    """Where the generation prompt opens the model's reasoning, and the rendered answer lacks that. `before`:
+    the conversation up to the answer, `prompt`: with the generation prompt, `whole`: with the answer."""
+    tag = OPENING.search(prompt, len(before))
+    if tag is None or whole.startswith(prompt) or not prompt.startswith(before):
+        return None
+    return tag if whole.startswith(prompt[: tag.start()]) else None
+
+
+def _template_message(message: Message) -> dict[str, Any]:
+    """A message as transformers passes it on: without nulls, with the reasoning under each of its names."""
+    known = {key: value for key, value in message.items() if key != "weight" and value is not None}
+    reasoning = next((known[key] for key in REASONING if key in known), None)
+    return known if reasoning is None else {"thinking": reasoning, **known, "reasoning_content": reasoning}
+
+
+def _with_arguments(messages: Sequence[Message], *, as_text: bool) -> Sequence[Message]:
+    """The messages with the arguments of calls as JSON text, or as objects."""
+    return [
+        {**message, "tool_calls": [_call(call, as_text) for call in message["tool_calls"]]}
+        if isinstance(message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _call(call: Any, as_text: bool) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return call
+    arguments = function.get("arguments")
+    if as_text and isinstance(arguments, Mapping):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif not as_text and isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return call
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    else:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _render_default_template(messages: Sequence[Message], end: str, add_generation_prompt: bool) -> str:
@@ -401,14 +609,22 @@ def _backend(folder: Path) -> tokenizers.Tokenizer:
     raise TokenizerError(f"there is no tokenizer.json (or vocab.json with merges.txt) in {folder.name}")
 
 
-def _template(folder: Path, config: Mapping[str, Any]) -> str:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates: the default one
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else ""
+def _templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates by name, as transformers finds them: files, otherwise the configuration."""
+    paths = {"default": folder / "chat_template.jinja"} | {
+        path.stem: path for path in sorted((folder / ADDITIONAL_TEMPLATES).glob("*.jinja"))
+    }
+    try:
+        files = {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.is_file()}
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"the chat template in {folder.name} cannot be read: {error}") from error
+    if files:
+        return files
+    given = config.get("chat_template")
+    if isinstance(given, list):
+        given = {t.get("name"): t.get("template") for t in given if isinstance(t, dict)}
+    named = given if isinstance(given, dict) else {"default": given}
+    return {str(name): text for name, text in named.items() if isinstance(text, str) and text}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

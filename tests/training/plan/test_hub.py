@@ -122,3 +122,23 @@ def test_a_folder_without_safetensors_is_refused(tmp_path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(Failure, match="no safetensors"):
         hub.locate(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "wanted"),
+    [
+        ("additional_chat_templates/tool_use.jinja", True),
+        ("chat_template.jinja", True),
+        ("model.safetensors", True),
+        ("LICENSE.txt", True),
+        ("onnx/model.safetensors", False),
+        ("original/config.json", False),
+        ("additional_chat_templates/run.py", False),
+        ("additional_chat_templates/old/tool_use.jinja", False),
+        ("adapters/adapter_model.safetensors", False),
+        ("LICENSES/a.txt", False),
+        ("consolidated.safetensors", False),
+    ],
+)
+def test_chat_templates_are_the_only_files_of_a_subfolder(file: str, wanted: bool) -> None:
+    assert hub.is_wanted(file) is wanted

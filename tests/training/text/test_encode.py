@@ -12,6 +12,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tests.training.text.families import Family, write_tokenizer
+from training.data.bad_row import LeftOut
 from training.data.formats import BadRow, Row, rows
 from training.data.summary import Summary
 from training.plan.catalog import SAMPLE_FOLDER, STARTER_FOLDER
@@ -115,14 +117,65 @@ def test_a_models_own_template_decides_where_turns_end(tmp_path: Path) -> None:
     assert learned(example, tokenizer) == ["An animal.<|im_end|>", "Another one.<|im_end|>"]
 
 
-def test_with_a_template_that_rewrites_turns_only_the_last_is_trained(tmp_path: Path) -> None:
+def test_with_a_template_that_rewrites_turns_each_answer_is_an_example(tmp_path: Path) -> None:
     forgetful = (
         "{% for m in messages %}{{ m['role'] }}: "
         "{{ m['content'] if loop.last or m['role'] != 'assistant' else '...' }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     tokenizer = make_tokenizer(tmp_path, forgetful)
-    assert learned(encode(chat(*TALK), tokenizer, PLAIN), tokenizer) == ["Another one.<|im_end|>"]
+    (encoded,) = encode_batch([chat(*TALK)], tokenizer, PLAIN)
+    assert not isinstance(encoded, BadRow)
+    parts = [learned(tokens.example(), tokenizer) for tokens in encoded]
+    assert parts == [["An animal.<|im_end|>"], ["Another one.<|im_end|>"]]
+    assert [tokens.example().part for tokens in encoded] == [0, 1]
+    silent = [{**m, "weight": 0} if m["content"] == "An animal." else m for m in TALK]
+    assert learned(encode(chat(*silent), tokenizer, PLAIN), tokenizer) == ["Another one.<|im_end|>"]
+
+
+def test_the_start_of_the_next_turn_ends_an_answer_if_generation_stops_there(tmp_path: Path) -> None:
+    """GLM's templates write nothing after an answer; its generation_config names the token that starts the user's turn."""
+    marks = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
+    tokenizer = make_tokenizer(tmp_path, marks + "{% if add_generation_prompt %}<|im_start|>{% endif %}")
+    start = tokenizer.backend.token_to_id("<|im_start|>")
+    assert start is not None
+    tokenizer.model_ends = (start,)
+    assert learned(encode(chat(*TALK), tokenizer, PLAIN), tokenizer) == [
+        "An animal.<|im_start|>",
+        "Another one.<|im_end|>",
+    ]
+
+
+def test_a_border_that_the_tokenizer_joins_begins_a_new_example(tmp_path: Path) -> None:
+    """ "A:" and " Yes" are three tokens before the answer and after it, but other ones in one text."""
+    family = Family(
+        "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] }}<e>{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}",
+        "<e>",
+        special=("<e>",),
+    )
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, family))
+    talk = [{**m, "content": "\n" + m["content"]} for m in TALK[1:]]
+    (encoded,) = encode_batch([chat(*talk)], tokenizer, PLAIN)
+    assert not isinstance(encoded, BadRow)
+    for at, tokens in zip((1, 3), encoded, strict=True):
+        example = tokens.example()
+        begin = example.mask.index(1)
+        assert example.ids[:begin] == tokenizer.encode_chat(talk[:at], add_generation_prompt=True)
+
+
+def test_an_answer_that_the_generation_prompt_leaves_no_room_for_is_left_out(tmp_path: Path) -> None:
+    """The prompt closes the reasoning (Qwen3.5 without thinking), so a row with reasoning would be half trained."""
+    closed = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['reasoning_content'] %}<think>\n"
+        "{{ m['reasoning_content'] }}\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+    )
+    tokenizer = make_tokenizer(tmp_path, closed)
+    assert learned(encode(chat(*TALK[1:3]), tokenizer, PLAIN), tokenizer) == ["An animal.<|im_end|>"]
+    thought = {**TALK[2], "reasoning_content": "Which one?"}
+    with pytest.raises(LeftOut, match="without reasoning"):
+        encode(chat(TALK[1], thought), tokenizer, PLAIN)
 
 
 def test_a_template_that_refuses_is_a_bad_row(tmp_path: Path) -> None:
@@ -182,9 +235,11 @@ def test_a_long_text_becomes_windows_without_loss(tmp_path: Path, starter: Token
     assert targets == whole.ids[1:]
 
 
-def encode_good_rows(batch: Sequence[Row], tokenizer: Tokenizer, options: EncodingOptions) -> list[Tokens]:
+def encode_good_rows(
+    batch: Sequence[Row], tokenizer: Tokenizer, options: EncodingOptions
+) -> list[Sequence[Tokens]]:
     encoded = encode_batch(batch, tokenizer, options)
-    good = [tokens for tokens in encoded if not isinstance(tokens, BadRow)]
+    good: list[Sequence[Tokens]] = [each for each in encoded if not isinstance(each, BadRow)]
     assert len(good) == len(encoded)
     return good
 
@@ -193,7 +248,7 @@ def test_a_batch_encodes_as_single_rows_do(starter: Tokenizer) -> None:
     sample = list(rows(SAMPLE_FOLDER / "train.jsonl"))[:50]
     several = [*sample, chat(*TALK), Row(9, "text", text="naïve 東京 <|endoftext|>")]
     assert [encode(row, starter, PLAIN) for row in several] == [
-        tokens.example() for tokens in encode_good_rows(several, starter, PLAIN)
+        tokens.example() for (tokens,) in encode_good_rows(several, starter, PLAIN)
     ]
 
 
@@ -211,13 +266,13 @@ def test_counts_equal_the_lists(starter: Tokenizer, length: int | None, train_on
         chat(*hidden),
         Row(9, "text", text="naïve 東京 <|endoftext|> " * 9),
     ]
-    for row, tokens in zip(
+    for row, (tokens,) in zip(
         several, encode_good_rows(several, starter, EncodingOptions(None, train_on)), strict=True
     ):
         whole, split = tokens.example(), row.kind == "text"
         cut = tokens.cut(length, split=split)
         for part in cut:
-            ids, mask, truncated, line = part.example()
+            ids, mask, truncated, line, _ = part.example()
             assert (part.length, part.trained, line) == (len(ids), sum(mask), row.line)
             assert truncated == (0 if split else max(0, len(whole.ids) - (length or 10**9)))
             assert mask[0] == 0
