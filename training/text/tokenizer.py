@@ -259,8 +259,8 @@ class Tokenizer:
             except TokenizerError:
                 continue
             values = _ARGUMENTS[_ARGUMENT]
-            inside, found, after = text.rpartition(values)
-            control = self.control_pattern.findall(after) if found and self.control_pattern else []
+            inside, separator, after = text.rpartition(values)
+            control = self.control_pattern.findall(after) if separator and self.control_pattern else []
             return control[-1:] if control and control[-1] not in inside.partition(values)[2] else []
         return []
 

@@ -59,12 +59,12 @@ class CallForm:
         after = at = malformed = 0
         while malformed < MAX_MALFORMED and (begin := self.begin(text, at)) >= 0:
             try:
-                found, end = self.read(text, begin, tools)
+                parsed, end = self.read(text, begin, tools)
             except (ValueError, RecursionError):
                 at, malformed = begin + 1, malformed + 1
                 continue
             shown.append(text[after:begin].rstrip())
-            calls += found
+            calls += parsed
             after = at = end
         if not calls:
             return text, []
@@ -352,11 +352,11 @@ def _arguments(text: str, at: int, escapes: bool) -> tuple[dict[str, Any], int]:
     while match := _KEY.match(text, at):
         at = match.end()
         if quoted := (_ESCAPED if escapes else _QUOTED).get(text[at : at + 1]):
-            found = quoted.match(text, at)
-            if found is None:
+            match = quoted.match(text, at)
+            if match is None:
                 raise NotACall
-            value: Any = _ESCAPE.sub(_unescaped, found[1]) if escapes else found[1]
-            at = found.end()
+            value: Any = _ESCAPE.sub(_unescaped, match[1]) if escapes else match[1]
+            at = match.end()
         elif constant := _CONSTANT.match(text, at):
             value, at = _CONSTANTS[constant[0]], constant.end()
         else:

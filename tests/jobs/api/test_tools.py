@@ -49,7 +49,7 @@ def model(web_with_inference: Any, users: dict[str, ApiUser], tuned: Path) -> st
     return str(row.model_id)
 
 
-def ask(client: openai.OpenAI, model: str, messages: list[Any], **options: Any) -> Any:
+def send(client: openai.OpenAI, model: str, messages: list[Any], **options: Any) -> Any:
     return client.chat.completions.create(
         **{
             "model": model,
@@ -69,7 +69,7 @@ def parsed(calls: Any) -> list[tuple[str, Any]]:
 @slow
 def test_calls_are_those_that_were_trained(client: openai.OpenAI, model: str) -> None:
     for prompt, (content, calls) in ANSWERS.items():
-        [choice] = validated(ask(client, model, messages_of(prompt))).choices
+        [choice] = validated(send(client, model, messages_of(prompt))).choices
         assert parsed(choice.message.tool_calls) == [("look_up", arguments) for arguments in calls]
         assert choice.message.content == (content or (None if calls else ""))
         assert choice.finish_reason == ("tool_calls" if calls else "stop")
@@ -91,17 +91,17 @@ def test_streamed_calls_are_the_same(client: openai.OpenAI, model: str) -> None:
 
 @slow
 def test_a_result_can_be_sent_back(client: openai.OpenAI, model: str) -> None:
-    message = ask(client, model, messages_of("the cat?")).choices[0].message
+    message = send(client, model, messages_of("the cat?")).choices[0].message
     result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "on it"}
     history = [*messages_of("the cat?"), message.model_dump(exclude_none=True), result]
-    assert ask(client, model, history).choices[0].message.content == AFTER
-    assert ask(client, model, [*history[:1], message, result]).choices[0].message.content == AFTER
+    assert send(client, model, history).choices[0].message.content == AFTER
+    assert send(client, model, [*history[:1], message, result]).choices[0].message.content == AFTER
 
 
 @slow
 def test_the_older_functions_get_a_function_call(client: openai.OpenAI, model: str) -> None:
     options = {"tools": openai.NOT_GIVEN, "functions": [TOOLS[0]["function"]]}
-    [choice] = validated(ask(client, model, messages_of("the cat?"), **options)).choices
+    [choice] = validated(send(client, model, messages_of("the cat?"), **options)).choices
     assert choice.finish_reason == "function_call"
     assert json.loads(choice.message.function_call.arguments) == ANSWERS["the cat?"][1][0]
     history = [
@@ -109,9 +109,9 @@ def test_the_older_functions_get_a_function_call(client: openai.OpenAI, model: s
         choice.message.model_dump(exclude_none=True),
         {"role": "function", "name": "look_up", "content": "on it"},
     ]
-    assert ask(client, model, history, **options).choices[0].message.content == AFTER
+    assert send(client, model, history, **options).choices[0].message.content == AFTER
     arguments = ""
-    for chunk in ask(client, model, messages_of("the cat?"), stream=True, **options):
+    for chunk in send(client, model, messages_of("the cat?"), stream=True, **options):
         if chunk.choices[0].delta.function_call:
             arguments += chunk.choices[0].delta.function_call.arguments
     assert json.loads(arguments) == ANSWERS["the cat?"][1][0]

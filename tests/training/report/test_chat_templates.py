@@ -124,9 +124,9 @@ def test_each_answer_is_trained_as_inference_sees_the_conversation(tmp_path: Pat
     tokenizer = Tokenizer.load(base)
     path = write_rows(tmp_path / "rows.jsonl", TALKS)
     result = report(path, tokenizer, EncodingOptions(256))
-    found = findings(result)["several_examples"]
-    assert (found["severity"], found["count"], found["lines"]) == ("info", 2, [1, 3])
-    assert found["details"] == ["2 rows become 5 examples", "line 1: 2 examples", "line 3: 3 examples"]
+    finding = findings(result)["several_examples"]
+    assert (finding["severity"], finding["count"], finding["lines"]) == ("info", 2, [1, 3])
+    assert finding["details"] == ["2 rows become 5 examples", "line 1: 2 examples", "line 3: 3 examples"]
     assert (result["rows"], result["examples"]) == (5, 8)
     trained = list(examples(path, tokenizer, EncodingOptions(256)))
     counted = Summary.of(trained)
@@ -243,5 +243,5 @@ def test_a_wrong_date_is_named() -> None:
 def test_qwen3_is_one_of_those_that_rewrite(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path, FAMILIES["Qwen3"]))
     path = write_rows(tmp_path / "rows.jsonl", [chat("Who?", "The cat.", "Where?", "On the mat.")])
-    found = findings(report(path, tokenizer, EncodingOptions(None)))
-    assert found["several_examples"]["details"][0] == "1 row becomes 2 examples"
+    by_code = findings(report(path, tokenizer, EncodingOptions(None)))
+    assert by_code["several_examples"]["details"][0] == "1 row becomes 2 examples"

@@ -43,8 +43,8 @@ def test_calls_are_in_the_last_line_and_not_in_the_text(server: Server, model: P
         assert text_of(lines) == content
         [choice] = lines[-1]["choices"]
         assert choice["finish_reason"] == ("tool_calls" if calls else "stop")
-        found = [(call["name"], json.loads(call["arguments"])) for call in choice.get("tool_calls", [])]
-        assert found == [("look_up", arguments) for arguments in calls]
+        parsed = [(call["name"], json.loads(call["arguments"])) for call in choice.get("tool_calls", [])]
+        assert parsed == [("look_up", arguments) for arguments in calls]
 
 
 def test_text_before_a_call_comes_before_the_call_is_generated(server: Server, model: Path) -> None:

@@ -135,8 +135,8 @@ def test_with_a_template_that_rewrites_turns_each_answer_is_an_example(tmp_path:
 
 def test_the_start_of_the_next_turn_ends_an_answer_if_generation_stops_there(tmp_path: Path) -> None:
     """GLM's templates write nothing after an answer; its generation_config names the token that starts the user's turn."""
-    marks = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
-    tokenizer = make_tokenizer(tmp_path, marks + "{% if add_generation_prompt %}<|im_start|>{% endif %}")
+    turn = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
+    tokenizer = make_tokenizer(tmp_path, turn + "{% if add_generation_prompt %}<|im_start|>{% endif %}")
     start = tokenizer.backend.token_to_id("<|im_start|>")
     assert start is not None
     tokenizer.model_ends = (start,)

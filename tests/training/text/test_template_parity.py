@@ -37,23 +37,23 @@ CALL = {
     "function": {"name": "look_up", "arguments": {"what": 'a "hose" é'}},
 }
 SYSTEM = {"role": "system", "content": "Be short."}
-ASK = {"role": "user", "content": "Where is it?"}
+QUESTION = {"role": "user", "content": "Where is it?"}
 CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 RESULT = {"role": "tool", "name": "look_up", "tool_call_id": "call00001", "content": "Behind the wall."}
 ANSWER = {"role": "assistant", "content": "It is behind the wall."}
 MORE = [{"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Still there, 3 m away."}]
 THOUGHT = {**ANSWER, "reasoning_content": "The wall is near.\nSo it is there."}
 CASES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
-    "one turn": ([ASK, ANSWER], []),
-    "two turns": ([ASK, ANSWER, *MORE], []),
-    "system": ([SYSTEM, ASK, ANSWER, *MORE], []),
-    "definitions": ([ASK, ANSWER, *MORE], TOOLS),
-    "a call": ([ASK, CALLING, RESULT, ANSWER], TOOLS),
-    "a call with system": ([SYSTEM, ASK, CALLING, RESULT, ANSWER, *MORE], TOOLS),
-    "a call without definitions": ([ASK, CALLING, RESULT, ANSWER], []),
-    "reasoning": ([ASK, THOUGHT, MORE[0], {**MORE[1], "reasoning_content": "It did not move."}], []),
+    "one turn": ([QUESTION, ANSWER], []),
+    "two turns": ([QUESTION, ANSWER, *MORE], []),
+    "system": ([SYSTEM, QUESTION, ANSWER, *MORE], []),
+    "definitions": ([QUESTION, ANSWER, *MORE], TOOLS),
+    "a call": ([QUESTION, CALLING, RESULT, ANSWER], TOOLS),
+    "a call with system": ([SYSTEM, QUESTION, CALLING, RESULT, ANSWER, *MORE], TOOLS),
+    "a call without definitions": ([QUESTION, CALLING, RESULT, ANSWER], []),
+    "reasoning": ([QUESTION, THOUGHT, MORE[0], {**MORE[1], "reasoning_content": "It did not move."}], []),
     "reasoning and a call": (
-        [ASK, {**CALLING, "reasoning_content": "I look."}, RESULT, THOUGHT, *MORE],
+        [QUESTION, {**CALLING, "reasoning_content": "I look."}, RESULT, THOUGHT, *MORE],
         TOOLS,
     ),
     "empty lines": (
@@ -165,7 +165,7 @@ def test_prompts_have_the_ids_of_transformers(
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_trained_continues_what_inference_feeds(
+def test_training_continues_the_prompt_of_inference(
     pairs: dict[str, tuple[Tokenizer, Any]], name: str, case: str
 ) -> None:
     check_training(pairs[name][0], *CASES[case])
@@ -200,13 +200,13 @@ def test_a_planted_difference_fails_the_comparison(
     changed = Tokenizer.load(write_tokenizer(tmp_path, FAMILIES[name], text.replace(old, new)))
 
     def differing(ours: Tokenizer, theirs: Any) -> list[str]:
-        found = []
+        result = []
         for case, (messages, tools) in CASES.items():
             try:
                 compare(ours, theirs, messages, tools)
             except AssertionError:
-                found.append(case)
-        return found
+                result.append(case)
+        return result
 
     assert differing(changed, pairs[name][1])
     assert not differing(*pairs[name])

@@ -289,8 +289,8 @@ def test_a_rendered_call_is_read_back(name: str) -> None:
     @settings(max_examples=60, deadline=None, database=None)
     @given(st.lists(calls, min_size=1, max_size=3 if case.several else 1, unique_by=lambda c: c.name))
     def check(calls: list[Call]) -> None:
-        text, found = read_back(name, calls)
-        assert [repr(call) for call in found] == [repr(call) for call in calls]
+        text, parsed = read_back(name, calls)
+        assert [repr(call) for call in parsed] == [repr(call) for call in calls]
         assert text in ("", "<think>\n\n</think>")
 
     check()
