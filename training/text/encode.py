@@ -419,8 +419,7 @@ def _missing_end(answer: Piece, tokenizer: Tokenizer) -> list[Piece]:
 
 def _has_end(text: str, tokenizer: Tokenizer) -> bool:
     """Whether an answer ends with a control token."""
-    controls = _controls(text, tokenizer)
-    return bool(controls) and controls[-1].end() == len(text)
+    return text.endswith(tokenizer.added_tokens)
 
 
 def _last_answer(

@@ -215,6 +215,10 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, reversed(added)))) if added else None
 
     @cached_property
+    def added_tokens(self) -> tuple[str, ...]:
+        return tuple(t.content for t in self.backend.get_added_tokens_decoder().values())
+
+    @cached_property
     def solid_tokens(self) -> tuple[str, ...]:
         """The added tokens that take no white space around them with them: every text splits there."""
         added = self.backend.get_added_tokens_decoder().values()
@@ -488,7 +492,8 @@ class Tokenizer:
         Returns the messages, {placeholder: text} and the tools. All other conversations are encoded exactly
         as the template wrote them."""
         hidden: dict[str, str] = {}
-        messages = _with_arguments(messages, as_text=False)  # their texts are looked at one by one
+        if any("tool_calls" in message for message in messages):
+            messages = _with_arguments(messages, as_text=False)  # their texts are looked at one by one
         pattern = self.special_pattern
         if pattern is None:
             return list(messages), hidden, list(tools)
