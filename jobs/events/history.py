@@ -93,6 +93,12 @@ class JobHistory:
         return self.evals[max(self.evals)] if self.evals else {}
 
     @property
+    def kept_eval(self) -> dict[str, Any]:
+        """The evaluation of the weights kept, if they are not those of the last one."""
+        step = self.done.get("kept_step")
+        return self.evals.get(step, {}) if step is not None and step != max(self.evals, default=step) else {}
+
+    @property
     def shown_log(self) -> list[LogLine]:
         return self.log[-KEPT_LOG_LINES:]
 
@@ -176,7 +182,7 @@ def sentence(event: dict[str, Any]) -> tuple[str, str]:
         reason = REASONS.get(str(get("reason")))
         return str(get("message") or (reason.sentence if reason else "The trainer failed")), "error"
     if kind == "done":
-        return "Training finished", "info"
+        return f"Training finished{': ' if kept_step(event) else ''}{kept_step(event)}", "info"
     if kind == "end":
         reason = str(get("message") or "")
         return (
@@ -184,6 +190,15 @@ def sentence(event: dict[str, Any]) -> tuple[str, str]:
             END_LEVELS.get(str(get("status")), "info"),
         )
     return str(get("message") or ""), level
+
+
+def kept_step(done: dict[str, Any]) -> str:
+    """Which step's weights the model has, if not those of the last planned one. `done` is the trainer's last event or
+    a job's result; those from before the kept step was recorded give an empty text."""
+    step, kept = done.get("step"), done.get("kept_step")
+    if kept is None or (kept == step and not done.get("early")):
+        return ""
+    return f"{f'stopped early at step {count(step)}; ' if done.get('early') else ''}kept step {count(kept)}"
 
 
 def chart(history: JobHistory) -> dict[str, Any]:
@@ -198,7 +213,13 @@ def chart(history: JobHistory) -> dict[str, Any]:
         {"step": s, "loss": _finite(e.get("loss")), "time": e.get("time")}
         for s, e in sorted(history.evals.items())
     ]
-    return {"step": steps, **columns, "evals": evals, "total": history.plan.get("total_steps")}
+    return {
+        "step": steps,
+        **columns,
+        "evals": evals,
+        "total": history.plan.get("total_steps"),
+        "kept": history.kept_eval.get("step"),
+    }
 
 
 def thin(steps: list[int], most: int) -> list[int]:
@@ -223,7 +244,9 @@ def summary(history: JobHistory) -> str:
         f"it was {loss(first.get('loss'))} at step {first.get('step')}."
     )
     if history.evals:
-        text += f" Held-out loss is {loss(history.latest_eval.get('loss'))}"
+        kept = history.kept_eval
+        text += f" Held-out loss is {loss((kept or history.latest_eval).get('loss'))}"
+        text += f" at step {kept['step']}, which is kept" if kept else ""
         before = history.base_eval
         text += f"; before training it was {loss(before.get('loss'))}." if before else "."
     return text

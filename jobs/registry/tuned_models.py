@@ -45,7 +45,7 @@ def create_from(job: Job) -> None:
         base=job.base,
         base_snapshot=job.base_snapshot,
         method=job.method,
-        step=int(result.get("step") or 0),
+        step=int(result.get("kept_step") or result.get("step") or 0),
         fencing_token=int(result.get("epoch") or job.fencing_token),
         prefix=str(result.get("prefix") or ""),
         files=files,

@@ -186,7 +186,8 @@ class _JobAttributes(Table):
     reason = UnicodeAttribute(default="")  # why it failed or paused: a key of jobs.store.reasons.REASONS
     message = UnicodeAttribute(default="")  # the details, shown to the user
     advice = UnicodeAttribute(default="")
-    result: JSONAttribute = JSONAttribute(null=True)  # {"epoch", "prefix", "files", "metrics", …}
+    # {"epoch", "prefix", "files", "step", "kept_step" (of the model's weights), "early" (stopped early), "metrics", …}
+    result: JSONAttribute = JSONAttribute(null=True)
     created_at = NumberAttribute(default=time.time)
     started_at = NumberAttribute(null=True)
     ended_at = NumberAttribute(null=True)

@@ -122,7 +122,8 @@
     defaultReadout = fell
       ? `Training loss fell from ${at(first)} at step ${first} to ${at(last)} at step ${last}.`
       : `Training loss is ${at(last)} at step ${last}; it was ${at(first)} at step ${first}.`;
-    if (held.length) defaultReadout += ` Held-out loss is ${held.at(-1).loss?.toFixed(3)}${held[0].step === 0 ? `; before training it was ${held[0].loss?.toFixed(3)}` : ""}.`;
+    const kept = held.find((e) => e.step === series.kept);
+    if (held.length) defaultReadout += ` Held-out loss is ${(kept ?? held.at(-1)).loss?.toFixed(3)}${kept ? ` at step ${kept.step}, which is kept` : ""}${held[0].step === 0 ? `; before training it was ${held[0].loss?.toFixed(3)}` : ""}.`;
     if (readoutText && (plot?.cursor.idx ?? null) === null) readoutText.textContent = defaultReadout;
     container?.setAttribute("aria-label", defaultReadout);
   }
@@ -233,6 +234,8 @@
       series.total = event.total_steps;
       refreshAside();
     } else if (["sample", "resumed", "verdict", "failed", "done"].includes(event.t)) {
+      const last = Math.max(...series.evals.map((e) => e.step));
+      if (event.t === "done" && (event.kept_step ?? last) !== last) { series.kept = event.kept_step; redraw(); }
       refreshAside();
     }
   }

@@ -45,8 +45,10 @@ class Trained:
 
     model: LanguageModel  # whole, fp32, on the CPU
     base: Path  # folder of the base model
-    step: int
-    metrics: dict[str, object]
+    step: int  # the last one
+    kept_step: int  # the step of these weights: an earlier one if its held-out loss was lower
+    early: bool  # stopped early
+    metrics: dict[str, object]  # of these weights
     details: dict[str, object]  # for the model card
     base_losses: list[float] | None  # mean loss of each held-out example in nats per token, before training
     best_losses: list[float] | None  # the same with this model
@@ -189,16 +191,31 @@ def _finish(session: Session, writer: Saver, state: State) -> Trained | None:
     processes = session.processes
     writer.wait()
     processes.minimum(0)  # a barrier: no process reads a checkpoint before it is written
-    writer.return_to_best(state)
+    kept = writer.return_to_best(state)
     session.emit("phase", phase="exporting")
     whole = setup.whole_model(session)
     processes.close()
     if not processes.is_main:
         return None
-    metrics = state.metrics or {"loss": state.loss}
-    details = session.details() | {"steps": state.step, "metrics": metrics}
+    # If the best checkpoint could not be read, the figures recorded are not those of the weights kept.
+    evaluated = state.metrics is not None and kept == state.best_step
+    metrics = state.metrics if evaluated and state.metrics else {"loss": state.loss}
+    details = session.details() | {
+        "steps": state.step,
+        "kept_step": kept,
+        "early": state.early,
+        "metrics": metrics,
+    }
     return Trained(
-        whole, session.data.base, state.step, metrics, details, state.base_losses, state.best_losses
+        whole,
+        session.data.base,
+        state.step,
+        kept,
+        state.early,
+        metrics,
+        details,
+        state.base_losses,
+        state.best_losses if evaluated else None,
     )
 
 

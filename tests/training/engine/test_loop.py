@@ -90,6 +90,7 @@ def test_the_final_folder_matches_the_done_event_and_the_trained_model(events: l
     assert all((folder / f["name"]).stat().st_size == f["bytes"] for f in done["files"])
     assert done["fidelity"]["exact"] is True
     assert done["metrics"]["loss"] == of(events, "eval")[-1]["loss"]
+    assert (done["step"], done["kept_step"], done["early"]) == (12, 12, False)
 
 
 def test_the_verdict_is_emitted(events: list[Event]) -> None:
@@ -199,7 +200,11 @@ def test_it_stops_early_and_keeps_the_best_weights(runner: Runner) -> None:
     best = min(evaluations, key=lambda e: e["loss"])
     assert len(of(events, "metric")) < 40
     assert evaluations[-1]["step"] == best["step"] + 2
-    assert of(events, "done")[0]["metrics"]["loss"] == best["loss"]
+    done = of(events, "done")[0]
+    assert done["metrics"]["loss"] == best["loss"]
+    assert (done["step"], done["kept_step"], done["early"]) == (evaluations[-1]["step"], best["step"], True)
+    card = (Path(done["path"]) / "README.md").read_text()
+    assert f"stopped early at step {done['step']}; kept step {best['step']}" in card
 
 
 def test_the_best_weights_are_those_of_their_step(runner: Runner) -> None:
