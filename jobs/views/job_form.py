@@ -13,7 +13,7 @@ from jobs.formatting import count, size
 from jobs.forms import NewJobForm, Setting, preset_of, rows, settings_from, shown, with_preset
 from jobs.lifecycle import estimates
 from jobs.lifecycle import warnings as job_warnings
-from jobs.lifecycle.submission import settings_of
+from jobs.lifecycle.submission import holds_preferences, settings_of
 from jobs.lifecycle.transitions import JobRequest
 from jobs.registry import base_models
 from jobs.store import access
@@ -23,7 +23,7 @@ from jobs.store.quotas import OverQuota
 from jobs.store.states import DatasetStatus, ReportStatus
 from jobs.store.tables import Dataset, DatasetReport, Job
 from jobs.views.dataset_report import display_sample, load_report
-from training.data.summary import Summary
+from training.data.summary import ONE_ANSWER, PREFERENCES, Summary
 from training.plan import catalog
 from training.plan.auto_settings import PRESETS, resolve
 from training.plan.catalog import BaseModel, gib
@@ -92,6 +92,10 @@ class JobForm:
         for name in ("dataset", "validation_dataset"):
             if self.values[name] and self.values[name] not in usable:
                 self.refuse(name, "This dataset was deleted or rejected. Choose another one.")
+        for dataset in self.datasets:
+            for name in ("dataset", "validation_dataset"):
+                if dataset.dataset_id == self.values[name] and holds_preferences(dataset):
+                    self.refuse(name, f"{PREFERENCES} {ONE_ANSWER}")
         if self.values["validation_dataset"] and self.values["validation_dataset"] == self.values["dataset"]:
             self.refuse("validation_dataset", "Choose a validation dataset other than the training dataset.")
 

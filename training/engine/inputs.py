@@ -15,7 +15,7 @@ import numpy as np
 
 from training.data.bad_row import LeftOut
 from training.data.formats import BadRow, Format, detect_lenient, rows
-from training.data.summary import Summary
+from training.data.summary import ONE_ANSWER, PREFERENCES, Summary
 from training.engine.objectives import OBJECTIVES, Objective
 from training.engine.packing import Examples, hold_out
 from training.models.config_json import read_config
@@ -26,9 +26,6 @@ from training.plan.run_file import Run
 from training.text.encode import EncodingOptions, Example
 from training.text.tokenizer import Tokenizer, TokenizerError
 
-PREFERENCES = (
-    "This file holds preference pairs (a better and a worse answer). Training on pairs is not supported."
-)
 PINNED = 3  # prompts for samples if none are given
 
 
@@ -147,7 +144,7 @@ def _encode(
     try:
         chosen = Format.of(format) if format else None
         if (chosen or detect_lenient(path)).shape == "preference":
-            raise Failure("bad_data", PREFERENCES, "Use a file with one good answer for each prompt.")
+            raise Failure("bad_data", PREFERENCES, ONE_ANSWER)
         encoded = list(objective.encode(path, tokenizer, wants, chosen, on_bad))
     except BadRow as error:
         fix = f" {error.fix}" if error.fix else ""
