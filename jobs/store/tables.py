@@ -274,6 +274,8 @@ class TunedModel(Table):
     base = UnicodeAttribute(default="")  # what it was tuned from: possibly another tuned model
     base_snapshot: JSONAttribute = JSONAttribute(attr_name="base_facts", null=True)  # copied from its job
     method = UnicodeAttribute(default="full")
+    # What the rows of its dataset were: chat, completion or text. Empty for models from before this was recorded.
+    trained_on = UnicodeAttribute(default="")
     step = NumberAttribute(default=0)
     fencing_token = NumberAttribute(attr_name="epoch", default=0)
     prefix = UnicodeAttribute(default="")  # of its keys in object storage
