@@ -16,7 +16,7 @@ from jobs.store.errors import Refused
 from jobs.store.states import DatasetStatus, JobStatus
 from jobs.store.tables import Dataset, Job, time_of
 from training.data.summary import ONE_ANSWER, PREFERENCES
-from training.plan.config import ConfigError, parse, stored_names
+from training.plan.config import ConfigError, check_held_out, parse, stored_names
 
 NOT_SET = (None, "", "auto")
 # Fields of JobRequest that are always part of its hash. Stored hashes hold exactly these: never change the list.
@@ -78,7 +78,7 @@ class JobRequest:
 
 def check(owner: str, request: JobRequest) -> list[Dataset]:
     try:
-        parse(request.settings)
+        check_held_out(parse(request.settings), bool(request.validation_dataset_id))
     except ConfigError as error:
         raise Refused(error.message, field=error.field) from error
     if not re.fullmatch(r"[A-Za-z0-9_.-]{0,64}", request.suffix):

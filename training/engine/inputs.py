@@ -93,6 +93,8 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
             )
     elif settings.validation_fraction:
         train, held_out = hold_out(train, settings.validation_fraction, settings.seed)
+    if settings.early_stopping_patience and not len(held_out):
+        notes.append("Early stopping has no effect, because no examples are held out.")
     prompts = _prompts(run, tokenizer, held_out if len(held_out) else train)
     return Inputs(
         objective, base, model_config, tokenizer, train, held_out, settings, reasons, prompts, notes

@@ -199,7 +199,7 @@ def _finish(session: Session, writer: Saver, state: State) -> Trained | None:
         return None
     # If the best checkpoint could not be read, the figures recorded are not those of the weights kept.
     evaluated = state.metrics is not None and kept == state.best_step
-    metrics = state.metrics if evaluated and state.metrics else {"loss": state.loss}
+    metrics: dict[str, object] = dict(state.metrics) if evaluated and state.metrics else {"loss": state.loss}
     details = session.details() | {
         "steps": state.step,
         "kept_step": kept,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from training.plan.config import SCHEMA, ConfigError, Settings, parse
+from training.plan.config import SCHEMA, ConfigError, Settings, check_held_out, parse
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,14 @@ class Run:
         schema = values.get("settings_schema", SCHEMA)
         if schema not in range(1, SCHEMA + 1):
             raise ConfigError("settings_schema", f"Must be a whole number from 1 to {SCHEMA}.")
+        checked = parse(settings, schema)
+        if not checked.eval_every:  # with it, such jobs were accepted before; they must still run
+            check_held_out(checked, bool(values.get("validation_file")))
         given = {name: value for name, value in values.items() if value is not None}
         return Run(
             **given
             | {
-                "settings": parse(settings, schema),
+                "settings": checked,
                 "settings_schema": schema,
                 "prompts": tuple(values.get("prompts") or ()),
             }

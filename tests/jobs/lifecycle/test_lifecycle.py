@@ -159,6 +159,14 @@ def test_a_job_fails_if_its_file_turns_out_to_hold_preference_pairs():
     assert "better and a worse answer" in job.message
 
 
+def test_early_stopping_is_refused_if_nothing_is_held_out():
+    owner, settings = make_owner(), {"early_stopping_patience": 2, "validation_fraction": 0, "eval_every": 5}
+    with pytest.raises(Refused, match="held-out examples") as refusal:
+        make_job(owner, settings=settings)
+    assert refusal.value.field == "early_stopping_patience"
+    assert make_job(owner, settings=settings, validation_dataset_id=make_dataset(owner).dataset_id)
+
+
 def test_another_users_dataset_is_refused():
     with pytest.raises(Refused):
         make_job(dataset_id=make_dataset(make_owner()).dataset_id)
