@@ -237,7 +237,9 @@ def summary(history: JobHistory) -> str:
         return "No step has been trained yet."
     first, latest = history.metrics[min(history.metrics)], history.latest
     text = (
-        f"Training loss fell from {loss(first.get('loss'))} at step {first.get('step')} to "
+        f"Training loss is {loss(latest.get('loss'))} at step {latest.get('step')}, the only step so far."
+        if first is latest
+        else f"Training loss fell from {loss(first.get('loss'))} at step {first.get('step')} to "
         f"{loss(latest.get('loss'))} at step {latest.get('step')}."
         if (latest.get("loss") or 0) < (first.get("loss") or 0)
         else f"Training loss is {loss(latest.get('loss'))} at step {latest.get('step')}; "

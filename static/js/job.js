@@ -119,7 +119,9 @@
     const at = (step) => series.loss[position.get(step)]?.toFixed(3);
     const held = [...series.evals].sort((a, b) => a.step - b.step);
     const fell = series.loss[position.get(last)] < series.loss[position.get(first)];
-    defaultReadout = fell
+    defaultReadout = first === last
+      ? `Training loss is ${at(last)} at step ${last}, the only step so far.`
+      : fell
       ? `Training loss fell from ${at(first)} at step ${first} to ${at(last)} at step ${last}.`
       : `Training loss is ${at(last)} at step ${last}; it was ${at(first)} at step ${first}.`;
     const kept = held.find((e) => e.step === series.kept);

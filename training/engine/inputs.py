@@ -23,6 +23,7 @@ from training.plan import auto_settings, catalog, hub
 from training.plan.config import Settings
 from training.plan.events import Failure
 from training.plan.run_file import Run
+from training.plan.warnings import batch_larger_than_data
 from training.text.encode import EncodingOptions, Example
 from training.text.tokenizer import Tokenizer, TokenizerError
 
@@ -95,6 +96,9 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
         train, held_out = hold_out(train, settings.validation_fraction, settings.seed)
     if settings.early_stopping_patience and not len(held_out):
         notes.append("Early stopping has no effect, because no examples are held out.")
+    batch = batch_larger_than_data(settings, len(train), int(train.lengths.sum()))
+    if batch is not None:
+        notes.append(f"{batch.title}. {batch.text}")
     prompts = _prompts(run, tokenizer, held_out if len(held_out) else train)
     return Inputs(
         objective, base, model_config, tokenizer, train, held_out, settings, reasons, prompts, notes

@@ -32,7 +32,29 @@ from training.models.interface import LanguageModel
 from training.plan.events import Failure
 from training.plan.run_file import Run
 
+DIVERGED = 2.0  # times the first loss
+DIVERGED_STEPS = 5  # in a row above it
 RECENT_STEPS = 50  # the remaining time is estimated from their median
+
+
+class Divergence:
+    """Notices a loss that stays far above its first value."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._above = 0  # steps in a row
+
+    def warning(self, step: int, loss: float) -> str:
+        """A sentence, once each time the loss has risen; empty otherwise."""
+        if self._first is None:
+            self._first = loss
+        self._above = self._above + 1 if loss > DIVERGED * self._first else 0
+        if self._above != DIVERGED_STEPS:
+            return ""
+        return (
+            f"Training is diverging: the loss is {loss:,.3f} at step {step:,} and was {self._first:,.3f} at first. "
+            "Stop the job and lower the learning rate (try a third of it)."
+        )
 
 
 class Stopped(Exception):
@@ -94,6 +116,7 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
     count_flops = flop_counter(model, lora=settings.adapter == "lora")
     product_rate = 0.0  # FLOP/s of a plain matrix product on this device, measured after the first step
     recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds per step
+    divergence = Divergence()
     must_stop = checkpoint_due = False
     gc.collect()
     gc.freeze()  # the same for everything prepared until here
@@ -181,6 +204,8 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
             eta_s=left,
             **share,
         )
+        if words := divergence.warning(state.step, loss_value):
+            emit("log", level="warning", message=words)
         product_rate = product_rate or gemm_rate(device)  # after the first report, so it delays nothing
 
     return _finish(session, writer, state)

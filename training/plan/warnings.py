@@ -115,6 +115,23 @@ def many_epochs(p: Planned) -> Warning | None:
     )
 
 
+def large_batch(p: Planned) -> Warning | None:
+    return batch_larger_than_data(p.settings, p.summary.examples, p.summary.tokens)
+
+
+def batch_larger_than_data(settings: Settings, examples: int, tokens: int) -> Warning | None:
+    """Also for the trainer, which knows how many examples are left to train on."""
+    size, data, unit = settings.batch_size or 0, examples, "examples"
+    if settings.batch_tokens:
+        size, data, unit = settings.batch_tokens, tokens, "tokens"
+    if size <= data:
+        return None
+    return Warning(
+        "The batch is larger than the data",
+        f"A batch has {size:,} {unit}, and the dataset {data:,}, so each step sees the data more than once and few steps are left. Lower the batch size.",
+    )
+
+
 def nothing_to_learn(p: Planned) -> Warning | None:
     if not p.summary.untrained:
         return None
@@ -135,5 +152,6 @@ CHECKS: tuple[Callable[[Planned], Warning | None], ...] = (
     no_early_stopping,
     validation_is_trained_on,
     many_epochs,
+    large_batch,
     nothing_to_learn,
 )

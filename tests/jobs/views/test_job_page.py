@@ -145,6 +145,12 @@ def test_a_job_from_before_the_kept_step_was_recorded_reads_as_before(alices: Cl
     assert "step 7 of 113" in text
 
 
+def test_the_only_step_is_named_once(alices: Client, alice: User) -> None:
+    text = job_page(alices, make_job(alice.owner_id, "succeeded", lines=[metric(1, 5.567)]))
+    assert "Training loss is 5.567 at step 1, the only step so far." in text
+    assert "it was 5.567" not in text
+
+
 def test_settings_that_were_changed_are_marked(alices: Client, alice: User) -> None:
     text = job_page(alices, make_job(alice.owner_id, settings={"method": "lora", "lora_rank": 4}))
     assert re.search(r"LoRA, rank 4, alpha 16.{0,60}changed", text, re.S)

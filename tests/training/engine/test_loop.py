@@ -223,6 +223,27 @@ def test_the_best_weights_are_those_of_their_step(runner: Runner) -> None:
     assert of(again, "eval")[0]["loss"] == pytest.approx(best["loss"], rel=1e-5)
 
 
+def messages(events: list[Event]) -> str:
+    return "\n".join(e["message"] for e in of(events, "log") if e["level"] == "warning")
+
+
+def test_a_batch_larger_than_the_data_is_a_warning(runner: Runner) -> None:
+    settings = {"batch_size": 500, "max_steps": None, "epochs": 3, "validation_fraction": 0, "eval_every": 0}
+    assert "The batch is larger than the data" in messages(runner.train("batch", settings=settings))
+    assert "The batch is larger" not in messages(
+        runner.train("batch-6", settings=settings | {"batch_size": 6})
+    )
+
+
+def test_divergence_is_a_warning_before_the_end(runner: Runner, events: list[Event]) -> None:
+    settings = {"learning_rate": 10.0, "schedule": "constant", "warmup": 0, "clip_norm": 0, "max_steps": 20}
+    emitted = runner.train("diverges", settings=settings)
+    warned = [i for i, e in enumerate(emitted) if "diverging" in str(e.get("message"))]
+    assert len(warned) == 1
+    assert any(e["t"] == "metric" for e in emitted[warned[0] + 1 :])
+    assert "diverging" not in messages(events)
+
+
 def test_a_small_file_without_held_out_examples_still_trains(runner: Runner) -> None:
     events = runner.train("none-held", settings={"validation_fraction": 0, "max_steps": 2, "eval_every": 0})
     assert not of(events, "eval")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from training.data.summary import Summary
 from training.plan import catalog
 from training.plan.config import parse
@@ -35,3 +37,8 @@ def test_a_validation_file_that_is_trained_on() -> None:
     title = "Every validation row is also in the training dataset"
     assert titles(validation_rows=9, leaked=9) == [title]
     assert titles(validation_rows=9, leaked=8) == []
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 101}, {"batch_size": None, "batch_tokens": 1001}])
+def test_a_batch_larger_than_the_data(settings: dict[str, Any]) -> None:
+    assert "The batch is larger than the data" in titles(**settings)
