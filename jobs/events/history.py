@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.events.event_log import Event
-from jobs.formatting import clock, count, loss, memory, rate, short_hash, size
+from jobs.formatting import clock, count, exact, loss, memory, rate, short_hash, size
 from jobs.store.states import JobStatus
 from training.plan.events import REASONS
 
@@ -41,6 +41,7 @@ class LogLine:
     level: str  # info, warn, error
     text: str
     kind: str = ""
+    exact: str = ""  # the time with its zone
 
 
 @dataclass
@@ -142,7 +143,11 @@ class JobHistory:
 
 def log_line(seq: int, event: dict[str, Any]) -> LogLine | None:
     text, level = sentence(event)
-    return LogLine(seq, clock(event.get("time")), level, text, str(event.get("t"))) if text else None
+    return (
+        LogLine(seq, clock(event.get("time")), level, text, str(event.get("t")), exact(event.get("time")))
+        if text
+        else None
+    )
 
 
 def sentence(event: dict[str, Any]) -> tuple[str, str]:

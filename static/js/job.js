@@ -187,7 +187,7 @@
   const log = document.getElementById("log");
   const follow = document.getElementById("follow");
   const rowTemplate = document.getElementById("log-row");
-  function addLine(line, step) {
+  function addLine(line, step, time) {
     if (!log || !rowTemplate) return;
     document.getElementById("log-empty")?.remove();
     if (step && log.lastElementChild?.dataset.step !== undefined) log.lastElementChild.remove(); // only the latest of consecutive step lines is kept
@@ -195,6 +195,7 @@
     if (step) row.dataset.step = "";
     const [at, level, text] = row.children;
     at.textContent = line.at;
+    if (time) { at.dateTime = new Date(time * 1000).toISOString(); at.dataset.style = "clock"; }
     level.textContent = line.level;
     level.className = { warn: "text-warning font-medium", error: "text-error font-medium" }[line.level] || level.className;
     text.textContent = line.text;
@@ -219,7 +220,7 @@
   function handle(event) {
     if (event.seq <= lastSeq) return;
     lastSeq = event.seq;
-    if (event.line) addLine(event.line, event.t === "metric");
+    if (event.line) addLine(event.line, event.t === "metric", event.time);
     if (event.t === "metric") {
       const at = position.get(event.step);
       const i = at === undefined ? series.step.length : at;

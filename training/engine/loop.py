@@ -44,17 +44,17 @@ class Divergence:
         self._first: float | None = None
         self._above = 0  # steps in a row
 
-    def warning(self, step: int, loss: float) -> str:
-        """A sentence, once each time the loss has risen; empty otherwise."""
+    def check(self, step: int, loss: float, emit: Emit) -> None:
+        """Warns once each time the loss has risen."""
         if self._first is None:
             self._first = loss
         self._above = self._above + 1 if loss > DIVERGED * self._first else 0
-        if self._above != DIVERGED_STEPS:
-            return ""
-        return (
-            f"Training is diverging: the loss is {loss:,.3f} at step {step:,} and was {self._first:,.3f} at first. "
-            "Stop the job and lower the learning rate (try a third of it)."
-        )
+        if self._above == DIVERGED_STEPS:
+            message = (
+                f"Training is diverging: the loss is {loss:,.3f} at step {step:,} and was {self._first:,.3f} at first. "
+                "Stop the job and lower the learning rate (try a third of it)."
+            )
+            emit("log", level="warning", message=message)
 
 
 class Stopped(Exception):
@@ -112,11 +112,10 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
 
     # ---- train ---------------------------------------------------------------------------------------------
     trained_tokens = data.train.trained()  # (examples,) int64: the trained tokens of each
-    peak_rate = settings.learning_rate or 0.0
     count_flops = flop_counter(model, lora=settings.adapter == "lora")
-    product_rate = 0.0  # FLOP/s of a plain matrix product on this device, measured after the first step
+    # product_rate: FLOP/s of a plain matrix product on this device, measured after the first step
+    peak_rate, product_rate, divergence = settings.learning_rate or 0.0, 0.0, Divergence()
     recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds per step
-    divergence = Divergence()
     must_stop = checkpoint_due = False
     gc.collect()
     gc.freeze()  # the same for everything prepared until here
@@ -204,8 +203,7 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
             eta_s=left,
             **share,
         )
-        if words := divergence.warning(state.step, loss_value):
-            emit("log", level="warning", message=words)
+        divergence.check(state.step, loss_value, emit)
         product_rate = product_rate or gemm_rate(device)  # after the first report, so it delays nothing
 
     return _finish(session, writer, state)

@@ -124,7 +124,7 @@ def early_job(owner: str) -> Any:
     )
 
 
-def test_early_stopping_is_said_with_the_kept_step_and_its_loss(alices: Client, alice: User) -> None:
+def test_early_stopping_is_shown_with_the_kept_step_and_its_loss(alices: Client, alice: User) -> None:
     text = re.sub(r"<[^>]+>|\s+", " ", job_page(alices, early_job(alice.owner_id)))
     assert "Stopped early at step 7; kept step 3" in re.sub(r"\s+", " ", text)
     assert "step 7 of 113" not in text
@@ -149,6 +149,17 @@ def test_the_only_step_is_named_once(alices: Client, alice: User) -> None:
     text = job_page(alices, make_job(alice.owner_id, "succeeded", lines=[metric(1, 5.567)]))
     assert "Training loss is 5.567 at step 1, the only step so far." in text
     assert "it was 5.567" not in text
+
+
+def test_times_carry_their_zone_and_a_date_for_the_readers_own(alices: Client, alice: User) -> None:
+    job = make_job(alice.owner_id, lines=[{"t": "log", "message": "Hi", "time": 1_700_000_000.0}])
+    text = job_page(alices, job)
+    assert re.search(
+        r'<time datetime="[^"]+\+00:00" data-style="moment" title="[^"]+ UTC">\d\d:\d\d UTC</time>', text
+    )
+    assert (
+        '<time class="text-base-content/65" datetime="2023-11-14T22:13:20+00:00" data-style="clock">' in text
+    )
 
 
 def test_settings_that_were_changed_are_marked(alices: Client, alice: User) -> None:
