@@ -113,14 +113,13 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
     # ---- train ---------------------------------------------------------------------------------------------
     trained_tokens = data.train.trained()  # (examples,) int64: the trained tokens of each
     count_flops = flop_counter(model, lora=settings.adapter == "lora")
-    # product_rate: FLOP/s of a plain matrix product on this device, measured after the first step
-    peak_rate, product_rate, divergence = settings.learning_rate or 0.0, 0.0, Divergence()
+    peak_rate, divergence = settings.learning_rate or 0.0, Divergence()
+    product_rate = 0.0  # FLOP/s of a plain matrix product on this device, measured after the first step
     recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds per step
     must_stop = checkpoint_due = False
     gc.collect()
     gc.freeze()  # the same for everything prepared until here
     emit("phase", phase="training")
-
     while True:
         # Evaluate. Step 0 is the base model. An interrupted evaluation is repeated after resuming.
         best = False
