@@ -151,20 +151,30 @@ def _local(value: dt.datetime) -> dt.datetime:
 
 
 def when(value: Any) -> str | SafeString:
-    """A <time> element: 10:21 today, Mar 3, 10:21 this year; the full date is in its title."""
+    """A <time> element, which static/js/site.js shows in the reader's time zone: 10:21 UTC today, Mar 3, 10:21 UTC
+    this year; the full date is in its title."""
     at = moment(value)
     if at is None:
         return UNKNOWN
     now = timezone.localtime()
     if at.date() == now.date():
-        text = f"{at:%H:%M}"
+        text = f"{at:%H:%M %Z}"
     elif at.year == now.year:
-        text = f"{at:%b} {at.day}, {at:%H:%M}"
+        text = f"{at:%b} {at.day}, {at:%H:%M %Z}"
     else:
         text = f"{at:%b} {at.day}, {at.year}"
     return format_html(
-        '<time datetime="{}" title="{}">{}</time>', at.isoformat(), f"{at:%Y-%m-%d %H:%M:%S %Z}", text
+        '<time datetime="{}" data-style="moment" title="{}">{}</time>',
+        at.isoformat(),
+        f"{at:%Y-%m-%d %H:%M:%S %Z}",
+        text,
     )
+
+
+def exact(value: Any) -> str:
+    """The time for the `datetime` attribute of an element; empty if it is unknown."""
+    at = moment(value)
+    return "" if at is None else at.isoformat()
 
 
 def clock(value: Any) -> str:
@@ -175,7 +185,7 @@ def clock(value: Any) -> str:
 def from_now(seconds: Any) -> str:
     """The time of day this many seconds from now."""
     number = finite(seconds)
-    return UNKNOWN if number is None else f"{moment(time.time() + number):%H:%M}"
+    return UNKNOWN if number is None else f"{moment(time.time() + number):%H:%M %Z}"
 
 
 def short_id(value: str) -> str:

@@ -84,6 +84,8 @@ def _export(trained: Trained, folder: Path, emit: Callable[..., None]) -> None:
     emit(
         "done",
         step=trained.step,
+        kept_step=trained.kept_step,
+        early=trained.early,
         path=str(folder),
         files=files,
         metrics=trained.metrics,

@@ -38,10 +38,11 @@ PERMANENT = {
     "bad_request": "invalid_value",
     "prompt_too_long": "context_length_exceeded",
     "prompt_failed": "prompt_failed",
+    "chat_unsupported": "chat_unsupported",
     "model_unusable": "model_unusable",
     "model_damaged": "model_damaged",
 }
-PROMPT_ERRORS = {"context_length_exceeded", "prompt_failed"}
+PROMPT_ERRORS = {"context_length_exceeded", "prompt_failed", "chat_unsupported"}
 Line = dict[str, Any]
 
 

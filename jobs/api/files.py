@@ -47,7 +47,11 @@ def create_file(
         raise bad("expires_after requires both anchor and seconds.", "expires_after")
     expires_at = time.time() + seconds if seconds is not None else None
     dataset = datasets.receive(
-        request.auth.owner, file.name or "file", file, purpose=purpose, expires_at=expires_at
+        request.auth.owner,
+        datasets.name_in_form(file.name or "file"),
+        file,
+        purpose=purpose,
+        expires_at=expires_at,
     )
     return show(dataset)
 

@@ -394,6 +394,8 @@ def _extras(job: Row) -> Json:
         "settings": settings_of(job),
         "progress": job.progress,
         "metrics": job.metrics,
+        "kept_step": result.get("kept_step"),
+        "stopped_early": result.get("early"),
         "plan": job.plan,
         "estimate": job.estimate,
         "attempts": int(job.attempts),
@@ -410,13 +412,15 @@ def checkpoint_id(job: Row, step: int) -> str:
 
 
 def _checkpoint_names(job: Row) -> dict[int, str]:
-    """The name of each stored checkpoint, by step. As at OpenAI, the last one has the name of the model itself."""
+    """The name of each stored checkpoint, by step. As at OpenAI, the last one has the name of the model itself, unless the
+    job kept the weights of an earlier step."""
     names = {int(entry["step"]): f"{job.model_id}:ckpt-step-{entry['step']}" for entry in job.checkpoints}
-    last = int((job.result or {}).get("step") or 0)
-    if job.status == JobStatus.SUCCEEDED and last:
+    result = job.result or {}
+    kept = int(result.get("kept_step") or result.get("step") or 0)
+    if job.status == JobStatus.SUCCEEDED and kept:
         model = tables.get(tables.TunedModel, job.owner, job.model_id)
         if model is None or not model.deleted:  # None: the row is created a moment after the job ends
-            names[last] = job.model_id
+            names[kept] = job.model_id
     return names
 
 

@@ -101,6 +101,7 @@ def _tuned(row: Any) -> Json:
         "kind": "tuned",
         "base": row.base,
         "job": row.job_id,
+        "trained_on": row.trained_on,
         "step": int(row.step),
         "bytes": int(row.bytes),
         "metrics": row.metrics,

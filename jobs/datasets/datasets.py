@@ -32,6 +32,11 @@ class Rejected(Exception):
     """The file was rejected. The message says why and what to do."""
 
 
+def name_in_form(name: str) -> str:
+    """The name of a file in a multipart body as its user typed it: browsers and clients send a `"` there as %22."""
+    return name.replace("%22", '"')
+
+
 def receive(
     owner: str,
     filename: str,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.events.event_log import Event
-from jobs.formatting import clock, count, loss, memory, rate, short_hash, size
+from jobs.formatting import clock, count, exact, loss, memory, rate, short_hash, size
 from jobs.store.states import JobStatus
 from training.plan.events import REASONS
 
@@ -41,6 +41,7 @@ class LogLine:
     level: str  # info, warn, error
     text: str
     kind: str = ""
+    exact: str = ""  # the time with its zone
 
 
 @dataclass
@@ -93,6 +94,12 @@ class JobHistory:
         return self.evals[max(self.evals)] if self.evals else {}
 
     @property
+    def kept_eval(self) -> dict[str, Any]:
+        """The evaluation of the weights kept, if they are not those of the last one."""
+        step = self.done.get("kept_step")
+        return self.evals.get(step, {}) if step is not None and step != max(self.evals, default=step) else {}
+
+    @property
     def shown_log(self) -> list[LogLine]:
         return self.log[-KEPT_LOG_LINES:]
 
@@ -136,7 +143,11 @@ class JobHistory:
 
 def log_line(seq: int, event: dict[str, Any]) -> LogLine | None:
     text, level = sentence(event)
-    return LogLine(seq, clock(event.get("time")), level, text, str(event.get("t"))) if text else None
+    return (
+        LogLine(seq, clock(event.get("time")), level, text, str(event.get("t")), exact(event.get("time")))
+        if text
+        else None
+    )
 
 
 def sentence(event: dict[str, Any]) -> tuple[str, str]:
@@ -176,7 +187,7 @@ def sentence(event: dict[str, Any]) -> tuple[str, str]:
         reason = REASONS.get(str(get("reason")))
         return str(get("message") or (reason.sentence if reason else "The trainer failed")), "error"
     if kind == "done":
-        return "Training finished", "info"
+        return f"Training finished{': ' if kept_step(event) else ''}{kept_step(event)}", "info"
     if kind == "end":
         reason = str(get("message") or "")
         return (
@@ -184,6 +195,15 @@ def sentence(event: dict[str, Any]) -> tuple[str, str]:
             END_LEVELS.get(str(get("status")), "info"),
         )
     return str(get("message") or ""), level
+
+
+def kept_step(done: dict[str, Any]) -> str:
+    """Which step's weights the model has, if not those of the last planned one. `done` is the trainer's last event or
+    a job's result; those from before the kept step was recorded give an empty text."""
+    step, kept = done.get("step"), done.get("kept_step")
+    if kept is None or (kept == step and not done.get("early")):
+        return ""
+    return f"{f'stopped early at step {count(step)}; ' if done.get('early') else ''}kept step {count(kept)}"
 
 
 def chart(history: JobHistory) -> dict[str, Any]:
@@ -198,7 +218,13 @@ def chart(history: JobHistory) -> dict[str, Any]:
         {"step": s, "loss": _finite(e.get("loss")), "time": e.get("time")}
         for s, e in sorted(history.evals.items())
     ]
-    return {"step": steps, **columns, "evals": evals, "total": history.plan.get("total_steps")}
+    return {
+        "step": steps,
+        **columns,
+        "evals": evals,
+        "total": history.plan.get("total_steps"),
+        "kept": history.kept_eval.get("step"),
+    }
 
 
 def thin(steps: list[int], most: int) -> list[int]:
@@ -216,14 +242,18 @@ def summary(history: JobHistory) -> str:
         return "No step has been trained yet."
     first, latest = history.metrics[min(history.metrics)], history.latest
     text = (
-        f"Training loss fell from {loss(first.get('loss'))} at step {first.get('step')} to "
+        f"Training loss is {loss(latest.get('loss'))} at step {latest.get('step')}, the only step so far."
+        if first is latest
+        else f"Training loss fell from {loss(first.get('loss'))} at step {first.get('step')} to "
         f"{loss(latest.get('loss'))} at step {latest.get('step')}."
         if (latest.get("loss") or 0) < (first.get("loss") or 0)
         else f"Training loss is {loss(latest.get('loss'))} at step {latest.get('step')}; "
         f"it was {loss(first.get('loss'))} at step {first.get('step')}."
     )
     if history.evals:
-        text += f" Held-out loss is {loss(history.latest_eval.get('loss'))}"
+        kept = history.kept_eval
+        text += f" Held-out loss is {loss((kept or history.latest_eval).get('loss'))}"
+        text += f" at step {kept['step']}, which is kept" if kept else ""
         before = history.base_eval
         text += f"; before training it was {loss(before.get('loss'))}." if before else "."
     return text

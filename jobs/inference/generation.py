@@ -14,7 +14,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import redis.exceptions
@@ -23,6 +23,7 @@ from django.conf import settings
 from jobs.inference import generation_queue
 from jobs.registry import base_models, tuned_models
 from jobs.store import redis_client
+from jobs.store.tables import TunedModel
 from training.plan import catalog
 
 RENEW_S = 5.0  # time between two renewals by the reader
@@ -31,6 +32,8 @@ WAIT_S = 600.0  # the longest wait in the queue; OpenAI's clients give up after 
 REDIS_RETRY_S = 30.0  # how long a waiting request tolerates an unreachable Redis
 MAX_TRIES = 3  # for a request that was lost by Redis or its worker
 UNAVAILABLE = "The models are temporarily unavailable. Try again in a few seconds."
+# Kinds of rows that models are trained on without a chat template.
+WITHOUT_CONVERSATIONS = {"completion": "prompts and completions", "text": "plain text"}
 SEQUENCES_AT_ONCE = 8  # per user in the inference server: half of what it generates at once
 
 
@@ -106,7 +109,7 @@ async def stream(owner: str, request: GenerateRequest) -> AsyncGenerator[dict[st
     Before the first line it may raise access.NotFound (the owner may not use the model), Busy (the queue is full, for this
     user or overall) and Unavailable; at any time, Failed. If Redis or the worker loses the request before its first token,
     it is queued again in its old place."""
-    await asyncio.to_thread(check_model, owner, request.model)
+    request = as_trained(await asyncio.to_thread(check_model, owner, request.model), request)
     queued = _QueuedRequest(owner, request)
     started = begun = False
     for _ in range(MAX_TRIES):
@@ -213,11 +216,31 @@ class _QueuedRequest:
             await client.xtrim(f"tokens:{rid}", minid=f"{last}-0", approximate=False)
 
 
-def check_model(owner: str, model_id: str) -> None:
+def check_model(owner: str, model_id: str) -> TunedModel | None:
     """Raises access.NotFound unless `owner` may generate with this model: one from the catalog, one that they added from the
-    Hub, or one of their own."""
-    if not catalog.find(model_id) and not base_models.get_hub_model(owner, model_id):
-        tuned_models.get_for(owner, model_id)
+    Hub, or one of their own, which is returned."""
+    if catalog.find(model_id) or base_models.get_hub_model(owner, model_id):
+        return None
+    return tuned_models.get_for(owner, model_id)
+
+
+def as_trained(model: TunedModel | None, request: GenerateRequest) -> GenerateRequest:
+    """The request in the form that the model was trained on. A model trained on pairs or text has not seen the chat template,
+    so a single question is its prompt; it cannot say anything else of a conversation. Raises Failed."""
+    if request.messages is None or model is None or model.trained_on not in WITHOUT_CONVERSATIONS:
+        return request
+    messages = request.messages
+    if (
+        len(messages) != 1
+        or messages[0].get("role") != "user"
+        or not isinstance(messages[0].get("content"), str)
+    ):
+        raise Failed(
+            "chat_unsupported",
+            f"This model was trained on {WITHOUT_CONVERSATIONS[model.trained_on]}, not on conversations, so it accepts a "
+            "single user message and no system message. Send the text as the prompt of /v1/completions instead.",
+        )
+    return replace(request, messages=None, prompt=messages[0]["content"])
 
 
 def _notify_workers() -> None:

@@ -9,10 +9,11 @@ from django.dispatch import receiver
 
 from jobs.datasets import reports
 from jobs.datasets.signals import dataset_settled
-from jobs.lifecycle import moves
+from jobs.lifecycle import moves, submission
 from jobs.store import queue, tables
 from jobs.store.states import DatasetStatus, JobStatus, ReportStatus
 from jobs.store.tables import Dataset, Job
+from training.data.summary import PREFERENCES
 
 
 def lose_lease(job: Job) -> Job | None:
@@ -57,6 +58,8 @@ def validate(job: Job) -> Job | None:
             return _fail_unchecked(job, "dataset_rejected", dataset.error)
         if dataset.status != DatasetStatus.READY:
             return None
+        if submission.holds_preferences(dataset):
+            return _fail_unchecked(job, "dataset_unsupported", PREFERENCES)
         report = reports.for_job(job, dataset) if dataset_id == job.dataset_id else None
         if report is not None and report.status == ReportStatus.CHECKING:
             return None

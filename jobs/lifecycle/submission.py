@@ -15,7 +15,8 @@ from jobs.store import access
 from jobs.store.errors import Refused
 from jobs.store.states import DatasetStatus, JobStatus
 from jobs.store.tables import Dataset, Job, time_of
-from training.plan.config import ConfigError, parse, stored_names
+from training.data.summary import ONE_ANSWER, PREFERENCES
+from training.plan.config import ConfigError, check_held_out, parse, stored_names
 
 NOT_SET = (None, "", "auto")
 # Fields of JobRequest that are always part of its hash. Stored hashes hold exactly these: never change the list.
@@ -77,7 +78,7 @@ class JobRequest:
 
 def check(owner: str, request: JobRequest) -> list[Dataset]:
     try:
-        parse(request.settings)
+        check_held_out(parse(request.settings), bool(request.validation_dataset_id))
     except ConfigError as error:
         raise Refused(error.message, field=error.field) from error
     if not re.fullmatch(r"[A-Za-z0-9_.-]{0,64}", request.suffix):
@@ -97,8 +98,14 @@ def check(owner: str, request: JobRequest) -> list[Dataset]:
             raise Refused(f"There is no dataset {dataset_id}. Upload it first.", field=name) from error
         if dataset.status == DatasetStatus.REJECTED:
             raise Refused(f"The dataset was rejected: {dataset.error or 'see its report.'}", field=name)
+        if holds_preferences(dataset):
+            raise Refused(f"{PREFERENCES} {ONE_ANSWER}", field=name)
         datasets.append(dataset)
     return datasets
+
+
+def holds_preferences(dataset: Dataset) -> bool:
+    return (dataset.summary or {}).get("kind") == "preference"
 
 
 def pin_base(owner: str, request: JobRequest) -> Mapping[str, Any]:

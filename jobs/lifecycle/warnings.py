@@ -6,6 +6,7 @@ from jobs.datasets import reports
 from jobs.lifecycle import estimates
 from jobs.registry import base_models
 from jobs.store import tables
+from jobs.store.states import DatasetStatus
 from jobs.store.tables import Dataset, Job
 from training.data.summary import Summary
 from training.plan.auto_settings import resolve
@@ -41,4 +42,19 @@ def _plan(job: Job, dataset: Dataset | None) -> Planned | None:
         return None
     machine = estimates.machine()
     settings, _ = resolve(parse(job.settings or {}), summary, base, machine)
-    return Planned(settings, base, machine, summary)
+    validation = (
+        tables.get(Dataset, job.owner, job.validation_dataset_id) if job.validation_dataset_id else None
+    )
+    leaks = None
+    if validation and dataset.status == validation.status == DatasetStatus.READY:
+        leaks = reports.request_leaks(dataset, validation)  # None until they are counted
+    leaked = int((leaks or {}).get("count") or 0)
+    return Planned(settings, base, machine, summary, rows_of(validation), leaked)
+
+
+def rows_of(validation: Dataset | None) -> int:
+    """The rows of a validation dataset, at least 1; 0 if there is none."""
+    if validation is None:
+        return 0
+    counts = validation.summary or {}
+    return int(counts.get("rows") or counts.get("examples") or 1)

@@ -19,7 +19,7 @@ from django.conf import settings
 from jobs.store import access, blobs, outbox, queue, tables
 from jobs.store.end_steps import step
 from jobs.store.states import JobStatus
-from jobs.store.tables import Job, TunedModel
+from jobs.store.tables import Dataset, Job, TunedModel
 
 BLOCK = 1 << 20
 MAX_ALIASES = 8
@@ -45,7 +45,8 @@ def create_from(job: Job) -> None:
         base=job.base,
         base_snapshot=job.base_snapshot,
         method=job.method,
-        step=int(result.get("step") or 0),
+        trained_on=_kind_of_rows(job),
+        step=int(result.get("kept_step") or result.get("step") or 0),
         fencing_token=int(result.get("epoch") or job.fencing_token),
         prefix=str(result.get("prefix") or ""),
         files=files,
@@ -57,6 +58,12 @@ def create_from(job: Job) -> None:
         created_at=job.ended_at,
     )
     tables.put_new(model)
+
+
+def _kind_of_rows(job: Job) -> str:
+    """From the report on the job's dataset, which stays when the dataset is deleted."""
+    dataset = tables.get(Dataset, job.owner, job.dataset_id)
+    return str((dataset.summary or {}).get("kind") or "") if dataset else ""
 
 
 def delete(owner: str, model_id: str) -> None:
@@ -132,7 +139,12 @@ def find(owner: str, name: str) -> TunedModel | None:
 
 def checkpoint_models(job: Job) -> list[TunedModel]:
     """The checkpoints of a job as models to try. They are available as long as the job keeps them."""
-    return [_of_checkpoint(job, checkpoint) for checkpoint in job.checkpoints if checkpoint.get("files")]
+    trained_on = _kind_of_rows(job)
+    return [
+        _of_checkpoint(job, checkpoint, trained_on)
+        for checkpoint in job.checkpoints
+        if checkpoint.get("files")
+    ]
 
 
 def get_for(owner: str, model_id: str) -> TunedModel:
@@ -147,11 +159,11 @@ def get_for(owner: str, model_id: str) -> TunedModel:
         if job.model_id == base:
             for checkpoint in job.checkpoints:
                 if str(checkpoint["step"]) == step:
-                    return _of_checkpoint(job, checkpoint)
+                    return _of_checkpoint(job, checkpoint, _kind_of_rows(job))
     raise access.NotFound(f"There is no model {model_id}.")
 
 
-def _of_checkpoint(job: Job, checkpoint: dict[str, Any]) -> TunedModel:
+def _of_checkpoint(job: Job, checkpoint: dict[str, Any], trained_on: str) -> TunedModel:
     files = checkpoint.get("files") or []
     return TunedModel(
         job.owner,
@@ -160,6 +172,7 @@ def _of_checkpoint(job: Job, checkpoint: dict[str, Any]) -> TunedModel:
         name=f"{job.name}, step {checkpoint['step']}",
         base=job.base,
         method=job.method,
+        trained_on=trained_on,
         step=checkpoint["step"],
         fencing_token=checkpoint.get("epoch") or job.fencing_token,
         prefix=checkpoint["key"],

@@ -4,6 +4,7 @@ The trainer has its own reasons (training.plan.events); this module adds the pla
 
 from __future__ import annotations
 
+from training.data.summary import ONE_ANSWER, PREFERENCES
 from training.plan.events import REASONS as TRAINER_REASONS
 from training.plan.events import Reason
 
@@ -11,6 +12,7 @@ PLATFORM_REASONS: dict[str, Reason] = {
     "dataset_rejected": Reason(
         -1, "The dataset was rejected.", "Open the dataset's report, which lists the lines to fix.", True
     ),
+    "dataset_unsupported": Reason(-1, PREFERENCES, ONE_ANSWER, True),
     "dataset_deleted": Reason(
         -1, "The dataset was deleted before training began.", "Upload it again and start a new job.", True
     ),

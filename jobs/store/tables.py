@@ -192,7 +192,8 @@ class _JobAttributes(Table):
     reason = UnicodeAttribute(default="")  # why it failed or paused: a key of jobs.store.reasons.REASONS
     message = UnicodeAttribute(default="")  # the details, shown to the user
     advice = UnicodeAttribute(default="")
-    result: JSONAttribute = JSONAttribute(null=True)  # {"epoch", "prefix", "files", "metrics", …}
+    # {"epoch", "prefix", "files", "step", "kept_step" (of the model's weights), "early" (stopped early), "metrics", …}
+    result: JSONAttribute = JSONAttribute(null=True)
     created_at = NumberAttribute(default=time.time)
     started_at = NumberAttribute(null=True)
     ended_at = NumberAttribute(null=True)
@@ -279,6 +280,8 @@ class TunedModel(Table):
     base = UnicodeAttribute(default="")  # what it was tuned from: possibly another tuned model
     base_snapshot: JSONAttribute = JSONAttribute(attr_name="base_facts", null=True)  # copied from its job
     method = UnicodeAttribute(default="full")
+    # What the rows of its dataset were: chat, completion or text. Empty for models from before this was recorded.
+    trained_on = UnicodeAttribute(default="")
     step = NumberAttribute(default=0)
     fencing_token = NumberAttribute(attr_name="epoch", default=0)
     prefix = UnicodeAttribute(default="")  # of its keys in object storage

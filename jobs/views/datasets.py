@@ -54,7 +54,7 @@ def upload(request: HttpRequest) -> HttpResponse:
         return _refused(request, "; ".join(form.errors["file"]))
     file = form.cleaned_data["file"]
     try:
-        dataset = datasets.receive(owner_of(request), file.name, file)
+        dataset = datasets.receive(owner_of(request), datasets.name_in_form(file.name), file)
     except (datasets.Rejected, OverQuota) as error:
         return _refused(request, str(error))
     if same := datasets.find_duplicate(dataset):

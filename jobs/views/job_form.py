@@ -13,7 +13,7 @@ from jobs.formatting import count, size
 from jobs.forms import NewJobForm, Setting, preset_of, rows, settings_from, shown, with_preset
 from jobs.lifecycle import estimates
 from jobs.lifecycle import warnings as job_warnings
-from jobs.lifecycle.submission import settings_of
+from jobs.lifecycle.submission import holds_preferences, settings_of
 from jobs.lifecycle.transitions import JobRequest
 from jobs.registry import base_models
 from jobs.store import access
@@ -23,11 +23,11 @@ from jobs.store.quotas import OverQuota
 from jobs.store.states import DatasetStatus, ReportStatus
 from jobs.store.tables import Dataset, DatasetReport, Job
 from jobs.views.dataset_report import display_sample, load_report
-from training.data.summary import Summary
+from training.data.summary import ONE_ANSWER, PREFERENCES, Summary
 from training.plan import catalog
 from training.plan.auto_settings import PRESETS, resolve
 from training.plan.catalog import BaseModel, gib
-from training.plan.config import FIELDS, Settings, current_names
+from training.plan.config import FIELDS, ConfigError, Settings, check_held_out, current_names
 from training.plan.warnings import Planned
 
 MAX_PROMPTS = 3  # sample prompts, answered at every evaluation
@@ -92,6 +92,15 @@ class JobForm:
         for name in ("dataset", "validation_dataset"):
             if self.values[name] and self.values[name] not in usable:
                 self.refuse(name, "This dataset was deleted or rejected. Choose another one.")
+        if self.settings:
+            try:
+                check_held_out(self.settings, bool(self.values["validation_dataset"]))
+            except ConfigError as error:
+                self.refuse(error.field, error.message)
+        for dataset in self.datasets:
+            for name in ("dataset", "validation_dataset"):
+                if dataset.dataset_id == self.values[name] and holds_preferences(dataset):
+                    self.refuse(name, f"{PREFERENCES} {ONE_ANSWER}")
         if self.values["validation_dataset"] and self.values["validation_dataset"] == self.values["dataset"]:
             self.refuse("validation_dataset", "Choose a validation dataset other than the training dataset.")
 
@@ -188,8 +197,16 @@ class JobForm:
         resolved, reasons, suggested = self._resolve(summary, base, machine)
         basic, advanced = rows(self.typed, self.errors, resolved, reasons, suggested)
         estimate = planned = None
+        leaks = self._leaks()
         if summary and base and resolved:
-            planned = Planned(resolved, base, machine, summary)
+            planned = Planned(
+                resolved,
+                base,
+                machine,
+                summary,
+                self._validation_rows(),
+                int((leaks or {}).get("count") or 0),
+            )
             if not self.errors:
                 validation = self._validation(base_snapshot)
                 estimate = estimates.estimate(base, resolved, summary, machine, validation)
@@ -199,7 +216,7 @@ class JobForm:
             "datasets": self.datasets,
             "summary": summary,
             "sample": self._sample(report),
-            "leaks": self._leaks(),
+            "leaks": leaks,
             "counting": self._counting(base_snapshot, report) if summary else None,
         }
         model = {
@@ -261,6 +278,10 @@ class JobForm:
         if self.dataset.status != DatasetStatus.READY or other.status != DatasetStatus.READY:
             return None
         return reports.request_leaks(self.dataset, other)
+
+    def _validation_rows(self) -> int:
+        other = next((d for d in self.datasets if d.dataset_id == self.values["validation_dataset"]), None)
+        return job_warnings.rows_of(other)
 
     def _base_snapshot(self) -> dict[str, Any] | None:
         try:

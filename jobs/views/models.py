@@ -25,6 +25,8 @@ METRICS = (
     ("accuracy", "Token accuracy", "percent"),
     ("perplexity", "Perplexity", "loss"),
 )
+# What a model was trained on, as stored.
+ROWS = {"chat": "Conversations", "completion": "Prompts and completions", "text": "Plain text"}
 
 
 @signed_in
@@ -51,7 +53,7 @@ def detail(request: HttpRequest, model_id: str) -> HttpResponse:
         "verdict": (model.verdict or {}).get("sentence", ""),
         "details": _details(model),
         "export_check": _export_check(model.export_check if isinstance(model.export_check, dict) else {}),
-        "typed": {"mode": "prompt", **playground.DEFAULTS},
+        "typed": {"mode": playground.mode_of(model), **playground.DEFAULTS},
     }
     return render(request, "jobs/model_detail.html", context)
 
@@ -71,6 +73,7 @@ def _details(model: TunedModel) -> list[tuple[str, str]]:
         ("ID", model.model_id),
         ("Base", model.base),
         ("Method", "LoRA" if model.method == "lora" else "Full fine-tuning"),
+        ("Trained on", ROWS.get(model.trained_on, "")),
         ("Step", count(model.step) if model.step else ""),
         ("Size", size(model.bytes)),
     ]

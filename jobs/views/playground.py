@@ -15,9 +15,11 @@ from jobs.forms import GenerateForm
 from jobs.inference import generation
 from jobs.inference.generation import GenerateRequest
 from jobs.store import access
+from jobs.store.tables import TunedModel
 from jobs.views.decorators import owner_of, signed_in_async
 from training.plan import catalog
 
+MODES = {"chat": "chat", "completion": "prompt", "text": "prompt"}  # by what a model was trained on
 DEFAULTS: dict[str, Any] = {"temperature": 0, "top_p": 1, "max_tokens": 128}
 
 
@@ -32,12 +34,13 @@ async def page(request: HttpRequest) -> HttpResponseBase:
         or request.GET.get("model")
         or (models[0].model_id if models else catalog.STARTER)
     )
+    tuned = next((model for model in models if model.model_id == chosen), None)
     context: dict[str, Any] = {
         "models": models,
         "chosen": chosen,
-        "base": next((m.base for m in models if m.model_id == chosen), ""),
+        "base": tuned.base if tuned else "",
         "bases": [b for b in catalog.base_models() if b.id == catalog.STARTER or b.folder],
-        "typed": {"prompt": request.GET.get("prompt", ""), "mode": "prompt", **DEFAULTS},
+        "typed": {"prompt": request.GET.get("prompt", ""), "mode": mode_of(tuned), **DEFAULTS},
         "answers": [],
         "form": GenerateForm(),
     }
@@ -50,6 +53,11 @@ async def page(request: HttpRequest) -> HttpResponseBase:
                 for model in _models_to_run(form, context["base"])
             ]
     return await sync_to_async(render)(request, "jobs/playground.html", context)
+
+
+def mode_of(model: TunedModel | None) -> str:
+    """The input type to start with: that of the rows the model was trained on."""
+    return MODES.get(model.trained_on if model else "", "prompt")
 
 
 def _models_to_run(form: GenerateForm, base: str) -> list[str]:

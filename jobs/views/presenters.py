@@ -8,7 +8,7 @@ from typing import Any
 
 from django.conf import settings
 
-from jobs.events.history import JobHistory, ResumeResult
+from jobs.events.history import JobHistory, ResumeResult, kept_step
 from jobs.formatting import (
     UNKNOWN,
     compact,
@@ -149,13 +149,19 @@ def cost(seconds: float | None) -> float | None:
 
 
 def _figures(job: Job, fraction: float) -> list[Figure]:
-    step, total = job.progress.get("step"), job.progress.get("total_steps")
-    progress = Figure(
+    return [_progress(job, fraction), _time(job), _cost(job), _loss(job)]
+
+
+def _progress(job: Job, fraction: float) -> Figure:
+    step, total, result = job.progress.get("step"), job.progress.get("total_steps"), job.result or {}
+    if result.get("early"):
+        return Figure("Progress", "Stopped early", kept_step(result).removeprefix("stopped early "))
+    kept = f", {kept_step(result)}" if kept_step(result) else ""
+    return Figure(
         "Progress",
         f"{100 * fraction:.0f}%" if job.status != JobStatus.SUCCEEDED else "100%",
-        f"· step {count(step)} of {count(total)}" if total else "",
+        f"· step {count(step)} of {count(total)}{kept}" if total else "",
     )
-    return [progress, _time(job), _cost(job), _loss(job)]
 
 
 def _time(job: Job) -> Figure:

@@ -186,7 +186,7 @@ class _Attempt:
                 log.warning("%s: the model could not be stored yet: %s", self.claim.job_id, error)
                 self._wait(2)
         result: dict[str, Any] = {
-            name: done[name] for name in ("step", "metrics", "fidelity") if name in done
+            name: done[name] for name in ("step", "kept_step", "early", "metrics", "fidelity") if name in done
         }
         if self.output.verdict:
             result["verdict"] = self.output.verdict

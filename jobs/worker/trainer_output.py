@@ -151,9 +151,7 @@ class TrainerOutput:
             writer.progress["total_steps"] = event.get("total_steps")
             self.micro_batch = int((event.get("settings") or {}).get("micro_batch_tokens") or 0)
         elif kind == "eval":
-            names = ("loss", "accuracy", "exact_match")
-            writer.metrics |= {f"eval_{name}": event[name] for name in names if name in event}
-            writer.metrics["eval_step"] = event.get("step")
+            writer.metrics |= _evaluation(event, event.get("step"))
             if event.get("step") == 0:
                 writer.metrics["base_eval_loss"] = event.get("loss")
         elif kind == "estimate":
@@ -169,7 +167,14 @@ class TrainerOutput:
             self.failed = event
         elif kind == "done":
             self.done = dict(event)
+            self._show_kept(event)
         self._keep(event)
+
+    def _show_kept(self, done: dict[str, Any]) -> None:
+        """The figures of the evaluation of the exported weights, which may be an earlier one than the last."""
+        metrics = done.get("metrics") or {}
+        if "kept_step" in done and "examples" in metrics:
+            self.writer.metrics |= _evaluation(metrics, done["kept_step"])
 
     def _record_phase_time(self, phase: str) -> None:
         """Adds the time since the last change of phase to `phase`. Later estimates use these times."""
@@ -199,6 +204,12 @@ class TrainerOutput:
                 event[name] = redact(event[name])
         event.pop("path", None)  # paths on this machine are not shown to users
         self.writer.add(json.dumps(event, ensure_ascii=False, separators=(",", ":")))
+
+
+def _evaluation(values: dict[str, Any], step: Any) -> dict[str, Any]:
+    """An evaluation as metrics of the job."""
+    names = ("loss", "accuracy", "exact_match")
+    return {f"eval_{name}": values[name] for name in names if name in values} | {"eval_step": step}
 
 
 def _reject_constant(word: str) -> float:

@@ -119,10 +119,13 @@
     const at = (step) => series.loss[position.get(step)]?.toFixed(3);
     const held = [...series.evals].sort((a, b) => a.step - b.step);
     const fell = series.loss[position.get(last)] < series.loss[position.get(first)];
-    defaultReadout = fell
+    defaultReadout = first === last
+      ? `Training loss is ${at(last)} at step ${last}, the only step so far.`
+      : fell
       ? `Training loss fell from ${at(first)} at step ${first} to ${at(last)} at step ${last}.`
       : `Training loss is ${at(last)} at step ${last}; it was ${at(first)} at step ${first}.`;
-    if (held.length) defaultReadout += ` Held-out loss is ${held.at(-1).loss?.toFixed(3)}${held[0].step === 0 ? `; before training it was ${held[0].loss?.toFixed(3)}` : ""}.`;
+    const kept = held.find((e) => e.step === series.kept);
+    if (held.length) defaultReadout += ` Held-out loss is ${(kept ?? held.at(-1)).loss?.toFixed(3)}${kept ? ` at step ${kept.step}, which is kept` : ""}${held[0].step === 0 ? `; before training it was ${held[0].loss?.toFixed(3)}` : ""}.`;
     if (readoutText && (plot?.cursor.idx ?? null) === null) readoutText.textContent = defaultReadout;
     container?.setAttribute("aria-label", defaultReadout);
   }
@@ -184,7 +187,7 @@
   const log = document.getElementById("log");
   const follow = document.getElementById("follow");
   const rowTemplate = document.getElementById("log-row");
-  function addLine(line, step) {
+  function addLine(line, step, time) {
     if (!log || !rowTemplate) return;
     document.getElementById("log-empty")?.remove();
     if (step && log.lastElementChild?.dataset.step !== undefined) log.lastElementChild.remove(); // only the latest of consecutive step lines is kept
@@ -192,6 +195,7 @@
     if (step) row.dataset.step = "";
     const [at, level, text] = row.children;
     at.textContent = line.at;
+    if (time) { at.dateTime = new Date(time * 1000).toISOString(); at.dataset.style = "clock"; }
     level.textContent = line.level;
     level.className = { warn: "text-warning font-medium", error: "text-error font-medium" }[line.level] || level.className;
     text.textContent = line.text;
@@ -216,7 +220,7 @@
   function handle(event) {
     if (event.seq <= lastSeq) return;
     lastSeq = event.seq;
-    if (event.line) addLine(event.line, event.t === "metric");
+    if (event.line) addLine(event.line, event.t === "metric", event.time);
     if (event.t === "metric") {
       const at = position.get(event.step);
       const i = at === undefined ? series.step.length : at;
@@ -233,6 +237,8 @@
       series.total = event.total_steps;
       refreshAside();
     } else if (["sample", "resumed", "verdict", "failed", "done"].includes(event.t)) {
+      const last = Math.max(...series.evals.map((e) => e.step));
+      if (event.t === "done" && (event.kept_step ?? last) !== last) { series.kept = event.kept_step; redraw(); }
       refreshAside();
     }
   }

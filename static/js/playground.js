@@ -89,6 +89,11 @@
     }
   });
 
+  form.elements.model.addEventListener("change", () => {
+    // as the model was trained; base models and models from before this was recorded leave the choice as it is
+    const mode = form.elements.model.selectedOptions?.[0]?.dataset.mode;
+    if (mode) form.elements.mode.value = mode;
+  });
   stop.addEventListener("click", () => running?.abort());
   addEventListener("pagehide", () => running?.abort());
   form.elements.prompt.addEventListener("keydown", (event) => {

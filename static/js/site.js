@@ -41,3 +41,25 @@ for (const button of document.querySelectorAll("[data-copy]")) {
     setTimeout(() => (button.textContent = label), 1500);
   });
 }
+
+// Times are shown in the reader's time zone; without scripts they are in the server's, which they name.
+const clockTime = { hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
+function localize(element) {
+  const at = new Date(element.dateTime);
+  if (Number.isNaN(at.getTime()) || element.dataset.local === element.dateTime) return;
+  element.dataset.local = element.dateTime;
+  const now = new Date();
+  if (element.dataset.style === "clock") {
+    element.textContent = at.toLocaleTimeString("en-US", { ...clockTime, second: "2-digit" });
+    return;
+  }
+  const day = { month: "short", day: "numeric" };
+  element.textContent = at.toDateString() === now.toDateString() ? at.toLocaleTimeString("en-US", clockTime)
+    : at.getFullYear() === now.getFullYear() ? at.toLocaleString("en-US", { ...day, ...clockTime })
+    : at.toLocaleDateString("en-US", { ...day, year: "numeric" });
+  element.title = at.toLocaleString("en-US", { dateStyle: "medium", timeStyle: "long" });
+}
+const localizeAll = () => document.querySelectorAll("time[data-style]").forEach(localize);
+localizeAll();
+// Also in parts of a page that arrive later.
+new MutationObserver(localizeAll).observe(document.body, { childList: true, subtree: true });

@@ -8,6 +8,11 @@ from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import Any, Protocol
 
+PREFERENCES = (
+    "This file holds preference pairs (a better and a worse answer). Training on pairs is not supported."
+)
+ONE_ANSWER = "Use a file with one good answer for each prompt."
+
 
 class Countable(Protocol):
     """An encoded example that can be counted, even before its tokens are listed (see
@@ -33,7 +38,7 @@ class Summary:
     truncated: int = 0  # examples that were cut
     lost_tokens: int = 0
     untrained: int = 0  # examples with nothing to train on
-    kind: str = ""  # chat | completion | text
+    kind: str = ""  # chat | completion | text | preference
     histogram: list[int] = field(default_factory=list)  # examples of up to 16, 32, 64, … tokens
 
     def add(self, example: Countable) -> None:

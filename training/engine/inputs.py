@@ -16,7 +16,7 @@ import numpy as np
 
 from training.data.bad_row import BadBase, LeftOut
 from training.data.formats import BadRow, Format, detect_lenient, rows
-from training.data.summary import Summary
+from training.data.summary import ONE_ANSWER, PREFERENCES, Summary
 from training.engine.objectives import OBJECTIVES, Objective
 from training.engine.packing import Examples, hold_out
 from training.models.config_json import read_config
@@ -24,12 +24,10 @@ from training.plan import auto_settings, catalog, hub
 from training.plan.config import Settings
 from training.plan.events import Failure
 from training.plan.run_file import Run
+from training.plan.warnings import batch_larger_than_data
 from training.text.encode import EncodingOptions, Example
 from training.text.tokenizer import Tokenizer, TokenizerError, midnight
 
-PREFERENCES = (
-    "This file holds preference pairs (a better and a worse answer). Training on pairs is not supported."
-)
 PINNED = 3  # prompts for samples if none are given
 
 
@@ -101,6 +99,11 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
             )
     elif settings.validation_fraction:
         train, held_out = hold_out(train, settings.validation_fraction, settings.seed, row_of)
+    if settings.early_stopping_patience and not len(held_out):
+        notes.append("Early stopping has no effect, because no examples are held out.")
+    batch = batch_larger_than_data(settings, len(train), int(train.lengths.sum()))
+    if batch is not None:
+        notes.append(f"{batch.title}. {batch.text}")
     prompts = _prompts(run, tokenizer, held_out if len(held_out) else train)
     return Inputs(
         objective, base, model_config, tokenizer, train, held_out, settings, reasons, prompts, notes
@@ -152,7 +155,7 @@ def _encode(
     try:
         chosen = Format.of(format) if format else None
         if (chosen or detect_lenient(path)).shape == "preference":
-            raise Failure("bad_data", PREFERENCES, "Use a file with one good answer for each prompt.")
+            raise Failure("bad_data", PREFERENCES, ONE_ANSWER)
         encoded = list(objective.encode(path, tokenizer, wants, chosen, on_bad))
     except BadBase as error:
         reason = f"{error.reason[:1].upper()}{error.reason[1:]}."

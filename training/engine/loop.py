@@ -32,7 +32,29 @@ from training.models.interface import LanguageModel
 from training.plan.events import Failure
 from training.plan.run_file import Run
 
+DIVERGED = 2.0  # times the first loss
+DIVERGED_STEPS = 5  # in a row above it
 RECENT_STEPS = 50  # the remaining time is estimated from their median
+
+
+class Divergence:
+    """Notices a loss that stays far above its first value."""
+
+    def __init__(self) -> None:
+        self._first: float | None = None
+        self._above = 0  # steps in a row
+
+    def check(self, step: int, loss: float, emit: Emit) -> None:
+        """Warns once each time the loss has risen."""
+        if self._first is None:
+            self._first = loss
+        self._above = self._above + 1 if loss > DIVERGED * self._first else 0
+        if self._above == DIVERGED_STEPS:
+            message = (
+                f"Training is diverging: the loss is {loss:,.3f} at step {step:,} and was {self._first:,.3f} at first. "
+                "Stop the job and lower the learning rate (try a third of it)."
+            )
+            emit("log", level="warning", message=message)
 
 
 class Stopped(Exception):
@@ -45,8 +67,10 @@ class Trained:
 
     model: LanguageModel  # whole, fp32, on the CPU
     base: Path  # folder of the base model
-    step: int
-    metrics: dict[str, object]
+    step: int  # the last one
+    kept_step: int  # the step of these weights: an earlier one if its held-out loss was lower
+    early: bool  # stopped early
+    metrics: dict[str, object]  # of these weights
     details: dict[str, object]  # for the model card
     base_losses: list[float] | None  # mean loss of each held-out example in nats per token, before training
     best_losses: list[float] | None  # the same with this model
@@ -88,15 +112,14 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
 
     # ---- train ---------------------------------------------------------------------------------------------
     trained_tokens = data.train.trained()  # (examples,) int64: the trained tokens of each
-    peak_rate = settings.learning_rate or 0.0
     count_flops = flop_counter(model, lora=settings.adapter == "lora")
+    peak_rate, divergence = settings.learning_rate or 0.0, Divergence()
     product_rate = 0.0  # FLOP/s of a plain matrix product on this device, measured after the first step
     recent: deque[float] = deque(maxlen=RECENT_STEPS)  # seconds per step
     must_stop = checkpoint_due = False
     gc.collect()
     gc.freeze()  # the same for everything prepared until here
     emit("phase", phase="training")
-
     while True:
         # Evaluate. Step 0 is the base model. An interrupted evaluation is repeated after resuming.
         best = False
@@ -179,6 +202,7 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
             eta_s=left,
             **share,
         )
+        divergence.check(state.step, loss_value, emit)
         product_rate = product_rate or gemm_rate(device)  # after the first report, so it delays nothing
 
     return _finish(session, writer, state)
@@ -189,16 +213,31 @@ def _finish(session: Session, writer: Saver, state: State) -> Trained | None:
     processes = session.processes
     writer.wait()
     processes.minimum(0)  # a barrier: no process reads a checkpoint before it is written
-    writer.return_to_best(state)
+    kept = writer.return_to_best(state)
     session.emit("phase", phase="exporting")
     whole = setup.whole_model(session)
     processes.close()
     if not processes.is_main:
         return None
-    metrics = state.metrics or {"loss": state.loss}
-    details = session.details() | {"steps": state.step, "metrics": metrics}
+    # If the best checkpoint could not be read, the figures recorded are not those of the weights kept.
+    evaluated = state.metrics is not None and kept == state.best_step
+    metrics: dict[str, object] = dict(state.metrics) if evaluated and state.metrics else {"loss": state.loss}
+    details = session.details() | {
+        "steps": state.step,
+        "kept_step": kept,
+        "early": state.early,
+        "metrics": metrics,
+    }
     return Trained(
-        whole, session.data.base, state.step, metrics, details, state.base_losses, state.best_losses
+        whole,
+        session.data.base,
+        state.step,
+        kept,
+        state.early,
+        metrics,
+        details,
+        state.base_losses,
+        state.best_losses if evaluated else None,
     )
 
 

@@ -219,13 +219,14 @@ class Saver:
             return "a GPU sums in no fixed order unless deterministic is on"
         return ""
 
-    def return_to_best(self, state: State) -> None:
-        """Loads the weights of the best evaluation for the export, if the settings say to keep them."""
+    def return_to_best(self, state: State) -> int:
+        """Loads the weights of the best evaluation for the export, if the settings say to keep them. Returns
+        the step of the weights that are kept."""
         session = self.session
         if not (session.processes.is_main or session.optimizer.sharded) or not session.settings.keep_best:
-            return
+            return state.step
         if state.best_step in (-1, state.step):
-            return
+            return state.step
         folder = _folder(session.run) / state.best_checkpoint
         try:
             restored = checkpoint.read(folder, session.identity, session.optimizer.shapes())
@@ -233,10 +234,11 @@ class Saver:
             self._warn(
                 f"The best checkpoint ({state.best_checkpoint}) cannot be used ({error}), so the final weights are kept."
             )
-            return
+            return state.step
         session.optimizer.load_weights(restored.weights)
         message = f"The weights of step {state.best_step} have the lowest held-out loss and are kept."
         session.emit("log", level="info", message=message)
+        return state.best_step
 
     def _warn(self, message: str) -> None:
         self.session.emit("log", level="warning", message=message)

@@ -38,7 +38,17 @@ def _intro(details: Mapping[str, Any], base: str) -> str:
         if base
         else "Fine-tuned"
     )
-    return made + (f" on {', '.join(data)}." if data else ".")
+    return made + (f" on {', '.join(data)}" if data else "") + _kept(details) + "."
+
+
+def _kept(details: Mapping[str, Any]) -> str:
+    """Which step's weights these are, if not those of the last step as planned."""
+    step, kept = details.get("steps"), details.get("kept_step")
+    if kept is None or (kept == step and not details.get("early")):
+        return ""
+    return (
+        f" ({'stopped early at' if details.get('early') else 'trained to'} step {step:,}; kept step {kept:,})"
+    )
 
 
 def _usage(lines: str) -> str:

@@ -411,7 +411,11 @@ def _check_together(s: Settings) -> None:
         raise ConfigError(
             "warmup", "Warmup takes at least as many steps as training has. Shorten it, or raise max_steps."
         )
-    if s.early_stopping_patience and s.validation_fraction == 0 and not s.eval_every:
+
+
+def check_held_out(s: Settings, validation_file: bool) -> None:
+    """Raises ConfigError if early stopping would have nothing to evaluate."""
+    if s.early_stopping_patience and s.validation_fraction == 0 and not validation_file:
         raise ConfigError(
             "early_stopping_patience",
             "Early stopping needs held-out examples. Set validation_fraction above 0, or choose a validation file.",

@@ -14,7 +14,8 @@ Every line has `t` (its kind) and `time` (Unix seconds). Numbers are finite or l
     resumed     step (where this attempt continues), from_step (what was requested), exact, why
     log         level (info, warning, error), message
     verdict     helped, fall, low, high, examples, sentence
-    done        step, path, files, metrics, fidelity
+    done        step, kept_step (of the exported weights), early (stopped early), path, files, metrics (of the
+                exported weights), fidelity
     failed      reason, message, advice
 
 Imports no torch: the web process and the workers read the same tables.

@@ -9,7 +9,7 @@ from datetime import date as calendar_date
 from pathlib import Path
 from typing import Any
 
-from training.plan.config import SCHEMA, ConfigError, Settings, parse
+from training.plan.config import SCHEMA, ConfigError, Settings, check_held_out, parse
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ class Run:
         schema = values.get("settings_schema", SCHEMA)
         if schema not in range(1, SCHEMA + 1):
             raise ConfigError("settings_schema", f"Must be a whole number from 1 to {SCHEMA}.")
+        checked = parse(settings, schema)
+        if not checked.eval_every:  # with it, such jobs were accepted before; they must still run
+            check_held_out(checked, bool(values.get("validation_file")))
         given = {name: value for name, value in values.items() if value is not None}
         try:
             calendar_date.fromisoformat(given.get("date", "2000-01-01"))
@@ -70,7 +73,7 @@ class Run:
         return Run(
             **given
             | {
-                "settings": parse(settings, schema),
+                "settings": checked,
                 "settings_schema": schema,
                 "prompts": tuple(values.get("prompts") or ()),
             }

@@ -31,6 +31,8 @@ class Planned:
     base: BaseModel
     machine: Machine
     summary: Summary
+    validation_rows: int = 0  # of the validation file; 0 = there is none
+    leaked: int = 0  # those of them that are also in the training dataset
 
 
 def warnings(planned: Planned) -> list[Warning]:
@@ -77,11 +79,29 @@ def bf16_is_slower(p: Planned) -> Warning | None:
 
 
 def nothing_held_out(p: Planned) -> Warning | None:
-    if p.settings.validation_fraction != 0 or p.summary.examples < ENOUGH_TO_HOLD_OUT:
+    if p.settings.validation_fraction != 0 or p.validation_rows or p.summary.examples < ENOUGH_TO_HOLD_OUT:
         return None
     return Warning(
         "Nothing is held out",
         "Without held-out examples there is no held-out loss, no best checkpoint and no verdict, so you cannot tell learning from memorizing.",
+    )
+
+
+def no_early_stopping(p: Planned) -> Warning | None:
+    if not p.settings.early_stopping_patience or p.settings.validation_fraction != 0 or p.validation_rows:
+        return None
+    return Warning(
+        "Early stopping has no effect",
+        "It compares evaluations of held-out examples, and nothing is held out. Hold out some, or choose a validation file.",
+    )
+
+
+def validation_is_trained_on(p: Planned) -> Warning | None:
+    if not p.validation_rows or p.leaked < p.validation_rows:
+        return None
+    return Warning(
+        "Every validation row is also in the training dataset",
+        "Identical rows are left out of evaluations, and other answers to the same prompts make the result look better than it is. Choose a file with other rows.",
     )
 
 
@@ -92,6 +112,23 @@ def many_epochs(p: Planned) -> Warning | None:
     return Warning(
         f"Each example is seen {epochs:g} times",
         "After this many epochs, a model usually only repeats its examples. Watch the held-out loss, or set early stopping.",
+    )
+
+
+def large_batch(p: Planned) -> Warning | None:
+    return batch_larger_than_data(p.settings, p.summary.examples, p.summary.tokens)
+
+
+def batch_larger_than_data(settings: Settings, examples: int, tokens: int) -> Warning | None:
+    """Also for the trainer, which knows how many examples are left to train on."""
+    size, data, unit = settings.batch_size or 0, examples, "examples"
+    if settings.batch_tokens:
+        size, data, unit = settings.batch_tokens, tokens, "tokens"
+    if size <= data:
+        return None
+    return Warning(
+        "The batch is larger than the data",
+        f"A batch has {size:,} {unit}, and the dataset {data:,}, so each step sees the data more than once and few steps are left. Lower the batch size.",
     )
 
 
@@ -112,6 +149,9 @@ CHECKS: tuple[Callable[[Planned], Warning | None], ...] = (
     bf16_is_missing,
     bf16_is_slower,
     nothing_held_out,
+    no_early_stopping,
+    validation_is_trained_on,
     many_epochs,
+    large_batch,
     nothing_to_learn,
 )

@@ -148,7 +148,8 @@ class Job(Schema):
     llmtuner: dict[str, Any] = Field(
         default={},
         description="Name, phase, progress, latest metrics, estimate, verdict, `fidelity` (the export check) and all "
-        "settings. A newly created job also has `warnings`: the warnings that the form would show, each with a `title` "
+        "settings. A job that succeeded has `kept_step`, the step of the model's weights, whose held-out figures are its "
+        "metrics, and `stopped_early`. A newly created job also has `warnings`: the warnings that the form would show, each with a `title` "
         "and a `text`. They do not stop the job.",
         json_schema_extra={"properties": {"warnings": WARNINGS}},
     )

@@ -19,6 +19,7 @@ from redis.exceptions import RedisError
 from jobs.inference import generation, generation_queue, inference_worker
 from jobs.inference.generation import Busy, Failed, GenerateRequest
 from jobs.store import access, redis_client
+from jobs.store.tables import TunedModel
 from tests import services
 from tests.jobs.makers import make_owner
 
@@ -85,6 +86,27 @@ def servers_of(pid):
         for task in Path(f"/proc/{pid}/task").iterdir()
         for p in (task / "children").read_text().split()
     ]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+@pytest.mark.parametrize("kind", ["completion", "text"])
+def test_a_question_to_a_model_without_conversations_is_sent_as_its_prompt(kind):
+    model = TunedModel("owner", "ft:x", trained_on=kind)
+    chat = GenerateRequest("ft:x", messages=[user("The dog is")], max_tokens=7)
+    assert generation.as_trained(model, chat) == GenerateRequest("ft:x", prompt="The dog is", max_tokens=7)
+    for messages in ([{"role": "system", "content": "Be kind."}, user("Hi")], [user("Hi"), user("Ho")]):
+        with pytest.raises(Failed, match="/v1/completions") as refusal:
+            generation.as_trained(model, GenerateRequest("ft:x", messages=messages))
+        assert refusal.value.code == "chat_unsupported"
+
+
+@pytest.mark.parametrize("kind", ["chat", ""])
+def test_a_chat_model_and_a_model_from_before_get_the_messages(kind):
+    chat = GenerateRequest("ft:x", messages=[user("Hi"), user("Ho")])
+    assert generation.as_trained(TunedModel("owner", "ft:x", trained_on=kind), chat) is chat
 
 
 async def test_streamed_tokens_make_up_the_whole_text(worker):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 
 import pytest
 
@@ -127,6 +128,43 @@ def test_an_invalid_job_is_refused_with_the_field(fields, field):
     with pytest.raises(Refused) as refusal:
         make_job(**fields)
     assert refusal.value.field == field
+
+
+PAIR = {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go away."}
+
+
+def receive_pairs(owner):
+    return datasets.receive(owner, "pairs.jsonl", iter([json.dumps(PAIR).encode() + b"\n"]))
+
+
+@pytest.mark.parametrize("field", ["dataset_id", "validation_dataset_id"])
+def test_preference_pairs_are_refused_at_once(field):
+    owner = make_owner()
+    pairs = receive_pairs(owner)
+    assert datasets.finish_check(owner, pairs.dataset_id, "ready", summary={"kind": "preference"})
+    with pytest.raises(Refused, match="better and a worse answer") as refusal:
+        make_job(owner, **{field: pairs.dataset_id})
+    assert refusal.value.field == field
+
+
+def test_a_job_fails_if_its_file_turns_out_to_hold_preference_pairs():
+    owner = make_owner()
+    pairs = receive_pairs(owner)
+    job = make_job(owner, dataset_id=pairs.dataset_id)
+    assert datasets.finish_check(
+        owner, pairs.dataset_id, "ready", summary={"kind": "preference", "examples": 1}
+    )
+    job = read(job)
+    assert (job.status, job.reason) == ("failed", "dataset_unsupported")
+    assert "better and a worse answer" in job.message
+
+
+def test_early_stopping_is_refused_if_nothing_is_held_out():
+    owner, settings = make_owner(), {"early_stopping_patience": 2, "validation_fraction": 0, "eval_every": 5}
+    with pytest.raises(Refused, match="held-out examples") as refusal:
+        make_job(owner, settings=settings)
+    assert refusal.value.field == "early_stopping_patience"
+    assert make_job(owner, settings=settings, validation_dataset_id=make_dataset(owner).dataset_id)
 
 
 def test_another_users_dataset_is_refused():

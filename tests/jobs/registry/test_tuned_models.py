@@ -113,6 +113,22 @@ def test_deleting_a_job_keeps_its_model():
     assert access.get_model_for(claim.owner, claim.job.model_id).prefix == outcome["prefix"]
 
 
+@pytest.mark.parametrize("kind", ["chat", "completion", "text", ""])
+def test_a_model_and_its_checkpoints_remember_what_they_were_trained_on(kind):
+    from jobs.lifecycle import finalize
+    from tests.jobs.makers import make_dataset, make_job
+
+    owner = make_owner()
+    dataset = make_dataset(owner)
+    dataset.update(actions=[tables.Dataset.summary.set({"kind": kind} if kind else {})])
+    claim = make_claim(make_job(owner, dataset_id=dataset.dataset_id))
+    claim.move_pointer(checkpoint(claim, 5, files=[{"name": "x", "bytes": 3, "sha256": "0" * 64}]))
+    assert tuned_models.get_for(owner, f"{claim.job.model_id}:ckpt-step-5").trained_on == kind
+    claim.finish("succeeded", result=result(claim))
+    finalize.after_end(owner, claim.job_id)
+    assert access.get_model_for(owner, claim.job.model_id).trained_on == kind
+
+
 def test_a_checkpoint_can_be_used_as_a_model():
     claim = make_claim()
     files = [{"name": "model.safetensors", "bytes": 3, "sha256": "0" * 64}]

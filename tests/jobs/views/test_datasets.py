@@ -22,6 +22,14 @@ def upload(client: Client, content: bytes, name: str = "rows.jsonl") -> Any:
     return client.post(reverse("jobs:upload"), {"file": file})
 
 
+def test_a_quotation_mark_in_a_name_shows_as_typed(alices: Client, alice: User) -> None:
+    """Browsers send it as %22."""
+    body = b'--x\r\nContent-Disposition: form-data; name="file"; filename="my %22big%22.jsonl"\r\n\r\n'
+    body += b'{"prompt": "a", "completion": "b"}\n\r\n--x--\r\n'
+    alices.post(reverse("jobs:upload"), body, "multipart/form-data; boundary=x")
+    assert [row.name for row in access.list_datasets(alice.owner_id, 5)] == ['my "big".jsonl']
+
+
 def test_an_empty_list_shows_example_rows(alices: Client) -> None:
     text = alices.get(reverse("jobs:datasets")).content.decode()
     assert "Upload training examples" in text

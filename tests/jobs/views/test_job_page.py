@@ -105,6 +105,63 @@ def test_samples_of_one_prompt_are_shown_together(alices: Client, alice: User) -
     assert text.index("Base") < text.index("answer 0") < text.index("Step 10") < text.index("answer 20")
 
 
+def early_job(owner: str) -> Any:
+    lines = [
+        {"t": "eval", "step": 0, "loss": 4.0, "accuracy": 0.1, "examples": 9},
+        metric(3, 3.0),
+        {"t": "eval", "step": 3, "loss": 2.5, "accuracy": 0.5, "examples": 9},
+        metric(7, 2.0),
+        {"t": "eval", "step": 7, "loss": 2.9, "accuracy": 0.4, "examples": 9},
+        {"t": "done", "step": 7, "kept_step": 3, "early": True, "metrics": {"loss": 2.5}},
+    ]
+    return make_job(
+        owner,
+        "succeeded",
+        lines=lines,
+        progress={"step": 7, "total_steps": 113},
+        metrics={"loss": 2.0, "eval_loss": 2.5, "eval_step": 3, "base_eval_loss": 4.0},
+        result={"step": 7, "kept_step": 3, "early": True},
+    )
+
+
+def test_early_stopping_is_shown_with_the_kept_step_and_its_loss(alices: Client, alice: User) -> None:
+    text = re.sub(r"<[^>]+>|\s+", " ", job_page(alices, early_job(alice.owner_id)))
+    assert "Stopped early at step 7; kept step 3" in re.sub(r"\s+", " ", text)
+    assert "step 7 of 113" not in text
+    assert "100%" not in text
+    assert "Held-out loss is 2.500 at step 3, which is kept" in text
+
+
+def test_a_job_that_kept_an_earlier_step_says_so(alices: Client, alice: User) -> None:
+    result = {"step": 9, "kept_step": 6, "early": False}
+    job = make_job(alice.owner_id, "succeeded", progress={"step": 9, "total_steps": 9}, result=result)
+    assert "step 9 of 9, kept step 6" in job_page(alices, job)
+
+
+def test_a_job_from_before_the_kept_step_was_recorded_reads_as_before(alices: Client, alice: User) -> None:
+    job = make_job(alice.owner_id, "succeeded", progress={"step": 7, "total_steps": 113}, result={"step": 7})
+    text = job_page(alices, job)
+    assert "100%" in text
+    assert "step 7 of 113" in text
+
+
+def test_the_only_step_is_named_once(alices: Client, alice: User) -> None:
+    text = job_page(alices, make_job(alice.owner_id, "succeeded", lines=[metric(1, 5.567)]))
+    assert "Training loss is 5.567 at step 1, the only step so far." in text
+    assert "it was 5.567" not in text
+
+
+def test_times_carry_their_zone_and_a_date_for_the_readers_own(alices: Client, alice: User) -> None:
+    job = make_job(alice.owner_id, lines=[{"t": "log", "message": "Hi", "time": 1_700_000_000.0}])
+    text = job_page(alices, job)
+    assert re.search(
+        r'<time datetime="[^"]+\+00:00" data-style="moment" title="[^"]+ UTC">\d\d:\d\d UTC</time>', text
+    )
+    assert (
+        '<time class="text-base-content/65" datetime="2023-11-14T22:13:20+00:00" data-style="clock">' in text
+    )
+
+
 def test_settings_that_were_changed_are_marked(alices: Client, alice: User) -> None:
     text = job_page(alices, make_job(alice.owner_id, settings={"method": "lora", "lora_rank": 4}))
     assert re.search(r"LoRA, rank 4, alpha 16.{0,60}changed", text, re.S)

@@ -12,7 +12,7 @@ from django.urls import reverse
 from accounts.models import User
 from jobs.registry import tuned_models
 from jobs.store import access
-from tests.jobs.views.makers import make_job, make_model
+from tests.jobs.views.makers import make_job, make_model, page_text
 
 
 def test_every_page_of_a_model_tuned_from_the_hub_opens(alices: Client, alice: User) -> None:
@@ -116,6 +116,31 @@ def test_the_playground_lists_own_models_and_the_starter(alices: Client, alice: 
     assert f'value="{model.model_id}" data-base="starter" selected' in text
     assert 'value="starter"' in text
     assert ">Hello</textarea>" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "words"),
+    [
+        ("chat", "chat", "Conversations"),
+        ("completion", "prompt", "Prompts and completions"),
+        ("text", "prompt", "Plain text"),
+        ("", "prompt", ""),
+    ],
+)
+def test_the_playground_speaks_as_the_model_was_trained(
+    alices: Client, alice: User, kind: str, mode: str, words: str
+) -> None:
+    model = make_model(alice.owner_id, trained_on=kind)
+    pages = (
+        reverse("jobs:model", args=[model.model_id]),
+        f"{reverse('jobs:playground')}?model={model.model_id}",
+    )
+    for text in (page_text(alices.get(page)) for page in pages):
+        assert f'value="{mode}" checked' in text
+    detail = page_text(alices.get(pages[0]))
+    assert words in detail
+    assert ("Trained on" in detail) == bool(words)
+    assert ("client.completions.create" in detail) == (kind in ("completion", "text"))
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,14 @@ def test_an_invalid_value_is_reported_and_nothing_starts(
     assert not len(access.list_jobs(alice.owner_id))
 
 
+def test_preference_pairs_are_refused_in_words(alices: Client, alice: User) -> None:
+    pairs = make_dataset(alice.owner_id, report={"kind": "preference"})
+    response = post(alices, NEW, pairs)
+    assert response.status_code == 422
+    assert "preference pairs (a better and a worse answer)" in response.content.decode()
+    assert not len(access.list_jobs(alice.owner_id))
+
+
 def test_extra_fields_are_ignored(alices: Client, alice: User, dataset: Dataset) -> None:
     post(
         alices,

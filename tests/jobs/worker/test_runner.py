@@ -114,6 +114,26 @@ def test_a_job_runs_from_its_claim_to_its_model(undisturbed):
     assert (tuned_models.fetch(model) / "config.json").is_file()
 
 
+def test_a_job_that_stopped_early_shows_the_figures_of_the_kept_step():
+    claim = claim_one(
+        validation_fraction=0.2,
+        eval_every=1,
+        early_stopping_patience=2,
+        learning_rate=0.5,
+        schedule="constant",
+    )
+    runner.run(claim)
+    job = read(claim.job)
+    assert job.status == "succeeded", job.message
+    assert job.result["early"] is True
+    assert job.result["kept_step"] == job.result["step"] - 2
+    assert job.metrics["eval_step"] == job.result["kept_step"]
+    assert job.metrics["eval_loss"] == job.result["metrics"]["loss"]
+    finalize.after_end(job.owner, job.job_id)
+    model = tables.get(tables.TunedModel, job.owner, job.model_id)
+    assert model.step == job.result["kept_step"]
+
+
 def test_an_attempt_leaves_no_files_on_the_worker(undisturbed):
     assert not (Path(settings.WORK_DIR) / undisturbed.job_id / "e1").exists()
 

@@ -90,6 +90,7 @@ def test_the_final_folder_matches_the_done_event_and_the_trained_model(events: l
     assert all((folder / f["name"]).stat().st_size == f["bytes"] for f in done["files"])
     assert done["fidelity"]["exact"] is True
     assert done["metrics"]["loss"] == of(events, "eval")[-1]["loss"]
+    assert (done["step"], done["kept_step"], done["early"]) == (12, 12, False)
 
 
 def test_the_verdict_is_emitted(events: list[Event]) -> None:
@@ -199,7 +200,11 @@ def test_it_stops_early_and_keeps_the_best_weights(runner: Runner) -> None:
     best = min(evaluations, key=lambda e: e["loss"])
     assert len(of(events, "metric")) < 40
     assert evaluations[-1]["step"] == best["step"] + 2
-    assert of(events, "done")[0]["metrics"]["loss"] == best["loss"]
+    done = of(events, "done")[0]
+    assert done["metrics"]["loss"] == best["loss"]
+    assert (done["step"], done["kept_step"], done["early"]) == (evaluations[-1]["step"], best["step"], True)
+    card = (Path(done["path"]) / "README.md").read_text()
+    assert f"stopped early at step {done['step']}; kept step {best['step']}" in card
 
 
 def test_the_best_weights_are_those_of_their_step(runner: Runner) -> None:
@@ -216,6 +221,27 @@ def test_the_best_weights_are_those_of_their_step(runner: Runner) -> None:
         "judged", base=of(events, "done")[0]["path"], settings={"max_steps": 1, "eval_every": 0}
     )
     assert of(again, "eval")[0]["loss"] == pytest.approx(best["loss"], rel=1e-5)
+
+
+def messages(events: list[Event]) -> str:
+    return "\n".join(e["message"] for e in of(events, "log") if e["level"] == "warning")
+
+
+def test_a_batch_larger_than_the_data_is_a_warning(runner: Runner) -> None:
+    settings = {"batch_size": 500, "max_steps": None, "epochs": 3, "validation_fraction": 0, "eval_every": 0}
+    assert "The batch is larger than the data" in messages(runner.train("batch", settings=settings))
+    assert "The batch is larger" not in messages(
+        runner.train("batch-6", settings=settings | {"batch_size": 6})
+    )
+
+
+def test_divergence_is_a_warning_before_the_end(runner: Runner, events: list[Event]) -> None:
+    settings = {"learning_rate": 10.0, "schedule": "constant", "warmup": 0, "clip_norm": 0, "max_steps": 20}
+    emitted = runner.train("diverges", settings=settings)
+    warned = [i for i, e in enumerate(emitted) if "diverging" in str(e.get("message"))]
+    assert len(warned) == 1
+    assert any(e["t"] == "metric" for e in emitted[warned[0] + 1 :])
+    assert "diverging" not in messages(events)
 
 
 def test_a_small_file_without_held_out_examples_still_trains(runner: Runner) -> None:

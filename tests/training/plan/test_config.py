@@ -90,7 +90,6 @@ def test_what_is_parsed_can_be_written_and_parsed_again() -> None:
         ({"dropout": 1}, "dropout"),
         ({"keep_best": "perhaps"}, "keep_best"),
         ({"lora_targets": 3}, "lora_targets"),
-        ({"early_stopping_patience": 2, "validation_fraction": 0}, "early_stopping_patience"),
         ({"lerning_rate": 1}, "lerning_rate"),
     ],
 )
@@ -105,6 +104,19 @@ def test_a_run_file_names_missing_keys() -> None:
     with pytest.raises(ConfigError) as refusal:
         Run.parse({"base": "starter", "work_dir": "/tmp/x"})
     assert refusal.value.field == "train_file"
+
+
+def test_early_stopping_needs_held_out_examples_or_a_validation_file() -> None:
+    run = {
+        "base": "b",
+        "train_file": "t",
+        "work_dir": "w",
+        "settings": {"early_stopping_patience": 2, "validation_fraction": 0},
+    }
+    with pytest.raises(ConfigError, match="held-out examples") as refusal:
+        Run.parse(run)
+    assert refusal.value.field == "early_stopping_patience"
+    assert Run.parse(run | {"validation_file": "v"}).settings.early_stopping_patience == 2
 
 
 def test_a_run_file_survives_a_round_trip() -> None:
