@@ -23,6 +23,10 @@ from jobs.store.tables import Dataset, DatasetReport, Job
 from training.plan import catalog
 from training.plan.events import Failure
 
+PREFERENCES = (
+    "This dataset holds preference pairs (a better and a worse answer). Training on pairs is not supported. "
+    "Use a dataset with one good answer for each prompt."
+)
 LEAKS = "#leaks#"  # instead of a base in the key: rows that two datasets share
 
 
@@ -107,6 +111,17 @@ def summary_for(dataset: Dataset, snapshot: Mapping[str, Any]) -> tuple[dict[str
     return dict(dataset.summary or {}), False
 
 
+def refusal_for(dataset: Dataset, snapshot: Mapping[str, Any]) -> str:
+    """Why this base cannot be trained on this dataset, as far as the reports made so far say; empty if
+    nothing speaks against it."""
+    if (dataset.summary or {}).get("kind") == "preference":
+        return PREFERENCES
+    if uses_default_tokenizer(snapshot):
+        return str((dataset.summary or {}).get("refusal") or "")
+    current = get(dataset.dataset_id, snapshot)
+    return current.error if current is not None and current.status == "refused" else ""
+
+
 def for_job(job: Job, dataset: Dataset) -> DatasetReport | None:
     """The report that the job waits for, requested if needed; None if the dataset's own is valid. A failed one is not
     requested again: the training worker will report what is wrong with the base, or has already fetched it."""
@@ -178,6 +193,9 @@ def _made(dataset: Dataset, row: DatasetReport, line: int | None) -> tuple[str, 
         return "ready", "", report
     if report is None:
         return "failed", checks.OVER_LIMITS, None
-    if not report.get("ready"):
-        return "refused", str(report.get("error") or report.get("verdict") or ""), report
+    refusal = report.get("refusal") or (
+        "" if report.get("ready") else report.get("error") or report["verdict"]
+    )
+    if refusal:
+        return "refused", str(refusal), report
     return "ready", "", report

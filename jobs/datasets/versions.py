@@ -26,7 +26,10 @@ MIN_ROWS_TO_SPLIT = 50  # with fewer, the validation part could be empty
 LINES_KEPT = 1000  # of removed rows, kept in the row
 # Part of each version's name. Unreadable rows are not listed: such a file is not kept.
 WITHOUT = {
+    "left_out": "without rows that cannot be expressed",
+    "written_empty": "without cells that say nan or None",
     "nothing_to_train": "without rows that teach nothing",
+    "answer_cut": "without rows whose answer is cut off",
     "truncated": "without rows that are too long",
     "special_tokens": "without control tokens",
     "empty_answer": "without empty answers",

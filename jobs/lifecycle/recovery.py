@@ -56,7 +56,11 @@ def validate(job: Job) -> Job | None:
             return _fail_unchecked(job, "dataset_rejected", dataset.error)
         if dataset.status != "ready":
             return None
-        report = reports.for_job(job, dataset) if dataset_id == job.dataset_id else None
+        if dataset_id != job.dataset_id:
+            continue
+        if refusal := reports.refusal_for(dataset, job.base_snapshot or {"id": job.base}):
+            return _fail_unchecked(job, "dataset_rejected", refusal)
+        report = reports.for_job(job, dataset)
         if report is not None and report.status == "checking":
             return None
         if report is not None and report.status == "refused":

@@ -234,7 +234,8 @@ def columns_context(dataset: Dataset, typed: Mapping[str, Any] | None = None) ->
         return None
     if typed is None:
         file_format = dataset.format if isinstance(dataset.format, dict) else {}
-        typed = ColumnsForm.typed_from(file_format, head["columns"])
+        cells = [row["cells"] for row in head["rows"]]
+        typed = ColumnsForm.typed_from(file_format, head["columns"], cells)
     form = ColumnsForm(typed, columns=head["columns"])
     valid = form.is_valid()
     data = form.cleaned_data
@@ -271,8 +272,16 @@ def _preview_row(row: Row | BadRow) -> dict[str, Any]:
             )
             for m in row.messages
         ]
+    together = row.kind in ("completion", "segments") and not row.rejected
+    if row.rejected:
+        if row.kind == "completion":
+            parts = [("prompt", row.prompt, False), ("chosen", row.completion, True)]
+            worse = str(row.rejected)
+        else:
+            worse = "\n".join(map(preview_of_message, row.rejected))  # type: ignore[arg-type]
+        parts.append(("rejected", worse, False))
     segments = [
         {"role": role, "text": Truncator(text).chars(400), "trained": trained}
         for role, text, trained in parts
     ]
-    return {"line": row.line, "segments": segments, "together": row.kind in ("completion", "segments")}
+    return {"line": row.line, "segments": segments, "together": together}

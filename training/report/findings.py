@@ -65,6 +65,13 @@ KINDS: dict[str, Kind] = {
         "Add an answer, or drop them.",
         True,
     ),
+    "answer_cut": Kind(
+        "warning",
+        "Rows whose answer is cut off",
+        "The prompt alone fills the sequence length, so nothing of the answer is left to learn.",
+        "Choose a base model with a longer context, shorten the prompts, or drop them.",
+        True,
+    ),
     "truncated": Kind(
         "warning",
         "Rows longer than the sequence length",

@@ -160,3 +160,32 @@ def test_rows_held_out_that_are_also_learned_from_are_told():
     assert reports.build(owner, f"{dataset.dataset_id}@{reports.LEAKS}{held.dataset_id}")
     assert reports.request_leaks(dataset, held) == {"count": 3, "lines": [1, 2, 4]}
     assert not reports.list_for(dataset.dataset_id)  # it is no base's
+
+
+LONG = [{"prompt": f"{n} " + "is " * 70, "completion": " odd" if n % 2 else " even"} for n in range(12)]
+
+
+def test_a_base_that_cuts_away_every_answer_ends_the_job_and_refuses_the_next(tiny):
+    owner = make_owner()
+    dataset = make_dataset(owner, LONG)
+    assert (dataset.status, dataset.summary["trained_tokens"] > 0) == ("ready", True)  # the starter reads it
+    job = submit(owner, dataset, tiny)
+    reports.build(owner, errand(dataset, tiny))
+    ended = read(job)
+    words = "Every answer is cut off: the prompts alone fill the 64 tokens"
+    assert (ended.status, ended.reason) == ("failed", "dataset_rejected")
+    assert ended.message.startswith(words)
+    with pytest.raises(transitions.Refused, match=words):
+        submit(owner, dataset, tiny)
+
+
+def test_a_job_that_waits_for_the_check_is_refused_by_its_words():
+    owner = make_owner()
+    text = "".join(json.dumps({**row, "prompt": row["prompt"] * 20}) + "\n" for row in LONG).encode()
+    dataset = datasets.receive(owner, "rows.jsonl", iter([text]))
+    job = transitions.submit(owner, transitions.JobRequest(base="starter", dataset_id=dataset.dataset_id))
+    assert job.status == "validating"
+    checks.check(owner, dataset.dataset_id)
+    found = tables.get(Dataset, owner, dataset.dataset_id)
+    assert (found.status, found.error) == ("ready", "")
+    assert read(job).message.startswith("Every answer is cut off: the prompts alone fill the 512 tokens")
