@@ -91,6 +91,7 @@ class ColumnsForm(forms.Form):
     answer = forms.CharField(required=False, strip=False)
     worse = forms.CharField(required=False, strip=False)
     whole = forms.CharField(required=False, strip=False)
+    headerless = forms.BooleanField(required=False)  # the first row is data: columns go by their number
 
     def __init__(self, *args: Any, columns: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -114,6 +115,8 @@ class ColumnsForm(forms.Form):
                 self.add_error(field, f"{label}: {name!r} is already used. Choose another column.")
             else:
                 chosen[need] = name
+        if data.get("headerless"):
+            chosen = {need: f"column {self.names.index(name) + 1}" for need, name in chosen.items()}
         data["columns"] = chosen
         return data
 
@@ -123,9 +126,14 @@ class ColumnsForm(forms.Form):
     ) -> dict[str, str]:
         """The form's initial values: the columns in use, or a guess by their names and first rows."""
         shape, used = str(file_format.get("shape") or ""), dict(file_format.get("columns") or {})
+        headerless = file_format.get("header") is False
+        if headerless:
+            numbered = {f"column {number}": name for number, name in enumerate(columns, 1)}
+            used = {need: numbered.get(name, "") for need, name in used.items()}
         if shape not in cls.SHAPES or not used:
             shape, used = guess(columns, rows)
-        return {"shape": shape} | {field: used.get(need, "") for need, field in cls.SHAPES[shape][1].items()}
+        typed = {field: used.get(need, "") for need, field in cls.SHAPES[shape][1].items()}
+        return {"shape": shape, **typed, **({"headerless": "on"} if headerless else {})}
 
 
 class GenerateForm(forms.Form):

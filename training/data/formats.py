@@ -17,6 +17,7 @@ from typing import Any
 
 from training.data import row_schemas
 from training.data.bad_row import BadFile, BadRow, kind_of
+from training.data.columns import first_row_is_data
 from training.data.readers import ByteRange, Format, Limits, names_separator, records
 from training.data.row_schemas import Row
 from training.data.sniff import encoding_of, refuse_other_formats
@@ -65,11 +66,13 @@ def detect(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
     file is instead."""
     detected = detect_lenient(path, limits)
     if detected.container in ("csv", "parquet") and not detected.shape:
-        names = head(path, detected, limits)["columns"]
+        beginning = head(path, detected, limits)
+        names = [name[:60] for name in beginning["columns"]]
         raise BadFile(
             1 if detected.container == "csv" else 0,
             f"its columns are named {', '.join(map(repr, names[:8])) or 'nothing'}, and none is a known name",
-            "Choose the columns yourself, or name them prompt and completion (or text, or messages).",
+            "Choose the columns yourself, or name them prompt and completion (or text, or messages)."
+            + (" If the first row is data, choose that too." if beginning.get("first_row_is_data") else ""),
         )
     return detected
 
@@ -152,7 +155,7 @@ HEAD_ROWS, HEAD_COLUMNS, HEAD_CHARS = 5, 40, 2000
 
 def head(path: str | Path, format: Format, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
     """{"columns": every name, "rows": [{"line", "cells": {name: value}}]} of the first rows, cut to fit on
-    a page."""
+    a page. "first_row_is_data" is there if a table's first row does not look like names."""
     names: dict[str, None] = {}
     shown: list[dict[str, Any]] = []
     if format.container == "text":
@@ -176,7 +179,11 @@ def head(path: str | Path, format: Format, limits: Limits = DEFAULT_LIMITS) -> d
                 shown.append({"line": line, "cells": cells})
     except BadRow:
         pass  # the report shows it
-    return {"columns": list(names)[: limits.columns], "rows": shown}
+    found = list(names)[: limits.columns]
+    is_data = (
+        format.container == "csv" and format.header and first_row_is_data(found, [r["cells"] for r in shown])
+    )
+    return {"columns": found, "rows": shown, **({"first_row_is_data": True} if is_data else {})}
 
 
 def _cell(value: Any) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from training.data.columns import guess
+from training.data.columns import first_row_is_data, guess
 from training.data.formats import Format, Row, detect, rows
 from training.plan.catalog import STARTER_FOLDER
 from training.report.report import report
@@ -127,3 +127,31 @@ def test_columns_are_suggested_by_name_and_length_never_by_order_alone(
     record: dict[str, object], expected: tuple[str, dict[str, str]]
 ) -> None:
     assert guess(list(record), [record]) == expected
+
+
+def test_a_table_without_a_header_goes_by_the_numbers_of_its_columns(tmp_path: Path) -> None:
+    path = put(tmp_path, "When?,At dusk.\nWho?,The second shift.\n")
+    columns = {"prompt": "column 1", "completion": "column 2"}
+    stored = Format("csv", "completion", columns=columns, header=False).as_dict()
+    read = list(rows(path, stored))
+    assert [(row.line, row.prompt, row.completion) for row in read] == [
+        (1, "When?", "At dusk."),
+        (2, "Who?", "The second shift."),
+    ]
+    assert Format.of({"container": "csv"}).header  # formats stored before have one
+
+
+@pytest.mark.parametrize(
+    ("names", "below", "is_data"),
+    [
+        (["id", "review", "sentiment"], ["1", "Good.", "pos"], False),
+        (["0", "Good valve", "pos"], ["1", "Bad valve", "neg"], True),
+        (["Where is it?", "There"], ["Who?", "He"], True),
+        (["good valve", "pos"], ["bad valve", "pos"], True),
+        (["prompt", "completion"], ["prompt", "completion"], False),
+    ],
+)
+def test_the_first_row_is_taken_for_data_when_it_looks_like_the_rows_below(
+    names: list[str], below: list[str], is_data: bool
+) -> None:
+    assert first_row_is_data(names, [dict(zip(names, below, strict=True))]) is is_data
