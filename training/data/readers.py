@@ -91,7 +91,9 @@ def records(
     if format.container == "parquet":
         from training.data import parquet
 
-        yield from parquet.records(path, format.columns, limits.decoded_bytes)
+        # Files stored before are read as then: only their main columns.
+        beside = row_schemas.OPTIONAL_NAMES if format.version >= 2 else frozenset()
+        yield from parquet.records(path, format.columns, limits.decoded_bytes, beside)
         return
     with path.open("rb") as file:
         if format.container == "jsonl":
