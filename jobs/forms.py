@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from django import forms
 
+from training.data.columns import guess
 from training.plan.auto_settings import PRESETS
 from training.plan.config import FIELDS, ConfigError, Field, Settings, current_names, parse
 
@@ -62,11 +63,20 @@ class ColumnsForm(forms.Form):
         "text": ("Plain text", {"text": "whole"}),
         "chat": ("Chat messages", {"messages": "whole"}),
         "sharegpt": ("ShareGPT conversations", {"conversations": "whole"}),
+        "segments": ("Segments", {"segments": "whole"}),
+        "preference": (
+            "Preference pairs",
+            {"prompt": "question", "chosen": "answer", "rejected": "worse"},
+        ),
     }
+    OPTIONAL: ClassVar[frozenset[tuple[str, str]]] = frozenset(
+        {("instruction", "input"), ("preference", "prompt")}
+    )
     LABELS: ClassVar[dict[str, str]] = {
         "question": "Prompt",
         "more": "Additional input",
         "answer": "Answer",
+        "worse": "Rejected answer",
         "whole": "Text or messages",
     }
     shape = forms.ChoiceField(
@@ -79,7 +89,9 @@ class ColumnsForm(forms.Form):
     question = forms.CharField(required=False, strip=False)
     more = forms.CharField(required=False, strip=False)
     answer = forms.CharField(required=False, strip=False)
+    worse = forms.CharField(required=False, strip=False)
     whole = forms.CharField(required=False, strip=False)
+    headerless = forms.BooleanField(required=False)  # the first row is data: columns go by their number
 
     def __init__(self, *args: Any, columns: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -91,7 +103,7 @@ class ColumnsForm(forms.Form):
         chosen: dict[str, str] = {}
         for need, field in needs.items():
             name, label = data.get(field, ""), self.LABELS[field]
-            if not name and need == "input":
+            if not name and (data["shape"], need) in self.OPTIONAL:
                 continue
             if not name:
                 self.add_error(field, f"{label}: choose a column.")
@@ -103,20 +115,25 @@ class ColumnsForm(forms.Form):
                 self.add_error(field, f"{label}: {name!r} is already used. Choose another column.")
             else:
                 chosen[need] = name
+        if data.get("headerless"):
+            chosen = {need: f"column {self.names.index(name) + 1}" for need, name in chosen.items()}
         data["columns"] = chosen
         return data
 
     @classmethod
-    def typed_from(cls, file_format: Mapping[str, Any], columns: Sequence[str]) -> dict[str, str]:
-        """The form's initial values: the columns in use, or the first ones as a guess."""
+    def typed_from(
+        cls, file_format: Mapping[str, Any], columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    ) -> dict[str, str]:
+        """The form's initial values: the columns in use, or a guess by their names and first rows."""
         shape, used = str(file_format.get("shape") or ""), dict(file_format.get("columns") or {})
-        if shape in cls.SHAPES and used:
-            return {"shape": shape} | {
-                field: used.get(need, "") for need, field in cls.SHAPES[shape][1].items()
-            }
-        if len(columns) == 1:
-            return {"shape": "text", "whole": columns[0]}
-        return {"shape": "completion", "question": columns[0], "answer": columns[1]}
+        headerless = file_format.get("header") is False
+        if headerless:
+            numbered = {f"column {number}": name for number, name in enumerate(columns, 1)}
+            used = {need: numbered.get(name, "") for need, name in used.items()}
+        if shape not in cls.SHAPES or not used:
+            shape, used = guess(columns, rows)
+        typed = {field: used.get(need, "") for need, field in cls.SHAPES[shape][1].items()}
+        return {"shape": shape, **typed, **({"headerless": "on"} if headerless else {})}
 
 
 def _between(what: str, low: str, high: str) -> dict[str, str]:

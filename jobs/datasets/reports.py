@@ -111,6 +111,15 @@ def summary_for(dataset: Dataset, snapshot: Mapping[str, Any]) -> tuple[dict[str
     return dict(dataset.summary or {}), False
 
 
+def refusal_for(dataset: Dataset, snapshot: Mapping[str, Any]) -> str:
+    """Why this base cannot be trained on this dataset, as far as the reports made so far say; empty if
+    nothing speaks against it."""
+    if uses_default_tokenizer(snapshot):
+        return str((dataset.summary or {}).get("refusal") or "")
+    current = get(dataset.dataset_id, snapshot)
+    return current.error if current is not None and current.status == ReportStatus.REFUSED else ""
+
+
 def for_job(job: Job, dataset: Dataset) -> DatasetReport | None:
     """The report that the job waits for, requested if needed; None if the report made at upload is valid. A failed report is
     not requested again: the training worker will report what is wrong with the base, or can fetch it in the meantime."""
@@ -183,6 +192,9 @@ def _made(dataset: Dataset, row: DatasetReport, line: int | None) -> tuple[str, 
         return ReportStatus.READY, "", report
     if report is None:
         return ReportStatus.FAILED, checks.OVER_LIMITS, None
-    if not report.get("ready"):
-        return ReportStatus.REFUSED, str(report.get("error") or report.get("verdict") or ""), report
+    refusal = report.get("refusal") or (
+        "" if report.get("ready") else report.get("error") or report["verdict"]
+    )
+    if refusal:
+        return ReportStatus.REFUSED, str(refusal), report
     return ReportStatus.READY, "", report

@@ -28,7 +28,10 @@ MIN_ROWS_TO_SPLIT = 50  # with fewer rows, the validation part could be empty
 LINES_KEPT = 1000  # the number of removed rows whose lines are kept in the dataset's row
 # Part of each version's name. `bad_row` is missing because a file with unreadable rows is not kept.
 WITHOUT = {
+    "left_out": "without rows that cannot be expressed",
+    "written_empty": "without cells that say nan or None",
     "nothing_to_train": "without rows that have nothing to learn",
+    "answer_cut": "without rows whose answer is cut off",
     "truncated": "without rows that are too long",
     "special_tokens": "without control tokens",
     "empty_answer": "without empty answers",

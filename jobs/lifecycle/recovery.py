@@ -60,7 +60,11 @@ def validate(job: Job) -> Job | None:
             return None
         if submission.holds_preferences(dataset):
             return _fail_unchecked(job, "dataset_unsupported", PREFERENCES)
-        report = reports.for_job(job, dataset) if dataset_id == job.dataset_id else None
+        if dataset_id != job.dataset_id:
+            continue
+        if refusal := reports.refusal_for(dataset, job.base_snapshot or {"id": job.base}):
+            return _fail_unchecked(job, "dataset_rejected", refusal)
+        report = reports.for_job(job, dataset)
         if report is not None and report.status == ReportStatus.CHECKING:
             return None
         if report is not None and report.status == ReportStatus.REFUSED:

@@ -51,6 +51,7 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
         raise LostRace(TOO_SLOW)
     if known:
         return known
+    submission.check_base(datasets, request.base_snapshot or {"id": request.base})
     job = submission.new_job(owner, job_id, request, datasets, slug)
     quotas.check_room(owner)
     if idempotency_key is None:
@@ -157,7 +158,9 @@ def edit(owner: str, job_id: str, request: JobRequest) -> Job:
     if not can_edit(job):
         raise Refused("The job has already started. Clone it and edit the copy.", field="status")
     request = replace(request, base=job.base, suffix=job.suffix, base_snapshot=job.base_snapshot)
-    fresh = submission.new_job(owner, job_id, request, submission.check(owner, request), "")
+    datasets = submission.check(owner, request)
+    submission.check_base(datasets, request.base_snapshot or {"id": request.base})
+    fresh = submission.new_job(owner, job_id, request, datasets, "")
     actions = [moves.set_attribute(Job, name, getattr(fresh, name)) for name in EDITABLE]
     if job.status != JobStatus.PAUSED:
         actions.append(Job.status.set(fresh.status))

@@ -119,6 +119,12 @@ def pin_base(owner: str, request: JobRequest) -> Mapping[str, Any]:
     return request.base_snapshot or pinned
 
 
+def check_base(datasets: list[Dataset], snapshot: Mapping[str, Any]) -> None:
+    """Raises Refused if a report already says that this base cannot be trained on the dataset."""
+    if refusal := reports.refusal_for(datasets[0], snapshot):
+        raise Refused(refusal, field="dataset_id")
+
+
 def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset], slug: str) -> Job:
     own = reports.uses_default_tokenizer(request.base_snapshot or {"id": request.base})
     ready = own and all(dataset.status == DatasetStatus.READY for dataset in datasets)

@@ -235,21 +235,46 @@ def columns_context(dataset: Dataset, typed: Mapping[str, Any] | None = None) ->
         return None
     if typed is None:
         file_format = dataset.format if isinstance(dataset.format, dict) else {}
-        typed = ColumnsForm.typed_from(file_format, head["columns"])
+        cells = [row["cells"] for row in head["rows"]]
+        typed = ColumnsForm.typed_from(file_format, head["columns"], cells)
+        if dataset.status == "rejected" and head.get("first_row_is_data"):
+            typed["headerless"] = "on"
     form = ColumnsForm(typed, columns=head["columns"])
     valid = form.is_valid()
     data = form.cleaned_data
-    rows = preview(data["shape"], data["columns"], head["rows"]) if valid else []
+    is_table = head["format"].get("container") == "csv"
+    headerless = bool(data.get("headerless")) and is_table
+    shown = numbered_rows(head) if headerless else head["rows"]
+    rows = preview(data["shape"], data["columns"], shown) if valid else []
     return {
         "needed": dataset.status == DatasetStatus.REJECTED,
         "names": head["columns"],
         "shapes": [(name, label) for name, (label, _) in ColumnsForm.SHAPES.items()],
         "typed": {name: str(typed.get(name) or "") for name in ColumnsForm.base_fields},
         "errors": [text for texts in form.errors.values() for text in texts],
-        "format": {**head["format"], "shape": data.get("shape"), "columns": data.get("columns")},
+        "format": {
+            **head["format"],
+            "shape": data.get("shape"),
+            "columns": data.get("columns"),
+            "header": not headerless,
+        },
+        "is_table": is_table,
         "rows": [_preview_row(row) for row in rows],
         "cells": head["rows"],
     }
+
+
+def numbered_rows(head: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The first rows of a table whose first row is data: that row too, and columns by their number."""
+    names = head["columns"]
+    first = {"line": max(1, int(head["rows"][0]["line"]) - 1), "cells": {name: name for name in names}}
+    return [
+        {
+            "line": row["line"],
+            "cells": {f"column {n}": row["cells"].get(name, "") for n, name in enumerate(names, 1)},
+        }
+        for row in (first, *head["rows"][:-1])
+    ]
 
 
 def _preview_row(row: Row | BadRow) -> dict[str, Any]:
@@ -272,8 +297,16 @@ def _preview_row(row: Row | BadRow) -> dict[str, Any]:
             )
             for m in row.messages
         ]
+    together = row.kind in ("completion", "segments") and not row.rejected
+    if row.rejected:
+        if row.kind == "completion":
+            parts = [("prompt", row.prompt, False), ("chosen", row.completion, True)]
+            worse = str(row.rejected)
+        else:
+            worse = "\n".join(map(preview_of_message, row.rejected))  # type: ignore[arg-type]
+        parts.append(("rejected", worse, False))
     segments = [
         {"role": role, "text": Truncator(text).chars(400), "trained": trained}
         for role, text, trained in parts
     ]
-    return {"line": row.line, "segments": segments, "together": row.kind in ("completion", "segments")}
+    return {"line": row.line, "segments": segments, "together": together}

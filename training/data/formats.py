@@ -4,6 +4,7 @@ Two steps: `detect` reads the beginning of a file and returns its format (contai
 `rows` reads the file in that format. `training.data.row_schemas` decides what a row contains. The format is
 detected from the content and not from the file name. Only if the content could be either plain text or CSV, the
 extension decides.
+A .txt file is a table only if all rows at its beginning have the same number of cells.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 
 from training.data import row_schemas
 from training.data.bad_row import BadFile, BadRow, kind_of
-from training.data.readers import ByteRange, Format, Limits, records
+from training.data.columns import first_row_is_data
+from training.data.readers import ByteRange, Format, Limits, names_separator, records
 from training.data.row_schemas import Row
 from training.data.sniff import encoding_of, refuse_other_formats
 
@@ -27,6 +29,8 @@ OnBad = Callable[[BadRow], None]
 DEFAULT_LIMITS = Limits()
 HEAD_BYTES = 64 * 1024
 DELIMITERS = ",;\t|"
+MARKDOWN = (".md", ".markdown")
+PROSE = (".txt", *MARKDOWN)
 
 
 def rows(
@@ -63,11 +67,13 @@ def detect(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
     file is instead."""
     detected = detect_lenient(path, limits)
     if detected.container in ("csv", "parquet") and not detected.shape:
-        names = head(path, detected, limits)["columns"]
+        beginning = head(path, detected, limits)
+        names = [name[:60] for name in beginning["columns"]]
         raise BadFile(
             1 if detected.container == "csv" else 0,
             f"its columns are named {', '.join(map(repr, names[:8])) or 'nothing'}, and none is a known name",
-            "Choose the columns yourself, or name them prompt and completion (or text, or messages).",
+            "Choose the columns yourself, or name them prompt and completion (or text, or messages)."
+            + (" If the first row is data, choose that too." if beginning.get("first_row_is_data") else ""),
         )
     return detected
 
@@ -93,12 +99,17 @@ def detect_lenient(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
     suffix = path.suffix.lower()
     if not start:
         raise BadFile(0, "the file contains only white space", "Upload a file with at least one example.")
-    if start == "[" and suffix not in (".txt", ".md", ".markdown", ".csv", ".tsv"):
+    if start == "[" and suffix not in (*PROSE, ".csv", ".tsv"):
         return _with_shape(path, Format("json", encoding=encoding), limits)
     if start == "{" or suffix in (".jsonl", ".ndjson", ".json"):
         return _with_shape(path, Format("jsonl", encoding=encoding), limits)
     table = _table(text, encoding)
-    if suffix in (".csv", ".tsv") or (table.shape and suffix not in (".txt", ".md", ".markdown")):
+    if suffix in (".csv", ".tsv") or (table.shape and suffix not in PROSE):
+        return table
+    # A text may have commas in its first line; a table has as many columns in all of its lines.
+    # Excel's "Unicode text" is UTF-16 with tabs.
+    unicode_text = encoding != "utf-8" and table.delimiter == "\t"
+    if suffix not in MARKDOWN and (table.shape or unicode_text) and _is_table(text, table, size):
         return table
     return Format("text", "text", encoding, columns={"text": "text"})
 
@@ -113,13 +124,29 @@ def _with_shape(path: Path, format: Format, limits: Limits) -> Format:
 
 def _table(text: str, encoding: str) -> Format:
     """The delimiter that gives the first line the most columns, and what the columns map to."""
-    first = text.splitlines()[0] if text.splitlines() else ""
-    best = max(DELIMITERS, key=first.count)
+    lines = [line for line in text.splitlines() if line.strip("".join((*DELIMITERS, " ")))]
+    first = lines[0] if lines else ""
+    if best := names_separator(text.partition("\n")[0]):
+        first = lines[1] if len(lines) > 1 else ""
+    else:
+        best = max(DELIMITERS, key=first.count)
     names = [cell.strip() for cell in next(csv.reader([first], delimiter=best), [])]
     recognized = row_schemas.recognize(dict.fromkeys(names, ""), forgiving=True) if first else None
     return Format(
         "csv", recognized[0] if recognized else "", encoding, best, recognized[1] if recognized else {}
     )
+
+
+def _is_table(text: str, table: Format, size: int) -> bool:
+    """Whether the beginning of a file has the same number of cells, two or more, in every row."""
+    lines = text.splitlines(keepends=True)
+    whole = size <= HEAD_BYTES
+    try:
+        read = list(csv.reader(lines if whole else lines[:-1], delimiter=table.delimiter, strict=True))
+    except csv.Error:
+        return False  # or the last cell goes on after the beginning of the file
+    counts = {len(cells) for cells in read if any(cells)}
+    return len(read) > 1 and len(counts) == 1 and counts.pop() > 1
 
 
 # --- the beginning of a file, to choose its columns by ---------------------------------------------
@@ -129,7 +156,7 @@ HEAD_ROWS, HEAD_COLUMNS, HEAD_CHARS = 5, 40, 2000
 
 def head(path: str | Path, format: Format, limits: Limits = DEFAULT_LIMITS) -> dict[str, Any]:
     """{"columns": every name, "rows": [{"line", "cells": {name: value}}]} of the first rows, cut to fit on
-    a page."""
+    a page. "first_row_is_data" is there if a table's first row does not look like names."""
     names: dict[str, None] = {}
     shown: list[dict[str, Any]] = []
     if format.container == "text":
@@ -140,7 +167,10 @@ def head(path: str | Path, format: Format, limits: Limits = DEFAULT_LIMITS) -> d
         names = dict.fromkeys(parquet.names(Path(path)))
     try:
         for line, record in records(
-            Path(path), Format(format.container, "", format.encoding, format.delimiter), limits
+            Path(path),
+            Format(format.container, "", format.encoding, format.delimiter, header=format.header),
+            limits,
+            all_columns=True,
         ):
             if len(shown) == HEAD_ROWS or isinstance(record, BadFile):
                 break
@@ -150,7 +180,13 @@ def head(path: str | Path, format: Format, limits: Limits = DEFAULT_LIMITS) -> d
                 shown.append({"line": line, "cells": cells})
     except BadRow:
         pass  # the report shows it
-    return {"columns": list(names)[: limits.columns], "rows": shown}
+    columns = list(names)[: limits.columns]
+    is_data = (
+        format.container == "csv"
+        and format.header
+        and first_row_is_data(columns, [r["cells"] for r in shown])
+    )
+    return {"columns": columns, "rows": shown, **({"first_row_is_data": True} if is_data else {})}
 
 
 def _cell(value: Any) -> Any:

@@ -24,12 +24,18 @@ def names(path: Path) -> list[str]:
     return list(_open(path).schema_arrow.names)
 
 
-def records(path: Path, columns: dict[str, str], limit: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number, values) of the given columns; other columns are never decoded."""
+def records(
+    path: Path, columns: dict[str, str], limit: int, beside: frozenset[str] = frozenset()
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row number, values) of the given columns and those named `beside`, in any case; other columns are never
+    decoded."""
     import pyarrow as pa
 
     file = _open(path)
-    wanted = [name for name in columns.values() if name in file.schema_arrow.names] or None
+    names = file.schema_arrow.names
+    wanted = [name for name in columns.values() if name in names] or None
+    if wanted:
+        wanted += [name for name in names if name.strip().lower() in beside and name not in wanted]
     limit = min(limit, SMALL + MOST_TIMES * path.stat().st_size)
     number = decoded = 0
     try:

@@ -38,11 +38,12 @@ class Format:
     file's column names."""
 
     container: str  # jsonl | json | csv | parquet | text
-    shape: str = ""  # chat | completion | instruction | sharegpt | text
+    shape: str = ""  # chat | completion | instruction | sharegpt | segments | preference | text
     encoding: str = "utf-8"
     delimiter: str = ","
     columns: dict[str, str] = field(default_factory=dict)
     version: int = row_schemas.VERSION  # of what is read of each row
+    header: bool = True  # whether a table's first row has the names of its columns
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,7 +53,11 @@ class Format:
         """From the report's JSON, or from columns that a user chose."""
         if isinstance(value, Format):
             return value
-        known = {name: value[name] for name in cls.__dataclass_fields__ if value.get(name)}
+        known = {
+            name: value[name]
+            for name in cls.__dataclass_fields__
+            if value.get(name) or value.get(name) is False
+        }
         return cls(**{"container": "jsonl", "version": 1, **known})
 
 
@@ -75,12 +80,20 @@ Record = dict[str, Any] | BadRow
 
 
 def records(
-    path: Path, format: Format, limits: Limits, part: ByteRange | None = None
+    path: Path,
+    format: Format,
+    limits: Limits,
+    part: ByteRange | None = None,
+    *,
+    all_columns: bool = False,
 ) -> Iterator[tuple[int, Record]]:
+    """`all_columns`: also those that a table's readers have no use for, such as pandas' index."""
     if format.container == "parquet":
         from training.data import parquet
 
-        yield from parquet.records(path, format.columns, limits.decoded_bytes)
+        # Files stored before are read as then: only their main columns.
+        beside = row_schemas.OPTIONAL_NAMES if format.version >= 2 else frozenset()
+        yield from parquet.records(path, format.columns, limits.decoded_bytes, beside)
         return
     with path.open("rb") as file:
         if format.container == "jsonl":
@@ -88,7 +101,7 @@ def records(
         elif format.container == "json":
             yield from _json_array(file, format, limits)
         elif format.container == "csv":
-            yield from _csv(file, format, limits)
+            yield from _csv(file, format, limits, all_columns)
         elif format.container == "text":
             yield from _text(file, format, limits, path.suffix.lower() in (".md", ".markdown"))
         else:
@@ -240,14 +253,17 @@ def _skip(line: int, text: str, punctuation: str) -> tuple[int, str]:
     return line + text.count("\n", 0, len(text) - len(rest)), rest
 
 
-def _csv(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tuple[int, Record]]:
+def _csv(file: BinaryIO, format: Format, limits: Limits, all_columns: bool) -> Iterator[tuple[int, Record]]:
     csv.field_size_limit(limits.line_bytes)
     stream = io.TextIOWrapper(
         file, "utf-8-sig" if format.encoding == "utf-8" else format.encoding, newline=""
     )
-    reader = csv.reader(_limited_lines(stream, limits), delimiter=format.delimiter, strict=True)
+    lines = _limited_lines(stream, limits, keep_bom=format.version < 2)
+    reader = csv.reader(lines, delimiter=format.delimiter, strict=True)
+    used = set(format.columns.values())
     header: list[str] | None = None
-    start = 1
+    index: str | None = None  # the column that pandas adds, as long as it counts the rows
+    start, count = 1, -1
     while True:
         try:
             cells = next(reader)
@@ -266,44 +282,87 @@ def _csv(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tuple[int, 
                 'A quote opened here is probably never closed; write "" for a quote inside a cell.',
             ) from error
         line, start = start, reader.line_num + 1
-        if not any(cells):
+        if not any(cells) or (line == 1 and names_separator(format.delimiter.join(cells))):
             continue
         if header is None:
-            header = _header(line, cells, limits)
-        elif len(cells) != len(header):
-            yield (
-                line,
-                BadRow(
+            header = column_names(line, cells, limits, format.header)
+            index = None if all_columns or not format.header else _index_column(cells, header, used)
+            if format.header:
+                continue
+        if len(cells) != len(header):
+            fitted = _fitted(cells, header, used)
+            if fitted is None:
+                yield (
                     line,
-                    f"the row has {len(cells)} cells, the header {len(header)}",
-                    "Put cells that contain the delimiter in quotes.",
-                ),
-            )
-        else:
-            yield line, dict(zip(header, cells, strict=True))
+                    BadRow(
+                        line,
+                        f"the row has {len(cells)} cells, the header {len(header)}",
+                        "Put cells that contain the delimiter in quotes.",
+                    ),
+                )
+                continue
+            cells = fitted
+        count += 1
+        record = dict(zip(header, cells, strict=True))
+        if index is not None:
+            if record[index] == str(count):
+                del record[index]
+            else:
+                index = None
+        yield line, record
 
 
-def _limited_lines(stream: TextIO, limits: Limits) -> Iterator[str]:
+def _limited_lines(stream: TextIO, limits: Limits, *, keep_bom: bool) -> Iterator[str]:
+    """Lines without the byte order mark (`keep_bom`: unless the columns of an old format are named with
+    it)."""
+    first = True
     while line := stream.readline(limits.line_bytes):
-        yield line
+        yield line.removeprefix("\ufeff") if first and not keep_bom else line
+        first = False
 
 
-def _header(line: int, cells: list[str], limits: Limits) -> list[str]:
-    names = [cell.strip() for cell in cells]
-    if len(names) > limits.columns:
+def names_separator(line: str) -> str:
+    """The delimiter that Excel's first line `sep=;` names, or an empty string."""
+    # only spaces are stripped: a tab may be the delimiter
+    match = re.fullmatch(r"sep=([^\w\s\"]|\t)", line.strip(' "\r\n'), re.IGNORECASE)
+    return match[1] if match else ""
+
+
+def column_names(line: int, cells: list[str], limits: Limits, header: bool = True) -> list[str]:
+    """One name for each column. Those without a name, or all if the first row is data, are numbered; a name
+    that appears again gets a number."""
+    if len(cells) > limits.columns:
         raise BadFile(
             line,
-            f"{len(names)} columns; the limit is {limits.columns}",
+            f"{len(cells)} columns; the limit is {limits.columns}",
             "Keep only the columns to train on.",
         )
-    if "" in names:
-        raise BadFile(
-            line, f"column {names.index('') + 1} has no name", "Give every column a name in the first line."
-        )
-    doubled = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if doubled is not None:
-        raise BadFile(line, f"two columns are named {doubled!r}", "Give each column its own name.")
+    given = [cell.strip() if header else "" for cell in cells]
+    names: list[str] = []
+    for number, name in enumerate(given, 1):
+        name = name or f"column {number}"
+        unique, again = name, 1
+        while unique in names or (again > 1 and unique in given):
+            again += 1
+            unique = f"{name} ({again})"
+        names.append(unique)
     return names
+
+
+def _index_column(cells: list[str], header: list[str], used: set[str]) -> str | None:
+    """The first column if pandas may have written its index there."""
+    if cells[0].strip() in ("", "Unnamed: 0") and header[0] not in used:
+        return header[0]
+    return None
+
+
+def _fitted(cells: list[str], header: list[str], used: set[str]) -> list[str] | None:
+    """The cells of a row with more or fewer than the header, if only empty or unused ones differ: Excel
+    writes such rows at the edges of a sheet."""
+    if len(cells) > len(header):
+        return None if any(cell.strip() for cell in cells[len(header) :]) else cells[: len(header)]
+    missing = header[len(cells) :]
+    return None if used.intersection(missing) else cells + [""] * len(missing)
 
 
 def _text(file: BinaryIO, format: Format, limits: Limits, markdown: bool) -> Iterator[tuple[int, Record]]:

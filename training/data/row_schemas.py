@@ -32,6 +32,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "context": ("context", "input"),
     "tools": ("tools", "functions"),
 }
+OPTIONAL_NAMES = frozenset(name for names in OPTIONAL.values() for name in names)
 VERSION = 2  # of what is read of a row; files reported under 1 are read as then: only their main fields
 
 

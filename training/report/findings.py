@@ -77,6 +77,13 @@ KINDS: dict[str, Kind] = {
         "Add an answer, or drop them.",
         True,
     ),
+    "answer_cut": Kind(
+        "warning",
+        "Rows whose answer is cut off",
+        "The prompt alone fills the sequence length, so nothing of the answer is left to learn.",
+        "Choose a base model with a longer context, shorten the prompts, or drop them.",
+        True,
+    ),
     "truncated": Kind(
         "warning",
         "Rows longer than the sequence length",
@@ -361,7 +368,9 @@ def check_row(
 
 def _check_written_empty(line: int, texts: Iterable[str], findings: Findings) -> None:
     for text in texts:
-        word = text.rpartition("\n\n")[2] if "\n\n" in text else text  # an instruction's input comes last
+        if len(text) >= 12 and "\n\n" not in text[-13:]:  # most texts: their last paragraph is longer
+            continue
+        word = text.rpartition("\n\n")[2]  # an instruction's input comes last
         if len(word) < 12 and word.strip().lower() in WRITTEN_EMPTY:
             findings.add("written_empty", line, word.strip())
             return

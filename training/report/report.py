@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from training.text.encode import (
     batches,
     encode_batch,
     encoded_batches,
+    numbered,
 )
 from training.text.tokenizer import Tokenizer
 
@@ -86,7 +86,7 @@ def report(
         chosen = Format.of(format) if format else Format("unknown")
     return {
         **run.finish(chosen),
-        **_column_choice(path, chosen, bool(format), run.summary.examples + run.rows),
+        **_column_choice(path, chosen, bool(format), run.rows + run.findings.counts.get("left_out", 0)),
     }
 
 
@@ -173,8 +173,6 @@ class _Report:
             prefilter = Prefilter.of(texts, special)
             for (row, examples), text in zip(batch, texts, strict=True):
                 self.rows += 1
-                if self.by_order:
-                    row = replace(row, line=self.rows)
                 self.characters += len(text)
                 if prefilter.non_ascii:
                     self.non_ascii += len(text) - len(text.encode("ascii", "ignore"))
@@ -242,8 +240,11 @@ class _Report:
     ) -> Iterable[list[tuple[Row, list[Tokens]]]]:
         if self.tokenizer is None:
             read = rows(path, format, on_bad=self.bad, part=part)
+            read = numbered(read) if self.by_order else read
             return ([(row, []) for row in batch] for batch in batches(read))
-        return encoded_batches(path, self.tokenizer, self.settings, format, self.bad, part)
+        return encoded_batches(
+            path, self.tokenizer, self.settings, format, self.bad, part, by_order=self.by_order
+        )
 
     def row(self, row: Row, text: str, examples: list[Tokens]) -> None:
         tokenizer = self.tokenizer
@@ -264,7 +265,8 @@ class _Report:
             self.several += len(examples)
             self.findings.add("several_examples", row.line, f"{len(examples)} examples")
         if self.summary.untrained - untrained == len(examples):
-            self.findings.add("nothing_to_train", row.line)
+            code = "answer_cut" if examples[0].whole.trained else "nothing_to_train"
+            self.findings.add(code, row.line)
         elif row.kind == "chat" and not all(_ends(example, tokenizer) for example in examples):
             self.findings.add("missing_end", row.line)
         if len(self.samples) < SAMPLES and examples:
@@ -313,7 +315,8 @@ class _Report:
             rows = self.findings.counts["several_examples"]
             many = f"{rows:,} {'row becomes' if rows == 1 else 'rows become'} {self.several:,} examples"
             self.findings.details["several_examples"].insert(0, (0, many))
-        if self.rows > 3 and len(self.answers) == 1 and self.summary.kind != "text":
+        alike = len(self.answers) == 1 and self.rows > 3 and self.summary.kind != "text"
+        if alike and self.findings.counts.get("empty_answer", 0) < self.rows:
             self.findings.add("same_answer", 0)
         if 0 < self.rows < FEW and self.summary.kind != "text":
             self.findings.add("few", 0, f"{self.rows} examples")
@@ -325,7 +328,7 @@ class _Report:
             and tokens > 200
         ):
             self.findings.add("poor_fit", 0, f"{self.characters / tokens:.1f} characters per token")
-        if self.rows == 0 and self.problem is None:
+        if self.rows == 0 and self.problem is None and "left_out" not in self.findings.counts:
             self.bad(BadFile(0, "the file has no examples", "Upload a file with at least one example."))
         return {
             **self.summary.as_dict(),
@@ -339,7 +342,8 @@ class _Report:
         }
 
     def _verdict(self) -> dict[str, Any]:
-        """`ready` (can be trained on), `error` (why not, in one line) and `verdict`, a sentence for users."""
+        """`ready` (some base can train on the file), `error` (why not, in one line), `verdict` (a sentence for
+        users), and where the file is ready but not for this base, `refusal`: why."""
         counts = self.findings.counts
         if self.problem is not None:
             more = max(0, counts.get("bad_row", 0) - 1)
@@ -353,6 +357,8 @@ class _Report:
             words = f"{where}{reason}. {self.problem.fix}{also}"
             return {"ready": False, "error": words, "verdict": words}
         if self.tokenizer is not None and not self.summary.trained_tokens:
+            if refusal := self._refusal():
+                return {"ready": True, "error": "", "verdict": refusal, "refusal": refusal}
             words = "No row has an answer to learn from. Add answers to the rows."
             return {"ready": False, "error": words, "verdict": words}
         many = f"{self.rows:,} {'row' if self.rows == 1 else 'rows'}"
@@ -365,10 +371,28 @@ class _Report:
         )
         return {"ready": True, "error": "", "verdict": f"{many} can be used for training. Check: {worst}."}
 
+    def _refusal(self) -> str:
+        """Why this base can train on none of the rows although another may; empty if no base can."""
+        cut, left_out = (self.findings.counts.get(code, 0) for code in ("answer_cut", "left_out"))
+        if left_out and not cut:
+            reason = self.findings.details["left_out"][0][1]
+            return (
+                f"This base model cannot be trained on any of the rows: {reason}. "
+                "Choose another base model, or change the rows."
+            )
+        if cut:
+            return (
+                "Every answer is cut off: the prompts alone fill the "
+                f"{self.settings.sequence_length:,} tokens that are read of each row. "
+                "Choose a base model with a longer context, or shorten the prompts."
+            )
+        return ""
+
 
 def _all_answers(row: Row) -> str:
-    """The answers of a conversation with more than one, since the last of each may be a mere "Bye"."""
-    answers = [m["content"] for m in row.messages if m["role"] == "assistant"]
+    """The answers of a conversation with more than one, tool calls included, since the last of each may be a
+    mere "Bye"."""
+    answers = [preview_of_message(m) for m in row.messages if m["role"] == "assistant"]
     return "\n".join(answers) if len(answers) > 1 else ""
 
 

@@ -112,6 +112,11 @@ class Tokens(NamedTuple):
             mask[0] = 0
         return Example(ids, mask, self.truncated, self.line, self.part)
 
+    @property
+    def whole(self) -> Tokens:
+        """The same before truncation."""
+        return self._replace(stop=self.stop + self.truncated, truncated=0)
+
     def cut(self, length: int | None, *, split: bool) -> list[Tokens]:
         """Fits it into `length` tokens: consecutive windows if `split`, otherwise the beginning."""
         if not length or self.length <= length:
@@ -150,10 +155,13 @@ def encoded_batches(
     format: Format | None = None,
     on_bad: OnBad | None = None,
     part: ByteRange | None = None,
+    *,
+    by_order: bool = False,
 ) -> Iterator[list[tuple[Row, list[Tokens]]]]:
-    """Batches of (row, its examples), not yet as lists."""
+    """Batches of (row, its examples), not yet as lists. `by_order`: rows have their number, not their line."""
     tokenizer = as_reported(tokenizer, format)
-    for batch in batches(rows(path, format, on_bad=on_bad, part=part)):
+    read = rows(path, format, on_bad=on_bad, part=part)
+    for batch in batches(numbered(read) if by_order else read):
         encoded: list[tuple[Row, list[Tokens]]] = []
         bad: BadRow | None = None
         for row, parts in zip(batch, encode_batch(batch, tokenizer, settings), strict=True):
@@ -225,6 +233,12 @@ def pieces(row: Row, tokenizer: Tokenizer) -> list[list[Piece]]:
         parts = [Piece(text, trained) for text, trained in row.segments]
         return [[*begin, *parts, Piece(end, parts[-1].trained, made=True)]]
     return _early_chat(row, tokenizer) if tokenizer.early else _chat(row.messages, row.tools, tokenizer)
+
+
+def numbered(read: Iterable[Row]) -> Iterator[Row]:
+    """Rows with their number among the readable ones instead of their line: all elements of a JSON array may
+    be on one line."""
+    return (replace(row, line=number) for number, row in enumerate(read, 1))
 
 
 def batches(items: Iterable[Row]) -> Iterator[list[Row]]:

@@ -160,3 +160,32 @@ def test_validation_rows_that_are_also_trained_on_are_reported():
     assert reports.build(owner, f"{dataset.dataset_id}@{reports.LEAKS}{validation.dataset_id}")
     assert reports.request_leaks(dataset, validation) == {"count": 3, "lines": [1, 2, 4]}
     assert not reports.list_for(dataset.dataset_id)  # it belongs to no base
+
+
+LONG = [{"prompt": f"{n} " + "is " * 70, "completion": " odd" if n % 2 else " even"} for n in range(12)]
+
+
+def test_a_base_that_cuts_away_every_answer_ends_the_job_and_refuses_the_next(tiny):
+    owner = make_owner()
+    dataset = make_dataset(owner, LONG)
+    assert (dataset.status, dataset.summary["trained_tokens"] > 0) == ("ready", True)  # the starter reads it
+    job = submit(owner, dataset, tiny)
+    reports.build(owner, request_of(dataset, tiny))
+    ended = read(job)
+    words = "Every answer is cut off: the prompts alone fill the 64 tokens"
+    assert (ended.status, ended.reason) == ("failed", "dataset_rejected")
+    assert ended.message.startswith(words)
+    with pytest.raises(transitions.Refused, match=words):
+        submit(owner, dataset, tiny)
+
+
+def test_a_job_that_waits_for_the_check_is_refused_by_its_words():
+    owner = make_owner()
+    text = "".join(json.dumps({**row, "prompt": row["prompt"] * 20}) + "\n" for row in LONG).encode()
+    dataset = datasets.receive(owner, "rows.jsonl", iter([text]))
+    job = transitions.submit(owner, transitions.JobRequest(base="starter", dataset_id=dataset.dataset_id))
+    assert job.status == "validating"
+    checks.check(owner, dataset.dataset_id)
+    current = tables.get(Dataset, owner, dataset.dataset_id)
+    assert (current.status, current.error) == ("ready", "")
+    assert read(job).message.startswith("Every answer is cut off: the prompts alone fill the 512 tokens")

@@ -198,3 +198,47 @@ def test_an_invalid_line_number_is_reported(alices: Client, alice: User, line: s
     dataset = upload_dataset(alice.owner_id, b'{"text": "a"}\n', "rows.jsonl")
     show_row(alices, dataset, line)
     assert "Line: enter a line number" in dataset_page(alices, dataset)
+
+
+def test_a_table_without_a_header_loses_no_row(alices: Client, alice: User) -> None:
+    text = "".join(f"{n},How old is {n}?,It is {n} years old.\n" for n in range(12))
+    dataset = upload_dataset(alice.owner_id, text.encode(), "rows.csv")
+    page = dataset_page(alices, dataset)
+    assert dataset.status == "rejected"
+    assert "If the first row is data, choose that too." in dataset.error
+    assert re.search(r'name="headerless"[^>]* checked', page)
+    assert "How old is 0?" in page.partition('id="columns-preview"')[2]
+    typed: dict[str, Any] = {
+        "shape": "completion",
+        "question": "How old is 0?",
+        "answer": "It is 0 years old.",
+    }
+    choose_columns(alices, dataset, **typed, headerless="on", do="read")
+    dataset = run_checks(dataset)
+    assert (dataset.status, dataset.summary["rows"]) == ("ready", 12)
+    assert dataset.format["header"] is False
+    assert dataset.format["columns"] == {"prompt": "column 2", "completion": "column 3"}
+    page = dataset_page(alices, dataset)
+    assert "column 1 (11 rows)" not in page
+    assert "column 1 (12 rows)" in page
+    assert re.search(r'name="headerless"[^>]* checked', page)
+    assert re.search(r'<option value="How old is 0\?" selected', page)
+    choose_columns(alices, dataset, **typed, do="read")  # it was a header after all
+    assert run_checks(dataset).summary["rows"] == 11
+
+
+def test_segments_and_preference_pairs_can_be_chosen(alices: Client, alice: User) -> None:
+    parts = [{"label": False, "text": "How?"}, {"label": True, "text": "So."}]
+    rows = [
+        {"frage": f"Number {n}?", "gut": f"{n}", "schlecht": f"not {n}", "teile": parts} for n in range(12)
+    ]
+    dataset = upload_dataset(alice.owner_id, "\n".join(map(json.dumps, rows)).encode(), "rows.jsonl")
+    assert re.search(r'value="segments"[^>]* checked', dataset_page(alices, dataset))
+    typed: dict[str, Any] = {"shape": "preference", "question": "frage", "answer": "gut", "worse": "schlecht"}
+    assert "not 0" in choose_columns(alices, dataset, htmx=True, **typed).content.decode()
+    choose_columns(alices, dataset, **typed, do="read")
+    dataset = run_checks(dataset)
+    assert (dataset.status, dataset.summary["kind"]) == ("ready", "preference")
+    choose_columns(alices, dataset, shape="segments", whole="teile", do="read")
+    dataset = run_checks(dataset)
+    assert (dataset.status, dataset.format["columns"]) == ("ready", {"segments": "teile"})

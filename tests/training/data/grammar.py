@@ -385,12 +385,11 @@ def g5() -> Iterator[Case]:
             + "\n",
             False,
         ),
-        "delimiter at each end": ("".join(row + ",\n" for row in rows), False),
+        "delimiter at each end": ("".join(row + ",\n" for row in rows), True),
     }
+    lines = {"header only": 0, "header twice": 2, "nameless column": 2}  # their rows have a cell too few
     for name, (content, accept) in headers.items():
-        yield Case(
-            f"G5 {name}", "d.csv", content.encode(), accept, 0 if accept or name == "header only" else 1
-        )
+        yield Case(f"G5 {name}", "d.csv", content.encode(), accept, 0 if accept else lines.get(name, 1))
     # 12 + 8 + 7 + 9
 
 

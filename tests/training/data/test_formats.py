@@ -300,8 +300,6 @@ TABLES = {
     "ragged": ("prompt,completion\na,b\na,b,c\n", 3, "3 cells"),
     "short": ("prompt,completion\na,b\na\n", 3, "1 cell"),
     "no known column": ("id,value\n1,2\n", 1, "none is a known"),
-    "duplicate column": ("prompt,prompt,completion\na,b,c\n", 1, "two columns"),
-    "nameless column": ("prompt,,completion\na,b,c\n", 1, "no name"),
     "both empty": ("prompt,completion\n, \n", 2, "both empty"),
     "huge cell": ("prompt,completion\n" + '"' + "x" * (5 << 20) + '",b\n', 2, "CSV"),
 }

@@ -207,3 +207,18 @@ def test_a_cell_that_says_nan_is_found(tmp_path: Path) -> None:
     [finding] = [f for f in result["findings"] if f["code"] == "written_empty"]
     assert finding["lines"] == [2, 3]
     assert len(list(rows(path))) == 3
+
+
+def test_system_and_tools_columns_of_parquet_are_used(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    tools = json.dumps([{"type": "function", "function": {"name": "look_up", "parameters": {}}}])
+    record = {"messages": turns, "System": "Be kind.", "tools": tools, "id": 1}
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "x.parquet")
+    (row,) = rows(tmp_path / "x.parquet")
+    assert [m["content"] for m in row.messages] == ["Be kind.", "Hi", "Hello"]
+    assert [tool["function"]["name"] for tool in row.tools] == ["look_up"]
+    old = {"container": "parquet", "shape": "chat", "columns": {"messages": "messages"}}
+    assert len(next(rows(tmp_path / "x.parquet", old)).messages) == 2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,7 @@ from training.text.tokenizer import Tokenizer
 ROWS = [{"prompt": f"Number {i}?\n", "completion": f" It is {i * i}."} for i in range(200)]
 
 
-def put(folder: Path, records: list[dict[str, str]]) -> Path:
+def put(folder: Path, records: list[dict[str, Any]]) -> Path:
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
@@ -113,3 +115,51 @@ def test_the_command_prints_its_result(tmp_path: Path, capsys: pytest.CaptureFix
         "removed": [{"line": 21, "preview": "Number 3? It is 9."}],
     }
     assert main(["fix", str(path), "--to", str(tmp_path / "new.jsonl"), "--drop", "few"]) == 10
+
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def talk(i: int, system: bool, answer: str = "") -> dict[str, Any]:
+    turns = [
+        {"role": "user", "content": f"Number {i}?"},
+        {"role": "assistant", "content": answer or f"It is {i * i}."},
+    ]
+    return {"messages": [{"role": "system", "content": "Count."}, *turns] if system else turns}
+
+
+@pytest.fixture
+def strict(tmp_path: Path) -> Tokenizer:
+    """A tokenizer whose template refuses system messages."""
+    folder = tmp_path / "strict"
+    folder.mkdir()
+    for file in STARTER_FOLDER.glob("*token*"):
+        shutil.copyfile(file, folder / file.name)
+    (folder / "chat_template.jinja").write_text(NO_SYSTEM)
+    return Tokenizer.load(folder)
+
+
+def test_rows_that_the_template_cannot_express_are_dropped_and_no_others(
+    tmp_path: Path, strict: Tokenizer
+) -> None:
+    records = [talk(i, i in (2, 5)) for i in range(20)]
+    path = put(tmp_path, [*records, records[3]])
+    done = fix(path, tmp_path / "new.jsonl", tokenizer=strict, settings=EncodingOptions(512))
+    assert done.dropped == {"left_out": [3, 6], "duplicate": [21]}
+    assert [row.messages[0]["content"] for row in rows(tmp_path / "new.jsonl")] == [
+        f"Number {i}?" for i in range(20) if i not in (2, 5)
+    ]
+
+
+def test_a_file_that_the_template_cannot_express_at_all_says_so(tmp_path: Path, strict: Tokenizer) -> None:
+    result = report(put(tmp_path, [talk(i, True) for i in range(20)]), strict, EncodingOptions(512))
+    assert (result["ready"], result["error"]) == (True, "")
+    assert result["refusal"].startswith(
+        "This base model cannot be trained on any of the rows: the model's chat template rejects these "
+        "messages: System role not supported. "
+    )
+    assert not result.get("choose")

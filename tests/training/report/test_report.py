@@ -84,7 +84,7 @@ DEFECTS: dict[str, tuple[str, Any]] = {
     "blank answer": ("empty_answer", lambda r: {**r, "completion": "  \n"}),
     "empty prompt": ("empty_prompt", lambda r: {**r, "prompt": ""}),
     "too long": ("truncated", lambda r: {**r, "completion": r["completion"] * 100}),
-    "prompt too long": ("nothing_to_train", lambda r: {**r, "prompt": r["prompt"] * 100}),
+    "prompt too long": ("answer_cut", lambda r: {**r, "prompt": r["prompt"] * 100}),
     "run together": ("run_together", lambda r: {"prompt": "Name any word", "completion": "river"}),
     "trailing space": ("trailing_space", lambda r: {"prompt": "Say the word: ", "completion": "village"}),
     "email": ("personal", lambda r: {**r, "completion": " Write to anna.schmidt@posteo.de today."}),
