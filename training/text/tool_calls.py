@@ -352,11 +352,11 @@ def _arguments(text: str, at: int, escapes: bool) -> tuple[dict[str, Any], int]:
     while match := _KEY.match(text, at):
         at = match.end()
         if quoted := (_ESCAPED if escapes else _QUOTED).get(text[at : at + 1]):
-            match = quoted.match(text, at)
-            if match is None:
+            written = quoted.match(text, at)
+            if written is None:
                 raise NotACall
-            value: Any = _ESCAPE.sub(_unescaped, match[1]) if escapes else match[1]
-            at = match.end()
+            value: Any = _ESCAPE.sub(_unescaped, written[1]) if escapes else written[1]
+            at = written.end()
         elif constant := _CONSTANT.match(text, at):
             value, at = _CONSTANTS[constant[0]], constant.end()
         else:
