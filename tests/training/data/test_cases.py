@@ -49,7 +49,11 @@ CASES: dict[str, Case] = {
     "05e_tools_only_toplevel.jsonl": Case("chat", words=CLEAN),
     "07_weights.jsonl": Case("chat", words=CLEAN),
     "07c_weight_all_zero.jsonl": refused(
-        "chat", 12, 0, {"nothing_to_train": 12}, "No row has an answer to learn from. Add answers to the rows."
+        "chat",
+        12,
+        0,
+        {"nothing_to_train": 12},
+        "No row has an answer to learn from. Add answers to the rows.",
     ),
     "07d_axolotl_train_flag.jsonl": Case("chat", words=CLEAN),
     "08b_parts_image.jsonl": refused(
