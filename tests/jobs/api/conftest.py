@@ -60,8 +60,8 @@ def make_session(user: Any) -> Any:
 
 
 @pytest.fixture
-def users(transactional_db: None) -> dict[str, ApiUser]:
-    """Committed, so that the web process sees them."""
+def users(transactional_db: None, rate_limits: None) -> dict[str, ApiUser]:
+    """Committed, so that the web process sees them. None of their requests counts toward the next test's limit."""
     return {name: make_api_user(name) for name in ("alice", "bob")}
 
 
