@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -53,6 +54,19 @@ def _advice(value: Any) -> str:
     if isinstance(value, dict | list):
         return "Write the text itself, or choose another column."
     return "Convert the column to text before saving the file."
+
+
+def from_json(line: int, value: Any, what: str, fix: str, *, blank: bool = False) -> Any:
+    """The value, parsed if it is JSON text, as in the cell of a table. `blank`: a blank text is an empty
+    list. Raises BadRow, which begins with `what` ("the tools are")."""
+    if not isinstance(value, str):
+        return value
+    if blank and not value.strip():
+        return []
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(line, f"{what} text that is not JSON", fix) from error
 
 
 def is_empty(value: Any) -> bool:

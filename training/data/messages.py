@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from training.data.bad_row import BadRow, check_text, is_empty, kind_of
+from training.data.bad_row import BadRow, check_text, from_json, is_empty, kind_of
 
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_ALIASES = {
@@ -75,13 +75,7 @@ def is_plain(message: Any) -> bool:
 
 def read_tools(line: int, value: Any) -> tuple[dict[str, Any], ...]:
     """Tool definitions: a list, or the same as JSON. OpenAI's older `functions` have no wrapper."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise BadRow(
-                line, "the tools are text that is not JSON", "Write a list of tool definitions."
-            ) from error
+    value = from_json(line, value, "the tools are", "Write a list of tool definitions.", blank=True)
     if is_empty(value):
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -222,11 +216,7 @@ def _calls(line: int, where: str, message: Mapping[str, Any], written: Any) -> l
         calls = written
     elif is_empty(calls) and not is_empty(message.get("function_call")):
         calls = [message["function_call"]]
-    if isinstance(calls, str):
-        try:
-            calls = json.loads(calls)
-        except (ValueError, RecursionError) as error:
-            raise BadRow(line, f"the tool call of {where} is text that is not JSON", CALL_HINT) from error
+    calls = from_json(line, calls, f"the tool call of {where} is", CALL_HINT)
     if is_empty(calls):
         return []
     calls = [calls] if isinstance(calls, dict) else calls

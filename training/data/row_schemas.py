@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from training.data.bad_row import BadFile, BadRow, check_text, is_empty, kind_of
+from training.data.bad_row import BadFile, BadRow, check_text, from_json, is_empty, kind_of
 from training.data.messages import read_messages, read_tools
 
 __all__ = ["BadFile", "BadRow", "Reader", "Row", "kind_of", "recognize"]
@@ -271,11 +271,7 @@ def _untrained(message: dict[str, Any]) -> dict[str, Any]:
 
 def _history(line: int, value: Any) -> list[dict[str, Any]]:
     """Earlier turns as Alpaca's [[question, answer], …]. They are context and not trained on."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise BadRow(line, "the history is text that is not JSON", HISTORY_HINT) from error
+    value = from_json(line, value, "the history is", HISTORY_HINT, blank=True)
     turns: list[dict[str, Any]] = []
     for pair in value or []:
         if not isinstance(pair, list) or len(pair) != 2:
@@ -292,11 +288,7 @@ HISTORY_HINT = 'Write "history": [["question", "answer"], ...].'
 def _segments(line: int, value: Any, unused: dict[str, None]) -> Row:
     """Axolotl's template-free form: pieces of text, `label` says which are trained on."""
     hint = 'Write "segments": [{"label": false, "text": ...}, {"label": true, "text": ...}].'
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise BadRow(line, "the segments are text that is not JSON", hint) from error
+    value = from_json(line, value, "the segments are", hint)
     if not isinstance(value, list) or not value or not all(isinstance(part, dict) for part in value):
         raise BadRow(line, "segments is not a list of objects", hint)
     segments = []
