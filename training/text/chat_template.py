@@ -43,6 +43,9 @@ ERRORS = (
 )
 
 
+Message = Mapping[str, Any]
+
+
 class BadTemplate(ValueError):
     """The template cannot be read, or it rejects these messages. The message is the template's own."""
 
