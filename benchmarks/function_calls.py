@@ -227,7 +227,7 @@ def _small_talk(rng: random.Random, e: Entities) -> tuple[str, str]:
 
 
 def _conversation(rng: random.Random, e: Entities, plain: bool) -> Row:
-    offered = rng.sample(FUNCTIONS, rng.choice((1, 1, 1, 2, 2, 3)))
+    offered = rng.sample(FUNCTIONS, rng.choice((1, 1, 1, 1, 2, 2, 3)))
     if plain:
         text, answer = _small_talk(rng, e)
         reply: Row = {"role": "assistant", "content": answer}

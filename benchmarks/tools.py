@@ -49,7 +49,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every_s": 0,
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {"adapter": "none", "learning_rate": 1e-4},
+    "full": {"adapter": "none", "learning_rate": 2e-4},
     "lora": {
         "adapter": "lora",
         "learning_rate": 1e-3,
@@ -78,7 +78,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = options.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        train, held_out = function_calls.generate(0, *((16, 16) if options.quick else (240, 120)))
+        train, held_out = function_calls.generate(0, *((16, 16) if options.quick else (160, 96)))
         methods = [options.only] if options.only else list(METHODS)
         models = {"base": BASE}
         for method in methods:
