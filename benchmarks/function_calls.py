@@ -77,7 +77,7 @@ class Entities:
 
 def split(seed: int, held_out: float = 0.3) -> tuple[Entities, Entities]:
     """(those of training rows, those held out). No entity is in both."""
-    pools = (PEOPLE, CITIES, DAYS, TIMES, AMOUNTS, ROOMS, TASKS, SONGS, MESSAGES)
+    pools: tuple[Sequence[Any], ...] = (PEOPLE, CITIES, DAYS, TIMES, AMOUNTS, ROOMS, TASKS, SONGS, MESSAGES)
     rng = random.Random(f"entities:{seed}")  # noqa: S311  not for secrets
     shuffled = [rng.sample(pool, len(pool)) for pool in pools]
     cuts = [round(len(pool) * held_out) for pool in shuffled]
