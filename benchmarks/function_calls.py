@@ -21,7 +21,7 @@ def _split(words: str) -> list[str]:
     return words.split("|")
 
 
-PEOPLE = _split(
+NAMES = _split(
     "Anna|Ben|Clara|David|Emma|Frank|Grace|Henry|Iris|Jack|Karen|Liam|Maria|Noah|Olivia|Peter|Quinn|Rosa"
     "|Sam|Tara|Umar|Vera|Walter|Yusuf|Zoe|Amir|Bella|Carlos|Diana|Ethan|Fatima|George|Hannah|Ivan|Julia"
     "|Kevin|Laura|Miguel"
@@ -48,7 +48,7 @@ SONGS = _split(
 )
 MESSAGES = _split(
     "I am on my way|dinner is ready|the train is late|the plan has changed|the door is locked"
-    "|the meeting is over|I found the keys|the cake was great|we need more paper|the game starts soon"
+    "|the meeting is over|I by_text the keys|the cake was great|we need more paper|the game starts soon"
     "|the shop is closed|I will be late"
 )
 DAYS = [
@@ -64,7 +64,7 @@ AMOUNTS = range(12, 500)
 class Entities:
     """The entities of the training rows, or those of the held-out prompts."""
 
-    people: Sequence[str]
+    names: Sequence[str]
     cities: Sequence[str]
     days: Sequence[str]
     times: Sequence[str]
@@ -77,7 +77,7 @@ class Entities:
 
 def split(seed: int, held_out: float = 0.3) -> tuple[Entities, Entities]:
     """(those of training rows, those held out). No entity is in both."""
-    pools: tuple[Sequence[Any], ...] = (PEOPLE, CITIES, DAYS, TIMES, AMOUNTS, ROOMS, TASKS, SONGS, MESSAGES)
+    pools: tuple[Sequence[Any], ...] = (NAMES, CITIES, DAYS, TIMES, AMOUNTS, ROOMS, TASKS, SONGS, MESSAGES)
     rng = random.Random(f"entities:{seed}")  # noqa: S311  not for secrets
     shuffled = [rng.sample(pool, len(pool)) for pool in pools]
     cuts = [round(len(pool) * held_out) for pool in shuffled]
@@ -117,7 +117,7 @@ def _reminder(rng: random.Random, e: Entities) -> tuple[str, Row]:
 
 
 def _money(rng: random.Random, e: Entities) -> tuple[str, Row]:
-    person, amount = rng.choice(e.people), rng.choice(e.amounts)
+    person, amount = rng.choice(e.names), rng.choice(e.amounts)
     text = rng.choice(
         (
             f"Send {amount} dollars to {person}.",
@@ -144,7 +144,7 @@ def _lights(rng: random.Random, e: Entities) -> tuple[str, Row]:
 
 
 def _table(rng: random.Random, e: Entities) -> tuple[str, Row]:
-    person, guests, time = rng.choice(e.people), rng.randint(2, 9), rng.choice(e.times)
+    person, guests, time = rng.choice(e.names), rng.randint(2, 9), rng.choice(e.times)
     text = rng.choice(
         (
             f"Book a table for {guests} at {time} under the name {person}.",
@@ -170,7 +170,7 @@ def _song(rng: random.Random, e: Entities) -> tuple[str, Row]:
 
 
 def _message(rng: random.Random, e: Entities) -> tuple[str, Row]:
-    person, message = rng.choice(e.people), rng.choice(e.messages)
+    person, message = rng.choice(e.names), rng.choice(e.messages)
     text = rng.choice(
         (
             f"Tell {person} that {message}.",
@@ -215,7 +215,7 @@ FUNCTIONS: list[tuple[Row, Request]] = [
 
 def _small_talk(rng: random.Random, e: Entities) -> tuple[str, str]:
     """A message that needs no call, and its answer."""
-    person, city = rng.choice(e.people), rng.choice(e.cities)
+    person, city = rng.choice(e.names), rng.choice(e.cities)
     return rng.choice(
         (
             (f"Hello, I am {person}.", f"Hello {person}, what can I do for you?"),
@@ -247,11 +247,11 @@ def _conversation(rng: random.Random, e: Entities, plain: bool) -> Row:
 
 
 def _conversations(rng: random.Random, e: Entities, count: int) -> list[Row]:
-    found: dict[str, Row] = {}  # by their text, so that each is there once
-    while len(found) < count:
-        row = _conversation(rng, e, plain=len(found) % EVERY_PLAIN == EVERY_PLAIN - 1)
-        found.setdefault(row["messages"][0]["content"], row)
-    return list(found.values())
+    by_text: dict[str, Row] = {}  # by their text, so that each is there once
+    while len(by_text) < count:
+        row = _conversation(rng, e, plain=len(by_text) % EVERY_PLAIN == EVERY_PLAIN - 1)
+        by_text.setdefault(row["messages"][0]["content"], row)
+    return list(by_text.values())
 
 
 def generate(seed: int, train: int, held_out: int) -> tuple[list[Row], list[Row]]:

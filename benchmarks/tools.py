@@ -78,12 +78,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = options.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        train, held_out = function_calls.generate(0, *((16, 16) if options.quick else (160, 96)))
+        train, held_out = function_calls.generate(0, *((16, 16) if options.quick else (120, 96)))
         methods = [options.only] if options.only else list(METHODS)
         models = {"base": BASE}
         for method in methods:
             models |= trained(scores, folder, method, train)
-        answers = ask(scores, folder, models, held_out)
+        answers = measure(scores, folder, models, held_out)
     for method in methods:
         ours, theirs = answers[f"ours-{method}"], answers[f"trl-{method}"]
         for what in ("parsed", "exact"):
@@ -162,7 +162,7 @@ class Answers:
     plain: float  # of the prompts that need none: it made none
 
 
-def ask(scores: Scores, folder: Path, models: dict[str, Path], rows: list[Row]) -> dict[str, Answers]:
+def measure(scores: Scores, folder: Path, models: dict[str, Path], rows: list[Row]) -> dict[str, Answers]:
     """Starts the studio, asks each model every prompt, and prints how each did."""
     import openai
 
