@@ -252,14 +252,14 @@ class _Report:
         self._remember(row, text)
         for name in examples[0].unused if examples else row.unused:
             self.unused[name] = self.unused.get(name, 0) + 1
-        untrained = self.summary.untrained
+        untrained, lost = self.summary.untrained, self.summary.lost_tokens
         for example in examples:
             self.summary.add(example)
         if tokenizer is None:
             if len(self.samples) < SAMPLES:
                 self.samples.append({"line": row.line, "preview": preview_of(row)})
             return
-        if cut := sum(example.truncated for example in examples):
+        if cut := self.summary.lost_tokens - lost:
             self.findings.add("truncated", row.line, f"{cut} tokens cut off")
         if len(examples) > 1 and row.kind == "chat":
             self.several += len(examples)
@@ -412,12 +412,16 @@ def question_and_answer(row: Row) -> tuple[str, str]:
         last = trained[-1] if trained else len(row.segments)
         before = "".join(text for text, _ in row.segments[:last])
         return normal(before), row.segments[last][0] if trained else ""
-    answers = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
-    last = answers[-1] if answers else len(row.messages)
-    prompt = "\n".join(f"{m['role']}: {m['content']}" for m in row.messages[:last])
-    return normal(prompt), preview_of_message(row.messages[last]).removeprefix(
-        "assistant: "
-    ) if answers else ""
+    last = len(row.messages) - 1
+    while last >= 0 and row.messages[last]["role"] != "assistant":
+        last -= 1
+    before = row.messages[:last] if last >= 0 else row.messages
+    prompt = "\n".join([f"{m['role']}: {m['content']}" for m in before])
+    if last < 0:
+        return normal(prompt), ""
+    answer = row.messages[last]
+    text = answer["content"] if len(answer) == 2 else preview_of_message(answer).removeprefix("assistant: ")
+    return normal(prompt), text
 
 
 def colored_tokens(example: Example, tokenizer: Tokenizer, limit: int = SAMPLE_TOKENS) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -167,9 +167,9 @@ def encoded_batches(
         for row, parts in zip(batch, encode_batch(batch, tokenizer, settings), strict=True):
             if not isinstance(parts, BadRow):
                 length, split = settings.sequence_length, row.kind == "text"
-                encoded.append(
-                    (row, [piece for tokens in parts for piece in tokens.cut(length, split=split)])
-                )
+                if length and any(tokens.stop > length for tokens in parts):
+                    parts = [piece for tokens in parts for piece in tokens.cut(length, split=split)]
+                encoded.append((row, parts))
             elif on_bad is not None:
                 on_bad(parts)
             else:
@@ -205,8 +205,9 @@ def encode_batch(
     for row in batch:
         rows.append(row)
         try:
-            if row.kind == "chat" and (missing := _inexpressible(row, tokenizer)):
-                rows[-1] = replace(row, unused=(*row.unused, *missing))
+            more = row.kind == "chat" and max(map(len, row.messages)) > 2  # than role and content
+            if more and (missing := _inexpressible(row, tokenizer)):
+                rows[-1] = row._replace(unused=(*row.unused, *missing))
             plans.append(pieces(row, tokenizer))
         except TokenizerError as error:
             if tokenizer.template_fault:
@@ -238,7 +239,7 @@ def pieces(row: Row, tokenizer: Tokenizer) -> list[list[Piece]]:
 def numbered(read: Iterable[Row]) -> Iterator[Row]:
     """Rows with their number among the readable ones instead of their line: all elements of a JSON array may
     be on one line."""
-    return (replace(row, line=number) for number, row in enumerate(read, 1))
+    return (row._replace(line=number) for number, row in enumerate(read, 1))
 
 
 def batches(items: Iterable[Row]) -> Iterator[list[Row]]:
@@ -270,9 +271,9 @@ def batches(items: Iterable[Row]) -> Iterator[list[Row]]:
 def _tokens(row: Row, plan: list[list[Piece]], encoded: Iterator[Encoded], everything: bool) -> list[Tokens]:
     examples = []
     for part, example in enumerate(plan):
-        ids = list(islice(encoded, len(example)))
-        parts = [(p, i, everything or p.trained) for p, i in zip(example, ids, strict=True)]
-        examples.append(Tokens(row.line, parts, 0, sum(map(len, ids)), unused=row.unused, part=part))
+        parts = [(piece, next(encoded), everything or piece.trained) for piece in example]
+        length = sum([len(ids) for _, ids, _ in parts])
+        examples.append(Tokens(row.line, parts, 0, length, 0, row.unused, part))
     return examples
 
 
@@ -395,7 +396,10 @@ def _up_to_end(text: str, tokenizer: Tokenizer) -> str:
     """The answer up to the token at which generation stops. What the template writes after that (line breaks,
     Phi-4's second end token after the last turn) is never generated."""
     at, rest = 0, len(text)
-    for control in reversed(_controls(text, tokenizer)):
+    controls = _controls(text, tokenizer)
+    if len(controls) == 1 and text.endswith(controls[0][0]):  # most answers
+        return text
+    for control in reversed(controls):
         if text[control.end() : rest].strip():
             break
         rest = control.start()
