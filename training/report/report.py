@@ -265,7 +265,7 @@ class _Report:
             self.several += len(examples)
             self.findings.add("several_examples", row.line, f"{len(examples)} examples")
         if self.summary.untrained - untrained == len(examples):
-            code = "answer_cut" if examples[0].whole.trained else "nothing_to_train"
+            code = "answer_cut" if examples[0].targets[1] else "nothing_to_train"
             self.findings.add(code, row.line)
         elif row.kind == "chat" and not all(_ends(example, tokenizer) for example in examples):
             self.findings.add("missing_end", row.line)

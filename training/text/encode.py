@@ -61,6 +61,12 @@ class Example(NamedTuple):
     def trained(self) -> int:
         return self.mask.count(1)
 
+    @property
+    def targets(self) -> tuple[int, int]:
+        """(tokens trained on, tokens up to the first of them: 0 if there is none)"""
+        trained = self.trained
+        return trained, self.mask.index(1) + 1 if trained else 0
+
 
 class Tokens(NamedTuple):
     """The encoded pieces of a row, from token `start` to `stop`.
@@ -81,15 +87,19 @@ class Tokens(NamedTuple):
         return self.stop - self.start
 
     @property
-    def trained(self) -> int:
-        count = at = 0
+    def targets(self) -> tuple[int, int]:
+        """(tokens trained on, tokens up to the first of them, even if it is cut off: 0 if there is none)"""
+        count = at = first = 0
         for _, encoded, trained in self.parts:
             end = at + len(encoded)
             if trained:
                 # The very first token is never trained: nothing predicts it.
-                count += max(0, min(end, self.stop) - max(at, self.start + 1))
+                begin = max(at, self.start + 1)
+                count += max(0, min(end, self.stop) - begin)
+                if not first and end > begin:
+                    first = begin - self.start + 1
             at = end
-        return count
+        return count, first
 
     @property
     def last_trained(self) -> str:
@@ -111,11 +121,6 @@ class Tokens(NamedTuple):
         if mask:
             mask[0] = 0
         return Example(ids, mask, self.truncated, self.line, self.part)
-
-    @property
-    def whole(self) -> Tokens:
-        """The same before truncation."""
-        return self._replace(stop=self.stop + self.truncated, truncated=0)
 
     def cut(self, length: int | None, *, split: bool) -> list[Tokens]:
         """Fits it into `length` tokens: consecutive windows if `split`, otherwise the beginning."""
