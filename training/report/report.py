@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from training.data.bad_row import BadBase, LeftOut
-from training.data.formats import BadFile, BadRow, ByteRange, Format, Row, detect, detect_lenient, head, rows
+from training.data.formats import (
+    DEFAULT_LIMITS,
+    BadFile,
+    BadRow,
+    ByteRange,
+    Format,
+    Row,
+    detect,
+    detect_lenient,
+    head,
+    rows,
+)
+from training.data.readers import unused_columns
 from training.data.row_schemas import preview_of_message
 from training.data.summary import Summary
 from training.report.findings import (
@@ -181,6 +193,8 @@ class _Report:
             if time.monotonic() - reported > 0.5:
                 reported = time.monotonic()
                 progress(self.rows, min(0.99, self.characters / size))
+        for name, count in unused_columns(path, format, DEFAULT_LIMITS).items():
+            self.unused[name] = self.unused.get(name, 0) + count
 
     def read_both(
         self, path: Path, format: Format, progress: Progress, first: ByteRange, second: ByteRange
