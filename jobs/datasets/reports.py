@@ -21,8 +21,11 @@ from jobs.registry import base_models
 from jobs.store import blobs, outbox, tables
 from jobs.store.states import DatasetStatus, ReportStatus
 from jobs.store.tables import Dataset, DatasetReport, Job
+from training.data.summary import Summary
 from training.plan import catalog
+from training.plan.config import parse
 from training.plan.events import Failure
+from training.plan.warnings import every_answer_cut
 
 LEAKS = "#leaks#"  # prefix used in the key instead of a base, for the rows that two datasets have in common
 
@@ -109,6 +112,13 @@ def summary_for(dataset: Dataset, snapshot: Mapping[str, Any]) -> tuple[dict[str
     if current is not None and current.status == ReportStatus.READY:
         return dict(current.summary or {}), True
     return dict(dataset.summary or {}), False
+
+
+def cut_answers(dataset: Dataset, snapshot: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Why nothing can be learned with the sequence length of these settings, as far as the reports say; empty if
+    something can."""
+    summary, exact = summary_for(dataset, snapshot)
+    return every_answer_cut(parse(settings), Summary.from_dict(summary)) if exact else ""
 
 
 def refusal_for(dataset: Dataset, snapshot: Mapping[str, Any]) -> str:

@@ -69,6 +69,10 @@ def validate(job: Job) -> Job | None:
             return None
         if report is not None and report.status == ReportStatus.REFUSED:
             return _fail_unchecked(job, "dataset_rejected", report.error)
+        if refusal := reports.cut_answers(
+            dataset, job.base_snapshot or {"id": job.base}, submission.settings_of(job)
+        ):
+            return _fail_unchecked(job, "no_trained_token", refusal)
     return moves.announced(moves.move(job, moves.entering(job, JobStatus.QUEUED), moves.as_seen(job)))
 
 

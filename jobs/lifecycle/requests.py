@@ -51,7 +51,7 @@ def submit(owner: str, request: JobRequest, *, idempotency_key: str | None = Non
         raise LostRace(TOO_SLOW)
     if known:
         return known
-    submission.check_base(datasets, request.base_snapshot or {"id": request.base})
+    submission.check_base(datasets, request)
     job = submission.new_job(owner, job_id, request, datasets, slug)
     quotas.check_room(owner)
     if idempotency_key is None:
@@ -159,7 +159,7 @@ def edit(owner: str, job_id: str, request: JobRequest) -> Job:
         raise Refused("The job has already started. Clone it and edit the copy.", field="status")
     request = replace(request, base=job.base, suffix=job.suffix, base_snapshot=job.base_snapshot)
     datasets = submission.check(owner, request)
-    submission.check_base(datasets, request.base_snapshot or {"id": request.base})
+    submission.check_base(datasets, request)
     fresh = submission.new_job(owner, job_id, request, datasets, "")
     actions = [moves.set_attribute(Job, name, getattr(fresh, name)) for name in EDITABLE]
     if job.status != JobStatus.PAUSED:

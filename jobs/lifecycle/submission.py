@@ -119,10 +119,14 @@ def pin_base(owner: str, request: JobRequest) -> Mapping[str, Any]:
     return request.base_snapshot or pinned
 
 
-def check_base(datasets: list[Dataset], snapshot: Mapping[str, Any]) -> None:
-    """Raises Refused if a report already says that this base cannot be trained on the dataset."""
+def check_base(datasets: list[Dataset], request: JobRequest) -> None:
+    """Raises Refused if a report already says that this base cannot be trained on the dataset, or not with the
+    sequence length that was chosen."""
+    snapshot = request.base_snapshot or {"id": request.base}
     if refusal := reports.refusal_for(datasets[0], snapshot):
         raise Refused(refusal, field="dataset_id")
+    if refusal := reports.cut_answers(datasets[0], snapshot, request.settings):
+        raise Refused(refusal, field="sequence_length")
 
 
 def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset], slug: str) -> Job:

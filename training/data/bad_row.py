@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import date, datetime
+from decimal import Decimal
 from typing import Any
 
 
@@ -47,7 +49,7 @@ def check_text(line: int, name: str, value: Any) -> str:
 def _advice(value: Any) -> str:
     if value is None:
         return "Fill it in, or drop the row."
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool | int | float | Decimal):
         return f'Write it as text: "{value}".'[:80] if not isinstance(value, bool) else "Write it as text."
     if isinstance(value, bytes):
         return "The column has bytes. Convert it to text (a string column) before saving the file."
@@ -77,7 +79,7 @@ def is_empty(value: Any) -> bool:
 
 
 def kind_of(value: Any) -> str:
-    """The type of a JSON value in plain words."""
+    """The type of a value of JSON or Parquet in plain words."""
     names = {
         dict: "an object",
         list: "a list",
@@ -86,5 +88,8 @@ def kind_of(value: Any) -> str:
         int: "a number",
         float: "a number",
         bytes: "binary data",
+        Decimal: "a number",
+        date: "a date",
+        datetime: "a date and time",
     }
     return "empty (null)" if value is None else names.get(type(value), type(value).__name__)

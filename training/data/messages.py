@@ -29,7 +29,7 @@ ROLE_ALIASES = {
 }
 CALL_ROLES = ("function_call", "tool_call")  # ShareGPT: the value is the call, as JSON
 MAX_MESSAGES = 2000
-PLAIN_KEYS = {"role", "content"}
+PLAIN_ROLES = ROLES[:3]
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # Fields of a message that are read here, or that the template may express.
 KNOWN = {"role", "from", "content", "value", "weight", "train", "name", "tool_calls", "function_call"} | {
@@ -60,17 +60,19 @@ def read_messages(
     if len(value) > MAX_MESSAGES:
         raise BadRow(line, f"{len(value)} messages; the limit is {MAX_MESSAGES}", "Split the conversation.")
     return tuple(
-        message if is_plain(message) else _message(line, number, message, unused, extended)
-        for number, message in enumerate(value, 1)
+        [
+            message if is_plain(message) else _message(line, number, message, unused, extended)
+            for number, message in enumerate(value, 1)
+        ]
     )
 
 
 def is_plain(message: Any) -> bool:
     """Whether a message is already in the final form, as most are: a fast path."""
-    if not isinstance(message, dict) or message.keys() != PLAIN_KEYS or message["role"] not in ROLES[:3]:
+    if not isinstance(message, dict) or len(message) != 2:
         return False
-    content = message["content"]
-    return isinstance(content, str) and content.isascii()
+    content = message.get("content")
+    return isinstance(content, str) and content.isascii() and message.get("role") in PLAIN_ROLES
 
 
 def read_tools(line: int, value: Any) -> tuple[dict[str, Any], ...]:

@@ -91,9 +91,7 @@ def records(
     if format.container == "parquet":
         from training.data import parquet
 
-        # Files stored before are read as then: only their main columns.
-        beside = row_schemas.OPTIONAL_NAMES if format.version >= 2 else frozenset()
-        yield from parquet.records(path, format.columns, limits.decoded_bytes, beside)
+        yield from parquet.records(path, format.columns, limits.decoded_bytes, _beside(format))
         return
     with path.open("rb") as file:
         if format.container == "jsonl":
@@ -110,6 +108,20 @@ def records(
                 f"{format.container!r} is not a supported file format",
                 "Choose JSONL, JSON, CSV, Parquet or text.",
             )
+
+
+def unused_columns(path: Path, format: Format, limits: Limits) -> dict[str, int]:
+    """{name: rows in which it holds something} of the columns that `records` does not read."""
+    if format.container != "parquet" or format.version < 2:
+        return {}
+    from training.data import parquet
+
+    return parquet.unused(path, format.columns, limits.decoded_bytes, _beside(format))
+
+
+def _beside(format: Format) -> frozenset[str]:
+    """Columns that are read beside the main ones; none in files stored before."""
+    return row_schemas.OPTIONAL_NAMES if format.version >= 2 else frozenset()
 
 
 def _jsonl(

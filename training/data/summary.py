@@ -21,7 +21,7 @@ class Countable(Protocol):
     @property
     def length(self) -> int: ...
     @property
-    def trained(self) -> int: ...
+    def targets(self) -> tuple[int, int]: ...
     @property
     def truncated(self) -> int: ...
 
@@ -38,11 +38,14 @@ class Summary:
     truncated: int = 0  # examples that were cut
     lost_tokens: int = 0
     untrained: int = 0  # examples with nothing to train on
+    # The shortest sequence length that leaves a token of any answer, and one of every answer; 0 = not known.
+    first_answer: int = 0
+    every_answer: int = 0
     kind: str = ""  # chat | completion | text | preference
     histogram: list[int] = field(default_factory=list)  # examples of up to 16, 32, 64, … tokens
 
     def add(self, example: Countable) -> None:
-        length, trained = example.length, example.trained
+        length, (trained, begins) = example.length, example.targets
         self.examples += 1
         self.tokens += length
         self.trained_tokens += trained
@@ -50,6 +53,9 @@ class Summary:
         self.truncated += example.truncated > 0
         self.lost_tokens += example.truncated
         self.untrained += trained == 0
+        if begins:
+            self.first_answer = min(self.first_answer or begins, begins)
+            self.every_answer = max(self.every_answer, begins)
         bucket = max(0, (length - 1).bit_length() - 4)
         while len(self.histogram) <= bucket:
             self.histogram.append(0)
@@ -59,6 +65,8 @@ class Summary:
         for name in ("examples", "tokens", "trained_tokens", "truncated", "lost_tokens", "untrained"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest = max(self.longest, other.longest)
+        self.first_answer = min(filter(None, (self.first_answer, other.first_answer)), default=0)
+        self.every_answer = max(self.every_answer, other.every_answer)
         pairs = zip_longest(self.histogram, other.histogram, fillvalue=0)
         self.histogram = [mine + more for mine, more in pairs]
 

@@ -49,6 +49,28 @@ def cut(p: Planned) -> Warning | None:
     )
 
 
+def answers_cut(p: Planned) -> Warning | None:
+    length, every = p.settings.sequence_length or 0, p.summary.every_answer
+    if not 0 < length < every or every_answer_cut(p.settings, p.summary):
+        return None
+    return Warning(
+        "Some answers are cut off whole",
+        f"Their prompts alone fill {length:,} tokens, so these rows are left out of training. Every answer begins within {every:,} tokens.",
+    )
+
+
+def every_answer_cut(settings: Settings, summary: Summary) -> str:
+    """Why nothing could be learned with the sequence length that was chosen; empty if something can. Such a
+    job is refused."""
+    length, first = settings.sequence_length or 0, summary.first_answer
+    if not 0 < length < first or settings.train_on == "all":
+        return ""
+    return (
+        f"Every answer is cut off: the prompts alone fill the {length:,} tokens of the sequence length. "
+        f"The first answer begins at token {first:,}. Choose a longer one, or leave it automatic."
+    )
+
+
 def does_not_fit(p: Planned) -> Warning | None:
     fit = fits(p.base, p.machine, p.settings.adapter)
     if fit.fits:
@@ -145,6 +167,7 @@ def nothing_to_learn(p: Planned) -> Warning | None:
 
 CHECKS: tuple[Callable[[Planned], Warning | None], ...] = (
     cut,
+    answers_cut,
     does_not_fit,
     bf16_is_missing,
     bf16_is_slower,

@@ -358,10 +358,12 @@ def check_row(
     elif row.kind == "text":
         _check_written_empty(line, (row.text,), findings)
     elif row.kind == "chat":
-        _check_written_empty(line, (m["content"] for m in row.messages), findings)
+        _check_written_empty(line, [m["content"] for m in row.messages], findings)
         answers = [m for m in row.messages if m["role"] == "assistant" and m.get("weight", 1)]
-        if any(not m["content"].strip() and not m.get("tool_calls") for m in answers):
-            findings.add("empty_answer", line)
+        for answer in answers:
+            if not answer["content"].strip() and not answer.get("tool_calls"):
+                findings.add("empty_answer", line)
+                break
         if answers and row.messages[-1]["role"] != "assistant":
             findings.add("no_answer_last", line)
 
@@ -438,7 +440,6 @@ def _is_iban(text: str) -> bool:
 
 # Lowercase letters and digits stay, uppercase becomes lowercase, everything else a space.
 PLAIN = bytes(ord(chr(byte).lower()) if byte < 128 and chr(byte).isalnum() else 32 for byte in range(256))
-SEEN = (1 << 64) - 1
 
 
 def normal(text: str) -> str:
@@ -453,18 +454,18 @@ def normal(text: str) -> str:
 
 def fingerprint(text: str) -> int:
     """Eight bytes of a hash that differs in each process, so that collisions cannot be constructed."""
-    return hash(text) & SEEN
+    return hash(text)
 
 
 class DuplicateIndex:
     """Keeps eight bytes of each text, to find duplicates at the end."""
 
     def __init__(self) -> None:
-        self.keys, self.lines = array("Q"), array("Q")
+        self.keys, self.lines = array("q"), array("q")
 
     def add(self, text: str, line: int) -> None:
         if len(self.keys) < ROWS_COMPARED:
-            self.keys.append(fingerprint(text))
+            self.keys.append(hash(text))  # `fingerprint`, without a call
             self.lines.append(line)
 
     def join(self, later: DuplicateIndex, lines: int) -> None:
@@ -472,12 +473,12 @@ class DuplicateIndex:
         room = ROWS_COMPARED - len(self.keys)
         self.keys.extend(later.keys[:room])
         self.lines.extend(
-            array("Q", (np.frombuffer(later.lines, np.uint64)[:room] + np.uint64(lines)).tobytes())
+            array("q", (np.frombuffer(later.lines, np.int64)[:room] + np.int64(lines)).tobytes())
         )
 
     def repeats(self) -> Iterator[tuple[int, int]]:
         """(line, line of the first occurrence) of every repeated text, in file order."""
-        keys, lines = np.frombuffer(self.keys, np.uint64), np.frombuffer(self.lines, np.uint64)
+        keys, lines = np.frombuffer(self.keys, np.int64), np.frombuffer(self.lines, np.int64)
         if len(keys) == 0:
             return
         order = np.argsort(keys, kind="stable")
@@ -494,5 +495,5 @@ class DuplicateIndex:
         """Lines of `other` whose text is also in this index."""
         if not len(self.keys) or not len(other.keys):
             return []
-        here = np.isin(np.frombuffer(other.keys, np.uint64), np.frombuffer(self.keys, np.uint64))
-        return [int(line) for line in np.frombuffer(other.lines, np.uint64)[here]]
+        here = np.isin(np.frombuffer(other.keys, np.int64), np.frombuffer(self.keys, np.int64))
+        return [int(line) for line in np.frombuffer(other.lines, np.int64)[here]]

@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from training.data.bad_row import BadBase, LeftOut
-from training.data.formats import BadFile, BadRow, ByteRange, Format, Row, detect, detect_lenient, head, rows
+from training.data.formats import (
+    DEFAULT_LIMITS,
+    BadFile,
+    BadRow,
+    ByteRange,
+    Format,
+    Row,
+    detect,
+    detect_lenient,
+    head,
+    rows,
+)
+from training.data.readers import unused_columns
 from training.data.row_schemas import preview_of_message
 from training.data.summary import Summary
 from training.report.findings import (
@@ -181,6 +193,8 @@ class _Report:
             if time.monotonic() - reported > 0.5:
                 reported = time.monotonic()
                 progress(self.rows, min(0.99, self.characters / size))
+        for name, count in unused_columns(path, format, DEFAULT_LIMITS).items():
+            self.unused[name] = self.unused.get(name, 0) + count
 
     def read_both(
         self, path: Path, format: Format, progress: Progress, first: ByteRange, second: ByteRange
@@ -252,20 +266,20 @@ class _Report:
         self._remember(row, text)
         for name in examples[0].unused if examples else row.unused:
             self.unused[name] = self.unused.get(name, 0) + 1
-        untrained = self.summary.untrained
+        untrained, lost = self.summary.untrained, self.summary.lost_tokens
         for example in examples:
             self.summary.add(example)
         if tokenizer is None:
             if len(self.samples) < SAMPLES:
                 self.samples.append({"line": row.line, "preview": preview_of(row)})
             return
-        if cut := sum(example.truncated for example in examples):
+        if cut := self.summary.lost_tokens - lost:
             self.findings.add("truncated", row.line, f"{cut} tokens cut off")
         if len(examples) > 1 and row.kind == "chat":
             self.several += len(examples)
             self.findings.add("several_examples", row.line, f"{len(examples)} examples")
         if self.summary.untrained - untrained == len(examples):
-            code = "answer_cut" if examples[0].whole.trained else "nothing_to_train"
+            code = "answer_cut" if examples[0].targets[1] else "nothing_to_train"
             self.findings.add(code, row.line)
         elif row.kind == "chat" and not all(_ends(example, tokenizer) for example in examples):
             self.findings.add("missing_end", row.line)
@@ -412,12 +426,16 @@ def question_and_answer(row: Row) -> tuple[str, str]:
         last = trained[-1] if trained else len(row.segments)
         before = "".join(text for text, _ in row.segments[:last])
         return normal(before), row.segments[last][0] if trained else ""
-    answers = [i for i, m in enumerate(row.messages) if m["role"] == "assistant"]
-    last = answers[-1] if answers else len(row.messages)
-    prompt = "\n".join(f"{m['role']}: {m['content']}" for m in row.messages[:last])
-    return normal(prompt), preview_of_message(row.messages[last]).removeprefix(
-        "assistant: "
-    ) if answers else ""
+    last = len(row.messages) - 1
+    while last >= 0 and row.messages[last]["role"] != "assistant":
+        last -= 1
+    before = row.messages[:last] if last >= 0 else row.messages
+    prompt = "\n".join([f"{m['role']}: {m['content']}" for m in before])
+    if last < 0:
+        return normal(prompt), ""
+    answer = row.messages[last]
+    text = answer["content"] if len(answer) == 2 else preview_of_message(answer).removeprefix("assistant: ")
+    return normal(prompt), text
 
 
 def colored_tokens(example: Example, tokenizer: Tokenizer, limit: int = SAMPLE_TOKENS) -> dict[str, Any]:

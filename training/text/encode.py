@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -55,6 +55,12 @@ class Example(NamedTuple):
     def trained(self) -> int:
         return self.mask.count(1)
 
+    @property
+    def targets(self) -> tuple[int, int]:
+        """(tokens trained on, tokens up to the first of them: 0 if there is none)"""
+        trained = self.trained
+        return trained, self.mask.index(1) + 1 if trained else 0
+
 
 class Tokens(NamedTuple):
     """The encoded pieces of a row, from token `start` to `stop`.
@@ -75,15 +81,19 @@ class Tokens(NamedTuple):
         return self.stop - self.start
 
     @property
-    def trained(self) -> int:
-        count = at = 0
+    def targets(self) -> tuple[int, int]:
+        """(tokens trained on, tokens up to the first of them, even if it is cut off: 0 if there is none)"""
+        count = at = first = 0
         for _, encoded, trained in self.parts:
             end = at + len(encoded)
             if trained:
                 # The very first token is never trained: nothing predicts it.
-                count += max(0, min(end, self.stop) - max(at, self.start + 1))
+                begin = max(at, self.start + 1)
+                count += max(0, min(end, self.stop) - begin)
+                if not first and end > begin:
+                    first = begin - self.start + 1
             at = end
-        return count
+        return count, first
 
     @property
     def last_trained(self) -> str:
@@ -105,11 +115,6 @@ class Tokens(NamedTuple):
         if mask:
             mask[0] = 0
         return Example(ids, mask, self.truncated, self.line, self.part)
-
-    @property
-    def whole(self) -> Tokens:
-        """The same before truncation."""
-        return self._replace(stop=self.stop + self.truncated, truncated=0)
 
     def cut(self, length: int | None, *, split: bool) -> list[Tokens]:
         """Fits it into `length` tokens: consecutive windows if `split`, otherwise the beginning."""
@@ -161,9 +166,9 @@ def encoded_batches(
         for row, parts in zip(batch, encode_batch(batch, tokenizer, settings), strict=True):
             if not isinstance(parts, BadRow):
                 length, split = settings.sequence_length, row.kind == "text"
-                encoded.append(
-                    (row, [piece for tokens in parts for piece in tokens.cut(length, split=split)])
-                )
+                if length and any(tokens.stop > length for tokens in parts):
+                    parts = [piece for tokens in parts for piece in tokens.cut(length, split=split)]
+                encoded.append((row, parts))
             elif on_bad is not None:
                 on_bad(parts)
             else:
@@ -199,8 +204,9 @@ def encode_batch(
     for row in batch:
         rows.append(row)
         try:
-            if row.kind == "chat" and (missing := _inexpressible(row, tokenizer)):
-                rows[-1] = replace(row, unused=(*row.unused, *missing))
+            more = row.kind == "chat" and max(map(len, row.messages)) > 2  # than role and content
+            if more and (missing := _inexpressible(row, tokenizer)):
+                rows[-1] = row._replace(unused=(*row.unused, *missing))
             plans.append(pieces(row, tokenizer))
         except TokenizerError as error:
             if tokenizer.template_fault:
@@ -232,7 +238,7 @@ def pieces(row: Row, tokenizer: Tokenizer) -> list[list[Piece]]:
 def numbered(read: Iterable[Row]) -> Iterator[Row]:
     """Rows with their number among the readable ones instead of their line: all elements of a JSON array may
     be on one line."""
-    return (replace(row, line=number) for number, row in enumerate(read, 1))
+    return (row._replace(line=number) for number, row in enumerate(read, 1))
 
 
 def batches(items: Iterable[Row]) -> Iterator[list[Row]]:
@@ -264,9 +270,9 @@ def batches(items: Iterable[Row]) -> Iterator[list[Row]]:
 def _tokens(row: Row, plan: list[list[Piece]], encoded: Iterator[Encoded], everything: bool) -> list[Tokens]:
     examples = []
     for part, example in enumerate(plan):
-        ids = list(islice(encoded, len(example)))
-        parts = [(p, i, everything or p.trained) for p, i in zip(example, ids, strict=True)]
-        examples.append(Tokens(row.line, parts, 0, sum(map(len, ids)), unused=row.unused, part=part))
+        parts = [(piece, next(encoded), everything or piece.trained) for piece in example]
+        length = sum([len(ids) for _, ids, _ in parts])
+        examples.append(Tokens(row.line, parts, 0, length, 0, row.unused, part))
     return examples
 
 
@@ -389,7 +395,10 @@ def _up_to_end(text: str, tokenizer: Tokenizer) -> str:
     """The answer up to the token at which generation stops. What the template writes after that (line breaks,
     Phi-4's second end token after the last turn) is never generated."""
     at, rest = 0, len(text)
-    for control in reversed(_controls(text, tokenizer)):
+    controls = _controls(text, tokenizer)
+    if len(controls) == 1 and text.endswith(controls[0][0]):  # most answers
+        return text
+    for control in reversed(controls):
         if text[control.end() : rest].strip():
             break
         rest = control.start()

@@ -329,13 +329,21 @@ class Tokenizer:
         message."""
         if tools:
             return self._render(self.full_tool_template, messages, add_generation_prompt, tools)
+        if self._is_default:
+            text = _render_default_template(messages, self._end_text, add_generation_prompt)
+            if text is not None:
+                return text
         if any(m.get("role") == "tool" or m.get("tool_calls") for m in messages):
             return self._render(self.full_template, messages, add_generation_prompt, tools)
-        if self.chat_template in (CHAT_TEMPLATE, _CHAT_TEMPLATE_WITH_TOOLS) and all(
-            type(m.get("role")) is str and type(m.get("content")) is str for m in messages
-        ):
-            return _render_default_template(messages, self._token_text("eos_token"), add_generation_prompt)
         return self._render(self.chat_template, messages, add_generation_prompt, tools)
+
+    @cached_property
+    def _is_default(self) -> bool:
+        return self.chat_template in (CHAT_TEMPLATE, _CHAT_TEMPLATE_WITH_TOOLS)
+
+    @cached_property
+    def _end_text(self) -> str:
+        return self._token_text("eos_token")
 
     def _render(
         self,
@@ -404,9 +412,17 @@ class Tokenizer:
         Returns the messages, {placeholder: text} and the tools. All other conversations are encoded exactly
         as the template wrote them."""
         hidden: dict[str, str] = {}
+        pattern = self.special_pattern
+        if not tools:
+            for m in messages:
+                if len(m) > 2 or "role" not in m or type(content := m.get("content")) is not str:
+                    break
+                if pattern is not None and pattern.search(content):
+                    break
+            else:  # nothing to replace, as in most conversations
+                return list(messages), hidden, []
         if any("tool_calls" in message for message in messages):
             messages = _with_arguments(messages, as_text=False)  # their texts are looked at one by one
-        pattern = self.special_pattern
         if pattern is None:
             return list(messages), hidden, list(tools)
 
@@ -491,12 +507,19 @@ def _call(call: Any, as_text: bool) -> Any:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _render_default_template(messages: Sequence[Message], end: str, add_generation_prompt: bool) -> str:
-    """The same text as CHAT_TEMPLATE, thirty times faster."""
-    turns = [
-        f"{m['role'].capitalize()}:\n{m['content']}{end if m['role'] == 'assistant' else chr(10)}"
-        for m in messages
-    ]
+def _render_default_template(
+    messages: Sequence[Message], end: str, add_generation_prompt: bool
+) -> str | None:
+    """The same text as CHAT_TEMPLATE, thirty times faster. None if a message is more than a role and a
+    text."""
+    turns = []
+    for m in messages:
+        role, content = m.get("role"), m.get("content")
+        if type(content) is not str or type(role) is not str or role == "tool":
+            return None
+        if len(m) > 2 and m.get("tool_calls"):
+            return None
+        turns.append(f"{role.capitalize()}:\n{content}{end if role == 'assistant' else chr(10)}")
     return "\n".join(turns) + ("\nAssistant:\n" if add_generation_prompt else "")
 
 

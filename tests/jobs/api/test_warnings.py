@@ -58,3 +58,33 @@ def test_the_openapi_document_describes_warnings() -> None:
     job = api.get_openapi_schema()["components"]["schemas"]["Job"]
     warning = job["properties"]["llmtuner"]["properties"]["warnings"]["items"]
     assert set(warning["properties"]) == {"title", "text"}
+
+
+CUT = {"first_answer": 40, "every_answer": 90}
+
+
+def test_a_sequence_length_that_cuts_every_answer_is_refused(stores: None, users: dict[str, ApiUser]) -> None:
+    alice = users["alice"]
+    dataset_id = make_dataset(alice.owner, report=CUT).dataset_id
+    body = {"model": "starter", "training_file": dataset_id, "llmtuner": {"sequence_length": 39}}
+    response = Client().post("/v1/fine_tuning/jobs", body, "application/json", headers=alice.headers)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "llmtuner.sequence_length")
+    assert error["message"].startswith("Every answer is cut off: the prompts alone fill the 39 tokens")
+    everything = {"sequence_length": 39, "train_on": "all"}
+    assert create(alice, dataset_id, **everything)["status"] == "queued"
+
+
+def test_a_sequence_length_that_cuts_some_answers_is_a_warning(
+    stores: None, users: dict[str, ApiUser]
+) -> None:
+    alice = users["alice"]
+    dataset_id = make_dataset(alice.owner, report=CUT).dataset_id
+    for length, warned in ((40, True), (89, True), (90, False)):
+        warnings = create(alice, dataset_id, sequence_length=length)["llmtuner"]["warnings"]
+        assert ("Some answers are cut off whole" in [warning["title"] for warning in warnings]) == warned
+
+
+def test_reports_made_before_these_counts_refuse_nothing(stores: None, users: dict[str, ApiUser]) -> None:
+    dataset_id = make_dataset(users["alice"].owner).dataset_id
+    assert create(users["alice"], dataset_id, sequence_length=32)["status"] == "queued"

@@ -179,6 +179,21 @@ def test_a_base_that_cuts_away_every_answer_ends_the_job_and_refuses_the_next(ti
         submit(owner, dataset, tiny)
 
 
+def test_a_sequence_length_that_cuts_away_every_answer_ends_the_job_and_refuses_the_next(tiny):
+    owner = make_owner()
+    dataset = make_dataset(owner, [{**row, "prompt": row["prompt"] + " it" * 9} for row in ROWS])
+    job = submit(owner, dataset, tiny, sequence_length=8)
+    reports.build(owner, request_of(dataset, tiny))
+    words = "Every answer is cut off: the prompts alone fill the 8 tokens of the sequence length"
+    ended = read(job)
+    assert (ended.status, ended.reason) == ("failed", "no_trained_token")
+    assert ended.message.startswith(words)
+    with pytest.raises(transitions.Refused, match=words) as refusal:
+        submit(owner, dataset, tiny, sequence_length=8)
+    assert refusal.value.field == "sequence_length"
+    assert submit(owner, dataset, tiny, sequence_length=64).status == "queued"
+
+
 def test_a_job_that_waits_for_the_check_is_refused_by_its_words():
     owner = make_owner()
     text = "".join(json.dumps({**row, "prompt": row["prompt"] * 20}) + "\n" for row in LONG).encode()

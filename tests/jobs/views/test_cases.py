@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import json
 
 from django.test import Client
 from django.urls import reverse
@@ -67,3 +68,14 @@ def test_preference_pairs_are_refused_in_words(alices: Client, alice: User) -> N
     response = alices.post(reverse("jobs:new_job"), {"dataset": dataset.dataset_id, "base": "starter"})
     assert response.status_code == 422
     assert "Training on pairs is not supported." in response.content.decode()
+
+
+def test_a_sequence_length_that_cuts_away_every_answer_is_refused(alices: Client, alice: User) -> None:
+    rows = [{"prompt": f"{n} " + "is " * 70, "completion": " odd" if n % 2 else " even"} for n in range(12)]
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    dataset = upload_dataset(alice.owner_id, text, "rows.jsonl")
+    form = {"dataset": dataset.dataset_id, "base": "starter", "do": "start", "sequence_length": "32"}
+    response = alices.post(reverse("jobs:new_job"), form)
+    assert response.status_code == 422
+    assert "Every answer is cut off: the prompts alone fill the 32 tokens" in response.content.decode()
+    assert alices.post(reverse("jobs:new_job"), {**form, "sequence_length": "128"}).status_code == 302

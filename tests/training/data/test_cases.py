@@ -65,7 +65,7 @@ CASES: dict[str, Case] = {
     "12b_h2o_empty_answer.csv": Case("completion", trained=12, findings={"empty_answer": 12}),
     "13b_text_label.csv": Case("completion", trained=24, words=CLEAN),
     "15_nan.csv": Case("instruction", findings={"written_empty": 6}),
-    "19c_nested_messages.parquet": Case("chat", words=CLEAN),
+    "19c_nested_messages.parquet": Case("chat", findings={"unused_field": 1}, unused="when (12 rows)"),
     "19g_null_answer.parquet": refused(
         "completion",
         8,

@@ -331,3 +331,38 @@ def test_a_missing_path_is_reported_in_one_line(
     stderr = capsys.readouterr().err
     assert words in stderr
     assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["pairs", "conversations", "segments"])
+def test_the_counts_say_which_sequence_lengths_leave_an_answer(
+    tmp_path: Path, starter: Tokenizer, kind: str
+) -> None:
+    records: list[dict[str, Any]] = []
+    for number, row in enumerate(clean_rows(8, 3)):
+        prompt, answer = row["prompt"] + " please" * (number + 1) ** 2, row["completion"]
+        user, assistant = {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
+        records.append(
+            {
+                "pairs": {"prompt": prompt, "completion": answer},
+                "conversations": {"messages": [user, assistant, user, assistant]},
+                "segments": {"segments": [{"label": False, "text": prompt}, {"label": True, "text": answer}]},
+            }[kind]
+        )
+    path = put(tmp_path, records)
+    counts = report(path, starter, EncodingOptions(40))  # which cuts some of them itself
+    first, every = counts["first_answer"], counts["every_answer"]
+    assert 1 < first < 40 < every
+    for length in range(2, every + 2):
+        learns = [bool(one.trained) for one in examples(path, starter, EncodingOptions(length))]
+        assert (any(learns), all(learns)) == (length >= first, length >= every), length
+    for count in ("first_answer", "every_answer"):
+        assert Summary.from_dict({"examples": 3}).as_dict()[count] == 0  # a report made before these counts
+
+
+def test_two_halves_have_the_counts_of_the_whole() -> None:
+    whole, half, later = Summary(), Summary(), Summary(first_answer=7, every_answer=30)
+    for other in (half, later, Summary()):
+        whole.join(other)
+    assert (whole.first_answer, whole.every_answer) == (7, 30)
+    whole.join(Summary(first_answer=5, every_answer=20))
+    assert (whole.first_answer, whole.every_answer) == (5, 30)

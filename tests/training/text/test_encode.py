@@ -273,7 +273,7 @@ def test_counts_equal_the_lists(starter: Tokenizer, length: int | None, train_on
         cut = tokens.cut(length, split=split)
         for part in cut:
             ids, mask, truncated, line, _ = part.example()
-            assert (part.length, part.trained, line) == (len(ids), sum(mask), row.line)
+            assert (part.length, part.targets[0], line) == (len(ids), sum(mask), row.line)
             assert truncated == (0 if split else max(0, len(whole.ids) - (length or 10**9)))
             assert mask[0] == 0
         if split and length:
