@@ -220,7 +220,9 @@ def _calls(choice: Line, format: ResponseFormat) -> Line:
         return {"function_call": calls[0]}
     return {
         "tool_calls": [
-            {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": call} for call in calls
+            # Nine letters and digits: Mistral's chat templates take no other ids back.
+            {"id": secrets.token_hex(5)[:9], "type": "function", "function": call}
+            for call in calls
         ]
     }
 

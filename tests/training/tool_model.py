@@ -19,6 +19,7 @@ MISTRAL = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
     "{% elif m.role == 'tool' %}{{ '[TOOL_RESULTS]' + m.content + '[/TOOL_RESULTS]' }}"
     "{% else %}{{ m.content }}{% if m.tool_calls %}{{ '[TOOL_CALLS][' }}{% for c in m.tool_calls %}"
+    "{% if c.id is undefined or c.id | length != 9 %}{{ raise_exception('ids have nine characters') }}{% endif %}"
     "{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}"
     "{{ ', ' if not loop.last }}{% endfor %}{{ ']' }}{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
 )

@@ -20,8 +20,9 @@ from torch import Tensor
 from training.models.decoder import Decoder, penalized, sample
 from training.models.load import load_model
 from training.plan import hub
+from training.text.call_forms import Call, CallForm
 from training.text.tokenizer import Tokenizer
-from training.text.tool_calls import Call, CallForm, CallStream, overlap
+from training.text.tool_calls import CallStream, overlap
 
 FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 TopLogprobs = list[tuple[str, float]]

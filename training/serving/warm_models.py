@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from training.models.decoder import Decoder
 from training.models.generate import GenerateError
 from training.models.load import load_model
+from training.text.call_forms import CallForm
 from training.text.tokenizer import Tokenizer
-from training.text.tool_calls import CallForm, call_form
+from training.text.tool_calls import call_form
 
 
 @dataclass

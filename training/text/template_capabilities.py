@@ -15,6 +15,10 @@ OPENING = re.compile(r"<(\w+)>\s*(</\1>\s*)?$")  # begins the model's reasoning 
 _PROBE = "probe7f3a"
 _ARGUMENT = "argument7f3a"
 _ARGUMENTS = {_ARGUMENT: "value7f3a"}
+_RESULT = "result7f3a"
+_TOOL = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {}}}
+_SHORT_ID = "call00001"
+_LONG_ID = "call_0123456789abcdef01234567"  # as OpenAI writes them
 _SYSTEM = {"role": "system", "content": "Be short."}
 _QUESTION = {"role": "user", "content": "What is it?"}
 _ANSWER = {"role": "assistant", "content": ANSWER}
@@ -39,6 +43,8 @@ class ToolSupport(NamedTuple):
         frozenset()
     )  # any of tools (definitions), tool_calls (with the answers of tools)
     text_arguments: bool = False  # whether it takes a call's arguments as JSON text, not as an object
+    short_ids: bool = False  # whether the ids of calls must be nine characters (Mistral)
+    needs_ids: bool = False  # whether every call must have an id
 
 
 def expresses(render: RenderMessages) -> frozenset[str]:
@@ -55,21 +61,33 @@ def expresses(render: RenderMessages) -> frozenset[str]:
 
 def tool_support(render: RenderMessages, *, with_definitions: bool) -> ToolSupport:
     """`with_definitions`: whether calls are tried together with a tool's definition."""
-    tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {}}}
-    result = {"role": "tool", "content": "found", "tool_call_id": "call00001"}
-    tools = [tool] if with_definitions else []
-    known = {"tools"} if _PROBE in _rendered(render, [_QUESTION, _ANSWER], [tool]) else set()
+    tools = [_TOOL] if with_definitions else []
+    known = {"tools"} if _PROBE in _rendered(render, [_QUESTION, _ANSWER], [_TOOL]) else set()
     written = json.dumps(_ARGUMENTS)
-    for arguments in (_ARGUMENTS, written):
-        function = {"name": _PROBE, "arguments": arguments}
-        call = {"type": "function", "id": "call00001", "function": function}
-        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-        text = _rendered(render, [_QUESTION, calling, result, _ANSWER], tools)
+
+    def expressed(arguments: Any, id: str | None) -> bool:
+        text = _rendered(render, [_QUESTION, *_called(arguments, id), _ANSWER], tools)
         # An object that a template joins to text comes out in Python's notation.
-        right = str(_ARGUMENTS)[1:-1] not in text if arguments is _ARGUMENTS else written in text
-        if right and all(part in text for part in (_PROBE, "found", *_ARGUMENTS)):
-            return ToolSupport(frozenset(known | {"tool_calls"}), arguments is not _ARGUMENTS)
+        right = written in text if arguments is written else str(_ARGUMENTS)[1:-1] not in text
+        return right and all(part in text for part in (_PROBE, _RESULT, *_ARGUMENTS))
+
+    for arguments in (_ARGUMENTS, written):
+        if expressed(arguments, _SHORT_ID):
+            return ToolSupport(
+                frozenset(known | {"tool_calls"}),
+                text_arguments=arguments is written,
+                short_ids=not expressed(arguments, _LONG_ID),
+                needs_ids=not expressed(arguments, None),
+            )
     return ToolSupport(frozenset(known))
+
+
+def _called(arguments: Any, id: str | None) -> list[Message]:
+    """A call of a tool and its result."""
+    function = {"name": _PROBE, "arguments": arguments}
+    call = {"type": "function", "function": function} | ({"id": id} if id else {})
+    result = {"role": "tool", "content": _RESULT} | ({"tool_call_id": id} if id else {})
+    return [{"role": "assistant", "content": "", "tool_calls": [call]}, result]
 
 
 def fault(render: RenderMessages) -> str:
@@ -118,11 +136,11 @@ def after_answer(render: RenderMessages) -> str:
 
 
 def end_of_calls(
-    render: RenderMessages, control: re.Pattern[str] | None, *, text_arguments: bool
+    render: RenderMessages, support: ToolSupport, control: re.Pattern[str] | None, *, with_definitions: bool
 ) -> list[str]:
     """The token that ends a turn of calls, if it is none that stands inside one. `control` matches the
     control tokens."""
-    arguments: Any = json.dumps(_ARGUMENTS) if text_arguments else _ARGUMENTS
+    arguments: Any = json.dumps(_ARGUMENTS) if support.text_arguments else _ARGUMENTS
     calls = [
         {"type": "function", "id": f"call0000{i}", "function": {"name": _PROBE, "arguments": arguments}}
         for i in (1, 2)
@@ -130,7 +148,7 @@ def end_of_calls(
     for some in (calls, calls[:1]):  # some templates take only one
         turn = {"role": "assistant", "content": "", "tool_calls": some}
         try:
-            text = render([{"role": "user", "content": "Go."}, turn])
+            text = render([_QUESTION, turn], False, [_TOOL] if with_definitions else [])
         except BadTemplate:
             continue
         values = _ARGUMENTS[_ARGUMENT]

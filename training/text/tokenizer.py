@@ -7,6 +7,7 @@ Two rules always hold:
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\nAssistant:\\n' }}{% endif %}"
 )
 
+SHORT_ID = re.compile(r"[a-zA-Z0-9]{9}")  # the ids of calls that Mistral's templates take
 SHORTEST_END = 3  # characters; a shorter text could be part of an answer
 
 TOOL_USE = "tool_use"  # the named template for conversations with tools, as in transformers
@@ -215,11 +217,13 @@ class Tokenizer:
         after = template_capabilities.after_answer(self._renderer(self.chat_template))
         control = self.control_pattern.findall(after) if self.control_pattern else []
         if after:  # otherwise it would fail here too
-            control += template_capabilities.end_of_calls(
-                self._renderer(self.full_template),
-                self.control_pattern,
-                text_arguments=self.full_template in self._text_arguments,
-            )
+            for template, tools in ((self.full_template, False), (self.full_tool_template, True)):
+                control += template_capabilities.end_of_calls(
+                    self._renderer(template),
+                    self._tool_support(template),
+                    self.control_pattern,
+                    with_definitions=tools,
+                )
         written = [self.backend.token_to_id(token) for token in control]
         ids = dict.fromkeys([self.eos_id, *self.model_ends, *(i for i in written if i is not None)])
         text = after.rstrip()
@@ -235,8 +239,16 @@ class Tokenizer:
         return own | self._tool_support(self.chat_template).expresses
 
     def _tool_support(self, template: str) -> template_capabilities.ToolSupport:
-        named = template == self.named_templates.get(TOOL_USE)
-        return template_capabilities.tool_support(self._renderer(template), with_definitions=named)
+        if template not in self._tool_supports:
+            named = template == self.named_templates.get(TOOL_USE)
+            self._tool_supports[template] = template_capabilities.tool_support(
+                self._renderer(template), with_definitions=named
+            )
+        return self._tool_supports[template]
+
+    @cached_property
+    def _tool_supports(self) -> dict[str, template_capabilities.ToolSupport]:
+        return {}
 
     @cached_property
     def template_fault(self) -> str:
@@ -262,12 +274,6 @@ class Tokenizer:
         if needs <= self._tool_support(template).expresses:
             return template
         return with_tools(template, system="system" in self.expresses)
-
-    @cached_property
-    def _text_arguments(self) -> frozenset[str]:
-        """The templates that take a call's arguments as text."""
-        used = {self.full_template, self.full_tool_template}
-        return frozenset(template for template in used if self._tool_support(template).text_arguments)
 
     def _special_id(self, name: str) -> int | None:
         text = self._token_text(name)
@@ -353,7 +359,10 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]],
     ) -> str:
         if any(m.get("tool_calls") for m in messages):
-            messages = _with_arguments(messages, as_text=template in self._text_arguments)
+            support = self._tool_support(template)
+            messages = _with_arguments(messages, as_text=support.text_arguments)
+            if support.short_ids or support.needs_ids:
+                messages = _with_ids(messages, short=support.short_ids)
         try:
             return self._render_as_given(template, messages, add_generation_prompt, tools)
         except TemplateStopped as error:
@@ -487,6 +496,37 @@ def _with_arguments(messages: Sequence[Message], *, as_text: bool) -> Sequence[M
         else message
         for message in messages
     ]
+
+
+def _with_ids(messages: Sequence[Message], *, short: bool) -> Sequence[Message]:
+    """The messages with an id for every call and result. `short`: of nine letters and digits, others are
+    replaced by the number of the call."""
+    ids: dict[str, str] = {}  # the new id of each call, by the id that it had
+    waiting: list[str] = []  # ids of calls that no result belongs to yet
+    numbers = itertools.count(1)
+
+    def of_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+        given = call.get("id")
+        id = str(given or "")
+        if not id or (short and not SHORT_ID.fullmatch(id)):
+            id = f"call{next(numbers):05}"
+        ids[str(given)] = id
+        waiting.append(id)
+        return {**call, "id": id}
+
+    result = []
+    for message in messages:
+        changed = dict(message)
+        if isinstance(message.get("tool_calls"), list):
+            changed["tool_calls"] = [of_call(call) for call in message["tool_calls"]]
+        elif message.get("role") == "tool":
+            given = message.get("tool_call_id")
+            id = ids.get(given) if given else waiting[0] if waiting else None
+            if id:
+                changed["tool_call_id"] = id
+                waiting = [other for other in waiting if other != id]
+        result.append(changed)
+    return result
 
 
 def _call(call: Any, as_text: bool) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -63,6 +65,22 @@ def make_session(user: Any) -> Any:
 def users(transactional_db: None, rate_limits: None) -> dict[str, ApiUser]:
     """Committed, so that the web process sees them. None of their requests counts toward the next test's limit."""
     return {name: make_api_user(name) for name in ("alice", "bob")}
+
+
+def put_model(user: ApiUser, name: str, folder: Path, trained_on: str = "chat") -> str:
+    """Stores an exported folder as the user's model. Returns its ID."""
+    from jobs.store import blobs, tables
+    from jobs.store.tables import TunedModel
+
+    row = TunedModel(user.owner, f"ft:starter:{name}::12345678", name=name, base="starter", method="full")
+    row.trained_on, row.prefix, row.files = trained_on, f"models/{name}", []
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        blobs.put_file(f"{row.prefix}/{path.name}", [content])
+        sha256 = hashlib.sha256(content).hexdigest()
+        row.files.append({"name": path.name, "bytes": len(content), "sha256": sha256})
+    tables.put_new(row)
+    return str(row.model_id)
 
 
 def make_client(url: str, key: str, **options: Any) -> openai.OpenAI:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from tests.training.tiny import END, backend
 from training.models.generate import TextStream
+from training.text.call_forms import Call, CallForm
 from training.text.tokenizer import CHAT_TEMPLATE, Tokenizer
-from training.text.tool_calls import Call, CallForm, CallStream, call_form
+from training.text.tool_calls import CallStream, call_form
 
 USER = "{% if m.role == 'user' %}{{ '<|user|>' + m.content }}{% else %}{{ '<|assistant|>' }}"
 RESULT = "{% if m.role == 'tool' %}{{ '<|user|>' + m.content }}{% else %}"
@@ -233,6 +234,7 @@ def schemas(calls: list[Call]) -> list[dict[str, Any]]:
             "type": "function",
             "function": {
                 "name": call.name,
+                "description": "",
                 "parameters": {
                     "type": "object",
                     "properties": {
@@ -246,9 +248,9 @@ def schemas(calls: list[Call]) -> list[dict[str, Any]]:
     ]
 
 
-def read_back(name: str, calls: list[Call]) -> tuple[str, list[Call]]:
+def read_back(tokenizer: Tokenizer, form: CallForm, calls: list[Call]) -> tuple[str, list[Call]]:
     """What is read in an answer with these calls that arrives token by token."""
-    tokenizer, form, tools = tokenizer_of(name), form_of(name), schemas(calls)
+    tools = schemas(calls)
     stream = TextStream(tokenizer, [], (), form.markup)
     reader = CallStream(form, tools)
     text = raw = ""
@@ -289,7 +291,7 @@ def test_a_rendered_call_is_read_back(name: str) -> None:
     @settings(max_examples=60, deadline=None, database=None)
     @given(st.lists(calls, min_size=1, max_size=3 if case.several else 1, unique_by=lambda c: c.name))
     def check(calls: list[Call]) -> None:
-        text, parsed = read_back(name, calls)
+        text, parsed = read_back(tokenizer_of(name), form_of(name), calls)
         assert [repr(call) for call in parsed] == [repr(call) for call in calls]
         assert text in ("", "<think>\n\n</think>")
 
