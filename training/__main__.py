@@ -23,7 +23,7 @@ COMMANDS = {
         "training.report.fix",
         "write a new version of a dataset: rows dropped, edited, merged or held out",
     ),
-    "rows": ("training.report.rows", "show the rows of a dataset, page by page"),
+    "rows": ("training.data.pages", "show the rows of a dataset, page by page"),
 }
 
 

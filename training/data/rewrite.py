@@ -13,7 +13,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, time
 from pathlib import Path
@@ -44,6 +44,19 @@ def new_format(format: Format) -> Format:
         return format
     container = format.container if format.container in KEPT else "jsonl"
     return replace(format, container=container, encoding="utf-8", delimiter=",", header=True)
+
+
+def kind_of_rows(format: Format) -> str:
+    """What the rows are, in words. Files of one kind can be merged."""
+    return {
+        "chat": "conversations",
+        "sharegpt": "conversations",
+        "completion": "prompt and answer pairs",
+        "instruction": "instructions with answers",
+        "preference": "preference pairs",
+        "segments": "segments",
+        "text": "plain texts",
+    }.get(format.shape, "rows of an unknown kind")
 
 
 def sources(
@@ -104,7 +117,7 @@ def _plain(value: Any) -> Any:
     return value.isoformat() if isinstance(value, date | time) else str(value)
 
 
-def check_record(line: int, record: Any, format: Format, columns: list[str] | None = None) -> Row:
+def check_record(line: int, record: Any, format: Format, columns: Sequence[str] = ()) -> Row:
     """The row that an edited or added record becomes. `columns`: the names in a table of text. Raises BadRow."""
     if not isinstance(record, dict):
         raise BadRow(line, f"the row is {kind_of(record)}, not an object", row_schemas.SHAPE_HINT)
@@ -112,7 +125,7 @@ def check_record(line: int, record: Any, format: Format, columns: list[str] | No
         raise BadRow(line, f"values are nested more than {DEFAULT_LIMITS.depth} deep", "Keep examples flat.")
     if format.container == "csv":
         for name, value in record.items():
-            if columns is not None and name not in columns:
+            if columns and name not in columns:
                 raise BadRow(
                     line,
                     f"the table has no column {name[:60]!r}",

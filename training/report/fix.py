@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from training.data.formats import BadRow, Format, Row, detect
-from training.data.rewrite import Writer, check_record, line_ranges, new_format, sources
+from training.data.rewrite import Writer, check_record, kind_of_rows, line_ranges, new_format, sources
+from training.data.row_schemas import preview_of
 from training.report.findings import KINDS
-from training.report.report import findings_of, preview_of, question_and_answer
+from training.report.report import findings_of, question_and_answer
 from training.text.encode import EncodingOptions
 from training.text.tokenizer import Tokenizer, midnight
 
@@ -161,14 +162,14 @@ def edit(
             note(
                 row.line,
                 row,
-                None if record is None else check_record(row.line, record, chosen, out.names or None),
+                None if record is None else check_record(row.line, record, chosen, out.names),
             )
             if record is not None:
                 out.write(record)
         if left:
             raise ValueError(f"There is no row {next(iter(left))}: the file has {result.rows:,} rows.")
-        for number, record in enumerate(changes.get("added") or [], 1):
-            note(0, None, check_record(number, record, chosen, out.names or None))
+        for record in changes.get("added") or []:
+            note(0, None, check_record(0, record, chosen, out.names))
             out.write(record)
         result.kept = out.count
     return result
@@ -218,19 +219,6 @@ def merge(
     return result
 
 
-def kind_of_rows(format: Format) -> str:
-    """What the rows are, in words. Files of one kind can be merged."""
-    return {
-        "chat": "conversations",
-        "sharegpt": "conversations",
-        "completion": "prompt and answer pairs",
-        "instruction": "instructions with answers",
-        "preference": "preference pairs",
-        "segments": "segments",
-        "text": "plain texts",
-    }.get(format.shape, "rows of an unknown kind")
-
-
 def _roles(format: Format) -> dict[str, str]:
     """{role: column}, with one name for the role of conversations."""
     return {"messages" if role == "conversations" else role: name for role, name in format.columns.items()}
@@ -266,7 +254,9 @@ def main(given: argparse.Namespace) -> int:
     try:
         done = _run(given)
     except (BadRow, ValueError) as error:
-        print(json.dumps({"t": "refused", "error": describe(error)}))
+        print(
+            json.dumps({"t": "refused", "error": error.sentence if isinstance(error, BadRow) else str(error)})
+        )
         print(error, file=sys.stderr)
         return 10
     dropped = {code: lines[:MAX_LINES_PRINTED] for code, lines in done.dropped.items()}
@@ -296,11 +286,3 @@ def _run(given: argparse.Namespace) -> Fixed:
         seed=given.seed,
         lines=given.lines,
     )
-
-
-def describe(error: Exception) -> str:
-    """The error as a sentence, with the line and what to do."""
-    if not isinstance(error, BadRow):
-        return str(error)
-    text = f"{error}. {error.fix}".strip()
-    return text[0].upper() + text[1:]

@@ -12,7 +12,7 @@ from typing import Any
 
 from training.data.bad_row import BadBase, LeftOut
 from training.data.formats import BadFile, BadRow, ByteRange, Format, Row, detect, detect_lenient, head, rows
-from training.data.row_schemas import preview_of_message
+from training.data.row_schemas import preview_of, preview_of_message
 from training.data.summary import Summary
 from training.report.findings import (
     LINES_KEPT,
@@ -35,7 +35,7 @@ from training.text.encode import (
 )
 from training.text.tokenizer import Tokenizer
 
-SAMPLES, PREVIEW, SAMPLE_TOKENS = 5, 150, 400
+SAMPLES, SAMPLE_TOKENS = 5, 400
 SPLIT_FROM_BYTES = 16 << 20  # larger files are read by two processes
 JOINED = (
     "rows",
@@ -460,16 +460,6 @@ def row_tokens(
         if row.line > line:
             break
     raise KeyError(line)
-
-
-def preview_of(row: Row) -> str:
-    """The row on one line, cut to 150 characters."""
-    return one_line(row.preview)
-
-
-def one_line(text: str) -> str:
-    text = " ".join(text[: 4 * PREVIEW].split())
-    return text if len(text) <= PREVIEW else text[: PREVIEW - 1] + "…"
 
 
 def _ends(example: Tokens, tokenizer: Tokenizer) -> bool:

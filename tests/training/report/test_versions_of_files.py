@@ -15,9 +15,9 @@ import pytest
 
 from training.__main__ import main
 from training.data.formats import BadRow, Format, detect, rows
+from training.data.pages import read_page
 from training.report.fix import edit, fix, merge
 from training.report.report import report
-from training.report.rows import read_page
 
 # Everything here is a field that nothing uses, or an unusual way to write one.
 LINES = [
@@ -148,7 +148,7 @@ def test_parquet_and_documents_become_json_lines_with_all_columns(tmp_path: Path
         ({"rows": {"2": {"prompt": "Two?"}}}, "Line 2: 'completion' is missing (keys: prompt)"),
         ({"rows": {"2": {"prompt": 2, "completion": "2"}}}, "Line 2: 'prompt' is a number, not text"),
         ({"rows": {"9": None}}, "There is no row 9: the file has 4 rows."),
-        ({"added": [["x"]]}, "Line 1: the row is a list, not an object"),
+        ({"added": [["x"]]}, "The row is a list, not an object"),
     ],
 )
 def test_a_change_that_cannot_be_made_is_refused_in_words(
@@ -208,7 +208,7 @@ def test_a_split_by_lines_takes_the_rows_that_begin_there(tmp_path: Path) -> Non
             fix(path, tmp_path / "x", drop=(), validation=tmp_path / "y", lines=lines or ",")
 
 
-def test_rows_that_all_ask_the_same_cannot_be_split(tmp_path: Path) -> None:
+def test_rows_that_all_have_the_same_prompt_cannot_be_split(tmp_path: Path) -> None:
     path = put(
         tmp_path, "".join(json.dumps({"prompt": "Go", "completion": str(n)}) + "\n" for n in range(60))
     )

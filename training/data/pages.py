@@ -11,8 +11,7 @@ from typing import Any
 
 from training.data.formats import BadRow, Format, Row, detect
 from training.data.rewrite import Source, sources
-from training.report.fix import describe
-from training.report.report import preview_of
+from training.data.row_schemas import preview_of
 
 PAGE_ROWS = 20
 MAX_ROW_BYTES = 200_000  # as JSON in ASCII; longer rows are listed, but not included whole
@@ -100,7 +99,7 @@ def main(given: argparse.Namespace) -> int:
             after=given.after,
         )
     except (BadRow, ValueError) as error:
-        print(describe(error), file=sys.stderr)
+        print(error, file=sys.stderr)
         return 10
     print(json.dumps({"t": "rows", **page}))
     return 0
