@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from django.urls import path
 
-from jobs.views import datasets, estimates, jobs, live, models, notifications, objects, playground, uploads
+from jobs.views import (
+    dataset_rows,
+    datasets,
+    estimates,
+    jobs,
+    live,
+    models,
+    notifications,
+    objects,
+    playground,
+    uploads,
+)
 
 app_name = "jobs"
 
@@ -23,6 +34,10 @@ urlpatterns = [
     path("datasets/<str:dataset_id>/read-as/", datasets.read_as, name="read_as"),
     path("datasets/<str:dataset_id>/delete/", datasets.delete, name="delete_dataset"),
     path("datasets/<str:dataset_id>/fix/", datasets.fix, name="fix_dataset"),
+    path("datasets/<str:dataset_id>/rows/", dataset_rows.index, name="dataset_rows"),
+    path("datasets/<str:dataset_id>/rows/<str:row>/", dataset_rows.edit, name="edit_row"),
+    path("datasets/<str:dataset_id>/draft/", dataset_rows.draft, name="row_draft"),
+    path("datasets/<str:dataset_id>/merge/", dataset_rows.merge, name="dataset_merge"),
     path("jobs/", jobs.index, name="jobs"),
     path("jobs/new/", jobs.new, name="new_job"),
     path("jobs/new/estimate/", jobs.estimate, name="estimate"),

@@ -9,7 +9,7 @@ from django.views.decorators.http import require_safe
 from ninja import NinjaAPI
 from ninja.openapi.schema import OpenAPISchema
 
-from jobs.api import bodies, chat, errors, files, fine_tuning, models, uploads, webhooks
+from jobs.api import bodies, chat, errors, file_versions, files, fine_tuning, models, uploads, webhooks
 from llmtuner.api_docs import Docs
 
 DESCRIPTION = """Files, uploads, fine-tuning jobs, models, completions and chat completions, as OpenAI's clients expect them.
@@ -63,6 +63,7 @@ api = Api(
     openapi_extra={"info": {"license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}}},
 )
 api.add_router("/files", files.router, tags=["Files"])
+api.add_router("/files", file_versions.router, tags=["Files"])
 api.add_router("/uploads", uploads.router, tags=["Uploads"])
 api.add_router("/fine_tuning/jobs", fine_tuning.router, tags=["Fine-tuning"])
 api.add_router("/models", models.router, tags=["Models"])

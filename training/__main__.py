@@ -1,4 +1,4 @@
-"""`python -m training COMMAND …`: train, standby, generate, serve, export, check, fix.
+"""`python -m training COMMAND …`: train, standby, generate, serve, export, check, fix, rows.
 
 Each command imports only what it needs: `check` and `--help` never wait for torch.
 """
@@ -19,7 +19,11 @@ COMMANDS = {
     "serve": ("training.serving.serve", "serve generation requests as JSON lines"),
     "export": ("training.export.command", "export a checkpoint as a model folder"),
     "check": ("training.report.check", "read a dataset and report on it"),
-    "fix": ("training.report.fix", "write a new version of a dataset without the rows with findings"),
+    "fix": (
+        "training.report.fix",
+        "write a new version of a dataset: rows dropped, edited, merged or held out",
+    ),
+    "rows": ("training.data.pages", "show the rows of a dataset, page by page"),
 }
 
 

@@ -19,6 +19,7 @@ from jobs.api.schemas.files import File
 from jobs.datasets import datasets
 from jobs.store import access, blobs, tables
 from jobs.store.states import DatasetStatus
+from jobs.store.tables import Dataset
 
 router = Router(auth=READ)
 Json = dict[str, Any]
@@ -78,7 +79,7 @@ def list_files(
 def retrieve_file(request: CallerRequest, file_id: str) -> Json:
     if results.is_result(file_id):
         return results.describe(request.auth.owner, file_id)
-    return show(_find(request, file_id))
+    return show(find(request, file_id))
 
 
 @router.delete(
@@ -88,7 +89,7 @@ def delete_file(request: CallerRequest, file_id: str) -> Json:
     if results.is_result(file_id):
         results.describe(request.auth.owner, file_id)
         raise bad("A result file belongs to its job and is deleted with it.", "file_id", "not_deletable")
-    dataset = _find(request, file_id)
+    dataset = find(request, file_id)
     datasets.delete(request.auth.owner, dataset.dataset_id)
     return {"id": file_id, "object": "file", "deleted": True}
 
@@ -107,7 +108,7 @@ def file_content(request: CallerRequest, file_id: str) -> HttpResponseBase:
     if results.is_result(file_id):
         text = results.content(request.auth.owner, file_id)
         return _attachment(HttpResponse(text, content_type="application/octet-stream"), f"{file_id}.csv")
-    dataset = _find(request, file_id)
+    dataset = find(request, file_id)
     if not dataset.key:
         raise bad("The file is still being uploaded. Try again in a moment.", "file_id", "not_ready")
     response = StreamingHttpResponse(
@@ -133,7 +134,7 @@ def _attachment(response: HttpResponseBase, name: str) -> HttpResponseBase:
     return response
 
 
-def _find(request: CallerRequest, file_id: str) -> Any:
+def find(request: CallerRequest, file_id: str) -> Dataset:
     try:
         return access.get_dataset_for(request.auth.owner, file_id)
     except access.NotFound as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,19 @@ def leaks(dataset: Dataset, validation: Dataset) -> dict[str, Any] | None:
         return None
     leak: dict[str, Any] = next((f for f in report.get("findings", []) if f["code"] == "leak"), {})
     return {"count": int(leak.get("count") or 0), "lines": list(leak.get("lines") or [])}
+
+
+def read_page(dataset: Dataset, query: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A page of rows as written: see `training.data.pages.read_page`. None if it exceeded the limits."""
+    with sandbox.temporary_folder("rows-") as folder:
+        path = folder / ("data" + Path(dataset.name).suffix.lower()[:10])
+        blobs.fetch(dataset.key, path, sha256=dataset.sha256 or None)
+        arguments = ["rows", str(path)]
+        if dataset.format:
+            arguments += ["--format", json.dumps(dataset.format)]
+        for name, value in query.items():
+            arguments.append(f"--{name}={value}")  # with a sign, so that a search may begin with a dash
+        return sandbox.run(arguments, "rows")
 
 
 def summary_of(report: dict[str, Any]) -> dict[str, Any]:

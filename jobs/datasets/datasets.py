@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from django.conf import settings
 
+from jobs.datasets import drafts
 from jobs.datasets.signals import dataset_settled
 from jobs.store import access, blobs, outbox, queue, quotas, tables
 from jobs.store.quotas import OverQuota
@@ -161,7 +162,9 @@ def create_pending(owner: str, pending: Sequence[Dataset]) -> None:
         outbox.enqueue("check", owner, dataset.dataset_id)
 
 
-def store_content(dataset: Dataset, file: IO[bytes], origin: Mapping[str, Any]) -> Dataset | None:
+def store_content(
+    dataset: Dataset, file: IO[bytes], origin: Mapping[str, Any], format: Mapping[str, Any] | None = None
+) -> Dataset | None:
     """Stores the content of a pending dataset. Idempotent. Returns None if it was deleted in the meantime. Raises TooLarge."""
     key = key_of(dataset.owner, dataset.dataset_id)
     stored = blobs.put_file(key, file, max_bytes=int(settings.JOBS["max_upload_bytes"]))
@@ -171,6 +174,8 @@ def store_content(dataset: Dataset, file: IO[bytes], origin: Mapping[str, Any]) 
         Dataset.sha256.set(stored.sha256),
         Dataset.origin.set(dict(origin)),
     ]
+    if format:
+        actions.append(Dataset.format.set(dict(format)))
     wanted = (Dataset.status == DatasetStatus.CHECKING) & (Dataset.deleted == False)  # noqa: E712  a condition expression
     filled = tables.update(dataset, actions, wanted)
     if filled is None:
@@ -220,6 +225,10 @@ def recheck(owner: str, dataset_id: str, format: Mapping[str, Any]) -> Dataset:
     if any(dataset_id in (job.dataset_id, job.validation_dataset_id) for job in active):
         raise Rejected(
             "A job that has not ended uses this dataset. Wait until it ends, or upload the file again."
+        )
+    if drafts.get(dataset):
+        raise Rejected(
+            "Some rows have changes that are not saved. Save them as a new version, or discard them."
         )
     if not dataset.key or blobs.size_of(dataset.key) is None:
         raise Rejected("The file of this dataset was deleted. Upload it again.")
@@ -288,6 +297,7 @@ def _delete_bytes(owner: str, dataset_id: str) -> bool:
         return False  # a checked job still needs it
     for row in tables.rows(DatasetReport, dataset_id):
         tables.remove(DatasetReport, dataset_id, row.base)
+    drafts.discard(owner, dataset_id)
     blobs.delete_prefix(f"datasets/{owner}/{dataset_id}/")
     return True
 

@@ -28,6 +28,8 @@ from training.plan.events import Failure
 from training.plan.warnings import every_answer_cut
 
 LEAKS = "#leaks#"  # prefix used in the key instead of a base, for the rows that two datasets have in common
+ROWS = "#rows#"  # the same, for pages of rows
+PAGES_KEPT = 16  # of rows, for each dataset
 
 
 def uses_default_tokenizer(snapshot: Mapping[str, Any]) -> bool:
@@ -81,6 +83,32 @@ def request_row(dataset: Dataset, snapshot: Mapping[str, Any], line: int) -> Dat
     )
     outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{key}")
     row.save()
+    outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{key}")
+    return row
+
+
+def request_page(dataset: Dataset, query: Mapping[str, Any]) -> DatasetReport:
+    """A page of rows, as written. `query` has the arguments of `training.data.pages.read_page`. A request for another page
+    may replace one of those kept."""
+    digest = hashlib.sha256(json.dumps(query, sort_keys=True).encode()).digest()
+    key = f"{ROWS}{digest[0] % PAGES_KEPT}"
+    current = tables.get(DatasetReport, dataset.dataset_id, key)
+    wanted = {"query": dict(query)}
+    if (
+        current is not None and current.base_snapshot == wanted
+    ):  # also if it failed: the file would fail again
+        return current
+    row = DatasetReport(
+        dataset.dataset_id,
+        key,
+        owner=dataset.owner,
+        base_snapshot=wanted,
+        request_id=secrets.token_hex(8),
+    )
+    outbox.put("report", dataset.owner, f"{dataset.dataset_id}@{key}")
+    row.save()
+    if current is not None and current.report_key:
+        blobs.delete_file(current.report_key)
     outbox.enqueue("report", dataset.owner, f"{dataset.dataset_id}@{key}")
     return row
 
@@ -157,23 +185,23 @@ def build(owner: str, id: str) -> bool:
         return True
     if base.startswith(LEAKS):
         return _find_leaks(dataset, row)
-    line = row.base_snapshot.get("line")
-    status, error, report = _made(dataset, row, line)
+    query, line = row.base_snapshot.get("query"), row.base_snapshot.get("line")
+    is_part = query is not None or line is not None  # of the dataset, not a report on it
+    status, error, report = _read_page(dataset, query) if query is not None else _made(dataset, row, line)
     actions = [DatasetReport.status.set(status), DatasetReport.error.set(error[:2000])]
     if report is not None:
-        text = json.dumps(report, ensure_ascii=False).encode("utf-8", "replace")
+        # Pages of rows are in ASCII, because they keep also what UTF-8 cannot express.
+        text = json.dumps(report, ensure_ascii=query is not None).encode("utf-8", "replace")
         name = hashlib.sha256(base.encode()).hexdigest()[:16]
         key = f"datasets/{owner}/{dataset_id}/reports/{name}-{row.request_id}.json"
         actions += [
             DatasetReport.report_key.set(blobs.put_file(key, io.BytesIO(text)).key),
-            DatasetReport.summary.set(
-                datasets.trim_summary(checks.summary_of(report)) if line is None else {}
-            ),
+            DatasetReport.summary.set({} if is_part else datasets.trim_summary(checks.summary_of(report))),
         ]
     tables.update(
         row, actions, DatasetReport.request_id == row.request_id, lambda current: current.status == status
     )
-    if line is None:
+    if not is_part:
         dataset_settled.send(Dataset, owner=owner, dataset_id=dataset_id)
     current = tables.get(DatasetReport, dataset_id, base)
     # It is `checking` again if it was requested once more in the meantime.
@@ -190,6 +218,13 @@ def _find_leaks(dataset: Dataset, row: DatasetReport) -> bool:
         actions.append(DatasetReport.summary.set(current))
     tables.update(row, actions, DatasetReport.status == ReportStatus.CHECKING)
     return True
+
+
+def _read_page(dataset: Dataset, query: Mapping[str, Any]) -> tuple[str, str, dict[str, Any] | None]:
+    page = checks.read_page(dataset, query)
+    if page is None:
+        return ReportStatus.FAILED, "The rows could not be read within the time or memory limit.", None
+    return ReportStatus.READY, "", page
 
 
 def _made(dataset: Dataset, row: DatasetReport, line: int | None) -> tuple[str, str, dict[str, Any] | None]:

@@ -22,8 +22,12 @@ log = logging.getLogger(__name__)
 MAX_OUTPUT_BYTES = 8 << 20
 
 
-def run(arguments: list[str], kind: str, file_bytes: int = 1 << 20) -> dict[str, Any] | None:
-    """Runs `python -m training ARGUMENTS…` and returns its event of type `kind`, or None if it exceeded the limits."""
+def run(
+    arguments: list[str], kind: str | tuple[str, ...], file_bytes: int = 1 << 20
+) -> dict[str, Any] | None:
+    """Runs `python -m training ARGUMENTS…` and returns its event of this type (or one of these), or None if it exceeded the
+    limits."""
+    kinds = (kind,) if isinstance(kind, str) else kind
     seconds = settings.JOBS["check_timeout_s"]
     limits = Limits(
         memory_bytes=int(settings.JOBS["check_memory_bytes"]),
@@ -41,7 +45,7 @@ def run(arguments: list[str], kind: str, file_bytes: int = 1 << 20) -> dict[str,
                 continue
             with contextlib.suppress(ValueError):
                 event = json.loads(line)
-                if event.get("t") == kind:
+                if event.get("t") in kinds:
                     result = event
     finally:
         child.kill()

@@ -10,7 +10,7 @@ from django.urls import reverse
 from django.utils.http import urlencode
 from django.utils.text import Truncator
 
-from jobs.datasets import reports, versions
+from jobs.datasets import drafts, reports, versions
 from jobs.formatting import count, size
 from jobs.forms import ColumnsForm
 from jobs.registry import base_models
@@ -64,6 +64,7 @@ def report_context(dataset: Dataset, base: str = "", line: str = "") -> dict[str
     query = {name: value for name, value in (("as", base if other else ""), ("line", line)) if value}
     histogram = report.get("histogram") or []
     findings = [] if choice and choice["needed"] else report.get("findings", [])
+    draft = drafts.get(dataset) if dataset.status == DatasetStatus.READY else None
     is_counting = other is not None and other.status == ReportStatus.CHECKING
     return {
         "dataset": dataset,
@@ -82,7 +83,10 @@ def report_context(dataset: Dataset, base: str = "", line: str = "") -> dict[str
         "columns_in_use": _columns_in_use(dataset),
         "choice": choice,
         "tokenizers": lambda: _tokenizers(dataset, base),
-        "can_split": dataset.status == DatasetStatus.READY and versions.can_split(dataset),
+        "can_change": dataset.status == DatasetStatus.READY and dataset.purpose == "fine-tune",
+        "draft": draft,
+        "draft_words": versions.count_changes(draft.counts) if draft else "",
+        "saved_as_jsonl": not versions.keeps_format(dataset),
         "origin": _origin(dataset),
         "file_rows": _file_rows(dataset, report),
         "new_job": f"{reverse('jobs:new_job')}?{urlencode(_job_query(dataset))}",
@@ -259,7 +263,7 @@ def columns_context(dataset: Dataset, typed: Mapping[str, Any] | None = None) ->
             "header": not headerless,
         },
         "is_table": is_table,
-        "rows": [_preview_row(row) for row in rows],
+        "rows": [preview_row(row) for row in rows],
         "cells": head["rows"],
     }
 
@@ -277,7 +281,7 @@ def numbered_rows(head: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _preview_row(row: Row | BadRow) -> dict[str, Any]:
+def preview_row(row: Row | BadRow) -> dict[str, Any]:
     """A row as segments, each with its role, its text, and whether it is trained on."""
     if isinstance(row, BadRow):
         return {"line": row.line, "error": f"{row.reason}. {row.fix}"}

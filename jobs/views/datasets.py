@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 from django.conf import settings
 from django.contrib import messages
 from django.http import HttpRequest, HttpResponse
@@ -159,16 +162,32 @@ def columns(request: HttpRequest, dataset_id: str) -> HttpResponse:
 @require_POST
 def fix(request: HttpRequest, dataset_id: str) -> HttpResponse:
     """Starts a new version and redirects to it: `what` is the code of a finding (in the report for the base model `as`)
-    whose rows are removed, or a split into two parts."""
+    whose rows are removed, or a split into two parts, by `percent` and `seed` or by `lines`."""
     dataset = access.get_dataset_for(owner_of(request), dataset_id)
     context = report_context(dataset, request.POST.get("as", ""))
     what = request.POST.get("what", "")
     try:
-        versions.check(dataset, what, context["findings"])
-        new = versions.begin(dataset, what, context["other"])
+        if what == versions.SPLIT:
+            new, _ = versions.begin_split(dataset, _split_from(request.POST))
+        else:
+            versions.check(dataset, what, context["findings"])
+            new = versions.begin(dataset, what, context["other"])
     except Refused as error:
-        return render(request, "jobs/dataset_detail.html", {**context, "refused": str(error)}, status=400)
+        refused = {"refused": str(error), "refused_split": what == versions.SPLIT, "typed": request.POST}
+        return render(request, "jobs/dataset_detail.html", {**context, **refused}, status=400)
     except OverQuota as error:
         messages.error(request, str(error))
         return redirect("jobs:dataset", dataset_id)
     return redirect("jobs:dataset", new.dataset_id)
+
+
+def _split_from(typed: Mapping[str, str]) -> versions.Split:
+    """Raises Refused."""
+    if lines := typed.get("lines", "").strip():
+        return versions.Split(lines=lines[:1000])
+    percent, seed = typed.get("percent", "10").strip(), whole_number(typed.get("seed", "0").strip(), 2**31)
+    if not re.fullmatch(r"\d{1,2}(\.\d{1,3})?", percent, re.ASCII):
+        raise Refused("Share: enter a percentage above 0, up to 90.")
+    if seed is None:
+        raise Refused("Seed: enter a whole number.")
+    return versions.Split(float(percent), seed)

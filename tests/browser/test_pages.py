@@ -3,14 +3,41 @@ without JavaScript."""
 
 from __future__ import annotations
 
+import io
+import json
 from typing import Any
 
 import pytest
 
+from jobs.datasets import drafts, reports
+from jobs.store import blobs
+from jobs.store.tables import DatasetReport
 from tests.factories import browser_of, make_user
 from tests.jobs.views.makers import make_dataset, make_estimate_record, make_job, make_model, metric
 
 pytestmark = pytest.mark.browser
+
+
+def rows_pages(owner: str) -> list[str]:
+    chat = [{"role": "user", "content": "Where is it? " * 30}, {"role": "assistant", "content": "Here."}]
+    dataset = make_dataset(
+        owner, format={"container": "jsonl", "shape": "chat", "columns": {"messages": "messages"}}
+    )
+    record = {
+        "messages": chat,
+        "a_field_with_a_long_name": "x" * 300,
+        "tools": [{"function": {"name": "y" * 90}}],
+    }
+    rows = [{"row": n, "line": n, "preview": "Where", "record": record} for n in range(1, 21)]
+    page = reports.request_page(dataset, {"page": 1, "line": 0, "search": "", "after": 0})
+    stored = blobs.put_file(
+        "rows.json", io.BytesIO(json.dumps({"rows": rows, "page": 1, "more": True}).encode())
+    )
+    page.update(actions=[DatasetReport.status.set("ready"), DatasetReport.report_key.set(stored.key)])
+    drafts.change_row(dataset, 2, 2, None)
+    drafts.put_added(dataset, "0123abcd", record)
+    address = f"/datasets/{dataset.dataset_id}"
+    return [f"{address}/rows/", f"{address}/rows/3/", f"{address}/merge/"]
 
 
 def make_pages(owner: str) -> list[str]:
@@ -28,7 +55,7 @@ def make_pages(owner: str) -> list[str]:
     make_estimate_record(owner, 90)
     return [
         "/jobs/", "/jobs/new/", "/jobs/estimates/", f"/jobs/{job.job_id}/", f"/jobs/{failed.job_id}/", "/datasets/",
-        f"/datasets/{dataset.dataset_id}/", "/models/", f"/models/{model.model_id}/", "/playground/",
+        f"/datasets/{dataset.dataset_id}/", *rows_pages(owner), "/models/", f"/models/{model.model_id}/", "/playground/",
         "/notifications/", f"/jobs/{waiting.job_id}/edit/",
     ]  # fmt: skip
 

@@ -13,8 +13,12 @@ from tests.jobs.views.makers import make_dataset, make_job, make_model, metric
 
 MAX_READS = {
     "datasets": 1,
-    "dataset": 3,  # the dataset, its reports for other bases, the models of the Hub that can count its tokens
-    "dataset_report": 3,
+    # the dataset, its reports for other bases, the models of the Hub that can count its tokens, the draft of changes
+    "dataset": 4,
+    "dataset_report": 4,
+    # the dataset, the page of rows, the draft; and what the first request for a page writes
+    "dataset_rows": 3,
+    "dataset_merge": 2,  # the dataset, the others
     "jobs": 1,
     # datasets, tuned models, models of the Hub; workers, history and the queue (5), which are cached
     "new_job": 10,

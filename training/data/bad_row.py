@@ -16,6 +16,12 @@ class BadRow(ValueError):
         super().__init__(f"line {line}: {reason}" if line else reason)
         self.line, self.reason, self.fix = line, reason, fix
 
+    @property
+    def sentence(self) -> str:
+        """The line, the reason and how to fix it, as a page shows them."""
+        text = f"{self}. {self.fix}".strip()
+        return text[0].upper() + text[1:]
+
 
 class BadFile(BadRow):
     """Nothing after this point of the file can be read."""

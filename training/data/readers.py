@@ -127,14 +127,14 @@ def _beside(format: Format) -> frozenset[str]:
 def _jsonl(
     file: BinaryIO, format: Format, limits: Limits, part: ByteRange | None
 ) -> Iterator[tuple[int, Record]]:
-    for number, text in _lines(file, format, limits, part):
+    for number, text in lines(file, format, limits, part):
         if isinstance(text, BadRow):
             yield number, text
         elif text and not text.isspace():
-            yield number, _parse(number, text, limits)
+            yield number, parse(number, text, limits)
 
 
-def _lines(
+def lines(
     file: BinaryIO, format: Format, limits: Limits, part: ByteRange | None = None
 ) -> Iterator[tuple[int, str | BadRow]]:
     """Decoded lines. A line over the limit raises BadFile: what follows could be the rest of it."""
@@ -240,7 +240,7 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
                     row_schemas.JSON_HINT,
                 ) from error
             except (ValueError, RecursionError) as error:
-                raise BadFile(line, _reason(error), row_schemas.JSON_HINT) from error
+                raise BadFile(line, reason_of(error), row_schemas.JSON_HINT) from error
             yield line, _object(line, value, limits)
             line, buffer, want = line + buffer.count("\n", 0, end), buffer[end:], 1 << 16
         if not chunk:
@@ -382,7 +382,7 @@ def _text(file: BinaryIO, format: Format, limits: Limits, markdown: bool) -> Ite
     top-level heading."""
     held: list[str] = []
     start, size = 1, 0
-    for number, line in _lines(file, format, limits):
+    for number, line in lines(file, format, limits):
         if isinstance(line, BadRow):
             yield number, line
             continue
@@ -431,13 +431,13 @@ def _finite(text: str) -> float:
 DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
 
 
-def _parse(number: int, text: str, limits: Limits) -> Record:
+def parse(number: int, text: str, limits: Limits) -> Record:
     try:
         value = DECODER.decode(text)
     except json.JSONDecodeError as error:
         return BadRow(number, *row_schemas.explain_json(text, error))
     except (ValueError, RecursionError) as error:
-        return BadRow(number, _reason(error), row_schemas.JSON_HINT)
+        return BadRow(number, reason_of(error), row_schemas.JSON_HINT)
     return _object(number, value, limits, text.count("{") + text.count("["))
 
 
@@ -454,7 +454,7 @@ def _object(number: int, value: Any, limits: Limits, brackets: float = math.inf)
     return value
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "values are nested far too deep"
     return (

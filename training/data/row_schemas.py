@@ -32,6 +32,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "tools": ("tools", "functions"),
 }
 OPTIONAL_NAMES = frozenset(name for names in OPTIONAL.values() for name in names)
+PREVIEW = 150  # characters
 VERSION = 2  # of what is read of a row; files reported under 1 are read as then: only their main fields
 
 
@@ -77,6 +78,16 @@ def preview_of_message(message: Mapping[str, Any]) -> str:
         return text
     calls = [call["function"] for call in message["tool_calls"]]
     return text + "".join(f"{call['name']}({json.dumps(call['arguments'])})" for call in calls)
+
+
+def preview_of(row: Row) -> str:
+    """The row on one line, cut to 150 characters."""
+    return one_line(row.preview)
+
+
+def one_line(text: str) -> str:
+    text = " ".join(text[: 4 * PREVIEW].split())
+    return text if len(text) <= PREVIEW else text[: PREVIEW - 1] + "…"
 
 
 def recognize(record: Mapping[str, Any], forgiving: bool = False) -> tuple[str, dict[str, str]] | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from training.data import row_schemas
 from training.engine import device, inputs, precision
 from training.engine.checkpoint import Identity
 from training.engine.device import Device
@@ -126,7 +127,7 @@ def _describe(data: Inputs, run: Run, emit: Emit) -> None:
         emit("log", level="warning", message=note)
     shown = 0 if run.resume_from else min(report.SAMPLES, len(data.train))
     for i in range(shown):
-        text = report.one_line(data.tokenizer.decode(data.train[i][0][:PREVIEW_TOKENS].tolist()))
+        text = row_schemas.one_line(data.tokenizer.decode(data.train[i][0][:PREVIEW_TOKENS].tolist()))
         emit("log", level="info", message=f"Example {i + 1} of {len(data.train)}: {text}")
 
 

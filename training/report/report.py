@@ -24,7 +24,7 @@ from training.data.formats import (
     rows,
 )
 from training.data.readers import unused_columns
-from training.data.row_schemas import preview_of_message
+from training.data.row_schemas import preview_of, preview_of_message
 from training.data.summary import Summary
 from training.report.findings import (
     LINES_KEPT,
@@ -47,7 +47,7 @@ from training.text.encode import (
 )
 from training.text.tokenizer import Tokenizer
 
-SAMPLES, PREVIEW, SAMPLE_TOKENS = 5, 150, 400
+SAMPLES, SAMPLE_TOKENS = 5, 400
 SPLIT_FROM_BYTES = 16 << 20  # larger files are read by two processes
 JOINED = (
     "rows",
@@ -478,16 +478,6 @@ def row_tokens(
         if row.line > line:
             break
     raise KeyError(line)
-
-
-def preview_of(row: Row) -> str:
-    """The row on one line, cut to 150 characters."""
-    return one_line(row.preview)
-
-
-def one_line(text: str) -> str:
-    text = " ".join(text[: 4 * PREVIEW].split())
-    return text if len(text) <= PREVIEW else text[: PREVIEW - 1] + "…"
 
 
 def _ends(example: Tokens, tokenizer: Tokenizer) -> bool:

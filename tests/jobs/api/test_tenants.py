@@ -28,6 +28,9 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 OBJECTS = {  # one resource of one user
     "v1/files/<file_id>",
     "v1/files/<file_id>/content",
+    "v1/files/<file_id>/versions",
+    "v1/files/<file_id>/split",
+    "v1/files/<file_id>/merge",
     "v1/uploads/<upload_id>/parts",
     "v1/uploads/<upload_id>/complete",
     "v1/uploads/<upload_id>/cancel",
@@ -50,6 +53,10 @@ OBJECTS = {  # one resource of one user
     "datasets/<str:dataset_id>/columns/",
     "datasets/<str:dataset_id>/delete/",
     "datasets/<str:dataset_id>/fix/",
+    "datasets/<str:dataset_id>/rows/",
+    "datasets/<str:dataset_id>/rows/<str:row>/",
+    "datasets/<str:dataset_id>/draft/",
+    "datasets/<str:dataset_id>/merge/",
     "jobs/<str:job_id>/",
     "jobs/<str:job_id>/edit/",
     "jobs/<str:job_id>/actions/",
@@ -205,6 +212,7 @@ def send(client: Client, method: str, path: str, ids: dict[str, str]) -> tuple[i
         if path.startswith("/v1/"):
             api_fields = {
                 "training_file": ids["file_id"],
+                "file_id": ids["file_id"],
                 "messages": [{"role": "user", "content": "hello"}],
                 "max_tokens": 1,
             }

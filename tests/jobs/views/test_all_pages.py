@@ -15,7 +15,8 @@ from tests.journeys.test_reads import MAX_READS
 # Addresses that answer GET and are no whole page, or that a test leaves out.
 FILES = {"download_model", "job_csv", "job_log", "object"}
 PARTS = {"dataset_report", "job_actions", "job_live"}  # of pages that are listed
-READS_UNLIMITED = {"download_model", "object", "edit_job"}  # files, and a form that reads what new_job does
+# files, and forms that read what new_job and dataset_rows do
+READS_UNLIMITED = {"download_model", "object", "edit_job", "edit_row"}
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from html.parser import HTMLParser
 from typing import Any
 
@@ -10,6 +12,9 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
+from jobs.datasets import drafts, reports
+from jobs.store import blobs
+from jobs.store.tables import DatasetReport
 from tests.jobs.views.makers import make_dataset, make_job, make_model, metric
 
 PAYLOADS = [
@@ -38,6 +43,42 @@ class PageStructure(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, tuple(sorted(name for name, _ in attrs))))
+
+
+def make_rows(owner: str, text: str) -> tuple[str, str]:
+    """Two datasets: with rows and changes in all forms, and an edited version."""
+    format = {"container": "jsonl", "shape": "chat", "columns": {"messages": "messages"}}
+    dataset = make_dataset(owner, name=text, format=format)
+    chat = [{"role": "user", "content": text}, {"role": "assistant", "content": text, "x": text}]
+    record = {
+        "messages": [*chat, {"role": text, "content": None, text: text}],
+        text: text,
+        f"{text}2": {text: text},
+    }
+    rows: list[dict[str, Any]] = [{"row": n, "line": n, "preview": text, "record": record} for n in (1, 2)]
+    rows.append({"row": 3, "line": 3, "preview": text, "record": None})
+    for query in ({"page": 1, "line": 0, "search": ""}, {"page": 1, "line": 0, "search": searched(text)}):
+        page = reports.request_page(dataset, {**query, "after": 0})
+        content = {"rows": rows, "page": 1, "more": True}
+        stored = blobs.put_file(f"{query['search'] != ''}.json", io.BytesIO(json.dumps(content).encode()))
+        page.update(actions=[DatasetReport.status.set("ready"), DatasetReport.report_key.set(stored.key)])
+    drafts.change_row(dataset, 2, 2, record)
+    drafts.put_added(dataset, "0123abcd", record)
+    origin = {
+        "what": "edit",
+        "dataset_id": dataset.dataset_id,
+        "name": text,
+        "part": "",
+        "other": "",
+        "rows": 3,
+        "kept": 3,
+    }
+    origin |= {"counts": {"edited": 1}, "changed": [{"line": 1, "before": text, "after": text}]}
+    return dataset.dataset_id, make_dataset(owner, name=text, origin=origin).dataset_id
+
+
+def searched(text: str) -> str:
+    return "".join(letter for letter in text.strip() if letter.isprintable())
 
 
 def pages(client: Client, alice: User, text: str) -> dict[str, list[Any]]:
@@ -76,11 +117,15 @@ def pages(client: Client, alice: User, text: str) -> dict[str, list[Any]]:
         verdict={"sentence": text},
         export_check={"message": text},
     )
+    rows, edited = make_rows(owner, text)
     requests = [
         ("datasets", [], {}), ("dataset", [ready.dataset_id], {}), ("dataset", [rejected.dataset_id], {}),
         ("jobs", [], {}), ("job", [job.job_id], {}), ("new_job", [], {"clone": job.job_id}),
         ("models", [], {}), ("model", [model.model_id], {}), ("playground", [], {"model": model.model_id, "prompt": text}),
         ("edit_job", [waiting.job_id], {}),
+        ("dataset_rows", [rows], {}), ("dataset_rows", [rows], {"q": text}), ("edit_row", [rows, "1"], {}),
+        ("edit_row", [rows, "2"], {}), ("edit_row", [rows, "new-0123abcd"], {}), ("dataset_merge", [rows], {}),
+        ("dataset", [edited], {}),
         ("estimates", [], {}), ("notifications", [], {}),
     ]  # fmt: skip
     structures = {}

@@ -108,7 +108,7 @@ def test_rows_too_long_for_another_base_are_removed_by_its_report(alices: Client
 
 def test_a_tenth_is_split_off_as_a_separate_dataset(alices: Client, alice: User) -> None:
     original = upload_rows(alice.owner_id, ROWS)
-    assert "Split off 10% for validation" in dataset_page(alices, original)
+    assert "Split off rows for validation" in dataset_page(alices, original)
     train = run_checks(fix_dataset(alices, original, "split"))
     validation = run_checks(access.get_dataset_for(alice.owner_id, train.origin["other"]))
     assert (train.name, validation.name) == (

@@ -106,15 +106,19 @@ def test_holding_out_rows_alone_drops_nothing(tmp_path: Path) -> None:
 def test_the_command_prints_its_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = put(tmp_path, [*ROWS[:20], ROWS[3]])
     assert main(["fix", str(path), "--to", str(tmp_path / "new.jsonl")]) == 0
-    assert json.loads(capsys.readouterr().out) == {
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.pop("format")["container"] == "jsonl"
+    assert printed == {
         "t": "fixed",
         "rows": 21,
         "kept": 20,
         "validation": 0,
         "dropped": {"duplicate": [21]},
         "removed": [{"line": 21, "preview": "Number 3? It is 9."}],
+        "changed": [],
     }
     assert main(["fix", str(path), "--to", str(tmp_path / "new.jsonl"), "--drop", "few"]) == 10
+    assert json.loads(capsys.readouterr().out)["error"] == "these findings have no rows to drop: few"
 
 
 NO_SYSTEM = (
