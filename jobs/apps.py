@@ -14,4 +14,5 @@ class JobsConfig(AppConfig):
         import jobs.datasets.multipart
         import jobs.datasets.reports
         import jobs.lifecycle.estimates
-        import jobs.personal_data  # noqa: F401
+        import jobs.personal_data
+        import jobs.registry.imported_bases  # noqa: F401

@@ -300,14 +300,15 @@ class TunedModel(Table):
 
 
 class HubModel(Table):
-    """A model of the Hugging Face Hub that a user added, in the state in which it was checked."""
+    """A model of the Hugging Face Hub that a user added, in the state in which it was checked; or a base that an administrator
+    imported (jobs/registry/imported_bases.py)."""
 
     class Meta(ConnectionMeta):
         table_name = table_name("HubModel")
 
     owner = UnicodeAttribute(hash_key=True)
-    name = UnicodeAttribute(range_key=True)  # owner/name on the Hub
-    # training.plan.catalog.BaseModel and the revision
+    name = UnicodeAttribute(range_key=True)  # owner/name on the Hub, or the name given at the import
+    # training.plan.catalog.BaseModel and the revision; of an import also `prefix` and `files`
     snapshot: JSONAttribute = JSONAttribute(attr_name="facts", default=dict)
     checked_at = NumberAttribute(default=time.time)
 

@@ -249,9 +249,11 @@ class JobForm:
         }
 
     def _choices(self, machine: catalog.Machine, adapter: str) -> list[dict[str, Any]]:
-        """The base models, in groups: the catalog, the user's own, and those added from the Hub."""
+        """The base models, in groups: the catalog, those imported for all users, the user's own, and those added from the
+        Hub."""
         groups = [
             ("", catalog.base_models()),
+            ("Imported by the administrator", base_models.list_imported()),
             ("Your fine-tuned models", base_models.list_tuned(self.owner)),
             ("Added from the Hub", base_models.list_hub(self.owner)),
         ]
