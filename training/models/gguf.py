@@ -47,7 +47,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 def _convert(source: Path, name: str, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig  # late: takes seconds
-    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, GgufHeader, read_gguf_metadata
+    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
+    from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     path = str(source / "model.gguf")
@@ -69,13 +70,14 @@ def _convert(source: Path, name: str, folder: Path) -> None:
     bf16 = GgufHeader.from_file(path).dtype is torch.bfloat16
     arguments: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
     config = AutoConfig.from_pretrained(source, **arguments)
-    model, read = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source,
         config=config,
         dtype=torch.bfloat16 if bf16 else torch.float32,
         output_loading_info=True,
         **arguments,
     )
+    model, read = loaded
     if missing := sorted(read["missing_keys"]):
         raise Failure("base_model", f"The GGUF file {name} lacks weights of its model, such as {missing[0]}.")
     model.hf_quantizer = None  # it would not save; the weights are plain numbers now
