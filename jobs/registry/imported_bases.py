@@ -35,9 +35,10 @@ def check_name(name: str) -> None:
         raise Refused(f"There is already a base model {name}. Choose another name.", field="name")
 
 
-def add(name: str, model: Mapping[str, Any], folder: Path) -> HubModel:
-    """Stores the files of a base that was checked. `model` has the fields of BaseModel. Raises Refused, StorageError."""
-    import_id = tables.new_id("base")
+def add(name: str, model: Mapping[str, Any], folder: Path, import_id: str = "") -> HubModel:
+    """Stores the files of a base that was checked. `model` has the fields of BaseModel. Idempotent for the same `import_id`,
+    `base-<ULID>`. Raises Refused, StorageError."""
+    import_id = import_id or tables.new_id("base")
     outbox.put("delete", STUDIO, import_id)  # deletes the files if the import does not end
     prefix = f"bases/{import_id}"
     files = [
@@ -63,6 +64,12 @@ def add(name: str, model: Mapping[str, Any], folder: Path) -> HubModel:
 
 def find(name: str) -> HubModel | None:
     return tables.get(HubModel, STUDIO, name) if NAME.fullmatch(name) else None
+
+
+def is_added(name: str, import_id: str) -> bool:
+    """Whether this import has added the base."""
+    row = find(name)
+    return row is not None and row.snapshot.get("prefix") == f"bases/{import_id}"
 
 
 def list_all() -> list[HubModel]:
