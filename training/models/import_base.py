@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 import threading
+import traceback
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -57,6 +58,13 @@ def main(given: argparse.Namespace) -> int:
         emit({"t": "import", "model": import_model(given.source, given.to, given.limit_bytes)})
     except Failure as failure:
         emit({"t": "import", "error": str(failure)})
+    except MemoryError:
+        emit({"t": "import", "error": "The check of the model needs more memory than it may use."})
+    except Exception as error:  # damaged files make libraries raise anything
+        traceback.print_exception(error)
+        emit(
+            {"t": "import", "error": f"The model cannot be read: {type(error).__name__}: {str(error)[:200]}"}
+        )
     return 0
 
 
