@@ -1,4 +1,4 @@
-"""Jobs in Django's admin. The list and detail pages are our own views, because jobs are in DynamoDB."""
+"""Jobs and base models in Django's admin. The pages are our own views, because both are in DynamoDB."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ from django.contrib import admin
 from django.http import HttpRequest, HttpResponse
 from django.urls import URLPattern, path
 
-from jobs.models import OverseenJob
-from jobs.views import oversight
+from jobs.models import ImportedBase, OverseenJob
+from jobs.views import imported_bases, oversight
+
+View = Callable[..., HttpResponse]
+
+
+class OwnViews(admin.ModelAdmin):
+    """Uses Django's URL names, so that the admin index links here."""
+
+    def guarded(self, view: View) -> View:
+        def inner(request: HttpRequest, **kwargs: str) -> HttpResponse:
+            request.current_app = self.admin_site.name
+            return view(request, site=self.admin_site, **kwargs)
+
+        guarded_view: View = self.admin_site.admin_view(inner)
+        return guarded_view
 
 
 @admin.register(OverseenJob)
-class OverseenJobAdmin(admin.ModelAdmin):
-    """Uses Django's URL names, so that the admin index links here."""
-
+class OverseenJobAdmin(OwnViews):
     def get_urls(self) -> list[URLPattern]:
-        def guarded(view: Callable[..., HttpResponse]) -> Callable[..., HttpResponse]:
-            def inner(request: HttpRequest, **kwargs: str) -> HttpResponse:
-                request.current_app = self.admin_site.name
-                return view(request, site=self.admin_site, **kwargs)
-
-            guarded_view: Callable[..., HttpResponse] = self.admin_site.admin_view(inner)
-            return guarded_view
-
+        guarded = self.guarded
         return [
             path("", guarded(oversight.index), name="jobs_overseenjob_changelist"),
             path("<str:owner>/<str:job_id>/", guarded(oversight.detail), name="jobs_overseenjob_detail"),
@@ -43,3 +48,14 @@ class OverseenJobAdmin(admin.ModelAdmin):
 
     def has_delete_permission(self, request: HttpRequest, obj: object = None) -> bool:
         return False
+
+
+@admin.register(ImportedBase)
+class ImportedBaseAdmin(OwnViews):
+    def get_urls(self) -> list[URLPattern]:
+        guarded = self.guarded
+        return [
+            path("", guarded(imported_bases.index), name="jobs_importedbase_changelist"),
+            path("upload/", guarded(imported_bases.begin), name="jobs_importedbase_upload"),
+            path("<str:name>/remove/", guarded(imported_bases.remove), name="jobs_importedbase_remove"),
+        ]

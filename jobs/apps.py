@@ -11,6 +11,7 @@ class JobsConfig(AppConfig):
         # Importing these modules registers outbox handlers, steps to run after a job's end, and receivers of signals about
         # users and datasets. They import all other modules that register any.
         import jobs.datasets.checks
+        import jobs.datasets.model_imports
         import jobs.datasets.multipart
         import jobs.datasets.reports
         import jobs.lifecycle.estimates

@@ -1,5 +1,5 @@
-"""Jobs are stored in DynamoDB (`jobs.store.tables`). This unmanaged model has no table: it only gives Django's admin an
-entry and permissions for overseeing jobs; `jobs.admin` has the views."""
+"""Jobs and base models are stored in DynamoDB (`jobs.store.tables`). These unmanaged models have no tables: they only give
+Django's admin an entry and permissions; `jobs.admin` has the views."""
 
 from __future__ import annotations
 
@@ -15,3 +15,14 @@ class OverseenJob(models.Model):
 
     def __str__(self) -> str:
         return "a job"
+
+
+class ImportedBase(models.Model):
+    class Meta:
+        managed = False
+        default_permissions = ("view", "add", "delete")
+        verbose_name = "base model"
+        verbose_name_plural = "base models"
+
+    def __str__(self) -> str:
+        return "a base model"

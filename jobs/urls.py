@@ -42,6 +42,7 @@ urlpatterns = [
     path("jobs/new/", jobs.new, name="new_job"),
     path("jobs/new/estimate/", jobs.estimate, name="estimate"),
     path("jobs/new/base/", jobs.add_base, name="add_base"),
+    path("jobs/new/base/remove/", jobs.remove_base, name="remove_base"),
     path("jobs/new/count/", jobs.count_tokens, name="count_tokens"),
     path("jobs/estimates/", estimates.index, name="estimates"),
     path("jobs/<str:job_id>/", jobs.detail, name="job"),

@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": ("training.models.generate", "generate text with a model"),
     "serve": ("training.serving.serve", "serve generation requests as JSON lines"),
     "export": ("training.export.command", "export a checkpoint as a model folder"),
+    "import": ("training.models.import_base", "check a model and write the files of a base model"),
     "check": ("training.report.check", "read a dataset and report on it"),
     "fix": (
         "training.report.fix",

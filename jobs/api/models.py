@@ -38,7 +38,7 @@ def base_for_training(owner: str, name: str) -> str:
         return known.id
     if hub_models.is_id(wanted):
         return base_models.add_hub_model(owner, wanted)
-    listed = ", ".join(base.id for base in catalog.base_models())
+    listed = ", ".join(base.id for base in _shared())
     raise bad(
         f"There is no base model '{name}'. Available: {listed}, your own tuned models, and models on the Hugging Face Hub "
         f"as owner/name. To keep client code unchanged, the administrator can map names with BASE_MODEL_ALIASES, for "
@@ -52,7 +52,7 @@ def base_for_training(owner: str, name: str) -> str:
 def list_models(request: CallerRequest, after: paging.After = None) -> Json:
     """Lists all base models and all of your tuned models on a single page, as OpenAI does."""
     owner = request.auth.owner
-    known = [_base(base) for base in (*catalog.base_models(), *base_models.list_hub(owner))]
+    known = [_base(base) for base in (*_shared(), *base_models.list_hub(owner))]
     tuned = [_tuned(row) for row in access.list_models(owner, ALL)]
     return paging.page(paging.rest([*known, *tuned], after), False)
 
@@ -62,7 +62,7 @@ def retrieve_model(request: CallerRequest, model: str) -> Json:
     known = catalog.find(local_name(model))
     if known is not None:
         return {**_base(known), "id": model}
-    if added := base_models.get_hub_model(request.auth.owner, local_name(model)):
+    if added := base_models.get_added(request.auth.owner, local_name(model)):
         return {**_base(base_models.from_snapshot(added.snapshot)), "id": model}
     return {**_tuned(_find(request, local_name(model))), "id": model}
 
@@ -71,11 +71,18 @@ def retrieve_model(request: CallerRequest, model: str) -> Json:
     "/{path:model}", response={200: Deleted, 404: Error}, auth=WRITE, summary="Delete a tuned model"
 )
 def delete_model(request: CallerRequest, model: str) -> Json:
-    if catalog.find(model) is not None:
-        raise bad("Base models cannot be deleted.", "model", "not_deletable")
-    row = _find(request, model)
-    tuned_models.delete(request.auth.owner, row.model_id)
+    """The name of a model on the Hub takes it off your base models."""
+    owner = request.auth.owner
+    if any(base.id == model for base in _shared()) or catalog.find(model):
+        raise bad("Base models that all users share cannot be deleted.", "model", "not_deletable")
+    if not base_models.remove_hub_model(owner, model):
+        tuned_models.delete(owner, _find(request, model).model_id)
     return {"id": model, "object": "model", "deleted": True}
+
+
+def _shared() -> list[catalog.BaseModel]:
+    """The base models that all users have."""
+    return [*catalog.base_models(), *base_models.list_imported()]
 
 
 def _find(request: CallerRequest, model: str) -> Any:

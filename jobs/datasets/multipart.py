@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from django.conf import settings
@@ -24,44 +24,53 @@ from jobs.store.tables import Dataset, Upload, new_id
 PART = 5 << 20  # bytes: S3's minimum, except for the last part. Up to three parts are in memory at once.
 LIFETIME_S = 24 * 3600  # how long an upload stays open after its last part
 MAX_OPEN = 20  # per user
+BASE = "base-model"  # the purpose of an upload that becomes a base model: see jobs/datasets/model_imports.py
 LINKS = 64  # links that are signed per request
 COMBINE_S = 3600  # maximum time to combine the parts of an upload
 
 
-def begin(owner: str, name: str, size: int, fingerprint: str = "") -> Upload:
-    """Starts an upload, or returns the open one of the same file (with the same fingerprint, name and size). Raises Rejected,
-    OverQuota."""
+def begin(
+    owner: str, name: str, size: int, fingerprint: str = "", base: Mapping[str, str] | None = None
+) -> Upload:
+    """Starts an upload, or returns the open one of the same file (with the same fingerprint, name and size). `base` says that
+    it is a base model: {"name", "license"}. Raises Rejected, OverQuota."""
     limit = int(settings.JOBS["max_upload_bytes"])
     if size <= 0:
-        raise Rejected("The file is empty. Choose a file with one example per row.")
+        raise Rejected("The file is empty. Choose another file.")
     if size > limit:
-        raise Rejected(f"The file has {size:,} bytes; the limit is {limit:,}. Split it.")
-    uploads = list_open(owner)
+        advice = "Import it on the server, with manage.py import_base." if base else "Split it."
+        raise Rejected(f"The file has {size:,} bytes; the limit is {limit:,}. {advice}")
+    purpose = BASE if base else "fine-tune"
+    uploads = [row for row in tables.rows(Upload, owner) if row.target and is_open(row)]
+    same = (fingerprint, size, datasets.display_name(name), dict(base or {}))
     for row in uploads:
-        if fingerprint and (row.fingerprint, row.bytes, row.filename) == (
-            fingerprint,
-            size,
-            datasets.display_name(name),
-        ):
+        if fingerprint and (row.fingerprint, row.bytes, row.filename, row.base or {}) == same:
             return row
     if len(uploads) >= MAX_OPEN:
         raise quotas.OverQuota(f"You have {MAX_OPEN} open uploads. Complete or cancel one first.")
-    quotas.check(owner, "datasets")
+    if not base:
+        quotas.check(owner, "datasets")
     row = Upload(
-        owner, new_id("upload"), filename=datasets.display_name(name), bytes=size, fingerprint=fingerprint
+        owner,
+        new_id("upload"),
+        filename=datasets.display_name(name),
+        bytes=size,
+        fingerprint=fingerprint,
+        purpose=purpose,
+        base=dict(base) if base else None,
     )
     row.expires_at, row.target = time.time() + LIFETIME_S, new_id("file")
     outbox.put("delete", owner, row.upload_id)  # deletes the parts even if the upload is abandoned
     quotas.reserve(owner, row.upload_id, size)
     if blobs.takes_parts():
-        row.multipart = blobs.begin_parts(datasets.key_of(owner, row.target))
+        row.multipart = blobs.begin_parts(key_of(row))
     tables.put_new(row)
     return row
 
 
 def list_open(owner: str) -> list[Upload]:
-    """The uploads that can be resumed on a page, newest first."""
-    rows = [row for row in tables.rows(Upload, owner) if row.target and is_open(row)]
+    """The uploads of datasets that can be resumed on a page, newest first."""
+    rows = [row for row in tables.rows(Upload, owner) if row.target and row.purpose != BASE and is_open(row)]
     return sorted(rows, key=lambda row: row.upload_id, reverse=True)
 
 
@@ -91,7 +100,7 @@ def part_size(row: Upload, number: int) -> int:
 def received_parts(row: Upload) -> dict[int, int]:
     """The size in bytes of each part received so far."""
     if row.multipart:
-        return blobs.parts_of(_key(row), row.multipart)
+        return blobs.parts_of(key_of(row), row.multipart)
     sizes: dict[int, int] = {}
     for entry in row.part_ids or ():
         name, _, size = entry.rpartition(":")
@@ -105,7 +114,7 @@ def part_links(row: Upload, numbers: list[int]) -> dict[int, str]:
     if not row.multipart:
         return {}
     return {
-        number: blobs.part_link(_key(row), row.multipart, number, part_size(row, number))
+        number: blobs.part_link(key_of(row), row.multipart, number, part_size(row, number))
         for number in numbers[:LINKS]
     }
 
@@ -121,7 +130,7 @@ def put_part(row: Upload, number: int, file: IO[bytes], sha256: str = "") -> Non
     if sha256 and sha256.lower() != digest:
         raise Rejected(f"Part {number} was damaged in transit. Send it again.")
     if row.multipart:
-        blobs.put_part(_key(row), row.multipart, number, data)
+        blobs.put_part(key_of(row), row.multipart, number, data)
         entry: set[str] = set()
     else:
         name = f"p{number:05}-{digest}"
@@ -138,11 +147,7 @@ def complete(row: Upload) -> Dataset:
     """Combines the parts and returns the dataset. Idempotent. Raises Rejected, OverQuota."""
     if row.status == "completed":
         return access.get_dataset_for(row.owner, row.dataset_id)
-    _must_be_open(row)
-    received = received_parts(row)
-    missing = [n for n in range(1, part_count(row) + 1) if received.get(n) != part_size(row, n)]
-    if missing:
-        raise Rejected(f"Part {missing[0]} is missing. Choose the file again to resume the upload.")
+    must_be_whole(row)
     claimed = tables.update(row, [Upload.status.set("completing")], Upload.status == "pending")
     if claimed is None:
         raise Rejected("The upload is already being completed. Check your datasets in a moment.")
@@ -162,6 +167,15 @@ def complete(row: Upload) -> Dataset:
     return dataset
 
 
+def must_be_whole(row: Upload) -> None:
+    """Raises Rejected if the upload has ended or lacks a part."""
+    _must_be_open(row)
+    received = received_parts(row)
+    missing = [n for n in range(1, part_count(row) + 1) if received.get(n) != part_size(row, n)]
+    if missing:
+        raise Rejected(f"Part {missing[0]} is missing. Choose the file again to resume the upload.")
+
+
 def _received(row: Upload) -> Dataset:
     if row.multipart:
         return datasets.receive_multipart(
@@ -169,12 +183,10 @@ def _received(row: Upload) -> Dataset:
             row.target,
             row.filename,
             int(row.bytes),
-            lambda: blobs.finish_parts(_key(row), row.multipart),
+            lambda: blobs.finish_parts(key_of(row), row.multipart),
             fingerprint=row.fingerprint,
         )
-    return datasets.receive(
-        row.owner, row.filename, _content(row), fingerprint=row.fingerprint, reserved=True
-    )
+    return datasets.receive(row.owner, row.filename, content(row), fingerprint=row.fingerprint, reserved=True)
 
 
 def cancel(row: Upload) -> None:
@@ -192,7 +204,7 @@ def cancel(row: Upload) -> None:
 def discard(row: Upload) -> None:
     """Deletes the parts of an ended upload and releases its reserved bytes."""
     if row.multipart:
-        blobs.drop_parts(_key(row), row.multipart)
+        blobs.drop_parts(key_of(row), row.multipart)
     blobs.delete_prefix(_folder(row))
     quotas.unreserve(row.owner, row.upload_id)
 
@@ -215,9 +227,11 @@ def _must_be_open(row: Upload) -> None:
         raise Rejected("This upload has ended. Choose the file again.")
 
 
-def _content(row: Upload) -> Iterator[bytes]:
-    """The parts in order. Raises Rejected if a part was sent twice with different bytes, because which one is newer is
+def content(row: Upload) -> Iterator[bytes]:
+    """The parts in order, or the file that S3 combined. Raises Rejected if a part was sent twice with different bytes, because which one is newer is
     unknown."""
+    if row.multipart:
+        yield from blobs.blocks(key_of(row))
     names: dict[int, str] = {}
     for entry in sorted(row.part_ids or ()):
         name = entry.rpartition(":")[0]
@@ -231,7 +245,10 @@ def _folder(row: Upload) -> str:
     return f"uploads/{row.upload_id}/"
 
 
-def _key(row: Upload) -> str:
+def key_of(row: Upload) -> str:
+    """Where S3 combines the parts: a dataset's own key, or a temporary one of a base model, which is unpacked by its check."""
+    if row.purpose == BASE:
+        return f"{_folder(row)}file"
     return datasets.key_of(row.owner, row.target)
 
 
@@ -245,7 +262,11 @@ def progress(row: Upload) -> dict[str, Any]:
 def _delete_parts(owner: str, upload_id: str) -> bool:
     """Deletes an upload's parts once it is completed, cancelled or expired, or once its owner is deleted."""
     row = tables.get(Upload, owner, upload_id)
-    if row and row.status in {"pending", "completing"} and time.time() < row.expires_at + COMBINE_S:
+    if (
+        row
+        and row.status in {"pending", "completing", "checking"}
+        and time.time() < row.expires_at + COMBINE_S
+    ):
         return False
     if row is not None:
         discard(row)

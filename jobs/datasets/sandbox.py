@@ -23,14 +23,19 @@ MAX_OUTPUT_BYTES = 8 << 20
 
 
 def run(
-    arguments: list[str], kind: str | tuple[str, ...], file_bytes: int = 1 << 20
+    arguments: list[str],
+    kind: str | tuple[str, ...],
+    file_bytes: int = 1 << 20,
+    more_memory: int = 0,
 ) -> dict[str, Any] | None:
     """Runs `python -m training ARGUMENTS…` and returns its event of this type (or one of these), or None if it exceeded the
-    limits."""
+    limits.
+
+    `file_bytes` is the largest file that it may write. `more_memory` is added to the usual limit, in bytes."""
     kinds = (kind,) if isinstance(kind, str) else kind
     seconds = settings.JOBS["check_timeout_s"]
     limits = Limits(
-        memory_bytes=int(settings.JOBS["check_memory_bytes"]),
+        memory_bytes=int(settings.JOBS["check_memory_bytes"]) + more_memory,
         cpu_s=int(seconds),
         file_bytes=file_bytes,
         open_files=256,

@@ -217,9 +217,9 @@ class _QueuedRequest:
 
 
 def check_model(owner: str, model_id: str) -> TunedModel | None:
-    """Raises access.NotFound unless `owner` may generate with this model: one from the catalog, one that they added from the
-    Hub, or one of their own, which is returned."""
-    if catalog.find(model_id) or base_models.get_hub_model(owner, model_id):
+    """Raises access.NotFound unless `owner` may generate with this model: one from the catalog, one that was imported, one that
+    they added from the Hub, or one of their own, which is returned."""
+    if catalog.find(model_id) or base_models.get_added(owner, model_id):
         return None
     return tuned_models.get_for(owner, model_id)
 

@@ -302,7 +302,7 @@ def model_folder(owner: str, model_id: str) -> Path:
     """The model's folder on this machine, fetched if necessary. Raises access.NotFound."""
     if catalog.find(model_id):
         return base_models.folder(model_id, None)
-    if added := base_models.get_hub_model(owner, model_id):
+    if added := base_models.get_added(owner, model_id):
         return base_models.folder(model_id, added.snapshot)
     if checkpoint_models.SEPARATOR in model_id:
         return checkpoint_models.folder(owner, model_id)

@@ -1,7 +1,8 @@
-"""Base models of jobs: the catalog, the user's tuned models, and models of the Hugging Face Hub that were checked and added.
+"""Base models of jobs: the catalog, bases that an administrator imported, the user's tuned models, and models of the Hugging
+Face Hub that were checked and added.
 
-A job stores a snapshot of its base (`Job.base_snapshot`): the Hub's revision, or a tuned model's files with their SHA-256.
-This ensures that every attempt starts from the same weights, and that a model of the Hub cannot change after its check.
+A job stores a snapshot of its base (`Job.base_snapshot`): the Hub's revision, or the files of an imported or tuned model with
+their SHA-256. This ensures that every attempt starts from the same weights, and that a model of the Hub cannot change after its check.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.registry import hub_models, tuned_models
+from jobs.registry import hub_models, imported_bases, tuned_models
 from jobs.store import access, blobs, tables
 from jobs.store.errors import Refused
 from jobs.store.tables import HubModel, Job, TunedModel
@@ -30,7 +31,7 @@ def pin(owner: str, name: str) -> Snapshot:
     """The snapshot that a job stores of its base. Raises access.NotFound, also for another user's model."""
     if known := catalog.find(name):
         return {"id": known.id}
-    if row := get_hub_model(owner, name):
+    if row := get_added(owner, name):
         return dict(row.snapshot)
     snapshot = _of_tuned(access.get_model_for(owner, name))
     if snapshot is None:
@@ -60,7 +61,7 @@ def from_snapshot(snapshot: Mapping[str, Any]) -> BaseModel | None:
 
 
 def root_id(snapshot: Mapping[str, Any]) -> str:
-    """The model from the catalog or the Hub at the start of a chain of tuned models. Model IDs contain its name."""
+    """The model from the catalog, the Hub or an import at the start of a chain of tuned models. Model IDs contain its name."""
     return str(snapshot.get("root") or snapshot["id"])
 
 
@@ -85,15 +86,22 @@ def can_be_base(model: TunedModel) -> bool:
     return _of_tuned(model) is not None
 
 
+def list_imported() -> list[BaseModel]:
+    """Those that an administrator imported, for all users."""
+    return [model for row in imported_bases.list_all() if (model := from_snapshot(row.snapshot))]
+
+
 def list_hub(owner: str) -> list[BaseModel]:
     """Models of the Hub that this user added."""
     rows = tables.rows(HubModel, owner)
     return [model for row in rows if (model := from_snapshot(row.snapshot))]
 
 
-def get_hub_model(owner: str, name: str) -> HubModel | None:
-    """The row of a model of the Hub, if this user added it and the administrator still allows it."""
-    row = tables.get(HubModel, owner, name) if hub_models.is_id(name) else None
+def get_added(owner: str, name: str) -> HubModel | None:
+    """The row of an imported base, or of a model of the Hub, if this user added it and the administrator still allows it."""
+    if not hub_models.is_id(name):
+        return imported_bases.find(name)
+    row = tables.get(HubModel, owner, name)
     if row is not None:
         try:
             hub_models.check_allowed(name)
@@ -115,6 +123,14 @@ def add_hub_model(owner: str, name: str) -> str:
     snapshot = description.model.as_dict() | {"revision": description.revision}
     HubModel(owner, description.model.id, snapshot=snapshot, checked_at=time.time()).save()
     return description.model.id
+
+
+def remove_hub_model(owner: str, name: str) -> bool:
+    """Takes a model of the Hub off this user's list; False if it is not in it. Jobs keep their snapshot of it."""
+    if not hub_models.is_id(name) or tables.get(HubModel, owner, name) is None:
+        return False
+    tables.remove(HubModel, owner, name)
+    return True
 
 
 def _of_tuned(model: TunedModel) -> Snapshot | None:

@@ -163,23 +163,8 @@ def _check_files(name: str, description: Mapping[str, Any]) -> int:
 
 
 def _describe(name: str, description: Mapping[str, Any], config: Mapping[str, Any]) -> BaseModel:
-    if config.get("auto_map"):
-        raise unavailable(f"{name} needs custom code, which is never run here. Choose another model.")
-    if quantization := config.get("quantization_config"):
-        how = quantization.get("quant_method") if isinstance(quantization, dict) else ""
-        raise unavailable(
-            f"The weights of {name} are quantized{f' ({how})' if how else ''} and cannot be trained. "
-            "Choose the original model."
-        )
-    listed = config.get("architectures")
-    architectures = [str(name) for name in listed] if isinstance(listed, list) else []
-    if not any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in architectures):
-        what = (
-            f"it is {', '.join(architectures)[:100]}"
-            if architectures
-            else "its config.json names no architecture"
-        )
-        raise unavailable(f"{name} is not a causal language model: {what}. Choose one that generates text.")
+    if refusal := hub.config_refusal(name, config):
+        raise unavailable(refusal)
     try:
         model = catalog.from_config(config)
     except (ValueError, TypeError, OverflowError) as error:

@@ -23,7 +23,7 @@ from jobs.store.tables import JobIndex
 log = logging.getLogger(__name__)
 
 PARTITION = "work"
-KINDS = ("check", "report", "delete", "deliver", "leave", "expire")
+KINDS = ("check", "report", "delete", "deliver", "leave", "expire", "import")
 
 Handler = Callable[[str, str], bool]  # (owner, id) -> whether the work is done
 _handlers: dict[str, Handler] = {}

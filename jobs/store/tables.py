@@ -300,14 +300,15 @@ class TunedModel(Table):
 
 
 class HubModel(Table):
-    """A model of the Hugging Face Hub that a user added, in the state in which it was checked."""
+    """A model of the Hugging Face Hub that a user added, in the state in which it was checked; or a base that an administrator
+    imported (jobs/registry/imported_bases.py)."""
 
     class Meta(ConnectionMeta):
         table_name = table_name("HubModel")
 
     owner = UnicodeAttribute(hash_key=True)
-    name = UnicodeAttribute(range_key=True)  # owner/name on the Hub
-    # training.plan.catalog.BaseModel and the revision
+    name = UnicodeAttribute(range_key=True)  # owner/name on the Hub, or the name given at the import
+    # training.plan.catalog.BaseModel and the revision; of an import also `prefix` and `files`
     snapshot: JSONAttribute = JSONAttribute(attr_name="facts", default=dict)
     checked_at = NumberAttribute(default=time.time)
 
@@ -356,7 +357,8 @@ class Upload(Table):
     bytes = NumberAttribute(default=0)  # as declared at the start
     mime_type = UnicodeAttribute(default="")
     purpose = UnicodeAttribute(default="fine-tune")
-    status = UnicodeAttribute(default="pending")  # pending, completed, cancelled, expired
+    # pending, completed, cancelled, expired; of a base model also checking, rejected
+    status = UnicodeAttribute(default="pending")
     part_ids = UnicodeSetAttribute(null=True)  # `<part id>:<bytes>`
     dataset_id = UnicodeAttribute(default="")  # of the completed upload
     keep_s = NumberAttribute(null=True)  # requested lifetime of the file
@@ -364,6 +366,8 @@ class Upload(Table):
     # Recognizes the same file later: `sha256:…`, or a hash of samples of the file.
     fingerprint = UnicodeAttribute(attr_name="mark", default="")
     multipart = UnicodeAttribute(default="")  # S3's upload ID, if the parts go to S3
+    base: JSONAttribute = JSONAttribute(null=True)  # of a base model: {"name", "license"}
+    error = UnicodeAttribute(default="")  # why a base model was rejected
     created_at = NumberAttribute(default=time.time)
     expires_at = NumberAttribute(default=lambda: time.time() + 3600)
 

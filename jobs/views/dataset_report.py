@@ -175,7 +175,11 @@ def _tokenizers(dataset: Dataset, chosen: str) -> dict[str, Any]:
             }
             for row in reports.list_for(dataset.dataset_id)
         ],
-        "bases": [*catalog.base_models()[1:], *base_models.list_hub(dataset.owner)],
+        "bases": [
+            *catalog.base_models()[1:],
+            *base_models.list_imported(),
+            *base_models.list_hub(dataset.owner),
+        ],
     }
 
 

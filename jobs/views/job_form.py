@@ -15,7 +15,7 @@ from jobs.lifecycle import estimates
 from jobs.lifecycle import warnings as job_warnings
 from jobs.lifecycle.submission import holds_preferences, settings_of
 from jobs.lifecycle.transitions import JobRequest
-from jobs.registry import base_models
+from jobs.registry import base_models, hub_models
 from jobs.store import access
 from jobs.store.errors import Refused
 from jobs.store.lease import LostRace
@@ -249,9 +249,11 @@ class JobForm:
         }
 
     def _choices(self, machine: catalog.Machine, adapter: str) -> list[dict[str, Any]]:
-        """The base models, in groups: the catalog, the user's own, and those added from the Hub."""
+        """The base models, in groups: the catalog, those imported for all users, the user's own, and those added from the
+        Hub."""
         groups = [
             ("", catalog.base_models()),
+            ("Imported by the administrator", base_models.list_imported()),
             ("Your fine-tuned models", base_models.list_tuned(self.owner)),
             ("Added from the Hub", base_models.list_hub(self.owner)),
         ]
@@ -366,7 +368,8 @@ def _base_details(base: BaseModel, machine: catalog.Machine) -> dict[str, Any]:
         }
         for adapter, fit in fits.items()
     ]
-    return {"model": base, "numbers": numbers, "memory": memory}
+    # The user can take it off their list if they added it from the Hub.
+    return {"model": base, "numbers": numbers, "memory": memory, "removable": hub_models.is_id(base.id)}
 
 
 def _as_typed(job: Job) -> dict[str, str]:

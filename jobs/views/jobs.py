@@ -17,11 +17,13 @@ from jobs.formatting import moment
 from jobs.forms import RenameForm
 from jobs.lifecycle import transitions
 from jobs.notifications import webhooks
+from jobs.registry import base_models
 from jobs.store import access
 from jobs.store.tables import Job
 from jobs.views import presenters
 from jobs.views.decorators import owner_of, refusal_as_warning, signed_in, wants_partial
 from jobs.views.job_form import JobForm
+from training.plan import catalog
 
 PAGE_SIZE = 20
 MAX_EVENTS, TAIL, WINDOWS, WINDOW = 10_000, 2_000, 15, 300  # events read for a job's page
@@ -73,6 +75,18 @@ def add_base(request: HttpRequest) -> HttpResponse:
         form.refuse("hub", "Enter the ID of a Hub model first: owner/name.")
     form.add_from_hub()
     return render(request, "jobs/new_job.html", form.context(), status=422 if "hub" in form.errors else 200)
+
+
+@signed_in
+@require_POST
+def remove_base(request: HttpRequest) -> HttpResponse:
+    """Takes the chosen Hub model off the user's list, and selects the starter model. The page keeps everything else."""
+    form = JobForm.of(owner_of(request), request.POST)
+    name = form.values["base"]
+    if base_models.remove_hub_model(form.owner, name):
+        messages.success(request, f"{name} was removed from your base models. Your jobs and models stay.")
+        form.values["base"] = catalog.STARTER
+    return render(request, "jobs/new_job.html", form.context())
 
 
 @signed_in

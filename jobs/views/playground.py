@@ -14,10 +14,12 @@ from django.views.decorators.http import require_http_methods, require_POST
 from jobs.forms import GenerateForm
 from jobs.inference import generation
 from jobs.inference.generation import GenerateRequest
+from jobs.registry import base_models
 from jobs.store import access
 from jobs.store.tables import TunedModel
 from jobs.views.decorators import owner_of, signed_in_async
 from training.plan import catalog
+from training.plan.catalog import BaseModel
 
 MODES = {"chat": "chat", "completion": "prompt", "text": "prompt"}  # by what a model was trained on
 DEFAULTS: dict[str, Any] = {"temperature": 0, "top_p": 1, "max_tokens": 128}
@@ -39,7 +41,7 @@ async def page(request: HttpRequest) -> HttpResponseBase:
         "models": models,
         "chosen": chosen,
         "base": tuned.base if tuned else "",
-        "bases": [b for b in catalog.base_models() if b.id == catalog.STARTER or b.folder],
+        "bases": await sync_to_async(_bases_on_this_server)(),
         "typed": {"prompt": request.GET.get("prompt", ""), "mode": mode_of(tuned), **DEFAULTS},
         "answers": [],
         "form": GenerateForm(),
@@ -53,6 +55,11 @@ async def page(request: HttpRequest) -> HttpResponseBase:
                 for model in _models_to_run(form, context["base"])
             ]
     return await sync_to_async(render)(request, "jobs/playground.html", context)
+
+
+def _bases_on_this_server() -> list[BaseModel]:
+    """Those that need no download from the Hub."""
+    return [*(base for base in catalog.base_models() if base.folder), *base_models.list_imported()]
 
 
 def mode_of(model: TunedModel | None) -> str:

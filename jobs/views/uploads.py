@@ -9,15 +9,16 @@ from django.urls import reverse
 from django.utils.html import strip_tags
 from django.views.decorators.http import require_http_methods, require_POST
 
-from jobs.datasets import multipart
+from jobs.datasets import model_imports, multipart
 from jobs.datasets.datasets import Rejected
 from jobs.formatting import when
 from jobs.forms import whole_number
 from jobs.store.quotas import OverQuota
+from jobs.store.tables import Upload
 from jobs.views.decorators import owner_of, signed_in
 
 
-def _refused(message: str) -> JsonResponse:
+def refused(message: str) -> JsonResponse:
     return JsonResponse({"error": message}, status=422)
 
 
@@ -30,7 +31,7 @@ def begin(request: HttpRequest) -> HttpResponse:
     name, fingerprint = request.POST.get("name", ""), request.POST.get("mark", "")[:100]
     size = whole_number(request.POST.get("bytes", ""), 10**15)
     if size is None:
-        return _refused("Choose a file to upload.")
+        return refused("Choose a file to upload.")
     owner = owner_of(request)
     if not request.POST.get("again") and (same := multipart.find_duplicate(owner, size, fingerprint)):
         address = reverse("jobs:dataset", args=[same.dataset_id])
@@ -40,7 +41,12 @@ def begin(request: HttpRequest) -> HttpResponse:
     try:
         row = multipart.begin(owner, name, size, fingerprint)
     except (Rejected, OverQuota) as error:
-        return _refused(str(error))
+        return refused(str(error))
+    return begun(row)
+
+
+def begun(row: Upload) -> JsonResponse:
+    """Where the script sends the parts, and which ones the server already has."""
     return JsonResponse(
         {
             "url": reverse("jobs:upload_part", args=[row.upload_id, 0]).removesuffix("0/"),
@@ -64,7 +70,7 @@ def part(request: HttpRequest, upload_id: str, number: int) -> HttpResponse:
     try:
         multipart.put_part(row, number, request, request.headers.get("X-Part-Sha256", ""))
     except Rejected as error:
-        return _refused(str(error))
+        return refused(str(error))
     return JsonResponse({"part": number})
 
 
@@ -82,7 +88,7 @@ def links(request: HttpRequest, upload_id: str) -> HttpResponse:
             {"links": multipart.part_links(row, [number for number in numbers if number is not None])}
         )
     except Rejected as error:
-        return _refused(str(error))
+        return refused(str(error))
 
 
 @signed_in
@@ -90,9 +96,12 @@ def links(request: HttpRequest, upload_id: str) -> HttpResponse:
 def complete(request: HttpRequest, upload_id: str) -> HttpResponse:
     row = multipart.get_for(owner_of(request), upload_id)
     try:
+        if row.purpose == multipart.BASE:
+            model_imports.complete(row)
+            return JsonResponse({"url": reverse("admin:jobs_importedbase_changelist")})
         dataset = multipart.complete(row)
     except (Rejected, OverQuota) as error:
-        return _refused(str(error))
+        return refused(str(error))
     return JsonResponse({"url": reverse("jobs:dataset", args=[dataset.dataset_id])})
 
 
@@ -105,4 +114,6 @@ def cancel(request: HttpRequest, upload_id: str) -> HttpResponse:
     if request.headers.get("Accept", "").startswith("application/json"):
         return JsonResponse({"cancelled": True})
     messages.success(request, f"The upload of {row.filename} was discarded.")
-    return redirect("jobs:datasets")
+    return redirect(
+        "admin:jobs_importedbase_changelist" if row.purpose == multipart.BASE else "jobs:datasets"
+    )

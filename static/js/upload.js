@@ -34,6 +34,9 @@
   const hex = (buffer) => [...new Uint8Array(buffer)].map((byte) => byte.toString(16).padStart(2, "0")).join("");
   const digest = async (blob) => hex(await crypto.subtle.digest("SHA-256", await blob.arrayBuffer()));
 
+  // The form's other fields, such as the name of a base model.
+  const fieldsOf = (data) => Object.fromEntries([...data].filter(([name, value]) => name !== "csrfmiddlewaretoken" && typeof value === "string"));
+
   // A fingerprint that recognizes the same file later. For large files it uses the size and three samples, and without crypto
   // (plain HTTP) the name and date.
   async function fingerprintOf(file) {
@@ -146,7 +149,7 @@
     showMessage(`Checking ${file.name}…`);
     try {
       const fingerprint = await fingerprintOf(file);
-      const session = await withRetries(() => postForm(form.dataset.begin, { name: file.name, bytes: file.size, mark: fingerprint, ...(again && { again: "1" }) }));
+      const session = await withRetries(() => postForm(form.dataset.begin, { ...fieldsOf(new FormData(form)), name: file.name, bytes: file.size, mark: fingerprint, ...(again && { again: "1" }) }));
       if (session.same) { showDuplicate(file, session.same); return; }
       current.session = session;
       if (session.have.length) showMessage("Resuming…");
@@ -187,7 +190,8 @@
   });
   window.addEventListener("beforeunload", (event) => { if (current) event.preventDefault(); });
   form.addEventListener("submit", (event) => { event.preventDefault(); upload(input.files[0]); });
-  input.addEventListener("change", () => upload(input.files[0]));
+  // A form with other fields is sent when they are complete.
+  if (!("onSubmit" in form.dataset)) input.addEventListener("change", () => upload(input.files[0]));
   for (const name of ["dragenter", "dragover"]) form.addEventListener(name, (event) => { event.preventDefault(); form.dataset.over = ""; });
   for (const name of ["dragleave", "drop"]) form.addEventListener(name, () => { delete form.dataset.over; });
   form.addEventListener("drop", (event) => { event.preventDefault(); upload(event.dataTransfer.files[0]); });

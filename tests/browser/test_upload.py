@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs.datasets import multipart
-from jobs.store import access, blobs
+from jobs.datasets import model_imports, multipart
+from jobs.registry import imported_bases
+from jobs.store import access, blobs, tables
 from tests.browser.conftest import wait_until
+from tests.factories import browser_of, make_user
+from tests.training import tiny
+from training.plan import catalog
 
 pytestmark = pytest.mark.browser
 LINE = b'{"prompt": "colour of: lemon", "completion": "yellow"}\n'
@@ -109,3 +114,29 @@ def test_an_upload_error_is_shown_next_to_the_file_input(
     page.set_input_files("input[type=file]", empty)
     page.get_by_text("The file is empty.").wait_for()
     console_errors[:] = [text for text in console_errors if "422" not in text]
+
+
+def test_staff_upload_a_base_model(page: Any, web: Any, tmp_path: Path, console_errors: list[str]) -> None:
+    sam = make_user("sam", is_staff=True, is_superuser=True)
+    cookie = browser_of(sam).cookies["session"]
+    page.context.add_cookies([{"name": "session", "value": cookie.value, "url": web.url}])
+    folder = tiny.write_model(tmp_path / "tiny")
+    page.goto("/admin/jobs/importedbase/")
+    page.set_input_files("#base-file", shutil.make_archive(str(folder), "zip", folder))
+    page.get_by_label("Name").fill("gpt2")
+    page.get_by_role("button", name="Upload and import").click()
+    page.get_by_text("There is already a base model gpt2").wait_for()
+    assert all("422" in error for error in console_errors)
+    console_errors.clear()
+    page.set_input_files("#base-file", f"{folder}.zip")
+    page.get_by_label("Name").fill(name := tables.new_id("tiny")[:20])
+    page.get_by_role("button", name="Upload and import").click()
+    page.get_by_text(f"{name} (tiny.zip): being checked").wait_for()
+    (row,) = model_imports.list_uploads(sam.owner_id)
+    assert row.base == {"name": name, "license": ""}
+    imported_bases.add(name, catalog.describe(folder).as_dict(), folder)
+    for width in (390, 1280):
+        page.set_viewport_size({"width": width, "height": 844})
+        page.goto("/admin/jobs/importedbase/")
+        page.get_by_role("button", name=f"Remove {name}").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width

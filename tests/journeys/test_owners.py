@@ -15,7 +15,7 @@ from tests.jobs.views.makers import make_dataset, make_job, make_model
 POSTS = {
     "upload", "delete_dataset", "fix_dataset", "estimate", "pause_job", "resume_job", "cancel_job", "retry_job", "rename_job",
     "delete_job", "delete_model", "playground_stream", "notify_by_email", "test_webhook", "delete_webhook",
-    "dataset_columns", "dataset_row", "read_as", "model_names", "count_tokens", "add_base",
+    "dataset_columns", "dataset_row", "read_as", "model_names", "count_tokens", "add_base", "remove_base",
     "begin_upload", "upload_links", "complete_upload", "cancel_upload",
 }  # fmt: skip
 PUTS = {"upload_part"}

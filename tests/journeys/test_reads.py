@@ -13,15 +13,16 @@ from tests.jobs.views.makers import make_dataset, make_job, make_model, metric
 
 MAX_READS = {
     "datasets": 1,
-    # the dataset, its reports for other bases, the models of the Hub that can count its tokens, the draft of changes
-    "dataset": 4,
-    "dataset_report": 4,
+    # the dataset, its reports for other bases, the imported bases and models of the Hub that can count its tokens, the
+    # draft of changes
+    "dataset": 5,
+    "dataset_report": 5,
     # the dataset, the page of rows, the draft; and what the first request for a page writes
     "dataset_rows": 3,
     "dataset_merge": 2,  # the dataset, the others
     "jobs": 1,
-    # datasets, tuned models, models of the Hub; workers, history and the queue (5), which are cached
-    "new_job": 10,
+    # datasets, tuned models, imported bases, models of the Hub; workers, history and the queue (5), which are cached
+    "new_job": 11,
     "estimates": 2,  # the owner's records; the machine
     "job": 3,  # the job, the job again by the event log, its events (one read per megabyte)
     "job_actions": 1,
@@ -30,7 +31,7 @@ MAX_READS = {
     "job_log": 3,
     "models": 1,
     "model": 1,
-    "playground": 1,
+    "playground": 2,  # tuned models, imported bases
     "notifications": 3,  # endpoints; the last deliveries for jobs, and for tests
 }
 

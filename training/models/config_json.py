@@ -17,7 +17,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise Failure("base_model", f"There is no model in {folder}: config.json is missing.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Failure("base_model", f"The model's {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise Failure("base_model", f"The model's {path} is not a configuration.")

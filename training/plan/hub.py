@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,28 @@ WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 def is_wanted(file: str) -> bool:
     """Whether `fetch` downloads this file."""
     return any(fnmatchcase(file, p) for p in WANTED) and not any(fnmatchcase(file, p) for p in UNWANTED)
+
+
+def config_refusal(name: str, config: Mapping[str, Any]) -> str:
+    """Why a model with this config.json cannot be a base; empty if nothing in it speaks against that."""
+    if config.get("auto_map"):
+        return f"{name} needs custom code, which is never run here. Choose another model."
+    if quantization := config.get("quantization_config"):
+        how = quantization.get("quant_method") if isinstance(quantization, dict) else ""
+        return (
+            f"The weights of {name} are quantized{f' ({how})' if how else ''} and cannot be trained. "
+            "Choose the original model."
+        )
+    listed = config.get("architectures")
+    architectures = [str(each) for each in listed] if isinstance(listed, list) else []
+    if not any(each.endswith(("ForCausalLM", "LMHeadModel")) for each in architectures):
+        what = (
+            f"it is {', '.join(architectures)[:100]}"
+            if architectures
+            else "its config.json names no architecture"
+        )
+        return f"{name} is not a causal language model: {what}. Choose one that generates text."
+    return ""
 
 
 def locate(base: str | Path, revision: str | None = None) -> Path:

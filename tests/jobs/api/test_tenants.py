@@ -98,6 +98,7 @@ OWN = {  # shows or creates the caller's own resources
     "jobs/new/estimate/",
     "jobs/estimates/",
     "jobs/new/base/",
+    "jobs/new/base/remove/",
     "jobs/new/count/",
     "models/",
     "playground/",

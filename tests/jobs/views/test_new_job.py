@@ -189,6 +189,25 @@ def test_details_of_the_chosen_base_model_are_shown(alices: Client, dataset: Dat
         assert f">{name}</dt>" in details[0]
 
 
+def test_a_hub_model_can_be_taken_off_the_list_while_a_job_uses_it(
+    alices: Client, alice: User, bobs: Client, bob: User, dataset: Dataset, hub: HubServer
+) -> None:
+    post(alices, "/jobs/new/base/", dataset, hub="acme/tiny")
+    post(alices, NEW, dataset, base="acme/tiny")
+    remove = reverse("jobs:remove_base")
+    text = page_text(alices.get(NEW, {"base": "acme/tiny"}))
+    assert f'formaction="{remove}"' in text
+    assert f'formaction="{remove}"' not in page_text(alices.get(NEW, {"base": "gpt2"}))
+    assert "was removed" not in page_text(post(bobs, remove, make_dataset(bob.owner_id), base="acme/tiny"))
+    text = page_text(post(alices, remove, dataset, base="acme/tiny", epochs="7"))
+    assert "acme/tiny was removed from your base models" in text
+    assert re.search(r'value="starter"[^>]*checked', text)
+    assert re.search(r'name="epochs" value="7"', text)  # the rest of the form is kept
+    assert "Added from the Hub" not in text
+    assert post(alices, NEW, dataset, base="acme/tiny").status_code == 422
+    assert access.list_jobs(alice.owner_id).rows[0].base_snapshot["revision"] == COMMIT
+
+
 def test_a_hub_model_is_checked_added_and_selected(
     alices: Client, alice: User, dataset: Dataset, hub: HubServer
 ) -> None:
