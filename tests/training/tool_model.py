@@ -37,9 +37,8 @@ def messages_of(prompt: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": prompt}]
 
 
-def write_tool_model(folder: Path, template: str | None = None, control: tuple[str, ...] = ()) -> Path:
-    """Trains the model until it knows its answers. Returns the exported folder."""
-    base = folder / "base"
+def write_tool_base(base: Path, template: str | None = None, control: tuple[str, ...] = ()) -> Path:
+    """An untrained model that has this chat template. Returns its folder."""
     base.mkdir(parents=True)
     tokenizer = tokenizers.Tokenizer.from_str(backend())
     tokenizer.add_special_tokens(list(control))
@@ -53,6 +52,12 @@ def write_tool_model(folder: Path, template: str | None = None, control: tuple[s
     (base / "tokenizer_config.json").write_text(
         json.dumps(names | ({"chat_template": template} if template else {}))
     )
+    return base
+
+
+def write_tool_model(folder: Path, template: str | None = None, control: tuple[str, ...] = ()) -> Path:
+    """Trains the model until it knows its answers. Returns the exported folder."""
+    base = write_tool_base(folder / "base", template, control)
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows()))
     settings = {
         "max_steps": 220,

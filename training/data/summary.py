@@ -43,6 +43,7 @@ class Summary:
     every_answer: int = 0
     kind: str = ""  # chat | completion | text | preference
     histogram: list[int] = field(default_factory=list)  # examples of up to 16, 32, 64, … tokens
+    task_rows: dict[str, int] = field(default_factory=dict)  # what the task is guessed from (plan/tasks.py)
 
     def add(self, example: Countable) -> None:
         length, (trained, begins) = example.length, example.targets

@@ -10,8 +10,8 @@ from training.engine.saver import State
 from training.engine.setup import Session
 from training.models.generate import GenerateError, GenerateOptions, generate
 from training.plan.config import Settings
+from training.plan.tasks import TASKS
 
-SAMPLE_TOKENS = 32
 LONGEST_PROMPT = 2000  # characters of a prompt in an event
 
 
@@ -50,8 +50,9 @@ class Evaluator:
 
     def _sample(self, prompt: Prompt) -> str:
         model, tokenizer = self.session.model, self.session.data.tokenizer
-        ids = prompt.ids[-max(1, model.context - SAMPLE_TOKENS) :]
-        options = GenerateOptions(max_tokens=SAMPLE_TOKENS, stop=prompt.stop)
+        most = TASKS[self.session.data.task["name"]].sample_tokens
+        ids = prompt.ids[-max(1, model.context - most) :]
+        options = GenerateOptions(max_tokens=most, stop=self.session.data.stop)
         try:
             return generate(model, tokenizer, ids, options, should_stop=self.session.stop)[0].text
         except GenerateError as error:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from training.data.bad_row import BadBase, LeftOut
-from training.data.formats import BadRow, Format, detect_lenient, rows
+from training.data.formats import BadRow, Format, Row, detect_lenient, rows
 from training.data.summary import ONE_ANSWER, PREFERENCES, Summary
 from training.engine.objectives import OBJECTIVES, Objective
 from training.engine.packing import Examples, hold_out
 from training.models.config_json import read_config
-from training.plan import auto_settings, catalog, hub
+from training.plan import auto_settings, catalog, hub, tasks
 from training.plan.config import Settings
 from training.plan.events import Failure
 from training.plan.run_file import Run
@@ -35,7 +35,6 @@ PINNED = 3  # prompts for samples if none are given
 class Prompt:
     text: str
     ids: list[int]
-    stop: tuple[str, ...] = ()  # texts that end a sample beside the end tokens
 
 
 @dataclass
@@ -50,6 +49,8 @@ class Inputs:
     reasons: dict[str, str]
     prompts: list[Prompt]
     notes: list[str]  # for the log
+    task: dict[str, Any]  # see plan/tasks.py: describe
+    stop: tuple[str, ...]  # texts that end an answer beside the end tokens
 
 
 def read(run: Run, resolved: Settings | None = None) -> Inputs:
@@ -68,6 +69,7 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     wants = EncodingOptions(longest, settings.train_on)
     encode = partial(_encode, objective, tokenizer, wants, notes)
     everything = encode(run.train_file, run.train_format, forgiving=bool(run.expected))
+    task = _task(run, settings)
     # before anything is left out: the report counts all examples
     _check_counts(run.expected, everything)
     if resolved is None:
@@ -104,9 +106,21 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     batch = batch_larger_than_data(settings, len(train), int(train.lengths.sum()))
     if batch is not None:
         notes.append(f"{batch.title}. {batch.text}")
-    prompts = _prompts(run, tokenizer, held_out if len(held_out) else train)
+    chat = next(iter(_rows(run))).kind == "chat"
+    prompts = _prompts(run, tokenizer, held_out if len(held_out) else train, chat)
     return Inputs(
-        objective, base, model_config, tokenizer, train, held_out, settings, reasons, prompts, notes
+        objective,
+        base,
+        model_config,
+        tokenizer,
+        train,
+        held_out,
+        settings,
+        reasons,
+        prompts,
+        notes,
+        task,
+        tokenizer.ends.texts if chat else (),
     )
 
 
@@ -196,19 +210,30 @@ def _check_context(encoded: Iterable[Example], context: int) -> None:
             )
 
 
-def _prompts(run: Run, tokenizer: Tokenizer, examples: Examples) -> list[Prompt]:
-    """The pinned prompts: those given, otherwise the first examples up to their answers."""
+def _task(run: Run, settings: Settings) -> dict[str, Any]:
+    """The task, chosen or guessed from the rows. Raises Failure if they cannot be used for the chosen one."""
+    counts = tasks.count(_rows(run))
+    if refusal := tasks.refusal(settings.task, counts):
+        raise Failure("bad_settings", f"task: {refusal}")
+    return tasks.describe(settings.task, counts)
+
+
+def _rows(run: Run) -> Iterable[Row]:
+    """The readable rows of the training file."""
     format = Format.of(run.train_format) if run.train_format else None
-    chat = next(rows(run.train_file, format, on_bad=lambda bad: None)).kind == "chat"
-    stop = tokenizer.ends.texts if chat else ()
+    return rows(run.train_file, format, on_bad=lambda bad: None)
+
+
+def _prompts(run: Run, tokenizer: Tokenizer, examples: Examples, chat: bool) -> list[Prompt]:
+    """The pinned prompts: those given, otherwise the first examples up to their answers."""
     if run.prompts:
-        return [Prompt(text, _prompt_ids(text, tokenizer, chat), stop) for text in run.prompts]
+        return [Prompt(text, _prompt_ids(text, tokenizer, chat)) for text in run.prompts]
     prompts = []
     for i in range(min(PINNED, len(examples))):
         ids, mask = examples[i]
         # up to the first trained token, and at least one token
         begin = ids[: max(1, int(np.argmax(mask)))].tolist()
-        prompts.append(Prompt(tokenizer.decode(begin), begin, stop))
+        prompts.append(Prompt(tokenizer.decode(begin), begin))
     return prompts
 
 

@@ -26,6 +26,7 @@ from training.engine.optimizer import AdamW
 from training.engine.rehearsal import rehearse
 from training.engine.saver import Saver, State
 from training.engine.schedule import learning_rate
+from training.engine.scores import Scorer
 from training.engine.setup import Emit, Session
 from training.models.batch import pack
 from training.models.interface import LanguageModel
@@ -90,8 +91,8 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
     session = setup.prepare(resumable.run, resumable.settings, emit, stop)
     model, optimizer, plan, data = session.model, session.optimizer, session.plan, session.data
     device, processes, loss_of = session.device, session.processes, session.data.objective.loss
-    writer = Saver(session)
-    evaluator = Evaluator(session)
+    writer, evaluator, scorer = Saver(session), Evaluator(session), Scorer(session)
+    scorer.score_base()  # now, because in every attempt the weights are still those of the base model
     state = State()
 
     # ---- resume --------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
     model.train()
     if run.rehearse and state.step == 0 and isinstance(optimizer, AdamW):
         emit("phase", phase="rehearsing")
-        session.settings, estimate = rehearse(session, writer)
+        session.settings, estimate = rehearse(session, writer, scorer.seconds)
         emit("estimate", **asdict(estimate))
     settings = session.settings
 
@@ -179,7 +180,7 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
         optimizer.step(rate, norm)
         device.synchronize()  # before reading the clock: a GPU works asynchronously
 
-        # Count and report. Time left: steps at the median speed, two checkpoints, the remaining evaluations.
+        # Count and report. Time left: steps at the median speed, two checkpoints, evaluations, scores.
         seconds = time.perf_counter() - begun
         state.advance(plan.end(state.step), sum(lengths), loss_value, seconds)
         recent.append(seconds)
@@ -199,21 +200,26 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
             epoch=state.cursor / len(data.train),
             accuracy=hit_count / trained,
             memory=device.peak_memory(),
-            eta_s=left,
+            eta_s=left + scorer.seconds,
             **share,
         )
         divergence.check(state.step, loss_value, emit)
         product_rate = product_rate or gemm_rate(device)  # after the first report, so it delays nothing
 
-    return _finish(session, writer, state)
+    return _finish(session, writer, state, scorer)
 
 
-def _finish(session: Session, writer: Saver, state: State) -> Trained | None:
-    """Waits for the last checkpoint, returns to the best weights and gathers them in the first process."""
+def _finish(session: Session, writer: Saver, state: State, scorer: Scorer) -> Trained | None:
+    """Waits for the last checkpoint, returns to the best weights, scores them, and gathers them in the first
+    process. Raises Stopped."""
     processes = session.processes
     writer.wait()
     processes.minimum(0)  # a barrier: no process reads a checkpoint before it is written
     kept = writer.return_to_best(state)
+    try:
+        scores = scorer.compare()
+    except Interrupted:  # both models are scored again after resuming
+        raise Stopped from None
     session.emit("phase", phase="exporting")
     whole = setup.whole_model(session)
     processes.close()
@@ -222,6 +228,7 @@ def _finish(session: Session, writer: Saver, state: State) -> Trained | None:
     # If the best checkpoint could not be read, the figures recorded are not those of the weights kept.
     evaluated = state.metrics is not None and kept == state.best_step
     metrics: dict[str, object] = dict(state.metrics) if evaluated and state.metrics else {"loss": state.loss}
+    metrics |= {"scores": scores} if scores else {}
     details = session.details() | {
         "steps": state.step,
         "kept_step": kept,

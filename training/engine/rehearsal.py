@@ -38,8 +38,9 @@ class Estimate:
     micro_batch_tokens: int
 
 
-def rehearse(session: Session, saver: Saver) -> tuple[Settings, Estimate]:
-    """Returns settings with a micro-batch that fits in memory, and the estimate.
+def rehearse(session: Session, saver: Saver, scoring: float = 0.0) -> tuple[Settings, Estimate]:
+    """Returns settings with a micro-batch that fits in memory, and the estimate. `scoring`: seconds that scoring
+    the base model took; scoring the trained one takes about as long.
 
     Raises Failure("out_of_memory") if not even one document fits."""
     device, optimizer, plan = session.device, session.optimizer, session.plan
@@ -55,7 +56,7 @@ def rehearse(session: Session, saver: Saver) -> tuple[Settings, Estimate]:
     restore_random_state(before, device)
     # time is proportional to tokens; updates and the rest are counted separately
     training = seconds / len(row.ids) * plan.tokens + update * plan.steps
-    rest = evaluation * len(session.evaluation_steps) + 2 * written
+    rest = evaluation * len(session.evaluation_steps) + 2 * written + scoring
     estimate = Estimate(
         seconds_p50=training + rest,
         # fixed safety margins

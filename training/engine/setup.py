@@ -70,6 +70,7 @@ class Session:
             "trained_tokens": self.data.train.trained_tokens,
             "settings": self.settings.stored(),
             "reasons": self.data.reasons,
+            "task": self.data.task,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trainable": self.optimizer.parameters,
         }

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.export.interface import Description
+from training.plan.metrics import table
+from training.plan.tasks import TASKS
 
 
 def card(details: Mapping[str, Any], description: Description) -> str:
@@ -21,14 +23,15 @@ def card(details: Mapping[str, Any], description: Description) -> str:
     head += ["tags:", "- llm-tuner", "- fine-tuned", *(f"- {tag}" for tag in description.tags), "---"]
     name = str(details.get("name") or details.get("job") or "A tuned model")
     parts = ["\n".join(head), f"# {name}", _intro(details, base), _usage(description.usage)]
-    parts += [_table(title, details.get(key)) for title, key in _TABLES if details.get(key)]
+    metrics = dict(details.get("metrics") or {})
+    scores = metrics.pop("scores", None)
+    parts += [_table("Results on held-out examples", metrics)] if metrics else []
+    parts += [_scores(scores)] if scores else []
+    parts += [_table("Settings", details["settings"])] if details.get("settings") else []
     if details.get("fidelity"):
         parts.append(_export_check(details["fidelity"]))
     parts.append(f"Weights: {description.weights}. Written by LLM Tuner.")
     return "\n\n".join(parts) + "\n"
-
-
-_TABLES = (("Results on held-out examples", "metrics"), ("Settings", "settings"))
 
 
 def _intro(details: Mapping[str, Any], base: str) -> str:
@@ -61,6 +64,18 @@ def _table(title: str, values: Any) -> str:
         f"| {name} | {_cell(value)} |" for name, value in dict(values).items() if value not in (None, [], "")
     ]
     return "\n".join([f"## {title}", "", "| | |", "| --- | --- |", *rows])
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    """The metrics of the task, before and after training."""
+    rows = [
+        f"| {label} | {'' if base is None else f'{base:.1%}'} | {tuned:.1%} |"
+        for label, _, base, tuned in table(scores)
+    ]
+    number = f"{scores['answers']:,} held-out {'answer' if scores['answers'] == 1 else 'answers'}"
+    labels = f", {scores['labels']:,} labels" if scores.get("labels") else ""
+    about = f"Task: {TASKS[scores['task']].label}. {number}{labels}, generated greedily."
+    return "\n".join(["## Answers", "", about, "", "| | base | tuned |", "| --- | --- | --- |", *rows])
 
 
 def _cell(value: Any) -> str:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from training.plan.tasks import TASKS
+
 
 class ConfigError(Exception):
     """A setting that cannot be used. `field` names it ("" = the whole file); the message says what to
@@ -67,6 +69,13 @@ class Settings:
         "What training optimizes. Supervised: the likelihood of the answers in the examples.",
         "Objective",
         choices=("supervised",),
+    )
+    task: str | None = setting(
+        None,
+        "choice",
+        "What the rows teach: it decides how held-out answers are scored. Automatic: guessed from the rows.",
+        "Task",
+        choices=tuple(TASKS),
     )
     adapter: str = setting(
         "none",
@@ -266,8 +275,8 @@ class Settings:
     def stored(self) -> dict[str, Any]:
         """As stored in rows, events and checkpoints; `parse` reads these too.
 
-        The adapter is stored as `method`, its name in the first release, and the only objective of that
-        release is left out, so that programs of that release can read it."""
+        The adapter is stored as `method`, its name in the first release, and what that release did not know (the
+        objective, the task) is left out unless it was chosen, so that programs of that release can read it."""
         return stored_names(self.as_dict())
 
 
@@ -285,7 +294,7 @@ PRECISION_CHOSEN_ONCE = 2  # with earlier settings, automatic precision is that 
 FORMER_DEFAULTS: dict[str, tuple[int, Any]] = {}
 
 # name -> the schema that added the setting; settings not listed are in the first
-ADDED: dict[str, int] = {}
+ADDED: dict[str, int] = {"task": 2}
 
 
 def _default(name: str, schema: int) -> Any:
@@ -315,6 +324,8 @@ def stored_names(values: Mapping[str, Any]) -> dict[str, Any]:
         stored["method"] = _METHODS[stored.pop("adapter")]
     if stored.get("objective") == "supervised":
         stored.pop("objective")
+    if stored.get("task") in (None, "", "auto"):
+        stored.pop("task", None)
     return stored
 
 

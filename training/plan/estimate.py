@@ -16,6 +16,8 @@ import numpy as np
 from training.data.summary import Summary
 from training.plan.catalog import BaseModel, Machine, activation_memory, gib, lora_parameters
 from training.plan.config import Settings
+from training.plan.metrics import ANSWER_TOKENS, GROUP, METRICS_OF, ROOM, answers_scored
+from training.plan.tasks import TASKS, guess
 
 # Typical speeds, if nothing was measured: of a CPU core and of a GPU, in operations per second
 CPU_CORE, GPU = 45e9, 60e12
@@ -28,7 +30,7 @@ BF16_WIDE, BF16_NARROW = (
 OVERHEAD = 2.5e-4  # seconds per layer and row, whatever its size: most of the time of small models
 MEMORY_BYTES = 8e9  # per second, through the optimizer or a decoder
 DISK_BYTES = 4e8  # per second: written, hashed, copied
-PROMPTS, ANSWER = 3, 32  # samples at each evaluation, and their tokens
+PROMPTS = 3  # samples at each evaluation
 HOLES = 1.35  # memory of a row's activations, including fragmentation by rows of other lengths
 FEW = 3  # with fewer finished jobs, nothing is corrected
 UNSURE = 1.5  # P90 / P50 until then
@@ -144,6 +146,7 @@ class _Plan:
     tokens: int
     examples: int  # trained on
     held: int  # tokens of the examples held out
+    held_examples: int
     evaluations: int
     batch: int  # tokens of the largest step
     row: int  # tokens of its fullest row
@@ -155,6 +158,7 @@ class _Plan:
         mean = summary.tokens / max(1, summary.examples)
         steps, seen = _steps(settings, examples, mean)
         held = validation.tokens if validation else round(summary.tokens * share)
+        held_examples = validation.examples if validation else round(summary.examples * share)
         rounds = steps // settings.eval_every if settings.eval_every else math.ceil(seen / examples - 1e-9)
         batch = _largest(summary, max(1, round(seen / steps)), steps)
         row = min(batch, max(settings.micro_batch_tokens or 4096, min(summary.longest, batch)))
@@ -166,6 +170,7 @@ class _Plan:
             round(seen * mean),
             examples,
             held,
+            held_examples,
             1 + rounds if held else 0,
             batch,
             row,
@@ -187,7 +192,7 @@ class _Plan:
         rows = self.steps * max(1.0, self.tokens / self.steps / micro)
         update = 28 * self.trained / MEMORY_BYTES + 2e-3  # weight, gradient and two moments, read and written
         saved = 12 * self.trained / DISK_BYTES + 0.02
-        answers = PROMPTS * ANSWER * (pass_s / 2 + 4 * base.parameters / MEMORY_BYTES)
+        token = pass_s / 2 + 4 * base.parameters / MEMORY_BYTES  # generating one
         by_steps = self.steps // s.checkpoint_every_steps if s.checkpoint_every_steps else 0
         run = self.tokens * each + rows * pass_s
         by_time = int(run / s.checkpoint_every_s) if s.checkpoint_every_s else 0
@@ -209,10 +214,29 @@ class _Plan:
             "evaluation": {
                 "arithmetic": self.evaluations * self.held * each / 3,
                 "rows": self.evaluations * max(1.0, self.held / micro) * pass_s / 3 if self.held else 0.0,
-                "samples": self.evaluations * answers,
+                "samples": self.evaluations * PROMPTS * TASKS[self.task].sample_tokens * token,
+                "scores": self._scoring(each, token, micro),
             },
             "export": {"fixed": 1.0, "bytes": 3 * 4 * base.parameters / DISK_BYTES},
         }
+
+    @property
+    def task(self) -> str:
+        known = self.settings.task or guess(self.summary.task_rows)
+        return known or ("text" if self.summary.kind == "text" else "instruction")
+
+    def _scoring(self, each: float, token: float, micro: int) -> float:
+        """Seconds of scoring held-out answers twice, before and after training: every prompt is read, and a group
+        of answers takes as many passes as the longest has tokens."""
+        if not self.held or not METRICS_OF[self.task]:
+            return 0.0
+        prompt = self.summary.tokens / max(1, self.summary.examples)
+        answer = min(ANSWER_TOKENS, self.summary.trained_tokens / max(1, self.summary.examples))
+        # Half as much again: the longest answer, not the mean, decides how many tokens are generated.
+        length = min(ANSWER_TOKENS, round(1.5 * answer)) + ROOM
+        answers = answers_scored(self.held_examples, length - ROOM)
+        groups = math.ceil(answers * (prompt + length) / (GROUP * micro))
+        return 2 * (groups * length * token + answers * (prompt + length) * each / 3)
 
     def memory(self) -> dict[str, float]:
         """Bytes at the peak: the process, the weights, what training adds to them, and the larger of a

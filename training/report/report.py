@@ -26,6 +26,7 @@ from training.data.formats import (
 from training.data.readers import unused_columns
 from training.data.row_schemas import preview_of, preview_of_message
 from training.data.summary import Summary
+from training.plan.tasks import TaskCounts
 from training.report.findings import (
     LINES_KEPT,
     DuplicateIndex,
@@ -61,6 +62,7 @@ JOINED = (
     "answers",
     "unused",
     "several",
+    "tasks",
 )
 ROW_TOKENS = 4000  # of a single row
 FEW = 10
@@ -166,6 +168,7 @@ class _Report:
         self.samples: list[dict[str, Any]] = []
         self.exact, self.near, self.prompts = DuplicateIndex(), DuplicateIndex(), DuplicateIndex()
         self.answers: set[int] = set()
+        self.tasks = TaskCounts()
         self.unused: dict[str, int] = {}  # rows by the name of a field that they do not use
         self.problem: BadRow | None = None
 
@@ -241,6 +244,7 @@ class _Report:
         self.summary.join(later["summary"])
         for name in ("findings", "exact", "near", "prompts"):
             getattr(self, name).join(later[name], lines)
+        self.tasks.join(later["tasks"])
         self.answers |= later["answers"]
         self.summary.kind = self.summary.kind or later["summary"].kind
         for name, count in later["unused"].items():
@@ -264,6 +268,7 @@ class _Report:
         tokenizer = self.tokenizer
         self.summary.kind = self.summary.kind or _kind(row)
         self._remember(row, text)
+        self.tasks.add(row)
         for name in examples[0].unused if examples else row.unused:
             self.unused[name] = self.unused.get(name, 0) + 1
         untrained, lost = self.summary.untrained, self.summary.lost_tokens
@@ -344,6 +349,7 @@ class _Report:
             self.findings.add("poor_fit", 0, f"{self.characters / tokens:.1f} characters per token")
         if self.rows == 0 and self.problem is None and "left_out" not in self.findings.counts:
             self.bad(BadFile(0, "the file has no examples", "Upload a file with at least one example."))
+        self.summary.task_rows = self.tasks.as_dict()
         return {
             **self.summary.as_dict(),
             "rows": self.rows,

@@ -276,3 +276,13 @@ def test_cost_uses_the_operators_price() -> None:
     estimated = estimate(gpt2(), settings, data(), MACHINE, price_per_hour=3.6)
     assert estimated.cost_p50 == pytest.approx(estimated.seconds_p50 / 1000)
     assert estimated.rows[-1][0] == "Cost"
+
+
+def test_the_estimate_counts_the_answers_that_are_scored() -> None:
+    def seconds(task: str, answer: int = 10, **changes: object) -> float:
+        summary = replace(data(), trained_tokens=data().examples * answer)
+        settings, _ = resolve(parse({"task": task, **changes}), summary, gpt2(), MACHINE)
+        return estimate(gpt2(), settings, summary, MACHINE).work["evaluation"]["scores"]
+
+    assert seconds("text") == seconds("chat", validation_fraction=0) == 0
+    assert 0 < seconds("chat", answer=5) < seconds("chat", answer=40)
