@@ -10,6 +10,7 @@ from typing import Any
 from django.conf import settings
 
 from jobs.datasets import reports
+from jobs.lifecycle.submission import schema_of
 from jobs.registry import base_models
 from jobs.store import queue, tables
 from jobs.store.end_steps import step
@@ -18,7 +19,7 @@ from jobs.store.tables import Dataset, EstimateRecord, Job, Worker
 from training.data.summary import Summary
 from training.plan.auto_settings import resolve
 from training.plan.catalog import BaseModel, Machine, this_machine
-from training.plan.config import Settings, current_names, parse
+from training.plan.config import Settings, current_names, parse, parse_stored
 from training.plan.estimate import Estimate, FinishedJob
 from training.plan.estimate import estimate as predict
 
@@ -133,7 +134,9 @@ def record(job: Job) -> None:
     if job.validation_dataset_id:
         validation = _counted(tables.get(Dataset, job.owner, job.validation_dataset_id), job)
     plan = job.plan if isinstance(job.plan, dict) else {}
-    chosen, _ = resolve(parse(plan.get("settings") or job.settings or {}), counted, base, on)
+    resolved = plan.get("settings")
+    requested = parse_stored(resolved) if resolved else parse(job.settings or {}, schema_of(job))
+    chosen, _ = resolve(requested, counted, base, on)
     before = [r for r in records(on) if r["job_id"] != job.job_id and r["when"] <= job.created_at]
     predicted = predict(base, chosen, counted, on, validation=validation, past=_past(before))
     actual = job.ended_at - job.started_at

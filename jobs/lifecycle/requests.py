@@ -25,6 +25,7 @@ EDITABLE = (
     "dataset_name",
     "validation_dataset_id",
     "settings",
+    "settings_schema",
     "prompts",
     "seed",
     "metadata",

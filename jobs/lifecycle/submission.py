@@ -16,7 +16,7 @@ from jobs.store.errors import Refused
 from jobs.store.states import DatasetStatus, JobStatus
 from jobs.store.tables import Dataset, Job, time_of
 from training.data.summary import ONE_ANSWER, PREFERENCES
-from training.plan.config import ConfigError, check_held_out, parse, stored_names
+from training.plan.config import SCHEMA, ConfigError, check_held_out, parse, stored_names
 
 NOT_SET = (None, "", "auto")
 # Fields of JobRequest that are always part of its hash. Stored hashes hold exactly these: never change the list.
@@ -48,6 +48,7 @@ class JobRequest:
     validation_dataset_id: str | None = None
     # Keys are those of training.plan.config.FIELDS. Missing settings are automatic.
     settings: Mapping[str, Any] = field(default_factory=dict)
+    settings_schema: int = SCHEMA  # its defaults are those of missing settings
     prompts: tuple[str, ...] = ()  # pinned prompts for samples
     suffix: str = ""
     seed: int | None = None  # used if `settings` has no seed; new_job moves it there
@@ -78,7 +79,7 @@ class JobRequest:
 
 def check(owner: str, request: JobRequest) -> list[Dataset]:
     try:
-        check_held_out(parse(request.settings), bool(request.validation_dataset_id))
+        check_held_out(parse(request.settings, request.settings_schema), bool(request.validation_dataset_id))
     except ConfigError as error:
         raise Refused(error.message, field=error.field) from error
     if not re.fullmatch(r"[A-Za-z0-9_.-]{0,64}", request.suffix):
@@ -153,6 +154,7 @@ def new_job(owner: str, job_id: str, request: JobRequest, datasets: list[Dataset
         dataset_name=datasets[0].name,
         validation_dataset_id=request.validation_dataset_id or None,
         settings=stored,
+        settings_schema=request.settings_schema,
         prompts=list(request.prompts),
         suffix=request.suffix,
         metadata=dict(request.metadata),
@@ -188,6 +190,11 @@ def settings_of(job: Job) -> dict[str, Any]:
     return settings
 
 
+def schema_of(job: Job) -> int:
+    """The version of the settings' schema that the job was submitted with."""
+    return int(job.settings_schema or 1)
+
+
 def clone_request(job: Job) -> JobRequest:
     """The request that would create the same job again, starting from the beginning."""
     return JobRequest(
@@ -196,6 +203,7 @@ def clone_request(job: Job) -> JobRequest:
         name=job.name,
         validation_dataset_id=job.validation_dataset_id,
         settings=settings_of(job),
+        settings_schema=schema_of(job),
         prompts=tuple(job.prompts),
         suffix=job.suffix,
         metadata=job.metadata,

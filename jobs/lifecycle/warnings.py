@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jobs.datasets import reports
 from jobs.lifecycle import estimates
+from jobs.lifecycle.submission import schema_of
 from jobs.registry import base_models
 from jobs.store import tables
 from jobs.store.states import DatasetStatus
@@ -41,7 +42,7 @@ def _plan(job: Job, dataset: Dataset | None) -> Planned | None:
     if not summary.examples:
         return None
     machine = estimates.machine()
-    settings, _ = resolve(parse(job.settings or {}), summary, base, machine)
+    settings, _ = resolve(parse(job.settings or {}, schema_of(job)), summary, base, machine)
     validation = (
         tables.get(Dataset, job.owner, job.validation_dataset_id) if job.validation_dataset_id else None
     )

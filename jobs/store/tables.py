@@ -150,6 +150,8 @@ class _JobAttributes(Table):
     dataset_name = UnicodeAttribute(default="")
     validation_dataset_id = UnicodeAttribute(null=True)
     settings: JSONAttribute = JSONAttribute(default=dict)  # requested hyperparameters
+    # Which defaults those have that are missing: training/plan/config.py:SCHEMA. Null in rows of earlier versions: 1.
+    settings_schema = NumberAttribute(null=True)
     prompts: JSONAttribute = JSONAttribute(default=list)  # for the samples
     suffix = UnicodeAttribute(default="")
     # Only in rows of earlier versions: jobs/lifecycle/submission.py:settings_of.

@@ -13,7 +13,7 @@ from jobs.formatting import count, size
 from jobs.forms import NewJobForm, Setting, preset_of, rows, settings_from, shown, with_preset
 from jobs.lifecycle import estimates
 from jobs.lifecycle import warnings as job_warnings
-from jobs.lifecycle.submission import holds_preferences, settings_of
+from jobs.lifecycle.submission import holds_preferences, schema_of, settings_of
 from jobs.lifecycle.transitions import JobRequest
 from jobs.registry import base_models, hub_models
 from jobs.store import access
@@ -27,7 +27,14 @@ from training.data.summary import ONE_ANSWER, PREFERENCES, Summary
 from training.plan import catalog
 from training.plan.auto_settings import PRESETS, resolve
 from training.plan.catalog import BaseModel, gib
-from training.plan.config import FIELDS, ConfigError, Settings, check_held_out, current_names
+from training.plan.config import (
+    FIELDS,
+    ConfigError,
+    Settings,
+    as_of_today,
+    check_held_out,
+    current_names,
+)
 from training.plan.warnings import Planned
 
 MAX_PROMPTS = 3  # sample prompts, answered at every evaluation
@@ -376,7 +383,7 @@ def _as_typed(job: Job) -> dict[str, str]:
     """The job as submitted, as form fields. Settings equal to their defaults are left empty."""
     settings = {
         name: value
-        for name, value in current_names(settings_of(job)).items()
+        for name, value in current_names(as_of_today(settings_of(job), schema_of(job))).items()
         if name in FIELDS and value != FIELDS[name].default
     }
     return {

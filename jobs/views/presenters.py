@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,14 +25,14 @@ from jobs.formatting import (
 )
 from jobs.forms import CHOICE_LABELS, shown
 from jobs.lifecycle import transitions
-from jobs.lifecycle.submission import settings_of
+from jobs.lifecycle.submission import schema_of, settings_of
 from jobs.registry import base_models
 from jobs.store import queue
 from jobs.store.reasons import REASONS
 from jobs.store.states import JobStatus
 from jobs.store.tables import Job
 from jobs.views.job_status import PHASE_LABELS, StatusDisplay, display_of
-from training.plan.config import FIELDS, current_names
+from training.plan.config import ALL_LINEAR, FIELDS, current_names, defaults
 
 
 @dataclass(frozen=True)
@@ -336,8 +337,7 @@ def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
     """The main settings, some of them combined into one row, and then all others."""
     plan = history.plan or (job.plan if isinstance(job.plan, dict) else {}) or {}
     chosen = current_names(settings_of(job))
-    values = {name: field.default for name, field in FIELDS.items()}
-    values |= chosen | current_names(plan.get("settings") or {})
+    values = defaults(schema_of(job)) | chosen | current_names(plan.get("settings") or {})
     reasons = plan.get("reasons") or {}
 
     def changed(*names: str) -> bool:
@@ -346,7 +346,6 @@ def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
     def row(label: str, value: str, *names: str) -> Row:
         return Row(label, value, changed(*names), next((reasons[n] for n in names if n in reasons), ""))
 
-    lora = f"LoRA, rank {values['lora_rank']}, alpha {values['lora_alpha']:g}"
     batch = (
         f"{count(values['batch_tokens'])} tokens"
         if values["batch_tokens"]
@@ -356,10 +355,12 @@ def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
     first = [
         row(
             "Fine-tuning",
-            lora if values["adapter"] == "lora" else "full",
+            _lora(values, plan.get("lora") or {}) if values["adapter"] == "lora" else "full",
             "adapter",
             "lora_rank",
             "lora_alpha",
+            "use_dora",
+            "use_rslora",
         ),
         row("Steps" if values["max_steps"] else "Epochs", length, "epochs", "max_steps"),
         row("Batch", batch, "batch_size", "batch_tokens"),
@@ -381,6 +382,8 @@ def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
         "adapter",
         "lora_rank",
         "lora_alpha",
+        "use_dora",
+        "use_rslora",
         "epochs",
         "max_steps",
         "batch_size",
@@ -392,6 +395,18 @@ def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
     others = [n for n, field in FIELDS.items() if n not in combined and len(field.choices) != 1]
     more = [row(FIELDS[n].label, _plain(values[n]), n) for n in others]
     return first, more
+
+
+def _lora(values: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
+    """The adapters in words. `trained` is what the trainer says of them once it has the model: the layers that have
+    one, and how many linear layers there are."""
+    name = "DoRA" if values["use_dora"] else "LoRA"
+    scaled = ", rank-stabilized" if values["use_rslora"] else ""
+    text = f"{name}, rank {values['lora_rank']}, alpha {float(values['lora_alpha']):g}{scaled}"
+    if not trained.get("of"):
+        return text + (", all linear layers" if tuple(values["lora_targets"] or ()) == ALL_LINEAR else "")
+    layers, of = count(trained["layers"]), count(trained["of"])
+    return f"{text}, {f'all {of}' if layers == of else f'{layers} of {of}'} linear layers"
 
 
 def _auto(value: Any, unit: str = "") -> str:

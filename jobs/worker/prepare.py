@@ -17,7 +17,7 @@ from typing import Any
 from django.conf import settings
 
 from jobs.datasets import datasets, reports
-from jobs.lifecycle.submission import settings_of
+from jobs.lifecycle.submission import schema_of, settings_of
 from jobs.registry import base_models, checkpoint_files
 from jobs.store import access, blobs
 from jobs.store.tables import Dataset, Job
@@ -45,6 +45,7 @@ def prepare(job: Job, folder: Path, check_stop: Callable[[], None]) -> Prepared:
         "base": str(base_models.folder(job.base, job.base_snapshot)),
         "work_dir": str(folder / "work"),
         "settings": settings_of(job),
+        "settings_schema": schema_of(job),
         "prompts": list(job.prompts or []),
         # Checkpoints carry the id of their job; a retry resumes from those of the earlier job, under its id.
         "job": job.start_from["key"].split("/")[1] if job.start_from else job.job_id,

@@ -108,7 +108,9 @@ def run_file_lines() -> Iterator[str]:
     for name in product.UNHASHED:
         yield f"setting left out of the hash: {name}"
     for values in ({}, {"method": "lora", "lora_targets": ["c_attn"]}, {"epochs": 3, "seed": 9}):
-        yield f"hash of the settings {json.dumps(values)}: {product.settings_hash(product.parse(values))}"
+        for schema, name in ((1, ""), (2, " of schema 2")):
+            settings = product.parse(values, schema)
+            yield f"hash of the settings {json.dumps(values)}{name}: {product.settings_hash(settings, schema)}"
 
 
 def test_command_line_of_the_trainer():

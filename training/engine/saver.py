@@ -76,7 +76,7 @@ def find_resumable(run: Run) -> Resumable:
     if smaller and smaller < earlier["micro_batch_tokens"]:
         earlier["micro_batch_tokens"] = smaller
     day = run.date or manifest.get("date") or date.today().isoformat()
-    return Resumable(folders, config.parse(earlier, run.settings_schema), replace(run, date=day))
+    return Resumable(folders, config.parse_stored(earlier), replace(run, date=day))
 
 
 def _folder(run: Run) -> Path:

@@ -19,7 +19,7 @@ from training.engine.inputs import Inputs
 from training.engine.optimizer import AdamW
 from training.engine.packing import StepPlan
 from training.models.interface import LanguageModel
-from training.models.load import load_model
+from training.models.load import add_lora, load_model
 from training.plan import catalog, config
 from training.plan.config import Settings
 from training.plan.run_file import Run
@@ -73,6 +73,7 @@ class Session:
             "task": self.data.task,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trainable": self.optimizer.parameters,
+            "lora": self.model.lora,
         }
 
     def details(self) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def _base_model(data: Inputs, settings: Settings) -> LanguageModel:
     model = load_model(data.base)
     model.set_dropout(settings.dropout or 0.0)
     if settings.adapter == "lora":
-        model.add_lora(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_targets)
+        add_lora(model, settings)
     model.gradient_checkpointing = settings.gradient_checkpointing
     return model
 

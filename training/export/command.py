@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from training.engine import checkpoint
 from training.export.folder import verify, write_folder
 from training.models.interface import LanguageModel
-from training.models.load import load_model
+from training.models.load import add_lora, load_model
 from training.plan import config, hub
 from training.plan.events import Failure
 from training.plan.export_formats import FORMATS
@@ -62,10 +62,9 @@ def load_trained(folder: Path, base: str | None) -> tuple[LanguageModel, Path, d
     base = base or str(manifest["base"])
     home, settings = hub.locate(base), manifest["settings"]
     model = load_model(home)
-    trained_with = config.parse(settings)
-    if trained_with.adapter == "lora":
-        s = trained_with
-        model.add_lora(s.lora_rank, s.lora_alpha, s.lora_dropout, s.lora_targets)
+    s = config.parse_stored(settings)
+    if s.adapter == "lora":
+        add_lora(model, s)
     trained = load_file(folder / "weights.safetensors")
     with torch.no_grad():
         for name, p in model.named_parameters():

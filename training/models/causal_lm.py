@@ -12,8 +12,9 @@ Weights are read from safetensors only. Code that comes with a model is never ru
 from __future__ import annotations
 
 import copy
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from training.models import document_attention, lora
 from training.models.batch import Batch, pack
 from training.models.config_json import read_config
 from training.models.kernels import main_grad
+from training.plan.config import ALL_LINEAR, ATTENTION
 from training.plan.events import Failure
 
 transformers.logging.set_verbosity_error()
@@ -40,9 +43,10 @@ class CausalLM(nn.Module):
         super().__init__()
         self.lm = lm
         self.config = lm.config
-        self.packed = self.fused = False
+        self.packed = self.fused = self.cached = False
         self.self_test_notes: list[str] = []  # what the self-test found, for the log
         self.lora: dict[str, Any] | None = None
+        document_attention.install(lm)
         self._self_test()
         collect_gradients(self)
 
@@ -129,12 +133,19 @@ class CausalLM(nn.Module):
 
     def decoder(self, pack: bool = True) -> TransformersDecoder:
         """`pack` changes nothing: transformers reads the weights as they are."""
-        return TransformersDecoder(self.lm, self.context)
+        return TransformersDecoder(self.lm, self.context, self.cached)
 
     # ---- adapters ------------------------------------------------------------------------------------------
 
     def add_lora(
-        self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
+        self,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        targets: Sequence[str] | None,
+        seed: int = 0,
+        use_dora: bool = False,
+        use_rslora: bool = False,
     ) -> None:
         """Freezes the weights and adds peft's adapters, in place. The same `seed` gives the same adapters."""
         import peft
@@ -143,9 +154,69 @@ class CausalLM(nn.Module):
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # peft computes alpha / r; a fraction is fine
             lora_dropout=dropout,
-            target_modules=list(targets) if targets else None,
+            use_dora=use_dora,
+            use_rslora=use_rslora,
             task_type="CAUSAL_LM",
         )
+        linear = self._linear_layers()
+        experts = self._expert_weights()
+        if tuple(targets or ()) == ALL_LINEAR:
+            config.target_modules = lora.short_names(self.lm, self._adaptable(linear, config))
+            config.target_parameters = sorted({".".join(n.split(".")[-2:]) for n in experts}) or None
+        elif targets and tuple(targets) != ATTENTION:
+            config.target_modules = list(targets)
+        self._inject(config, seed)
+        layers = self._check_lora()
+        self.lora = {
+            "rank": rank,
+            "alpha": alpha,
+            "dropout": dropout,
+            "targets": sorted(config.target_modules or []) + sorted(config.target_parameters or []),
+            "layers": layers,
+            "of": len(linear) + len(experts),
+            "use_dora": use_dora,
+            "use_rslora": use_rslora,
+        }
+        collect_gradients(self)
+
+    def _linear_layers(self) -> list[str]:
+        """Names of the linear layers but the head, as peft knows linear layers."""
+        kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
+        head = self.lm.get_output_embeddings()
+        names = lora.linear_layers(self.lm, None if head is None else head.weight)
+        return [name for name in names if isinstance(self.lm.get_submodule(name), kinds)]
+
+    def _expert_weights(self) -> list[str]:
+        """Names of parameters with the weights of all experts of a layer, (experts, in, out) or (experts, out,
+        in)."""
+        return [n for n, p in self.lm.named_parameters() if p.dim() == 3 and n.split(".")[-2] == "experts"]
+
+    @torch.no_grad()
+    def _adaptable(self, names: Sequence[str], config: Any) -> list[str]:
+        """The linear layers that an adapter can change: without those that peft refuses, and those whose weight is
+        read past the layer, as in some Mamba layers."""
+        from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+        used: set[nn.Module] = set()
+        modules = {name: self.lm.get_submodule(name) for name in names}
+        hooks = [module.register_forward_hook(lambda m, *_: used.add(m)) for module in modules.values()]
+        self.hidden(_batch(self._random_documents(17, 33)), all_tokens=True)
+        for hook in hooks:
+            hook.remove()
+        # by the last part of the name: these few tokens are not routed to every expert
+        called = {_last(name) for name, module in modules.items() if module in used}
+        for end in sorted(called):
+            try:
+                _check_lora_target_modules_mamba(config, self.lm, end)
+            except ValueError:
+                called.remove(end)
+        return [name for name in names if _last(name) in called]
+
+    def _inject(self, config: Any, seed: int) -> None:
+        """Adds adapters. Raises Failure("bad_settings") with peft's reason if the architecture has no such
+        layers or cannot have such adapters."""
+        import peft
+
         for p in self.lm.parameters():
             p.requires_grad_(False)
         try:
@@ -154,25 +225,61 @@ class CausalLM(nn.Module):
                 torch.manual_seed(seed)
                 peft.inject_adapter_in_model(config, self.lm)
         except ValueError as error:
+            if config.target_parameters and config.lora_dropout:
+                raise Failure(
+                    "bad_settings",
+                    "Adapters of this model's experts cannot have dropout.",
+                    "Set lora_dropout to 0, or name layers in lora_targets.",
+                ) from error
+            if config.target_parameters and config.use_dora:
+                raise Failure(
+                    "bad_settings",
+                    "Adapters of this model's experts cannot use DoRA.",
+                    "Turn use_dora off, or name layers in lora_targets.",
+                ) from error
             raise Failure("bad_settings", f"lora_targets do not fit this model: {error}") from error
-        self.lora = {
-            "rank": rank,
-            "alpha": alpha,
-            "dropout": dropout,
-            "targets": sorted(config.target_modules or []),
+
+    def _check_lora(self) -> int:
+        """Tries one step of the adapters. Returns how many there are. Raises Failure("bad_settings") if some get no
+        gradient, because the model reads the weights of their layers in another way."""
+        import peft
+
+        kind: Any = peft.tuners.lora.LoraLayer
+        adapters = {n: m for n, m in self.lm.named_modules() if isinstance(m, kind)}
+        trained = [p for p in self.lm.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in trained]
+        rng = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in trained:  # B is zero, so A would get no gradient
+                p.add_(torch.empty_like(p).uniform_(0.01, 0.02, generator=rng))
+        states = self.hidden(_batch(self._random_documents(17, 33)), all_tokens=True)
+        grads: Sequence[Tensor | None] = [None] * len(trained)
+        if states.requires_grad:
+            grads = torch.autograd.grad(states.square().sum(), trained, allow_unused=True)
+        moved = {id(p) for p, g in zip(trained, grads, strict=True) if g is not None and g.abs().sum() > 0}
+        for p, value in zip(trained, before, strict=True):
+            p.data.copy_(value)
+        # by the last part of the name: these few tokens are not routed to every expert
+        learning = {
+            _last(name) for name, m in adapters.items() if any(id(p) in moved for p in m.parameters())
         }
-        collect_gradients(self)
+        if idle := [name for name in adapters if _last(name) not in learning]:
+            raise Failure(
+                "bad_settings",
+                f"In this model, an adapter of {_last(idle[0])} would change nothing.",
+                "Name other layers in lora_targets, or choose full fine-tuning.",
+            )
+        return len(adapters)
 
     def save_adapter(self, folder: str | Path, base: str) -> None:
         """Writes the two files of a peft adapter, for `PeftModel.from_pretrained(base_model, folder)`."""
+        import peft
+
         config = copy.copy(self.lm.peft_config["default"])
         config.base_model_name_or_path, config.inference_mode = base, True
         config.save_pretrained(folder)
-        tensors = {
-            f"base_model.model.{name.replace('.default.', '.')}": p.detach().cpu().contiguous()
-            for name, p in self.lm.named_parameters()
-            if ".lora_" in name
-        }
+        weights = peft.get_peft_model_state_dict(self.lm, save_embedding_layers=False)
+        tensors = {f"base_model.model.{name}": p.detach().cpu().contiguous() for name, p in weights.items()}
         save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
     def merged(self) -> CausalLM:
@@ -184,10 +291,15 @@ class CausalLM(nn.Module):
         if self.lora is None:
             return self.lm
         lm = copy.deepcopy(self.lm)
-        for name, module in list(lm.named_modules()):
-            if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
-                module.merge()
-                parent, _, attribute = name.rpartition(".")
+        adapters = {
+            n: m for n, m in lm.named_modules() if hasattr(m, "merge") and hasattr(m, "get_base_layer")
+        }
+        for module in adapters.values():
+            module.merge()
+        for name, module in adapters.items():
+            parent, _, attribute = name.rpartition(".")
+            # adapters of several parameters of a module are inside each other: the outermost is replaced
+            if not any(name.startswith(f"{outer}.") for outer in adapters):
                 setattr(lm.get_submodule(parent), attribute, module.get_base_layer())
         lm._hf_peft_config_loaded = False
         return lm
@@ -197,7 +309,7 @@ class CausalLM(nn.Module):
     def _packed_states(self, batch: Batch) -> Tensor:
         out = self._inner()(
             input_ids=batch.ids[None],
-            attention_mask=self._mask(batch),
+            attention_mask=document_attention.mask(batch.offsets),
             position_ids=batch.positions[None],
             use_cache=False,
             **({} if self.fused else {"logits_to_keep": 0}),
@@ -215,62 +327,45 @@ class CausalLM(nn.Module):
     def _inner(self) -> Any:
         return self.lm.base_model if self.fused else self.lm
 
-    def _mask(self, batch: Batch) -> Any:
-        """The additive attention mask, (1, 1, T, T): each token attends to itself and what precedes it in its
-        document.
-
-        Models with several kinds of layers get one mask for each kind."""
-        T, device = len(batch.ids), batch.ids.device
-        # (T,): which document each token is in
-        document = torch.zeros(T, dtype=torch.int64, device=device)
-        for i, (start, end) in enumerate(batch.bounds):
-            document[start:end] = i
-        place = torch.arange(T, device=device)
-        back = place[:, None] - place[None, :]  # how many tokens a key is behind its query
-        # (T, T) bool: same document, and the key is not after the query
-        allowed = (document[:, None] == document[None, :]) & (back >= 0)
-        window = getattr(self.config, "sliding_window", None)
-        kinds = set(getattr(self.config, "layer_types", None) or ())
-        if "sliding_attention" in kinds and window:
-            # sliding-window attention (Mistral, arXiv 2310.06825): only the last `window` tokens
-            near = self._additive(allowed & (back < window))
-            if kinds == {"sliding_attention"}:
-                return near
-            return {"full_attention": self._additive(allowed), "sliding_attention": near}
-        return self._additive(allowed & (back < window) if window and not kinds else allowed)
-
-    def _additive(self, allowed: Tensor) -> Tensor:
-        lowest = torch.finfo(self.lm.dtype).min
-        return torch.zeros(allowed.shape, dtype=self.lm.dtype, device=allowed.device).masked_fill_(
-            ~allowed, lowest
-        )[None, None]
-
     # ---- self-test -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _self_test(self) -> None:
         """Compares the fused head and packed rows with the model as transformers runs it.
 
-        Two short documents, the second longer than a small attention window, are run one by one and
-        packed. A second packed row differs only in its first document, which must not change the states of
+        Two short documents, the second longer than attention windows, which are narrowed meanwhile, are run one
+        by one and packed. A second packed row differs only in its first document, which must not change the states of
         the second."""
         was_training = self.lm.training
         self.lm.eval()
-        rng = torch.Generator().manual_seed(1)
-        size = int(self.lm.get_input_embeddings().weight.shape[0])
-        longest = min(96, self.context)
-        lengths = (min(17, longest), longest)
-        first, second, other = (
-            torch.randint(0, size, (n,), generator=rng, dtype=torch.int64)
-            for n in (lengths[0], *lengths[1:], lengths[0])
-        )
+        first, second, other = self._random_documents(17, 96, 17)
+        restore = self._narrow_windows(20)
         # the reference: each document alone, in transformers' own way
         alone = [self.lm(input_ids=ids[None], use_cache=False).logits[0] for ids in (first, second)]
         truth = torch.cat(alone)  # (T, V)
         scale = float(truth.abs().max()) or 1.0
         self.fused = self._fused_head_holds([first, second], truth, scale)
         self.packed = self._packing_holds([first, second], other, truth, scale)
+        self.cached = self._cache_holds(second, alone[1], scale)
+        restore()
         self.lm.train(was_training)
+
+    def _narrow_windows(self, size: int) -> Callable[[], None]:
+        """Makes every attention window or chunk at most `size` tokens long, so that short documents show how they
+        are computed. Returns a function that undoes it."""
+        changed = []
+        for owner in (self.config, *self.lm.modules()):
+            for name in ("sliding_window", "attention_chunk_size"):
+                value = getattr(owner, name, None)
+                if isinstance(value, int) and value > size:
+                    setattr(owner, name, size)
+                    changed.append((owner, name, value))
+
+        def restore() -> None:
+            for owner, name, value in changed:
+                setattr(owner, name, value)
+
+        return restore
 
     def _fused_head_holds(self, documents: list[Tensor], truth: Tensor, scale: float) -> bool:
         head = self.lm.get_output_embeddings()
@@ -313,6 +408,35 @@ class CausalLM(nn.Module):
             return False
         return True
 
+    def _random_documents(self, *lengths: int) -> list[Tensor]:
+        """Token ids, (length,) int64 each, always the same."""
+        rng, size = torch.Generator().manual_seed(1), int(self.lm.get_input_embeddings().weight.shape[0])
+        return [torch.randint(0, size, (min(n, self.context),), generator=rng, device="cpu") for n in lengths]
+
+    def _cache_holds(self, document: Tensor, truth: Tensor, scale: float) -> bool:
+        """Compares two steps of generation with the logits of the whole document, (T, V)."""
+        ids = document.tolist()
+        decoder = TransformersDecoder(self.lm, self.context)
+        try:
+            cache, first = decoder.prefill(ids[:-2], len(ids))
+            steps = torch.stack([first, *(decoder.step([cache], [token])[0] for token in ids[-2:])])
+        # An architecture may raise anything for a kind of cache that it does not support.
+        except Exception as error:
+            why = type(error).__name__
+        else:
+            wrong = float((steps - truth[-3:]).abs().max()) / scale
+            if wrong <= TOLERANCE:
+                return True
+            why = f"difference {wrong:.1e}"
+        self.self_test_notes.append(
+            f"generation with a cache changes its results ({why}), so every token reads the whole text again"
+        )
+        return False
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
 
 def _batch(documents: list[Tensor]) -> Batch:
     return pack([(d.numpy(), torch.ones(len(d)).numpy()) for d in documents])
@@ -336,15 +460,20 @@ def _collect(p: Tensor) -> None:
 
 
 class TransformersDecoder:
-    """decoder.Decoder on transformers' own caches. Sequences are advanced one after another."""
+    """decoder.Decoder on transformers' own caches. Sequences are advanced one after another.
 
-    def __init__(self, lm: Any, context: int) -> None:
-        self.lm, self.context = lm, context
+    Without `cached` a cache is the ids read so far, which every step reads again."""
+
+    def __init__(self, lm: Any, context: int, cached: bool = True) -> None:
+        self.lm, self.context, self.cached = lm, context, cached
         self.device = lm.device
+        # Mamba has its own name for a cache, and would not use one under any other.
+        accepted = inspect.signature(lm.forward).parameters
+        self.cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], room: int, all_tokens: bool = False) -> tuple[Any, Tensor]:
-        cache = transformers.DynamicCache(config=self.lm.config)
+        cache: Any = transformers.DynamicCache(config=self.lm.config) if self.cached else []
         logits = self._run(cache, ids, all_tokens)  # (T or 1, V)
         return cache, logits if all_tokens else logits[-1]
 
@@ -358,10 +487,13 @@ class TransformersDecoder:
     def _run(self, cache: Any, ids: Sequence[int], all_tokens: bool) -> Tensor:
         was_training = self.lm.training
         self.lm.eval()
+        if self.cached:
+            known = {self.cache_name: cache, "use_cache": True}
+        else:
+            cache += ids
+            ids, known = cache, {"use_cache": False}
         tokens = torch.tensor([list(ids)], device=self.device)
-        out = self.lm(
-            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=0 if all_tokens else 1
-        )
+        out = self.lm(input_ids=tokens, logits_to_keep=0 if all_tokens else 1, **known)
         self.lm.train(was_training)
         logits: Tensor = out.logits[0]
         return logits

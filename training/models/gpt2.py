@@ -191,10 +191,17 @@ class GPT2(nn.Module):
         self.config.embd_pdrop = self.config.attn_pdrop = self.config.resid_pdrop = p
 
     def add_lora(
-        self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
+        self,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        targets: Sequence[str] | None,
+        seed: int = 0,
+        use_dora: bool = False,
+        use_rslora: bool = False,
     ) -> None:
         """Freezes the weights and adds adapters, in place; see models/lora.py."""
-        self.lora = lora.add(self, rank, alpha, dropout, targets, seed)
+        self.lora = lora.add(self, rank, alpha, dropout, targets, seed, use_dora, use_rslora)
 
     def merged_weights(self) -> dict[str, Tensor]:
         """Every weight under its Hugging Face name, adapters folded in."""

@@ -20,7 +20,7 @@ from training.models.decoder import Decoder
 class LanguageModel(Protocol):
     """A causal language model over packed rows. All implementations are `torch.nn.Module`s."""
 
-    lora: dict[str, Any] | None  # rank, alpha, dropout, targets; None = every weight is trained
+    lora: dict[str, Any] | None  # what lora.add returns; None = every weight is trained
     training: bool
     config: Any  # of the implementation: Hugging Face's names where they have one
 
@@ -51,10 +51,18 @@ class LanguageModel(Protocol):
         ...
 
     def add_lora(
-        self, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
+        self,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        targets: Sequence[str] | None,
+        seed: int = 0,
+        use_dora: bool = False,
+        use_rslora: bool = False,
     ) -> None:
-        """Freezes the weights and adds adapters, in place. Raises Failure("bad_settings") for unknown
-        targets."""
+        """Freezes the weights and adds adapters, in place: to all linear layers but the head for ALL_LINEAR, to
+        peft's default for the architecture for ATTENTION or None. Raises Failure("bad_settings") for unknown
+        targets and for what the architecture cannot train."""
         ...
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:

@@ -1,8 +1,10 @@
 """LoRA for models/gpt2.py: small trained matrices next to frozen ones (Hu et al., arXiv 2106.09685). Other
 models use peft.
 
-y = x @ W + b + (alpha / rank) * (x @ A.T) @ B.T, with A (rank, in) random and B (out, rank) zero, so training
-starts exactly at the base model. Files and parameter names are those of peft, which loads what we save.
+y = x @ W + b + scale * (x @ A.T) @ B.T, with A (rank, in) random and B (out, rank) zero, so training starts
+exactly at the base model. The scale is alpha / rank, or alpha / sqrt(rank) (rsLoRA: Kalajdzievski, arXiv
+2312.03732). With DoRA (Liu et al., arXiv 2402.09353) each output's weights also have a trained length. Files and
+parameter names are those of peft, which loads what we save.
 """
 
 from __future__ import annotations
@@ -19,9 +21,27 @@ from torch import Tensor, nn
 
 from training.models import kernels
 from training.models.kernels import accumulate_grad_product, affine
+from training.plan.config import ALL_LINEAR, ATTENTION
 from training.plan.events import Failure
 
-DEFAULT_TARGETS = ("c_attn",)  # peft's for GPT-2
+ATTENTION_TARGETS = ("c_attn",)  # peft's for GPT-2
+
+
+def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
+    """What the product of A and B is multiplied by."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+def linear_layers(model: nn.Module, head: Tensor | None) -> list[str]:
+    """Names of a model's linear layers but its head, whose weight is `head`, in the order of the model."""
+    return [name for name, m in model.named_modules() if _is_linear(m) and m.weight is not head]
+
+
+def short_names(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The last parts of the names of some modules, sorted, or the whole names if other modules end alike."""
+    last = {name.rpartition(".")[2] for name in names}
+    alike = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in last]
+    return sorted(last if set(alike) == set(names) else names)
 
 
 class LoRALinear(nn.Module):
@@ -31,7 +51,13 @@ class LoRALinear(nn.Module):
     bias: Tensor
 
     def __init__(
-        self, linear: nn.Module, rank: int, alpha: float, dropout: float, rng: torch.Generator
+        self,
+        linear: nn.Module,
+        rank: int,
+        scale: float,
+        dropout: float,
+        rng: torch.Generator,
+        use_dora: bool = False,
     ) -> None:
         super().__init__()
         # (in, out), (out,)
@@ -43,19 +69,37 @@ class LoRALinear(nn.Module):
         bound = 1 / math.sqrt(n_in)  # kaiming_uniform_ with a = sqrt(5), peft's default
         self.lora_A = Weight(torch.empty(rank, n_in).uniform_(-bound, bound, generator=rng))
         self.lora_B = Weight(torch.zeros(n_out, rank))
-        self.scale, self.dropout = alpha / rank, dropout
+        self.scale, self.dropout = scale, dropout
+        # (out,): DoRA's length of the weights of each output, those of the base model at first
+        self.lora_magnitude_vector = Weight(self.weight.detach().norm(dim=0)) if use_dora else None
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = kernels.dropout(x, self.dropout) if self.training and self.dropout else None
-        y: Tensor = LoRALinearFunction.apply(
-            x, dropped, self.weight, self.bias, self.lora_A.weight, self.lora_B.weight, self.scale
+        A, B = self.lora_A.weight, self.lora_B.weight
+        if self.lora_magnitude_vector is None:
+            y: Tensor = LoRALinearFunction.apply(x, dropped, self.weight, self.bias, A, B, self.scale)
+            return y
+        # No gradient goes through the present length (section 4.3 of the paper).
+        y = LoRALinearFunction.apply(
+            x if dropped is None else dropped, None, self.weight, None, A, B, self.scale
         )
-        return y
+        y = Stretch.apply(y, self.lora_magnitude_vector.weight, self._sum().norm(dim=0)) + self.bias
+        # As in peft, what dropout takes from the input is missing from the change of the output only.
+        return y if dropped is None else y + affine(x - dropped, self.weight)
 
-    def merged(self) -> Tensor:
-        """(in, out): the weight with the adapter folded in, W + scale * (B @ A).T."""
+    @torch.no_grad()
+    def _sum(self) -> Tensor:
+        """(in, out): W + scale * (B @ A).T."""
         product = self.lora_A.weight.t() @ self.lora_B.weight.t()
-        return torch.add(self.weight, product.to(self.weight.dtype), alpha=self.scale).detach()
+        return torch.add(self.weight, product.to(self.weight.dtype), alpha=self.scale)
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """(in, out): the weight with the adapter folded in."""
+        weight = self._sum()
+        if self.lora_magnitude_vector is not None:
+            weight *= self.lora_magnitude_vector.weight / weight.norm(dim=0)
+        return weight
 
 
 class Weight(nn.Module):
@@ -74,7 +118,14 @@ class LoRALinearFunction(kernels.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, w: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        w: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
     ) -> Tensor:
         z = (x if dropped is None else dropped) @ A.t()  # (T, r), r much smaller than in and out
         ctx.w, ctx.A, ctx.B, ctx.scale, ctx.separate = w, A, B, scale, dropped is not None
@@ -98,28 +149,65 @@ class LoRALinearFunction(kernels.Function):
         return dx, dropped, None, None, dA, dB, None
 
 
-def add(
-    model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None, seed: int = 0
-) -> dict[str, Any]:
-    """Freezes the model and adds adapters to the linear layers whose name ends in one of `targets`, in place.
+class Stretch(kernels.Function):
+    """y (T, out) * m / length, both (out,): DoRA's factor of each output. `length` gets no gradient."""
 
-    Returns {"rank", "alpha", "dropout", "targets"}. Raises Failure("bad_settings") if no layer has such a
-    name."""
-    wanted = tuple(targets or DEFAULT_TARGETS)
-    for p in model.parameters():
-        p.requires_grad_(False)
-    linear = [(name, m) for name, m in model.named_modules() if _is_linear(m) and _matches(name, wanted)]
-    if not linear:
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, m: Tensor, length: Tensor) -> Tensor:
+        ctx.m, factor = m, m / length
+        ctx.save_for_backward(y, length, factor)
+        return y * factor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dy,), (y, length, factor) = grads, ctx.saved_tensors
+        dm = (dy * y).sum(0, dtype=torch.float32) / length
+        return dy * factor, kernels.accumulate_grad(ctx.m, dm), None
+
+
+def add(
+    model: Any,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str] | None,
+    seed: int = 0,
+    use_dora: bool = False,
+    use_rslora: bool = False,
+) -> dict[str, Any]:
+    """Freezes a language model and adds adapters to its linear layers, in place: to all but the head if
+    `targets` is ALL_LINEAR, to those of the attention if it is ATTENTION or None, otherwise to those whose name
+    ends in one of `targets`.
+
+    Returns a description: rank, alpha, dropout, targets, layers and so on. Raises Failure("bad_settings") if no
+    layer has such a name."""
+    linear = linear_layers(model, model.head())
+    wanted = ATTENTION_TARGETS if tuple(targets or ATTENTION) == ATTENTION else tuple(targets or ())
+    names = linear if wanted == ALL_LINEAR else [name for name in linear if _matches(name, wanted)]
+    if not names:
         raise Failure(
             "bad_settings",
             f"lora_targets: no layer is named {', '.join(wanted)}.",
-            "Use c_attn, attn.c_proj, c_fc, mlp.c_proj or c_proj.",
+            f"Use {ALL_LINEAR[0]}, or some of {', '.join(short_names(model, linear))}.",
         )
-    rng = torch.Generator().manual_seed(seed)
-    for name, module in linear:
+    for p in model.parameters():
+        p.requires_grad_(False)
+    rng, scale = torch.Generator().manual_seed(seed), scale_of(rank, alpha, use_rslora)
+    targets = short_names(model, names) if wanted == ALL_LINEAR else sorted(wanted)
+    for name in names:
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, LoRALinear(module, rank, alpha, dropout, rng))
-    return {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": sorted(wanted)}
+        layer = LoRALinear(model.get_submodule(name), rank, scale, dropout, rng, use_dora)
+        setattr(model.get_submodule(parent), attribute, layer)
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "targets": targets,
+        "layers": len(names),
+        "of": len(linear),
+        "use_dora": use_dora,
+        "use_rslora": use_rslora,
+    }
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -161,6 +249,8 @@ def save_adapter(model: nn.Module, lora: dict[str, Any], folder: str | Path, bas
         "r": lora["rank"],
         "lora_alpha": lora["alpha"],
         "lora_dropout": lora["dropout"],
+        "use_dora": lora["use_dora"],
+        "use_rslora": lora["use_rslora"],
         "target_modules": lora["targets"],
         "fan_in_fan_out": True,  # GPT-2 stores its weights as (in, out)
         "bias": "none",

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from training.plan.config import ALL_LINEAR, ATTENTION, FIELDS
+
 STARTER = "starter"
 STARTER_FOLDER = Path(__file__).parent.parent / "starter" / "model"
 SAMPLE_FOLDER = Path(__file__).parent.parent / "starter" / "sample"
@@ -40,6 +42,8 @@ class BaseModel:
     about: str = ""
     architecture: str = "gpt2"
     folder: str = ""  # on this machine; empty = downloaded from the Hub
+    # Inputs and outputs of all linear layers but the head, added up: an adapter has `rank` numbers for each. 0 = unknown.
+    linear_features: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,6 +91,7 @@ def _gpt2(
         licence="MIT",
         languages="English",
         download=download,
+        linear_features=layers * 16 * width,
         about="OpenAI's GPT-2, trained on web pages. Downloaded from the Hugging Face Hub on first use.",
     )
 
@@ -167,15 +172,37 @@ def from_config(config: Mapping[str, Any], *, id: str = "", folder: str = "") ->
         # attention, MLP, biases and two norms
         each = 4 * width * width + 2 * width * inner + 9 * width + inner
         parameters = vocab * width + context * width + layers * each + 2 * width
+        features = 4 * width + 2 * width + 2 * (width + inner)
     else:
-        shared = first("num_key_value_heads", default=heads) / heads
-        gated = 3 if str(config.get("hidden_act", "")) in ("silu", "gelu_pytorch_tanh", "swiglu") else 2
-        tied = 1 if config.get("tie_word_embeddings", False) else 2
-        parameters = round(
-            tied * vocab * width + layers * ((2 + 2 * shared) * width * width + gated * width * inner)
+        size = first("head_dim", default=width // heads)
+        queries, shared = heads * size, first("num_key_value_heads", default=heads) * size
+        gated = str(config.get("hidden_act") or config.get("hidden_activation")) in (
+            "silu",
+            "gelu_pytorch_tanh",
+            "swiglu",
         )
+        up = 2 if gated else 1
+        experts = first("num_experts", "num_local_experts", default=1)
+        inner = first("moe_intermediate_size", default=inner) if experts > 1 else inner
+        tied = 1 if config.get("tie_word_embeddings", False) else 2
+        attention, mlp = 2 * width * (queries + shared), experts * (up + 1) * width * inner
+        parameters = tied * vocab * width + layers * (attention + mlp)
+        # each matrix has an adapter of its own; those of all experts of a layer are one parameter
+        matrices = up if experts == 1 else 1
+        features = 2 * (width + queries) + 2 * (width + shared)
+        features += experts * (matrices * width + up * inner + inner + width)
     return BaseModel(
-        id, "", parameters, layers, width, heads, context, vocab, architecture=kind, folder=folder
+        id,
+        "",
+        parameters,
+        layers,
+        width,
+        heads,
+        context,
+        vocab,
+        architecture=kind,
+        folder=folder,
+        linear_features=layers * features,
     )
 
 
@@ -189,7 +216,7 @@ def training_memory(
 
     Full fine-tuning: weight, gradient and AdamW's two moments, 4 bytes each. LoRA: the frozen weights plus
     its adapters."""
-    trained = base.parameters if adapter == "none" else lora_parameters(base, 8)
+    trained = base.parameters if adapter == "none" else lora_parameters(base, FIELDS["lora_rank"].default)
     state = 4 * base.parameters + 12 * trained
     own = 300 << 20  # of Python and torch themselves
     return int(state + activation_memory(base, tokens, checkpointing) + own)
@@ -201,9 +228,12 @@ def activation_memory(base: BaseModel, tokens: int, checkpointing: bool = False)
     return 4 * tokens * (base.layers * per_layer + 8 * base.width) + 4 * min(tokens, 1024) * base.vocab * 2
 
 
-def lora_parameters(base: BaseModel, rank: int) -> int:
-    """Adapters on the attention projections: c_attn (width → 3 width) and c_proj (width → width)."""
-    return base.layers * rank * (4 * base.width + 2 * base.width)
+def lora_parameters(base: BaseModel, rank: int, targets: tuple[str, ...] | None = ALL_LINEAR) -> int:
+    """Numbers in the adapters of all linear layers but the head, or of query and value only. For layers given by
+    name, of which only the model itself knows the sizes, at most this."""
+    if targets == ATTENTION:
+        return base.layers * rank * 4 * base.width
+    return rank * (base.linear_features or base.layers * 16 * base.width)
 
 
 def fits(base: BaseModel, machine: Machine, adapter: str = "none", tokens: int = 2048) -> Fit:

@@ -59,6 +59,10 @@ def setting(
     return field(default=default, metadata={"spec": spec})
 
 
+ALL_LINEAR = ("all-linear",)  # `lora_targets`: every linear layer but the head. The word is peft's.
+ATTENTION = ("attention",)  # `lora_targets`: those of peft for the architecture, mostly query and value
+
+
 @dataclass(frozen=True)
 class Settings:
     """Hyperparameters. None = automatic, still to be resolved."""
@@ -166,11 +170,11 @@ class Settings:
         8,
         1_048_576,
     )
-    lora_rank: int = setting(8, "int", "Rank of the adapter matrices.", "LoRA rank", 1, 1024)
+    lora_rank: int = setting(16, "int", "Rank of the adapter matrices.", "LoRA rank", 1, 1024)
     lora_alpha: float = setting(
-        16.0,
+        32.0,
         "float",
-        "Strength of the adapters: their output is scaled by alpha / rank.",
+        "Strength of the adapters: their output is scaled by alpha / rank, with rsLoRA by alpha / √rank.",
         "LoRA alpha",
         0.01,
         4096,
@@ -179,10 +183,22 @@ class Settings:
         0.0, "float", "Dropout on the input of the adapters.", "LoRA dropout", 0, 0.9
     )
     lora_targets: tuple[str, ...] | None = setting(
-        None,
+        ALL_LINEAR,
         "list",
-        "Names of the layers that get adapters. Automatic: the attention projections.",
+        "Names of the layers that get adapters. `all-linear`: all linear layers except the head. `attention`: query and value only, for models where peft knows their names.",
         "LoRA targets",
+    )
+    use_dora: bool = setting(
+        False,
+        "bool",
+        "Also train the length of each output's weights (DoRA). Learns more with small ranks, but each step takes longer.",
+        "DoRA",
+    )
+    use_rslora: bool = setting(
+        False,
+        "bool",
+        "Scale adapters by alpha / √rank (rsLoRA), so that large ranks are not scaled down to nothing.",
+        "rsLoRA",
     )
     gradient_checkpointing: bool = setting(
         False,
@@ -275,9 +291,11 @@ class Settings:
     def stored(self) -> dict[str, Any]:
         """As stored in rows, events and checkpoints; `parse` reads these too.
 
-        The adapter is stored as `method`, its name in the first release, and what that release did not know (the
-        objective, the task) is left out unless it was chosen, so that programs of that release can read it."""
-        return stored_names(self.as_dict())
+        The adapter is stored as `method`, its name in the first release, what that release did not know (the
+        objective, the task) is left out unless it was chosen, and ATTENTION, its only automatic value, is null,
+        so that programs of that release can read it."""
+        values = stored_names(self.as_dict())
+        return values | {"lora_targets": None} if self.lora_targets == ATTENTION else values
 
 
 FIELDS: dict[str, Field] = {f.name: f.metadata["spec"] for f in fields(Settings)}
@@ -291,15 +309,24 @@ SCHEMA = 2
 PRECISION_CHOSEN_ONCE = 2  # with earlier settings, automatic precision is that of the machine at each attempt
 
 # name -> (the schema that introduced the current default, the default before it)
-FORMER_DEFAULTS: dict[str, tuple[int, Any]] = {}
+FORMER_DEFAULTS: dict[str, tuple[int, Any]] = {
+    "lora_rank": (2, 8),
+    "lora_alpha": (2, 16.0),
+    "lora_targets": (2, ATTENTION),
+}
 
 # name -> the schema that added the setting; settings not listed are in the first
-ADDED: dict[str, int] = {"task": 2}
+ADDED: dict[str, int] = {"task": 2, "use_dora": 2, "use_rslora": 2}
 
 
 def _default(name: str, schema: int) -> Any:
     changed, former = FORMER_DEFAULTS.get(name, (0, None))
     return former if schema < changed else FIELDS[name].default
+
+
+def defaults(schema: int) -> dict[str, Any]:
+    """What a setting is if it is missing in settings of a schema."""
+    return {name: _default(name, schema) for name in FIELDS}
 
 
 def parse(values: Mapping[str, Any], schema: int | None = None) -> Settings:
@@ -315,6 +342,22 @@ def parse(values: Mapping[str, Any], schema: int | None = None) -> Settings:
     settings = Settings(**{name: _value(name, values.get(name), schema or SCHEMA) for name in FIELDS})
     _check_together(settings)
     return settings
+
+
+def parse_stored(values: Mapping[str, Any]) -> Settings:
+    """What `Settings.stored` returned, in this or an earlier release: complete, so that a missing or null value
+    is a default of the first release. Raises ConfigError."""
+    return parse(values, 1)
+
+
+def as_of_today(values: Mapping[str, Any], schema: int) -> dict[str, Any]:
+    """Settings submitted with an earlier schema, for a request with the present one: defaults that have changed
+    since are written out."""
+    former = {name: default for name, (since, default) in FORMER_DEFAULTS.items() if schema < since}
+    if "lora" not in (values.get("adapter"), values.get("method")):  # without adapters, theirs mean nothing
+        former = {name: default for name, default in former.items() if not name.startswith("lora_")}
+    given = {name: value for name, value in values.items() if value not in (None, "", "auto")}
+    return {**values, **former, **given}
 
 
 def stored_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -359,7 +402,7 @@ def _value(name: str, raw: Any, schema: int) -> Any:
     if spec.kind == "bool":
         return _boolean(name, raw)
     if spec.kind == "list":
-        return _names(name, raw)
+        return _names(name, raw) or _default(name, schema)
     return _number(name, spec, raw)
 
 
@@ -385,7 +428,7 @@ def _names(name: str, raw: Any) -> tuple[str, ...]:
     parts = raw.split(",") if isinstance(raw, str) else raw
     if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
         raise ConfigError(name, "Enter a list of layer names.")
-    return tuple(part.strip() for part in parts if part.strip()) or FIELDS[name].default
+    return tuple(part.strip() for part in parts if part.strip())
 
 
 def _number(name: str, spec: Field, raw: Any) -> int | float:

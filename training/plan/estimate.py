@@ -15,7 +15,7 @@ import numpy as np
 
 from training.data.summary import Summary
 from training.plan.catalog import BaseModel, Machine, activation_memory, gib, lora_parameters
-from training.plan.config import Settings
+from training.plan.config import ATTENTION, Settings
 from training.plan.metrics import ANSWER_TOKENS, GROUP, METRICS_OF, ROOM, answers_scored
 from training.plan.tasks import TASKS, guess
 
@@ -179,8 +179,10 @@ class _Plan:
     @property
     def trained(self) -> int:
         """Number of trained parameters."""
-        full = self.settings.adapter == "none"
-        return self.base.parameters if full else lora_parameters(self.base, self.settings.lora_rank)
+        s = self.settings
+        if s.adapter == "none":
+            return self.base.parameters
+        return lora_parameters(self.base, s.lora_rank, s.lora_targets)
 
     def work(self, machine: Machine) -> Work:
         base, s = self.base, self.settings
@@ -242,7 +244,8 @@ class _Plan:
         """Bytes at the peak: the process, the weights, what training adds to them, and the larger of a
         row's backward pass and the copy from which a checkpoint is written."""
         row = HOLES * activation_memory(self.base, self.row, self.settings.gradient_checkpointing)
-        row *= 1 if self.settings.adapter == "none" else 0.75  # with frozen weights, fewer inputs are kept
+        # the inputs of frozen layers without adapters are not kept
+        row *= 0.75 if self.settings.adapter == "lora" and self.settings.lora_targets == ATTENTION else 1
         return {
             "process": 270e6,
             "weights": 4.0 * self.base.parameters,

@@ -242,6 +242,25 @@ def test_a_job_can_be_deleted(alices: Client, alice: User) -> None:
     assert alices.get(reverse("jobs:job", args=[job.job_id])).status_code == 404
 
 
+def test_the_page_says_how_many_layers_have_an_adapter(alices: Client, alice: User) -> None:
+    settings = {"method": "lora", "use_dora": True}
+    plan = {"settings": settings, "lora": {"layers": 24, "of": 24}}
+    assert "DoRA, rank 16, alpha 32, all 24 linear layers" in job_page(
+        alices, make_job(alice.owner_id, settings=settings, settings_schema=2, plan=plan)
+    )
+    plan["lora"] = {"layers": 12, "of": 24}
+    text = job_page(alices, make_job(alice.owner_id, settings=settings, settings_schema=2, plan=plan))
+    assert "12 of 24 linear layers" in text
+
+
+def test_a_clone_of_a_job_of_the_first_release_keeps_its_lora(alices: Client, alice: User) -> None:
+    dataset = make_dataset(alice.owner_id)
+    job = make_job(alice.owner_id, dataset_id=dataset.dataset_id, settings={"method": "lora", "lora_rank": 4})
+    text = alices.get(reverse("jobs:new_job"), {"clone": job.job_id}).content.decode()
+    for name, value in (("lora_targets", "attention"), ("lora_rank", "4"), ("lora_alpha", "16")):
+        assert re.search(rf'name="{name}"[^>]*value="{value}"', text), name
+
+
 def test_a_clone_copies_the_settings(alices: Client, alice: User) -> None:
     dataset = make_dataset(alice.owner_id)
     job = make_job(alice.owner_id, "failed", dataset_id=dataset.dataset_id, settings={"epochs": 7.0})

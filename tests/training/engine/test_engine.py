@@ -109,16 +109,24 @@ def test_packed_loss_and_gradients_equal_each_document_alone(
     assert grads.keys() == wanted.keys()
 
 
+@pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}])
+@pytest.mark.parametrize("targets", [["c_attn", "mlp.c_proj"], ["all-linear"]])
 @pytest.mark.parametrize("completion_only", [False, True], ids=["all", "completion"])
-def test_packed_lora_equals_peft_on_each_document_alone(base: Path, completion_only: bool) -> None:
+def test_packed_lora_equals_peft_on_each_document_alone(
+    base: Path, completion_only: bool, targets: list[str], variant: dict[str, Any]
+) -> None:
     import peft
 
     docs, model, reference = documents(completion_only), GPT2.load(base).train(), theirs(base)
     model.set_dropout(0.0)
-    targets = ["c_attn", "mlp.c_proj"]
-    model.add_lora(4, 8.0, 0.0, targets)
+    model.add_lora(4, 8.0, 0.0, targets, **variant)
     config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM"
+        r=4,
+        lora_alpha=8,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        fan_in_fan_out=True,
+        task_type="CAUSAL_LM",
+        **variant,
     )
     reference = peft.get_peft_model(reference, config)
     rng = torch.Generator().manual_seed(3)

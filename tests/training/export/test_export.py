@@ -32,10 +32,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def adapted(base: Path) -> GPT2:
+def adapted(base: Path, use_dora: bool = False) -> GPT2:
     """The base model with adapters that are no longer in their initial state."""
     model = GPT2.load(base).eval()
-    model.add_lora(4, 8.0, 0.0, ["c_attn", "c_fc"], seed=1)
+    model.add_lora(4, 8.0, 0.0, ["c_attn", "c_fc"], seed=1, use_dora=use_dora, use_rslora=use_dora)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -115,10 +115,10 @@ def test_adapters_are_merged(base, tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2-dora", "llama"])
 def test_peft_opens_an_adapter(base, tmp_path, kind):
-    if kind == "gpt2":
-        model: Any = adapted(base)
+    if kind != "llama":
+        model: Any = adapted(base, use_dora=kind == "gpt2-dora")
     else:
         shape = {
             "vocab_size": 300,

@@ -4,7 +4,6 @@ gradients."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as t
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.training.models.architectures import CONFIGS, causal_lm
 from tests.training.tiny import write_tokenizer
 from training import command
 from training.engine import device
 from training.engine.evaluate import batch_loss
 from training.export.export_check import logits_of
+from training.models import document_attention
 from training.models.batch import Batch, pack
 from training.models.causal_lm import CausalLM
 from training.models.decoder import GPT2Decoder
@@ -29,47 +31,15 @@ from training.plan.events import Failure
 from training.plan.run_file import Run
 from training.text.tokenizer import Tokenizer
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 128,
-}
-GROUPED: dict[str, Any] = SHAPE | {"num_key_value_heads": 1, "head_dim": 16}
-WINDOW: dict[str, Any] = GROUPED | {"sliding_window": 20}
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: t.LlamaConfig(**GROUPED),
-    "mistral": lambda: t.MistralConfig(**WINDOW),
-    "qwen2": lambda: t.Qwen2Config(**SHAPE, num_key_value_heads=1),
-    "qwen3": lambda: t.Qwen3Config(**GROUPED),
-    "gpt_neox": lambda: t.GPTNeoXConfig(**SHAPE),
-    "opt": lambda: t.OPTConfig(
-        vocab_size=300,
-        hidden_size=32,
-        ffn_dim=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        word_embed_proj_dim=32,
-    ),
-    "gemma2": lambda: t.Gemma2Config(**WINDOW),
-    "gemma3": lambda: t.Gemma3TextConfig(**WINDOW),
-    "bloom": lambda: t.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=2),
-    "mamba": lambda: t.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4),
-}
 # Expected (supports packed rows, its head is a plain matrix product); (True, True) for the others.
-SPECIAL = {"gemma2": (True, False), "bloom": (False, True), "mamba": (False, True)}
+SPECIAL = {"gemma2": (True, False)} | dict.fromkeys(
+    ("bloom", "mamba", "mamba2", "falcon_h1", "lfm2", "qwen3_5"), (False, True)
+)
 LENGTHS = (9, 40, 5)
 
 
 def make(name: str) -> CausalLM:
-    torch.manual_seed(0)
-    lm = t.AutoModelForCausalLM.from_config(CONFIGS[name]())
-    for p in lm.parameters():
-        p.data.normal_(0, 0.2)
-    return CausalLM(lm.eval())
+    return CausalLM(causal_lm(name))
 
 
 def documents(seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -117,6 +87,57 @@ def test_a_token_of_one_document_does_not_change_the_states_of_another(name):
         one, two = (model.hidden(pack([first, *docs[1:]]), all_tokens=True) for first in (docs[0], others[0]))
     assert torch.equal(one[LENGTHS[0] :], two[LENGTHS[0] :])
     assert not torch.equal(one[: LENGTHS[0]], two[: LENGTHS[0]])
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most numbers in any tensor that an operator makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        for each in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(each, torch.Tensor):
+                self.numbers = max(self.numbers, each.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+def test_no_tensor_grows_with_the_square_of_the_row(name):
+    """Documents of one length, in rows of different lengths: attention is computed in each, without a mask over
+    the row."""
+    model = make(name)
+    model.head = lambda: None  # type: ignore[method-assign]  # logits are not what is measured
+    largest = []
+    for documents_in_row in (16, 64):
+        rng = np.random.default_rng(0)
+        batch = pack([(rng.integers(1, 300, 40), np.ones(40)) for _ in range(documents_in_row)])
+        with LargestTensor() as seen:
+            model._packed_states(batch).sum().backward()
+        largest.append(seen.numbers)
+    assert largest[1] <= 4 * largest[0]
+    assert largest[1] < 2560 * 2560 / 4
+
+
+@pytest.mark.parametrize("longest", [300, 600])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 70}, {"softcap": 2.0, "sliding_window": 70}])
+def test_attention_in_blocks_is_that_by_the_formula(longest, options):
+    """Documents longer than a window and than a block, against all scores at once."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, longest + 9, 8, generator=generator, requires_grad=True) for h in (4, 2, 2))
+    offsets = torch.tensor([0, 9, longest + 9], dtype=torch.int32)
+    outs = [document_attention.documents(q, k, v, offsets, **options)]
+    document = (torch.arange(longest + 9) >= 9).int()
+    seen = document_attention.visible(0, longest + 9, 0, options.get("sliding_window"), q.device)
+    scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) / 8**0.5
+    if cap := options.get("softcap"):
+        scores = cap * torch.tanh(scores / cap)
+    scores = scores.masked_fill(~(seen & (document[:, None] == document)), float("-inf"))
+    outs.append((scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2))
+    torch.testing.assert_close(*outs)
+    grads = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in outs]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -27,22 +28,36 @@ def test_two_names_for_the_adapter_must_agree() -> None:
 
 def test_a_checkpoint_of_the_first_release_is_recognized() -> None:
     """The hash that the first release wrote for these settings."""
-    assert config.settings_hash(parse({"method": "lora", "epochs": 2})) == FIRST_RELEASE
+    assert config.settings_hash(parse({"method": "lora", "epochs": 2}, 1), 1) == FIRST_RELEASE
 
 
 def test_a_new_setting_or_default_changes_no_earlier_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "SCHEMA", 2)
-    monkeypatch.setitem(config.ADDED, "deterministic", 2)
-    monkeypatch.setitem(config.FORMER_DEFAULTS, "lora_rank", (2, 4))
-    assert (parse({}, 1).lora_rank, parse({}, 2).lora_rank, parse({}).lora_rank) == (4, 8, 8)
-    hashes = [config.settings_hash(parse(values, 1), 1) for values in ({}, {"deterministic": True})]
+    monkeypatch.setattr(config, "SCHEMA", 3)
+    monkeypatch.setitem(config.ADDED, "deterministic", 3)
+    monkeypatch.setitem(config.FORMER_DEFAULTS, "beta1", (3, 0.5))
+    assert (parse({}, 2).beta1, parse({}, 3).beta1, parse({}).beta1) == (0.5, 0.9, 0.9)
+    hashes = [config.settings_hash(parse(values, 2), 2) for values in ({}, {"deterministic": True})]
     assert hashes[0] != hashes[1]
     monkeypatch.undo()
     monkeypatch.setattr(config, "FIELDS", {n: f for n, f in FIELDS.items() if n != "deterministic"})
-    plain = {n: v for n, v in parse({"lora_rank": 4}).stored().items() if n != "deterministic"}
+    plain = {n: v for n, v in parse({"beta1": 0.5}).stored().items() if n != "deterministic"}
     monkeypatch.setattr(Settings, "stored", lambda self: plain)
     # the hash that a program without this setting would write
-    assert config.settings_hash(parse({"lora_rank": 4})) == hashes[0]
+    assert config.settings_hash(parse({"beta1": 0.5})) == hashes[0]
+
+
+def test_lora_of_earlier_jobs_keeps_its_targets_and_rank() -> None:
+    """Settings of the first schema, in a run file, stored whole, and copied into a new request."""
+    earlier = parse({"adapter": "lora"}, 1)
+    assert (earlier.lora_rank, earlier.lora_alpha, earlier.lora_targets) == (8, 16, config.ATTENTION)
+    assert earlier.stored()["lora_targets"] is None  # as the first release wrote and reads it
+    assert config.parse_stored(earlier.stored()) == earlier
+    assert parse(config.as_of_today({"adapter": "lora", "epochs": 2}, 1)) == replace(earlier, epochs=2)
+    today = parse({"adapter": "lora"})
+    assert (today.lora_rank, today.lora_alpha, today.lora_targets) == (16, 32, config.ALL_LINEAR)
+    assert config.parse_stored(today.stored()) == today
+    chosen = parse({"adapter": "lora", "lora_targets": "attention"})
+    assert config.parse_stored(chosen.stored()) == chosen
 
 
 def test_every_field_has_a_help_text() -> None:
