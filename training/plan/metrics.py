@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from training.text.tool_calls import Call, CallForm
+from training.text.call_forms import Call, CallForm
 
 # Bounds of what is generated for one score, so that its cost is known beforehand.
 ANSWER_TOKENS = 128  # rows with a longer answer are not scored

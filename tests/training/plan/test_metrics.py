@@ -18,7 +18,7 @@ from training.plan.metrics import (
     tool_call_match,
 )
 from training.plan.tasks import TASKS
-from training.text.tool_calls import FORMS, Call
+from training.text.call_forms import FORMS, Call
 
 
 @pytest.mark.parametrize(
