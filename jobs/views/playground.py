@@ -14,6 +14,7 @@ from django.views.decorators.http import require_http_methods, require_POST
 from jobs.forms import GenerateForm
 from jobs.inference import generation
 from jobs.inference.generation import GenerateRequest
+from jobs.registry import tuned_models
 from jobs.store import access
 from jobs.store.tables import TunedModel
 from jobs.views.decorators import owner_of, signed_in_async
@@ -40,7 +41,7 @@ async def page(request: HttpRequest) -> HttpResponseBase:
         "chosen": chosen,
         "base": tuned.base if tuned else "",
         "bases": [b for b in catalog.base_models() if b.id == catalog.STARTER or b.folder],
-        "typed": {"prompt": request.GET.get("prompt", ""), "mode": mode_of(tuned), **DEFAULTS},
+        "typed": {"prompt": request.GET.get("prompt", ""), **defaults_for(tuned)},
         "answers": [],
         "form": GenerateForm(),
     }
@@ -55,9 +56,12 @@ async def page(request: HttpRequest) -> HttpResponseBase:
     return await sync_to_async(render)(request, "jobs/playground.html", context)
 
 
-def mode_of(model: TunedModel | None) -> str:
-    """The input type to start with: that of the rows the model was trained on."""
-    return MODES.get(model.trained_on if model else "", "prompt")
+def defaults_for(model: TunedModel | None) -> dict[str, Any]:
+    """What the form starts with: the input type of the rows the model was trained on, and room for an answer of its
+    task."""
+    task = tuned_models.task_of(model) if model else None
+    typed = {**DEFAULTS, "mode": MODES.get(model.trained_on if model else "", "prompt")}
+    return typed | ({"max_tokens": task.max_tokens} if task else {})
 
 
 def _models_to_run(form: GenerateForm, base: str) -> list[str]:
