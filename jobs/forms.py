@@ -180,6 +180,7 @@ CHOICE_LABELS = {
     "auto": "Automatic",
     "fp32": "32 bits (fp32)",
     "bf16": "16 bits (bf16)",
+    "text": "Plain text",
 }
 
 # ---- settings ------------------------------------------------------------------------------------------------------
@@ -226,7 +227,8 @@ class Setting:
         """(value, label, selected) of each option of a select."""
         choices = ("yes", "no") if self.spec.kind == "bool" else self.spec.choices
         chosen = self.value or self.automatic
-        return [
+        first = [("", "Automatic", not self.value)] if choices and self.spec.automatic else []
+        return first + [
             (choice, CHOICE_LABELS.get(choice, choice.capitalize()), choice == chosen) for choice in choices
         ]
 

@@ -21,13 +21,13 @@ from jobs.api.schemas.fine_tuning import Checkpoint, Hyperparameters, Job, JobCr
 from jobs.events import event_log, history
 from jobs.lifecycle import transitions
 from jobs.lifecycle import warnings as job_warnings
-from jobs.lifecycle.submission import settings_of
+from jobs.lifecycle.submission import settings_of, task_rows
 from jobs.notifications import webhooks
 from jobs.registry import base_models
 from jobs.store import access, tables
 from jobs.store.states import JobStatus
 from jobs.store.tables import Job as Row
-from training.plan import auto_settings, config
+from training.plan import auto_settings, config, tasks
 from training.plan.catalog import BaseModel
 
 router = Router(auth=READ)
@@ -63,6 +63,8 @@ def create_job(request: CallerRequest, body: JobCreate) -> Json:
     webhooks.set_email(owner, request.auth.user.notification_email)
     job = transitions.submit(owner, job_request, idempotency_key=key, slug=request.auth.slug)
     created = show(job)
+    if "task" not in created["llmtuner"] and (task := _guessed_task(job)):
+        created["llmtuner"]["task"] = task
     created["llmtuner"]["warnings"] = [asdict(warning) for warning in job_warnings.for_job(job)]
     return created
 
@@ -394,6 +396,8 @@ def _extras(job: Row) -> Json:
         "settings": settings_of(job),
         "progress": job.progress,
         "metrics": job.metrics,
+        "task": (job.plan or {}).get("task"),
+        "scores": (result.get("metrics") or {}).get("scores"),
         "kept_step": result.get("kept_step"),
         "stopped_early": result.get("early"),
         "plan": job.plan,
@@ -405,6 +409,12 @@ def _extras(job: Row) -> Json:
         "advice": job.advice,
     }
     return {name: value for name, value in extras.items() if value not in (None, "", {}, [])}
+
+
+def _guessed_task(job: Row) -> Json:
+    """The task as chosen, or guessed from the dataset's report if it is ready."""
+    dataset = tables.get(tables.Dataset, job.owner, job.dataset_id)
+    return tasks.describe(config.parse(job.settings or {}).task, task_rows(dataset) if dataset else {})
 
 
 def checkpoint_id(job: Row, step: int) -> str:

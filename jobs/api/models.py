@@ -104,6 +104,7 @@ def _base(base: catalog.BaseModel | None) -> Json:
 
 
 def _tuned(row: Any) -> Json:
+    metrics = dict(row.metrics or {})
     details = {
         "kind": "tuned",
         "base": row.base,
@@ -111,7 +112,8 @@ def _tuned(row: Any) -> Json:
         "trained_on": row.trained_on,
         "step": int(row.step),
         "bytes": int(row.bytes),
-        "metrics": row.metrics,
+        "scores": metrics.pop("scores", None),
+        "metrics": metrics,
         "verdict": row.verdict,
         "fidelity": row.export_check,
         "aliases": row.aliases,

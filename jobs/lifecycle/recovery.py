@@ -49,7 +49,7 @@ def backoff_s(job: Job) -> float:
 
 def validate(job: Job) -> Job | None:
     """validating → queued once its datasets are ready and were read with the tokenizer of its base; → failed if one was
-    rejected or deleted."""
+    rejected or deleted, or contradicts the task."""
     for dataset_id in filter(None, (job.dataset_id, job.validation_dataset_id)):
         dataset = tables.get(Dataset, job.owner, dataset_id)
         if dataset is None or dataset.deleted:
@@ -62,6 +62,8 @@ def validate(job: Job) -> Job | None:
             return _fail_unchecked(job, "dataset_unsupported", PREFERENCES)
         if dataset_id != job.dataset_id:
             continue
+        if refusal := submission.task_refusal(job.settings, dataset):
+            return _fail_unchecked(job, "bad_settings", refusal)
         if refusal := reports.refusal_for(dataset, job.base_snapshot or {"id": job.base}):
             return _fail_unchecked(job, "dataset_rejected", refusal)
         report = reports.for_job(job, dataset)

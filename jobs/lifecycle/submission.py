@@ -15,7 +15,8 @@ from jobs.store import access
 from jobs.store.errors import Refused
 from jobs.store.states import DatasetStatus, JobStatus
 from jobs.store.tables import Dataset, Job, time_of
-from training.data.summary import ONE_ANSWER, PREFERENCES
+from training.data.summary import ONE_ANSWER, PREFERENCES, Summary
+from training.plan import tasks
 from training.plan.config import SCHEMA, ConfigError, check_held_out, parse, stored_names
 
 NOT_SET = (None, "", "auto")
@@ -102,7 +103,19 @@ def check(owner: str, request: JobRequest) -> list[Dataset]:
         if holds_preferences(dataset):
             raise Refused(f"{PREFERENCES} {ONE_ANSWER}", field=name)
         datasets.append(dataset)
+    if refusal := task_refusal(request.settings, datasets[0]):
+        raise Refused(refusal, field="task")
     return datasets
+
+
+def task_refusal(settings: Mapping[str, Any], dataset: Dataset) -> str:
+    """Why the rows cannot be used for the task in these settings; empty if they can, or are not counted yet."""
+    return tasks.refusal(parse(settings or {}).task, task_rows(dataset))
+
+
+def task_rows(dataset: Dataset) -> dict[str, int]:
+    """What the task is guessed from; empty for datasets from before it was counted."""
+    return Summary.from_dict(dataset.summary or {}).task_rows
 
 
 def holds_preferences(dataset: Dataset) -> bool:

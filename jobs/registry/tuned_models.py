@@ -20,6 +20,7 @@ from jobs.store import access, blobs, outbox, queue, tables
 from jobs.store.end_steps import step
 from jobs.store.states import JobStatus
 from jobs.store.tables import Dataset, Job, TunedModel
+from training.plan.tasks import TASKS, Task
 
 BLOCK = 1 << 20
 MAX_ALIASES = 8
@@ -64,6 +65,12 @@ def _kind_of_rows(job: Job) -> str:
     """From the report on the job's dataset, which stays when the dataset is deleted."""
     dataset = tables.get(Dataset, job.owner, job.dataset_id)
     return str((dataset.summary or {}).get("kind") or "") if dataset else ""
+
+
+def task_of(model: TunedModel) -> Task | None:
+    """The task that its answers were scored by; None if they were not."""
+    scores = (model.metrics or {}).get("scores") or {}
+    return TASKS.get(scores.get("task", ""))
 
 
 def delete(owner: str, model_id: str) -> None:

@@ -13,7 +13,7 @@ from jobs.formatting import count, size
 from jobs.forms import NewJobForm, Setting, preset_of, rows, settings_from, shown, with_preset
 from jobs.lifecycle import estimates
 from jobs.lifecycle import warnings as job_warnings
-from jobs.lifecycle.submission import holds_preferences, schema_of, settings_of
+from jobs.lifecycle.submission import holds_preferences, schema_of, settings_of, task_rows
 from jobs.lifecycle.transitions import JobRequest
 from jobs.registry import base_models, hub_models
 from jobs.store import access
@@ -24,7 +24,7 @@ from jobs.store.states import DatasetStatus, ReportStatus
 from jobs.store.tables import Dataset, DatasetReport, Job
 from jobs.views.dataset_report import display_sample, load_report
 from training.data.summary import ONE_ANSWER, PREFERENCES, Summary
-from training.plan import catalog
+from training.plan import catalog, tasks
 from training.plan.auto_settings import PRESETS, resolve
 from training.plan.catalog import BaseModel, gib
 from training.plan.config import (
@@ -35,6 +35,7 @@ from training.plan.config import (
     check_held_out,
     current_names,
 )
+from training.plan.metrics import METRICS, METRICS_OF
 from training.plan.warnings import Planned
 
 MAX_PROMPTS = 3  # sample prompts, answered at every evaluation
@@ -99,17 +100,24 @@ class JobForm:
         for name in ("dataset", "validation_dataset"):
             if self.values[name] and self.values[name] not in usable:
                 self.refuse(name, "This dataset was deleted or rejected. Choose another one.")
-        if self.settings:
-            try:
-                check_held_out(self.settings, bool(self.values["validation_dataset"]))
-            except ConfigError as error:
-                self.refuse(error.field, error.message)
+        self._check_settings()
         for dataset in self.datasets:
             for name in ("dataset", "validation_dataset"):
                 if dataset.dataset_id == self.values[name] and holds_preferences(dataset):
                     self.refuse(name, f"{PREFERENCES} {ONE_ANSWER}")
         if self.values["validation_dataset"] and self.values["validation_dataset"] == self.values["dataset"]:
             self.refuse("validation_dataset", "Choose a validation dataset other than the training dataset.")
+
+    def _check_settings(self) -> None:
+        """What depends on the datasets."""
+        if not self.settings:
+            return
+        try:
+            check_held_out(self.settings, bool(self.values["validation_dataset"]))
+        except ConfigError as error:
+            self.refuse(error.field, error.message)
+        if refusal := tasks.refusal(self.settings.task, self._task_rows()):
+            self.refuse("task", refusal)
 
     def apply_buttons(self, data: Mapping[str, str]) -> None:
         """Buttons that only change the form: a preset, resetting settings, or locking an automatic value."""
@@ -123,6 +131,7 @@ class JobForm:
             self.typed[data["lock"]] = shown(getattr(self._resolved()[0], data["lock"], None))
         self.settings, self.typed, errors = settings_from(self.typed)
         self.errors = {name: text for name, text in self.errors.items() if name not in FIELDS} | errors
+        self._check_settings()
 
     # ---- actions ----
 
@@ -246,14 +255,33 @@ class JobForm:
         }
 
     def _settings_context(self, basic: list[Setting], advanced: list[Setting]) -> dict[str, Any]:
+        task = next(row for row in advanced if row.name == "task")  # beside the base model
+        advanced = [row for row in advanced if row is not task]
         return {
             "basic": basic,
+            "task": self._with_scoring(task),
             "advanced": [row for row in advanced if len(row.spec.choices) != 1],
             "advanced_open": any(row.error or row.value for row in advanced),
-            "difference": [row for row in (*basic, *advanced) if row.is_changed and not row.error],
+            "difference": [row for row in (task, *basic, *advanced) if row.is_changed and not row.error],
             "presets": list(PRESETS),
             "preset": preset_of(self.typed),
         }
+
+    def _with_scoring(self, task: Setting) -> Setting:
+        """The choice of the task, with what is guessed and how answers will be scored."""
+        counts = self._task_rows()
+        guessed = tasks.describe(None, counts).get(
+            "text", "Automatic: guessed from the rows when they are checked"
+        )
+        name = task.value or tasks.guess(counts)
+        # Whether the training answers are JSON is known only when training starts.
+        scored = [METRICS[m].in_text for m in METRICS_OF.get(name, ()) if m != "valid_json"]
+        how = f" Held-out answers are scored by {' and '.join(scored)}." if scored else ""
+        how = " Plain text has no answers to score." if name == "text" else how
+        return replace(task, hint=f"{guessed}.{how}")
+
+    def _task_rows(self) -> dict[str, int]:
+        return task_rows(self.dataset) if self.dataset else {}
 
     def _choices(self, machine: catalog.Machine, adapter: str) -> list[dict[str, Any]]:
         """The base models, in groups: the catalog, those imported for all users, the user's own, and those added from the

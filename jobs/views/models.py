@@ -15,7 +15,7 @@ from jobs.formatting import count, size
 from jobs.registry import base_models, tuned_models
 from jobs.store import access
 from jobs.store.tables import TunedModel
-from jobs.views import playground
+from jobs.views import playground, presenters
 from jobs.views.decorators import owner_of, signed_in, signed_in_async
 
 PAGE_SIZE = 20
@@ -43,17 +43,21 @@ def index(request: HttpRequest) -> HttpResponse:
 def detail(request: HttpRequest, model_id: str) -> HttpResponse:
     model = access.get_model_for(owner_of(request), model_id)
     numbers = model.metrics if isinstance(model.metrics, dict) else {}
-    metrics = [(label, numbers[name], unit) for name, label, unit in METRICS if numbers.get(name) is not None]
+    scores = presenters.scores(numbers)
+    # Exact match is among the scores, if it is a metric of the task.
+    shown = [row for row in METRICS if not (scores and row[0] == "exact_match")]
+    metrics = [(label, numbers[name], unit) for name, label, unit in shown if numbers.get(name) is not None]
     context = {
         "model": model,
         "parent": _parent(model),
         "aliases_text": "\n".join(model.aliases or []),
         "can_be_base": base_models.can_be_base(model),
         "metrics": metrics,
+        "scores": scores,
         "verdict": (model.verdict or {}).get("sentence", ""),
         "details": _details(model),
         "export_check": _export_check(model.export_check if isinstance(model.export_check, dict) else {}),
-        "typed": {"mode": playground.mode_of(model), **playground.DEFAULTS},
+        "typed": playground.defaults_for(model),
     }
     return render(request, "jobs/model_detail.html", context)
 
@@ -74,10 +78,16 @@ def _details(model: TunedModel) -> list[tuple[str, str]]:
         ("Base", model.base),
         ("Method", "LoRA" if model.method == "lora" else "Full fine-tuning"),
         ("Trained on", ROWS.get(model.trained_on, "")),
+        ("Task", _task(model)),
         ("Step", count(model.step) if model.step else ""),
         ("Size", size(model.bytes)),
     ]
     return [row for row in rows if row[1]]
+
+
+def _task(model: TunedModel) -> str:
+    task = tuned_models.task_of(model)
+    return task.label.capitalize() if task else ""
 
 
 def _export_check(result: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from django.views.decorators.http import require_http_methods, require_POST
 from jobs.forms import GenerateForm
 from jobs.inference import generation
 from jobs.inference.generation import GenerateRequest
-from jobs.registry import base_models
+from jobs.registry import base_models, tuned_models
 from jobs.store import access
 from jobs.store.tables import TunedModel
 from jobs.views.decorators import owner_of, signed_in_async
@@ -42,7 +42,7 @@ async def page(request: HttpRequest) -> HttpResponseBase:
         "chosen": chosen,
         "base": tuned.base if tuned else "",
         "bases": await sync_to_async(_bases_on_this_server)(),
-        "typed": {"prompt": request.GET.get("prompt", ""), "mode": mode_of(tuned), **DEFAULTS},
+        "typed": {"prompt": request.GET.get("prompt", ""), **defaults_for(tuned)},
         "answers": [],
         "form": GenerateForm(),
     }
@@ -62,9 +62,12 @@ def _bases_on_this_server() -> list[BaseModel]:
     return [*(base for base in catalog.base_models() if base.folder), *base_models.list_imported()]
 
 
-def mode_of(model: TunedModel | None) -> str:
-    """The input type to start with: that of the rows the model was trained on."""
-    return MODES.get(model.trained_on if model else "", "prompt")
+def defaults_for(model: TunedModel | None) -> dict[str, Any]:
+    """What the form starts with: the input type of the rows the model was trained on, and room for an answer of its
+    task."""
+    task = tuned_models.task_of(model) if model else None
+    typed = {**DEFAULTS, "mode": MODES.get(model.trained_on if model else "", "prompt")}
+    return typed | ({"max_tokens": task.max_tokens} if task else {})
 
 
 def _models_to_run(form: GenerateForm, base: str) -> list[str]:

@@ -33,6 +33,8 @@ from jobs.store.states import JobStatus
 from jobs.store.tables import Job
 from jobs.views.job_status import PHASE_LABELS, StatusDisplay, display_of
 from training.plan.config import ALL_LINEAR, FIELDS, current_names, defaults
+from training.plan.metrics import table as score_table
+from training.plan.tasks import describe
 
 
 @dataclass(frozen=True)
@@ -273,6 +275,7 @@ def sidebar(job: Job, history: JobHistory) -> dict[str, Any]:
         "samples": _samples(history),
         "queue_position": queue.position(job),
         "verdict": _verdict(history),
+        "scores": scores(history.done.get("metrics") or {}),
         "settings_rows": first,
         "more_rows": more,
     }
@@ -333,6 +336,13 @@ def _verdict(history: JobHistory) -> dict[str, Any]:
     return {"text": text} if text else {}
 
 
+def scores(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The scores of held-out answers in a trained model's metrics, with the rows of their table; empty without any."""
+    stored = metrics.get("scores") or {}
+    table = score_table(stored)
+    return {**stored, "rows": table} if table else {}
+
+
 def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
     """The main settings, some of them combined into one row, and then all others."""
     plan = history.plan or (job.plan if isinstance(job.plan, dict) else {}) or {}
@@ -352,7 +362,9 @@ def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
         else _auto(values["batch_size"], " examples")
     )
     length = f"{_auto(values['max_steps'], ' steps')}" if values["max_steps"] else _auto(values["epochs"])
+    task = (plan.get("task") or {}).get("text") or describe(values["task"], {}).get("text", "automatic")
     first = [
+        row("Task", task, "task"),
         row(
             "Fine-tuning",
             _lora(values, plan.get("lora") or {}) if values["adapter"] == "lora" else "full",
@@ -379,6 +391,7 @@ def settings_rows(job: Job, history: JobHistory) -> tuple[list[Row], list[Row]]:
         row("Seed", str(values["seed"]), "seed"),
     ]
     combined = {
+        "task",
         "adapter",
         "lora_rank",
         "lora_alpha",

@@ -148,7 +148,8 @@ class Job(Schema):
     llmtuner: dict[str, Any] = Field(
         default={},
         description="Name, phase, progress, latest metrics, estimate, verdict, `fidelity` (the export check) and all "
-        "settings. A job that succeeded has `kept_step`, the step of the model's weights, whose held-out figures are its "
+        "settings. `task` is the task by which answers are scored (`name`, `automatic`, `text`). A job that succeeded has `scores`: "
+        "the metrics of held-out answers, from 0 to 1, of the base model (`base`) and the tuned one (`tuned`). It has `kept_step`, the step of the model's weights, whose held-out figures are its "
         "metrics, and `stopped_early`. A newly created job also has `warnings`: the warnings that the form would show, each with a `title` "
         "and a `text`. They do not stop the job.",
         json_schema_extra={"properties": {"warnings": WARNINGS}},
