@@ -137,8 +137,8 @@ def _query(data: Mapping[str, str]) -> dict[str, Any]:
 def _rows_context(dataset: Dataset, data: Mapping[str, str]) -> dict[str, Any]:
     query = _query(data)
     is_ready = dataset.status == DatasetStatus.READY and dataset.purpose == "fine-tune"
-    found = reports.request_page(dataset, query) if is_ready else None
-    content = load_report(found.report_key) if found and found.report_key else {}
+    page_report = reports.request_page(dataset, query) if is_ready else None
+    content = load_report(page_report.report_key) if page_report and page_report.report_key else {}
     draft = drafts.get(dataset)
     format = Format.of(dataset.format or {})
     total = versions.rows_of(dataset)
@@ -146,8 +146,8 @@ def _rows_context(dataset: Dataset, data: Mapping[str, str]) -> dict[str, Any]:
     return {
         "dataset": dataset,
         "is_ready": is_ready,
-        "checking": found is not None and found.status == ReportStatus.CHECKING,
-        "error": found.error if found else "",
+        "checking": page_report is not None and page_report.status == ReportStatus.CHECKING,
+        "error": page_report.error if page_report else "",
         "rows": [_shown(row, draft, format) for row in content.get("rows", [])],
         "added": [{"key": key, **_segments(record, format)} for key, record in draft.added.items()],
         "draft": draft,
@@ -212,10 +212,10 @@ def _stored_row(dataset: Dataset, number: int | None, key: str) -> dict[str, Any
     if change and change["record"] is not None:
         return {"record": change["record"], "line": change["line"]}
     query = {"page": (int(number or 0) - 1) // PAGE_ROWS + 1, "line": 0, "search": "", "after": 0}
-    found = reports.request_page(dataset, query)
-    if found.status == ReportStatus.CHECKING:
+    page_report = reports.request_page(dataset, query)
+    if page_report.status == ReportStatus.CHECKING:
         return {"record": None, "checking": True}
-    content = load_report(found.report_key) if found.report_key else {}
+    content = load_report(page_report.report_key) if page_report.report_key else {}
     row = next((row for row in content.get("rows", []) if row["row"] == number), None)
     return {"record": row["record"], "line": row["line"]} if row else None
 
