@@ -61,7 +61,7 @@ def train(run: Run, emit: Callable[..., None], stop: Callable[[], bool] = lambda
 
     Raises Failure with a reason from plan/events.py, or `loop.Stopped`."""
     from training.engine import loop
-    from training.engine.rehearsal import out_of_memory
+    from training.engine.device import out_of_memory
 
     try:
         trained = loop.train(run, emit, stop)

@@ -24,7 +24,7 @@ class BadBase(BadFile):
 
 
 class LeftOut(BadRow):
-    """A good row that the base's chat template cannot express. It is left out; the other rows train."""
+    """A good row that the base's chat template cannot express. It is left out; the other rows are used."""
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")

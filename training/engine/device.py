@@ -82,6 +82,17 @@ def pick(settings: Settings) -> Device:
     return Device(device, dtype, settings.deterministic)
 
 
+# ---- memory --------------------------------------------------------------------------------------------------
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or torch means that memory ran out, on the CPU or a GPU."""
+    words = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in words or "out of memory" in words)
+    )
+
+
 # ---- speed -------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from training.engine import checkpoint
-from training.engine.device import random_state, restore_random_state
+from training.engine.device import out_of_memory, random_state, restore_random_state
 from training.engine.optimizer import AdamW
 from training.engine.packing import split
 from training.engine.saver import Saver, State
@@ -133,11 +133,3 @@ def _checkpoint_seconds(saver: Saver, folder: Path) -> float:
     seconds = time.perf_counter() - begun
     shutil.rmtree(path.parent)
     return seconds
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python or torch means that memory ran out, on the CPU or a GPU."""
-    words = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and ("allocate memory" in words or "out of memory" in words)
-    )

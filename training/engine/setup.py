@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from training.engine import device, inputs
+from training.engine import device, inputs, precision
 from training.engine.checkpoint import Identity
 from training.engine.device import Device
 from training.engine.distributed import Processes
@@ -93,12 +94,19 @@ def prepare(run: Run, resolved: Settings | None, emit: Emit, stop: Callable[[], 
     settings = data.settings
     _describe(data, run, emit)
     chosen = device.pick(settings)
-    if settings.precision == "bf16" and chosen.dtype != torch.bfloat16:
+    plan = StepPlan.of(data.train, settings, processes.size)
+    if precision.is_open(run):
+        described = catalog.from_config(data.model_config)
+        load = partial(_base_model, data, settings)
+        picked, reason = precision.pick(run, load, described, data, plan, chosen, processes)
+        data.reasons |= {"precision": reason} if reason else {}
+        settings = replace(settings, precision=picked)
+        chosen = device.pick(settings)
+    elif settings.precision == "bf16" and chosen.dtype != torch.bfloat16:
         emit("log", level="warning", message="bf16 is far slower than fp32 on this CPU, so fp32 is used.")
     # one stream of random numbers per process, or all would drop the same activations
     device.seed_everything(settings.seed + 1_000_003 * processes.rank)
     model, optimizer = _model_and_optimizer(data, settings, chosen, processes, emit)
-    plan = StepPlan.of(data.train, settings, processes.size)
     # What a checkpoint must match to be resumed.
     identity = Identity(
         run.job,

@@ -123,10 +123,13 @@ def speed(machine: Machine) -> float:
 
 
 def bf16_speedup(base: BaseModel, settings: Settings, machine: Machine) -> float:
-    """How much faster than fp32 a CPU is with bf16, if the settings ask for it; otherwise 1."""
-    if machine.device != "cpu" or settings.precision != "bf16" or not machine.bf16:
+    """How much faster than fp32 a CPU is with bf16, if the settings ask for it or the measurement before
+    training will choose it; otherwise 1."""
+    if machine.device != "cpu" or settings.precision == "fp32" or not machine.bf16:
         return 1.0
-    return BF16_WIDE if base.width >= 512 else BF16_NARROW
+    if base.width >= 512:
+        return BF16_WIDE
+    return 1.0 if settings.precision == "auto" else BF16_NARROW
 
 
 # --- what a run consists of -----------------------------------------------------------------------

@@ -47,21 +47,21 @@ KINDS: dict[str, Kind] = {
     "several_examples": Kind(
         "info",
         "Conversations that become several examples",
-        "The base model's chat template writes earlier answers differently as the conversation goes on (many leave their reasoning out). Each answer is trained on as the model sees the conversation when it answers.",
-        "Nothing needs to be done.",
+        "The base model's chat template writes earlier answers differently as the conversation goes on (many leave their reasoning out). Each answer becomes an example of its own, with the conversation as the model sees it when it answers.",
+        "No change is needed.",
     ),
     "left_out": Kind(
         "warning",
         "Rows that this base model's chat template cannot express",
-        "Trained in part, they would teach something else. They are left out; the other rows train.",
+        "Training on a part of such a row would teach the model something else, so these rows are left out. The other rows are used.",
         "Choose a base model whose chat template can express them, change them, or drop them.",
         True,
     ),
     "unused_field": Kind(
         "warning",
         "Fields that are not used",
-        "They hold something, and nothing of it is trained on.",
-        "Choose other columns if one of these matters. Otherwise nothing needs to be done.",
+        "They are not empty, but the model is not trained on them.",
+        "If one of them matters, choose it as a column. Otherwise no change is needed.",
     ),
     "written_empty": Kind(
         "warning",
@@ -80,7 +80,7 @@ KINDS: dict[str, Kind] = {
     "answer_cut": Kind(
         "warning",
         "Rows whose answer is cut off",
-        "The prompt alone fills the sequence length, so nothing of the answer is left to learn.",
+        "The prompt alone fills the sequence length, so there is no room for the answer and nothing to learn.",
         "Choose a base model with a longer context, shorten the prompts, or drop them.",
         True,
     ),

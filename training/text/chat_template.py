@@ -1,7 +1,7 @@
 """Renders chat templates in jinja2's immutable sandbox, because they come with models and are not trusted.
 
-Templates find what they find in transformers (utils/chat_template_utils.py): `{% generation %}`, `{% break %}`
-and `{% continue %}`, `tojson` with its arguments, `raise_exception`, `strftime_now`.
+Templates can use everything that transformers offers them (utils/chat_template_utils.py): `{% generation %}`,
+`{% break %}` and `{% continue %}`, `tojson` with its arguments, `raise_exception`, `strftime_now`.
 
 The sandbox keeps a template away from files, but does not stop infinite loops or memory exhaustion. In a
 trainer or a report only that process fails. A server for many users renders in a child process (`Renderer`)
@@ -41,6 +41,9 @@ ERRORS = (
     RecursionError,
     MemoryError,
 )
+
+
+Message = Mapping[str, Any]
 
 
 class BadTemplate(ValueError):

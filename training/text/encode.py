@@ -12,15 +12,9 @@ from typing import Any, NamedTuple, Protocol
 
 from training.data.bad_row import BadBase, LeftOut
 from training.data.formats import BadRow, ByteRange, Format, OnBad, Row, rows
-from training.text.tokenizer import (
-    Encoded,
-    Message,
-    Piece,
-    Tokenizer,
-    TokenizerError,
-    ids_of,
-    opening_of,
-)
+from training.text.chat_template import Message
+from training.text.template_capabilities import opening_of
+from training.text.tokenizer import Encoded, Piece, Tokenizer, TokenizerError, ids_of
 
 OTHER_BASE = "Choose a base model whose chat template can express it, or change the row."
 OTHER_TEMPLATE = "Choose another base model, or correct its chat template."

@@ -12,14 +12,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import tokenizers
 
-from training.text.chat_template import BadTemplate, TemplateRefused, TemplateStopped, render
+from training.text import template_capabilities
+from training.text.chat_template import BadTemplate, Message, TemplateRefused, TemplateStopped, render
 from training.text.tool_form import with_tools
 
 # Plain-text roles and the end token, for models without a template (such as GPT-2). The separator comes
@@ -31,10 +32,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\nAssistant:\\n' }}{% endif %}"
 )
 
-ANSWER = "The answer is 7f3a."  # rendered to see what a chat template writes after an answer
 SHORTEST_END = 3  # characters; a shorter text could be part of an answer
 
-OPENING = re.compile(r"<(\w+)>\s*(</\1>\s*)?$")  # begins the model's reasoning (<think>), or leaves it empty
 TOOL_USE = "tool_use"  # the named template for conversations with tools, as in transformers
 
 ADDITIONAL_TEMPLATES = "additional_chat_templates"  # folder of the named templates beside the default one
@@ -44,13 +43,7 @@ REASONING = (
     "reasoning",
 )  # names of a message's reasoning, the usual one first
 
-_PROBE = "probe7f3a"
-_ARGUMENT = "argument7f3a"
-_ARGUMENTS = {_ARGUMENT: "value7f3a"}
-
 _CHAT_TEMPLATE_WITH_TOOLS = with_tools(CHAT_TEMPLATE, system=True)  # as in exported models
-
-Message = Mapping[str, Any]
 
 
 class Piece(NamedTuple):
@@ -96,15 +89,6 @@ class Render(Protocol):
     def __call__(
         self, template: str, variables: Mapping[str, Any], now: datetime | None = None, *, dated: bool = True
     ) -> str: ...
-
-
-class ToolForm(NamedTuple):
-    """What a chat template can express of tools."""
-
-    expresses: frozenset[str] = (
-        frozenset()
-    )  # any of tools (definitions), tool_calls (with the answers of tools)
-    text_arguments: bool = False  # whether it takes a call's arguments as JSON text, not as an object
 
 
 @dataclass
@@ -228,10 +212,14 @@ class Tokenizer:
     def ends(self) -> Ends:
         """The end token, those of the base's generation_config, and what the chat template writes after an
         answer or a tool call. A template that writes no control token there leaves the end token to `training.text.encode`."""
-        after = self._after_answer()
+        after = template_capabilities.after_answer(self._renderer(self.chat_template))
         control = self.control_pattern.findall(after) if self.control_pattern else []
         if after:  # otherwise it would fail here too
-            control += self._after_calls()
+            control += template_capabilities.end_of_calls(
+                self._renderer(self.full_template),
+                self.control_pattern,
+                text_arguments=self.full_template in self._text_arguments,
+            )
         written = [self.backend.token_to_id(token) for token in control]
         ids = dict.fromkeys([self.eos_id, *self.model_ends, *(i for i in written if i is not None)])
         text = after.rstrip()
@@ -239,108 +227,22 @@ class Tokenizer:
         known = {i: token for i in ids if (token := self.backend.id_to_token(i))}
         return Ends(tuple(known), tuple(known.values()), (text,) if plain else (), after)
 
-    def _after_answer(self) -> str:
-        try:
-            text = self.render_chat(
-                [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": ANSWER}]
-            )
-        except TokenizerError:  # it demands other turns: only the known end tokens count
-            return ""
-        _, answer, after = text.rpartition(ANSWER)
-        return after if answer else ""
-
-    def _after_calls(self) -> list[str]:
-        """The token that ends a turn of calls, if it is none that stands inside one."""
-        turn = {"role": "assistant", "content": ""}
-        calls = [
-            {"type": "function", "id": f"call0000{i}", "function": {"name": _PROBE, "arguments": _ARGUMENTS}}
-            for i in (1, 2)
-        ]
-        for some in (calls, calls[:1]):  # some templates take only one
-            messages: list[Message] = [{"role": "user", "content": "Go."}, {**turn, "tool_calls": some}]
-            try:
-                text = self._render(self.full_template, messages, False, ())
-            except TokenizerError:
-                continue
-            values = _ARGUMENTS[_ARGUMENT]
-            inside, separator, after = text.rpartition(values)
-            control = self.control_pattern.findall(after) if separator and self.control_pattern else []
-            return control[-1:] if control and control[-1] not in inside.partition(values)[2] else []
-        return []
-
     @cached_property
     def expresses(self) -> frozenset[str]:
         """What the base's own chat template can express beside role and content: any of name,
         reasoning_content, tools, and tool_calls (with the answers of tools), and system messages."""
-        user, answer = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": ANSWER}
-        probes: dict[str, list[Message]] = {
-            "name": [{**user, "name": _PROBE}, answer],
-            "reasoning_content": [user, {**answer, "reasoning_content": _PROBE}],
-            "system": [{"role": "system", "content": _PROBE}, user, answer],
-        }
-        known = set(self._tool_form(self.chat_template).expresses)
-        known |= {name for name, turns in probes.items() if _PROBE in self._probe(self.chat_template, turns)}
-        return frozenset(known | {"reasoning_content"} if self.opening else known)
+        own = template_capabilities.expresses(self._renderer(self.chat_template))
+        return own | self._tool_support(self.chat_template).expresses
 
-    def _tool_form(self, template: str) -> ToolForm:
-        tool = {"type": "function", "function": {"name": _PROBE, "description": "", "parameters": {}}}
-        user, answer = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": ANSWER}
-        result = {"role": "tool", "content": "found", "tool_call_id": "call00001"}
-        tools = [tool] if template == self.named_templates.get(TOOL_USE) else []
-        known = {"tools"} if _PROBE in self._probe(template, [user, answer], [tool]) else set()
-        written = json.dumps(_ARGUMENTS)
-        for arguments in (_ARGUMENTS, written):
-            function = {"name": _PROBE, "arguments": arguments}
-            call = {"type": "function", "id": "call00001", "function": function}
-            calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-            text = self._probe(template, [user, calling, result, answer], tools)
-            # An object that a template joins to text comes out in Python's notation.
-            right = str(_ARGUMENTS)[1:-1] not in text if arguments is _ARGUMENTS else written in text
-            if right and all(part in text for part in (_PROBE, "found", *_ARGUMENTS)):
-                return ToolForm(frozenset(known | {"tool_calls"}), arguments is not _ARGUMENTS)
-        return ToolForm(frozenset(known))
-
-    def _probe(
-        self, template: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
-    ) -> str:
-        """The text that the template makes of invented messages, "" if it rejects them."""
-        try:
-            return self._render(template, messages, False, tools, as_given=True)
-        except TokenizerError:
-            return ""
+    def _tool_support(self, template: str) -> template_capabilities.ToolSupport:
+        named = template == self.named_templates.get(TOOL_USE)
+        return template_capabilities.tool_support(self._renderer(template), with_definitions=named)
 
     @cached_property
     def template_fault(self) -> str:
         """Why the base's chat template renders no conversation at all, "" if it does (or rejects those tried
-        here on purpose): a fault of the template, not of the rows."""
-        system, user = {"role": "system", "content": "Be short."}, {"role": "user", "content": "What is it?"}
-        answer = {"role": "assistant", "content": ANSWER}
-        faults: list[str] = []
-        for messages in ([user, answer], [system, user, answer]):
-            for prompted in (False, True):
-                try:
-                    self._render(self.chat_template, messages, prompted, ())
-                except TemplateRefusal:
-                    return ""
-                except TokenizerError as error:
-                    faults.append(str(error))
-                else:
-                    return ""
-        return faults[0]
-
-    @cached_property
-    def opening(self) -> str:
-        """What the generation prompt writes to open the model's reasoning ("<think>\\n") where the template
-        leaves the reasoning out of answers (DeepSeek-R1): "" for other templates."""
-        user, answer = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": ANSWER}
-        try:
-            before = self._render(self.chat_template, [user], False, ())
-            prompt = self._render(self.chat_template, [user], True, ())
-            whole = self._render(self.chat_template, [user, answer], False, ())
-        except TokenizerError:
-            return ""
-        opening = opening_of(before, prompt, whole)
-        return "" if opening is None or opening[2] else opening[0]
+        on purpose): a fault of the template, not of the rows."""
+        return template_capabilities.fault(self._renderer(self.chat_template))
 
     @cached_property
     def full_template(self) -> str:
@@ -357,7 +259,7 @@ class Tokenizer:
         return self._with_tools(named, {"tools", "tool_calls"}) if named else self.full_template
 
     def _with_tools(self, template: str, needs: set[str]) -> str:
-        if needs <= self._tool_form(template).expresses:
+        if needs <= self._tool_support(template).expresses:
             return template
         return with_tools(template, system="system" in self.expresses)
 
@@ -365,7 +267,7 @@ class Tokenizer:
     def _text_arguments(self) -> frozenset[str]:
         """The templates that take a call's arguments as text."""
         used = {self.full_template, self.full_tool_template}
-        return frozenset(template for template in used if self._tool_form(template).text_arguments)
+        return frozenset(template for template in used if self._tool_support(template).text_arguments)
 
     def _special_id(self, name: str) -> int | None:
         text = self._token_text(name)
@@ -441,12 +343,29 @@ class Tokenizer:
         messages: Sequence[Message],
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]],
-        *,
-        as_given: bool = False,
     ) -> str:
-        """`as_given`: with the arguments of calls as they are."""
-        if not as_given and any(m.get("tool_calls") for m in messages):
+        if any(m.get("tool_calls") for m in messages):
             messages = _with_arguments(messages, as_text=template in self._text_arguments)
+        try:
+            return self._render_as_given(template, messages, add_generation_prompt, tools)
+        except TemplateStopped as error:
+            raise TemplateTooSlow(str(error)) from error
+        except TemplateRefused as error:
+            raise TemplateRefusal(str(error)) from error
+        except BadTemplate as error:
+            raise TokenizerError(str(error)) from error
+
+    def _renderer(self, template: str) -> template_capabilities.RenderMessages:
+        return partial(self._render_as_given, template)
+
+    def _render_as_given(
+        self,
+        template: str,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        """`_render` with the arguments of calls as they are. Raises BadTemplate."""
         variables = {
             **self.named_special_tokens,
             "messages": [_template_message(message) for message in messages],
@@ -454,14 +373,7 @@ class Tokenizer:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        try:
-            return self.render(template, variables, self.now, dated=not self.early)
-        except TemplateStopped as error:
-            raise TemplateTooSlow(str(error)) from error
-        except TemplateRefused as error:
-            raise TemplateRefusal(str(error)) from error
-        except BadTemplate as error:
-            raise TokenizerError(str(error)) from error
+        return self.render(template, variables, self.now, dated=not self.early)
 
     @cached_property
     def named_special_tokens(self) -> dict[str, str]:
@@ -542,15 +454,6 @@ def _text_of(token: Any) -> str:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""
-
-
-def opening_of(before: str, prompt: str, whole: str) -> re.Match[str] | None:
-    """Where the generation prompt opens the model's reasoning, and the rendered answer lacks that. `before`:
-    the conversation up to the answer, `prompt`: with the generation prompt, `whole`: with the answer."""
-    tag = OPENING.search(prompt, len(before))
-    if tag is None or whole.startswith(prompt) or not prompt.startswith(before):
-        return None
-    return tag if whole.startswith(prompt[: tag.start()]) else None
 
 
 def _template_message(message: Message) -> dict[str, Any]:
