@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 from django import forms
 
+from training.data.bad_row import BadRow
 from training.data.columns import guess
+from training.data.messages import tools_from_text
 from training.plan.auto_settings import PRESETS
 from training.plan.config import FIELDS, ConfigError, Field, Settings, current_names, parse
 
@@ -165,6 +167,17 @@ class GenerateForm(forms.Form):
         error_messages=_between("a whole number", "1", "2,048"),
     )
     compare = forms.BooleanField(required=False)
+    tools = forms.CharField(label="Tools", max_length=100_000, required=False)
+
+    def clean_tools(self) -> list[dict[str, Any]]:
+        text = self.cleaned_data["tools"]
+        try:
+            tools = tools_from_text(text) if text else []
+        except BadRow as error:
+            raise forms.ValidationError(f"{error.reason}. {error.fix}") from error
+        if tools and self.cleaned_data.get("mode") != "chat":
+            raise forms.ValidationError("a text prompt cannot have tools. Choose Chat as the input type.")
+        return tools
 
     def error_lines(self) -> list[str]:
         """Every error, with the label of its field."""

@@ -232,13 +232,14 @@ def as_trained(model: TunedModel | None, request: GenerateRequest) -> GenerateRe
     messages = request.messages
     if (
         len(messages) != 1
+        or request.tools
         or messages[0].get("role") != "user"
         or not isinstance(messages[0].get("content"), str)
     ):
         raise Failed(
             "chat_unsupported",
             f"This model was trained on {WITHOUT_CONVERSATIONS[model.trained_on]}, not on conversations, so it accepts a "
-            "single user message and no system message. Send the text as the prompt of /v1/completions instead.",
+            "single user message, no system message and no tools. Send the text as the prompt of /v1/completions instead.",
         )
     return replace(request, messages=None, prompt=messages[0]["content"])
 
@@ -266,17 +267,19 @@ class Completion:
     texts: list[str]
     tokens: list[list[dict[str, Any]]]
     usage: dict[str, int]
+    choices: list[dict[str, Any]]  # as in the last line of the protocol
 
 
 async def complete(owner: str, request: GenerateRequest) -> Completion:
     """Collects all of `stream`."""
     choices = request.n * len(request.prompts or [1])
     tokens: list[list[dict[str, Any]]] = [[] for _ in range(choices)]
-    usage: dict[str, int] = {}
+    done: dict[str, Any] = {"usage": {}, "choices": []}
     async with contextlib.aclosing(stream(owner, request)) as lines:
         async for line in lines:
             if line["t"] == "token":
                 tokens[line["index"]].append(line)
             elif line["t"] == "done":
-                usage = line["usage"]
-    return Completion(["".join(t["text"] for t in row) for row in tokens], tokens, usage)
+                done = line
+    texts = ["".join(t["text"] for t in row) for row in tokens]
+    return Completion(texts, tokens, done["usage"], done["choices"])

@@ -82,7 +82,14 @@ async def _complete(owner: str, data: dict[str, Any], model: str) -> dict[str, s
         return {"model": model, "error": "This model does not exist or was deleted. Choose another one."}
     except (generation.Busy, generation.Failed) as error:
         return {"model": model, "error": str(error)}
-    return {"model": model, "text": answer.texts[0] if answer.texts else ""}
+    [choice] = answer.choices
+    return {"model": model, "text": shown_text(answer.texts[0], choice.get("tool_calls", []))}
+
+
+def shown_text(text: str, calls: list[dict[str, str]]) -> str:
+    """An answer with its tool calls, as playground.js shows it, too."""
+    lines = [f"Calls {call['name']} with {call['arguments']}" for call in calls]
+    return "\n".join([text, *lines] if text else lines)
 
 
 def _request(data: dict[str, Any], model: str) -> GenerateRequest:
@@ -90,7 +97,8 @@ def _request(data: dict[str, Any], model: str) -> GenerateRequest:
         name: default if data.get(name) is None else data[name] for name, default in DEFAULTS.items()
     }
     if data.get("mode") == "chat":
-        return GenerateRequest(model, messages=[{"role": "user", "content": data["prompt"]}], **parameters)
+        messages = [{"role": "user", "content": data["prompt"]}]
+        return GenerateRequest(model, messages=messages, tools=data["tools"], **parameters)
     return GenerateRequest(model, prompt=data["prompt"], **parameters)
 
 

@@ -60,7 +60,10 @@
       const tokens = event.usage?.completion_tokens ?? 0;
       const reason = event.choices?.[0]?.finish_reason === "length" ? " · reached the token limit" : "";
       place.note.textContent = `${tokens} token${tokens === 1 ? "" : "s"} in ${seconds.toFixed(1)} s${reason}`;
-      if (!place.text.textContent) place.text.textContent = "(empty)";
+      for (const call of event.choices?.[0]?.tool_calls ?? []) {
+        place.text.append(`${place.text.textContent && "\n"}Calls ${call.name} with ${call.arguments}`);
+      }
+      if (!place.text.textContent) place.text.textContent = "The model ended its answer at once.";
     } else if (event.t === "error") {
       showError(place, event.message);
     }

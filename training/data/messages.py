@@ -89,6 +89,23 @@ def read_tools(line: int, value: Any) -> tuple[dict[str, Any], ...]:
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in value)
 
 
+def tools_from_text(text: str) -> list[dict[str, Any]]:
+    """Tool definitions as someone has typed them: a JSON list. Raises BadRow, with the place of the error."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        raise BadRow(0, f"the tools are not JSON: {reason}", "Correct the text there.") from error
+    except RecursionError as error:
+        raise BadRow(0, "the tools are nested too deeply", "Write a list of tool definitions.") from error
+    tools = read_tools(0, value)
+    for number, tool in enumerate(tools, 1):
+        function = tool["function"]
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow(0, f"tool {number} has no name", 'Write {"name": ..., "parameters": {...}}.')
+    return list(tools)
+
+
 def _json(line: int, text: str) -> Any:
     try:
         return json.loads(text)

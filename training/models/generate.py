@@ -10,19 +10,23 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from training.data.bad_row import BadRow
+from training.data.messages import read_messages, tools_from_text
 from training.models.decoder import Decoder, penalized, sample
 from training.models.load import load_model
 from training.plan import hub
 from training.text.call_forms import Call, CallForm
 from training.text.tokenizer import Tokenizer
-from training.text.tool_calls import CallStream, overlap
+from training.text.tool_calls import CallStream, call_form, overlap
 
 FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 TopLogprobs = list[tuple[str, float]]
@@ -368,7 +372,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--prompt", help="text to continue")
-    group.add_argument("--messages", help='a conversation as JSON: [{"role": "user", "content": …}]')
+    group.add_argument(
+        "--messages", help='a conversation, or a file with one, as JSON: [{"role": "user", "content": …}]'
+    )
+    parser.add_argument("--tools", type=Path, help="a JSON file with tool definitions, used with --messages")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the most likely token")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -382,11 +389,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the text while it is generated; several completions one after another."""
+    """Prints the text while it is generated; several completions one after another. Tool calls come last,
+    one per line."""
+    try:
+        messages = _messages(args.messages) if args.messages else None
+        tools = tools_from_text(args.tools.read_text(encoding="utf-8")) if args.tools else []
+    except BadRow as error:
+        print(f"{error}. {error.fix}", file=sys.stderr)
+        return 2
+    if tools and messages is None:
+        print("--tools needs a conversation. Use --messages instead of --prompt.", file=sys.stderr)
+        return 2
     folder = hub.locate(args.model)
     tokenizer, decoder = Tokenizer.load(folder), load_model(folder).decoder()
-    prompt = prompt_ids(json.loads(args.messages) if args.messages else args.prompt, tokenizer)
-    ends = tokenizer.ends.texts if args.messages else ()
+    prompt = prompt_ids(args.prompt if messages is None else messages, tokenizer, tools)
+    ends = () if messages is None else tokenizer.ends.texts
     options = GenerateOptions(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
@@ -397,20 +414,33 @@ def main(args: argparse.Namespace) -> int:
         stop=(*args.stop, *ends),
         seed=args.seed,
         n=args.n,
+        tools=tuple(tools),
     )
+    form = call_form(tokenizer) if tools else None
     live = args.n == 1 and not args.json
     show = (lambda token: print(token.text, end="", flush=True)) if live else None
-    for completion in generate(None, tokenizer, prompt, options, show, decoder=decoder):
+    for completion in generate(None, tokenizer, prompt, options, show, decoder=decoder, form=form):
         if args.json:
-            row = {
+            row: dict[str, Any] = {
                 "index": completion.index,
                 "text": completion.text,
                 "finish_reason": completion.finish_reason,
             }
+            if completion.calls:
+                row["tool_calls"] = [call._asdict() for call in completion.calls]
             print(json.dumps(row, ensure_ascii=False))
         else:
             print("" if live else f"[{completion.index}] {completion.text}")
+            for call in completion.calls:
+                print(f"Calls {call.name} with {json.dumps(call.arguments, ensure_ascii=False)}")
     return 0
+
+
+def _messages(text: str) -> list[dict[str, Any]]:
+    """The conversation of the command line. Raises BadRow."""
+    if not text.lstrip().startswith("["):
+        text = Path(text).read_text(encoding="utf-8")
+    return list(read_messages(0, text, {}, extended=True))
 
 
 def prompt_ids(

@@ -101,6 +101,9 @@ def test_a_question_to_a_model_without_conversations_is_sent_as_its_prompt(kind)
         with pytest.raises(Failed, match="/v1/completions") as refusal:
             generation.as_trained(model, GenerateRequest("ft:x", messages=messages))
         assert refusal.value.code == "chat_unsupported"
+    tool = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(Failed, match="no tools"):
+        generation.as_trained(model, GenerateRequest("ft:x", messages=[user("Hi")], tools=[tool]))
 
 
 @pytest.mark.parametrize("kind", ["chat", ""])

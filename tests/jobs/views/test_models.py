@@ -6,12 +6,16 @@ import io
 import zipfile
 
 import pytest
+from django.template.loader import render_to_string
 from django.test import AsyncClient, Client
 from django.urls import reverse
+from django.utils.html import escape
 
 from accounts.models import User
+from jobs.forms import GenerateForm
 from jobs.registry import tuned_models
 from jobs.store import access
+from jobs.views.playground import shown_text
 from tests.jobs.views.makers import make_job, make_model, page_text
 
 
@@ -164,6 +168,41 @@ def test_the_playground_rejects_invalid_values(alices: Client, field: str, value
     response = alices.post(reverse("jobs:playground_stream"), data)
     assert response.status_code == 422
     assert f"{label}: " in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("tools", "mode", "words"),
+    [
+        ('[{"type": "function",\n  "function": {]', "chat", "line 2, column 16"),
+        ("{}", "chat", ""),
+        ("3", "chat", "tools is a number, not a list of objects"),
+        ('[{"type": "function", "function": {}}]', "chat", "tool 1 has no name"),
+        ("[" * 100_000, "chat", "nested too deeply"),
+        ('[{"name": "look_up"}]', "prompt", "Choose Chat as the input type."),
+    ],
+)
+def test_the_playground_names_what_is_wrong_with_tools(
+    alices: Client, tools: str, mode: str, words: str
+) -> None:
+    form = GenerateForm({"model": "starter", "prompt": "x", "mode": mode, "tools": tools})
+    assert form.is_valid() == (not words)
+    assert words in " ".join(form.error_lines())
+    if words and len(tools) < 1000:
+        data = {"model": "starter", "prompt": "typed text", "mode": mode, "tools": tools}
+        page = alices.post(reverse("jobs:playground"), data)
+        assert words in page_text(page)
+        for typed in ("typed text", tools):  # what was typed stays
+            assert f">{escape(typed)}</textarea>" in page.content.decode()
+        assert words in alices.post(reverse("jobs:playground_stream"), data).json()["error"]
+
+
+def test_the_playground_shows_calls_and_explains_an_empty_answer() -> None:
+    call = {"name": "look_up", "arguments": '{"what": "a cat"}'}
+    assert shown_text("", [call]) == 'Calls look_up with {"what": "a cat"}'
+    assert shown_text("On it.", [call, call]).splitlines() == ["On it.", *[shown_text("", [call])] * 2]
+    answers = [{"model": "starter", "text": shown_text("", [])}]
+    page = render_to_string("jobs/_playground.html", {"answers": answers, "typed": {}})
+    assert "The model ended its answer at once." in page
 
 
 def test_another_users_model_is_not_found(bobs: Client, alice: User) -> None:

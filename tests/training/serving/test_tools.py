@@ -12,6 +12,7 @@ import pytest
 from tests.training.serving.test_serve import Server
 from tests.training.serving.test_serve import text as text_of
 from tests.training.tool_model import AFTER, ANSWERS, CONTROL, MISTRAL, TOOLS, messages_of, write_tool_model
+from training.__main__ import main
 
 
 @pytest.fixture(scope="module", params=["our form", "control tokens"])
@@ -72,3 +73,22 @@ def test_an_answer_to_a_result_is_text(server: Server, model: Path) -> None:
 def test_a_malformed_conversation_is_refused(server: Server, conversation: Any) -> None:
     [error] = server.generate_text(model="/none", conversation=conversation)
     assert (error["t"], error["code"]) == ("error", "bad_request")
+
+
+def test_the_command_line_prints_calls(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    (tmp_path / "messages.json").write_text(json.dumps(messages_of("the cat?")))
+    arguments = ["generate", "--model", str(model), "--max-tokens", "400"]
+    arguments += ["--tools", str(tmp_path / "tools.json"), "--messages"]
+    written = json.dumps(ANSWERS["the cat?"][1][0], ensure_ascii=False)
+    assert main([*arguments, str(tmp_path / "messages.json")]) == 0
+    assert capsys.readouterr().out.strip() == f"Calls look_up with {written}"
+    assert main([*arguments, json.dumps(messages_of("a moon and a mat?")), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    text, calls = ANSWERS["a moon and a mat?"]
+    assert (row["text"], [call["arguments"] for call in row["tool_calls"]]) == (text, calls)
+    (tmp_path / "tools.json").write_text('[{"name":\n}]')
+    assert main([*arguments, str(tmp_path / "messages.json")]) == 2
+    assert "line 2, column 1" in capsys.readouterr().err
