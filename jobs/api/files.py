@@ -37,7 +37,9 @@ MAX_NAME = 255
 def create_file(
     request: CallerRequest,
     purpose: Annotated[str, Form(description="`fine-tune`")],
-    file: FileEx[UploadedFile, P(description="JSONL, CSV, TSV, Parquet or plain text")],
+    file: FileEx[
+        UploadedFile, P(description="JSONL, CSV, TSV, Parquet, plain text or a ZIP archive of plain texts")
+    ],
     anchor: Annotated[Literal["created_at"] | None, Form(alias="expires_after[anchor]")] = None,
     seconds: Annotated[int | None, Form(alias="expires_after[seconds]", ge=3600, le=2_592_000)] = None,
 ) -> Json:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from training.data import row_schemas
+from training.data import archive, row_schemas
 from training.data.bad_row import BadFile, BadRow, kind_of
 from training.data.columns import first_row_is_data
 from training.data.readers import ByteRange, Format, Limits, names_separator, records
@@ -29,8 +29,6 @@ OnBad = Callable[[BadRow], None]
 DEFAULT_LIMITS = Limits()
 HEAD_BYTES = 64 * 1024
 DELIMITERS = ",;\t|"
-MARKDOWN = (".md", ".markdown")
-PROSE = (".txt", *MARKDOWN)
 
 
 def rows(
@@ -92,6 +90,9 @@ def detect_lenient(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
 
         recognized = row_schemas.recognize(dict.fromkeys(parquet.names(path), ""), forgiving=True)
         return Format("parquet", recognized[0], columns=recognized[1]) if recognized else Format("parquet")
+    if head.startswith(archive.MAGIC):
+        archive.check(path, limits.decoded_bytes)
+        return Format("zip", "text", columns={"text": "text"})
     refuse_other_formats(head)
     encoding = encoding_of(head)
     text = codecs.getincrementaldecoder(encoding)(errors="replace").decode(head).lstrip("\ufeff")
@@ -99,17 +100,17 @@ def detect_lenient(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Format:
     suffix = path.suffix.lower()
     if not start:
         raise BadFile(0, "the file contains only white space", "Upload a file with at least one example.")
-    if start == "[" and suffix not in (*PROSE, ".csv", ".tsv"):
+    if start == "[" and suffix not in (*archive.DOCUMENTS, ".csv", ".tsv"):
         return _with_shape(path, Format("json", encoding=encoding), limits)
     if start == "{" or suffix in (".jsonl", ".ndjson", ".json"):
         return _with_shape(path, Format("jsonl", encoding=encoding), limits)
     table = _table(text, encoding)
-    if suffix in (".csv", ".tsv") or (table.shape and suffix not in PROSE):
+    if suffix in (".csv", ".tsv") or (table.shape and suffix not in archive.DOCUMENTS):
         return table
     # A text may have commas in its first line; a table has as many columns in all of its lines.
     # Excel's "Unicode text" is UTF-16 with tabs.
     unicode_text = encoding != "utf-8" and table.delimiter == "\t"
-    if suffix not in MARKDOWN and (table.shape or unicode_text) and _is_table(text, table, size):
+    if suffix not in archive.MARKDOWN and (table.shape or unicode_text) and _is_table(text, table, size):
         return table
     return Format("text", "text", encoding, columns={"text": "text"})
 
@@ -159,7 +160,7 @@ def head(path: str | Path, format: Format, limits: Limits = DEFAULT_LIMITS) -> d
     a page. "first_row_is_data" is there if a table's first row does not look like names."""
     names: dict[str, None] = {}
     shown: list[dict[str, Any]] = []
-    if format.container == "text":
+    if format.container in ("text", "zip"):
         return {"columns": [], "rows": []}
     if format.container == "parquet":
         from training.data import parquet

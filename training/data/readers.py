@@ -12,11 +12,11 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from training.data import row_schemas
+from training.data import archive, row_schemas
 from training.data.bad_row import BadFile, BadRow, kind_of
 
 
@@ -28,8 +28,8 @@ class Limits:
     decoded_bytes: int = 8 << 30
     depth: int = 32
     columns: int = 1000
-    # plain text: longer documents are split between paragraphs
-    document_chars: int = 64 * 1024
+    # Plain text: longer documents are split between paragraphs. As much as a row of JSON Lines can have.
+    document_chars: int = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Format:
     """The format of a file. `columns` maps what a row needs (prompt, completion, text, messages, …) to the
     file's column names."""
 
-    container: str  # jsonl | json | csv | parquet | text
+    container: str  # jsonl | json | csv | parquet | text | zip (of texts)
     shape: str = ""  # chat | completion | instruction | sharegpt | segments | preference | text
     encoding: str = "utf-8"
     delimiter: str = ","
@@ -93,6 +93,9 @@ def records(
 
         yield from parquet.records(path, format.columns, limits.decoded_bytes, _beside(format))
         return
+    if format.container == "zip":
+        yield from _zip(path, format, limits)
+        return
     with path.open("rb") as file:
         if format.container == "jsonl":
             yield from _jsonl(file, format, limits, part)
@@ -101,7 +104,7 @@ def records(
         elif format.container == "csv":
             yield from _csv(file, format, limits, all_columns)
         elif format.container == "text":
-            yield from _text(file, format, limits, path.suffix.lower() in (".md", ".markdown"))
+            yield from _text(file, format, limits, path.suffix.lower() in archive.MARKDOWN)
         else:
             raise BadFile(
                 0,
@@ -382,6 +385,7 @@ def _text(file: BinaryIO, format: Format, limits: Limits, markdown: bool) -> Ite
     top-level heading."""
     held: list[str] = []
     start, size = 1, 0
+    longest = limits.document_chars if format.version >= 2 else 64 * 1024
     for number, line in lines(file, format, limits):
         if isinstance(line, BadRow):
             yield number, line
@@ -389,7 +393,7 @@ def _text(file: BinaryIO, format: Format, limits: Limits, markdown: bool) -> Ite
         line = line.replace("\r\n", "\n")
         ends = re.fullmatch(r"(-{3,}|\*{3,}|={3,}|<\|endoftext\|>)\s*", line) is not None
         heading = markdown and line.startswith("# ")
-        if held and (ends or heading or (size > limits.document_chars and line.isspace())):
+        if held and (ends or heading or (size > longest and line.isspace())):
             yield from _document(start, held)
             held, size = [], 0
         if not ends:
@@ -397,6 +401,23 @@ def _text(file: BinaryIO, format: Format, limits: Limits, markdown: bool) -> Ite
             held.append(line)
             size += len(line)
     yield from _document(start, held)
+
+
+def _zip(path: Path, format: Format, limits: Limits) -> Iterator[tuple[int, Record]]:
+    """The documents of each file in the archive, numbered through all of them."""
+    number = 0
+    for name, encoding, file in archive.documents(path, limits.decoded_bytes):
+        markdown = name.lower().endswith(archive.MARKDOWN)
+        try:
+            for _, record in _text(file, replace(format, encoding=encoding), limits, markdown):
+                number += 1
+                if isinstance(record, BadRow):
+                    record = BadRow(number, f"{name[-80:]}, line {record.line}: {record.reason}", record.fix)
+                yield number, record
+        except BadFile as bad:
+            raise BadFile(number + 1, f"{name[-80:]}, line {bad.line}: {bad.reason}", bad.fix) from bad
+        except archive.DAMAGE as error:
+            raise archive.damaged(repr(name[-80:]), error) from error
 
 
 def _document(line: int, held: list[str]) -> Iterator[tuple[int, Record]]:

@@ -11,7 +11,7 @@ from training.data.bad_row import BadFile
 UNPACK = "Unpack it and upload the file inside."
 CONVERT = "Save the examples as JSONL, CSV or Parquet."
 MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
-    (0, b"PK\x03\x04", "a ZIP archive (Excel and Word files are ZIP too)", UNPACK),
+    (0, b"PK\x03\x04", "a ZIP archive", UNPACK),
     (0, b"PK\x05\x06", "an empty ZIP archive", UNPACK),
     (0, b"\x1f\x8b", "a gzip archive", UNPACK),
     (0, b"BZh", "a bzip2 archive", UNPACK),

@@ -112,6 +112,7 @@ CASES: dict[str, Case] = {
         "its columns are named 'id', 'review', 'sentiment', and none is a known name.",
     ),
     "32_alpaca_for_samples.json": Case("instruction", words=CLEAN),
+    "33_documents.zip": Case("text", trained=168, words=CLEAN),
 }
 
 
