@@ -180,10 +180,12 @@ def begin_edit(source: Dataset, changes: Mapping[str, Any]) -> Dataset:
 
 def table_columns(source: Dataset) -> list[str]:
     """The names of all columns of a table of text, from its report; empty for other files."""
-    if Format.of(source.format or {}).container != "csv" or not source.report_key:
+    format = Format.of(source.format or {})
+    if format.container != "csv" or not source.report_key:
         return []
     with blobs.open_file(source.report_key) as file:
-        return list((json.load(file).get("head") or {}).get("columns") or [])
+        names = list((json.load(file).get("head") or {}).get("columns") or [])
+    return names if format.header else [f"column {number}" for number in range(1, len(names) + 1)]
 
 
 def check_change(source: Dataset, record: Any, line: int, columns: Sequence[str] = ()) -> None:

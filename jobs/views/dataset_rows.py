@@ -277,6 +277,8 @@ def _form(
     error: str = "",
     checking: bool = False,
 ) -> HttpResponse:
+    if record and typed is None and len(record) > row_editor.MAX_FIELDS:
+        typed = row_editor.pretty(record)
     fields = row_editor.fields_of(record) if record and typed is None else []
     context = {
         "dataset": dataset,

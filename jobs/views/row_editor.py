@@ -16,6 +16,7 @@ from training.data.bad_row import SURROGATE
 from training.data.formats import Format
 from training.data.rewrite import as_json
 
+MAX_FIELDS = 200  # rows with more are edited as JSON: Django accepts 1,000 fields in a form
 MAX_MESSAGES = 100  # longer conversations are edited as JSON
 ROLES = {"role": ("system", "user", "assistant", "tool"), "from": ("system", "human", "gpt")}
 # Characters that a form does not send back as they were: control characters, and carriage returns alone.

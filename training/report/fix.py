@@ -19,8 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from training.data.formats import BadRow, Format, Row, detect
-from training.data.rewrite import Writer, check_record, kind_of_rows, line_ranges, new_format, sources
-from training.data.row_schemas import preview_of
+from training.data.rewrite import (
+    Writer,
+    as_json,
+    check_record,
+    kind_of_rows,
+    line_ranges,
+    new_format,
+    sources,
+)
+from training.data.row_schemas import one_line, preview_of
 from training.report.findings import KINDS
 from training.report.report import findings_of, question_and_answer
 from training.text.encode import EncodingOptions
@@ -147,10 +155,9 @@ def edit(
     result = Fixed(format=new_format(chosen).as_dict())
     left = dict(changes.get("rows") or {})
 
-    def note(line: int, before: Row | None, after: Row | None) -> None:
+    def note(line: int, before: str | None, after: str | None) -> None:
         if len(result.changed) < SHOWN:
-            shown = {"before": before and preview_of(before), "after": after and preview_of(after)}
-            result.changed.append({"line": line, **shown})
+            result.changed.append({"line": line, "before": before, "after": after})
 
     with Writer(to, new_format(chosen), path) as out:
         for number, row, source in sources(path, chosen, _raise):
@@ -159,20 +166,30 @@ def edit(
                 out.write(source.record, source.text)
                 continue
             record = left.pop(str(number))
-            note(
-                row.line,
-                row,
-                None if record is None else check_record(row.line, record, chosen, out.names),
-            )
-            if record is not None:
-                out.write(record)
+            if record is None:
+                note(row.line, preview_of(row), None)
+                continue
+            edited = check_record(row.line, record, chosen, out.names)
+            texts = (row.preview, edited.preview)
+            if texts[0] == texts[1]:  # only other fields differ
+                texts = (as_json(source.record), as_json(record))
+            note(row.line, *_where_they_differ(*texts))
+            out.write(record)
         if left:
             raise ValueError(f"There is no row {next(iter(left))}: the file has {result.rows:,} rows.")
         for record in changes.get("added") or []:
-            note(0, None, check_record(0, record, chosen, out.names))
+            note(0, None, preview_of(check_record(0, record, chosen, out.names)))
             out.write(record)
         result.kept = out.count
     return result
+
+
+def _where_they_differ(before: str, after: str) -> tuple[str, str]:
+    """Both texts on one line, from shortly before the first difference."""
+    pairs = enumerate(zip(before, after, strict=False))
+    same = next((i for i, (one, other) in pairs if one != other), min(len(before), len(after)))
+    start = same - 40 if same > 80 else 0
+    return one_line("…" * bool(start) + before[start:]), one_line("…" * bool(start) + after[start:])
 
 
 def _raise(bad: BadRow) -> None:

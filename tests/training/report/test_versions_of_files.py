@@ -73,6 +73,16 @@ def test_rows_are_edited_excluded_and_added_and_the_difference_is_listed(tmp_pat
     ]
 
 
+def test_the_difference_of_long_rows_is_shown_where_they_differ(tmp_path: Path) -> None:
+    row = {"text": "same " * 100 + "end", "tag": "a"}
+    path = put(tmp_path, "\n".join([json.dumps(row)] * 2))
+    changes = {"rows": {"1": row | {"text": "same " * 100 + "start"}, "2": row | {"tag": "b"}}}
+    done = edit(path, tmp_path / "new.jsonl", changes)
+    assert [entry["before"][0] for entry in done.changed] == ["…", "…"]
+    assert [entry["before"][-7:] for entry in done.changed] == ["ame end", '": "a"}']
+    assert [entry["after"][-7:] for entry in done.changed] == ["e start", '": "b"}']
+
+
 def test_a_table_stays_one_with_its_columns_delimiter_and_byte_order_mark(tmp_path: Path) -> None:
     text = '\ufeff;id;question;answer;;id\r\n0;a;"One; or\r\ntwo?";1;;x\r\n1;b;"He said ""two""";2;;\r\n2;c;Three?;3\r\n'
     path = put(tmp_path, text, "data.csv")
