@@ -77,7 +77,7 @@ class Settings:
     task: str | None = setting(
         None,
         "choice",
-        "What the rows teach: it decides how held-out answers are scored. Automatic: guessed from the rows.",
+        "What the rows teach the model to do. It decides how its answers are scored.",
         "Task",
         choices=tuple(TASKS),
     )
