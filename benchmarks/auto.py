@@ -7,6 +7,9 @@ rows that were used neither for training nor for choosing weights. Compared with
 compute: its epochs are set so that training takes no more operations than the peer's (a token costs LoRA two thirds), and
 everything else is automatic; the rows that we hold out for validation come out of our budget. `as-it-is` leaves the epochs
 automatic too and is compared with the best of the peers; the note before it shows how much compute it used.
+
+`lora-full` and `lora-attention` compare LoRA's defaults, in as many steps, with full fine-tuning (at most 5 % more loss) and
+with adapters of query and value only. `--only /lora` runs nothing else.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from benchmarks.common import ROOT, Scores
 from training.plan.catalog import STARTER_FOLDER, describe
 
 CACHE = ROOT / ".bench" / "small-1"  # the smaller model, trained once
+SMOLLM2 = ROOT / ".tools" / "smollm2"
+LORA_TASKS = ("chat", "extraction", "style")  # with answers of more than a word
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -238,6 +243,23 @@ def compare(scores: Scores, size: str, base: Path, task: str, seed: int) -> None
         scores.add(f"{size}/{task}/as-it-is", alone.loss, theirs[best].loss, 1.0, less_is_better=True)
 
 
+def compare_lora(scores: Scores, size: str, base: Path, task: str, seed: int) -> None:
+    """LoRA with its defaults against full fine-tuning and against query and value only, in as many steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, test = tasks.lay_out(task, Path(folder), seed)
+        full = run(base, data, test, {"adapter": "none"})
+        same = {"adapter": "lora", "epochs": full.settings["epochs"]}
+        lora = run(base, data, test, same)
+        attention = run(base, data, test, same | {"lora_targets": ["attention"]})
+        scores.note(
+            f"{size}/{task}: {full.settings['epochs']:g} epochs of {full.settings['batch_size']}; learning rates "
+            f"{full.settings['learning_rate']:g} full, {lora.settings['learning_rate']:g} LoRA; "
+            f"{full.seconds:.0f}, {lora.seconds:.0f} and {attention.seconds:.0f} s"
+        )
+        scores.add(f"{size}/{task}/lora-full", lora.loss, full.loss, 0.95, less_is_better=True)
+        scores.add(f"{size}/{task}/lora-attention", lora.loss, attention.loss, 1.0, less_is_better=True)
+
+
 def _run_settings(peer: Peer, base: Path) -> dict[str, Any]:
     config = json.loads((base / "config.json").read_text())
     dropout = float(config.get("resid_pdrop", 0.1)) if peer.dropout is None else peer.dropout
@@ -266,6 +288,13 @@ def main() -> int:
         for task in tasks.TASKS:
             if not args.only or any(word in f"{size}/{task}" for word in args.only):
                 compare(scores, size, base, task, args.seed)
+    for size, base in {"starter": STARTER_FOLDER, "smollm2": SMOLLM2}.items():
+        if not base.exists():
+            scores.note(f"{size} is skipped: there is no {base}")
+            continue
+        for task in LORA_TASKS:
+            if not args.only or any(word in f"{size}/{task}/lora" for word in args.only):
+                compare_lora(scores, size, base, task, args.seed)
     return scores.end()
 
 

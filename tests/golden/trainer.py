@@ -49,6 +49,7 @@ def lay_out(folder: Path, **settings: Any) -> dict[str, Any]:
         "prompts": ["the cat"],
         "job": "ftjob-golden",
         "settings": chosen | settings,
+        "settings_schema": 1,  # of jobs that the first release stored
     }
 
 

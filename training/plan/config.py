@@ -291,11 +291,14 @@ class Settings:
     def stored(self) -> dict[str, Any]:
         """As stored in rows, events and checkpoints; `parse` reads these too.
 
-        The adapter is stored as `method`, its name in the first release, what that release did not know (the
-        objective, the task) is left out unless it was chosen, and ATTENTION, its only automatic value, is null,
-        so that programs of that release can read it."""
+        So that programs of the first release can read it, the adapter is stored as `method`, its name there,
+        ATTENTION, its only automatic value there, is null, and its only objective and settings added since are
+        left out where they have their defaults."""
         values = stored_names(self.as_dict())
-        return values | {"lora_targets": None} if self.lora_targets == ATTENTION else values
+        if self.lora_targets == ATTENTION:
+            values["lora_targets"] = None
+        added = {name for name in ADDED if values.get(name) == FIELDS[name].default}
+        return {name: value for name, value in values.items() if name not in added}
 
 
 FIELDS: dict[str, Field] = {f.name: f.metadata["spec"] for f in fields(Settings)}

@@ -126,9 +126,12 @@ def test_every_schedule_trains(runner: Runner, schedule: str) -> None:
 
 
 def test_lora_trains_little_and_exports_a_whole_model(runner: Runner) -> None:
-    events = runner.train("lora", settings={"adapter": "lora", "lora_dropout": 0.1, "learning_rate": 1e-2})
+    events = runner.train(
+        "lora", settings={"adapter": "lora", "lora_rank": 4, "lora_dropout": 0.1, "learning_rate": 1e-2}
+    )
     plan = of(events, "plan")[0]
     assert plan["trainable"] < plan["parameters"] / 5
+    assert (plan["lora"]["layers"], plan["lora"]["of"]) == (8, 8)
     assert of(events, "eval")[-1]["loss"] < of(events, "eval")[0]["loss"]
     assert of(events, "done")[0]["fidelity"]["exact"] is True
 
