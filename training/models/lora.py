@@ -1,7 +1,7 @@
-"""LoRA for models/gpt2.py: small trained matrices next to frozen ones (Hu et al., arXiv 2106.09685). Other
+"""LoRA for models/transformer.py: small trained matrices next to frozen ones (Hu et al., arXiv 2106.09685). Other
 models use peft.
 
-y = x @ W + b + (alpha / rank) * (x @ A.T) @ B.T, with A (rank, in) random and B (out, rank) zero, so training
+y = x @ W.T + b + (alpha / rank) * (x @ A.T) @ B.T, with A (rank, in) random and B (out, rank) zero, so training
 starts exactly at the base model. Files and parameter names are those of peft, which loads what we save.
 """
 
@@ -21,25 +21,20 @@ from training.models import kernels
 from training.models.kernels import accumulate_grad_product, affine
 from training.plan.events import Failure
 
-DEFAULT_TARGETS = ("c_attn",)  # peft's for GPT-2
+DEFAULT_TARGETS = ("c_attn", "q_proj", "v_proj")  # peft's; GPT-2 has the first, later families the others
 
 
 class LoRALinear(nn.Module):
     """A frozen Linear and its adapter."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
-    def __init__(
-        self, linear: nn.Module, rank: int, alpha: float, dropout: float, rng: torch.Generator
-    ) -> None:
+    def __init__(self, linear: Any, rank: int, alpha: float, dropout: float, rng: torch.Generator) -> None:
         super().__init__()
-        # (in, out), (out,)
-        self.weight, self.bias = (
-            linear.get_parameter("weight"),
-            linear.get_parameter("bias"),
-        )
-        n_in, n_out = self.weight.shape
+        # (out, in), or (in, out) in GPT-2; (out,) or None
+        self.weight, self.bias, self.out_in = linear.weight, linear.bias, linear.out_in
+        n_out, n_in = self.weight.shape if self.out_in else reversed(self.weight.shape)
         bound = 1 / math.sqrt(n_in)  # kaiming_uniform_ with a = sqrt(5), peft's default
         self.lora_A = Weight(torch.empty(rank, n_in).uniform_(-bound, bound, generator=rng))
         self.lora_B = Weight(torch.zeros(n_out, rank))
@@ -47,14 +42,16 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = kernels.dropout(x, self.dropout) if self.training and self.dropout else None
+        w = self.weight.t() if self.out_in else self.weight  # (in, out)
         y: Tensor = LoRALinearFunction.apply(
-            x, dropped, self.weight, self.bias, self.lora_A.weight, self.lora_B.weight, self.scale
+            x, dropped, w, self.bias, self.lora_A.weight, self.lora_B.weight, self.scale
         )
         return y
 
     def merged(self) -> Tensor:
-        """(in, out): the weight with the adapter folded in, W + scale * (B @ A).T."""
-        product = self.lora_A.weight.t() @ self.lora_B.weight.t()
+        """The weight with the adapter folded in, W + scale * B @ A, in W's layout."""
+        A, B = self.lora_A.weight, self.lora_B.weight  # (r, in), (out, r)
+        product = B @ A if self.out_in else A.t() @ B.t()
         return torch.add(self.weight, product.to(self.weight.dtype), alpha=self.scale).detach()
 
 
@@ -67,14 +64,21 @@ class Weight(nn.Module):
 
 
 class LoRALinearFunction(kernels.Function):
-    """x (T, in), dropped (T, in) or None = x, w (in, out), b (out,), A (r, in), B (out, r) -> (T, out).
+    """x (T, in), dropped (T, in) or None = x, w (in, out), b (out,) or None, A (r, in), B (out, r) -> (T, out).
 
     One Function instead of three matrix products under autograd: only the adapter's input and z are kept,
     and the gradients of A and B are added to `main_grad` by the products that compute them."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, w: Tensor, b: Tensor, A: Tensor, B: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        w: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
     ) -> Tensor:
         z = (x if dropped is None else dropped) @ A.t()  # (T, r), r much smaller than in and out
         ctx.w, ctx.A, ctx.B, ctx.scale, ctx.separate = w, A, B, scale, dropped is not None
@@ -105,26 +109,28 @@ def add(
 
     Returns {"rank", "alpha", "dropout", "targets"}. Raises Failure("bad_settings") if no layer has such a
     name."""
-    wanted = tuple(targets or DEFAULT_TARGETS)
+    layers = linear_layers(model)
+    names = sorted({name.rpartition(".")[2] for name in layers})
+    wanted = tuple(targets or [name for name in DEFAULT_TARGETS if name in names])
     for p in model.parameters():
         p.requires_grad_(False)
-    linear = [(name, m) for name, m in model.named_modules() if _is_linear(m) and _matches(name, wanted)]
-    if not linear:
+    chosen = {name: layer for name, layer in layers.items() if _matches(name, wanted)}
+    if not chosen:
         raise Failure(
             "bad_settings",
             f"lora_targets: no layer is named {', '.join(wanted)}.",
-            "Use c_attn, attn.c_proj, c_fc, mlp.c_proj or c_proj.",
+            f"Use one or more of: {', '.join(names)}.",
         )
     rng = torch.Generator().manual_seed(seed)
-    for name, module in linear:
+    for name, layer in chosen.items():
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, LoRALinear(module, rank, alpha, dropout, rng))
+        setattr(model.get_submodule(parent), attribute, LoRALinear(layer, rank, alpha, dropout, rng))
     return {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": sorted(wanted)}
 
 
-def _is_linear(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() == 2 and hasattr(module, "bias")
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers by name (`model.layers.0.mlp.up_proj`). The head is none of them."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "out_in")}
 
 
 def _matches(name: str, wanted: Sequence[str]) -> bool:
@@ -162,7 +168,8 @@ def save_adapter(model: nn.Module, lora: dict[str, Any], folder: str | Path, bas
         "lora_alpha": lora["alpha"],
         "lora_dropout": lora["dropout"],
         "target_modules": lora["targets"],
-        "fan_in_fan_out": True,  # GPT-2 stores its weights as (in, out)
+        # GPT-2 stores its weights as (in, out)
+        "fan_in_fan_out": not any(layer.out_in for _, layer in lora_layers(model)),
         "bias": "none",
         "inference_mode": True,
     }
