@@ -101,9 +101,10 @@ def small() -> Path:
     """A GPT-2 with 0.97 million parameters and the starter's tokenizer, trained on text that the starter generated."""
     import torch
 
+    from training.models.architecture import gpt2_config
     from training.models.generate import GenerateOptions, generate
-    from training.models.gpt2 import GPT2, GPT2Config
     from training.models.load import load_model
+    from training.models.transformer import Transformer
     from training.text.tokenizer import Tokenizer
 
     if (CACHE / "model.safetensors").exists():
@@ -119,15 +120,16 @@ def small() -> Path:
         (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         config = json.loads((STARTER_FOLDER / "config.json").read_text())
         torch.manual_seed(1)
-        fresh = GPT2Config(
+        fresh = gpt2_config(
             vocab_size=config["vocab_size"],
             n_positions=512,
             n_embd=128,
             n_layer=2,
             n_head=2,
-            extra={"bos_token_id": 0, "eos_token_id": 0},
+            bos_token_id=0,
+            eos_token_id=0,
         )
-        GPT2.new(fresh).save(folder / "base")
+        Transformer.new(fresh).save(folder / "base")
         for file in TOKENIZER_FILES:
             shutil.copy(STARTER_FOLDER / file, folder / "base" / file)
         settings = {

@@ -75,14 +75,16 @@ def lay_out(folder: Path, shape: dict[str, int], examples: int = 400) -> None:
     ids in our training order for the peers."""
     from training.engine import inputs
     from training.engine.packing import example_at
-    from training.models.gpt2 import GPT2, GPT2Config
+    from training.models.architecture import gpt2_config
+    from training.models.transformer import Transformer
     from training.plan.run_file import Run
 
-    GPT2.new(
-        GPT2Config(
+    Transformer.new(
+        gpt2_config(
             vocab_size=VOCABULARY,
             n_positions=1024,
-            extra={"bos_token_id": 50256, "eos_token_id": 50256},
+            bos_token_id=50256,
+            eos_token_id=50256,
             **shape,
         )
     ).save(folder)
@@ -220,10 +222,10 @@ def packed_gradients(bench: Bench) -> None:
 
     from training.engine.evaluate import batch_loss
     from training.models.batch import pack
-    from training.models.gpt2 import GPT2
     from training.models.kernels import main_grad
+    from training.models.transformer import Transformer
 
-    model = GPT2.load(bench.folder).eval()
+    model = Transformer.load(bench.folder).eval()
     lm: Any = transformers.GPT2LMHeadModel.from_pretrained(
         bench.folder, attn_implementation="eager", dtype=torch.float32
     )

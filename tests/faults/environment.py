@@ -72,11 +72,12 @@ def objects() -> Path:
 
 MAKE_TINY = """
 import sys, torch
-from training.models.gpt2 import GPT2, GPT2Config
+from training.models.architecture import gpt2_config
+from training.models.transformer import Transformer
 from training.text.tokenizer import Tokenizer
 torch.manual_seed(0)
 tokens = max(Tokenizer.load(sys.argv[1]).backend.get_vocab(with_added_tokens=True).values()) + 1
-GPT2.new(GPT2Config(vocab_size=tokens, n_positions=128, n_embd=32, n_layer=2, n_head=2), seed=1).save(sys.argv[2])
+Transformer.new(gpt2_config(vocab_size=tokens, n_positions=128, n_embd=32, n_layer=2, n_head=2), seed=1).save(sys.argv[2])
 """
 
 

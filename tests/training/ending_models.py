@@ -15,7 +15,8 @@ import tokenizers
 
 from tests.training.tiny import END, backend
 from training.command import train
-from training.models.gpt2 import GPT2, GPT2Config
+from training.models.architecture import gpt2_config
+from training.models.transformer import Transformer
 from training.plan.run_file import Run
 
 WORDS = ["the cat", "a moon", "the mat and the cat", "café", "looked"]
@@ -60,9 +61,11 @@ def write_base(folder: Path, case: Case) -> Path:
     folder.mkdir()
     tokenizer = tokenizers.Tokenizer.from_str(backend())
     tokenizer.add_special_tokens(list(case.tokens))
-    config = GPT2Config(vocab_size=tokenizer.get_vocab_size(), n_positions=96, n_embd=48, n_layer=2, n_head=2)
-    config.extra = {"bos_token_id": 0, "eos_token_id": 0}
-    GPT2.new(config, 1).save(folder)
+    config = gpt2_config(
+        vocab_size=tokenizer.get_vocab_size(), n_positions=96, n_embd=48, n_layer=2, n_head=2
+    )
+    config |= {"bos_token_id": 0, "eos_token_id": 0}
+    Transformer.new(config, 1).save(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"tokenizer_class": "GPT2Tokenizer", "bos_token": END, "eos_token": END, "unk_token": END}
     (folder / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": case.template}))

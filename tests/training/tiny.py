@@ -9,7 +9,8 @@ from pathlib import Path
 import tokenizers
 import torch
 
-from training.models.gpt2 import GPT2, GPT2Config
+from training.models.architecture import gpt2_config
+from training.models.transformer import Transformer
 
 END = "<|endoftext|>"
 
@@ -32,12 +33,12 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
 
 
-def gpt2(seed: int = 0, context: int = 64) -> GPT2:
+def gpt2(seed: int = 0, context: int = 64) -> Transformer:
     """Its weights are larger than after initialization, so that the output depends on the input."""
     vocab = tokenizers.Tokenizer.from_str(backend()).get_vocab_size()
-    config = GPT2Config(vocab_size=vocab, n_positions=context, n_embd=32, n_layer=2, n_head=2)
-    config.extra = {"bos_token_id": 0, "eos_token_id": 0}
-    model = GPT2.new(config, seed).eval()
+    config = gpt2_config(vocab_size=vocab, n_positions=context, n_embd=32, n_layer=2, n_head=2)
+    config |= {"bos_token_id": 0, "eos_token_id": 0}
+    model = Transformer.new(config, seed).eval()
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

@@ -10,7 +10,8 @@ import tokenizers
 
 from tests.training.tiny import END, backend
 from training.command import train
-from training.models.gpt2 import GPT2, GPT2Config
+from training.models.architecture import gpt2_config
+from training.models.transformer import Transformer
 from training.plan.run_file import Run
 
 TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
@@ -42,11 +43,11 @@ def write_tool_base(base: Path, template: str | None = None, control: tuple[str,
     base.mkdir(parents=True)
     tokenizer = tokenizers.Tokenizer.from_str(backend())
     tokenizer.add_special_tokens(list(control))
-    config = GPT2Config(
+    config = gpt2_config(
         vocab_size=tokenizer.get_vocab_size(), n_positions=512, n_embd=48, n_layer=2, n_head=2
     )
-    config.extra = {"bos_token_id": 0, "eos_token_id": 0}
-    GPT2.new(config, 1).save(base)
+    config |= {"bos_token_id": 0, "eos_token_id": 0}
+    Transformer.new(config, 1).save(base)
     tokenizer.save(str(base / "tokenizer.json"))
     names = {"tokenizer_class": "GPT2Tokenizer", "bos_token": END, "eos_token": END, "unk_token": END}
     (base / "tokenizer_config.json").write_text(

@@ -65,6 +65,7 @@ class Snapshot:
     environment: dict[str, Any]
     settings: dict[str, Any]  # resolved, so that an attempt on another machine computes the same
     base: str  # folder of the base model, needed to export this checkpoint
+    implementation: str  # of the model, see models/load.py
     best: bool = False
     final: bool = False
     date: str | None = None  # the day that chat templates read
@@ -136,6 +137,7 @@ def _write_files(snapshot: Snapshot, folder: Path) -> dict[str, Any]:
         "environment": snapshot.environment,
         "settings": snapshot.settings,
         "base": snapshot.base,
+        "implementation": snapshot.implementation,
         "date": snapshot.date,
         "tensors": {
             name: {k: list(t.shape) for k, t in sorted(values.items())} for name, values in tensors.items()

@@ -123,25 +123,23 @@ def flop_counter(model: Any, lora: bool) -> Callable[[list[int], int], float]:
     # The head counts separately: it is computed for trained tokens only.
     head = model.head()
     vocabulary = int(head.numel()) if head is not None else 0
-    matrices: int = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    inner = matrices - vocabulary - _position_weights(model)
-    width = int(head.shape[1]) if head is not None else int(getattr(model.config, "hidden_size", 0))
-    layers = int(getattr(model.config, "n_layer", 0) or getattr(model.config, "num_hidden_layers", 0))
+    # A token embedding of its own has the head's shape. It is looked up, as are position embeddings.
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2}
+    inner = sum(
+        p.numel()
+        for name, p in matrices.items()
+        if not name.endswith("wpe.weight") and (head is None or p.shape != head.shape)
+    )
+    width, layers = model.attention_width, model.layers
     factor = 4 if lora else 6
 
     def count(lengths: list[int], trained: int) -> float:
         # per layer 2 products of n(n + 1)/2 pairs and D features, each 2 operations, three times for forward
         # and backward
         attention = sum(6 * layers * width * n * (n + 1) for n in lengths)
-        return factor * inner * sum(lengths) + attention + factor * vocabulary * trained
+        return float(factor * inner * sum(lengths) + attention + factor * vocabulary * trained)
 
     return count
-
-
-def _position_weights(model: Any) -> int:
-    """Position embeddings: they are looked up, not multiplied with."""
-    sizes: list[int] = [p.numel() for name, p in model.named_parameters() if name.endswith("wpe.weight")]
-    return sum(sizes)
 
 
 # ---- randomness --------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def train(run: Run, emit: Emit, stop: Callable[[], bool] = lambda: False) -> Tra
     # If there is a checkpoint, automatic settings come from it. If they were resolved again, another machine could choose
     # another micro-batch and so sum in another order.
     resumable = saver.find_resumable(run)
-    session = setup.prepare(resumable.run, resumable.settings, emit, stop)
+    session = setup.prepare(resumable.run, resumable.settings, resumable.manifest, emit, stop)
     model, optimizer, plan, data = session.model, session.optimizer, session.plan, session.data
     device, processes, loss_of = session.device, session.processes, session.data.objective.loss
     writer, evaluator, scorer = Saver(session), Evaluator(session), Scorer(session)

@@ -51,10 +51,12 @@ class State:
 
 @dataclass(frozen=True)
 class Resumable:
-    """What a run can resume from: the requested checkpoint and older ones, the settings they were made with,
-    and the run with their date. On another day a chat template that writes the date makes other tokens."""
+    """What a run can resume from: the requested checkpoint and older ones, the manifest of one and the settings
+    they were made with, and the run with their date. On another day a chat template that writes the date
+    makes other tokens."""
 
     folders: list[Path]
+    manifest: dict[str, Any] | None
     settings: Settings | None
     run: Run
 
@@ -69,14 +71,15 @@ def find_resumable(run: Run) -> Resumable:
         folders, run.job, config.settings_hash(run.settings, run.settings_schema)
     )
     if manifest is None:
-        return Resumable(folders, None, replace(run, date=run.date or date.today().isoformat()))
+        return Resumable(folders, None, None, replace(run, date=run.date or date.today().isoformat()))
     earlier = dict(manifest["settings"])
     smaller = run.settings.micro_batch_tokens
     # a smaller one was requested because memory ran out
     if smaller and smaller < earlier["micro_batch_tokens"]:
         earlier["micro_batch_tokens"] = smaller
     day = run.date or manifest.get("date") or date.today().isoformat()
-    return Resumable(folders, config.parse_stored(earlier), replace(run, date=day))
+    resolved = config.parse_stored(earlier)
+    return Resumable(folders, manifest, resolved, replace(run, date=day))
 
 
 def _folder(run: Run) -> Path:
@@ -143,6 +146,7 @@ class Saver:
             session.environment,
             session.settings.stored(),
             str(session.data.base),
+            session.implementation,
             best,
             final,
             session.run.date,

@@ -19,7 +19,7 @@ from training.engine.inputs import Inputs
 from training.engine.optimizer import AdamW
 from training.engine.packing import StepPlan
 from training.models.interface import LanguageModel
-from training.models.load import add_lora, load_model
+from training.models.load import add_lora, implementation_of, load_model
 from training.plan import catalog, config
 from training.plan.config import Settings
 from training.plan.run_file import Run
@@ -41,6 +41,7 @@ class Session:
     settings: Settings  # every automatic value resolved
     data: Inputs
     model: LanguageModel
+    implementation: str  # of the model, see models/load.py
     optimizer: AdamW | ShardedAdamW
     plan: StepPlan
     device: Device
@@ -71,6 +72,7 @@ class Session:
             "settings": self.settings.stored(),
             "reasons": self.data.reasons,
             "task": self.data.task,
+            "implementation": self.implementation,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "trainable": self.optimizer.parameters,
             "lora": self.model.lora,
@@ -87,9 +89,15 @@ class Session:
         }
 
 
-def prepare(run: Run, resolved: Settings | None, emit: Emit, stop: Callable[[], bool]) -> Session:
+def prepare(
+    run: Run,
+    resolved: Settings | None,
+    manifest: dict[str, Any] | None,
+    emit: Emit,
+    stop: Callable[[], bool],
+) -> Session:
     """Reads data and model and resolves automatic settings. `resolved` are the settings of an earlier
-    attempt, if any.
+    attempt, if any, and `manifest` that of one of its checkpoints.
 
     Raises Failure with a reason from plan/events.py."""
     processes = Processes.join()
@@ -98,9 +106,10 @@ def prepare(run: Run, resolved: Settings | None, emit: Emit, stop: Callable[[], 
     _describe(data, run, emit)
     chosen = device.pick(settings)
     plan = StepPlan.of(data.train, settings, processes.size)
+    implementation = implementation_of(data.model_config, manifest)
     if precision.is_open(run):
         described = catalog.from_config(data.model_config)
-        load = partial(_base_model, data, settings)
+        load = partial(_base_model, data, settings, implementation)
         picked, reason = precision.pick(run, load, described, data, plan, chosen, processes)
         data.reasons |= {"precision": reason} if reason else {}
         settings = replace(settings, precision=picked)
@@ -109,7 +118,7 @@ def prepare(run: Run, resolved: Settings | None, emit: Emit, stop: Callable[[], 
         emit("log", level="warning", message="bf16 is far slower than fp32 on this CPU, so fp32 is used.")
     # one stream of random numbers per process, or all would drop the same activations
     device.seed_everything(settings.seed + 1_000_003 * processes.rank)
-    model, optimizer = _model_and_optimizer(data, settings, chosen, processes, emit)
+    model, optimizer = _model_and_optimizer(data, settings, implementation, chosen, processes, emit)
     # What a checkpoint must match to be resumed.
     identity = Identity(
         run.job,
@@ -119,7 +128,19 @@ def prepare(run: Run, resolved: Settings | None, emit: Emit, stop: Callable[[], 
     )
     evaluation_steps = plan.evaluation_steps(settings.eval_every) if len(data.held_out) else set()
     return Session(
-        run, settings, data, model, optimizer, plan, chosen, processes, identity, evaluation_steps, emit, stop
+        run,
+        settings,
+        data,
+        model,
+        implementation,
+        optimizer,
+        plan,
+        chosen,
+        processes,
+        identity,
+        evaluation_steps,
+        emit,
+        stop,
     )
 
 
@@ -134,10 +155,15 @@ def _describe(data: Inputs, run: Run, emit: Emit) -> None:
 
 
 def _model_and_optimizer(
-    data: Inputs, settings: Settings, target: Device, processes: Processes, emit: Emit
+    data: Inputs,
+    settings: Settings,
+    implementation: str,
+    target: Device,
+    processes: Processes,
+    emit: Emit,
 ) -> tuple[LanguageModel, AdamW | ShardedAdamW]:
     """The base model on its device: whole in each process, or sharded if it does not fit in one."""
-    model = _base_model(data, settings)
+    model = _base_model(data, settings, implementation)
     described = catalog.from_config(data.model_config, id=str(data.base), folder=str(data.base))
     machine = catalog.this_machine()
     if not target.on_gpu:  # the processes of one machine share its memory
@@ -156,9 +182,9 @@ def _model_and_optimizer(
     return model, AdamW(model.to(target.device), settings, target.dtype)
 
 
-def _base_model(data: Inputs, settings: Settings) -> LanguageModel:
+def _base_model(data: Inputs, settings: Settings, implementation: str) -> LanguageModel:
     """The base model in fp32 on the CPU, with dropout and, if the settings say so, adapters."""
-    model = load_model(data.base)
+    model = load_model(data.base, implementation)
     model.set_dropout(settings.dropout or 0.0)
     if settings.adapter == "lora":
         add_lora(model, settings)
@@ -182,7 +208,7 @@ def whole_model(session: Session) -> LanguageModel:
     weights = optimizer.weight_tensors()
     if not weights:  # only the first process has them
         return model
-    model = _base_model(session.data, session.settings)
+    model = _base_model(session.data, session.settings, session.implementation)
     for name, p in model.named_parameters():
         p.data = weights.get(name, p.data).cpu()
     rebuilt: LanguageModel = model.float().eval()

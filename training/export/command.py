@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from training.engine import checkpoint
 from training.export.folder import verify, write_folder
+from training.models.config_json import read_config
 from training.models.interface import LanguageModel
-from training.models.load import add_lora, load_model
+from training.models.load import add_lora, implementation_of, load_model
 from training.plan import config, hub
 from training.plan.events import Failure
 from training.plan.export_formats import FORMATS
@@ -61,7 +62,7 @@ def load_trained(folder: Path, base: str | None) -> tuple[LanguageModel, Path, d
         raise Failure("checkpoint_unreadable", f"The checkpoint {folder} cannot be used: {error}.") from error
     base = base or str(manifest["base"])
     home, settings = hub.locate(base), manifest["settings"]
-    model = load_model(home)
+    model = load_model(home, implementation_of(read_config(home), manifest))
     s = config.parse_stored(settings)
     if s.adapter == "lora":
         add_lora(model, s)

@@ -83,8 +83,22 @@ class CausalLM(nn.Module):
     @property
     def context(self) -> int:
         """The longest document it can read, in tokens; 2048 if the model names no limit."""
-        text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
-        return int(getattr(text, "max_position_embeddings", None) or 2048)
+        return int(getattr(self._text_config, "max_position_embeddings", None) or 2048)
+
+    @property
+    def layers(self) -> int:
+        return int(getattr(self._text_config, "num_hidden_layers", None) or 0)
+
+    @property
+    def attention_width(self) -> int:
+        """Features of all query heads of a layer together; 0 for a model without attention."""
+        text = self._text_config
+        heads = int(getattr(text, "num_attention_heads", None) or 0)
+        return heads * int(getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1))
+
+    @property
+    def _text_config(self) -> Any:
+        return self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
 
     def hidden(self, batch: Batch, all_tokens: bool = False) -> Tensor:
         """Final states of the positions that predict a trained token, (N, D), or of all tokens, (T, D), if

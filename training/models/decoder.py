@@ -1,6 +1,7 @@
 """Generating one token after another, fast: the key/value cache, weights laid out for reading, and sampling.
 
-Shapes: B sequences, N tokens read or written in a pass, D width, H heads of size d, V vocabulary, C context.
+Shapes: B sequences, N tokens read or written in a pass, D width, H query heads and G key/value heads of size d,
+I width of the MLP, V vocabulary.
 Each step reads every weight once, so its speed is limited by memory bandwidth. On a CPU the weights are
 repacked for oneDNN (measured on 2 cores, one row: an MLP matrix takes 0.28 ms as stored, 0.08 ms repacked;
 GPT-2's head 11.7 ms and 6.1 ms).
@@ -16,7 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.models.architecture import Architecture
+from training.models.attention import Heads, plain_attention
+from training.models.kernels import rms_norm, rotate
+
 Linear = Callable[[Tensor], Tensor]
+Norm = Callable[[Tensor], Tensor]
 
 
 class Decoder(Protocol):
@@ -63,7 +69,7 @@ def linear(weight: Tensor, bias: Tensor | None, act: str = "none", pack: bool = 
 
 @dataclass
 class Cache:
-    """Keys and values of one sequence: one tensor (room, 2, H, d) per layer, of which `length` tokens are
+    """Keys and values of one sequence: one tensor (room, 2, G, d) per layer, of which `length` tokens are
     filled."""
 
     layers: list[Tensor]
@@ -72,64 +78,93 @@ class Cache:
 
 @dataclass
 class Layer:
-    """The weights of one block, ready to be applied: (scale, shift) of the norms, functions for the linear
-    layers."""
+    """The weights of one block, ready to be applied."""
 
-    norm1: tuple[Tensor, Tensor]
-    qkv: Linear
-    proj: Linear
-    norm2: tuple[Tensor, Tensor]
-    up: Linear
-    down: Linear
+    heads: Heads
+    rotated: bool
+    attention_norm: Norm
+    qkv: Linear  # (N, D) -> (N, (H + 2G) * d)
+    qk_norms: tuple[Norm, Norm] | None
+    attention_out: Linear
+    mlp_norm: Norm
+    mlp: Linear
 
 
-class GPT2Decoder:
-    """GPT-2 from its Hugging Face weights by name (`wte.weight`, `h.0.attn.c_attn.weight` of shape (in, out),
-    …).
+class TransformerDecoder:
+    """Generates with models/transformer.py's architectures, from their Hugging Face weights by name.
 
     pack=True copies the weights for speed, for models that generate a lot. pack=False reads them in place,
     so a model in training can generate samples without extra memory."""
 
     @torch.inference_mode()
-    def __init__(
-        self, weights: Mapping[str, Tensor], heads: int, eps: float = 1e-5, pack: bool = True
-    ) -> None:
-        w = {name.removeprefix("transformer."): tensor.detach() for name, tensor in weights.items()}
-        self.wte, self.wpe = w["wte.weight"], w["wpe.weight"]  # (V, D), (C, D)
-        self.context, self.width = self.wpe.shape
-        self.heads, self.eps = heads, eps
-        self.norm = (w["ln_f.weight"], w["ln_f.bias"])
-        self.head = linear(w.get("lm_head.weight", self.wte), None, pack=pack)
+    def __init__(self, a: Architecture, weights: Mapping[str, Tensor], pack: bool = True) -> None:
+        prefix = f"{a.names.trunk}."
+        self.w = w = {name.removeprefix(prefix): tensor.detach() for name, tensor in weights.items()}
+        self.a, self.context, self.pack = a, a.context, pack
+        self.embedding = w[f"{a.names.embedding}.weight"]  # (V, D)
+        self.head = linear(self.embedding if a.tied else w["lm_head.weight"], None, pack=pack)
+        self.norm = self._norm(a.names.norm)
+        self.layers = [self._layer(i) for i in range(a.layers)]
 
-        def conv1d(name: str, act: str = "none") -> Linear:
-            return linear(w[f"{name}.weight"].t(), w[f"{name}.bias"], act, pack)
+    def _layer(self, i: int) -> Layer:
+        a, names = self.a, self.a.names
+        at = f"{names.layers}.{i}"
+        attention = f"{at}.{names.attention}"
+        return Layer(
+            heads=Heads.of(a, i),
+            rotated=a.rotary is not None and i not in a.unrotated,
+            attention_norm=self._norm(f"{at}.{names.attention_norm}"),
+            qkv=self._linear([f"{attention}.{name}" for name in names.qkv]),
+            qk_norms=(self._norm(f"{attention}.q_norm"), self._norm(f"{attention}.k_norm"))
+            if a.qk_norm
+            else None,
+            attention_out=self._linear([f"{attention}.{names.attention_out}"]),
+            mlp_norm=self._norm(f"{at}.{names.mlp_norm}"),
+            mlp=self._mlp(f"{at}.{names.mlp}"),
+        )
 
-        def norm(name: str) -> tuple[Tensor, Tensor]:
-            return w[f"{name}.weight"], w[f"{name}.bias"]
+    def _norm(self, name: str) -> Norm:
+        weight, eps = self.w[f"{name}.weight"], self.a.eps
+        if self.a.norm == "rms":
+            return lambda x: rms_norm(x, weight, eps)[0]
+        bias = self.w[f"{name}.bias"]
+        return lambda x: F.layer_norm(x, weight.shape, weight, bias, eps)
 
-        # layers are counted by name: h.0, h.1, …
-        count = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("h."))
-        self.layers = [
-            Layer(
-                norm(f"h.{i}.ln_1"),
-                conv1d(f"h.{i}.attn.c_attn"),
-                conv1d(f"h.{i}.attn.c_proj"),
-                norm(f"h.{i}.ln_2"),
-                conv1d(f"h.{i}.mlp.c_fc", "gelu"),
-                conv1d(f"h.{i}.mlp.c_proj"),
-            )
-            for i in range(count)
-        ]
+    def _linear(self, names: Sequence[str], act: str = "none") -> Linear:
+        """One function for layers that read the same input: their outputs side by side."""
+        weights = [self.w[f"{name}.weight"] for name in names]
+        weights = weights if self.a.out_in else [weight.t() for weight in weights]
+        biases = [self.w.get(f"{name}.bias") for name in names]
+        if len(names) == 1:
+            return linear(weights[0], biases[0], act, self.pack)
+        if self.pack:
+            bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+            return linear(torch.cat(weights), bias, act)
+        parts = [linear(weight, bias, act, False) for weight, bias in zip(weights, biases, strict=True)]
+        return lambda x: torch.cat([part(x) for part in parts], -1)
+
+    def _mlp(self, name: str) -> Linear:
+        names, inner = self.a.names, self.a.inner
+        up = self._linear([f"{name}.{n}" for n in names.up], "gelu" if self.a.mlp == "gelu" else "none")
+        down = self._linear([f"{name}.{names.down}"])
+        if self.a.mlp == "gelu":
+            return lambda x: down(up(x))
+
+        def swiglu(x: Tensor) -> Tensor:
+            gate, value = up(x).split(inner, -1)
+            return down(F.silu(gate).mul_(value))
+
+        return swiglu
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], room: int, all_tokens: bool = False) -> tuple[Cache, Tensor]:
         # Memory for the whole sequence at once: growing the cache would copy it at every step.
         room = min(max(room, len(ids)), self.context)
-        shape = (room, 2, self.heads, self.width // self.heads)
-        cache = Cache([self.wte.new_empty(shape) for _ in self.layers], 0)
-        tokens = torch.tensor(ids, device=self.wte.device)
+        shape = (room, 2, self.a.kv_heads, self.a.head_size)
+        cache = Cache([self.embedding.new_empty(shape) for _ in self.layers], 0)
+        tokens = torch.tensor(ids, device=self.embedding.device)
         # All T tokens of the prompt in one pass; only generated tokens go one at a time.
-        x = self._run(tokens, torch.arange(len(ids), device=self.wte.device), [cache], len(ids))  # (T, D)
+        x = self._run(tokens, torch.arange(len(ids), device=tokens.device), [cache], len(ids))  # (T, D)
         logits = self.head(x if all_tokens else x[-1:])
         return cache, logits if all_tokens else logits[0]
 
@@ -139,7 +174,7 @@ class GPT2Decoder:
 
     @torch.inference_mode()
     def step(self, caches: Sequence[Cache], ids: Sequence[int]) -> Tensor:
-        device = self.wte.device
+        device = self.embedding.device
         positions = torch.tensor([cache.length for cache in caches], device=device)
         return self.head(self._run(torch.tensor(ids, device=device), positions, caches, 1))  # (B, V)
 
@@ -147,31 +182,52 @@ class GPT2Decoder:
         """Runs `new` tokens for each cache, the rows of one cache after those of another: ids (B * new,) ->
         (B * new, D).
 
-        The same pre-norm blocks as models/gpt2.py, without dropout. The linear layers see all sequences as
-        one matrix; only attention goes sequence by sequence."""
-        x = self.wte[ids] + self.wpe[positions]  # (B * new, D)
-        shape = (self.width,)
+        The same pre-norm blocks as models/transformer.py, without dropout. The linear layers see all
+        sequences as one matrix; only attention goes sequence by sequence."""
+        a = self.a
+        x = self.embedding[ids]  # (B * new, D)
+        x = x if a.rotary else x + self.w[f"{a.names.positions}.weight"][positions]
+        x = x if a.embedding_scale == 1 else x * a.embedding_scale
+        rotation = a.rotary.tables(positions, x.dtype) if a.rotary else None
         for i, layer in enumerate(self.layers):
-            qkv = layer.qkv(F.layer_norm(x, shape, *layer.norm1, self.eps))  # (B * new, 3D)
-            x = x + layer.proj(self._attend(qkv.view(len(x), 3, self.heads, -1), i, caches, new))
-            x = x + layer.down(layer.up(F.layer_norm(x, shape, *layer.norm2, self.eps)))
+            qkv = layer.qkv(layer.attention_norm(x))  # (B * new, (H + 2G) * d)
+            y = self._attend(self._positioned(qkv, layer, rotation), i, caches, new)
+            x = torch.add(x, layer.attention_out(y), alpha=a.residual_scale)
+            x = torch.add(x, layer.mlp(layer.mlp_norm(x)), alpha=a.residual_scale)
         for cache in caches:
             cache.length += new
-        return F.layer_norm(x, shape, *self.norm, self.eps)
+        states = self.norm(x)
+        return states if a.logit_scale == 1 else states * a.logit_scale
+
+    def _positioned(self, qkv: Tensor, layer: Layer, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Queries and keys normalized and rotated, where the architecture does that, in place."""
+        queries, keys, _ = layer.heads.split(qkv)
+        if layer.qk_norms:
+            for part, norm in zip((queries, keys), layer.qk_norms, strict=True):
+                part.copy_(norm(part))
+        if layer.rotated and rotation is not None:
+            both = qkv.view(len(qkv), -1, self.a.head_size)[:, : -self.a.kv_heads]  # (N, H + G, d)
+            rotate(both.clone(), *rotation, both)
+        return qkv
 
     def _attend(self, qkv: Tensor, layer: int, caches: Sequence[Cache], new: int) -> Tensor:
-        """Each sequence attends to its own past, so different lengths need no padding and no mask. (N, 3,
-        H, d) -> (N, D)"""
-        outs = []
+        """Each sequence attends to its own past, so different lengths need no padding and no mask. (N, (H +
+        2G) * d) -> (N, H * d)"""
+        heads, outs = self.layers[layer].heads, []
+        queries, keys, values = heads.split(qkv)
         for b, cache in enumerate(caches):
-            rows, end = qkv[b * new : (b + 1) * new], cache.length + new
+            rows, end = slice(b * new, (b + 1) * new), cache.length + new
             past = cache.layers[layer]
-            past[cache.length : end] = rows[:, 1:]  # keys and values, (new, 2, H, d)
-            k, v = past[:end].permute(1, 2, 0, 3).unsqueeze(1).unbind(0)  # (1, H, end, d) each
-            q = rows[:, 0].transpose(0, 1).unsqueeze(0)  # (1, H, new, d)
-            # A single new token may see everything before it; the tokens of a prompt only their predecessors.
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=new > 1)
-            outs.append(out[0].transpose(0, 1).reshape(new, self.width))
+            past[cache.length : end, 0] = keys[rows]
+            past[cache.length : end, 1] = values[rows]
+            if new > 1:  # the tokens of a prompt see only their predecessors
+                outs.append(plain_attention(qkv[rows], [(0, new)], heads))
+                continue
+            # A single new token may see everything before it, so the queries of a group are like rows.
+            first = max(0, end - heads.window) if heads.window else 0
+            k, v = past[first:end].permute(1, 2, 0, 3).unsqueeze(1).unbind(0)  # (1, G, n, d) each
+            q = queries[b].view(1, heads.keys, heads.shared, heads.size)
+            outs.append(F.scaled_dot_product_attention(q, k, v, scale=heads.scale).reshape(1, -1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

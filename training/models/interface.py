@@ -1,5 +1,5 @@
-"""What training, generation and export need from a model. GPT2 (gpt2.py) and CausalLM (causal_lm.py) are the
-implementations; load.py lists them.
+"""What training, generation and export need from a model. Transformer (transformer.py) and CausalLM
+(causal_lm.py) are the implementations; load.py lists them.
 
 Shapes: T tokens of a packed row, N of them trained, D the width of the model, V its vocabulary.
 """
@@ -22,7 +22,14 @@ class LanguageModel(Protocol):
 
     lora: dict[str, Any] | None  # what lora.add returns; None = every weight is trained
     training: bool
-    config: Any  # of the implementation: Hugging Face's names where they have one
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def attention_width(self) -> int:
+        """Features of all query heads of a layer together."""
+        ...
 
     @property
     def context(self) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from training.models.architecture import is_supported
 from training.models.config_json import read_config
-from training.models.gpt2 import GPT2, is_plain_gpt2
 from training.models.interface import LanguageModel
+from training.models.transformer import Transformer
 from training.plan.config import Settings
+from training.plan.events import Failure
 
 
 def _with_transformers(folder: str | Path) -> LanguageModel:
@@ -25,16 +27,33 @@ class Implementation(NamedTuple):
     """Reads a folder of Hugging Face files, fp32 on the CPU."""
 
 
-IMPLEMENTATIONS = (  # the first one that supports a model is used
-    Implementation(is_plain_gpt2, GPT2.load),
-    Implementation(lambda config: True, _with_transformers),
-)
+IMPLEMENTATIONS = {  # by the name in checkpoints; the first one that supports a model is used
+    "native": Implementation(is_supported, Transformer.load),
+    "transformers": Implementation(lambda config: True, _with_transformers),
+}
 
 
-def load_model(folder: str | Path) -> LanguageModel:
+def implementation_of(config: Mapping[str, Any], checkpoint: Mapping[str, Any] | None = None) -> str:
+    """The name of the implementation that runs the model of a config.json.
+
+    A run keeps the one it began with: another rounds differently and names the parameters differently.
+    `checkpoint` is the manifest of one of its checkpoints."""
+    values = dict(config)
+    if checkpoint is None:
+        return next(name for name, each in IMPLEMENTATIONS.items() if each.supports(values))
+    # Manifests did not record it while GPT-2 was the only native model.
+    former = "native" if values.get("model_type") == "gpt2" and is_supported(values) else "transformers"
+    return str(checkpoint.get("implementation", former))
+
+
+def load_model(folder: str | Path, implementation: str | None = None) -> LanguageModel:
     """The model of a folder of Hugging Face files, fp32 on the CPU. Raises Failure("base_model")."""
-    config = read_config(folder)
-    return next(each for each in IMPLEMENTATIONS if each.supports(config)).load(folder)
+    name = implementation or implementation_of(read_config(folder))
+    if name not in IMPLEMENTATIONS:
+        raise Failure(
+            "base_model", f"This version has no implementation named {name}, which the run began with."
+        )
+    return IMPLEMENTATIONS[name].load(folder)
 
 
 def add_lora(model: LanguageModel, s: Settings) -> None:

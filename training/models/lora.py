@@ -1,7 +1,7 @@
-"""LoRA for models/gpt2.py: small trained matrices next to frozen ones (Hu et al., arXiv 2106.09685). Other
+"""LoRA for models/transformer.py: small trained matrices next to frozen ones (Hu et al., arXiv 2106.09685). Other
 models use peft.
 
-y = x @ W + b + scale * (x @ A.T) @ B.T, with A (rank, in) random and B (out, rank) zero, so training starts
+y = x @ W.T + b + scale * (x @ A.T) @ B.T, with A (rank, in) random and B (out, rank) zero, so training starts
 exactly at the base model. The scale is alpha / rank, or alpha / sqrt(rank) (rsLoRA: Kalajdzievski, arXiv
 2312.03732). With DoRA (Liu et al., arXiv 2402.09353) each output's weights also have a trained length. Files and
 parameter names are those of peft, which loads what we save.
@@ -24,7 +24,7 @@ from training.models.kernels import accumulate_grad_product, affine
 from training.plan.config import ALL_LINEAR, ATTENTION
 from training.plan.events import Failure
 
-ATTENTION_TARGETS = ("c_attn",)  # peft's for GPT-2
+ATTENTION_TARGETS = ("c_attn", "q_proj", "v_proj")  # peft's; GPT-2 has the first, later families the others
 
 
 def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
@@ -48,11 +48,11 @@ class LoRALinear(nn.Module):
     """A frozen Linear and its adapter."""
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,
-        linear: nn.Module,
+        linear: Any,
         rank: int,
         scale: float,
         dropout: float,
@@ -60,45 +60,48 @@ class LoRALinear(nn.Module):
         use_dora: bool = False,
     ) -> None:
         super().__init__()
-        # (in, out), (out,)
-        self.weight, self.bias = (
-            linear.get_parameter("weight"),
-            linear.get_parameter("bias"),
-        )
-        n_in, n_out = self.weight.shape
+        # (out, in), or (in, out) in GPT-2; (out,) or None
+        self.weight, self.bias, self.out_in = linear.weight, linear.bias, linear.out_in
+        n_out, n_in = self.weight.shape if self.out_in else reversed(self.weight.shape)
         bound = 1 / math.sqrt(n_in)  # kaiming_uniform_ with a = sqrt(5), peft's default
         self.lora_A = Weight(torch.empty(rank, n_in).uniform_(-bound, bound, generator=rng))
         self.lora_B = Weight(torch.zeros(n_out, rank))
         self.scale, self.dropout = scale, dropout
         # (out,): DoRA's length of the weights of each output, those of the base model at first
-        self.lora_magnitude_vector = Weight(self.weight.detach().norm(dim=0)) if use_dora else None
+        self.lora_magnitude_vector = Weight(self._lengths(self.weight.detach())) if use_dora else None
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = kernels.dropout(x, self.dropout) if self.training and self.dropout else None
         A, B = self.lora_A.weight, self.lora_B.weight
+        w = self.weight.t() if self.out_in else self.weight  # (in, out)
         if self.lora_magnitude_vector is None:
-            y: Tensor = LoRALinearFunction.apply(x, dropped, self.weight, self.bias, A, B, self.scale)
+            y: Tensor = LoRALinearFunction.apply(x, dropped, w, self.bias, A, B, self.scale)
             return y
         # No gradient goes through the present length (section 4.3 of the paper).
-        y = LoRALinearFunction.apply(
-            x if dropped is None else dropped, None, self.weight, None, A, B, self.scale
-        )
-        y = Stretch.apply(y, self.lora_magnitude_vector.weight, self._sum().norm(dim=0)) + self.bias
+        y = LoRALinearFunction.apply(x if dropped is None else dropped, None, w, None, A, B, self.scale)
+        y = Stretch.apply(y, self.lora_magnitude_vector.weight, self._lengths(self._sum()))
+        y = y if self.bias is None else y + self.bias
         # As in peft, what dropout takes from the input is missing from the change of the output only.
-        return y if dropped is None else y + affine(x - dropped, self.weight)
+        return y if dropped is None else y + affine(x - dropped, w)
+
+    def _lengths(self, weight: Tensor) -> Tensor:
+        """(out,): the L2 norm of each output's weights."""
+        return weight.norm(dim=1 if self.out_in else 0)
 
     @torch.no_grad()
     def _sum(self) -> Tensor:
-        """(in, out): W + scale * (B @ A).T."""
-        product = self.lora_A.weight.t() @ self.lora_B.weight.t()
+        """W + scale * B @ A, in W's layout."""
+        A, B = self.lora_A.weight, self.lora_B.weight  # (r, in), (out, r)
+        product = B @ A if self.out_in else A.t() @ B.t()
         return torch.add(self.weight, product.to(self.weight.dtype), alpha=self.scale)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """(in, out): the weight with the adapter folded in."""
+        """The weight with the adapter folded in, in W's layout."""
         weight = self._sum()
         if self.lora_magnitude_vector is not None:
-            weight *= self.lora_magnitude_vector.weight / weight.norm(dim=0)
+            factor = self.lora_magnitude_vector.weight / self._lengths(weight)
+            weight *= factor[:, None] if self.out_in else factor
         return weight
 
 
@@ -111,7 +114,7 @@ class Weight(nn.Module):
 
 
 class LoRALinearFunction(kernels.Function):
-    """x (T, in), dropped (T, in) or None = x, w (in, out), b (out,), A (r, in), B (out, r) -> (T, out).
+    """x (T, in), dropped (T, in) or None = x, w (in, out), b (out,) or None, A (r, in), B (out, r) -> (T, out).
 
     One Function instead of three matrix products under autograd: only the adapter's input and z are kept,
     and the gradients of A and B are added to `main_grad` by the products that compute them."""
@@ -252,7 +255,8 @@ def save_adapter(model: nn.Module, lora: dict[str, Any], folder: str | Path, bas
         "use_dora": lora["use_dora"],
         "use_rslora": lora["use_rslora"],
         "target_modules": lora["targets"],
-        "fan_in_fan_out": True,  # GPT-2 stores its weights as (in, out)
+        # GPT-2 stores its weights as (in, out)
+        "fan_in_fan_out": not any(layer.out_in for _, layer in lora_layers(model)),
         "bias": "none",
         "inference_mode": True,
     }

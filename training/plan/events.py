@@ -5,7 +5,7 @@ Every line has `t` (its kind) and `time` (Unix seconds). Numbers are finite or l
     phase       phase
     plan        total_steps, examples (held-out ones left out), held_out, tokens (of one epoch), trained_tokens,
                 settings (resolved), reasons (why an automatic value is what it is), parameters, trainable,
-                task (name, automatic, text; see plan/tasks.py)
+                task (name, automatic, text; see plan/tasks.py), implementation (of the model: native or transformers)
     estimate    seconds_p50, seconds_p90, step_s, evaluation_s, checkpoint_s, peak_memory, micro_batch_tokens
     metric      step, loss (nats per trained token), loss_hex (the same, exact), lr, grad_norm (before clipping), tokens
                 (since the first step), tokens_per_s, epoch, accuracy, memory (peak bytes), eta_s, gemm_share

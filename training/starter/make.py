@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from training.models import kernels
+from training.models.architecture import gpt2_config
 from training.models.batch import Batch, pack
-from training.models.gpt2 import GPT2, GPT2Config
+from training.models.transformer import Transformer
 from training.starter.text import documents
 from training.text.tokenizer import CHAT_TEMPLATE, Tokenizer
 
@@ -130,7 +131,7 @@ def train(
     """Trains and returns the held-out loss in nats per token. Writes the weights to `folder` at each
     evaluation."""
     torch.manual_seed(seed)
-    config = GPT2Config(
+    config = gpt2_config(
         vocab_size=VOCAB,
         n_positions=CONTEXT,
         n_embd=WIDTH,
@@ -139,9 +140,10 @@ def train(
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         resid_pdrop=0.0,
-        extra={"bos_token_id": 0, "eos_token_id": 0},
+        bos_token_id=0,
+        eos_token_id=0,
     )
-    model = GPT2.load(start) if start else GPT2.new(config, seed)
+    model = Transformer.load(start) if start else Transformer.new(config, seed)
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if p.ndim == 2 and ".h." in name]
     others = [p for p in named.values() if not any(p is m for m in matrices)]
@@ -183,7 +185,7 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: GPT2, held_rows: np.ndarray) -> float:
+def evaluate(model: Transformer, held_rows: np.ndarray) -> float:
     total = count = 0.0
     for i in range(0, len(held_rows), BATCH):
         batch = batch_of(held_rows[i : i + BATCH])

@@ -43,6 +43,7 @@ def snapshot(step: int, *, best: bool = False, final: bool = False) -> Snapshot:
         {"torch": "2"},
         {},
         "/base",
+        "native",
         best,
         final,
     )

@@ -16,8 +16,9 @@ from training.engine.evaluate import batch_loss, evaluate
 from training.engine.optimizer import AdamW
 from training.engine.packing import Examples
 from training.models import kernels
+from training.models.architecture import gpt2_config
 from training.models.batch import pack
-from training.models.gpt2 import GPT2, GPT2Config
+from training.models.transformer import Transformer
 from training.plan.config import Settings
 
 Document = tuple[np.ndarray, np.ndarray]
@@ -46,7 +47,7 @@ def documents(completion_only: bool, seed: int = 0) -> list[Document]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    model = GPT2.new(GPT2Config(VOCAB, 128, 48, 3, 4))
+    model = Transformer.new(gpt2_config(vocab_size=VOCAB, n_positions=128, n_embd=48, n_layer=3, n_head=4))
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -81,7 +82,7 @@ def plain_loss(model: Any, docs: list[Document]) -> float:
     return total
 
 
-def fast_loss(model: GPT2, docs: list[Document]) -> tuple[float, dict[str, Tensor]]:
+def fast_loss(model: Transformer, docs: list[Document]) -> tuple[float, dict[str, Tensor]]:
     optimizer = AdamW(model, Settings())
     row = pack(docs)
     loss, _ = batch_loss(model, row, 1.0 / len(row.targets))
@@ -99,7 +100,7 @@ def relative(a: Tensor, b: Tensor | None) -> float:
 def test_packed_loss_and_gradients_equal_each_document_alone(
     base: Path, completion_only: bool, checkpointing: bool
 ) -> None:
-    docs, model, reference = documents(completion_only), GPT2.load(base).train(), theirs(base)
+    docs, model, reference = documents(completion_only), Transformer.load(base).train(), theirs(base)
     model.set_dropout(0.0)
     model.gradient_checkpointing = checkpointing
     loss, grads = fast_loss(model, docs)
@@ -117,7 +118,7 @@ def test_packed_lora_equals_peft_on_each_document_alone(
 ) -> None:
     import peft
 
-    docs, model, reference = documents(completion_only), GPT2.load(base).train(), theirs(base)
+    docs, model, reference = documents(completion_only), Transformer.load(base).train(), theirs(base)
     model.set_dropout(0.0)
     model.add_lora(4, 8.0, 0.0, targets, **variant)
     config = peft.LoraConfig(
@@ -148,7 +149,7 @@ def test_packed_lora_equals_peft_on_each_document_alone(
 
 def test_gradients_of_micro_batches_add_up_to_those_of_one_row(base: Path) -> None:
     docs = documents(completion_only=False)
-    whole, parts = GPT2.load(base).eval(), GPT2.load(base).eval()  # no dropout
+    whole, parts = Transformer.load(base).eval(), Transformer.load(base).eval()  # no dropout
     _, wanted = fast_loss(whole, docs)
     optimizer = AdamW(parts, Settings())
     count = sum(len(pack([d]).targets) for d in docs)
@@ -158,7 +159,7 @@ def test_gradients_of_micro_batches_add_up_to_those_of_one_row(base: Path) -> No
 
 
 def test_a_token_of_one_document_does_not_change_the_states_of_another(base: Path) -> None:
-    model = GPT2.load(base).eval()
+    model = Transformer.load(base).eval()
     docs = documents(completion_only=False)
     changed = [*docs[:2], (docs[2][0][::-1].copy(), docs[2][1]), *docs[3:]]
     start, end = pack(docs).bounds[2]
@@ -202,28 +203,6 @@ def test_the_fused_head_is_exact_for_confident_predictions() -> None:
     assert relative(h.grad, wanted) < 1e-4
 
 
-def test_dropout_attention_equals_the_plain_formula() -> None:
-    rng = torch.Generator().manual_seed(2)
-    qkv = torch.randn(30, 96, generator=rng, requires_grad=True)
-    bounds, p = [(0, 12), (12, 30)], 0.3
-    go = torch.randn(30, 32, generator=rng)
-    torch.manual_seed(5)
-    fast = kernels.DropoutAttention.apply(qkv, bounds, 2, p)
-    (fast_grad,) = torch.autograd.grad(fast, qkv, go)
-    torch.manual_seed(5)
-    parts = []
-    for s, e in bounds:
-        q, k, v = qkv[s:e].view(e - s, 3, 2, 16).permute(1, 2, 0, 3)
-        future = torch.ones(e - s, e - s, dtype=torch.bool).triu(1)
-        probs = torch.softmax((q @ k.transpose(1, 2) / 4).masked_fill(future, float("-inf")), -1)
-        kept = probs * kernels.keep_mask(probs.shape, p) / kernels.keep_probability(p)
-        parts.append((kept @ v).transpose(0, 1).reshape(e - s, 32))
-    plain = torch.cat(parts)
-    (plain_grad,) = torch.autograd.grad(plain, qkv, go)
-    assert torch.allclose(fast, plain, atol=1e-6)
-    assert torch.allclose(fast_grad, plain_grad, atol=1e-5)
-
-
 def test_dropout_keeps_the_right_fraction() -> None:
     torch.manual_seed(0)
     for p in (0.1, 0.5, 0.9):
@@ -243,7 +222,9 @@ def test_dropout_keeps_the_right_fraction() -> None:
 def test_logits_equal_transformers_for_every_architecture(size: str, tmp_path: Path) -> None:
     """The layers and heads of each size, but narrower (head size 16 instead of 64), so that the test is fast."""
     layers, heads = SIZES[size]
-    model = GPT2.new(GPT2Config(400, 64, heads * 16, layers, heads), seed=4).eval()
+    model = Transformer.new(
+        gpt2_config(vocab_size=400, n_positions=64, n_embd=heads * 16, n_layer=layers, n_head=heads), seed=4
+    ).eval()
     model.save(tmp_path)
     ids = np.random.default_rng(0).integers(0, 400, 50)
     row = pack([(ids.astype(np.int32), np.ones(50, np.uint8))])
@@ -268,12 +249,12 @@ def test_we_load_files_without_the_prefix_as_on_the_hub(base: Path, tmp_path: Pa
     without_prefix = {name.removeprefix("transformer."): t for name, t in weights.items()}
     save_file(without_prefix | {"h.0.attn.bias": torch.ones(1, 1, 128, 128)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((base / "config.json").read_text())
-    ours = GPT2.load(tmp_path).state_dict()
+    ours = Transformer.load(tmp_path).state_dict()
     assert all(torch.equal(ours[name], tensor) for name, tensor in weights.items())
 
 
 def test_evaluation_counts_losses_hits_and_exact_answers(base: Path) -> None:
-    model = GPT2.load(base).eval()
+    model = Transformer.load(base).eval()
     docs = documents(completion_only=True)
     examples = Examples.of(_Encoded(ids.tolist(), mask.tolist()) for ids, mask in docs)
     result = evaluate(model, examples, 64, torch.device("cpu"))
@@ -291,7 +272,7 @@ class _Encoded:
 
 def test_the_flat_optimizer_takes_the_steps_of_torchs_adamw(base: Path) -> None:
     settings = Settings(weight_decay=0.1, clip_norm=0.5, beta2=0.95)
-    ours, plain = GPT2.load(base).eval(), GPT2.load(base)
+    ours, plain = Transformer.load(base).eval(), Transformer.load(base)
     optimizer = AdamW(ours, settings)
     decayed = [p for p in plain.parameters() if p.dim() >= 2]
     others = [p for p in plain.parameters() if p.dim() < 2]
@@ -324,7 +305,7 @@ def test_a_frozen_model_keeps_no_inputs_of_its_layers(base: Path) -> None:
 
 
 def _saved_bytes(base: Path, lora: bool) -> int:
-    model = GPT2.load(base).train()
+    model = Transformer.load(base).train()
     model.set_dropout(0.0)
     if lora:
         model.add_lora(4, 8.0, 0.0, None)

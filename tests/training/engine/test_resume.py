@@ -17,6 +17,9 @@ from benchmarks import resume
 from tests.training.running import Event, Runner, losses, of
 from training.engine import checkpoint, loop
 from training.engine.schedule import learning_rate
+from training.export.command import load_trained
+from training.models import load
+from training.models.causal_lm import CausalLM
 
 STEPS, CUT = 16, 9  # an epoch is a little more than ten steps: the second begins within step 11
 
@@ -150,6 +153,57 @@ def test_it_keeps_the_settings_the_first_attempt_resolved(
     manifest["settings"]["micro_batch_tokens"] = 48  # as the rehearsal on a smaller machine might have chosen
     (folder / "manifest.json").write_bytes(checkpoint.seal(manifest))
     assert of(resumed(runner, folder), "plan")[0]["settings"]["micro_batch_tokens"] == 48
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "older-release"])
+def test_a_run_keeps_the_implementation_it_began_with(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    """A Llama begun while only transformers ran it goes on with transformers; a new one does not."""
+    base = tmp_path / "llama"
+    shutil.copytree(runner.values["base"], base)
+    write_llama(base)
+    settings = {"max_steps": 6, "eval_every": 0, "dropout": 0.0}
+    changes: dict[str, Any] = {"base": str(base), "settings": settings}
+    before = {"transformers": load.IMPLEMENTATIONS["transformers"]}
+    with monkeypatch.context() as older:
+        older.setattr(load, "IMPLEMENTATIONS", before)
+        whole = runner.train(f"llama-{recorded}", **changes)
+        cut = of(runner.train(f"llama-cut-{recorded}", stop_at=3, **changes), "checkpoint")[-1]
+    folder = Path(cut["path"])
+    if not recorded:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest.pop("implementation") == "transformers"
+        (folder / "manifest.json").write_bytes(checkpoint.seal(manifest))
+    events = runner.train(f"llama-again-{recorded}", resume_from=str(folder), epoch=2, **changes)
+    assert of(events, "plan")[0]["implementation"] == "transformers"
+    assert of(events, "resumed")[0]["exact"] is True
+    assert losses(events) == {step: loss for step, loss in losses(whole).items() if step > 3}
+    model, _, _ = load_trained(folder, None)  # an export of that checkpoint, too
+    assert isinstance(model, CausalLM)
+    fresh = runner.train(f"llama-fresh-{recorded}", **changes)
+    assert of(fresh, "plan")[0]["implementation"] == "native"
+    for step, loss in losses(fresh).items():
+        assert float.fromhex(loss) == pytest.approx(float.fromhex(losses(whole)[step]), rel=1e-4)
+
+
+def write_llama(base: Path) -> None:
+    import transformers
+
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(base)
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from tests.training.running import Runner, of
 from tests.training.tiny import END, gpt2, write_model
 from training.export import command, export_check, folder
 from training.models.causal_lm import CausalLM
-from training.models.gpt2 import GPT2
 from training.models.load import load_model
+from training.models.transformer import Transformer
 from training.plan.events import Failure
 from training.text.tokenizer import Tokenizer
 
@@ -32,9 +32,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def adapted(base: Path, use_dora: bool = False) -> GPT2:
+def adapted(base: Path, use_dora: bool = False) -> Transformer:
     """The base model with adapters that are no longer in their initial state."""
-    model = GPT2.load(base).eval()
+    model = Transformer.load(base).eval()
     model.add_lora(4, 8.0, 0.0, ["c_attn", "c_fc"], seed=1, use_dora=use_dora, use_rslora=use_dora)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -70,7 +70,7 @@ def test_an_exported_model_is_read_back_bit_for_bit(base, tmp_path):
 def test_a_changed_weight_in_an_export_is_detected(base, tmp_path):
     model = gpt2(seed=5)
     folder.write_folder(model, tmp_path / "out", base=base)
-    other = GPT2.load(tmp_path / "out")
+    other = Transformer.load(tmp_path / "out")
     with torch.no_grad():
         other.head()[40, 3] += 1e-3
     other.save(tmp_path / "out")
@@ -204,7 +204,7 @@ def test_the_command_line_exports_a_folder(base, tmp_path, capsys):
     assert command.main(args) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["fidelity"]["close"]
-    assert load_model(tmp_path / "out").config.n_layer == 2
+    assert load_model(tmp_path / "out").layers == 2
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from training.export.export_check import logits_of
 from training.models import document_attention
 from training.models.batch import Batch, pack
 from training.models.causal_lm import CausalLM
-from training.models.decoder import GPT2Decoder
+from training.models.decoder import TransformerDecoder
 from training.models.generate import GenerateOptions, generate
 from training.models.kernels import main_grad
 from training.models.load import load_model
@@ -210,7 +210,7 @@ def test_gpt2_with_rare_options_is_loaded_by_transformers(tmp_path):
     t.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     model = load_model(tmp_path)
     assert isinstance(model, CausalLM)
-    assert not isinstance(model.decoder(), GPT2Decoder)
+    assert not isinstance(model.decoder(), TransformerDecoder)
 
 
 def test_code_that_comes_with_a_model_is_refused(tmp_path):

@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from tests.training.tiny import gpt2, write_model
-from training.models.decoder import GPT2Decoder, sample
+from training.models.decoder import TransformerDecoder, sample
 from training.models.generate import GenerateError, GenerateOptions, TextStream, Token, generate
-from training.models.gpt2 import GPT2
+from training.models.transformer import Transformer
 from training.text.tokenizer import Tokenizer
 
 PROMPT = "the cat sat"
@@ -25,8 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> GPT2:
-    return GPT2.load(folder)
+def model(folder: Path) -> Transformer:
+    return Transformer.load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -233,5 +233,5 @@ def test_a_stop_string_may_span_tokens(tokenizer, seed):
 
 
 def test_a_decoder_reads_weights_without_copying_them_while_training(model):
-    decoder = GPT2Decoder(model.state_dict(), model.config.n_head, pack=False)
-    assert decoder.wte.data_ptr() == model.head().data_ptr()
+    decoder = TransformerDecoder(model.a, model.state_dict(), pack=False)
+    assert decoder.embedding.data_ptr() == model.head().data_ptr()
