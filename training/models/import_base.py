@@ -12,6 +12,7 @@ import argparse
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -209,6 +210,7 @@ def _license_of_gguf(path: Path) -> str:
 
 def _transformers() -> Any:
     """The library, imported only when it is needed, since that takes seconds. Problems are reported by us."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in the log
     import transformers
 
     transformers.logging.set_verbosity(logging.CRITICAL)
