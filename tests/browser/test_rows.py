@@ -68,7 +68,8 @@ def edit_and_save(page: Any, owner: str, dataset: Dataset) -> list[Any]:
 
 
 def expected() -> list[Any]:
-    user, assistant = ROWS[13]["messages"]
+    messages: Any = ROWS[13]["messages"]
+    user, assistant = messages
     edited = [
         user,
         assistant | {"content": "First line\nsecond line"},

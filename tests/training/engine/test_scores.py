@@ -185,7 +185,7 @@ def test_scoring_changes_neither_random_numbers_nor_weights(tmp_path: Path) -> N
             "settings": SETTINGS,
         }
     )
-    session = setup.prepare(run, None, lambda t, **values: None, lambda: False)
+    session = setup.prepare(run, None, None, lambda t, **values: None, lambda: False)
     before, weights = torch.get_rng_state(), session.optimizer.weight_tensors()
     weights = {name: tensor.clone() for name, tensor in weights.items()}
     first, second = Scorer(session).score(), Scorer(session).score()
