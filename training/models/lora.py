@@ -86,7 +86,8 @@ class LoRALinear(nn.Module):
 
     def _lengths(self, weight: Tensor) -> Tensor:
         """(out,): the L2 norm of each output's weights."""
-        return torch.linalg.vector_norm(weight, dim=1 if self.out_in else 0)
+        lengths: Tensor = torch.linalg.vector_norm(weight, dim=1 if self.out_in else 0)
+        return lengths
 
     @torch.no_grad()
     def _sum(self) -> Tensor:
