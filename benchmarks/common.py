@@ -36,6 +36,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+# the linear layers of a Llama block, for adapters in all of them
+LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 def run_file(folder: Path, work: str, **settings: Any) -> dict[str, Any]:
     """The run file of `python -m training train`, for a folder that benchmarks/training.py prepared."""
     return {

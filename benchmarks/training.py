@@ -1,8 +1,8 @@
 """`bin/bench training`: ours against Hugging Face Trainer, TRL, a nanoGPT loop, peft and transformers' generate.
 
-    bin/bench training [--quick] [--clock wall|cpu] [--threads N] [--only NAME …]
+    bin/bench training [--family gpt2|llama] [--quick] [--clock wall|cpu] [--threads N] [--only NAME …]
 
-Same weights (GPT-2 124M, random), same 400 examples in the same order (log-normal lengths, median 90, at most 512
+Same weights (GPT-2 124M or SmolLM2-135M's shape, random), same 400 examples in the same order (log-normal lengths, median 90, at most 512
 tokens), same hyperparameters, fp32 on a CPU and bf16 on a GPU. Our trainer and a peer run at the same time and take turns
 step by step, so that other load affects both; figures are over all steps after the first. `--clock cpu` measures CPU time
 instead, for a machine with other load. `--quick` uses a small model.
@@ -42,7 +42,18 @@ SPEED = [  # name, our kind, the peer's kind, goal
     ("trainer-dynamic-dropout", "full-dropout", "trainer-dropout", 2.7),
     ("trainer-padded-512", "full", "trainer-padded", 5.5),
 ]
-MEMORY = {"trainer-dynamic-padding": 1 / 0.6, "lora-peft-trainer": 1 / 0.5}
+LLAMA_SPEED = [  # SmolLM2-135M's shape; LoRA in all linear layers
+    ("llama-trl-no-packing", "full", "trl", 1.6),
+    ("llama-trl-packing", "full", "trl-packing", 1.2),
+    ("llama-lora-trl-no-packing", "lora-linear", "trl-lora", 1.6),
+    ("llama-lora-trl-packing", "lora-linear", "trl-packing-lora", 1.2),
+]
+MEMORY = {
+    "llama-trl-no-packing": 1 / 0.6,
+    "llama-lora-trl-no-packing": 1 / 0.5,
+    "trainer-dynamic-padding": 1 / 0.6,
+    "lora-peft-trainer": 1 / 0.5,
+}
 
 
 @dataclass
@@ -51,7 +62,6 @@ class Bench:
     clock: str
     threads: int
     rounds: int
-    shape: dict[str, int]
     scores: Scores
 
     def start(self, kind: str, *, peer: bool = False) -> Contender:
@@ -67,27 +77,45 @@ class Bench:
         return pair
 
 
+def gpt2(shape: dict[str, int]) -> dict[str, Any]:
+    from training.models.architecture import gpt2_config
+
+    return gpt2_config(bos_token_id=50256, eos_token_id=50256, **shape)
+
+
+def llama(layers: int) -> dict[str, Any]:
+    """config.json of a model with SmolLM2-135M's shape, which has 30 layers."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCABULARY,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100_000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+    }
+
+
 # --- the same work for all ---------------------------------------------------------------------------
 
 
-def lay_out(folder: Path, shape: dict[str, int], examples: int = 400) -> None:
-    """Writes a random GPT-2, a tokenizer whose words are numbers, and the examples: as text for our trainer, and as token
+def lay_out(folder: Path, config: dict[str, Any], examples: int = 400) -> None:
+    """Writes a model with random weights, a tokenizer whose words are numbers, and the examples: as text for our trainer, and as token
     ids in our training order for the peers."""
     from training.engine import inputs
     from training.engine.packing import example_at
-    from training.models.architecture import gpt2_config
     from training.models.transformer import Transformer
     from training.plan.run_file import Run
 
-    Transformer.new(
-        gpt2_config(
-            vocab_size=VOCABULARY,
-            n_positions=1024,
-            bos_token_id=50256,
-            eos_token_id=50256,
-            **shape,
-        )
-    ).save(folder)
+    Transformer.new(config).save(folder)
     words = {str(i): i for i in range(VOCABULARY - 1)} | {"<|endoftext|>": VOCABULARY - 1}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0"))  # noqa: S106  a token of text
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -130,6 +158,7 @@ def speed_and_memory(bench: Bench, name: str, ours: str, theirs: str, goal: floa
         "trainer-lora",
         "trainer-padded",
         "trl",
+        "trl-lora",
     ):
         difference = max(
             abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(mine.steps, peer.steps, strict=True)
@@ -137,30 +166,55 @@ def speed_and_memory(bench: Bench, name: str, ours: str, theirs: str, goal: floa
         bench.scores.note(f"{name}: losses of the same steps differ by at most {difference:.1e}")
 
 
-def gemm_share(bench: Bench) -> None:
-    """Useful floating-point operations per second of our steps, relative to plain matrix multiplication on this machine."""
+def gemm_share(bench: Bench, name: str, ours: str, machine: str, goal: float) -> None:
+    """Useful floating-point operations per second of our steps (engine/device.py's formula: the head on trained tokens
+    only, and adapters not counted), relative to plain matrix multiplication on this machine."""
+    from training.engine.device import flop_counter
+    from training.models.load import load_model
+
     lengths = [len(ids) for ids in json.loads((bench.folder / "examples.json").read_text())]
-    pair = bench.start("full"), bench.start("gemm")
+    count = flop_counter(load_model(bench.folder), lora="lora" in ours)
+    pair = bench.start(ours), bench.start(machine)
     for contender in pair:
         contender.wait_ready()
     in_turns(pair, 1 + bench.rounds)
-    layers, width = bench.shape["n_layer"], bench.shape["n_embd"]
     measured = lengths[8 : 8 * (1 + bench.rounds)]
-    flops = sum(
-        6 * 12 * layers * width**2 * n + 6 * layers * width * n * (n + 1) + 6 * VOCABULARY * width * (n - 1)
-        for n in measured
-    )
-    ours, machine = (c.steps[1:] for c in pair)
-    rate = flops / sum(step[bench.clock] for step in ours)
-    gemm = statistics.median(step["flops"] / step[bench.clock] for step in machine)
-    bench.scores.add("share-of-gemm-rate (GFLOP/s)", rate / 1e9, gemm / 1e9, 0.78)
+    flops = count(measured, sum(measured) - len(measured))
+    steps, products = (c.steps[1:] for c in pair)
+    rate = flops / sum(step[bench.clock] for step in steps)
+    gemm = statistics.median(step["flops"] / step[bench.clock] for step in products)
+    bench.scores.add(f"{name} (GFLOP/s)", rate / 1e9, gemm / 1e9, goal)
     for contender in pair:
         contender.end()
 
 
-def generation(bench: Bench) -> None:
+def long_rows(bench: Bench) -> None:
+    """What a token costs in rows of 4,096, relative to rows of 512, with documents of 64 tokens."""
+    pair = bench.start("rows-512"), bench.start("rows-4096")
+    for contender in pair:
+        contender.wait_ready()
+    in_turns(pair, 1 + bench.rounds)
+    short, long = (1000 / contender.rate(bench.clock) for contender in pair)
+    bench.scores.add("row-of-4096 (ms per token)", long, short, 1 / 1.1, less_is_better=True)
+    for contender in pair:
+        contender.end()
+
+
+def many_sequences(bench: Bench) -> None:
+    """Tokens per second of eight sequences at once, relative to one."""
+    pair = bench.start("steps-8"), bench.start("steps-1")
+    for contender in pair:
+        contender.wait_ready()
+    in_turns(pair, 4)
+    rates = [contender.rate(bench.clock) for contender in pair]
+    bench.scores.add("generation-of-8 (tokens/s)", rates[0], rates[1], 4.0)
+    for contender in pair:
+        contender.end()
+
+
+def generation(bench: Bench, goal: float) -> None:
     mine, peer = bench.race("generate", "generate", 3)
-    bench.scores.add("generation (tokens/s)", mine.rate(bench.clock), peer.rate(bench.clock), 1.1)
+    bench.scores.add("generation (tokens/s)", mine.rate(bench.clock), peer.rate(bench.clock), goal)
     same = mine.steps[0]["text"] == peer.steps[0]["text"]
     bench.scores.note(
         f"generation: {'the same tokens' if same else 'different tokens where two are equally likely'}"
@@ -280,6 +334,50 @@ def platform_overhead(bench: Bench, pairs: int) -> None:
     platform.end()
 
 
+Parts = list[tuple[str, Any]]
+
+
+def gpt2_parts(args: argparse.Namespace, work: Path, scores: Scores) -> Parts:
+    tiny = {"n_layer": 4, "n_embd": 256, "n_head": 4}
+    shape = tiny if args.quick else {"n_layer": 12, "n_embd": 768, "n_head": 12}
+    folder, small = work / "model", work / "small"
+    lay_out(folder, gpt2(shape))
+    lay_out(small, gpt2(tiny))
+    scores.note(
+        f"GPT-2 {shape}, {args.threads} threads, {args.clock} clock; tokens/s and GiB; columns: ours, theirs, ratio, goal"
+    )
+    bench = Bench(folder, args.clock, args.threads, args.rounds or 4, scores)
+    small_bench = Bench(small, args.clock, args.threads, 4, scores)
+    return [
+        ("generation", lambda: generation(bench, 1.1)),
+        ("share-of-gemm-rate", lambda: gemm_share(bench, "share-of-gemm-rate", "full", "gemm", 0.78)),
+        ("packed-gradient-error", lambda: packed_gradients(bench)),
+        ("start starter", lambda: start_up(bench, "starter", STARTER_FOLDER)),
+        ("start gpt2", lambda: start_up(bench, "gpt2", folder)),
+        *((f"speed memory {row[0]}", partial(speed_and_memory, bench, *row)) for row in SPEED),
+        ("platform-overhead", lambda: platform_overhead(small_bench, 5 if args.quick else 45)),
+    ]
+
+
+def llama_parts(args: argparse.Namespace, work: Path, scores: Scores) -> Parts:
+    layers = 4 if args.quick else 30
+    lay_out(work / "model", llama(layers))
+    scores.note(
+        f"Llama with SmolLM2-135M's shape, {layers} layers, {args.threads} threads, {args.clock} clock; tokens/s and GiB; "
+        "columns: ours, theirs, ratio, goal"
+    )
+    bench = Bench(work / "model", args.clock, args.threads, args.rounds or 4, scores)
+    share = partial(gemm_share, bench)
+    return [
+        ("generation", lambda: generation(bench, 1.3)),
+        ("generation-of-8", lambda: many_sequences(bench)),
+        ("share-of-gemm-rate", lambda: share("share-of-gemm-rate", "full", "gemm-llama", 0.80)),
+        ("lora-share", lambda: share("lora-share-of-gemm-rate", "lora-linear", "gemm-llama", 0.75)),
+        ("long-rows", lambda: long_rows(bench)),
+        *((f"speed memory {row[0]}", partial(speed_and_memory, bench, *row)) for row in LLAMA_SPEED),
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bin/bench training")
     parser.add_argument(
@@ -287,35 +385,15 @@ def main() -> int:
         action="store_true",
         help="a small model (4 layers of 256) and fewer rounds, for a rough impression",
     )
+    parser.add_argument("--family", default="gpt2", choices=["gpt2", "llama"])
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, help="measured steps per contender")
     parser.add_argument("--only", action="append", help="only parts whose name contains this")
     args = parser.parse_args()
-    shape = (
-        {"n_layer": 4, "n_embd": 256, "n_head": 4}
-        if args.quick
-        else {"n_layer": 12, "n_embd": 768, "n_head": 12}
-    )
     scores = Scores()
-    scores.note(
-        f"GPT-2 {shape}, {args.threads} threads, {args.clock} clock; tokens/s and GiB; columns: ours, theirs, ratio, goal"
-    )
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        folder, small = Path(name) / "model", Path(name) / "small"
-        lay_out(folder, shape)
-        lay_out(small, {"n_layer": 4, "n_embd": 256, "n_head": 4})
-        bench = Bench(folder, args.clock, args.threads, args.rounds or 4, shape, scores)
-        small_bench = Bench(small, args.clock, args.threads, 4, shape, scores)
-        parts: list[tuple[str, Any]] = [
-            ("generation", lambda: generation(bench)),
-            ("share-of-gemm-rate", lambda: gemm_share(bench)),
-            ("packed-gradient-error", lambda: packed_gradients(bench)),
-            ("start starter", lambda: start_up(bench, "starter", STARTER_FOLDER)),
-            ("start gpt2", lambda: start_up(bench, "gpt2", folder)),
-            *((f"speed memory {row[0]}", partial(speed_and_memory, bench, *row)) for row in SPEED),
-            ("platform-overhead", lambda: platform_overhead(small_bench, 5 if args.quick else 45)),
-        ]
+        parts = (llama_parts if args.family == "llama" else gpt2_parts)(args, Path(name), scores)
         for part, measure in parts:
             if args.only and not any(word in part for word in args.only):
                 continue

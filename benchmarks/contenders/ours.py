@@ -25,7 +25,7 @@ configure_allocator()  # before torch, as `python -m training` does
 
 import torch  # noqa: E402
 
-from benchmarks.common import run_file  # noqa: E402
+from benchmarks.common import LLAMA_LINEAR, run_file  # noqa: E402
 from training.command import train  # noqa: E402
 from training.models.generate import GenerateOptions, generate, prompt_ids  # noqa: E402
 from training.models.load import load_model  # noqa: E402
@@ -52,6 +52,15 @@ class Turns:
 def training(folder: Path, **settings: Any) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as work:
         train(Run.parse(run_file(folder, work, **settings)), Turns().emit)
+
+
+def equal_documents(folder: Path, row: int) -> None:
+    """Steps of 4,096 tokens in documents of 64, packed into rows of `row` tokens."""
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        data = Path(work) / "equal.jsonl"
+        data.write_text(1000 * (json.dumps({"text": " ".join(map(str, range(63)))}) + "\n"))
+        settings = {"batch_size": 64, "micro_batch_tokens": row}
+        train(Run.parse(run_file(folder, work, **settings) | {"train_file": str(data)}), Turns().emit)
 
 
 def platform(folder: Path, size: int) -> None:
@@ -92,14 +101,14 @@ def _in_background(work: Callable[[], Any]) -> None:
     threading.Thread(target=work, daemon=True).start()
 
 
-def gemm() -> None:
-    """The machine's rate of matrix multiplication, with the shapes of a GPT-2 block's MLP."""
+def gemm(inputs: int = 768, outputs: int = 3072) -> None:
+    """The machine's rate of matrix multiplication, with the shapes of a block's MLP (GPT-2's by default)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rows, repeats = (2048, 20) if device == "cpu" else (16384, 200)
     a, b = (
-        torch.randn(rows, 768, device=device, dtype=dtype),
-        torch.randn(768, 3072, device=device, dtype=dtype),
+        torch.randn(rows, inputs, device=device, dtype=dtype),
+        torch.randn(inputs, outputs, device=device, dtype=dtype),
     )
     out = torch.mm(a, b)
     while True:
@@ -108,7 +117,7 @@ def gemm() -> None:
             torch.mm(a, b, out=out)
         if device == "cuda":
             torch.cuda.synchronize()
-        turns.done(0, flops=2.0 * rows * 768 * 3072 * repeats)
+        turns.done(0, flops=2.0 * rows * inputs * outputs * repeats)
 
 
 def generation(folder: Path) -> None:
@@ -121,6 +130,19 @@ def generation(folder: Path) -> None:
         turns.begin()
         [written] = generate(model, tokenizer, prompt, options, decoder=decoder)
         turns.done(48, text=written.ids)
+
+
+def steps_of(folder: Path, sequences: int) -> None:
+    """32 steps of greedy generation with several sequences at once, each after a prompt of 64 tokens."""
+    decoder = load_model(folder).decoder()
+    prompt = json.loads((folder / "examples.json").read_text())[0][:64]
+    while True:
+        caches = [decoder.prefill(prompt, 128)[0] for _ in range(sequences)]
+        turns.begin()
+        ids = [1] * sequences
+        for _ in range(32):
+            ids = decoder.step(caches, ids).argmax(-1).tolist()
+        turns.done(32 * sequences)
 
 
 def first_token(folder: Path) -> None:
@@ -140,9 +162,15 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "full": lambda folder: training(folder),
     "full-dropout": lambda folder: training(folder, dropout=0.1),
     "lora": lambda folder: training(folder, method="lora"),
+    "lora-linear": lambda folder: training(folder, method="lora", lora_targets=LLAMA_LINEAR),
+    "rows-512": lambda folder: equal_documents(folder, 512),
+    "rows-4096": lambda folder: equal_documents(folder, 4096),
     "platform": lambda folder: platform(folder, size=20),
     "gemm": lambda folder: gemm(),
+    "gemm-llama": lambda folder: gemm(576, 1536),
     "generate": generation,
+    "steps-1": lambda folder: steps_of(folder, 1),
+    "steps-8": lambda folder: steps_of(folder, 8),
     "first-token": first_token,
 }
 

@@ -20,6 +20,7 @@ import transformers
 import turns
 from datasets import Dataset
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
     GPT2LMHeadModel,
@@ -30,10 +31,14 @@ from transformers import (
 
 transformers.logging.set_verbosity_error()
 BATCH, LENGTH = 8, 512
+# the same as in benchmarks/common.py
+LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ON_GPU = torch.cuda.is_available()
 
 
 def load(folder: Path, dropout: float) -> Any:
+    if json.loads((folder / "config.json").read_text())["model_type"] != "gpt2":
+        return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
     rates: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     return GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32, **rates)
 
@@ -122,7 +127,8 @@ def hf_trainer(
     turns.begin()
 
 
-def trl_sft(folder: Path, ids: list[list[int]], *, packing: bool) -> None:
+def trl_sft(folder: Path, ids: list[list[int]], *, packing: bool, lora: bool = False) -> None:
+    from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -136,6 +142,8 @@ def trl_sft(folder: Path, ids: list[list[int]], *, packing: bool) -> None:
         eos_token=tokenizer.eos_token,
         pad_token=tokenizer.eos_token,
     )
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=LLAMA_LINEAR, task_type="CAUSAL_LM")
+    adapters: dict[str, Any] = {"peft_config": config} if lora else {}
     callback = Turns()
     trainer = watched(SFTTrainer, callback)(
         model=load(folder, 0.0),
@@ -143,6 +151,7 @@ def trl_sft(folder: Path, ids: list[list[int]], *, packing: bool) -> None:
         train_dataset=Dataset.from_dict({"input_ids": ids}),
         processing_class=tokenizer,
         callbacks=[callback],
+        **adapters,
     )
     trainer.train()
     turns.begin()
@@ -221,6 +230,8 @@ KINDS = {
     "trainer-lora": lambda f, ids: hf_trainer(f, ids, lora=True),
     "trl": lambda f, ids: trl_sft(f, ids, packing=False),
     "trl-packing": lambda f, ids: trl_sft(f, ids, packing=True),
+    "trl-lora": lambda f, ids: trl_sft(f, ids, packing=False, lora=True),
+    "trl-packing-lora": lambda f, ids: trl_sft(f, ids, packing=True, lora=True),
     "nanogpt": nano_gpt,
     "generate": hf_generate,
 }
