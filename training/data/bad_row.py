@@ -36,6 +36,7 @@ class LeftOut(BadRow):
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+MAX_DEPTH = 32  # of nested values
 
 
 def check_text(line: int, name: str, value: Any) -> str:
@@ -75,6 +76,39 @@ def from_json(line: int, value: Any, what: str, fix: str, *, blank: bool = False
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise BadRow(line, f"{what} text that is not JSON", fix) from error
+
+
+def check_json(line: int, what: str, value: Any) -> None:
+    """Raises BadRow unless the value can be written as JSON, because the model is trained on it in that form. A value
+    that was text in its row may be nested too deep for that, or hold NaN; one from Parquet may hold dates."""
+    reason = ""
+    if deeper_than(value, MAX_DEPTH):
+        reason = f"values nested more than {MAX_DEPTH} deep"
+    else:
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except UnicodeEncodeError:
+            reason = "half of a character (a lone surrogate)"
+        except TypeError:
+            reason = "a value that JSON has no form for, such as a date"
+        except ValueError:
+            reason = "NaN or an infinite number"
+    if reason:
+        raise BadRow(line, f"{what} contain {reason}", "Write values that JSON can hold.")
+
+
+def deeper_than(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [
+            v
+            for item in level
+            for v in (item.values() if isinstance(item, dict) else item)
+            if isinstance(v, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def is_empty(value: Any) -> bool:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from training.data.bad_row import BadRow, check_text, from_json, is_empty, kind_of
+from training.data.bad_row import BadRow, check_json, check_text, from_json, is_empty, kind_of
 
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_ALIASES = {
@@ -86,7 +86,19 @@ def read_tools(line: int, value: Any) -> tuple[dict[str, Any], ...]:
             f"tools is {kind_of(value)}, not a list of objects",
             'Write "tools": [{"type": "function", "function": {"name": ..., "parameters": {...}}}].',
         )
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in value)
+    tools = tuple(tool if "function" in tool else _wrapped(tool) for tool in value)
+    for number, tool in enumerate(tools, 1):
+        function = tool["function"]
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow(line, f"tool {number} has no name", 'Write {"name": ..., "parameters": {...}}.')
+    check_json(line, "the tools", list(tools))
+    return tools
+
+
+def _wrapped(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A definition of OpenAI's older `functions`, or of its Responses API, which has the type beside the name."""
+    function = {key: value for key, value in tool.items() if key != "type"}
+    return {"type": "function", "function": function}
 
 
 def tools_from_text(text: str) -> list[dict[str, Any]]:
@@ -98,12 +110,7 @@ def tools_from_text(text: str) -> list[dict[str, Any]]:
         raise BadRow(0, f"the tools are not JSON: {reason}", "Correct the text there.") from error
     except RecursionError as error:
         raise BadRow(0, "the tools are nested too deeply", "Write a list of tool definitions.") from error
-    tools = read_tools(0, value)
-    for number, tool in enumerate(tools, 1):
-        function = tool["function"]
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRow(0, f"tool {number} has no name", 'Write {"name": ..., "parameters": {...}}.')
-    return list(tools)
+    return list(read_tools(0, value))
 
 
 def _json(line: int, text: str) -> Any:
@@ -139,7 +146,7 @@ def _message(line: int, number: int, message: Any, unused: dict[str, None], exte
             "The roles are system, user, assistant and tool.",
         )
     content = message.get("content", message.get("value"))
-    calls = _calls(line, where, message, content if call else None) if extended else []
+    calls = _calls(line, where, message, content if call else None, unused) if extended else []
     if call or (content is None and calls):
         content = ""
     if content is None:
@@ -166,9 +173,21 @@ def _message(line: int, number: int, message: Any, unused: dict[str, None], exte
         unused |= {
             f"messages[].{key}": None
             for key, value in message.items()
-            if (key not in KNOWN) and not is_empty(value)
+            if (key not in KNOWN or _is_beside(key, message, call)) and not is_empty(value)
         }
     return result
+
+
+def _is_beside(key: str, message: Mapping[str, Any], call: bool) -> bool:
+    """Whether this field is not used because the message has another of the same meaning, which comes first."""
+    if key == "tool_calls":
+        return call and message.get("content", message.get("value")) is not None
+    firsts = {"from": ("role",), "value": ("content",)}.get(key, ())
+    if key == "function_call":
+        return call or not is_empty(message.get("tool_calls"))
+    if key in REASONING:
+        return any(not is_empty(message.get(first)) for first in REASONING[: REASONING.index(key)])
+    return any(first in message for first in firsts)
 
 
 def _optional(line: int, where: str, message: Mapping[str, Any], result: dict[str, Any]) -> None:
@@ -228,7 +247,9 @@ def _parts(line: int, where: str, parts: list[Any], unused: dict[str, None]) -> 
     return "".join(texts)
 
 
-def _calls(line: int, where: str, message: Mapping[str, Any], written: Any) -> list[dict[str, Any]]:
+def _calls(
+    line: int, where: str, message: Mapping[str, Any], written: Any, unused: dict[str, None]
+) -> list[dict[str, Any]]:
     """The tool calls of a message, arguments as objects. `written`: ShareGPT's value, one call or several."""
     calls = message.get("tool_calls")
     if written is not None:
@@ -241,13 +262,13 @@ def _calls(line: int, where: str, message: Mapping[str, Any], written: Any) -> l
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
         raise BadRow(line, f"the tool calls of {where} are {kind_of(calls)}, not a list", CALL_HINT)
-    return [_call(line, where, call) for call in calls]
+    return [_call(line, where, call, unused) for call in calls]
 
 
 CALL_HINT = 'Write {"type": "function", "function": {"name": ..., "arguments": {...}}}.'
 
 
-def _call(line: int, where: str, call: Any) -> dict[str, Any]:
+def _call(line: int, where: str, call: Any, unused: dict[str, None]) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise BadRow(line, f"a tool call of {where} has no function name", CALL_HINT)
@@ -275,4 +296,22 @@ def _call(line: int, where: str, call: Any) -> dict[str, Any]:
     }
     if isinstance(call.get("id"), str) and call["id"]:
         result["id"] = call["id"]
+    check_json(line, f"the calls of {where}", result)
+    _name_unused_of_call(call, function, "id" in result, unused)
     return result
+
+
+def _name_unused_of_call(
+    call: Mapping[str, Any], function: Mapping[str, Any], has_id: bool, unused: dict[str, None]
+) -> None:
+    used = {"name", "arguments"} if "arguments" in function else {"name", "parameters"}
+    outer = {"type", "function", *(["id"] if has_id else [])}
+    fields = (
+        [("", call, used | outer)] if function is call else [("", call, outer), ("function.", function, used)]
+    )
+    unused |= {
+        f"messages[].tool_calls[].{path}{key}": None
+        for path, given, known in fields
+        for key, value in given.items()
+        if key not in known and not is_empty(value)
+    }

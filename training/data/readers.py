@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from training.data import archive, row_schemas
-from training.data.bad_row import BadFile, BadRow, kind_of
+from training.data.bad_row import MAX_DEPTH, BadFile, BadRow, deeper_than, kind_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Limits:
 
     line_bytes: int = 4 << 20
     decoded_bytes: int = 8 << 30
-    depth: int = 32
+    depth: int = MAX_DEPTH
     columns: int = 1000
     # Plain text: longer documents are split between paragraphs. As much as a row of JSON Lines can have.
     document_chars: int = 4 << 20
@@ -470,7 +470,7 @@ def _object(number: int, value: Any, limits: Limits, brackets: float = math.inf)
             f"this is {kind_of(value)}, not an object",
             'Each example is an object: {"messages": [...]} or {"prompt": ..., "completion": ...}.',
         )
-    if brackets > limits.depth and row_schemas.deeper_than(value, limits.depth):
+    if brackets > limits.depth and deeper_than(value, limits.depth):
         return BadRow(number, f"values are nested more than {limits.depth} deep", "Keep examples flat.")
     return value
 

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from training.data import readers, row_schemas
-from training.data.bad_row import SURROGATE, BadFile, BadRow, check_text, kind_of
+from training.data.bad_row import SURROGATE, BadFile, BadRow, check_text, deeper_than, kind_of
 from training.data.formats import DEFAULT_LIMITS, OnBad
 from training.data.readers import Format, Limits
 from training.data.row_schemas import Row
@@ -121,7 +121,7 @@ def check_record(line: int, record: Any, format: Format, columns: Sequence[str] 
     """The row that an edited or added record becomes. `columns`: the names in a table of text. Raises BadRow."""
     if not isinstance(record, dict):
         raise BadRow(line, f"the row is {kind_of(record)}, not an object", row_schemas.SHAPE_HINT)
-    if row_schemas.deeper_than(record, DEFAULT_LIMITS.depth):
+    if deeper_than(record, DEFAULT_LIMITS.depth):
         raise BadRow(line, f"values are nested more than {DEFAULT_LIMITS.depth} deep", "Keep examples flat.")
     if format.container == "csv":
         for name, value in record.items():

@@ -192,6 +192,7 @@ class Reader:
         if self.shape == "preference":
             return self._preference(line, record, unused)
         if self.shape == "completion" and _is_conversation(record[self.columns["prompt"]]):
+            unused |= {name: None for name in more.get("context", ()) if not is_empty(record[name])}
             return self._conversational_pair(line, record, unused)
         answer = _string(line, record, self.columns["completion"])
         context = [text for name in more.get("context", ()) if (text := self._optional(line, record, name))]
@@ -285,9 +286,11 @@ def _history(line: int, value: Any) -> list[dict[str, Any]]:
     """Earlier turns as Alpaca's [[question, answer], …]. They are context and not trained on."""
     value = from_json(line, value, "the history is", HISTORY_HINT, blank=True)
     turns: list[dict[str, Any]] = []
-    for pair in value or []:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRow(line, "the history is not a list of pairs", HISTORY_HINT)
+    if is_empty(value):
+        return turns
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise BadRow(line, "the history is not a list of pairs", HISTORY_HINT)
+    for pair in value:
         question, answer = (check_text(line, "a turn of the history", text) for text in pair)
         turns.append({"role": "user", "content": question})
         turns.append({"role": "assistant", "content": answer, "weight": 0})
@@ -318,20 +321,6 @@ def _segments(line: int, value: Any, unused: dict[str, None]) -> Row:
 
 def _string(line: int, record: Mapping[str, Any], name: str) -> str:
     return check_text(line, repr(name), record[name])
-
-
-def deeper_than(value: Any, depth: int) -> bool:
-    level = [value]
-    for _ in range(depth):
-        level = [
-            v
-            for item in level
-            for v in (item.values() if isinstance(item, dict) else item)
-            if isinstance(v, dict | list)
-        ]
-        if not level:
-            return False
-    return True
 
 
 def _refuse_shape(line: int, record: Mapping[str, Any]) -> NoReturn:

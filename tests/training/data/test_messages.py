@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,93 @@ def test_system_and_tools_columns_of_parquet_are_used(tmp_path: Path) -> None:
     assert [tool["function"]["name"] for tool in row.tools] == ["look_up"]
     old = {"container": "parquet", "shape": "chat", "columns": {"messages": "messages"}}
     assert len(next(rows(tmp_path / "x.parquet", old)).messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "unused"),
+    [
+        (
+            "calls in both forms",
+            {"tool_calls": [{"function": {"name": "f"}}], "function_call": {"name": "g"}},
+            "messages[].function_call",
+        ),
+        ("two kinds of reasoning", {"reasoning_content": "x", "thinking": "y"}, "messages[].thinking"),
+        ("a sender beside the role", {"from": "gpt"}, "messages[].from"),
+        ("a value beside the content", {"value": "other"}, "messages[].value"),
+        ("a field of a call", {"tool_calls": [{"name": "f", "why": "z"}]}, "messages[].tool_calls[].why"),
+        (
+            "a field of a call's function",
+            {"tool_calls": [{"function": {"name": "f", "strict": True}}]},
+            "messages[].tool_calls[].function.strict",
+        ),
+        (
+            "an id that is not text",
+            {"tool_calls": [{"id": 7, "function": {"name": "f"}}]},
+            "messages[].tool_calls[].id",
+        ),
+        (
+            "arguments under two names",
+            {"tool_calls": [{"name": "f", "arguments": {}, "parameters": {"a": 1}}]},
+            "messages[].tool_calls[].parameters",
+        ),
+    ],
+)
+def test_what_loses_against_another_field_of_its_meaning_is_named(
+    name: str, fields: dict[str, Any], unused: str
+) -> None:
+    assert read({"messages": [USER, {**ANSWER, **fields}]}).unused == (unused,)
+
+
+def test_a_call_in_the_value_of_a_message_comes_before_its_tool_calls() -> None:
+    call = {"from": "function_call", "value": '{"name": "f"}', "tool_calls": [{"name": "g"}]}
+    row = read({"conversations": [{"from": "human", "value": "Who?"}, call]})
+    assert [one["function"]["name"] for one in row.messages[1]["tool_calls"]] == ["f"]
+    assert row.unused == ("messages[].tool_calls",)
+
+
+def test_context_beside_a_conversational_prompt_is_named() -> None:
+    row = read({"prompt": [USER], "completion": [ANSWER], "context": "I did."})
+    assert row.unused == ("context",)
+
+
+def call(arguments: Any, name: str = "f") -> dict[str, Any]:
+    return {"messages": [USER, {**ANSWER, "tool_calls": [{"name": name, "arguments": arguments}]}]}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (call('{"a": "\\ud83d"}'), "half of a character"),
+        (call({}, name="f\ud83d"), "half of a character"),
+        (call('{"a": NaN}'), "NaN"),
+        (call('{"a": ' + "[" * 200 + "]" * 200 + "}"), "nested more than 32 deep"),
+        (call({"a": date(2026, 1, 1)}), "a date"),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "f", "description": "\ud83d"}]}, "half"),
+        (
+            {"messages": [USER, ANSWER], "tools": '[{"name": "f", "x": ' + "[" * 700 + "]" * 700 + "}]"},
+            "nested more than 32 deep",
+        ),
+    ],
+)
+def test_calls_and_tools_that_json_cannot_hold_are_refused_with_their_line(
+    record: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(BadRow, match=f"line 1: the .* contain .*{reason}"):
+        read(record)
+
+
+@pytest.mark.parametrize("tool", [{}, {"type": "function", "function": "f"}, {"function": None}])
+def test_a_tool_without_a_name_is_refused_with_its_line(tool: dict[str, Any]) -> None:
+    with pytest.raises(BadRow, match="line 1: tool 1 has no name"):
+        read({"messages": [USER, ANSWER], "tools": [tool]})
+
+
+def test_tools_of_the_responses_api_are_read_like_those_of_chat_completions() -> None:
+    flat = {"type": "function", "name": "look", "parameters": {"type": "object"}}
+    assert read({"messages": [USER, ANSWER], "tools": [flat]}).tools == (TOOL,)
+
+
+@pytest.mark.parametrize("history", [5, True, {"a": 1}, ["q", "a"]])
+def test_a_history_that_is_no_list_of_pairs_is_refused(history: Any) -> None:
+    with pytest.raises(BadRow, match="line 1: the history is not a list of pairs"):
+        read({"instruction": "Now?", "output": "Yes.", "history": history})
