@@ -17,7 +17,7 @@ from tests.jobs.views.test_escaping import PAYLOADS
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 PROMPTS = [*PAYLOADS, *(f"Number {n}?" for n in range(50))]
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {
         "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": f"Answer {n}"}],
         "id": n,
