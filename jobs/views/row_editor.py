@@ -50,6 +50,11 @@ class RowField:
     other: str = ""  # as JSON, for a value that only the JSON form can change
 
     @property
+    def label(self) -> str:
+        """The name, which no page could show with half of a character in it."""
+        return SURROGATE.sub("\ufffd", self.name)
+
+    @property
     def lines(self) -> int:
         return lines_for(self.text or "")
 

@@ -8,11 +8,15 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+MAX_DEPTH = 32  # of nested values
+
 
 class BadRow(ValueError):
     """A row that cannot be trained on: its line (0 = the whole file), the reason, and how to fix it."""
 
     def __init__(self, line: int, reason: str, fix: str = "") -> None:
+        reason = SURROGATE.sub("\ufffd", reason)  # the name of a field may have half of a character
         super().__init__(f"line {line}: {reason}" if line else reason)
         self.line, self.reason, self.fix = line, reason, fix
 
@@ -33,10 +37,6 @@ class BadBase(BadFile):
 
 class LeftOut(BadRow):
     """A good row that the base's chat template cannot express. It is left out; the other rows are used."""
-
-
-SURROGATE = re.compile("[\ud800-\udfff]")
-MAX_DEPTH = 32  # of nested values
 
 
 def check_text(line: int, name: str, value: Any) -> str:

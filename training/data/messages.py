@@ -114,6 +114,8 @@ def tools_from_text(text: str) -> list[dict[str, Any]]:
 
 
 def _json(line: int, text: str) -> Any:
+    if not text.strip():
+        return []
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

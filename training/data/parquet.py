@@ -247,4 +247,4 @@ def _open(path: Path) -> Any:
 
 
 def _words(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+    return (str(error).splitlines() or [type(error).__name__])[0][:160].rstrip(".")

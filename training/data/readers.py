@@ -219,10 +219,12 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
             ) from error
         buffer += chunk
         while True:
-            line, buffer = _skip(line, buffer, "\ufeff[" if not opened else ",")
+            line, buffer = _skip(line, buffer, "," if opened else "\ufeff")
             if not buffer:
                 break
-            opened = True
+            if not opened:
+                opened, buffer = True, buffer.removeprefix("[")
+                continue
             if ended:
                 raise BadFile(
                     line,
@@ -239,11 +241,11 @@ def _json_array(file: BinaryIO, format: Format, limits: Limits) -> Iterator[tupl
                     break  # the element continues in the next chunk
                 raise BadFile(
                     line + buffer.count("\n", 0, error.pos),
-                    f"invalid JSON: {error.msg}",
-                    row_schemas.JSON_HINT,
+                    f"invalid JSON: {error.msg[0].lower()}{error.msg[1:]}",
+                    "The file may be cut off. Check it with any JSON tool.",
                 ) from error
             except (ValueError, RecursionError) as error:
-                raise BadFile(line, reason_of(error), row_schemas.JSON_HINT) from error
+                raise BadFile(line, reason_of(error), "Check the file with any JSON tool.") from error
             yield line, _object(line, value, limits)
             line, buffer, want = line + buffer.count("\n", 0, end), buffer[end:], 1 << 16
         if not chunk:
@@ -311,7 +313,7 @@ def _csv(file: BinaryIO, format: Format, limits: Limits, all_columns: bool) -> I
                     line,
                     BadRow(
                         line,
-                        f"the row has {len(cells)} cells, the header {len(header)}",
+                        f"the row has {len(cells)} {'cell' if len(cells) == 1 else 'cells'}, the header {len(header)}",
                         "Put cells that contain the delimiter in quotes.",
                     ),
                 )

@@ -343,7 +343,14 @@ def _refuse_shape(line: int, record: Mapping[str, Any]) -> NoReturn:
     for need, other in (("prompt", "completion"), ("completion", "prompt")):
         if any(alias in record for alias in ALIASES[need]):
             raise BadRow(line, f"there is a {need} but no {other} (keys: {_names(record)})", SHAPE_HINT)
-    raise BadRow(line, f"no messages, prompt and completion, or text (keys: {_names(record)})", SHAPE_HINT)
+    fix = SHAPE_HINT
+    inside = next((key for key, value in record.items() if _is_conversation(value)), None)
+    if inside is not None:
+        fix = (
+            f"If the list in {inside[:60]!r} has the examples, save it as a file of its own. "
+            "If it has messages, name the field messages."
+        )
+    raise BadRow(line, f"no messages, prompt and completion, or text (keys: {_names(record)})", fix)
 
 
 def _refuse_missing(line: int, record: Mapping[str, Any], missing: list[str], shape: str) -> NoReturn:
@@ -378,8 +385,10 @@ def explain_json(text: str, error: json.JSONDecodeError) -> tuple[str, str]:
             return where + "there are two objects on one line", "Put each object on its own line."
         if rest.startswith(("//", "#", "/*")):
             return where + "JSON has no comments", "Remove the comment."
+        if rest.rstrip() == ",":
+            return where + "a comma after the object", "Remove the comma at the end of the line."
         return (
-            where + f"something follows the value ({rest[:20]!r})",
+            where + f"something follows the value ({rest.rstrip()[:20]!r})",
             "Put one object on the line and nothing else.",
         )
     if stripped in ("{", "[") or (

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from training.data.bad_row import SURROGATE
 from training.data.formats import BadRow, Format
 from training.plan.catalog import describe
 from training.report.report import report, row_tokens
@@ -95,5 +96,8 @@ def _context(folder: Path) -> int | None:
 
 
 def emit(line: dict[str, Any]) -> None:
+    text = json.dumps(line, ensure_ascii=False)
+    if not text.isascii() and SURROGATE.search(text):  # in the name of a field: no page could show it
+        line = json.loads(text.encode("utf-8", "replace"))
     sys.stdout.write(json.dumps({**line, "time": time.time()}) + "\n")
     sys.stdout.flush()

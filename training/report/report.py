@@ -279,7 +279,7 @@ class _Report:
                 self.samples.append({"line": row.line, "preview": preview_of(row)})
             return
         if cut := self.summary.lost_tokens - lost:
-            self.findings.add("truncated", row.line, f"{cut} tokens cut off")
+            self.findings.add("truncated", row.line, f"{cut} {'token' if cut == 1 else 'tokens'} cut off")
         if len(examples) > 1 and row.kind == "chat":
             self.several += len(examples)
             self.findings.add("several_examples", row.line, f"{len(examples)} examples")
@@ -338,7 +338,7 @@ class _Report:
         if alike and self.findings.counts.get("empty_answer", 0) < self.rows:
             self.findings.add("same_answer", 0)
         if 0 < self.rows < FEW and self.summary.kind != "text":
-            self.findings.add("few", 0, f"{self.rows} examples")
+            self.findings.add("few", 0, f"{self.rows} {'example' if self.rows == 1 else 'examples'}")
         tokens = self.summary.tokens + self.summary.lost_tokens
         # Digits and code take many tokens too, and are not a sign of another language.
         if (

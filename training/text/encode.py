@@ -353,6 +353,11 @@ def _continuation(
     before = tokenizer.render_chat(messages[:at], False, tools)
     text = str(messages[at].get("content") or "")
     tag = opening_of(before, prompt, whole)
+    if tag is None and at == 0:
+        raise TokenizerError(
+            "it begins with an answer, but the model's chat template needs a message before one "
+            '(add one, or give this answer "weight": 0)'
+        )
     if tag is None:
         raise TokenizerError(
             "the start of an answer cannot be found in the output of the model's chat template"

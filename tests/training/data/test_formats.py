@@ -355,3 +355,23 @@ def test_a_line_without_an_end_is_stopped_at_the_limit(tmp_path: Path) -> None:
     path = put(tmp_path, '{"prompt": "' + "x" * 3_000_000)
     with pytest.raises(BadFile, match="longer than 1 MB"):
         list(rows(path, limits=Limits(line_bytes=1 << 20)))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "fix"),
+    [
+        ('[["a", "b"], ["c", "d"]]', "this is a list, not an object", "Each example is an object"),
+        ('[[{"prompt": "a", "completion": "b"}]]', "this is a list, not an object", "Each example"),
+        ('[{"prompt": "a", "completion": "b"},\n{"prompt": "c', "unterminated string", "cut off"),
+        ('{"version": 1, "data": [{"prompt": "a"}]}', "keys: version, data", "the list in 'data'"),
+        ('{"prompt": "a", "completion": "b"},\n', "a comma after the object", "Remove the comma"),
+        ('messages\n" "\n', "messages is an empty list", "Give it"),
+    ],
+)
+def test_the_advice_follows_from_what_the_file_has(
+    tmp_path: Path, content: str, reason: str, fix: str
+) -> None:
+    name = "data.csv" if content.startswith("messages") else "data.json"
+    error = error_of(tmp_path, content, name)
+    assert reason in error.reason
+    assert fix in error.fix

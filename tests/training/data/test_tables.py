@@ -93,7 +93,7 @@ def test_cells_may_be_missing_only_where_nothing_is_read_from_them(tmp_path: Pat
     bad: list[str] = []
     read = list(rows(put(tmp_path, text), on_bad=lambda row: bad.append(str(row))))
     assert pairs(read) == [("a", "b"), ("h", "i")]
-    assert bad == ["line 3: the row has 1 cells, the header 3", "line 4: the row has 4 cells, the header 3"]
+    assert bad == ["line 3: the row has 1 cell, the header 3", "line 4: the row has 4 cells, the header 3"]
 
 
 NOTES = "A long note about the valve, the barrel and the roof."

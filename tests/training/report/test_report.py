@@ -366,3 +366,21 @@ def test_two_halves_have_the_counts_of_the_whole() -> None:
     assert (whole.first_answer, whole.every_answer) == (7, 30)
     whole.join(Summary(first_answer=5, every_answer=20))
     assert (whole.first_answer, whole.every_answer) == (5, 30)
+
+
+def test_one_of_something_is_in_the_singular(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a?", "completion": " b"}\n')
+    assert {f["code"]: f["details"] for f in report(path, None)["findings"]} == {"few": ["1 example"]}
+
+
+def test_a_conversation_that_begins_with_an_answer_is_left_out_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    answer, user = {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Who?"}
+    rows = [[answer, user, answer], [{**answer, "weight": 0}, user, answer]]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
+    result = report(path, Tokenizer.load(STARTER_FOLDER), EncodingOptions(256))
+    (left_out,) = (f for f in result["findings"] if f["code"] == "left_out")
+    assert left_out["lines"] == [1]
+    assert "it begins with an answer" in left_out["details"][0]
+    assert '"weight": 0' in left_out["details"][0]
