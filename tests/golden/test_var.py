@@ -150,7 +150,7 @@ def test_no_recorded_url_returns_a_server_error(old: Old):
         "webhook_endpoint_id": old.contents["hook"],
         "upload_id": "upload-none",
         "owner": old.ada.job(old.contents["jobs"]["full"])["organization_id"],
-    } | dict.fromkeys(("pk", "number"), "1") | dict.fromkeys(("token", "filename"), "none")  # fmt: skip
+    } | dict.fromkeys(("pk", "number", "row"), "1") | dict.fromkeys(("token", "filename", "name"), "none")  # fmt: skip
     statuses = {}
     for line in (EXPECTED / "addresses.txt").read_text().splitlines():
         address = line.split("  ")[0]

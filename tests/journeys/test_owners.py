@@ -16,9 +16,10 @@ POSTS = {
     "upload", "delete_dataset", "fix_dataset", "estimate", "pause_job", "resume_job", "cancel_job", "retry_job", "rename_job",
     "delete_job", "delete_model", "playground_stream", "notify_by_email", "test_webhook", "delete_webhook",
     "dataset_columns", "dataset_row", "read_as", "model_names", "count_tokens", "add_base", "remove_base",
-    "begin_upload", "upload_links", "complete_upload", "cancel_upload",
+    "begin_upload", "upload_links", "complete_upload", "cancel_upload", "row_draft",
 }  # fmt: skip
 PUTS = {"upload_part"}
+SECOND = {"upload_part": 1, "edit_row": 1}  # the second argument: part or line 1
 # A signed link is its own permission; tests/jobs tests those.
 NAMES = [p.name for p in urlpatterns if "token" not in p.pattern.converters]
 
@@ -29,7 +30,7 @@ def parameter(name: str) -> str | None:
 
 
 def address_of(name: str, *args: str) -> str:
-    return reverse(f"jobs:{name}", args=[*args, 1] if name in PUTS else args)  # part 1 of an upload
+    return reverse(f"jobs:{name}", args=[*args, SECOND[name]] if name in SECOND else args)
 
 
 def request(client: Client, name: str, *args: str):

@@ -22,4 +22,4 @@ def test_a_process_that_only_sets_up_django_has_every_handler():
     ).stdout
     kinds, prefixes = output.splitlines()
     assert kinds.split() == sorted(outbox.KINDS)
-    assert prefixes.split() == ["file-", "ft:", "ftjob-", "upload-"]
+    assert prefixes.split() == ["base-", "file-", "ft:", "ftjob-", "upload-"]
