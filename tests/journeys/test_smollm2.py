@@ -25,7 +25,7 @@ from tests.jobs.makers import WORKER, read
 from tests.jobs.views.makers import page_text
 from tests.services import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.campaign, pytest.mark.timeout(900)]  # minutes on two cores
 CHAT = [
     {"role": "user", "content": "What is the color of the sky?"},
     {"role": "assistant", "content": "Blue."},
