@@ -12,7 +12,7 @@ import pytest
 from benchmarks.faults import SHORT
 from tests.services import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.campaign
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from django.conf import settings
 from tests.jobs.api.conftest import ApiUser, make_session, put_model
 from tests.training.ending_models import CASES, PROMPTS, answer_to, tune
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.campaign
 
 
 @pytest.fixture(params=CASES)

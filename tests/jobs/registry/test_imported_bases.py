@@ -68,7 +68,7 @@ def test_the_command_imports_a_folder_and_removes_it_again(tmp_path):
         run_command("--remove", name)
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_tokenizer_that_takes_forever_or_all_memory_ends_only_its_process(tmp_path, settings, monkeypatch):
     folder = tiny.write_model(tmp_path / "model")
     path = folder / "tokenizer_config.json"
