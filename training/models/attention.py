@@ -65,25 +65,46 @@ def attention(qkv: Tensor, batch: Batch, heads: Heads, dropout: float) -> Tensor
         return out
     if qkv.dtype == torch.float32:  # the variable-length kernel supports half precision only
         return plain_attention(qkv, batch.bounds, heads, dropout)
-    q, k, v = heads.split(qkv)
-    # The operator behind torch.nn.attention.varlen, called directly because its public function takes no
-    # dropout.
-    out = torch.ops.aten._flash_attention_forward(
+    out = varlen(*heads.split(qkv), batch.offsets, batch.longest, dropout, heads.scale, heads.window)
+    return out.reshape(len(qkv), -1)
+
+
+def varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    longest: int,
+    dropout: float,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """FlashAttention's variable-length kernel, for half precision on a GPU: (T, H, d), (T, G, d) twice -> (T, H, d).
+
+    The operator behind torch.nn.attention.varlen, called directly because its public function takes no dropout.
+    `longest`: tokens of the longest document, or more."""
+    out: Tensor = torch.ops.aten._flash_attention_forward(
         q,
         k,
         v,
-        batch.offsets,
-        batch.offsets,
-        batch.longest,
-        batch.longest,
+        offsets,
+        offsets,
+        longest,
+        longest,
         dropout,
         True,
         False,
-        scale=heads.scale,
-        window_size_left=heads.window - 1 if heads.window else None,
-        window_size_right=0 if heads.window else None,
+        scale=scale,
+        window_size_left=window - 1 if window else None,
+        window_size_right=0 if window else None,
     )[0]
-    return out.reshape(len(qkv), -1)
+    return out
+
+
+def visible(start: int, end: int, first: int, window: int | None, device: torch.device | None) -> Tensor:
+    """(end - start, end - first) bool: which of the keys from `first` the queries from `start` attend to."""
+    back = torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)
+    return (back >= 0) & (back < window) if window else back >= 0
 
 
 class Piece(NamedTuple):
@@ -96,9 +117,7 @@ class Piece(NamedTuple):
 
     def hidden(self, device: torch.device | None = None) -> Tensor:
         """(queries, keys) bool: True where the key comes after its query or too far before it."""
-        queries = torch.arange(self.start, self.end, device=device)[:, None]
-        back = queries - torch.arange(self.first, self.end, device=device)
-        return (back < 0) | (back >= self.window) if self.window else back < 0
+        return ~visible(self.start, self.end, self.first, self.window, device)
 
 
 def pieces(bounds: list[tuple[int, int]], window: int | None) -> list[Piece]:

@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from training.models.attention import varlen, visible
+
 BLOCK = 256  # queries whose scores are in memory at once where no kernel of torch supports the layer
 NAMES = {"sdpa": "documents_sdpa", "eager": "documents_eager"}  # transformers' implementation -> ours
 
@@ -81,7 +83,9 @@ def documents(
     head that takes part in the softmax and has no value, an attention sink (gpt-oss)."""
     plain = softcap is None and s_aux is None
     if plain and query.is_cuda and query.dtype != torch.float32:
-        return _varlen(query, key, value, offsets, dropout, scaling, sliding_window)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or K, d)
+        longest = len(q)  # an upper bound: the longest document is not known here without waiting
+        return varlen(q, k, v, offsets, longest, dropout, scaling, sliding_window)[None]
     # split, not slices: the gradients of slices are whole rows of zeros, one for each document
     lengths = offsets.diff().tolist()
     outs = []
@@ -99,36 +103,6 @@ def documents(
                 )
             )
     return torch.cat(outs, 2).transpose(1, 2)
-
-
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    offsets: Tensor,
-    dropout: float,
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
-    """FlashAttention's variable-length kernel, for half precision on a GPU (arXiv 2205.14135)."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H or K, d)
-    T = q.shape[0]  # an upper bound of the longest document, which is not known here without waiting
-    out: Tensor = torch.ops.aten._flash_attention_forward(
-        q,
-        k,
-        v,
-        offsets,
-        offsets,
-        T,
-        T,
-        dropout,
-        True,
-        False,
-        scale=scaling,
-        window_size_left=window - 1 if window else None,
-        window_size_right=0 if window else None,
-    )[0]
-    return out[None]
 
 
 def _in_windows(
@@ -152,12 +126,6 @@ def _in_windows(
             )
         )
     return torch.cat(outs, 2)
-
-
-def visible(start: int, end: int, first: int, window: int | None, device: torch.device) -> Tensor:
-    """(end - start, end - first) bool: which of the keys from `first` the queries from `start` attend to."""
-    back = torch.arange(start, end, device=device)[:, None] - torch.arange(first, end, device=device)
-    return (back >= 0) & (back < window) if window else back >= 0
 
 
 def _by_formula(

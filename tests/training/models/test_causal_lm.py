@@ -21,6 +21,7 @@ from training.engine import device
 from training.engine.evaluate import batch_loss
 from training.export.export_check import logits_of
 from training.models import document_attention
+from training.models.attention import visible
 from training.models.batch import Batch, pack
 from training.models.causal_lm import CausalLM
 from training.models.decoder import TransformerDecoder
@@ -128,7 +129,7 @@ def test_attention_in_blocks_is_that_by_the_formula(longest, options):
     offsets = torch.tensor([0, 9, longest + 9], dtype=torch.int32)
     outs = [document_attention.documents(q, k, v, offsets, **options)]
     document = (torch.arange(longest + 9) >= 9).int()
-    seen = document_attention.visible(0, longest + 9, 0, options.get("sliding_window"), q.device)
+    seen = visible(0, longest + 9, 0, options.get("sliding_window"), q.device)
     scores = q @ k.repeat_interleave(2, 1).transpose(2, 3) / 8**0.5
     if cap := options.get("softcap"):
         scores = cap * torch.tanh(scores / cap)
