@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -68,8 +68,9 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     longest = settings.sequence_length or described.context
     wants = EncodingOptions(longest, settings.train_on)
     encode = partial(_encode, objective, tokenizer, wants, notes)
-    everything = encode(run.train_file, run.train_format, forgiving=bool(run.expected))
-    task = _task(run, settings)
+    counts = tasks.TaskCounts()
+    everything = encode(run.train_file, run.train_format, forgiving=bool(run.expected), on_row=counts.add)
+    task = _task(settings, counts.as_dict())
     # before anything is left out: the report counts all examples
     _check_counts(run.expected, everything)
     if resolved is None:
@@ -106,7 +107,7 @@ def read(run: Run, resolved: Settings | None = None) -> Inputs:
     batch = batch_larger_than_data(settings, len(train), int(train.lengths.sum()))
     if batch is not None:
         notes.append(f"{batch.title}. {batch.text}")
-    chat = next(iter(_rows(run))).kind == "chat"
+    chat = _first_row(run).kind == "chat"
     prompts = _prompts(run, tokenizer, held_out if len(held_out) else train, chat)
     return Inputs(
         objective,
@@ -156,6 +157,7 @@ def _encode(
     format: dict[str, Any] | None,
     *,
     forgiving: bool,
+    on_row: Callable[[Row], None] | None = None,
 ) -> list[Example]:
     """Every example of a file. A bad row raises Failure unless a report has already shown it to the user
     (`forgiving`)."""
@@ -170,7 +172,7 @@ def _encode(
         chosen = Format.of(format) if format else None
         if (chosen or detect_lenient(path)).shape == "preference":
             raise Failure("bad_data", PREFERENCES, ONE_ANSWER)
-        encoded = list(objective.encode(path, tokenizer, wants, chosen, on_bad))
+        encoded = list(objective.encode(path, tokenizer, wants, chosen, on_bad, on_row))
     except BadBase as error:
         reason = f"{error.reason[:1].upper()}{error.reason[1:]}."
         raise Failure("base_model", reason, error.fix) from error
@@ -210,18 +212,17 @@ def _check_context(encoded: Iterable[Example], context: int) -> None:
             )
 
 
-def _task(run: Run, settings: Settings) -> dict[str, Any]:
+def _task(settings: Settings, counts: tasks.Counts) -> dict[str, Any]:
     """The task, chosen or guessed from the rows. Raises Failure if they cannot be used for the chosen one."""
-    counts = tasks.count(_rows(run))
     if refusal := tasks.refusal(settings.task, counts):
         raise Failure("bad_settings", f"task: {refusal}")
     return tasks.describe(settings.task, counts)
 
 
-def _rows(run: Run) -> Iterable[Row]:
-    """The readable rows of the training file."""
+def _first_row(run: Run) -> Row:
+    """The first readable row of the training file."""
     format = Format.of(run.train_format) if run.train_format else None
-    return rows(run.train_file, format, on_bad=lambda bad: None)
+    return next(rows(run.train_file, format, on_bad=lambda bad: None))
 
 
 def _prompts(run: Run, tokenizer: Tokenizer, examples: Examples, chat: bool) -> list[Prompt]:

@@ -29,7 +29,7 @@ from training.text.encode import Example, examples
 @dataclass(frozen=True)
 class Objective:
     encode: Callable[..., Iterator[Example]]
-    """(path, tokenizer, wants, format, on_bad_row) -> the encoded examples of a file; see
+    """(path, tokenizer, wants, format, on_bad_row, on_row) -> the encoded examples of a file; see
     `text.encode.examples`."""
 
     loss: Callable[[LanguageModel, Batch, float], tuple[Tensor, Tensor]]

@@ -6,7 +6,7 @@ Imports no torch: pages guess and check with it, and so does the trainer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,13 +79,6 @@ class TaskCounts:
         names = ("rows", "text", "chat", "several", "calls", "longer")
         number = min(len(self.labels), COUNTED + 1)
         return {name: getattr(self, name) for name in names} | {"labels": number}
-
-
-def count(rows: Iterable[Row]) -> dict[str, int]:
-    counts = TaskCounts()
-    for row in rows:
-        counts.add(row)
-    return counts.as_dict()
 
 
 # ---- the counts of a report ----------------------------------------------------------------------

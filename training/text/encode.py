@@ -4,7 +4,7 @@ trainer both use it, so the report counts exactly the tokens that the trainer tr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from training.text.tokenizer import Encoded, Piece, Tokenizer, TokenizerError, i
 
 OTHER_BASE = "Choose a base model whose chat template can express it, or change the row."
 OTHER_TEMPLATE = "Choose another base model, or correct its chat template."
+OnRow = Callable[[Row], None]
 BATCH_ROWS = 32  # a few megabytes of tokens, still in the CPU's cache when they are counted
 
 
@@ -136,15 +137,23 @@ def examples(
     settings: EncodingSettings,
     format: Format | None = None,
     on_bad: OnBad | None = None,
+    on_row: OnRow | None = None,
 ) -> Iterator[Example]:
     """Every example of a file, in order: what the trainer trains on and the report counts.
 
     A plain text longer than the sequence length becomes several examples, so nothing is lost. A chat or
-    completion is truncated; a chat is several examples if its template rewrites earlier turns. Raises BadRow at the first bad row, or passes it to `on_bad` and continues."""
-    for batch in encoded_batches(path, tokenizer, settings, format, on_bad):
+    completion is truncated; a chat is several examples if its template rewrites earlier turns. Raises BadRow at the first bad row, or passes it to `on_bad` and continues. `on_row` gets
+    every readable row, also those that the chat template rejects."""
+    for batch in encoded_batches(path, tokenizer, settings, format, on_bad, on_row=on_row):
         for _, encoded in batch:
             for tokens in encoded:
                 yield tokens.example()
+
+
+def _passed_to(on_row: OnRow, read: Iterable[Row]) -> Iterator[Row]:
+    for row in read:
+        on_row(row)
+        yield row
 
 
 def encoded_batches(
@@ -156,10 +165,13 @@ def encoded_batches(
     part: ByteRange | None = None,
     *,
     by_order: bool = False,
+    on_row: OnRow | None = None,
 ) -> Iterator[list[tuple[Row, list[Tokens]]]]:
     """Batches of (row, its examples), not yet as lists. `by_order`: rows have their number, not their line."""
     tokenizer = as_reported(tokenizer, format)
     read = rows(path, format, on_bad=on_bad, part=part)
+    if on_row is not None:
+        read = _passed_to(on_row, read)
     for batch in batches(numbered(read) if by_order else read):
         encoded: list[tuple[Row, list[Tokens]]] = []
         bad: BadRow | None = None

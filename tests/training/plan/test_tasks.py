@@ -8,7 +8,7 @@ import pytest
 
 from training.data.row_schemas import Reader
 from training.plan.config import ConfigError, parse, settings_hash
-from training.plan.tasks import Counts, count, describe, guess, refusal
+from training.plan.tasks import Counts, TaskCounts, describe, guess, refusal
 
 
 def chat(*turns: tuple[str, str], **last: Any) -> dict[str, Any]:
@@ -30,8 +30,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 
 def counts(records: list[dict[str, Any]]) -> Counts:
-    read = Reader("", {})
-    return count(read(line, record) for line, record in enumerate(records, 1))
+    read, counted = Reader("", {}), TaskCounts()
+    for line, record in enumerate(records, 1):
+        counted.add(read(line, record))
+    return counted.as_dict()
 
 
 @pytest.mark.parametrize("task", ROWS)
