@@ -6,6 +6,7 @@ from typing import Any
 
 from ninja import Router
 
+from jobs.api import paging
 from jobs.api.caller import WRITE, CallerRequest
 from jobs.api.errors import bad
 from jobs.api.files import find, show
@@ -30,16 +31,15 @@ def create_version(request: CallerRequest, file_id: str, body: VersionCreate) ->
     JSONL, JSON arrays and tables keep their format; others are saved as JSONL."""
     dataset = find(request, file_id)
     versions.check_ready(dataset)
-    rows: dict[str, Any] = {str(change.row): change.content for change in body.edit}
-    if len(rows) + len(set(body.exclude)) != len({*rows, *map(str, body.exclude)}) or len(rows) != len(
-        body.edit
-    ):
+    edited, excluded = [change.row for change in body.edit], set(body.exclude)
+    if len(edited) + len(excluded) != len({*edited, *excluded}):
         raise bad("Each row can be edited or excluded only once.", "edit")
     columns = versions.table_columns(dataset)
     for number, edit in enumerate(body.edit):
         _check(dataset, edit.content, f"edit.{number}.content", columns)
     for number, content in enumerate(body.add):
         _check(dataset, content, f"add.{number}", columns)
+    rows: dict[str, Any] = {str(change.row): change.content for change in body.edit}
     rows |= {str(row): None for row in body.exclude}
     return show(versions.begin_edit(dataset, {"rows": rows, "added": body.add}))
 
@@ -53,13 +53,7 @@ def split_file(request: CallerRequest, file_id: str, body: FileSplit) -> Json:
     """Makes two new files: the first for training, the second for validation (`validation_file` of a job)."""
     split = versions.Split(body.percent, body.seed, body.lines or "")
     pair = versions.begin_split(find(request, file_id), split)
-    return {
-        "object": "list",
-        "data": [show(part) for part in pair],
-        "has_more": False,
-        "first_id": pair[0].dataset_id,
-        "last_id": pair[1].dataset_id,
-    }
+    return paging.page([show(part) for part in pair], False)
 
 
 @router.post(

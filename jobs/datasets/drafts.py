@@ -41,8 +41,7 @@ class Draft:
 
     @property
     def counts(self) -> dict[str, int]:
-        excluded = sum(change["record"] is None for change in self.rows.values())
-        return {"edited": len(self.rows) - excluded, "added": len(self.added), "excluded": excluded}
+        return counts_of(self.changes)
 
     def __bool__(self) -> bool:
         return bool(self.rows or self.added)
@@ -84,6 +83,15 @@ def discard_saved(owner: str, dataset_id: str, digest: str) -> None:
     if row is not None and digest_of(Draft(dict(row.data or {})).changes) == digest:
         wanted = Usage.version == row.version
         tables.update(row, [Usage.data.set({}), Usage.version.add(1)], wanted)
+
+
+def counts_of(changes: Content) -> dict[str, int]:
+    excluded = sum(record is None for record in changes["rows"].values())
+    return {
+        "edited": len(changes["rows"]) - excluded,
+        "added": len(changes["added"]),
+        "excluded": excluded,
+    }
 
 
 def digest_of(changes: Content) -> str:

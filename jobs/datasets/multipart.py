@@ -228,8 +228,8 @@ def _must_be_open(row: Upload) -> None:
 
 
 def content(row: Upload) -> Iterator[bytes]:
-    """The parts in order, or the file that S3 combined. Raises Rejected if a part was sent twice with different bytes, because which one is newer is
-    unknown."""
+    """The parts in order, or the file that S3 combined. Raises Rejected if a part was sent twice with different bytes, because
+    which one is newer is unknown."""
     if row.multipart:
         yield from blobs.blocks(key_of(row))
     names: dict[int, str] = {}

@@ -81,9 +81,14 @@ class Split:
         return {"percent": self.percent, "seed": self.seed, "by_lines": self.lines}
 
 
+def is_ready(source: Dataset) -> bool:
+    """Whether its rows can be shown and changed."""
+    return source.status == DatasetStatus.READY and source.purpose == "fine-tune"
+
+
 def check_ready(source: Dataset) -> None:
     """Raises Refused."""
-    if source.status != DatasetStatus.READY or source.purpose != "fine-tune":
+    if not is_ready(source):
         raise Refused(
             "Only a dataset that passed its check can be changed. Wait for the check, or upload another file."
         )
@@ -168,10 +173,8 @@ def begin_edit(source: Dataset, changes: Mapping[str, Any]) -> Dataset:
     text = json.dumps(changes).encode()
     if len(text) > MAX_CHANGES_BYTES:
         raise Refused("These are more changes than one version can have (4 MB). Save some of them first.")
-    excluded = sum(record is None for record in rows.values())
-    counts = {"edited": len(rows) - excluded, "added": len(added), "excluded": excluded}
     digest = drafts.digest_of(dict(changes))
-    origin = {"what": EDIT, "counts": counts, "digest": digest}
+    origin = {"what": EDIT, "counts": drafts.counts_of(dict(changes)), "digest": digest}
     ids, known = _ids(source, f"{EDIT}@{digest}", 1)
     if not known:  # before the dataset: its check needs them
         blobs.put_file(_changes_key(source.owner, ids[0]), io.BytesIO(text))

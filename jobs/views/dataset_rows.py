@@ -109,7 +109,7 @@ def merge(request: HttpRequest, dataset_id: str) -> HttpResponse:
             "selected": one.dataset_id == other_id,
         }
         for one in access.list_datasets(owner, CHOICES)
-        if one.dataset_id != dataset_id and one.status == DatasetStatus.READY and one.purpose == "fine-tune"
+        if one.dataset_id != dataset_id and versions.is_ready(one)
         for other_kind in [kind_of_rows(Format.of(one.format or {}))]
     ]
     context = {
@@ -134,9 +134,14 @@ def _query(data: Mapping[str, str]) -> dict[str, Any]:
     return {"page": page, "line": line, "search": search, "after": after}
 
 
+def _place(data: Mapping[str, str]) -> dict[str, str]:
+    """The part of an address that says where in the list one is."""
+    return {name: data[name] for name in ("page", "line", "q", "after") if data.get(name)}
+
+
 def _rows_context(dataset: Dataset, data: Mapping[str, str]) -> dict[str, Any]:
     query = _query(data)
-    is_ready = dataset.status == DatasetStatus.READY and dataset.purpose == "fine-tune"
+    is_ready = versions.is_ready(dataset)
     page_report = reports.request_page(dataset, query) if is_ready else None
     content = load_report(page_report.report_key) if page_report and page_report.report_key else {}
     draft = drafts.get(dataset)
@@ -156,7 +161,7 @@ def _rows_context(dataset: Dataset, data: Mapping[str, str]) -> dict[str, Any]:
         "change_count": len(draft.rows) + len(draft.added),
         "saved_as_jsonl": not versions.keeps_format(dataset),
         "query": query,
-        "here": urlencode({name: data[name] for name in ("page", "line", "q", "after") if data.get(name)}),
+        "here": urlencode(_place(data)),
         "page": number,
         "pages": -(-total // PAGE_ROWS),
         "total": total,
@@ -184,7 +189,7 @@ def _segments(record: dict[str, Any], format: Format, line: int = 1) -> dict[str
 
 def _back(request: HttpRequest, dataset: Dataset, number: int | None) -> HttpResponseRedirect:
     """To the list, where it was: the address has the query of the list."""
-    query = {name: request.GET[name] for name in ("page", "line", "q", "after") if request.GET.get(name)}
+    query = _place(request.GET)
     if number and not query:
         query = {"page": str((number - 1) // PAGE_ROWS + 1)}
     address = reverse("jobs:dataset_rows", args=[dataset.dataset_id])
@@ -198,7 +203,7 @@ def _back(request: HttpRequest, dataset: Dataset, number: int | None) -> HttpRes
 def _stored_row(dataset: Dataset, number: int | None, key: str) -> dict[str, Any] | None:
     """What the form of a row shows: from the draft, from the file, or blank. None if there is no such row."""
     draft = drafts.get(dataset)
-    if dataset.status != DatasetStatus.READY or dataset.purpose != "fine-tune":
+    if not versions.is_ready(dataset):
         return None
     if key == "new":
         return {

@@ -24,13 +24,10 @@ NOT_TYPABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]|\r(?!\n)")
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Message:
-    index: int  # in the row as it was
-    role: str
-    roles: list[str]
-    text: str | None  # None if its content is not text
-    other: str  # as JSON: the fields that only the JSON form can change
+class Typable:
+    """Something with a text area, unless its text is None."""
+
+    text: str | None
 
     @property
     def lines(self) -> int:
@@ -42,7 +39,16 @@ class Message:
 
 
 @dataclass(frozen=True)
-class RowField:
+class Message(Typable):
+    index: int  # in the row as it was
+    role: str
+    roles: list[str]
+    text: str | None  # None if its content is not text
+    other: str  # as JSON: the fields that only the JSON form can change
+
+
+@dataclass(frozen=True)
+class RowField(Typable):
     number: int
     name: str
     text: str | None = None
@@ -53,14 +59,6 @@ class RowField:
     def label(self) -> str:
         """The name, which no page could show with half of a character in it."""
         return SURROGATE.sub("\ufffd", self.name)
-
-    @property
-    def lines(self) -> int:
-        return lines_for(self.text or "")
-
-    @property
-    def shown(self) -> str:
-        return in_area(self.text or "")
 
 
 def in_area(text: str) -> str:
