@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import function_calls
-from benchmarks.common import ROOT, Scores
+from benchmarks.common import LLAMA_LINEAR, ROOT, Scores
 from benchmarks.function_calls import Row, call_of
 
 BASE = ROOT / ".tools" / "smollm2"
@@ -55,7 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
         "lora_rank": 8,
         "lora_alpha": 16,
-        "lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "lora_targets": LLAMA_LINEAR,
     },
 }
 

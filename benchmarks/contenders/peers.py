@@ -29,10 +29,12 @@ from transformers import (
     TrainingArguments,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from benchmarks.common import LLAMA_LINEAR
+
 transformers.logging.set_verbosity_error()
 BATCH, LENGTH = 8, 512
-# the same as in benchmarks/common.py
-LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ON_GPU = torch.cuda.is_available()
 
 
